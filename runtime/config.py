@@ -1,0 +1,227 @@
+"""What a model is: the shapes and rules of one architecture, read from its config.json.
+
+This file maps every supported architecture onto one ModelConfig; the names of its tensors are in
+compressor/checkpoint.py. Both spellings of config.json are read: the hub's (`num_experts`, `rope_theta`) and
+the one transformers 5 writes (`num_local_experts`, `rope_parameters`).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+NORM_EPS = {"mixtral": 1e-5, "olmoe": 1e-5}  # where config.json leaves it out; 1e-6 elsewhere
+ROPE_THETA = {"mixtral": 1e6}  # likewise; 1e4 elsewhere
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """How a layer turns router logits into chosen experts and their routing weights."""
+
+    score: str = "softmax"  # over all experts, before the cut to top_k
+    renormalise: bool = False  # chosen weights are scaled to sum to one
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shapes and rules of one model. Counts are in elements; `expert_hidden` is the inner size of one expert."""
+
+    architecture: str
+    layers: int
+    dim: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int  # longest context the model was made for, in tokens
+    experts: int
+    top_k: int
+    expert_hidden: int
+    router: RouterConfig
+    activation: str = "silu"
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_factor: float = 1.0  # linear scaling: positions are divided by it
+    qkv_bias: bool = False
+    qk_norm: str = "none"  # none | head (one norm per head) | full (over all heads at once)
+    qkv_clip: float = 0.0  # q, k and v are clipped to +-this; 0 is off
+    sliding_window: int = 0  # keys a query can see, itself included; 0 is all
+    shared_hidden: int = 0  # inner size of the shared expert, which has a sigmoid gate; 0 is none
+    dense_hidden: int = 0  # inner size of the MLP of the layers that have no experts
+    dense_layers: tuple[int, ...] = ()
+    tied_head: bool = False  # the output head is the embedding
+    eos_tokens: tuple[int, ...] = ()
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(layer for layer in range(self.layers) if layer not in self.dense_layers)
+
+    @property
+    def expert_weights(self) -> int:
+        """Number of weights of one expert: gate, up and down."""
+        return 3 * self.dim * self.expert_hidden
+
+
+def load_config(directory: str | Path) -> ModelConfig:
+    """Read DIRECTORY/config.json (and the end tokens of generation_config.json, if it is there)."""
+    directory = Path(directory)
+    path = directory / "config.json"
+    raw = read_json(path)
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        eos = read_json(generation).get("eos_token_id")
+        if eos is not None:
+            raw = {**raw, "eos_token_id": eos}
+    return parse_config(raw, where=str(path))
+
+
+def read_json(path: Path) -> dict:
+    """Read one JSON object. Raises FileNotFoundError or ValueError, both naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a model directory has a config.json")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
+    """Turn the keys of a Hugging Face config.json into a ModelConfig.
+
+    Raises ValueError, naming the key, when the architecture is not supported or a needed key is missing or
+    out of range. Keys that are not used are ignored.
+    """
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(
+            f"{where}: architecture {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+    get = _Keys(raw, where)
+    heads = get.count("num_attention_heads")
+    dim = get.count("hidden_size")
+    layers = get.count("num_hidden_layers")
+    head_dim = get.count("head_dim", default=max(dim // heads, 1))
+    dense = _dense_layers(get, layers) if kind.startswith("qwen") else ()
+    rope_theta, rope_factor = _rope(get, ROPE_THETA.get(kind, 1e4))
+    activation = get.any("hidden_act", default="silu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{where}: hidden_act {activation!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
+    config = ModelConfig(
+        architecture=kind,
+        layers=layers,
+        dim=dim,
+        vocab=get.count("vocab_size"),
+        heads=heads,
+        kv_heads=get.count("num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        context=get.count("max_position_embeddings"),
+        experts=get.count("num_experts", "num_local_experts"),
+        top_k=get.count("num_experts_per_tok"),
+        expert_hidden=get.count(
+            "moe_intermediate_size" if kind in ("qwen2_moe", "qwen3_moe") else "intermediate_size"
+        ),
+        router=RouterConfig(renormalise=True if kind == "mixtral" else get.flag("norm_topk_prob", False)),
+        activation=ACTIVATIONS[activation],
+        norm_eps=get.number("rms_norm_eps", default=NORM_EPS.get(kind, 1e-6)),
+        rope_theta=rope_theta,
+        rope_factor=rope_factor,
+        qkv_bias=get.flag("qkv_bias", True) if kind == "qwen2_moe" else get.flag("attention_bias", False),
+        qk_norm={"qwen3_moe": "head", "olmoe": "full"}.get(kind, "none"),
+        qkv_clip=get.number("clip_qkv", default=0.0) if kind == "olmoe" else 0.0,
+        sliding_window=_sliding_window(get, kind),
+        shared_hidden=get.count("shared_expert_intermediate_size") if kind == "qwen2_moe" else 0,
+        dense_hidden=get.count("intermediate_size") if dense else 0,
+        dense_layers=dense,
+        tied_head=get.flag("tie_word_embeddings", False),
+        eos_tokens=_tokens(raw.get("eos_token_id")),
+    )
+    _check(config, where)
+    return config
+
+
+class _Keys:
+    """Typed access to a config's keys; the first spelling that is present counts."""
+
+    def __init__(self, raw: dict, where: str):
+        self.raw, self.where = raw, where
+
+    def any(self, *names, default=None):
+        for name in names:
+            if self.raw.get(name) is not None:
+                return self.raw[name]
+        if default is None:
+            raise ValueError(f"{self.where}: key {' or '.join(repr(name) for name in names)} is missing")
+        return default
+
+    def count(self, *names, default=None) -> int:
+        value = self.any(*names, default=default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            raise ValueError(f"{self.where}: {names[0]} is {value!r}, expected a positive whole number")
+        return value
+
+    def number(self, *names, default=None) -> float:
+        value = self.any(*names, default=default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ValueError(f"{self.where}: {names[0]} is {value!r}, expected a number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.raw.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{self.where}: {name} is {value!r}, expected true or false")
+        return default if value is None else value
+
+
+def _rope(get: _Keys, default_theta: float) -> tuple[float, float]:
+    """(theta, linear factor) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (hub)."""
+    rope = get.raw.get("rope_parameters") or get.raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{get.where}: rope_parameters is {rope!r}, expected an object")
+    merged = _Keys({"rope_theta": get.raw.get("rope_theta"), **rope}, get.where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise ValueError(f"{get.where}: rope type {kind!r} is not supported; supported are default, linear")
+    if merged.number("partial_rotary_factor", default=1.0) != 1.0:
+        raise ValueError(f"{get.where}: partial_rotary_factor other than 1 is not supported")
+    factor = merged.number("factor") if kind == "linear" else 1.0
+    theta = merged.number("rope_theta", default=default_theta)
+    if theta <= 0 or factor <= 0:
+        raise ValueError(f"{get.where}: rope_theta and factor must be above 0, found {theta} and {factor}")
+    return theta, factor
+
+
+def _dense_layers(get: _Keys, layers: int) -> tuple[int, ...]:
+    step = get.count("decoder_sparse_step", default=1)
+    dense = get.raw.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(type(x) is not int for x in dense):
+        raise ValueError(f"{get.where}: mlp_only_layers is {dense!r}, expected a list of layer numbers")
+    return tuple(layer for layer in range(layers) if layer in dense or (layer + 1) % step)
+
+
+def _sliding_window(get: _Keys, kind: str) -> int:
+    if kind == "mixtral":
+        return get.count("sliding_window") if get.raw.get("sliding_window") is not None else 0
+    if get.flag("use_sliding_window", False):
+        raise ValueError(f"{get.where}: use_sliding_window is not supported for {kind}; set it to false")
+    return 0
+
+
+def _tokens(value) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(int(token) for token in values if isinstance(token, int))
+
+
+def _check(config: ModelConfig, where: str) -> None:
+    problems = [
+        (config.heads % config.kv_heads, "num_attention_heads must be a multiple of num_key_value_heads"),
+        (config.head_dim % 2, "head_dim must be even"),
+        (config.top_k > config.experts, "num_experts_per_tok is larger than the number of experts"),
+        (not config.moe_layers, "no layer has experts"),
+    ]
+    for wrong, message in problems:
+        if wrong:
+            raise ValueError(f"{where}: {message}")
