@@ -12,6 +12,7 @@ from pathlib import Path
 ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 NORM_EPS = {"mixtral": 1e-5, "olmoe": 1e-5}  # where config.json leaves it out; 1e-6 elsewhere
 ROPE_THETA = {"mixtral": 1e6}  # likewise; 1e4 elsewhere
+MAX_LAYERS, MAX_EXPERTS, MAX_NUMBER = 1024, 4096, 1e30  # beyond any model; a damaged file stops here
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
@@ -25,7 +26,7 @@ class RouterConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shapes and rules of one model. Counts are in elements; `expert_hidden` is the inner size of one expert."""
+    """Shapes and rules of one model. Counts are in elements; `expert_hidden` is one expert's inner size."""
 
     architecture: str
     layers: int
@@ -45,7 +46,7 @@ class ModelConfig:
     rope_factor: float = 1.0  # linear scaling: positions are divided by it
     qkv_bias: bool = False
     qk_norm: str = "none"  # none | head (one norm per head) | full (over all heads at once)
-    qkv_clip: float = 0.0  # q, k and v are clipped to +-this; 0 is off
+    qkv_clip: float = 0.0  # q, k and v are clipped to +-this after the norm; 0 is off
     sliding_window: int = 0  # keys a query can see, itself included; 0 is all
     shared_hidden: int = 0  # inner size of the shared expert, which has a sigmoid gate; 0 is none
     dense_hidden: int = 0  # inner size of the MLP of the layers that have no experts
@@ -82,7 +83,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: no such file; a model directory has a config.json")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -103,13 +104,19 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     get = _Keys(raw, where)
     heads = get.count("num_attention_heads")
     dim = get.count("hidden_size")
-    layers = get.count("num_hidden_layers")
+    layers = get.count("num_hidden_layers", limit=MAX_LAYERS)
     head_dim = get.count("head_dim", default=max(dim // heads, 1))
     dense = _dense_layers(get, layers) if kind.startswith("qwen") else ()
     rope_theta, rope_factor = _rope(get, ROPE_THETA.get(kind, 1e4))
     activation = get.any("hidden_act", default="silu")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{where}: hidden_act {activation!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{where}: hidden_act {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
+        )
+    if kind in ("olmoe", "qwen3_moe") and get.flag("attention_bias", False):
+        raise ValueError(
+            f"{where}: attention_bias true is not supported for {kind} (it biases the output projection too)"
+        )
     config = ModelConfig(
         architecture=kind,
         layers=layers,
@@ -119,7 +126,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         kv_heads=get.count("num_key_value_heads", default=heads),
         head_dim=head_dim,
         context=get.count("max_position_embeddings"),
-        experts=get.count("num_experts", "num_local_experts"),
+        experts=get.count("num_experts", "num_local_experts", limit=MAX_EXPERTS),
         top_k=get.count("num_experts_per_tok"),
         expert_hidden=get.count(
             "moe_intermediate_size" if kind in ("qwen2_moe", "qwen3_moe") else "intermediate_size"
@@ -129,7 +136,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         norm_eps=get.number("rms_norm_eps", default=NORM_EPS.get(kind, 1e-6)),
         rope_theta=rope_theta,
         rope_factor=rope_factor,
-        qkv_bias=get.flag("qkv_bias", True) if kind == "qwen2_moe" else get.flag("attention_bias", False),
+        qkv_bias=get.flag("qkv_bias", True) if kind == "qwen2_moe" else False,
         qk_norm={"qwen3_moe": "head", "olmoe": "full"}.get(kind, "none"),
         qkv_clip=get.number("clip_qkv", default=0.0) if kind == "olmoe" else 0.0,
         sliding_window=_sliding_window(get, kind),
@@ -157,16 +164,20 @@ class _Keys:
             raise ValueError(f"{self.where}: key {' or '.join(repr(name) for name in names)} is missing")
         return default
 
-    def count(self, *names, default=None) -> int:
+    def count(self, *names, default=None, limit=2**31 - 1) -> int:
         value = self.any(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise ValueError(f"{self.where}: {names[0]} is {value!r}, expected a positive whole number")
+        if type(value) is not int or not 0 < value <= limit:
+            raise ValueError(
+                f"{self.where}: {names[0]} is {value!r}, expected a whole number from 1 to {limit:,}"
+            )
         return value
 
     def number(self, *names, default=None) -> float:
         value = self.any(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise ValueError(f"{self.where}: {names[0]} is {value!r}, expected a number")
+        if type(value) not in (int, float) or not 0 <= value <= MAX_NUMBER:
+            raise ValueError(
+                f"{self.where}: {names[0]} is {value!r}, expected a number from 0 to {MAX_NUMBER:g}"
+            )
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -177,7 +188,7 @@ class _Keys:
 
 
 def _rope(get: _Keys, default_theta: float) -> tuple[float, float]:
-    """(theta, linear factor) from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (hub)."""
+    """(theta, linear factor), from `rope_parameters` (transformers 5) or the hub's two keys."""
     rope = get.raw.get("rope_parameters") or get.raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{get.where}: rope_parameters is {rope!r}, expected an object")

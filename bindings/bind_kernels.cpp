@@ -1,0 +1,193 @@
+// Formats and kernels for Python: constants of format.h, record layouts, and each kernel on NumPy arrays (tests).
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "../devices/kernels.h"
+#include "arrays.h"
+
+using namespace edge_moe;
+
+namespace {
+
+const Kernels& find_kernels(const std::string& name) {
+  int count;
+  const Kernels* const* tables = available_kernels(&count);
+  for (int i = 0; i < count; ++i)
+    if (tables[i]->name == name) return *tables[i];
+  throw std::invalid_argument("no kernel set '" + name + "' on this machine");
+}
+
+// Codes, scales and biases as the caller's arrays; the matrix points into them.
+Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn<uint16_t, 2> biases, int cols,
+                 int width) {
+  Matrix m;
+  m.rows = int(codes.shape(0));
+  m.cols = cols;
+  m.width = width;
+  expect(codes.shape(1) == codes_bytes(1, cols, width), "codes have the wrong row length for this width");
+  m.codes = codes.data();
+  if (width < 16) {
+    expect(scales.shape(0) == codes.shape(0) && scales.shape(1) > 0, "scales have the wrong number of rows");
+    expect(biases.shape(0) == scales.shape(0) && biases.shape(1) == scales.shape(1), "biases are not as scales");
+    m.group = cols / int(scales.shape(1));
+    expect(m.group == 32 || m.group == 64 || m.group == 128, "group must be 32, 64 or 128");
+    m.scales = scales.data();
+    m.biases = biases.data();
+  }
+  return m;
+}
+
+// Room for the int8 form of (vectors, cols) inputs, filled by one kernel set.
+struct Quantised {
+  std::vector<int8_t> codes;
+  std::vector<float> scales, sums[3];
+  Activations x;
+
+  Quantised(const Kernels& kernels, const float* values, int vectors, int cols) {
+    x.values = values;
+    x.count = vectors;
+    x.cols = cols;
+    const size_t blocks = x.blocks(), n = vectors;
+    codes.resize(n * blocks * kBlock);
+    scales.resize(n * blocks);
+    sums[0].resize(n * blocks * 2);
+    sums[1].resize(n * blocks);
+    sums[2].resize(n * ((blocks + 1) / 2));
+    for (size_t v = 0; v < n; ++v)
+      kernels.quantise(values + v * cols, cols, &codes[v * blocks * kBlock], &scales[v * blocks],
+                       &sums[0][v * blocks * 2], &sums[1][v * blocks], &sums[2][v * ((blocks + 1) / 2)]);
+    x.codes = codes.data();
+    x.scales = scales.data();
+    for (int i = 0; i < 3; ++i) x.sums[i] = sums[i].data();
+  }
+};
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  m.attr("FORMAT_VERSION") = kFormatVersion;
+  m.attr("PART_ALIGNMENT") = kPartAlignment;
+  m.attr("DATA_ALIGNMENT") = kDataAlignment;
+  m.attr("SMALL_ALIGNMENT") = kSmallAlignment;
+  nb::list widths, groups;
+  for (int width : kWidths) widths.append(width);
+  for (int group : kGroups) groups.append(group);
+  m.attr("WIDTHS") = nb::tuple(widths);
+  m.attr("GROUPS") = nb::tuple(groups);
+
+  m.def(
+      "kernel_names",
+      [] {
+        int count;
+        const Kernels* const* tables = available_kernels(&count);
+        std::vector<std::string> names;
+        for (int i = 0; i < count; ++i) names.push_back(tables[i]->name);
+        return names;
+      },
+      "Kernel sets that this machine runs, best first; 'scalar' is always the last.");
+
+  m.def(
+      "record_layout",
+      [](int dim, int hidden, std::array<int, 3> widths, int group) {
+        RecordLayout layout = record_layout(dim, hidden, widths, group);
+        std::vector<size_t> parts;
+        for (const MatrixLayout& x : layout.matrices)
+          for (size_t value : {x.codes, x.codes_bytes, x.scales, x.scales_bytes, x.biases}) parts.push_back(value);
+        return std::make_pair(layout.bytes, parts);
+      },
+      nb::arg("dim"), nb::arg("hidden"), nb::arg("widths"), nb::arg("group"),
+      "One expert's record: (bytes, [codes, codes_bytes, scales, scales_bytes, biases] of gate, up and down).\n\n"
+      "Offsets and sizes are in bytes; biases are as long as scales; bytes exclude the padding of the record.");
+
+  m.def(
+      "matmul",
+      [](const std::string& kernels, ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales,
+         ArrayIn<uint16_t, 2> biases, int width, ArrayIn<float, 2> x) {
+        const Kernels& k = find_kernels(kernels);
+        const int tokens = int(x.shape(0)), cols = int(x.shape(1)), rows = int(codes.shape(0));
+        Matrix matrix = as_matrix(codes, scales, biases, cols, width);
+        Quantised inputs(k, x.data(), tokens, cols);
+        std::vector<float> y(size_t(tokens) * rows);
+        {
+          nb::gil_scoped_release release;
+          k.matmul(matrix, inputs.x, y.data(), rows, 0, rows);
+        }
+        return to_numpy(std::move(y), {size_t(tokens), size_t(rows)});
+      },
+      nb::arg("kernels"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"), nb::arg("x"),
+      "x (tokens, cols) times a packed matrix (rows, cols), by one kernel set: (tokens, rows) float32.\n\n"
+      "codes: uint8 (rows, cols*width/8); scales, biases: bfloat16 bits as uint16 (rows, cols/group). Width 32 takes\n"
+      "float32 bytes as codes; at widths 16 and 32 scales and biases are ignored.");
+
+  m.def(
+      "dequantise",
+      [](const std::string& kernels, ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales,
+         ArrayIn<uint16_t, 2> biases, int width, int cols) {
+        const Kernels& k = find_kernels(kernels);
+        Matrix matrix = as_matrix(codes, scales, biases, cols, width);
+        std::vector<float> y(size_t(matrix.rows) * cols);
+        for (int row = 0; row < matrix.rows; ++row) k.dequantise_row(matrix, row, &y[size_t(row) * cols]);
+        return to_numpy(std::move(y), {size_t(matrix.rows), size_t(cols)});
+      },
+      nb::arg("kernels"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"), nb::arg("cols"),
+      "A packed matrix as float32 (rows, cols); arguments as for matmul.");
+
+  m.def(
+      "quantise_activations",
+      [](const std::string& kernels, ArrayIn<float, 1> x) {
+        const int cols = int(x.shape(0));
+        Quantised q(find_kernels(kernels), x.data(), 1, cols);
+        const size_t blocks = q.x.blocks();
+        return nb::make_tuple(to_numpy(std::move(q.codes), {blocks * kBlock}), to_numpy(std::move(q.scales), {blocks}),
+                              to_numpy(std::move(q.sums[0]), {blocks * 2}), to_numpy(std::move(q.sums[1]), {blocks}),
+                              to_numpy(std::move(q.sums[2]), {(blocks + 1) / 2}));
+      },
+      nb::arg("kernels"), nb::arg("x"), "One vector in int8 blocks of 64: (codes, scales, sums32, sums64, sums128).");
+
+  m.def(
+      "rms_norm",
+      [](const std::string& kernels, ArrayIn<float, 1> x, ArrayIn<float, 1> weight, float eps) {
+        expect(x.shape(0) == weight.shape(0), "x and weight differ in length");
+        std::vector<float> y(x.shape(0));
+        find_kernels(kernels).rms_norm(x.data(), weight.data(), eps, y.data(), int(y.size()));
+        return to_numpy(std::move(y), {x.shape(0)});
+      },
+      nb::arg("kernels"), nb::arg("x"), nb::arg("weight"), nb::arg("eps"), "x / sqrt(mean(x^2) + eps) * weight.");
+
+  m.def(
+      "gate_up",
+      [](const std::string& kernels, ArrayIn<float, 1> gate, ArrayIn<float, 1> up, int activation) {
+        expect(gate.shape(0) == up.shape(0), "gate and up differ in length");
+        std::vector<float> y(gate.data(), gate.data() + gate.shape(0));
+        find_kernels(kernels).gate_up(y.data(), up.data(), int(y.size()), activation);
+        return to_numpy(std::move(y), {gate.shape(0)});
+      },
+      nb::arg("kernels"), nb::arg("gate"), nb::arg("up"), nb::arg("activation"),
+      "activation(gate) * up; activation 0 is silu, 1 gelu in its tanh form.");
+
+  m.def(
+      "softmax",
+      [](const std::string& kernels, ArrayIn<float, 1> x) {
+        std::vector<float> y(x.data(), x.data() + x.shape(0));
+        find_kernels(kernels).softmax(y.data(), int(y.size()));
+        return to_numpy(std::move(y), {x.shape(0)});
+      },
+      nb::arg("kernels"), nb::arg("x"), "softmax of one vector.");
+
+  m.def(
+      "attend",
+      [](const std::string& kernels, ArrayIn<float, 1> q, ArrayIn<float, 2> k, ArrayIn<float, 2> v, int begin,
+         float scale) {
+        const int head_dim = int(q.shape(0)), end = int(k.shape(0));
+        expect(int(k.shape(1)) == head_dim && v.shape(0) == k.shape(0) && v.shape(1) == k.shape(1),
+               "k and v must be (positions, head_dim)");
+        expect(begin >= 0 && begin < end, "begin must be a position");
+        std::vector<float> out(head_dim), scores(end);
+        find_kernels(kernels).attend(q.data(), k.data(), v.data(), begin, end, head_dim, scale, scores.data(),
+                                     out.data());
+        return to_numpy(std::move(out), {q.shape(0)});
+      },
+      nb::arg("kernels"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("begin"), nb::arg("scale"),
+      "One query (head_dim,) over keys and values (positions, head_dim) from `begin` on.");
+}

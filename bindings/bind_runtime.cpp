@@ -1,0 +1,155 @@
+// The engine for Python: its configuration, the trunk and records it is made from, forward passes and counters.
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+
+#include "../devices/checksum.h"
+#include "../runtime/src/engine.h"
+#include "arrays.h"
+
+using namespace edge_moe;
+
+namespace {
+
+using TensorRow = std::tuple<std::string, int, int, int, int, uint64_t, uint64_t, uint64_t>;
+
+std::vector<TrunkTensor> trunk_tensors(const std::vector<TensorRow>& rows) {
+  std::vector<TrunkTensor> tensors;
+  for (const auto& [name, n, cols, width, group, codes, scales, biases] : rows)
+    tensors.push_back({name, n, cols, width, group, codes, scales, biases});
+  return tensors;
+}
+
+// records (layers*experts, 8): file, offset, bytes, checksum, widths of gate, up and down, group.
+std::vector<Record> make_records(const EngineConfig& c, ArrayIn<int64_t, 2> rows, ArrayIn<float, 1> frequency) {
+  expect(rows.shape(0) == size_t(c.layers) * c.experts && rows.shape(1) == 8, "records must be (layers*experts, 8)");
+  expect(frequency.shape(0) == rows.shape(0), "frequency must have one value a record");
+  std::vector<Record> records(rows.shape(0));
+  for (size_t i = 0; i < records.size(); ++i) {
+    const int64_t* row = rows.data() + i * 8;
+    Record& r = records[i];
+    r.layer = int(i) / c.experts, r.expert = int(i) % c.experts;
+    r.file = int(row[0]), r.offset = uint64_t(row[1]), r.padded = uint64_t(row[2]), r.checksum = uint32_t(row[3]);
+    r.frequency = frequency.data()[i];
+    if (r.padded)
+      r.layout = record_layout(c.dim, c.expert_hidden, {int(row[4]), int(row[5]), int(row[6])}, int(row[7]));
+  }
+  return records;
+}
+
+const Kernels& kernels_by_name(const std::string& name) {
+  int count;
+  const Kernels* const* tables = available_kernels(&count);
+  for (int i = 0; i < count; ++i)
+    if (name.empty() || tables[i]->name == name) return *tables[i];
+  throw std::invalid_argument("no kernel set '" + name + "' on this machine");
+}
+
+}  // namespace
+
+void bind_runtime(nb::module_& m) {
+  nb::class_<EngineConfig>(m, "EngineConfig", "Shapes and rules of a model and the sizes of one run; see engine.h.")
+      .def(nb::init<>())
+      .def_rw("layers", &EngineConfig::layers)
+      .def_rw("dim", &EngineConfig::dim)
+      .def_rw("vocab", &EngineConfig::vocab)
+      .def_rw("heads", &EngineConfig::heads)
+      .def_rw("kv_heads", &EngineConfig::kv_heads)
+      .def_rw("head_dim", &EngineConfig::head_dim)
+      .def_rw("experts", &EngineConfig::experts)
+      .def_rw("top_k", &EngineConfig::top_k)
+      .def_rw("expert_hidden", &EngineConfig::expert_hidden)
+      .def_rw("renormalise", &EngineConfig::renormalise)
+      .def_rw("activation", &EngineConfig::activation)
+      .def_rw("norm_eps", &EngineConfig::norm_eps)
+      .def_rw("rope_theta", &EngineConfig::rope_theta)
+      .def_rw("rope_factor", &EngineConfig::rope_factor)
+      .def_rw("qk_norm_full", &EngineConfig::qk_norm_full)
+      .def_rw("qkv_clip", &EngineConfig::qkv_clip)
+      .def_rw("sliding_window", &EngineConfig::sliding_window)
+      .def_rw("shared_hidden", &EngineConfig::shared_hidden)
+      .def_rw("dense_hidden", &EngineConfig::dense_hidden)
+      .def_rw("dense_layers", &EngineConfig::dense_layers)
+      .def_rw("context", &EngineConfig::context)
+      .def_rw("chunk", &EngineConfig::chunk)
+      .def_rw("logits_rows", &EngineConfig::logits_rows)
+      .def_rw("threads", &EngineConfig::threads);
+
+  m.def(
+      "engine_memory",
+      [](const EngineConfig& config) {
+        EngineMemory memory = engine_memory(config);
+        return std::make_tuple(memory.kv_cache, memory.scratch);
+      },
+      nb::arg("config"), "Bytes an Engine of this configuration allocates: (kv_cache, scratch).");
+
+  nb::class_<Engine>(m, "Engine", "The forward pass over a bundle; everything is allocated on construction.")
+      .def(
+          "__init__",
+          [](Engine* self, const EngineConfig& config, const std::string& trunk_path, uint64_t trunk_bytes,
+             uint32_t trunk_checksum, const std::vector<TensorRow>& tensors, const std::vector<std::string>& files,
+             ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency, bool mapped, int slots, int readers,
+             const std::string& kernels) {
+            expect(int(config.dense_layers.size()) == config.layers, "dense_layers must have one value a layer");
+            new (self) Engine(config, Trunk(trunk_path, trunk_bytes, trunk_checksum, trunk_tensors(tensors)),
+                              ExpertStore(files, make_records(config, records, frequency), mapped), slots, readers,
+                              kernels_by_name(kernels));
+          },
+          nb::arg("config"), nb::arg("trunk_path"), nb::arg("trunk_bytes"), nb::arg("trunk_checksum"),
+          nb::arg("tensors"), nb::arg("files"), nb::arg("records"), nb::arg("frequency"), nb::arg("mapped"),
+          nb::arg("slots"), nb::arg("readers"), nb::arg("kernels") = "",
+          "tensors: (name, rows, cols, width, group, codes, scales, biases) with offsets into the trunk file.\n"
+          "records: int64 (layers*experts, 8): file, offset, bytes, checksum, widths of gate, up, down, group;\n"
+          "bytes 0 where a layer has no such expert.\n"
+          "frequency: float32 (layers*experts,), use of each expert during calibration.\n\n"
+          "Raises RuntimeError for a bundle that is damaged and OSError for one that cannot be read.")
+      .def(
+          "forward",
+          [](Engine& self, ArrayIn<int32_t, 1> tokens, int want) {
+            std::span<const float> logits;
+            {
+              nb::gil_scoped_release release;
+              logits = self.forward({tokens.data(), tokens.shape(0)}, Engine::Want(want));
+            }
+            const size_t vocab = self.config().vocab;
+            return to_numpy(std::vector<float>(logits.begin(), logits.end()), {logits.size() / vocab, vocab});
+          },
+          nb::arg("tokens"), nb::arg("want"),
+          "Run int32 tokens (at most `chunk`) at the next positions; want 0 no logits, 1 the last row, 2 all rows.\n"
+          "Returns float32 (rows, vocab).")
+      .def_prop_ro("position", &Engine::position)
+      .def("rewind", &Engine::rewind, nb::arg("position"), "Forget the positions from `position` on.")
+      .def_prop_ro("kernels", &Engine::kernels_name)
+      .def_prop_ro("direct", [](const Engine& self) { return self.store().direct(); })
+      .def_prop_ro(
+          "counters",
+          [](const Engine& self) {
+            const CacheStats cache = self.cache().stats();
+            const EngineStats stats = self.stats();
+            nb::dict d;
+            d["expert_hits"] = cache.hits;
+            d["expert_misses"] = cache.misses;
+            d["bytes_read"] = cache.bytes_read;
+            d["tokens"] = stats.tokens;
+            d["experts_used"] = stats.experts_used;
+            d["moe_tokens"] = stats.moe_tokens;
+            return d;
+          },
+          "Totals since construction: expert_hits, expert_misses, bytes_read, tokens, experts_used (token, layer and\n"
+          "expert triples), moe_tokens (token and layer pairs).");
+
+  m.def("resident_bytes", &resident_bytes, "Memory of this process now, as the system counts it.");
+  m.def("peak_bytes", &peak_bytes, "The most memory this process ever had (Linux VmHWM, macOS phys_footprint).");
+  m.def("free_bytes", &free_bytes, "What the system could give to programs now, in bytes.");
+  m.def(
+      "crc32c",
+      [](nb::bytes data, uint32_t seed) { return crc32c(data.c_str(), data.size(), seed); }, nb::arg("data"),
+      nb::arg("seed") = 0, "CRC-32C of `data`, going on from `seed`.");
+  m.def(
+      "crc32c_array",
+      [](ArrayIn<uint8_t, 1> data, uint32_t seed) { return crc32c(data.data(), data.shape(0), seed); },
+      nb::arg("data"), nb::arg("seed") = 0, "CRC-32C of a uint8 array, going on from `seed`.");
+}

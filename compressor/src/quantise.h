@@ -1,0 +1,23 @@
+// Choosing codes, scales and biases for a matrix: round to nearest with a searched range, group by group.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+namespace edge_moe {
+
+struct QuantisedRows {
+  uint8_t* codes;    // (rows, cols*width/8), packed as devices/format.h says
+  uint16_t* scales;  // bfloat16 (rows, cols/group)
+  uint16_t* biases;  // bfloat16 (rows, cols/group)
+};
+
+// weights: float32 (rows, cols); importance: (cols,) weight of each input's squared error, or null for equal ones.
+// Rows are split over `threads`; the result does not depend on how many.
+void quantise_matrix(const float* weights, int rows, int cols, int width, int group, const float* importance,
+                     int threads, QuantisedRows out);
+
+// float32 to bfloat16, round to nearest even.
+uint16_t to_bfloat16(float value);
+
+}  // namespace edge_moe

@@ -1,0 +1,34 @@
+// Which kernel tables this machine can run: the only place that asks the processor what it is.
+#include "../kernels.h"
+
+namespace edge_moe {
+
+const Kernels* const* available_kernels(int* count) {
+  static const Kernels* tables[3];
+  static const int found = [] {
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
+      tables[n++] = &kAvx512Kernels;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables[n++] = &kAvx2Kernels;
+#endif
+    tables[n++] = &kScalarKernels;
+    return n;
+  }();
+  *count = found;
+  return tables;
+}
+
+bool cpu_has_crc32c() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("sse4.2");
+#else
+  return true;  // the compiler was told: see checksum.cpp
+#endif
+}
+
+}  // namespace edge_moe

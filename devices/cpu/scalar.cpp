@@ -1,0 +1,129 @@
+// The definition of every CPU kernel, in portable C++; the other instruction sets reproduce its bits.
+#include <cmath>
+#include <cstring>
+
+#include "../kernels.h"
+
+namespace edge_moe {
+namespace scalar {
+
+#include "vector_ops.inl"
+
+inline float from_bfloat16(uint16_t value) {
+  uint32_t bits = uint32_t(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+// Value i of a row that is one little-endian bit stream.
+inline int code_at(const uint8_t* row, int i, int width) {
+  size_t bit = size_t(i) * width;
+  int low = int(bit % 8);
+  int value = row[bit / 8];
+  if (low + width > 8) value |= row[bit / 8 + 1] << 8;
+  return (value >> low) & ((1 << width) - 1);
+}
+
+float dot_quantised(const Matrix& m, int row, const Activations& x, int vector) {
+  const uint8_t* codes = m.codes + codes_bytes(row, m.cols, m.width);
+  const int groups = m.cols / m.group, blocks = x.blocks();
+  const uint16_t* scales = m.scales + size_t(row) * groups;
+  const uint16_t* biases = m.biases + size_t(row) * groups;
+  const int8_t* xq = x.codes + size_t(vector) * blocks * kBlock;
+  const float* x_scales = x.scales + size_t(vector) * blocks;
+  const int kind = m.group == 32 ? 0 : m.group == 64 ? 1 : 2;
+  const int sums_stride = kind == 0 ? 2 * blocks : kind == 1 ? blocks : (blocks + 1) / 2;
+  const float* x_sums = x.sums[kind] + size_t(vector) * sums_stride;
+
+  float lanes[kLanes] = {};
+  for (int block = 0; block < blocks; ++block)
+    for (int j = 0; j < kLanes; ++j) {
+      int first = block * kBlock + 4 * j;
+      if (first >= m.cols) break;
+      int dot = 0;
+      for (int i = first; i < first + 4; ++i) dot += code_at(codes, i, m.width) * xq[i];
+      lanes[j] = std::fma(float(dot), from_bfloat16(scales[first / m.group]) * x_scales[block], lanes[j]);
+    }
+  float bias_lanes[kLanes] = {};
+  for (int group = 0; group < groups; ++group)
+    bias_lanes[group % kLanes] =
+        std::fma(from_bfloat16(biases[group]), x_sums[group], bias_lanes[group % kLanes]);
+  for (int j = 0; j < kLanes; ++j) lanes[j] = lanes[j] + bias_lanes[j];
+  return fold(lanes);
+}
+
+float dot_float(const Matrix& m, int row, const Activations& x, int vector) {
+  const float* values = x.values + size_t(vector) * x.cols;
+  float lanes[kLanes] = {};
+  if (m.width == 16) {
+    const uint16_t* weights = reinterpret_cast<const uint16_t*>(m.codes) + size_t(row) * m.cols;
+    for (int i = 0; i < m.cols; ++i)
+      lanes[i % kLanes] = std::fma(from_bfloat16(weights[i]), values[i], lanes[i % kLanes]);
+  } else {
+    const float* weights = reinterpret_cast<const float*>(m.codes) + size_t(row) * m.cols;
+    for (int i = 0; i < m.cols; ++i) lanes[i % kLanes] = std::fma(weights[i], values[i], lanes[i % kLanes]);
+  }
+  return fold(lanes);
+}
+
+void matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
+  for (int row = row_begin; row < row_end; ++row)
+    for (int token = 0; token < x.count; ++token) {
+      int vector = x.rows ? x.rows[token] : token;
+      y[token * y_stride + row] =
+          m.width < 16 ? dot_quantised(m, row, x, vector) : dot_float(m, row, x, vector);
+    }
+}
+
+void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64,
+              float* sums128) {
+  const int blocks = (cols + kBlock - 1) / kBlock;
+  for (int block = 0; block < blocks; ++block) {
+    const int count = cols - block * kBlock < kBlock ? cols - block * kBlock : kBlock;
+    const float* in = x + block * kBlock;
+    int8_t* out = codes + block * kBlock;
+    float top = 0.0f;
+    for (int i = 0; i < count; ++i) top = std::fabs(in[i]) > top ? std::fabs(in[i]) : top;
+    const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    int sums[2] = {};
+    for (int i = 0; i < kBlock; ++i) {
+      // Inputs that are not finite become code 0 here and are caught where logits are read.
+      float scaled = i < count ? in[i] * inverse : 0.0f;
+      int code = scaled >= -127.5f && scaled <= 127.5f ? int(std::nearbyint(scaled)) : 0;
+      out[i] = int8_t(code);
+      sums[i / 32] += code;
+    }
+    const float scale = top / 127.0f;
+    scales[block] = scale;
+    sums32[2 * block] = scale * float(sums[0]);
+    sums32[2 * block + 1] = scale * float(sums[1]);
+    sums64[block] = scale * float(sums[0] + sums[1]);
+  }
+  for (int pair = 0; pair < (blocks + 1) / 2; ++pair)
+    sums128[pair] = 2 * pair + 1 < blocks ? sums64[2 * pair] + sums64[2 * pair + 1] : sums64[2 * pair];
+}
+
+void dequantise_row(const Matrix& m, int row, float* y) {
+  if (m.width == 16) {
+    const uint16_t* weights = reinterpret_cast<const uint16_t*>(m.codes) + size_t(row) * m.cols;
+    for (int i = 0; i < m.cols; ++i) y[i] = from_bfloat16(weights[i]);
+  } else if (m.width == 32) {
+    std::memcpy(y, reinterpret_cast<const float*>(m.codes) + size_t(row) * m.cols, size_t(m.cols) * 4);
+  } else {
+    const uint8_t* codes = m.codes + codes_bytes(row, m.cols, m.width);
+    const int groups = m.cols / m.group;
+    for (int i = 0; i < m.cols; ++i) {
+      size_t group = size_t(row) * groups + i / m.group;
+      y[i] = from_bfloat16(m.scales[group]) * float(code_at(codes, i, m.width)) + from_bfloat16(m.biases[group]);
+    }
+  }
+}
+
+}  // namespace scalar
+
+const Kernels kScalarKernels = {"scalar",          scalar::matmul, scalar::quantise,   scalar::rms_norm,
+                                scalar::gate_up,   scalar::attend, scalar::add_scaled, scalar::softmax,
+                                scalar::dequantise_row};
+
+}  // namespace edge_moe

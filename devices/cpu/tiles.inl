@@ -1,0 +1,150 @@
+// Products of packed matrices in tiles of a few rows by a few tokens: what the x86 instruction sets share.
+//
+// Each cpu/*.cpp includes this file once inside its own namespace and defines `tile` and `unpack_row`. One token
+// unpacks codes in registers, for its weights are read once. Two or more unpack four rows to bytes once, into a
+// buffer that stays in the first-level cache, so that unpacking costs little beside the products.
+
+constexpr int kTileRows = 4;
+constexpr int kTileTokens = 4;
+constexpr int kChunk = 16;             // blocks whose scales are multiplied at a time
+constexpr int kUnpackedCols = 20480;   // wider rows (none known) go token by token
+constexpr int kUnpacked = 0;           // in place of a width: codes below 64, one a byte
+
+// The rows of a tile. At the end of a matrix the last row is repeated.
+struct TileRows {
+  const uint8_t* codes[kTileRows];
+  const uint16_t* scales[kTileRows];
+  const uint16_t* biases[kTileRows];
+  int cols;
+};
+
+// The tokens of a tile, as pointers into Activations; three tokens repeat the last.
+struct TileTokens {
+  const float* values[kTileTokens];
+  const int8_t* codes[kTileTokens];
+  const float* scales[kTileTokens];
+  const float* sums[kTileTokens];  // over the matrix's groups
+};
+
+// f(0), ..., f(N-1) with constants, so that an array of sums indexed by them lives in registers.
+template <int N, typename F>
+inline void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+  (std::make_integer_sequence<int, N>{});
+}
+
+// y (tokens, kTileRows) = rows . tokens
+using Tile = void (*)(const TileRows& rows, const TileTokens& tokens, float* y);
+
+template <int Width, int Group, int Tokens>
+void tile(const TileRows& rows, const TileTokens& tokens, float* y);
+
+// Width 16 or 32.
+template <int Width, int Tokens>
+void tile_float(const TileRows& rows, const TileTokens& tokens, float* y);
+
+// Codes of a row to bytes; reads nothing past the row.
+template <int Width>
+void unpack_row(const uint8_t* codes, int cols, uint8_t* out);
+
+template <int Width, int Group>
+Tile choose_by_tokens(int tokens) {
+  if constexpr (Width == kUnpacked || Width == 8) {
+    if (tokens == 2) return tile<Width, Group, 2>;
+    if (tokens > 2) return tile<Width, Group, 4>;
+  }
+  return tile<Width, Group, 1>;
+}
+
+template <int Width>
+Tile choose_by_group(int group, int tokens) {
+  return group == 32   ? choose_by_tokens<Width, 32>(tokens)
+         : group == 64 ? choose_by_tokens<Width, 64>(tokens)
+                       : choose_by_tokens<Width, 128>(tokens);
+}
+
+template <int Width>
+Tile choose_float(int tokens) {
+  return tokens == 1 ? tile_float<Width, 1> : tokens == 2 ? tile_float<Width, 2> : tile_float<Width, 4>;
+}
+
+inline Tile choose_tile(int width, int group, int tokens) {
+  switch (width) {
+    case kUnpacked: return choose_by_group<kUnpacked>(group, tokens);
+    case 1: return choose_by_group<1>(group, tokens);
+    case 2: return choose_by_group<2>(group, tokens);
+    case 3: return choose_by_group<3>(group, tokens);
+    case 4: return choose_by_group<4>(group, tokens);
+    case 5: return choose_by_group<5>(group, tokens);
+    case 6: return choose_by_group<6>(group, tokens);
+    case 8: return choose_by_group<8>(group, tokens);
+    case 16: return choose_float<16>(tokens);
+    default: return choose_float<32>(tokens);
+  }
+}
+
+inline void unpack_row(const uint8_t* codes, int cols, int width, uint8_t* out) {
+  switch (width) {
+    case 1: return unpack_row<1>(codes, cols, out);
+    case 2: return unpack_row<2>(codes, cols, out);
+    case 3: return unpack_row<3>(codes, cols, out);
+    case 4: return unpack_row<4>(codes, cols, out);
+    case 5: return unpack_row<5>(codes, cols, out);
+    default: return unpack_row<6>(codes, cols, out);
+  }
+}
+
+inline TileRows rows_of(const Matrix& m, int row, int row_end) {
+  TileRows rows{};
+  rows.cols = m.cols;
+  for (int r = 0; r < kTileRows; ++r) {
+    const int at = row + r < row_end ? row + r : row_end - 1;
+    rows.codes[r] = m.codes + codes_bytes(at, m.cols, m.width);
+    if (m.width < 16) {
+      rows.scales[r] = m.scales + size_t(at) * (m.cols / m.group);
+      rows.biases[r] = m.biases + size_t(at) * (m.cols / m.group);
+    }
+  }
+  return rows;
+}
+
+inline TileTokens tokens_of(const Matrix& m, const Activations& x, int token) {
+  TileTokens tokens{};
+  const int blocks = x.blocks();
+  const int kind = m.group == 32 ? 0 : m.group == 64 ? 1 : 2;
+  const int sums_stride = kind == 0 ? 2 * blocks : kind == 1 ? blocks : (blocks + 1) / 2;
+  for (int t = 0; t < kTileTokens; ++t) {
+    const int at = token + t < x.count ? token + t : x.count - 1;
+    const size_t vector = x.rows ? x.rows[at] : at;
+    if (m.width < 16) {
+      tokens.codes[t] = x.codes + vector * blocks * kBlock;
+      tokens.scales[t] = x.scales + vector * blocks;
+      tokens.sums[t] = x.sums[kind] + vector * sums_stride;
+    } else {
+      tokens.values[t] = x.values + vector * x.cols;
+    }
+  }
+  return tokens;
+}
+
+void matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
+  alignas(64) uint8_t unpacked[kTileRows * kUnpackedCols];
+  const bool unpack = m.width < 8 && x.count > 1 && m.cols <= kUnpackedCols;
+  const int width = unpack ? kUnpacked : m.width;
+  const int step = m.width < 8 && !unpack ? 1 : kTileTokens;
+  for (int row = row_begin; row < row_end; row += kTileRows) {
+    TileRows rows = rows_of(m, row, row_end);
+    for (int r = 0; unpack && r < kTileRows; ++r) {
+      unpack_row(rows.codes[r], m.cols, m.width, unpacked + r * m.cols);
+      rows.codes[r] = unpacked + r * m.cols;
+    }
+    const int row_count = row_end - row < kTileRows ? row_end - row : kTileRows;
+    for (int token = 0; token < x.count; token += step) {
+      const int count = x.count - token < step ? x.count - token : step;
+      float sums[kTileTokens * kTileRows];
+      choose_tile(width, m.group, count)(rows, tokens_of(m, x, token), sums);
+      for (int t = 0; t < count; ++t)
+        for (int r = 0; r < row_count; ++r) y[(token + t) * y_stride + row + r] = sums[t * kTileRows + r];
+    }
+  }
+}

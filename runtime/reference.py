@@ -1,0 +1,218 @@
+"""What a model computes: the forward pass in plain array code, float32, with numpy or mlx.core as `xp`.
+
+The oracle that the engines are tested against, and the pass that calibration runs layer by layer. Written to
+be read beside the C++ engine: the same sections in the same order. Speed is left to the engines.
+
+`weights` is any object with trunk(name) and expert(layer, expert) -> (gate, up, down), numpy float32 arrays,
+by canonical name: a compressor Checkpoint is one. `x` is (sequences, tokens, dim); `h` is normed and flat,
+(rows, dim), a row for each token. Which expert takes which row is decided on the host, in numpy.
+"""
+
+import math
+
+import numpy as np
+from edge_moe.runtime.config import ModelConfig
+
+
+def forward(config: ModelConfig, weights, token_ids, xp=np):
+    """Logits (tokens, vocab) of one sequence (tokens,), or (sequences, tokens, vocab) of a batch of them.
+
+    Raises ValueError for a token id outside the vocabulary.
+    """
+    token_ids = np.asarray(token_ids)
+    x = embed(config, weights, np.atleast_2d(token_ids), xp)
+    for index in range(config.layers):
+        x = layer(config, weights, index, x, xp)
+    logits = head(config, weights, x, xp)
+    return logits if token_ids.ndim == 2 else logits[0]
+
+
+def embed(config: ModelConfig, weights, token_ids, xp=np):
+    """The input of the first layer, (sequences, tokens, dim), for token_ids (sequences, tokens)."""
+    outside = token_ids[(token_ids < 0) | (token_ids >= config.vocab)]
+    if outside.size:
+        raise ValueError(f"token id {outside[0]} is outside the vocabulary of {config.vocab:,} tokens")
+    return _array(weights.trunk("embedding")[token_ids], xp)
+
+
+def layer(config: ModelConfig, weights, layer: int, x, xp=np):
+    """One layer: x (sequences, tokens, dim) in and out."""
+    x = x + attention_block(config, weights, layer, x, xp)
+    h = mlp_input(config, weights, layer, x, xp)  # (rows, dim)
+    block = dense_block if layer in config.dense_layers else moe_block
+    return x + block(config, weights, layer, h, xp).reshape(x.shape)
+
+
+def head(config: ModelConfig, weights, x, xp=np):
+    """Logits (sequences, tokens, vocab) of the last layer's output x (sequences, tokens, dim)."""
+    w_head = weights.trunk("embedding" if config.tied_head else "head")  # (vocab, dim)
+    return rms_norm(x, weights.trunk("output_norm"), config.norm_eps, xp) @ _array(w_head, xp).T
+
+
+def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
+    """What attention adds to x (sequences, tokens, dim): norm, q k v, rope, attention, output projection."""
+    sequences, tokens, _ = x.shape
+
+    def trunk(name):
+        return _array(weights.trunk(f"layers.{layer}.{name}"), xp)
+
+    # attention norm
+    h = rms_norm(x, trunk("attention_norm"), config.norm_eps, xp)
+
+    # q k v: (sequences, tokens, heads of that kind, head_dim)
+    q, k, v = h @ trunk("q").T, h @ trunk("k").T, h @ trunk("v").T
+    if config.qkv_bias:
+        q, k, v = q + trunk("q_bias"), k + trunk("k_bias"), v + trunk("v_bias")
+    if config.qk_norm == "full":
+        q = rms_norm(q, trunk("q_norm"), config.norm_eps, xp)
+        k = rms_norm(k, trunk("k_norm"), config.norm_eps, xp)
+    if config.qkv_clip:
+        q, k, v = (xp.clip(part, -config.qkv_clip, config.qkv_clip) for part in (q, k, v))
+    q, k, v = (part.reshape(sequences, tokens, -1, config.head_dim) for part in (q, k, v))
+    if config.qk_norm == "head":
+        q = rms_norm(q, trunk("q_norm"), config.norm_eps, xp)
+        k = rms_norm(k, trunk("k_norm"), config.norm_eps, xp)
+
+    # rope
+    cos, sin = rope_tables(config, tokens, xp)
+    q, k = rotate(q, cos, sin, xp), rotate(k, cos, sin, xp)
+
+    # attention: a sequence at a time, so that the scores of one are all that memory holds
+    y = xp.stack([attention(config, q[i], k[i], v[i], xp) for i in range(sequences)])
+
+    # output projection
+    return y @ trunk("o").T
+
+
+def attention(config: ModelConfig, q, k, v, xp=np):
+    """Causal attention within one sequence: q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim).
+
+    Returns (tokens, heads * head_dim). Query head i reads key head i // (heads / kv_heads).
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    q = q.transpose(1, 0, 2).reshape(kv_heads, heads // kv_heads, tokens, head_dim)
+    k = k.transpose(1, 2, 0)[:, None]  # (kv_heads, 1, head_dim, tokens)
+    v = v.transpose(1, 0, 2)[:, None]  # (kv_heads, 1, tokens, head_dim)
+
+    age = np.arange(tokens)[:, None] - np.arange(tokens)  # (query, key)
+    visible = (age >= 0) & (age < (config.sliding_window or tokens))
+    scores = xp.where(_array(visible, xp), q @ k * head_dim**-0.5, -math.inf)
+    y = softmax(scores, xp) @ v  # (kv_heads, heads / kv_heads, tokens, head_dim)
+    return y.reshape(heads, tokens, head_dim).transpose(1, 0, 2).reshape(tokens, heads * head_dim)
+
+
+def mlp_input(config: ModelConfig, weights, layer: int, x, xp=np):
+    """The normed input of a layer's experts, (rows, dim), from x (sequences, tokens, dim)."""
+    h = rms_norm(x, weights.trunk(f"layers.{layer}.mlp_norm"), config.norm_eps, xp)
+    return h.reshape(-1, x.shape[-1])
+
+
+def moe_block(config: ModelConfig, weights, layer: int, h, xp=np):
+    """What a layer's experts add, (rows, dim): route, experts, shared expert."""
+    chosen, routing_weights = route(config, weights, layer, h, xp)
+    y = experts(config, weights, layer, h, chosen, routing_weights, xp)
+    return y + shared_expert(config, weights, layer, h, xp) if config.shared_hidden else y
+
+
+def route(config: ModelConfig, weights, layer: int, h, xp=np):
+    """Experts of each row (on the host) and their routing weights, both (rows, top_k), largest weight first.
+
+    Of experts with equal scores the lower number goes first.
+    """
+    scores = softmax(h @ _array(weights.trunk(f"layers.{layer}.router"), xp).T, xp)  # (rows, experts)
+    chosen = np.argsort(-np.asarray(scores), axis=-1, kind="stable")[:, : config.top_k]
+    routing_weights = xp.take_along_axis(scores, _array(chosen, xp), axis=-1)
+    if config.router.renormalise:
+        routing_weights = routing_weights / xp.sum(routing_weights, axis=-1, keepdims=True)
+    return chosen, routing_weights
+
+
+def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights, xp=np):
+    """Sum over the chosen (rows, top_k) of routing weight x expert(h); each expert sees only its own rows.
+
+    An entry of `chosen` outside 0..experts-1 is a pruned expert and adds nothing.
+    """
+    y = xp.zeros_like(h)
+    for index in range(config.experts):
+        rows, place = np.nonzero(chosen == index)
+        if not rows.size:
+            continue
+        w_gate, w_up, w_down = weights.expert(layer, index)
+        rows, place = _array(rows, xp), _array(place, xp)
+        out = expert(config, h[rows], w_gate, w_up, w_down, xp)
+        y[rows] = y[rows] + out * routing_weights[rows, place][:, None]
+    return y
+
+
+def shared_expert(config: ModelConfig, weights, layer: int, h, xp=np):
+    """What the expert that every row passes through adds, (rows, dim), scaled by its own sigmoid gate."""
+    gate = sigmoid(h @ _array(weights.trunk(f"layers.{layer}.shared_router"), xp).T, xp)  # (rows, 1)
+    return gate * _trunk_mlp(config, weights, f"layers.{layer}.shared", h, xp)
+
+
+def dense_block(config: ModelConfig, weights, layer: int, h, xp=np):
+    """What the MLP of a layer without experts adds, (rows, dim)."""
+    return _trunk_mlp(config, weights, f"layers.{layer}.dense", h, xp)
+
+
+def expert(config: ModelConfig, h, w_gate, w_up, w_down, xp=np):
+    """One gated MLP, (rows, dim), for h (rows, dim), w_gate and w_up (inner, dim), w_down (dim, inner)."""
+    return expert_inner(config, h, w_gate, w_up, xp) @ _array(w_down, xp).T
+
+
+def expert_inner(config: ModelConfig, h, w_gate, w_up, xp=np):
+    """The input of an expert's down projection, (rows, inner)."""
+    gate, up = h @ _array(w_gate, xp).T, h @ _array(w_up, xp).T
+    return (silu if config.activation == "silu" else gelu_tanh)(gate, xp) * up
+
+
+def rms_norm(x, weight, eps: float, xp=np):
+    """Scale the last axis to a root mean square of one, then by weight."""
+    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps) * _array(weight, xp)
+
+
+def rope_tables(config: ModelConfig, tokens: int, xp=np):
+    """cos and sin of each position's angles, both (tokens, head_dim / 2).
+
+    The angles are float32 products, as in transformers: at far positions the rounding shows in the logits.
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequency = np.float32(1) / np.float32(config.rope_theta) ** exponent / np.float32(config.rope_factor)
+    angle = np.arange(tokens, dtype=np.float32)[:, None] * frequency
+    return _array(np.cos(angle), xp), _array(np.sin(angle), xp)
+
+
+def rotate(x, cos, sin, xp=np):
+    """Turn the pairs (i, i + head_dim / 2) of x (sequences, tokens, heads, head_dim) by their angle."""
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    cos, sin = cos[:, None], sin[:, None]  # (tokens, 1, half)
+    return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def softmax(x, xp=np):
+    e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+    return e / xp.sum(e, axis=-1, keepdims=True)
+
+
+def sigmoid(x, xp=np):
+    e = xp.exp(-xp.abs(x))  # at most one: cannot overflow
+    return xp.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def silu(x, xp=np):
+    return x * sigmoid(x, xp)
+
+
+def gelu_tanh(x, xp=np):
+    return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+def _trunk_mlp(config: ModelConfig, weights, prefix: str, h, xp):
+    w_gate, w_up, w_down = (weights.trunk(f"{prefix}.{part}") for part in ("gate", "up", "down"))
+    return expert(config, h, w_gate, w_up, w_down, xp)
+
+
+def _array(value, xp):
+    return value if xp is np else xp.array(value)

@@ -1,0 +1,71 @@
+// Records from storage; see expert_store.h.
+#include "expert_store.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "../../devices/checksum.h"
+
+namespace edge_moe {
+
+ExpertWeights expert_weights(const Record& record, const uint8_t* bytes) {
+  auto matrix = [&](Projection which) {
+    const MatrixLayout& m = record.layout.matrices[which];
+    Matrix out;
+    out.codes = bytes + m.codes;
+    out.scales = reinterpret_cast<const uint16_t*>(bytes + m.scales);
+    out.biases = reinterpret_cast<const uint16_t*>(bytes + m.biases);
+    out.rows = m.rows, out.cols = m.cols, out.width = m.width, out.group = m.group;
+    return out;
+  };
+  return {matrix(kGate), matrix(kUp), matrix(kDown)};
+}
+
+ExpertStore::ExpertStore(const std::vector<std::string>& paths, std::vector<Record> records, bool mapped)
+    : records_(std::move(records)), verified_(records_.size()) {
+  for (const std::string& path : paths) files_.push_back(std::make_unique<File>(path));
+  for (const Record& record : records_) {
+    if (record.padded == 0) continue;
+    const File& file = *files_.at(record.file);
+    if (record.offset > file.bytes || record.padded > file.bytes - record.offset ||
+        record.layout.bytes > record.padded || record.offset % kSmallAlignment || record.padded % kSmallAlignment)
+      throw std::runtime_error(file.path + ": expert " + std::to_string(record.expert) + " of layer " +
+                               std::to_string(record.layer) + " does not lie inside the file; copy the bundle again");
+  }
+  if (mapped)
+    for (const auto& file : files_) maps_.emplace_back(*file);
+}
+
+bool ExpertStore::direct() const {
+  return std::all_of(files_.begin(), files_.end(), [](const auto& file) { return file->direct; });
+}
+
+size_t ExpertStore::largest_record() const {
+  size_t largest = 0;
+  for (const Record& record : records_) largest = std::max<size_t>(largest, record.padded);
+  return largest;
+}
+
+void ExpertStore::read(int record, uint8_t* out) const {
+  const Record& r = records_[record];
+  read_exactly(*files_[r.file], r.offset, out, r.padded);
+  verify(r, out);
+}
+
+const uint8_t* ExpertStore::map(int record) {
+  const Record& r = records_[record];
+  const uint8_t* bytes = maps_[r.file].data() + r.offset;
+  if (!verified_[record]) {
+    verify(r, bytes);
+    verified_[record] = true;
+  }
+  return bytes;
+}
+
+void ExpertStore::verify(const Record& record, const uint8_t* bytes) const {
+  if (crc32c(bytes, record.padded) != record.checksum)
+    throw std::runtime_error(files_[record.file]->path + ": expert " + std::to_string(record.expert) + " of layer " +
+                             std::to_string(record.layer) + " does not match its checksum; copy the bundle again");
+}
+
+}  // namespace edge_moe

@@ -1,0 +1,60 @@
+// Where records are on storage, and how one is brought into memory: from the memory map when the whole bundle fits
+// under the cap, else by one explicit unbuffered read. Either way its checksum is verified before it is used.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../../devices/format.h"
+#include "../../devices/kernels.h"
+#include "os.h"
+
+namespace edge_moe {
+
+// One expert on storage. `padded` is what is read and checksummed; `layout` says where its matrices lie inside.
+struct Record {
+  int layer = 0, expert = 0;
+  int file = 0;
+  uint64_t offset = 0;
+  uint64_t padded = 0;  // bytes; 0: this layer has no such expert
+  uint32_t checksum = 0;
+  float frequency = 0;  // of use during calibration, relative to its layer's others
+  RecordLayout layout{};
+};
+
+// A record's bytes as three matrices.
+struct ExpertWeights {
+  Matrix gate, up, down;
+};
+ExpertWeights expert_weights(const Record& record, const uint8_t* bytes);
+
+class ExpertStore {
+ public:
+  // `mapped`: records are served by map(), else by read(). Throws std::system_error when a file cannot be opened and
+  // std::runtime_error when a record lies outside its file.
+  ExpertStore(const std::vector<std::string>& paths, std::vector<Record> records, bool mapped);
+
+  const std::vector<Record>& records() const { return records_; }
+  bool mapped() const { return !maps_.empty(); }
+  bool direct() const;  // every file is read past the page cache
+  size_t largest_record() const;
+
+  // Fill `out` (padded bytes, 4096-byte aligned) with a record and verify it. Thread safe.
+  void read(int record, uint8_t* out) const;
+
+  // The record in the memory map, verified on its first use. Not thread safe.
+  const uint8_t* map(int record);
+
+ private:
+  void verify(const Record& record, const uint8_t* bytes) const;
+
+  std::vector<std::unique_ptr<File>> files_;
+  std::vector<FileMap> maps_;
+  std::vector<Record> records_;
+  std::vector<bool> verified_;  // of mapped records
+};
+
+}  // namespace edge_moe

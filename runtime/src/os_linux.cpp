@@ -1,0 +1,38 @@
+// os.h for Linux: O_DIRECT, /proc.
+#include <fcntl.h>
+
+#include <cstdio>
+#include <cstring>
+
+#include "os_posix.h"
+
+namespace edge_moe {
+
+File::File(const std::string& path) : path(path) {
+  descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+  direct = descriptor >= 0;
+  if (!direct) descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);  // tmpfs and some network file systems
+  if (descriptor < 0) fail(path);
+  bytes = regular_file_bytes(*this);
+}
+
+// A line "Key:   123 kB" of a /proc file, in bytes; 0 when it is not there.
+static size_t proc_kilobytes(const char* path, const char* key) {
+  FILE* file = std::fopen(path, "re");
+  if (!file) return 0;
+  char line[256];
+  unsigned long long kilobytes = 0;
+  while (std::fgets(line, sizeof line, file))
+    if (std::strncmp(line, key, std::strlen(key)) == 0) {
+      std::sscanf(line + std::strlen(key), " %llu", &kilobytes);
+      break;
+    }
+  std::fclose(file);
+  return size_t(kilobytes) * 1024;
+}
+
+size_t resident_bytes() { return proc_kilobytes("/proc/self/status", "VmRSS:"); }
+size_t peak_bytes() { return proc_kilobytes("/proc/self/status", "VmHWM:"); }
+size_t free_bytes() { return proc_kilobytes("/proc/meminfo", "MemAvailable:"); }
+
+}  // namespace edge_moe

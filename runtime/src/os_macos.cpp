@@ -1,0 +1,33 @@
+// os.h for macOS: F_NOCACHE, Mach task and host counters.
+#include <fcntl.h>
+#include <mach/mach.h>
+
+#include "os_posix.h"
+
+namespace edge_moe {
+
+File::File(const std::string& path) : path(path) {
+  descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) fail(path);
+  direct = fcntl(descriptor, F_NOCACHE, 1) == 0;
+  bytes = regular_file_bytes(*this);
+}
+
+static task_vm_info_data_t task_memory() {
+  task_vm_info_data_t info{};
+  mach_msg_type_number_t count = TASK_VM_INFO_COUNT;
+  task_info(mach_task_self(), TASK_VM_INFO, reinterpret_cast<task_info_t>(&info), &count);
+  return info;
+}
+
+size_t resident_bytes() { return task_memory().phys_footprint; }
+size_t peak_bytes() { return task_memory().ledger_phys_footprint_peak; }
+
+size_t free_bytes() {
+  vm_statistics64_data_t info{};
+  mach_msg_type_number_t count = HOST_VM_INFO64_COUNT;
+  host_statistics64(mach_host_self(), HOST_VM_INFO64, reinterpret_cast<host_info64_t>(&info), &count);
+  return (size_t(info.free_count) + info.inactive_count + info.purgeable_count) * vm_kernel_page_size;
+}
+
+}  // namespace edge_moe

@@ -1,0 +1,49 @@
+// A fork-join pool: run(count, task) calls task(i, thread) for every i, the caller working too.
+//
+// Work is claimed one index at a time from a single 64-bit ticket (epoch, count, next index), so a slow thread
+// takes less of it, and a thread that has not woken yet is not waited for: the caller returns when every index is
+// done, not when every thread has reported. Idle threads spin for some microseconds (the next run of a token comes
+// sooner than a futex wakes) and then sleep, so nothing burns between tokens.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace edge_moe {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+
+  int threads() const { return int(workers_.size()) + 1; }
+
+  // task(index, thread) for index in [0, count); returns when all are done. Tasks must not throw.
+  template <typename Task>
+  void run(int count, Task&& task) {
+    if (count == 1 || workers_.empty()) {
+      for (int i = 0; i < count; ++i) task(i, 0);
+      return;
+    }
+    start(count, [](void* t, int i, int thread) { (*static_cast<std::remove_reference_t<Task>*>(t))(i, thread); }, &task);
+  }
+
+ private:
+  using Call = void (*)(void*, int, int);
+  void start(int count, Call call, void* task);
+  bool claim_and_run(int thread);
+  void work(int thread);
+
+  std::vector<std::thread> workers_;
+  std::atomic<uint64_t> ticket_{0};  // epoch << 40 | count << 20 | next
+  std::atomic<int> done_{0};
+  std::atomic<uint32_t> signal_{0};  // changes with every run; sleepers wait on it
+  std::atomic<bool> stop_{false};
+  Call call_ = nullptr;
+  void* task_ = nullptr;
+};
+
+}  // namespace edge_moe

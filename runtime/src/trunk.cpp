@@ -1,0 +1,60 @@
+// The trunk in memory; see trunk.h.
+#include "trunk.h"
+
+#include <stdexcept>
+
+#include "../../devices/checksum.h"
+
+namespace edge_moe {
+
+Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors)
+    : path_(path) {
+  const File file(path);
+  if (file.bytes != bytes)
+    throw std::runtime_error(path + ": has " + std::to_string(file.bytes) + " bytes, expected " +
+                             std::to_string(bytes) + "; copy the bundle again");
+  // A direct read wants whole blocks; only what the file has arrives, and the rest of the arena stays zero.
+  arena_ = Arena(align_up(bytes, kSmallAlignment) + kSmallAlignment);
+  const uint64_t whole = bytes / kSmallAlignment * kSmallAlignment;
+  constexpr uint64_t kStep = 8 << 20;
+  for (uint64_t at = 0; at < whole; at += kStep)
+    read_exactly(file, at, arena_.data() + at, std::min(kStep, whole - at));
+  read_tail(file, whole, arena_.data() + whole, bytes - whole);
+  if (crc32c(arena_.data(), bytes) != checksum)
+    throw std::runtime_error(path + ": does not match its checksum; copy the bundle again");
+  for (const TrunkTensor& t : tensors) {
+    Matrix m;
+    m.codes = arena_.data() + t.codes;
+    m.scales = reinterpret_cast<const uint16_t*>(arena_.data() + t.scales);
+    m.biases = reinterpret_cast<const uint16_t*>(arena_.data() + t.biases);
+    m.rows = t.rows, m.cols = t.cols, m.width = t.width, m.group = t.group;
+    tensors_[t.name] = m;
+  }
+}
+
+Matrix Trunk::matrix_if_any(const std::string& name) const {
+  auto found = tensors_.find(name);
+  return found == tensors_.end() ? Matrix{} : found->second;
+}
+
+Matrix Trunk::matrix(const std::string& name) const {
+  Matrix m = matrix_if_any(name);
+  if (!m) throw std::runtime_error(path_ + ": tensor " + name + " is missing; compress the model again");
+  return m;
+}
+
+const float* Trunk::vector_if_any(const std::string& name, int length) const {
+  Matrix m = matrix_if_any(name);
+  if (!m) return nullptr;
+  if (m.width != 32 || m.rows * m.cols != length)
+    throw std::runtime_error(path_ + ": tensor " + name + " is not " + std::to_string(length) +
+                             " float32 values; compress the model again");
+  return reinterpret_cast<const float*>(m.codes);
+}
+
+const float* Trunk::vector(const std::string& name, int length) const {
+  matrix(name);
+  return vector_if_any(name, length);
+}
+
+}  // namespace edge_moe

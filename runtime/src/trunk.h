@@ -1,0 +1,37 @@
+// The trunk in memory: trunk.safetensors read whole into one arena at load, and its tensors by name.
+#pragma once
+
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "../../devices/kernels.h"
+#include "os.h"
+
+namespace edge_moe {
+
+// One trunk tensor in the file. Vectors have one row. Offsets are in bytes from the start of the file; scales and
+// biases only below width 16.
+struct TrunkTensor {
+  std::string name;
+  int rows = 0, cols = 0, width = 0, group = 0;
+  uint64_t codes = 0, scales = 0, biases = 0;
+};
+
+class Trunk {
+ public:
+  // Throws std::runtime_error when the file is not `bytes` long or does not match `checksum`.
+  Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors);
+
+  Matrix matrix(const std::string& name) const;         // throws std::runtime_error when it is missing
+  Matrix matrix_if_any(const std::string& name) const;  // empty when it is missing
+  const float* vector(const std::string& name, int length) const;         // float32 values, checked length
+  const float* vector_if_any(const std::string& name, int length) const;  // null when it is missing
+
+ private:
+  std::string path_;
+  Arena arena_;
+  std::unordered_map<std::string, Matrix> tensors_;
+};
+
+}  // namespace edge_moe

@@ -1,0 +1,229 @@
+"""ModelConfig from config.json: both spellings, every architecture, every refusal."""
+
+import json
+
+import pytest
+from edge_moe.runtime.config import ModelConfig, RouterConfig, load_config, parse_config
+
+SHAPES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+    "num_experts_per_tok": 2,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "eos_token_id": 7,
+}
+KINDS = {
+    "mixtral": {"num_local_experts": 8, "intermediate_size": 96, "rms_norm_eps": 1e-5, "sliding_window": 16},
+    "olmoe": {"num_experts": 8, "intermediate_size": 96, "rms_norm_eps": 1e-5, "clip_qkv": 1.5},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 160,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 96,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+    },
+}
+
+
+def hub(kind: str, **changes) -> dict:
+    """config.json as the hub has it."""
+    raw = {"model_type": kind, **SHAPES, **KINDS[kind], "rope_theta": 5000.0, "torch_dtype": "bfloat16"}
+    return {**raw, **changes}
+
+
+def transformers_5(kind: str) -> dict:
+    """The same model as transformers 5 writes it: nulls spelled out, rope in one object."""
+    raw = {**hub(kind), "dtype": "bfloat16", "transformers_version": "5.0.0", "use_sliding_window": False}
+    del raw["rope_theta"], raw["torch_dtype"]
+    raw["rope_parameters"] = {"rope_theta": 5000.0, "rope_type": "default"}
+    if kind == "qwen3_moe":
+        raw["num_local_experts"] = raw.pop("num_experts")
+    if kind in ("mixtral", "olmoe"):
+        raw["head_dim"] = None
+    if kind == "qwen2_moe":
+        raw |= {"sliding_window": 0, "layer_types": ["full_attention"] * 3, "qkv_bias": True}
+    return raw
+
+
+COMMON = {
+    "layers": 3,
+    "dim": 64,
+    "vocab": 128,
+    "heads": 4,
+    "kv_heads": 2,
+    "context": 256,
+    "experts": 8,
+    "top_k": 2,
+    "expert_hidden": 96,
+    "rope_theta": 5000.0,
+    "eos_tokens": (7,),
+}
+EXPECTED = {
+    "mixtral": ModelConfig(
+        architecture="mixtral",
+        head_dim=16,
+        router=RouterConfig(renormalise=True),
+        norm_eps=1e-5,
+        sliding_window=16,
+        **COMMON,
+    ),
+    "olmoe": ModelConfig(
+        architecture="olmoe",
+        head_dim=16,
+        router=RouterConfig(renormalise=False),
+        norm_eps=1e-5,
+        qk_norm="full",
+        qkv_clip=1.5,
+        **COMMON,
+    ),
+    "qwen2_moe": ModelConfig(
+        architecture="qwen2_moe",
+        head_dim=16,
+        router=RouterConfig(renormalise=False),
+        qkv_bias=True,
+        shared_hidden=160,
+        dense_hidden=192,
+        dense_layers=(1,),
+        **COMMON,
+    ),
+    "qwen3_moe": ModelConfig(
+        architecture="qwen3_moe",
+        head_dim=32,
+        router=RouterConfig(renormalise=True),
+        qk_norm="head",
+        **COMMON,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_hub_spelling_and_the_transformers_5_spelling_give_the_same_model(kind):
+    assert parse_config(hub(kind)) == EXPECTED[kind]
+    assert parse_config(transformers_5(kind)) == EXPECTED[kind]
+
+
+@pytest.mark.parametrize("kind, theta", [("mixtral", 1e6), ("olmoe", 1e4), ("qwen2_moe", 1e4)])
+def test_a_rope_theta_left_out_is_the_architectures_own(kind, theta):
+    assert parse_config(hub(kind, rope_theta=None)).rope_theta == theta
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 2}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}},
+    ],
+)
+def test_linear_rope_scaling_is_read_in_each_spelling(rope):
+    config = parse_config(hub("qwen3_moe", **rope))
+    assert (config.rope_theta, config.rope_factor) == (5000.0, 2.0)
+
+
+def test_a_sparse_step_makes_the_layers_in_between_dense():
+    config = parse_config(hub("qwen3_moe", decoder_sparse_step=2))
+    assert (config.dense_layers, config.moe_layers, config.dense_hidden) == ((0, 2), (1,), 192)
+
+
+def test_mixtral_has_no_attention_bias_whatever_its_config_says():
+    assert parse_config(hub("mixtral", attention_bias=True)).qkv_bias is False
+
+
+def test_an_expert_has_three_matrices():
+    assert EXPECTED["olmoe"].expert_weights == 3 * 64 * 96
+
+
+def test_generation_config_knows_the_end_tokens_better(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hub("olmoe")))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    assert load_config(tmp_path).eos_tokens == (3, 5)
+
+
+SUPPORTED = "supported are mixtral, olmoe, qwen2_moe, qwen3_moe"
+REFUSED = [
+    ("olmoe", {"model_type": "llama"}, f"architecture 'llama' is not supported; {SUPPORTED}"),
+    ("olmoe", {"model_type": None}, f"architecture None is not supported; {SUPPORTED}"),
+    ("olmoe", {"num_experts": None}, "key 'num_experts' or 'num_local_experts' is missing"),
+    ("olmoe", {"hidden_size": None}, "key 'hidden_size' is missing"),
+    ("olmoe", {"hidden_size": 0}, "hidden_size is 0, expected a whole number from 1 to 2,147,483,647"),
+    ("olmoe", {"hidden_size": True}, "hidden_size is True, expected a whole number from 1 to 2,147,483,647"),
+    ("olmoe", {"hidden_size": "64"}, "hidden_size is '64', expected a whole number from 1 to 2,147,483,647"),
+    ("olmoe", {"num_experts": 10**9}, "num_experts is 1000000000, expected a whole number from 1 to 4,096"),
+    (
+        "qwen3_moe",
+        {"num_hidden_layers": 10**9},
+        "num_hidden_layers is 1000000000, expected a whole number from 1 to 1,024",
+    ),
+    ("olmoe", {"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, expected a number from 0 to 1e+30"),
+    ("olmoe", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from 0 to 1e+30"),
+    ("olmoe", {"rms_norm_eps": 10**40}, f"rms_norm_eps is {10**40}, expected a number from 0 to 1e+30"),
+    ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1, expected true or false"),
+    ("olmoe", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported; supported are "
+     "silu, swish, gelu_pytorch_tanh, gelu_new"),
+    ("olmoe", {"hidden_act": ["silu"]}, "hidden_act ['silu'] is not supported; supported are "
+     "silu, swish, gelu_pytorch_tanh, gelu_new"),
+    ("olmoe", {"rope_scaling": 4}, "rope_parameters is 4, expected an object"),
+    ("olmoe", {"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported; "
+     "supported are default, linear"),
+    ("olmoe", {"rope_scaling": {"type": "linear"}}, "key 'factor' is missing"),
+    ("olmoe", {"rope_parameters": {"partial_rotary_factor": 0.5}},
+     "partial_rotary_factor other than 1 is not supported"),
+    ("olmoe", {"rope_theta": 0}, "rope_theta and factor must be above 0, found 0.0 and 1.0"),
+    ("qwen2_moe", {"mlp_only_layers": "1"}, "mlp_only_layers is '1', expected a list of layer numbers"),
+    ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "no layer has experts"),
+    ("qwen3_moe", {"use_sliding_window": True},
+     "use_sliding_window is not supported for qwen3_moe; set it to false"),
+    ("qwen3_moe", {"attention_bias": True},
+     "attention_bias true is not supported for qwen3_moe (it biases the output projection too)"),
+    ("olmoe", {"attention_bias": True},
+     "attention_bias true is not supported for olmoe (it biases the output projection too)"),
+    ("olmoe", {"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads"),
+    ("qwen3_moe", {"head_dim": 15}, "head_dim must be even"),
+    ("olmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok is larger than the number of experts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, changes, message", REFUSED)
+def test_a_config_that_is_not_supported_is_refused_by_key(kind, changes, message):
+    with pytest.raises(ValueError) as error:
+        parse_config(hub(kind, **changes), where="models/x/config.json")
+    assert str(error.value) == f"models/x/config.json: {message}"
+
+
+def test_a_directory_without_config_json_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load_config(tmp_path)
+    assert str(error.value) == f"{tmp_path}/config.json: no such file; a model directory has a config.json"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"x", "not valid JSON (Expecting value: line 1 column 1 (char 0)); copy the file again"),
+        (b"[1]", "expected a JSON object, found list"),
+    ],
+)
+def test_a_config_that_is_not_a_json_object_is_refused(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_config(tmp_path)
+    assert str(error.value) == f"{tmp_path}/config.json: {message}"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"])
+def test_hostile_json_is_refused_with_the_name_of_the_file(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: (not valid JSON|architecture|expected)"):
+        load_config(tmp_path)

@@ -1,0 +1,139 @@
+"""The reference forward pass against transformers: golden logits, and live where torch is installed.
+
+Tolerance: two float32 evaluations of these models differ by 1e-5 to 2e-5 in logits of up to 10.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import edge_moe.bench
+import numpy as np
+import pytest
+from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import RouterConfig
+from golden_checkpoints import ARCHITECTURES, write_checkpoint
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def golden(request, tmp_path):
+    directory, token_ids, logits = write_checkpoint(request.param, tmp_path / request.param)
+    return Checkpoint(directory), token_ids, logits
+
+
+def assert_agree(logits, wanted) -> None:
+    logits = np.asarray(logits)
+    assert logits.dtype == np.float32 and logits.shape == wanted.shape
+    assert np.abs(logits - wanted).max() <= TOLERANCE
+    np.testing.assert_array_equal(logits.argmax(-1), wanted.argmax(-1))
+
+
+def test_numpy_gives_the_logits_of_transformers(golden):
+    checkpoint, token_ids, logits = golden
+    assert_agree(reference.forward(checkpoint.config, checkpoint, token_ids), logits)
+
+
+def test_mlx_gives_the_logits_of_transformers(golden):
+    mx = pytest.importorskip("mlx.core")
+    checkpoint, token_ids, logits = golden
+    assert_agree(reference.forward(checkpoint.config, checkpoint, token_ids, mx), logits)
+
+
+def test_a_batch_gives_each_sequence_its_own_logits(golden):
+    checkpoint, token_ids, logits = golden
+    other = token_ids[::-1].copy()
+    batch = reference.forward(checkpoint.config, checkpoint, np.stack([other, token_ids]))
+    assert_agree(batch[1], logits)
+    assert_agree(batch[0], reference.forward(checkpoint.config, checkpoint, other))
+
+
+RULES = [
+    ("mixtral", {"sliding_window": 0}),
+    ("mixtral", {"sliding_window": 10}),
+    ("mixtral", {"router": RouterConfig(renormalise=False)}),
+    ("mixtral", {"rope_theta": 1e4}),
+    ("mixtral", {"top_k": 1}),
+    ("olmoe", {"qkv_clip": 0.0}),
+    ("olmoe", {"qk_norm": "none"}),
+    ("olmoe", {"router": RouterConfig(renormalise=True)}),
+    ("qwen2_moe", {"qkv_bias": False}),
+    ("qwen2_moe", {"shared_hidden": 0}),
+    ("qwen2_moe", {"activation": "gelu_tanh"}),
+    ("qwen3_moe", {"qk_norm": "none"}),
+    ("qwen3_moe", {"rope_factor": 1.0}),
+    ("qwen3_moe", {"norm_eps": 1e-2}),
+]
+
+
+@pytest.mark.parametrize("architecture, change", RULES)
+def test_a_rule_left_out_shows_in_the_golden_logits(tmp_path, architecture, change):
+    directory, token_ids, logits = write_checkpoint(architecture, tmp_path)
+    checkpoint = Checkpoint(directory)
+    wrong = reference.forward(replace(checkpoint.config, **change), checkpoint, token_ids)
+    assert np.abs(wrong - logits).max() > 100 * TOLERANCE
+
+
+def test_a_later_token_never_changes_an_earlier_ones_logits(golden):
+    checkpoint, token_ids, logits = golden
+    assert_agree(reference.forward(checkpoint.config, checkpoint, token_ids[:9]), logits[:9])
+
+
+def test_a_pruned_expert_adds_nothing(golden):
+    checkpoint, _, _ = golden
+    config, layer = checkpoint.config, checkpoint.config.moe_layers[0]
+    h = np.random.default_rng(0).standard_normal((5, config.dim), dtype=np.float32)
+    chosen, routing_weights = reference.route(config, checkpoint, layer, h)
+    pruned = chosen.copy()
+    pruned[:, 0] = -1
+    got = reference.experts(config, checkpoint, layer, h, pruned, routing_weights)
+    wanted = reference.experts(config, checkpoint, layer, h, chosen[:, 1:], routing_weights[:, 1:])
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_of_experts_with_equal_scores_the_lower_number_goes_first(golden):
+    checkpoint, _, _ = golden
+    config = checkpoint.config
+    h = np.zeros((2, config.dim), np.float32)
+    chosen, routing_weights = reference.route(config, checkpoint, config.moe_layers[0], h)
+    assert chosen.tolist() == [list(range(config.top_k))] * 2
+    weight = 1 / config.top_k if config.router.renormalise else 1 / config.experts
+    np.testing.assert_allclose(routing_weights, weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("token", [-1, 128])
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path, token):
+    checkpoint = Checkpoint(write_checkpoint("olmoe", tmp_path)[0])
+    with pytest.raises(ValueError) as error:
+        reference.forward(checkpoint.config, checkpoint, [3, token])
+    assert str(error.value) == f"token id {token} is outside the vocabulary of 128 tokens"
+
+
+def test_the_embedded_model_gives_finite_logits():
+    checkpoint = Checkpoint(Path(edge_moe.bench.__file__).parent / "reference_moe")
+    logits = reference.forward(checkpoint.config, checkpoint, [0, 17, 300, 4095])
+    assert logits.shape == (4, 4096) and np.isfinite(logits).all()
+
+
+LIVE = {
+    "mixtral": {"sliding_window": None, "hidden_act": "gelu_pytorch_tanh"},
+    "olmoe": {"clip_qkv": None, "norm_topk_prob": True, "num_key_value_heads": 4},
+    "qwen2_moe": {"mlp_only_layers": [], "decoder_sparse_step": 2, "norm_topk_prob": True, "qkv_bias": False},
+    "qwen3_moe": {"tie_word_embeddings": True, "norm_topk_prob": False, "num_key_value_heads": 1},
+}
+
+
+@pytest.mark.parametrize("hub_layout", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_fresh_sharded_checkpoint_gives_the_logits_of_transformers(tmp_path, architecture, hub_layout):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from make_golden import logits_of, random_model
+
+    model = random_model(architecture, seed=11, num_hidden_layers=2, **LIVE[architecture])
+    model.save_pretrained(tmp_path, max_shard_size="100KB", save_original_format=hub_layout)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    token_ids = np.random.default_rng(11).integers(0, 128, 24)
+    checkpoint = Checkpoint(tmp_path)
+    assert_agree(reference.forward(checkpoint.config, checkpoint, token_ids), logits_of(tmp_path, token_ids))
