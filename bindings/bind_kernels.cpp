@@ -1,5 +1,7 @@
 // Formats and kernels for Python: constants of format.h, record layouts, and each kernel on NumPy arrays (tests).
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -103,22 +105,33 @@ void bind_kernels(nb::module_& m) {
   m.def(
       "matmul",
       [](const std::string& kernels, ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales,
-         ArrayIn<uint16_t, 2> biases, int width, ArrayIn<float, 2> x) {
+         ArrayIn<uint16_t, 2> biases, int width, ArrayIn<float, 2> x, std::optional<ArrayIn<int32_t, 1>> vectors,
+         int row_begin, std::optional<int> row_end) {
         const Kernels& k = find_kernels(kernels);
-        const int tokens = int(x.shape(0)), cols = int(x.shape(1)), rows = int(codes.shape(0));
+        const int cols = int(x.shape(1)), rows = int(codes.shape(0)), end = row_end.value_or(rows);
+        expect(row_begin >= 0 && row_begin <= end && end <= rows, "rows must be a range of the matrix");
         Matrix matrix = as_matrix(codes, scales, biases, cols, width);
-        Quantised inputs(k, x.data(), tokens, cols);
+        Quantised inputs(k, x.data(), int(x.shape(0)), cols);
+        if (vectors) {
+          inputs.x.rows = vectors->data();
+          inputs.x.count = int(vectors->shape(0));
+          for (size_t t = 0; t < vectors->shape(0); ++t)
+            expect(inputs.x.rows[t] >= 0 && inputs.x.rows[t] < int(x.shape(0)), "vectors must be rows of x");
+        }
+        const int tokens = inputs.x.count;
         std::vector<float> y(size_t(tokens) * rows);
         {
           nb::gil_scoped_release release;
-          k.matmul(matrix, inputs.x, y.data(), rows, 0, rows);
+          k.matmul(matrix, inputs.x, y.data(), rows, row_begin, end);
         }
         return to_numpy(std::move(y), {size_t(tokens), size_t(rows)});
       },
       nb::arg("kernels"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"), nb::arg("x"),
+      nb::arg("vectors") = nb::none(), nb::arg("row_begin") = 0, nb::arg("row_end") = nb::none(),
       "x (tokens, cols) times a packed matrix (rows, cols), by one kernel set: (tokens, rows) float32.\n\n"
       "codes: uint8 (rows, cols*width/8); scales, biases: bfloat16 bits as uint16 (rows, cols/group). Width 32 takes\n"
-      "float32 bytes as codes; at widths 16 and 32 scales and biases are ignored.");
+      "float32 bytes as codes; at widths 16 and 32 scales and biases are ignored. vectors: int32 (tokens,), the row of x\n"
+      "for each token; rows outside of [row_begin, row_end) stay zero.");
 
   m.def(
       "dequantise",

@@ -5,27 +5,16 @@ Reading takes one tensor from disk as float32, so memory is one tensor's. No fil
 checkpoints have more shards than macOS lets a process open. Shapes and rules are in runtime/config.py.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from edge_moe.runtime.config import ModelConfig, load_config, read_json
+from edge_moe.runtime.config import ModelConfig, load_config, read_json, trunk_shapes
+from edge_moe.runtime.tensorfile import NUMPY_DTYPES, Stored, read_header
 
-DTYPES = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}  # as read from disk
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor of a safetensors file."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int  # bytes, from the start of the file
+DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,58 +87,47 @@ def _sources(config: ModelConfig, fused: bool) -> Iterator[Source]:
     so on request: (experts, gate rows then up rows, dim) and (experts, dim, expert_hidden).
     """
     dim, hidden = config.dim, config.expert_hidden
-    q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    norm_rows = {"none": (), "head": (config.head_dim,) * 2, "full": (q_rows, kv_rows)}[config.qk_norm]
+    mixtral = config.architecture == "mixtral" and not fused
+    moe = "block_sparse_moe" if mixtral else "mlp"
+    gate_key, up_key, down_key = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    key_of = {
+        "embedding": "embed_tokens.weight",
+        "output_norm": "norm.weight",
+        "attention_norm": "input_layernorm.weight",
+        "mlp_norm": "post_attention_layernorm.weight",
+        **{part: f"self_attn.{part}_proj.weight" for part in "qkvo"},
+        **{f"{part}_bias": f"self_attn.{part}_proj.bias" for part in "qkv"},
+        **{f"{part}_norm": f"self_attn.{part}_norm.weight" for part in "qk"},
+        **{f"dense.{part}": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
+        "router": f"{moe}.gate.weight",
+        **{f"shared.{part}": f"{moe}.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
+        "shared_router": f"{moe}.shared_expert_gate.weight",
+    }
 
-    def whole(name: str, key: str, *shape: int) -> Source:
+    def whole(name: str, key: str, shape: tuple[int, ...]) -> Source:
         return Source(name, key, shape, shape)
 
-    def mlp(name: str, key: str, inner: int) -> Iterator[Source]:
-        yield whole(f"{name}.gate", f"{key}.gate_proj.weight", inner, dim)
-        yield whole(f"{name}.up", f"{key}.up_proj.weight", inner, dim)
-        yield whole(f"{name}.down", f"{key}.down_proj.weight", dim, inner)
-
-    yield whole("embedding", "model.embed_tokens.weight", config.vocab, dim)
-    yield whole("output_norm", "model.norm.weight", dim)
-    if not config.tied_head:
-        yield whole("head", "lm_head.weight", config.vocab, dim)
-
-    for layer in range(config.layers):
-        name, key = f"layers.{layer}", f"model.layers.{layer}"
-        yield whole(f"{name}.attention_norm", f"{key}.input_layernorm.weight", dim)
-        for part, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
-            yield whole(f"{name}.{part}", f"{key}.self_attn.{part}_proj.weight", rows, dim)
-            if config.qkv_bias:
-                yield whole(f"{name}.{part}_bias", f"{key}.self_attn.{part}_proj.bias", rows)
-        for part, rows in zip("qk", norm_rows, strict=False):
-            yield whole(f"{name}.{part}_norm", f"{key}.self_attn.{part}_norm.weight", rows)
-        yield whole(f"{name}.o", f"{key}.self_attn.o_proj.weight", dim, q_rows)
-        yield whole(f"{name}.mlp_norm", f"{key}.post_attention_layernorm.weight", dim)
-
-        if layer in config.dense_layers:
-            yield from mlp(f"{name}.dense", f"{key}.mlp", config.dense_hidden)
+    for name, shape in trunk_shapes(config).items():
+        if name == "head":
+            yield whole(name, "lm_head.weight", shape)
             continue
-        moe, gate_key, up_key, down_key = f"{key}.mlp", "gate_proj", "up_proj", "down_proj"
-        if config.architecture == "mixtral" and not fused:
-            moe, gate_key, up_key, down_key = f"{key}.block_sparse_moe", "w1", "w3", "w2"
-        yield whole(f"{name}.router", f"{moe}.gate.weight", config.experts, dim)
-        if config.shared_hidden:
-            yield from mlp(f"{name}.shared", f"{moe}.shared_expert", config.shared_hidden)
-            yield whole(f"{name}.shared_router", f"{moe}.shared_expert_gate.weight", 1, dim)
+        layer, part = name.split(".", 2)[1:] if name.startswith("layers.") else ("", name)
+        yield whole(name, f"model.{f'layers.{layer}.' if layer else ''}{key_of[part]}", shape)
 
+    for layer in config.moe_layers:
         for expert in range(config.experts):
-            to, at = f"{name}.experts.{expert}", f"{moe}.experts.{expert}"
+            to, at = f"layers.{layer}.experts.{expert}", f"model.layers.{layer}.{moe}.experts"
             if fused:
-                gate_up, gate_up_shape = f"{moe}.experts.gate_up_proj", (config.experts, 2 * hidden, dim)
-                down, down_shape = f"{moe}.experts.down_proj", (config.experts, dim, hidden)
+                gate_up, gate_up_shape = f"{at}.gate_up_proj", (config.experts, 2 * hidden, dim)
+                down, down_shape = f"{at}.down_proj", (config.experts, dim, hidden)
                 first = expert * hidden * dim
                 yield Source(f"{to}.gate", gate_up, (hidden, dim), gate_up_shape, skip=2 * first)
                 yield Source(f"{to}.up", gate_up, (hidden, dim), gate_up_shape, skip=2 * first + hidden * dim)
                 yield Source(f"{to}.down", down, (dim, hidden), down_shape, skip=first)
             else:
-                yield whole(f"{to}.gate", f"{at}.{gate_key}.weight", hidden, dim)
-                yield whole(f"{to}.up", f"{at}.{up_key}.weight", hidden, dim)
-                yield whole(f"{to}.down", f"{at}.{down_key}.weight", dim, hidden)
+                yield whole(f"{to}.gate", f"{at}.{expert}.{gate_key}.weight", (hidden, dim))
+                yield whole(f"{to}.up", f"{at}.{expert}.{up_key}.weight", (hidden, dim))
+                yield whole(f"{to}.down", f"{at}.{expert}.{down_key}.weight", (dim, hidden))
 
 
 def _check(directory: Path, sources: list[Source], stored: dict[str, Stored]) -> None:
@@ -174,7 +152,7 @@ def _check(directory: Path, sources: list[Source], stored: dict[str, Stored]) ->
 
 
 def _read(source: Source, stored: Stored) -> np.ndarray:
-    dtype, count = DTYPES[stored.dtype], math.prod(source.shape)
+    dtype, count = NUMPY_DTYPES[stored.dtype], math.prod(source.shape)
     values = np.fromfile(stored.path, dtype, count, offset=stored.offset + source.skip * dtype.itemsize)
     if values.size < count:
         raise OSError(
@@ -198,7 +176,7 @@ def _read_headers(directory: Path) -> dict[str, Stored]:
     """Tensors by the checkpoint's names, from model.safetensors or the shards that the index names."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
-        return _read_header(single)
+        return read_header(single)
     if not index.is_file():
         raise FileNotFoundError(
             f"{directory}: neither {single.name} nor {index.name} is there; "
@@ -216,64 +194,9 @@ def _read_headers(directory: Path) -> dict[str, Stored]:
             f"{directory / absent[0]}: no such file, and {len(absent) - 1} more of the {len(shards)} shards "
             f"that {index.name} names are missing; download them"
         )
-    headers = {shard: _read_header(directory / shard) for shard in shards}
+    headers = {shard: read_header(directory / shard) for shard in shards}
     return {key: headers[shard][key] for key, shard in shard_of.items() if key in headers[shard]}
 
 
 def _is_file_name(value) -> bool:
     return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\\0")
-
-
-def _read_header(path: Path) -> dict[str, Stored]:
-    """Read a safetensors header: 8 bytes of length, that much JSON; offsets count from the end of it."""
-    with open(path, "rb") as file:
-        file_bytes = file.seek(0, 2)
-        file.seek(0)
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-            raise ValueError(
-                f"{path}: the header claims {header_bytes:,} bytes, the file has {file_bytes:,}; "
-                "it is cut short or not a safetensors file, download it again"
-            )
-        text = file.read(header_bytes)
-    try:
-        header = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: the header is not valid JSON; download the file again") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: the header is not a JSON object; download the file again")
-    start, data_bytes = 8 + header_bytes, file_bytes - 8 - header_bytes
-    tensors, spans = {}, []
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        dtype, shape, first, last = _parse_entry(path, key, entry)
-        if last > data_bytes:
-            raise ValueError(
-                f"{path}: tensor {key} ends at byte {start + last:,}, the file has {file_bytes:,}; "
-                "it was cut short, download it again"
-            )
-        tensors[key] = Stored(path, dtype, shape, start + first)
-        spans.append((first, last, key))
-    spans.sort()
-    for (_, end, key), (begin, _, after) in zip(spans, spans[1:], strict=False):
-        if begin < end:
-            raise ValueError(f"{path}: tensors {key} and {after} overlap; download the file again")
-    return tensors
-
-
-def _parse_entry(path: Path, key: str, entry) -> tuple[str, tuple[int, ...], int, int]:
-    """One tensor's (dtype, shape, first byte, byte after the last). Raises ValueError if they disagree."""
-    try:
-        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        good = isinstance(dtype, str) and all(type(x) is int and x >= 0 for x in (*shape, first, last))
-        if good and dtype in DTYPES:
-            good = last - first == math.prod(shape) * DTYPES[dtype].itemsize
-        good = good and first <= last
-    except (KeyError, TypeError, ValueError):
-        good = False
-    if not good:
-        raise ValueError(
-            f"{path}: type, shape and offsets of tensor {key} do not agree; download the file again"
-        )
-    return dtype, shape, first, last

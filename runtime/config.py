@@ -150,6 +150,36 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     return config
 
 
+def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that is not a routed expert, by canonical name, in the order it is used."""
+    dim, q_rows, kv_rows = config.dim, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    shapes = {"embedding": (config.vocab, dim)}
+    for layer in range(config.layers):
+        parts = {"attention_norm": (dim,), "q": (q_rows, dim), "k": (kv_rows, dim), "v": (kv_rows, dim)}
+        if config.qkv_bias:
+            parts |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
+        if config.qk_norm != "none":
+            full = config.qk_norm == "full"
+            parts |= {"q_norm": (q_rows if full else config.head_dim,)}
+            parts |= {"k_norm": (kv_rows if full else config.head_dim,)}
+        parts |= {"o": (dim, q_rows), "mlp_norm": (dim,)}
+        if layer in config.dense_layers:
+            parts |= _mlp_shapes("dense", dim, config.dense_hidden)
+        else:
+            parts |= {"router": (config.experts, dim)}
+            if config.shared_hidden:
+                parts |= {"shared_router": (1, dim)} | _mlp_shapes("shared", dim, config.shared_hidden)
+        shapes |= {f"layers.{layer}.{part}": shape for part, shape in parts.items()}
+    shapes["output_norm"] = (dim,)
+    if not config.tied_head:
+        shapes["head"] = (config.vocab, dim)
+    return shapes
+
+
+def _mlp_shapes(prefix: str, dim: int, inner: int) -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}.gate": (inner, dim), f"{prefix}.up": (inner, dim), f"{prefix}.down": (dim, inner)}
+
+
 class _Keys:
     """Typed access to a config's keys; the first spelling that is present counts."""
 

@@ -114,18 +114,18 @@ def test_every_tensor_of_the_file_is_reached_and_is_exact(tmp_path, architecture
 
 def test_names_are_canonical_and_in_a_fixed_order(tmp_path):
     directory, _, _ = write_checkpoint("qwen2_moe", tmp_path)
-    attention = ["attention_norm", "q", "q_bias", "k", "k_bias", "v", "v_bias", "o", "mlp_norm"]
+    attention = ["attention_norm", "q", "k", "v", "q_bias", "k_bias", "v_bias", "o", "mlp_norm"]
     dense = ["dense.gate", "dense.up", "dense.down"]
-    moe = ["router", "shared.gate", "shared.up", "shared.down", "shared_router"]
+    moe = ["router", "shared_router", "shared.gate", "shared.up", "shared.down"]
     layers = [[f"layers.{i}.{name}" for name in attention + rest] for i, rest in enumerate([moe, dense, moe])]
-    assert Checkpoint(directory).trunk_names() == ["embedding", "output_norm", "head", *sum(layers, [])]
+    assert Checkpoint(directory).trunk_names() == ["embedding", *sum(layers, []), "output_norm", "head"]
 
 
 def test_a_tied_head_is_no_tensor_and_norms_follow_the_projections(olmoe):
     names = Checkpoint(olmoe).trunk_names()
     attention = ["attention_norm", "q", "k", "v", "q_norm", "k_norm", "o", "mlp_norm", "router"]
     layers = [f"layers.{i}.{name}" for i in (0, 1) for name in attention]
-    assert names == ["embedding", "output_norm", *layers]
+    assert names == ["embedding", *layers, "output_norm"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -342,7 +342,7 @@ def test_a_header_that_is_not_json_is_refused(olmoe, header):
     path = olmoe / "model.safetensors"
     write_raw(path, header)
     assert refusal(ValueError, lambda: Checkpoint(olmoe)) == (
-        f"{path}: the header is not valid JSON; download the file again"
+        f"{path}: the header is not valid JSON; download it again"
     )
 
 
@@ -350,7 +350,7 @@ def test_a_header_that_is_no_object_is_refused(olmoe):
     path = olmoe / "model.safetensors"
     write_raw(path, b"[1]")
     assert refusal(ValueError, lambda: Checkpoint(olmoe)) == (
-        f"{path}: the header is not a JSON object; download the file again"
+        f"{path}: the header is not a JSON object; download it again"
     )
 
 
@@ -380,7 +380,7 @@ def test_a_tensor_whose_entry_contradicts_itself_is_refused(olmoe, entry):
     path = olmoe / "model.safetensors"
     write_raw(path, json.dumps({"w": entry}).encode(), b"\0" * 8)
     assert refusal(ValueError, lambda: Checkpoint(olmoe)) == (
-        f"{path}: type, shape and offsets of tensor w do not agree; download the file again"
+        f"{path}: type, shape and offsets of tensor w do not agree; download it again"
     )
 
 
@@ -388,5 +388,5 @@ def test_overlapping_tensors_are_refused(olmoe):
     path = olmoe / "model.safetensors"
     write_raw(path, json.dumps({"b": {**GOOD, "data_offsets": [4, 12]}, "a": GOOD}).encode(), b"\0" * 12)
     assert refusal(ValueError, lambda: Checkpoint(olmoe)) == (
-        f"{path}: tensors a and b overlap; download the file again"
+        f"{path}: tensors a and b overlap; download it again"
     )

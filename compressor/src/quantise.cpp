@@ -20,6 +20,7 @@ namespace {
 constexpr int kRangeSteps = 16;    // ranges tried, from the whole one down
 constexpr int kRefinements = 4;    // rounds of least squares after the best of them
 constexpr int kMostGroup = 128;
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to the nearest even number
 
 float from_bfloat16(uint16_t value) {
   uint32_t bits = uint32_t(value) << 16;
@@ -43,8 +44,9 @@ Affine round_group(const float* w, const float* importance, int n, float top_cod
   float lanes[16] = {};
   for (int i = 0; i < n; i += 16)
     for (int j = 0; j < 16; ++j) {
-      float code = std::nearbyint((w[i + j] - a.bias) * inverse);
+      float code = (w[i + j] - a.bias) * inverse;
       code = code < 0.0f ? 0.0f : code > top_code ? top_code : code;
+      code = (code + kRound) - kRound;
       codes[i + j] = code;
       const float miss = w[i + j] - (a.scale * code + a.bias);
       lanes[j] += importance[i + j] * (miss * miss);
@@ -54,7 +56,7 @@ Affine round_group(const float* w, const float* importance, int n, float top_cod
   return a;
 }
 
-Affine search_group(const float* w, const float* importance, int n, int width, float* best_codes) {
+Affine fit_group(const float* w, const float* importance, int n, int width, bool search, float* best_codes) {
   const float top_code = float((1 << width) - 1);
   float low = w[0], high = w[0];
   for (int i = 1; i < n; ++i) low = std::min(low, w[i]), high = std::max(high, w[i]);
@@ -69,11 +71,11 @@ Affine search_group(const float* w, const float* importance, int n, int width, f
   };
   const float narrowest = width == 1 ? 0.2f : width == 2 ? 0.5f : width == 3 ? 0.7f : 0.85f;
   const float middle = 0.5f * (low + high), range = high - low;
-  for (int step = 0; step < kRangeSteps; ++step) {
+  for (int step = 0; step < (search ? kRangeSteps : 1); ++step) {
     const float part = 1.0f - (1.0f - narrowest) * float(step) / float(kRangeSteps - 1);
     consider(part * range / top_code, middle - 0.5f * part * range);
   }
-  for (int round = 0; round < kRefinements; ++round) {
+  for (int round = 0; round < (search ? kRefinements : 0); ++round) {
     double sum = 0, sum_q = 0, sum_w = 0, sum_qq = 0, sum_qw = 0;
     for (int i = 0; i < n; ++i) {
       const double m = importance[i], q = best_codes[i], value = w[i];
@@ -105,7 +107,7 @@ uint16_t to_bfloat16(float value) {
 }
 
 void quantise_matrix(const float* weights, int rows, int cols, int width, int group, const float* importance,
-                     int threads, QuantisedRows out) {
+                     bool search, int threads, QuantisedRows out) {
   const std::vector<float> equal(importance ? 0 : cols, 1.0f);
   const float* weigh = importance ? importance : equal.data();
   const size_t row_bytes = size_t(cols) * width / 8;
@@ -115,7 +117,7 @@ void quantise_matrix(const float* weights, int rows, int cols, int width, int gr
     std::memset(packed, 0, row_bytes);
     float codes[kMostGroup];
     for (int first = 0; first < cols; first += group) {
-      const Affine a = search_group(weights + size_t(row) * cols + first, weigh + first, group, width, codes);
+      const Affine a = fit_group(weights + size_t(row) * cols + first, weigh + first, group, width, search, codes);
       const size_t at = size_t(row) * (cols / group) + first / group;
       out.scales[at] = to_bfloat16(a.scale);
       out.biases[at] = to_bfloat16(a.bias);

@@ -13,9 +13,10 @@ struct QuantisedRows {
 };
 
 // weights: float32 (rows, cols); importance: (cols,) weight of each input's squared error, or null for equal ones.
-// Rows are split over `threads`; the result does not depend on how many.
+// `search` off is plain round to nearest over each group's whole range. Rows are split over `threads`; the result does
+// not depend on how many.
 void quantise_matrix(const float* weights, int rows, int cols, int width, int group, const float* importance,
-                     int threads, QuantisedRows out);
+                     bool search, int threads, QuantisedRows out);
 
 // float32 to bfloat16, round to nearest even.
 uint16_t to_bfloat16(float value);

@@ -1,18 +1,325 @@
-// Kernels of scalar.cpp for Avx2.
+// Kernels of scalar.cpp for AVX2: half a block, 32 codes, is one register of bytes, and two multiply-adds of it give
+// eight lanes of the contract in order.
+#include <immintrin.h>
+
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "../kernels.h"
 
 namespace edge_moe {
 namespace avx2 {
 
+constexpr int kRegister = 8;
+constexpr int kTileTokens = 2;
+
 #include "vector_ops.inl"
+#include "tiles.inl"
+
+constexpr int kHalf = kBlock / 2;
+
+inline __m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline __m128i load_8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+
+// ---- codes -> bytes ----
+
+// Widths 3, 5 and 6: each 128-bit lane takes sixteen codes, eight in each of two registers of 16-bit fields. pshufb
+// brings the one or two bytes of a code to its field, a multiplication moves the code to the field's top and a shift
+// moves it down. The upper lane is loaded so that it ends with the 32 codes; kShift is where its codes begin then.
+template <int Width>
+struct Fields {
+  static constexpr int kShift = Width == 3 ? 2 : Width == 5 ? 6 : 4;
+  alignas(32) std::array<uint8_t, 32> bytes[2];
+  alignas(32) std::array<uint16_t, 16> factors[2];
+};
+
+template <int Width>
+constexpr Fields<Width> fields() {
+  Fields<Width> f{};
+  for (int part = 0; part < 2; ++part)
+    for (int field = 0; field < 16; ++field) {
+      const int bit = (field % 8 + 8 * part) * Width, low = bit % 8;
+      const int byte = bit / 8 + (field < 8 ? 0 : Fields<Width>::kShift);
+      f.bytes[part][2 * field] = uint8_t(byte);
+      f.bytes[part][2 * field + 1] = low + Width > 8 ? uint8_t(byte + 1) : 0x80;
+      f.factors[part][field] = uint16_t(1 << (16 - Width - low));
+    }
+  return f;
+}
+
+template <int Width>
+constexpr Fields<Width> kFields = fields<Width>();
+
+template <int Width>
+inline __m256i unpack_fields(__m256i packed, int part) {
+  const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFields<Width>.bytes[part].data()));
+  const __m256i factors = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFields<Width>.factors[part].data()));
+  return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(packed, bytes), factors), 16 - Width);
+}
+
+// 32 codes from 4*Width bytes; reads no others.
+template <int Width>
+inline __m256i load_half(const uint8_t* p) {
+  if constexpr (Width == 8 || Width == kUnpacked) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  } else if constexpr (Width == 4) {
+    const __m256i v = _mm256_cvtepu8_epi16(load_16(p));
+    return _mm256_and_si256(_mm256_or_si256(v, _mm256_slli_epi16(v, 4)), _mm256_set1_epi8(15));
+  } else if constexpr (Width == 2) {
+    const __m256i v = _mm256_cvtepu8_epi32(load_8(p));
+    const __m256i pairs = _mm256_or_si256(v, _mm256_slli_epi32(v, 12));
+    return _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi32(pairs, 6)), _mm256_set1_epi8(3));
+  } else if constexpr (Width == 1) {
+    int bits;
+    std::memcpy(&bits, p, 4);
+    const __m256i spread = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    const __m256i v = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), spread);
+    const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+    return _mm256_min_epu8(_mm256_and_si256(v, bit), _mm256_set1_epi8(1));
+  } else {
+    const __m256i packed =
+        Width == 3 ? _mm256_set_m128i(load_8(p + 4), load_8(p)) : _mm256_set_m128i(load_16(p + 4 * Width - 16), load_16(p));
+    return _mm256_packus_epi16(unpack_fields<Width>(packed, 0), unpack_fields<Width>(packed, 1));
+  }
+}
+
+template <int Width>
+constexpr int kHalfBytes = Width == kUnpacked ? kHalf : kHalf / 8 * Width;
+
+template <int Width>
+void unpack_row(const uint8_t* codes, int cols, uint8_t* out) {
+  for (int first = 0; first < cols; first += kHalf, codes += kHalfBytes<Width>)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + first), load_half<Width>(codes));
+}
+
+// ---- products ----
+
+inline __m256 load_bfloat16(const void* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
+}
+
+// Eight dot products of four neighbours. Pairs are summed in 16 bits: codes below 128 fit, width 8 is split in two.
+template <int Width>
+inline __m256i dot_four(__m256i codes, __m256i x) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if constexpr (Width == 8) {
+    const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi8(127)), high = _mm256_xor_si256(codes, low);
+    return _mm256_add_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones),
+                            _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones));
+  }
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones);
+}
+
+// Weight scale times activation scale for the two halves of each block from `chunk` to `end`.
+template <int Group>
+inline void multiply_scales(const uint16_t* scales, const float* x, int chunk, int end, int groups, float* even,
+                            float* odd) {
+  for (int block = chunk; block < end; ++block) {
+    even[block - chunk] = from_bfloat16(scales[block * kBlock / Group]) * x[block];
+    if (Group == 32 && 2 * block + 1 < groups)
+      odd[block - chunk] = from_bfloat16(scales[2 * block + 1]) * x[block];
+  }
+}
+
+// The bias lanes of one row and token, added to its two registers of sums and these to each other.
+inline __m256 add_biases(const uint16_t* biases, const float* x_sums, int groups, __m256 low, __m256 high) {
+  __m256 bias_low = _mm256_setzero_ps(), bias_high = _mm256_setzero_ps();
+  int group = 0;
+  for (; group + kLanes <= groups; group += kLanes) {
+    bias_low = _mm256_fmadd_ps(load_bfloat16(biases + group), _mm256_loadu_ps(x_sums + group), bias_low);
+    bias_high = _mm256_fmadd_ps(load_bfloat16(biases + group + 8), _mm256_loadu_ps(x_sums + group + 8), bias_high);
+  }
+  if (group < groups) {
+    alignas(32) float lanes[kLanes];
+    _mm256_store_ps(lanes, bias_low);
+    _mm256_store_ps(lanes + 8, bias_high);
+    for (int j = 0; group + j < groups; ++j)
+      lanes[j] = std::fma(from_bfloat16(biases[group + j]), x_sums[group + j], lanes[j]);
+    bias_low = _mm256_load_ps(lanes);
+    bias_high = _mm256_load_ps(lanes + 8);
+  }
+  return _mm256_add_ps(_mm256_add_ps(low, bias_low), _mm256_add_ps(high, bias_high));
+}
+
+template <int Width, int Group, int Tokens>
+[[gnu::flatten]] void tile(const TileRows& rows, const TileTokens& tokens, float* y) {
+  constexpr int kSums = kTileRows * Tokens;
+  const int blocks = (rows.cols + kBlock - 1) / kBlock, groups = rows.cols / Group;
+  float scales[2][kTileRows][Tokens][kChunk];  // of the first and of the second half of each block
+  __m256 sums[2][kSums];
+  for (auto& half : sums)
+    for (__m256& sum : half) sum = _mm256_setzero_ps();
+
+  for (int chunk = 0; chunk < blocks; chunk += kChunk) {
+    const int end = chunk + kChunk < blocks ? chunk + kChunk : blocks;
+    for (int r = 0; r < kTileRows; ++r)
+      for (int t = 0; t < Tokens; ++t)
+        multiply_scales<Group>(rows.scales[r], tokens.scales[t], chunk, end, groups, scales[0][r][t], scales[1][r][t]);
+    // One half of the blocks and then the other: sixteen registers hold the sums of one.
+    for (int half = 0; half < 2; ++half) {
+      const auto& half_scales = scales[Group == 32 ? half : 0];
+      __m256 lanes[kSums];
+      unrolled<kSums>([&](auto i) { lanes[i] = sums[half][i]; });
+      for (int block = chunk; block < end && block * kBlock + half * kHalf < rows.cols; ++block) {
+        const int at = 2 * block + half;
+        __m256i x[Tokens];
+        unrolled<Tokens>([&](auto t) {
+          x[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tokens.codes[t] + at * kHalf));
+        });
+        unrolled<kTileRows>([&](auto r) {
+          const uint8_t* p = rows.codes[r] + at * kHalfBytes<Width>;
+          if constexpr (Tokens == 1) _mm_prefetch(reinterpret_cast<const char*>(p + rows.ahead), _MM_HINT_T0);
+          const __m256i codes = load_half<Width>(p);
+          unrolled<Tokens>([&](auto t) {
+            const __m256 dots = _mm256_cvtepi32_ps(dot_four<Width>(codes, x[t]));
+            lanes[r * Tokens + t] =
+                _mm256_fmadd_ps(dots, _mm256_broadcast_ss(&half_scales[r][t][block - chunk]), lanes[r * Tokens + t]);
+          });
+        });
+      }
+      unrolled<kSums>([&](auto i) { sums[half][i] = lanes[i]; });
+    }
+  }
+
+  for (int t = 0; t < Tokens; ++t) {
+    __m256 row[kTileRows];
+    for (int r = 0; r < kTileRows; ++r)
+      row[r] = add_biases(rows.biases[r], tokens.sums[t], groups, sums[0][r * Tokens + t], sums[1][r * Tokens + t]);
+    _mm_storeu_ps(y + t * kTileRows, fold_rows(row[0], row[1], row[2], row[3]));
+  }
+}
+
+template <int Width>
+inline float float_at(const uint8_t* row, int i) {
+  if constexpr (Width == 16) return from_bfloat16(reinterpret_cast<const uint16_t*>(row)[i]);
+  return reinterpret_cast<const float*>(row)[i];
+}
+
+template <int Width>
+inline __m256 load_floats(const uint8_t* row, int i) {
+  if constexpr (Width == 16) return load_bfloat16(row + 2 * size_t(i));
+  return _mm256_loadu_ps(reinterpret_cast<const float*>(row) + i);
+}
+
+template <int Width, int Tokens>
+[[gnu::flatten]] void tile_float(const TileRows& rows, const TileTokens& tokens, float* y) {
+  constexpr int kPair = 2 * Tokens;  // two rows at a time, for the number of registers
+  const int whole = rows.cols / kLanes * kLanes;
+  __m256 halves[kTileRows][Tokens];
+  for (int first = 0; first < kTileRows; first += 2) {
+    __m256 low[kPair], high[kPair];
+    unrolled<kPair>([&](auto i) { low[i] = high[i] = _mm256_setzero_ps(); });
+    for (int i = 0; i < whole; i += kLanes)
+      unrolled<2>([&](auto r) {
+        const uint8_t* row = rows.codes[first + r];
+        if constexpr (Tokens == 1)
+          _mm_prefetch(reinterpret_cast<const char*>(row + size_t(i) * (Width / 8) + rows.ahead), _MM_HINT_T0);
+        const __m256 w_low = load_floats<Width>(row, i), w_high = load_floats<Width>(row, i + 8);
+        unrolled<Tokens>([&](auto t) {
+          const float* x = tokens.values[t] + i;
+          low[r * Tokens + t] = _mm256_fmadd_ps(w_low, _mm256_loadu_ps(x), low[r * Tokens + t]);
+          high[r * Tokens + t] = _mm256_fmadd_ps(w_high, _mm256_loadu_ps(x + 8), high[r * Tokens + t]);
+        });
+      });
+    unrolled<kPair>([&](auto i) {
+      const int r = first + i / Tokens, t = i % Tokens;
+      alignas(32) float lanes[kLanes];
+      _mm256_store_ps(lanes, low[i]);
+      _mm256_store_ps(lanes + 8, high[i]);
+      for (int k = whole; k < rows.cols; ++k)
+        lanes[k - whole] = std::fma(float_at<Width>(rows.codes[r], k), tokens.values[t][k], lanes[k - whole]);
+      halves[r][t] = _mm256_add_ps(_mm256_load_ps(lanes), _mm256_load_ps(lanes + 8));
+    });
+  }
+  for (int t = 0; t < Tokens; ++t)
+    _mm_storeu_ps(y + t * kTileRows, fold_rows(halves[0][t], halves[1][t], halves[2][t], halves[3][t]));
+}
+
+// ---- activations to int8, and rows to floats ----
+
+inline __m256 absolute(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+
+void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64,
+              float* sums128) {
+  const int blocks = (cols + kBlock - 1) / kBlock;
+  for (int block = 0; block < blocks; ++block) {
+    const int count = cols - block * kBlock;
+    const float* in = x + block * kBlock;
+    float padded[kBlock] = {};
+    if (count < kBlock) {
+      std::memcpy(padded, in, size_t(count) * 4);
+      in = padded;
+    }
+    alignas(32) float tops[8];
+    __m256 top_lanes = _mm256_setzero_ps();
+    for (int i = 0; i < kBlock; i += 8)  // max keeps the second operand when the first is not a number
+      top_lanes = _mm256_max_ps(absolute(_mm256_loadu_ps(in + i)), top_lanes);
+    _mm256_store_ps(tops, top_lanes);
+    float top = 0.0f;
+    for (float lane : tops) top = lane > top ? lane : top;
+    const __m256 inverse = _mm256_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
+    int sums[2];
+    for (int half = 0; half < 2; ++half) {
+      __m256i rounded[4];
+      for (int i = 0; i < 4; ++i) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(in + half * kHalf + i * 8), inverse);
+        const __m256 finite = _mm256_cmp_ps(absolute(scaled), _mm256_set1_ps(127.5f), _CMP_LE_OQ);
+        rounded[i] = _mm256_cvtps_epi32(_mm256_and_ps(scaled, finite));
+      }
+      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(rounded[0], rounded[1]),
+                                               _mm256_packs_epi32(rounded[2], rounded[3]));
+      const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + block * kBlock + half * kHalf), in_order);
+      alignas(32) int lanes[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), dot_four<kUnpacked>(_mm256_set1_epi8(1), in_order));
+      sums[half] = lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
+    }
+    const float scale = top / 127.0f;
+    scales[block] = scale;
+    sums32[2 * block] = scale * float(sums[0]);
+    sums32[2 * block + 1] = scale * float(sums[1]);
+    sums64[block] = scale * float(sums[0] + sums[1]);
+  }
+  for (int pair = 0; pair < (blocks + 1) / 2; ++pair)
+    sums128[pair] = 2 * pair + 1 < blocks ? sums64[2 * pair] + sums64[2 * pair + 1] : sums64[2 * pair];
+}
+
+template <int Width>
+void dequantise_codes(const Matrix& m, int row, float* y) {
+  const uint8_t* codes = m.codes + codes_bytes(row, m.cols, Width);
+  const size_t groups = m.cols / m.group;
+  for (int first = 0; first < m.cols; first += kHalf, codes += kHalfBytes<Width>) {
+    const size_t group = row * groups + first / m.group;
+    const __m256 scale = _mm256_set1_ps(from_bfloat16(m.scales[group]));
+    const __m256 bias = _mm256_set1_ps(from_bfloat16(m.biases[group]));
+    alignas(32) uint8_t bytes[kHalf];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), load_half<Width>(codes));
+    for (int i = 0; i < kHalf; i += 8) {
+      const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_8(bytes + i)));
+      _mm256_storeu_ps(y + first + i, _mm256_add_ps(_mm256_mul_ps(scale, code), bias));
+    }
+  }
+}
+
+void dequantise_row(const Matrix& m, int row, float* y) {
+  switch (m.width) {
+    case 1: return dequantise_codes<1>(m, row, y);
+    case 2: return dequantise_codes<2>(m, row, y);
+    case 3: return dequantise_codes<3>(m, row, y);
+    case 4: return dequantise_codes<4>(m, row, y);
+    case 5: return dequantise_codes<5>(m, row, y);
+    case 6: return dequantise_codes<6>(m, row, y);
+    case 8: return dequantise_codes<8>(m, row, y);
+    default: return kScalarKernels.dequantise_row(m, row, y);
+  }
+}
 
 }  // namespace avx2
 
-const Kernels kAvx2Kernels = {"avx2",        kScalarKernels.matmul, kScalarKernels.quantise, avx2::rms_norm,
-                              avx2::gate_up, avx2::attend,            avx2::add_scaled,          avx2::softmax,
-                              kScalarKernels.dequantise_row};
+const Kernels kAvx2Kernels = {"avx2",         avx2::matmul, avx2::quantise,   avx2::rms_norm,
+                              avx2::gate_up,  avx2::attend, avx2::add_scaled, avx2::softmax,
+                              avx2::dequantise_row};
 
 }  // namespace edge_moe

@@ -17,8 +17,11 @@
 namespace edge_moe {
 namespace avx512 {
 
-#include "tiles.inl"
+constexpr int kRegister = 16;
+constexpr int kTileTokens = 4;
+
 #include "vector_ops.inl"
+#include "tiles.inl"
 
 // ---- codes -> bytes ----
 
@@ -120,23 +123,16 @@ inline __m512 load_bfloat16(const void* p, int count) {
   return from_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(count), p));
 }
 
-// fold() of four vectors at once.
-inline __m128 fold_rows(__m512 a, __m512 b, __m512 c, __m512 d) {
-  auto halves = [](__m512 x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
-  const __m256 a8 = halves(a), b8 = halves(b), c8 = halves(c), d8 = halves(d);
-  const __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a8, b8, 0x20), _mm256_permute2f128_ps(a8, b8, 0x31));
-  const __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(c8, d8, 0x20), _mm256_permute2f128_ps(c8, d8, 0x31));
-  const __m256 pairs = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
-  const __m128 ac = _mm256_castps256_ps128(pairs), bd = _mm256_extractf128_ps(pairs, 1);
-  const __m128 acbd = _mm_add_ps(_mm_shuffle_ps(ac, bd, 0x88), _mm_shuffle_ps(ac, bd, 0xdd));
-  return _mm_shuffle_ps(acbd, acbd, 0xd8);
+inline __m256 halves(__m512 lanes) {
+  return _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
 }
 
 template <int Tokens>
 inline void store_tile(const __m512* sums, float* y) {
-  for (int t = 0; t < Tokens; ++t)
-    _mm_storeu_ps(y + t * kTileRows,
-                  fold_rows(sums[t], sums[Tokens + t], sums[2 * Tokens + t], sums[3 * Tokens + t]));
+  unrolled<Tokens>([&](auto t) {
+    _mm_storeu_ps(y + t * kTileRows, fold_rows(halves(sums[t]), halves(sums[Tokens + t]),
+                                               halves(sums[2 * Tokens + t]), halves(sums[3 * Tokens + t])));
+  });
 }
 
 // Weight scales of sixteen blocks; `odd` is the second group of a block, at group 32 only.
@@ -158,7 +154,7 @@ inline void block_scales(const uint16_t* scales, int block, int blocks, int grou
 }
 
 template <int Width, int Group, int Tokens>
-void tile(const TileRows& rows, const TileTokens& tokens, float* y) {
+[[gnu::flatten]] void tile(const TileRows& rows, const TileTokens& tokens, float* y) {
   const int blocks = (rows.cols + kBlock - 1) / kBlock, groups = rows.cols / Group;
   const int safe = safe_blocks<Width>(rows.cols);
   alignas(64) float even[kTileRows][Tokens][kChunk], odd[Group == 32 ? kTileRows : 1][Tokens][kChunk];
@@ -180,7 +176,9 @@ void tile(const TileRows& rows, const TileTokens& tokens, float* y) {
       __m512i x[Tokens];
       unrolled<Tokens>([&](auto t) { x[t] = _mm512_loadu_si512(tokens.codes[t] + block * kBlock); });
       unrolled<kTileRows>([&](auto r) {
-        const __m512i codes = load(rows.codes[r] + block * kBlockBytes<Width>);
+        const uint8_t* p = rows.codes[r] + block * kBlockBytes<Width>;
+        if constexpr (Tokens == 1) _mm_prefetch(reinterpret_cast<const char*>(p + rows.ahead), _MM_HINT_T0);
+        const __m512i codes = load(p);
         unrolled<Tokens>([&](auto t) {
           const __m512 dots = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x[t]));
           __m512 scale = _mm512_set1_ps(even[r][t][block - chunk]);
@@ -214,7 +212,7 @@ void tile(const TileRows& rows, const TileTokens& tokens, float* y) {
 }
 
 template <int Width, int Tokens>
-void tile_float(const TileRows& rows, const TileTokens& tokens, float* y) {
+[[gnu::flatten]] void tile_float(const TileRows& rows, const TileTokens& tokens, float* y) {
   const int whole = rows.cols / kLanes * kLanes;
   const __mmask16 rest = first_lanes(rows.cols - whole);
   __m512 sums[kTileRows * Tokens];
@@ -224,6 +222,7 @@ void tile_float(const TileRows& rows, const TileTokens& tokens, float* y) {
     unrolled<Tokens>([&](auto t) { x[t] = _mm512_maskz_loadu_ps(lanes, tokens.values[t] + i); });
     unrolled<kTileRows>([&](auto r) {
       const uint8_t* p = rows.codes[r] + size_t(i) * (Width / 8);
+      if constexpr (Tokens == 1) _mm_prefetch(reinterpret_cast<const char*>(p + rows.ahead), _MM_HINT_T0);
       const __m512 w = Width == 16 ? from_bfloat16(_mm256_maskz_loadu_epi16(lanes, p)) : _mm512_maskz_loadu_ps(lanes, p);
       unrolled<Tokens>([&](auto t) {
         sums[r * Tokens + t] = _mm512_mask3_fmadd_ps(w, x[t], sums[r * Tokens + t], lanes);

@@ -7,14 +7,9 @@
 namespace edge_moe {
 namespace scalar {
 
-#include "vector_ops.inl"
+constexpr int kRegister = 4;
 
-inline float from_bfloat16(uint16_t value) {
-  uint32_t bits = uint32_t(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
+#include "vector_ops.inl"
 
 // Value i of a row that is one little-endian bit stream.
 inline int code_at(const uint8_t* row, int i, int width) {

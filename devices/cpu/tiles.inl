@@ -1,11 +1,11 @@
 // Products of packed matrices in tiles of a few rows by a few tokens: what the x86 instruction sets share.
 //
-// Each cpu/*.cpp includes this file once inside its own namespace and defines `tile` and `unpack_row`. One token
-// unpacks codes in registers, for its weights are read once. Two or more unpack four rows to bytes once, into a
-// buffer that stays in the first-level cache, so that unpacking costs little beside the products.
+// Each cpu/*.cpp includes this file once inside its own namespace, sets kTileTokens before and defines `tile`,
+// `tile_float` and `unpack_row` after. For one token codes are unpacked in registers, as its weights are read once.
+// For two or more, four rows are unpacked to bytes once, into a buffer that the first-level cache holds, so that
+// unpacking costs little beside the products.
 
 constexpr int kTileRows = 4;
-constexpr int kTileTokens = 4;
 constexpr int kChunk = 16;             // blocks whose scales are multiplied at a time
 constexpr int kUnpackedCols = 20480;   // wider rows (none known) go token by token
 constexpr int kUnpacked = 0;           // in place of a width: codes below 64, one a byte
@@ -16,9 +16,10 @@ struct TileRows {
   const uint16_t* scales[kTileRows];
   const uint16_t* biases[kTileRows];
   int cols;
+  size_t ahead;  // bytes from a code to the one worth fetching into the cache with it
 };
 
-// The tokens of a tile, as pointers into Activations; three tokens repeat the last.
+// The tokens of a tile, as pointers into Activations. After the last token it is repeated.
 struct TileTokens {
   const float* values[kTileTokens];
   const int8_t* codes[kTileTokens];
@@ -47,11 +48,21 @@ void tile_float(const TileRows& rows, const TileTokens& tokens, float* y);
 template <int Width>
 void unpack_row(const uint8_t* codes, int cols, uint8_t* out);
 
+// fold() of four rows at once, each as the sum of its two halves of eight lanes.
+inline __m128 fold_rows(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  const __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+  const __m256 pairs = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  const __m128 ac = _mm256_castps256_ps128(pairs), bd = _mm256_extractf128_ps(pairs, 1);
+  const __m128 acbd = _mm_add_ps(_mm_shuffle_ps(ac, bd, 0x88), _mm_shuffle_ps(ac, bd, 0xdd));
+  return _mm_shuffle_ps(acbd, acbd, 0xd8);
+}
+
 template <int Width, int Group>
 Tile choose_by_tokens(int tokens) {
   if constexpr (Width == kUnpacked || Width == 8) {
     if (tokens == 2) return tile<Width, Group, 2>;
-    if (tokens > 2) return tile<Width, Group, 4>;
+    if (tokens > 2) return tile<Width, Group, kTileTokens>;
   }
   return tile<Width, Group, 1>;
 }
@@ -65,7 +76,7 @@ Tile choose_by_group(int group, int tokens) {
 
 template <int Width>
 Tile choose_float(int tokens) {
-  return tokens == 1 ? tile_float<Width, 1> : tokens == 2 ? tile_float<Width, 2> : tile_float<Width, 4>;
+  return tokens == 1 ? tile_float<Width, 1> : tokens == 2 ? tile_float<Width, 2> : tile_float<Width, kTileTokens>;
 }
 
 inline Tile choose_tile(int width, int group, int tokens) {
@@ -97,6 +108,7 @@ inline void unpack_row(const uint8_t* codes, int cols, int width, uint8_t* out) 
 inline TileRows rows_of(const Matrix& m, int row, int row_end) {
   TileRows rows{};
   rows.cols = m.cols;
+  rows.ahead = codes_bytes(kTileRows, m.cols, m.width);
   for (int r = 0; r < kTileRows; ++r) {
     const int at = row + r < row_end ? row + r : row_end - 1;
     rows.codes[r] = m.codes + codes_bytes(at, m.cols, m.width);

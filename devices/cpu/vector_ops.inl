@@ -1,13 +1,64 @@
-// Norms, activations, attention and softmax as plain loops over 16 lanes: the same source for every instruction
-// set. Each cpu/*.cpp includes this file once inside its own namespace and is compiled with its own flags and
-// -ffp-contract=off, so the compiler may vectorise but not reorder or fuse, and every build gives the same bits.
+// Norms, activations, attention and softmax over sixteen lanes: the same source for every instruction set. Each
+// cpu/*.cpp sets kRegister, the floats of its vector registers, and includes this file once inside its own namespace.
+// It is compiled with its own flags and -ffp-contract=off, so the compiler may vectorise but not reorder or fuse, and
+// every build gives the same bits.
 
+// Sixteen sums side by side. A vector type of the compilers, as gcc 12 would keep an array of floats in memory.
+typedef float Register __attribute__((vector_size(kRegister * 4)));
+struct Lanes {
+  Register parts[kLanes / kRegister];
+};
+
+inline float from_bfloat16(uint16_t value) {
+  uint32_t bits = uint32_t(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+// Lane j plus lane j + 8, then + 4, + 2 and + 1.
 inline float fold(const float* lanes) {
-  float a[kLanes];
-  for (int j = 0; j < kLanes; ++j) a[j] = lanes[j];
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) a[j] = a[j] + a[j + half];
-  return a[0];
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  Eight eights[2];
+  std::memcpy(eights, lanes, 64);
+  const Eight eight = eights[0] + eights[1];
+  Four fours[2];
+  std::memcpy(fours, &eight, 32);
+  const Four four = fours[0] + fours[1];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+inline float fold(const Lanes& lanes) {
+  float values[kLanes];
+  std::memcpy(values, &lanes, 64);
+  return fold(values);
+}
+
+inline void add_values(Lanes& lanes, const float* x) {
+  for (int i = 0; i < kLanes / kRegister; ++i) {
+    Register a;
+    std::memcpy(&a, x + i * kRegister, sizeof(a));
+    lanes.parts[i] = lanes.parts[i] + a;
+  }
+}
+
+// lanes += x * y, unfused
+inline void add_products(Lanes& lanes, const float* x, const float* y) {
+  for (int i = 0; i < kLanes / kRegister; ++i) {
+    Register a, b;
+    std::memcpy(&a, x + i * kRegister, sizeof(a));
+    std::memcpy(&b, y + i * kRegister, sizeof(b));
+    lanes.parts[i] = lanes.parts[i] + a * b;
+  }
+}
+
+// The same for less than sixteen values.
+inline void add_last_products(Lanes& lanes, const float* x, const float* y, int count) {
+  float padded[2][kLanes] = {};
+  std::memcpy(padded[0], x, size_t(count) * 4);
+  std::memcpy(padded[1], y, size_t(count) * 4);
+  add_products(lanes, padded[0], padded[1]);
 }
 
 // exp(x) to about 2 ulp: x = n*ln2 + r, a polynomial in r, n into the exponent. Own code because libm's differs
@@ -34,11 +85,10 @@ inline float exp_lane(float x) {
 }
 
 void rms_norm(const float* x, const float* weight, float eps, float* y, int n) {
-  float lanes[kLanes] = {};
-  int whole = n / kLanes * kLanes;
-  for (int i = 0; i < whole; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) lanes[j] = lanes[j] + x[i + j] * x[i + j];
-  for (int i = whole; i < n; ++i) lanes[i - whole] = lanes[i - whole] + x[i] * x[i];
+  Lanes lanes = {};
+  const int whole = n / kLanes * kLanes;
+  for (int i = 0; i < whole; i += kLanes) add_products(lanes, x + i, x + i);
+  if (whole < n) add_last_products(lanes, x + whole, x + whole, n - whole);
   float inverse = 1.0f / std::sqrt(fold(lanes) / float(n) + eps);
   for (int i = 0; i < n; ++i) y[i] = x[i] * inverse * weight[i];
 }
@@ -56,12 +106,28 @@ void gate_up(float* gate, const float* up, int n, int activation) {
 
 // In place; returns the sum of exp(x - max), with x[i] left as exp(x[i] - max).
 inline float exponentiate(float* x, int begin, int end) {
-  float top = x[begin];
-  for (int i = begin + 1; i < end; ++i) top = x[i] > top ? x[i] : top;
-  float lanes[kLanes] = {};
+  float tops[kLanes];
+  int i = begin;
+  for (float& top : tops) top = x[begin];
+  for (; i + kLanes <= end; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) tops[j] = x[i + j] > tops[j] ? x[i + j] : tops[j];
+  for (; i < end; ++i) tops[0] = x[i] > tops[0] ? x[i] : tops[0];
+  float top = tops[0];
+  for (int j = 1; j < kLanes; ++j) top = tops[j] > top ? tops[j] : top;
+  for (i = begin; i < end; ++i) x[i] = exp_lane(x[i] - top);
+
   // Lanes follow the absolute position, so a window that starts elsewhere or a longer prompt sums alike.
-  for (int i = begin; i < end; ++i) x[i] = exp_lane(x[i] - top);
-  for (int i = begin; i < end; ++i) lanes[i % kLanes] = lanes[i % kLanes] + x[i];
+  Lanes lanes = {};
+  for (i = begin / kLanes * kLanes; i < end; i += kLanes) {
+    if (i >= begin && i + kLanes <= end) {
+      add_values(lanes, x + i);
+    } else {
+      float padded[kLanes] = {};
+      for (int j = 0; j < kLanes; ++j)
+        if (i + j >= begin && i + j < end) padded[j] = x[i + j];
+      add_values(lanes, padded);
+    }
+  }
   return fold(lanes);
 }
 
@@ -74,19 +140,34 @@ void add_scaled(float* y, const float* x, float weight, int n) {
   for (int i = 0; i < n; ++i) y[i] = y[i] + weight * x[i];
 }
 
+// q . key for Keys neighbouring keys; their independent sums hide each other's latency.
+template <int Keys>
+inline void dot_keys(const float* q, const float* k, int head_dim, float scale, float* scores) {
+  const int whole = head_dim / kLanes * kLanes;
+  Lanes lanes[Keys] = {};
+  for (int i = 0; i < whole; i += kLanes)
+    for (int key = 0; key < Keys; ++key) add_products(lanes[key], q + i, k + size_t(key) * head_dim + i);
+  for (int key = 0; whole < head_dim && key < Keys; ++key)
+    add_last_products(lanes[key], q + whole, k + size_t(key) * head_dim + whole, head_dim - whole);
+  for (int key = 0; key < Keys; ++key) scores[key] = fold(lanes[key]) * scale;
+}
+
 void attend(const float* q, const float* k, const float* v, int begin, int end, int head_dim, float scale,
-            float* scores, float* out) {
-  int whole = head_dim / kLanes * kLanes;
-  for (int position = begin; position < end; ++position) {
-    const float* key = k + size_t(position) * head_dim;
-    float lanes[kLanes] = {};
-    for (int i = 0; i < whole; i += kLanes)
-      for (int j = 0; j < kLanes; ++j) lanes[j] = lanes[j] + q[i + j] * key[i + j];
-    for (int i = whole; i < head_dim; ++i) lanes[i - whole] = lanes[i - whole] + q[i] * key[i];
-    scores[position] = fold(lanes) * scale;
-  }
-  float inverse = 1.0f / exponentiate(scores, begin, end);
+            float* scores, float* __restrict out) {
+  int position = begin;
+  for (; position + 4 <= end; position += 4)
+    dot_keys<4>(q, k + size_t(position) * head_dim, head_dim, scale, scores + position);
+  for (; position < end; ++position)
+    dot_keys<1>(q, k + size_t(position) * head_dim, head_dim, scale, scores + position);
+  const float inverse = 1.0f / exponentiate(scores, begin, end);
   for (int i = 0; i < head_dim; ++i) out[i] = 0.0f;
-  for (int position = begin; position < end; ++position)
+  for (position = begin; position + 4 <= end; position += 4) {  // as four calls of add_scaled
+    const float *v0 = v + size_t(position) * head_dim, *v1 = v0 + head_dim, *v2 = v1 + head_dim, *v3 = v2 + head_dim;
+    const float w0 = scores[position] * inverse, w1 = scores[position + 1] * inverse;
+    const float w2 = scores[position + 2] * inverse, w3 = scores[position + 3] * inverse;
+    for (int i = 0; i < head_dim; ++i)
+      out[i] = (((out[i] + w0 * v0[i]) + w1 * v1[i]) + w2 * v2[i]) + w3 * v3[i];
+  }
+  for (; position < end; ++position)
     add_scaled(out, v + size_t(position) * head_dim, scores[position] * inverse, head_dim);
 }

@@ -1,0 +1,54 @@
+"""Packing matrices: one float32 matrix to the codes, scales and biases of a width, and back.
+
+The search for scales is compiled (src/quantise.cpp); this is its door, and the rule for what cannot be packed.
+"""
+
+import numpy as np
+
+from edge_moe import _core
+from edge_moe.compressor.writer import Packing, Quantised
+
+
+def quantise(weights: np.ndarray, width: int, group: int, *, search: bool = True, threads: int = 1) -> Quantised:
+    """Pack a float32 matrix (rows, cols), or keep it as bfloat16 (width 16) or float32 (width 32).
+
+    search: try several ranges a group and refine by least squares; off is plain round to nearest.
+    """
+    if width == 32:
+        return Quantised(np.ascontiguousarray(weights, np.float32))
+    if width == 16:
+        return Quantised(to_bfloat16(weights))
+    codes, scales, biases = _core.quantise_matrix(
+        np.ascontiguousarray(weights, np.float32), width, group, search=search, threads=threads
+    )
+    return Quantised(codes, scales, biases)
+
+
+def dequantise(packed: Quantised, width: int, cols: int) -> np.ndarray:
+    """The float32 matrix (rows, cols) that a packed one stands for."""
+    if width == 32:
+        return packed.codes
+    if width == 16:
+        return (packed.codes.astype(np.uint32) << 16).view(np.float32)
+    return _core.dequantise("scalar", packed.codes, packed.scales, packed.biases, width, cols)
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 to bfloat16 bits (uint16), round to nearest even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def trunk_packing(shapes: dict[str, tuple[int, ...]], width: int, group: int) -> dict[str, Packing]:
+    """How each trunk tensor is packed: norms, biases and routers float32, matrices at `width`.
+
+    A matrix whose rows are no multiple of 32 inputs cannot be grouped and stays bfloat16.
+    """
+    packing = {}
+    for name, shape in shapes.items():
+        if len(shape) == 1 or name.endswith("router"):
+            packing[name] = Packing((32,), 0)
+            continue
+        fitting = [g for g in (group, 64, 32) if g <= group and shape[1] % g == 0]
+        packing[name] = Packing((width,), fitting[0]) if fitting and width < 16 else Packing((16,), 0)
+    return packing

@@ -1,0 +1,277 @@
+"""Writing a bundle: under a temporary name, layer by layer, whole or not at all.
+
+All sizes are known before the first byte is written, so every header comes first and nothing is moved later. The
+directory gets its real name only when every file is on disk; after any error the temporary one is removed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe import __version__, _core
+from edge_moe.runtime.bundle import TRUNK_FILE, codec_of, record_alignment, record_bytes, table_checksum
+from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from edge_moe.runtime.tensorfile import make_header
+
+COPIED = (  # verbatim from the checkpoint, where they are there
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+SHARD_BYTES = 4_000_000_000  # an expert file is closed after the record that passes this
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How one matrix or expert is packed: widths in bits (one, or gate, up, down) and inputs a scale."""
+
+    widths: tuple[int, ...]
+    group: int
+
+
+@dataclass(slots=True)
+class Quantised:
+    """One packed matrix: codes uint8 (rows, bytes), scales and biases bfloat16 bits (rows, groups) below width 16."""
+
+    codes: np.ndarray
+    scales: np.ndarray | None = None
+    biases: np.ndarray | None = None
+
+
+@dataclass(slots=True)
+class BundleWriter:
+    """A bundle being written; a context manager that leaves OUT whole, or not there.
+
+    trunk: packing of each trunk tensor by name; experts: packing of each expert by (layer, index).
+    Raises FileExistsError when OUT is there already and OSError when the disk is too small or fills up.
+    """
+
+    out: Path
+    source: Path  # the checkpoint's directory, for the copied files
+    config: ModelConfig
+    trunk: dict[str, Packing]
+    experts: dict[tuple[int, int], Packing]
+    frequency: dict[tuple[int, int], float] = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)  # further keys of bundle.json: calibration, certificate
+    _partial: Path = None
+    _trunk_parts: dict = field(default_factory=dict)
+    _alignment: int = 0
+    _files: list = field(default_factory=list)
+    _records: dict = field(default_factory=dict)  # (layer, index) -> (file, offset, bytes)
+    _checksums: dict = field(default_factory=dict)
+    _trunk_checksum: int = 0
+    _trunk_bytes: int = 0
+    _handles: dict = field(default_factory=dict)
+
+    def __enter__(self) -> "BundleWriter":
+        self.out = Path(self.out)
+        if self.out.exists():
+            raise FileExistsError(f"{self.out}: exists already; choose another name or remove it")
+        self._partial = self.out.with_name(self.out.name + ".partial")
+        shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
+        self._lay_out()
+        self._partial.mkdir(parents=True)
+        try:
+            self._reserve()
+        except BaseException:
+            self.__exit__(OSError, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for handle in self._handles.values():
+            handle.close()
+        self._handles.clear()
+        if kind is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def write_trunk(self, name: str, tensor: Quantised) -> None:
+        """Write one trunk tensor; the order of names is trunk_shapes()'s."""
+        handle = self._handle(TRUNK_FILE)
+        for part, offset, nbytes in self._trunk_parts[name]:
+            data = np.ascontiguousarray(getattr(tensor, part)).view(np.uint8).reshape(-1)
+            if data.nbytes != nbytes:
+                raise AssertionError(f"{name}.{part} has {data.nbytes} bytes, planned {nbytes}")
+            handle.seek(offset)
+            handle.write(data.data)
+
+    def write_expert(self, layer: int, index: int, matrices: list[Quantised]) -> None:
+        """Write one expert's record: gate, up, down."""
+        packing = self.experts[layer, index]
+        file, offset, nbytes = self._records[layer, index]
+        _, parts = _core.record_layout(
+            self.config.dim, self.config.expert_hidden, list(packing.widths), packing.group
+        )
+        record = np.zeros(nbytes, np.uint8)
+        for matrix, (codes, codes_bytes, scales, scales_bytes, biases) in zip(
+            matrices, np.reshape(parts, (3, 5)).tolist(), strict=True
+        ):
+            record[codes : codes + codes_bytes] = matrix.codes.view(np.uint8).reshape(-1)
+            if scales_bytes:
+                record[scales : scales + scales_bytes] = matrix.scales.view(np.uint8).reshape(-1)
+                record[biases : biases + scales_bytes] = matrix.biases.view(np.uint8).reshape(-1)
+        self._checksums[layer, index] = _core.crc32c_array(record)
+        handle = self._handle(self._files[file][0])
+        handle.seek(offset)
+        handle.write(record.data)
+
+    def finish(self) -> None:
+        """Write bundle.json, bring everything to disk and give the directory its real name."""
+        missing = self.experts.keys() - self._checksums.keys()
+        if missing:
+            raise AssertionError(f"{len(missing)} experts were not written")
+        copies = {}
+        for name in COPIED:
+            if (self.source / name).is_file():
+                shutil.copyfile(self.source / name, self._partial / name)
+                copies[name] = hashlib.sha256((self._partial / name).read_bytes()).hexdigest()
+        self._handle(TRUNK_FILE).flush()
+        self._trunk_checksum = _file_checksum(self._partial / TRUNK_FILE)
+        table = self._table(copies)
+        table["checksum"] = table_checksum(table)
+        (self._partial / "bundle.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        for handle in self._handles.values():
+            handle.flush()
+            os.fsync(handle.fileno())
+        for path in (*(self._partial / name for name in (*copies, "bundle.json")), self._partial):
+            _sync(path)
+        os.rename(self._partial, self.out)
+        _sync(self.out.parent)
+
+    def _lay_out(self) -> None:
+        """Decide the files and where every record goes."""
+        self._alignment = record_alignment(self.config)
+        sizes = {
+            key: record_bytes(self.config, packing.widths, packing.group, self._alignment)
+            for key, packing in self.experts.items()
+        }
+        shards, filled = [[]], 0
+        for key, size in sizes.items():
+            if filled > SHARD_BYTES:
+                shards.append([])
+                filled = 0
+            shards[-1].append(key)
+            filled += size
+        for number, keys in enumerate(shards):
+            name = f"experts-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            tensors = [(f"layers.{layer}.experts.{e}", "U8", (sizes[layer, e],), sizes[layer, e]) for layer, e in keys]
+            header = make_header(tensors, _core.DATA_ALIGNMENT)
+            at = len(header)
+            for key in keys:
+                self._records[key] = (number, at, sizes[key])
+                at += sizes[key]
+            self._files.append((name, header, at))
+
+    def _reserve(self) -> None:
+        """Write the headers and give every file its full length, so that a full disk shows now."""
+        trunk_header, trunk_bytes = self._lay_out_trunk()
+        self._trunk_bytes = trunk_bytes
+        needed = trunk_bytes + sum(size for _, _, size in self._files)
+        free = shutil.disk_usage(self._partial).free
+        if needed > free:
+            raise OSError(
+                f"{self.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+                "make room or choose another disk"
+            )
+        for name, header, size in ((TRUNK_FILE, trunk_header, trunk_bytes), *self._files):
+            handle = self._handle(name)
+            handle.write(header)
+            handle.truncate(size)
+
+    def _lay_out_trunk(self) -> tuple[bytes, int]:
+        shapes = trunk_shapes(self.config)
+        tensors = []  # float32 first, then uint32, then bfloat16: every part is aligned to its own type
+        for name, shape in shapes.items():
+            width, group = self.trunk[name].widths[0], self.trunk[name].group
+            if width >= 16:
+                dtype, size = ("F32", 4) if width == 32 else ("BF16", 2)
+                tensors.append((name, "codes", name, dtype, shape, int(np.prod(shape)) * size))
+            else:
+                rows, cols = shape
+                words, groups = cols * width // 32, cols // group
+                tensors.append((name, "codes", f"{name}.codes", "U32", (rows, words), rows * words * 4))
+                for part in ("scales", "biases"):
+                    tensors.append((name, part, f"{name}.{part}", "BF16", (rows, groups), rows * groups * 2))
+        tensors.sort(key=lambda tensor: ("F32", "U32", "BF16").index(tensor[3]))
+        header = make_header([tensor[2:] for tensor in tensors], _core.PART_ALIGNMENT)
+        at, self._trunk_parts = len(header), {name: [] for name in shapes}
+        for name, part, _, _, _, nbytes in tensors:
+            self._trunk_parts[name].append((part, at, nbytes))
+            at += nbytes
+        return header, at
+
+    def _table(self, copies: dict) -> dict:
+        rows = []
+        for layer in self.config.moe_layers:
+            row = []
+            for index in range(self.config.experts):
+                packing = self.experts[layer, index]
+                file, offset, nbytes = self._records[layer, index]
+                row.append(
+                    {
+                        "widths": list(packing.widths),
+                        "codecs": [codec_of(width) for width in packing.widths],
+                        "group": packing.group,
+                        "file": file,
+                        "offset": offset,
+                        "bytes": nbytes,
+                        "crc32c": f"{self._checksums[layer, index]:08x}",
+                        "frequency": round(self.frequency.get((layer, index), 0.0), 6),
+                    }
+                )
+            rows.append(row)
+        trunk = {
+            name: {"width": p.widths[0]} | ({"group": p.group} if p.widths[0] < 16 else {})
+            for name, p in self.trunk.items()
+        }
+        return {
+            "format": "emoe",
+            "version": _core.FORMAT_VERSION,
+            "tool": f"edge-moe {__version__}",
+            "copies": copies,
+            "trunk": {
+                "bytes": self._trunk_bytes,
+                "crc32c": f"{self._trunk_checksum:08x}",
+                "tensors": trunk,
+            },
+            "experts": {
+                "alignment": self._alignment,
+                "files": [{"name": name, "bytes": size} for name, _, size in self._files],
+                "records": rows,
+            },
+            "dropped": [],
+            "pruning": None,
+            **self.extra,
+        }
+
+    def _handle(self, name: str):
+        if name not in self._handles:
+            self._handles[name] = open(self._partial / name, "wb+")  # noqa: SIM115 (closed by __exit__)
+        return self._handles[name]
+
+
+def _file_checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            checksum = _core.crc32c(block, checksum)
+    return checksum
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,56 @@
+"""What this machine is: the memory a cgroup leaves to the process, and the threads it may use."""
+
+import os
+from pathlib import Path
+
+# (controller of /proc/self/cgroup, mount point, limit file, usage file); version 2 names no controller.
+CGROUP_FILES = (
+    ("memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("", "/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("", "/sys/fs/cgroup/unified", "memory.max", "memory.current"),
+)
+
+
+def memory_limit_bytes(free_bytes: int, cgroups: str = "/proc/self/cgroup") -> int:
+    """`free_bytes`, or less where a cgroup of this process or one above it leaves less room."""
+    room = free_bytes
+    for controller, path in _cgroups(Path(cgroups)):
+        for wanted, mount, limit_name, usage_name in CGROUP_FILES:
+            if controller.split(",").count(wanted) == 0:
+                continue
+            for directory in _upwards(Path(mount), path):
+                limit, usage = _number(directory / limit_name), _number(directory / usage_name)
+                if limit is not None:
+                    room = min(room, max(limit - (usage or 0), 0))
+    return room
+
+
+def default_threads() -> int:
+    """Threads this process may use: its affinity where the system tells, else all cores."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def _cgroups(file: Path) -> list[tuple[str, str]]:
+    """(controllers, path) of each line "number:controllers:path"."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return []
+    return [tuple(line.split(":", 2)[1:]) for line in lines if line.count(":") >= 2]
+
+
+def _upwards(mount: Path, path: str) -> list[Path]:
+    """The cgroup's directory and all above it, the mount point last."""
+    parts = [part for part in path.split("/") if part]
+    return [mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _number(file: Path) -> int | None:
+    """A whole number in a file; None for "max" or when it cannot be read."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,333 @@
+"""The bundle on disk: what NAME.emoe/ holds, read with every claim checked.
+
+    config.json, tokenizer files    verbatim from the checkpoint
+    bundle.json                     the table below; its own checksum last
+    trunk.safetensors               all but the routed experts; one checksum for the file
+    experts-0000I-of-0000N.safetensors   one U8 tensor an expert, `layers.L.experts.E`; a checksum for each record
+
+A quantised trunk tensor NAME is NAME.codes (U32, as MLX packs), NAME.scales and NAME.biases (BF16). Writing is in
+compressor/writer.py; packed layouts are devices/format.h's.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe import _core
+from edge_moe.runtime.config import ModelConfig, load_config, read_json, trunk_shapes
+from edge_moe.runtime.tensorfile import Stored, read_header
+
+REMEDY = "copy the bundle again"
+TRUNK_FILE = "trunk.safetensors"
+CODECS = {16: "bfloat16"}  # by width; every other width is affine
+PROJECTIONS = ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One record: where it is and how it is packed."""
+
+    layer: int
+    expert: int
+    widths: tuple[int, int, int]  # bits of gate, up, down
+    group: int
+    file: int
+    offset: int  # bytes
+    nbytes: int  # padding included
+    checksum: int
+    frequency: float  # share of its layer's routed tokens during calibration; 0 when there was none
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkTensor:
+    """One trunk tensor; offsets are bytes from the start of the file, scales and biases only below width 16."""
+
+    name: str
+    rows: int
+    cols: int
+    width: int
+    group: int
+    codes: int
+    scales: int
+    biases: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An opened bundle: headers and tables, no weights."""
+
+    path: Path
+    config: ModelConfig
+    table: dict  # bundle.json, but for the records
+    trunk: tuple[TrunkTensor, ...]
+    trunk_bytes: int  # of the file
+    trunk_checksum: int
+    files: tuple[Path, ...]  # of the experts
+    experts: dict[tuple[int, int], Expert]  # by layer and expert
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Bundle":
+        """Read and check a bundle's tables.
+
+        Raises FileNotFoundError for a missing part and ValueError for a damaged, edited or newer bundle.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such bundle directory; make one with `edge-moe compress MODEL {path}`")
+        if not (path / "bundle.json").is_file() and (path / "config.json").is_file():
+            raise ValueError(f"{path}: this is not a bundle; make one with `edge-moe compress {path} OUT`")
+        table = read_table(path / "bundle.json")
+        _check_copies(path, table)
+        config = load_config(path)
+        read = _Reader(path / "bundle.json")
+        trunk, trunk_bytes, trunk_checksum = _read_trunk(path, config, table, read)
+        files, experts = _read_experts(path, config, table, read)
+        table["experts"].pop("records")  # they are in `experts` now; thousands of dictionaries weigh megabytes
+        return cls(path, config, table, trunk, trunk_bytes, trunk_checksum, files, experts)
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(expert.nbytes for expert in self.experts.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Trunk and experts."""
+        return self.trunk_bytes + self.expert_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the weights of the experts, with scales, biases and padding."""
+        return 8 * self.expert_bytes / (len(self.experts) * self.config.expert_weights)
+
+    def record_table(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the engine wants: int64 (layers*experts, 8) and frequencies float32 (layers*experts,)."""
+        count = self.config.layers * self.config.experts
+        records, frequency = np.zeros((count, 8), np.int64), np.zeros(count, np.float32)
+        for (layer, index), e in self.experts.items():
+            at = layer * self.config.experts + index
+            records[at] = (e.file, e.offset, e.nbytes, e.checksum, *e.widths, e.group)
+            frequency[at] = e.frequency
+        return records, frequency
+
+
+def verify(bundle: Bundle):
+    """Read every byte of a bundle and check it; yields (what was checked, its bytes) as it goes.
+
+    Raises ValueError naming the first part that does not match.
+    """
+    trunk = np.fromfile(bundle.path / TRUNK_FILE, np.uint8)
+    if len(trunk) != bundle.trunk_bytes or _core.crc32c_array(trunk) != bundle.trunk_checksum:
+        raise ValueError(f"{bundle.path / TRUNK_FILE}: does not match its checksum; {REMEDY}")
+    yield TRUNK_FILE, len(trunk)
+    for expert in bundle.experts.values():
+        path = bundle.files[expert.file]
+        record = np.fromfile(path, np.uint8, expert.nbytes, offset=expert.offset)
+        if len(record) != expert.nbytes or _core.crc32c_array(record) != expert.checksum:
+            raise ValueError(
+                f"{path}: expert {expert.expert} of layer {expert.layer} does not match its checksum; {REMEDY}"
+            )
+        yield f"layers.{expert.layer}.experts.{expert.expert}", expert.nbytes
+
+
+def table_checksum(table: dict) -> str:
+    """SHA-256 of bundle.json's content without its `checksum` key."""
+    content = {key: value for key, value in table.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_table(path: Path) -> dict:
+    """Read bundle.json; raises ValueError unless it is of this format version and unedited."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a bundle directory has one, {REMEDY}")
+    table = read_json(path)
+    version = table.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"{path}: format version is {version!r}, expected a whole number; {REMEDY}")
+    if version > _core.FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format version {version} is newer than {_core.FORMAT_VERSION}, "
+            "the newest this edge-moe reads; upgrade edge-moe"
+        )
+    if table.get("checksum") != table_checksum(table):
+        raise ValueError(f"{path}: does not match its own checksum; {REMEDY}")
+    return table
+
+
+class _Reader:
+    """Typed access to values of bundle.json."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def get(self, parent, key, kind):
+        try:
+            value = parent[key]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"{self.path}: {key!r} is missing; {REMEDY}") from None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{self.path}: {key!r} is {type(value).__name__}, expected {kind.__name__}; {REMEDY}")
+        return value
+
+    def count(self, parent, key, most: int = 2**62) -> int:
+        value = self.get(parent, key, int)
+        if not 0 <= value <= most:
+            raise ValueError(f"{self.path}: {key!r} is {value}, expected 0 to {most}; {REMEDY}")
+        return value
+
+    def checksum(self, parent) -> int:
+        text = self.get(parent, "crc32c", str)
+        try:
+            value = int(text, 16)
+        except ValueError:
+            value = -1
+        if len(text) != 8 or value < 0:
+            raise ValueError(f"{self.path}: crc32c is {text!r}, expected 8 hexadecimal digits; {REMEDY}")
+        return value
+
+    def file_name(self, parent, key) -> str:
+        name = self.get(parent, key, str)
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise ValueError(f"{self.path}: {name!r} is not a file name inside the bundle; {REMEDY}")
+        return name
+
+
+def _check_copies(path: Path, table: dict) -> None:
+    """config.json and the tokenizer files decide what the numbers mean: they must be the ones that were copied."""
+    read = _Reader(path / "bundle.json")
+    copies = read.get(table, "copies", dict)
+    if "config.json" not in copies:
+        raise ValueError(f"{read.path}: 'config.json' is missing from 'copies'; {REMEDY}")
+    for name in copies:
+        read.file_name([name], 0)
+        file = path / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file, but bundle.json lists it; {REMEDY}")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != copies[name]:
+            raise ValueError(f"{file}: does not match its checksum; {REMEDY}")
+
+
+def _read_trunk(path: Path, config: ModelConfig, table: dict, read: _Reader):
+    entry = read.get(table, "trunk", dict)
+    file = path / TRUNK_FILE
+    stored = _header_of(file, read.count(entry, "bytes"))
+    widths = read.get(entry, "tensors", dict)
+    tensors = []
+    for name, shape in trunk_shapes(config).items():
+        width = read.count(read.get(widths, name, dict), "width", 32)
+        rows, cols = shape if len(shape) == 2 else (1, shape[0])
+        must_be_float = len(shape) == 1 or name.endswith("router")
+        if width not in (*_core.WIDTHS, 32) or (width == 32) != must_be_float:
+            raise ValueError(f"{read.path}: width {width} of {name} is not possible; {REMEDY}")
+        if width >= 16:
+            part = _part(file, stored, name, {16: "BF16", 32: "F32"}[width], shape)
+            tensors.append(TrunkTensor(name, rows, cols, width, 0, part.offset, 0, 0))
+            continue
+        group = _group(read, widths[name], cols)
+        codes = _part(file, stored, f"{name}.codes", "U32", (rows, cols * width // 32))
+        scales = _part(file, stored, f"{name}.scales", "BF16", (rows, cols // group))
+        biases = _part(file, stored, f"{name}.biases", "BF16", (rows, cols // group))
+        tensors.append(TrunkTensor(name, rows, cols, width, group, codes.offset, scales.offset, biases.offset))
+    return tuple(tensors), read.count(entry, "bytes"), read.checksum(entry)
+
+
+def _read_experts(path: Path, config: ModelConfig, table: dict, read: _Reader):
+    entry = read.get(table, "experts", dict)
+    alignment = read.count(entry, "alignment")
+    if alignment not in (_core.SMALL_ALIGNMENT, _core.DATA_ALIGNMENT):
+        raise ValueError(f"{read.path}: record alignment {alignment} is not possible; {REMEDY}")
+    files, headers = [], []
+    for item in read.get(entry, "files", list):
+        files.append(path / read.file_name(item, "name"))
+        headers.append(_header_of(files[-1], read.count(item, "bytes")))
+    rows = read.get(entry, "records", list)
+    if len(rows) != len(config.moe_layers):
+        raise ValueError(
+            f"{read.path}: records of {len(rows)} layers, config.json has {len(config.moe_layers)} with experts; {REMEDY}"
+        )
+    experts = {}
+    for layer, row in zip(config.moe_layers, rows, strict=True):
+        if not isinstance(row, list) or len(row) != config.experts:
+            raise ValueError(f"{read.path}: layer {layer} needs {config.experts} records; {REMEDY}")
+        for index, item in enumerate(row):
+            expert = _read_expert(read, config, layer, index, item, len(files), alignment)
+            name = f"layers.{layer}.experts.{index}"
+            part = _part(files[expert.file], headers[expert.file], name, "U8", (expert.nbytes,))
+            if part.offset != expert.offset:
+                raise ValueError(
+                    f"{files[expert.file]}: {name} starts at byte {part.offset:,}, bundle.json says {expert.offset:,}; {REMEDY}"
+                )
+            experts[layer, index] = expert
+    return tuple(files), experts
+
+
+def _read_expert(read: _Reader, config: ModelConfig, layer, index, item, files: int, alignment: int) -> Expert:
+    where = f"expert {index} of layer {layer}"
+    widths = tuple(read.get(item, "widths", list))
+    if len(widths) != 3 or any(type(width) is not int or width not in _core.WIDTHS for width in widths):
+        raise ValueError(f"{read.path}: widths {list(widths)} of {where} are not three of {_core.WIDTHS}; {REMEDY}")
+    codecs = read.get(item, "codecs", list)
+    if codecs != [codec_of(width) for width in widths]:
+        raise ValueError(f"{read.path}: codecs {codecs} of {where} are not known; upgrade edge-moe")
+    quantised = any(width < 16 for width in widths)
+    group = _group(read, item, config.dim, config.expert_hidden) if quantised else 64
+    offset, nbytes = read.count(item, "offset"), read.count(item, "bytes")
+    wanted = record_bytes(config, widths, group, alignment)
+    if nbytes != wanted or offset % alignment:
+        raise ValueError(
+            f"{read.path}: {where} has {nbytes:,} bytes at {offset:,}, expected {wanted:,} "
+            f"at a multiple of {alignment:,}; {REMEDY}"
+        )
+    frequency = float(item.get("frequency", 0)) if isinstance(item.get("frequency", 0), int | float) else -1.0
+    if not 0 <= frequency <= 1:
+        raise ValueError(f"{read.path}: frequency of {where} is not from 0 to 1; {REMEDY}")
+    file = read.count(item, "file", files - 1)
+    return Expert(layer, index, widths, group, file, offset, nbytes, read.checksum(item), frequency)
+
+
+def codec_of(width: int) -> str:
+    return CODECS.get(width, "affine")
+
+
+def record_bytes(config: ModelConfig, widths: tuple[int, int, int], group: int, alignment: int) -> int:
+    """Bytes of one expert's record at these widths, padding included."""
+    nbytes, _ = _core.record_layout(config.dim, config.expert_hidden, list(widths), group)
+    return -(-nbytes // alignment) * alignment
+
+
+def record_alignment(config: ModelConfig) -> int:
+    """What a new bundle's records are padded to: Apple's page, or 4 KiB where that would waste over 1 %.
+
+    Records of 4 M weights have at least 750 kB at 1 bit, of which half of 16 KiB is 1 %.
+    """
+    return _core.DATA_ALIGNMENT if config.expert_weights >= 4_000_000 else _core.SMALL_ALIGNMENT
+
+
+def _group(read: _Reader, item: dict, *cols: int) -> int:
+    group = read.count(item, "group")
+    if group not in _core.GROUPS or any(n % group for n in cols):
+        raise ValueError(f"{read.path}: group {group} does not divide {' and '.join(map(str, cols))}; {REMEDY}")
+    return group
+
+
+def _header_of(path: Path, nbytes: int) -> dict[str, Stored]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, but bundle.json lists it; {REMEDY}")
+    if path.stat().st_size != nbytes:
+        raise ValueError(f"{path}: has {path.stat().st_size:,} bytes, expected {nbytes:,}; {REMEDY}")
+    return read_header(path, REMEDY)
+
+
+def _part(path: Path, stored: dict[str, Stored], name: str, dtype: str, shape: tuple[int, ...]) -> Stored:
+    part = stored.get(name)
+    if part is None:
+        raise ValueError(f"{path}: tensor {name} is missing; {REMEDY}")
+    if part.dtype != dtype or part.shape != shape:
+        raise ValueError(
+            f"{path}: tensor {name} is {part.dtype} {part.shape}, bundle.json makes it {dtype} {shape}; {REMEDY}"
+        )
+    if part.offset % {"F32": 4, "U32": 4, "BF16": 2, "U8": 1}[dtype]:
+        raise ValueError(f"{path}: tensor {name} starts at byte {part.offset:,}, which is not aligned; {REMEDY}")
+    return part

@@ -1,0 +1,169 @@
+"""Where the memory goes, decided before anything is loaded: the plan, the floor, and the refusal below it."""
+
+from dataclasses import asdict, dataclass
+
+from edge_moe import _core
+from edge_moe.devices.probe import memory_limit_bytes
+from edge_moe.runtime.config import ModelConfig
+
+CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best first
+READERS = 4  # threads that fetch records
+READER_BYTES = 64 * 1024  # touched stack of a reader
+INTERPRETER_SPARE = 12_000_000  # what Python may still come to need: token lists, text, sampling
+AUTO_SHARE = 0.8  # of free memory that ram="auto" takes
+UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes by purpose. `total_bytes` is at most `ram_bytes`, the cap; below `floor_bytes` nothing works."""
+
+    ram_bytes: int
+    context: int  # tokens the KV cache holds
+    chunk: int  # tokens of one step of prefill
+    trunk_bytes: int
+    kv_cache_bytes: int
+    scratch_bytes: int
+    io_buffers_bytes: int
+    interpreter_bytes: int
+    slot_bytes: int  # of one slot: the largest record
+    slots: int  # 0 when resident
+    resident: bool  # every expert is in memory, through the memory map
+    experts_bytes: int  # in memory: all records, or the slots
+    all_experts_bytes: int  # on disk
+    floor_bytes: int
+    resident_bytes: int  # the cap from which on every expert is resident
+
+    @property
+    def total_bytes(self) -> int:
+        return (
+            self.trunk_bytes
+            + self.kv_cache_bytes
+            + self.scratch_bytes
+            + self.io_buffers_bytes
+            + self.interpreter_bytes
+            + self.experts_bytes
+        )
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "total_bytes": self.total_bytes}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of "8GB" (decimal), "8GiB" (binary) or a whole number. Raises ValueError for anything else."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        value = size
+    else:
+        text = str(size).strip().upper().replace(" ", "")
+        digits = text.rstrip("KMGTIB")
+        try:
+            value = round(float(digits) * UNITS[text[len(digits) :]])
+        except (ValueError, KeyError, OverflowError):
+            raise ValueError(f"size {size!r} is not understood; write 8GB, 8GiB, 500MB or a number of bytes") from None
+    if value <= 0:
+        raise ValueError(f"size {size!r} must be above 0")
+    return value
+
+
+def resolve_ram(ram: int | str) -> int:
+    """The cap in bytes: as given, or for "auto" 80 % of what is free now within the cgroup's limit."""
+    if ram == "auto":
+        return int(AUTO_SHARE * (memory_limit_bytes(_core.free_bytes()) + _core.resident_bytes()))
+    return parse_bytes(ram)
+
+
+def engine_config(
+    config: ModelConfig, context: int, chunk: int, logits_rows: int = 1, threads: int = 1
+) -> _core.EngineConfig:
+    """The core's form of a model's configuration and one run's sizes."""
+    c = _core.EngineConfig()
+    for name in (
+        *("layers", "dim", "vocab", "heads", "kv_heads", "head_dim", "experts", "top_k", "expert_hidden"),
+        *("norm_eps", "rope_theta", "rope_factor", "qkv_clip", "sliding_window", "shared_hidden", "dense_hidden"),
+    ):
+        setattr(c, name, getattr(config, name))
+    c.renormalise = config.router.renormalise
+    c.activation = {"silu": 0, "gelu_tanh": 1}[config.activation]
+    c.qk_norm_full = config.qk_norm == "full"
+    c.dense_layers = [layer in config.dense_layers for layer in range(config.layers)]
+    c.context, c.chunk, c.logits_rows, c.threads = context, chunk, logits_rows, threads
+    return c
+
+
+def make_plan(
+    config: ModelConfig,
+    *,
+    trunk_bytes: int,
+    all_experts_bytes: int,
+    slot_bytes: int,
+    ram_bytes: int,
+    context: int,
+    interpreter_bytes: int,
+    logits_rows: int = 1,
+    threads: int = 1,
+    refuse: bool = True,
+) -> Plan:
+    """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, then experts from what is left.
+
+    Every expert resident beats a long prefill chunk; when paging, the chunk takes at most an eighth of what the
+    slots could have. Raises MemoryError below the floor (a slot for each of a token's top_k experts), naming it,
+    unless `refuse` is off (then the plan has fewer slots than work).
+    """
+    records = config.experts * len(config.moe_layers)
+    interpreter_bytes += INTERPRETER_SPARE + 16 * config.vocab * logits_rows
+
+    def plan(chunk: int, resident: bool, cap: int) -> Plan:
+        kv_cache, scratch = _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads))
+        fixed = trunk_bytes + kv_cache + scratch + interpreter_bytes
+        io_buffers = 0 if resident else READERS * READER_BYTES
+        slots = 0 if resident else max(0, min((cap - fixed - io_buffers) // slot_bytes, records))
+        return Plan(
+            ram_bytes=ram_bytes,
+            context=context,
+            chunk=chunk,
+            trunk_bytes=trunk_bytes,
+            kv_cache_bytes=kv_cache,
+            scratch_bytes=scratch,
+            io_buffers_bytes=io_buffers,
+            interpreter_bytes=interpreter_bytes,
+            slot_bytes=slot_bytes,
+            slots=slots,
+            resident=resident,
+            experts_bytes=all_experts_bytes if resident else slots * slot_bytes,
+            all_experts_bytes=all_experts_bytes,
+            floor_bytes=fixed + READERS * READER_BYTES + config.top_k * slot_bytes,
+            resident_bytes=fixed + all_experts_bytes,
+        )
+
+    chunks = sorted({min(chunk, context) for chunk in CHUNKS} | {min(logits_rows, context)}, reverse=True)
+    chunks = [chunk for chunk in chunks if chunk >= min(logits_rows, context)]
+    smallest = plan(chunks[-1], False, ram_bytes)
+    limits = {"floor_bytes": smallest.floor_bytes, "resident_bytes": smallest.resident_bytes}
+    for chunk in chunks:
+        if (candidate := plan(chunk, True, ram_bytes)).total_bytes <= ram_bytes:
+            return _replace(candidate, **limits)
+    if ram_bytes < smallest.floor_bytes:
+        if refuse:
+            raise MemoryError(refusal(smallest))
+        return smallest
+    for chunk in chunks:
+        candidate = plan(chunk, False, ram_bytes)
+        room = ram_bytes - candidate.total_bytes + candidate.experts_bytes + candidate.scratch_bytes
+        if candidate.slots >= config.top_k and candidate.scratch_bytes * 8 <= room:
+            return _replace(candidate, **limits)
+    return smallest
+
+
+def refusal(plan: Plan) -> str:
+    return (
+        f"a cap of {plan.ram_bytes / 1e6:,.0f} MB is below the floor of {plan.floor_bytes / 1e6:,.0f} MB "
+        f"(trunk {plan.trunk_bytes / 1e6:,.0f}, KV cache {plan.kv_cache_bytes / 1e6:,.0f}, "
+        f"interpreter {plan.interpreter_bytes / 1e6:,.0f}, scratch {plan.scratch_bytes / 1e6:,.0f} MB, the rest for "
+        f"slots); raise the cap, or lower the context ({plan.context} tokens) or the widths"
+    )
+
+
+def _replace(plan: Plan, **changes) -> Plan:
+    return Plan(**{**asdict(plan), **changes})

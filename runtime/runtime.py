@@ -1,0 +1,339 @@
+"""Runtime: a bundle loaded under a cap, and what can be asked of it: generate, stream, logits.
+
+The order matters: tokenizer first, then the plan (which counts the interpreter as it is by then), then the engine,
+which allocates everything. Nothing grows afterwards but the caller's own results.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe import _core
+from edge_moe.devices.probe import default_threads
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.plan import READERS, Plan, engine_config, make_plan, resolve_ram
+from edge_moe.runtime.sampling import Sampler
+from edge_moe.runtime.tokenizer import Detokenizer, Tokenizer
+
+DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
+DEVICES = ("auto", "cpu")
+NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An answer and its account. From stream(): `text` is one piece, `tokens` its tokens, counts are so far."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str | None  # "stop" | "length"; None while more is to come
+    prompt_tokens: int
+    generation_tokens: int
+    prompt_tps: float  # tokens a second; of those that were not still in the KV cache
+    generation_tps: float
+    ram_bytes: int  # the cap
+    peak_memory_bytes: int  # of the process, as the system counts it
+    expert_hits: int
+    expert_misses: int
+    bytes_read: int
+    experts_used: float  # mean per token and layer
+    top_k: int
+    dropped_routing_weight: float  # mean share of routing weight that pruning left out
+    device: str
+
+
+class Runtime:
+    """A bundle ready to generate, inside a hard RAM cap; a context manager.
+
+    bundle: path of NAME.emoe. ram: the cap on this process's peak memory, "8GB", "8GiB", bytes or "auto" (80 % of
+    what is free). context: tokens the KV cache holds, by default 4096 or the model's own if shorter. device: "auto"
+    or "cpu". threads: of computation, by default those the process may use. prune: "off" or "bundle".
+    logits_rows: rows of logits that one step may return; generate() needs one.
+
+    Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
+    cap below the floor, naming the floor. One call runs at a time; others wait.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        ram: int | str = "auto",
+        context: int | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+        prune: float | str = "bundle",
+        *,
+        logits_rows: int = 1,
+        kernels: str = "",
+    ):
+        if device not in DEVICES:
+            raise ValueError(f"device {device!r} is not available here; use one of {', '.join(DEVICES)}")
+        if threads is not None and not 1 <= threads <= 1024:
+            raise ValueError(f"threads is {threads}, expected 1 to 1024")
+        _check_prune(prune)
+        self.bundle = Bundle.open(bundle)
+        self.config = self.bundle.config
+        context = min(DEFAULT_CONTEXT, self.config.context) if context is None else context
+        if not 1 <= context <= self.config.context:
+            raise ValueError(f"context is {context}, expected 1 to {self.config.context}, the model's own")
+        has_tokenizer = (self.bundle.path / "tokenizer.json").is_file()
+        self.tokenizer = Tokenizer(self.bundle.path) if has_tokenizer else None
+        self.threads = threads or default_threads()
+        self.logits_rows = min(logits_rows, context)
+        self.device = "cpu"
+        ram_bytes = resolve_ram(ram)
+        self.plan: Plan = make_plan(
+            self.config,
+            trunk_bytes=self.bundle.trunk_bytes,
+            all_experts_bytes=self.bundle.expert_bytes,
+            slot_bytes=max(expert.nbytes for expert in self.bundle.experts.values()),
+            ram_bytes=ram_bytes,
+            context=context,
+            interpreter_bytes=_core.resident_bytes(),
+            logits_rows=self.logits_rows,
+            threads=self.threads,
+        )
+        records, frequency = self.bundle.record_table()
+        try:
+            self._engine = _core.Engine(
+                engine_config(self.config, context, self.plan.chunk, self.logits_rows, self.threads),
+                str(self.bundle.path / "trunk.safetensors"),
+                self.bundle.trunk_bytes,
+                self.bundle.trunk_checksum,
+                [(t.name, t.rows, t.cols, t.width, t.group, t.codes, t.scales, t.biases) for t in self.bundle.trunk],
+                [str(path) for path in self.bundle.files],
+                records,
+                frequency,
+                self.plan.resident,
+                self.plan.slots,
+                READERS,
+                kernels,
+            )
+        except RuntimeError as error:  # the core's word for a damaged file
+            raise ValueError(str(error)) from None
+        self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back; later calls raise ValueError."""
+        self._engine = None
+
+    @property
+    def stats(self) -> dict:
+        """Totals since loading, and the memory in use: counters of the engine, ram_bytes, peak_memory_bytes."""
+        counters = dict(self._open().counters)
+        return {**counters, "ram_bytes": self.plan.ram_bytes, "peak_memory_bytes": _core.peak_bytes()}
+
+    def generate(self, prompt, max_tokens: int = 256, **options) -> Generation:
+        """Complete a prompt and return the whole answer; options as for stream()."""
+        pieces, tokens, last = [], [], None
+        for last in self.stream(prompt, max_tokens, **options):
+            pieces.append(last.text)
+            tokens += last.tokens
+        return replace(last, text="".join(pieces), tokens=tokens)
+
+    def stream(
+        self,
+        prompt,
+        max_tokens: int = 256,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | list[str] | None = None,
+        prune: float | str | None = None,
+    ) -> Iterator[Generation]:
+        """Complete a prompt and yield pieces of text as they come.
+
+        prompt: text, chat messages, or token ids (the only kind for a bundle without a tokenizer; the answer then
+        is in `tokens`). What an earlier call left in the KV cache and this prompt begins with is not computed
+        again, which changes nothing in the result. Ends at max_tokens, the model's end token, a `stop` string
+        (not part of the text) or a full context. Raises ValueError for an empty prompt or one longer than the
+        context.
+        """
+        _check_prune(prune if prune is not None else "bundle")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+        sampler = Sampler(temperature, top_p, seed)
+        ids = self._prompt_ids(prompt)
+        return self._stream(ids, max_tokens, sampler, [stop] if isinstance(stop, str) else list(stop or ()))
+
+    def _stream(self, ids: list[int], max_tokens: int, sampler: Sampler, stops: list[str]) -> Iterator[Generation]:
+        with self._lock:
+            account = _Account(self, len(ids))
+            logits = self._prefill(ids, account)
+            text = _Text(self.tokenizer, stops)
+            for count in range(1, max_tokens + 1):
+                token = sampler(logits)
+                account.generated(count)
+                if token in self.config.eos_tokens:
+                    yield account.piece(text.finish(), [token], "stop")
+                    return
+                piece = text.add(token)
+                full = len(self._cached) >= self.plan.context
+                if text.stopped or full or count == max_tokens:
+                    yield account.piece(
+                        piece + text.finish(), [token], "stop" if text.stopped else "length"
+                    )
+                    return
+                yield account.piece(piece, [token], None)
+                logits = self._step([token], LAST)[0]
+
+    def logits(self, token_ids) -> np.ndarray:
+        """Logits of every position of one sequence: token_ids (tokens,) -> float32 (tokens, vocab).
+
+        The array is the caller's memory, outside the plan. Raises ValueError for an empty sequence, one longer than
+        the context, or an id outside the vocabulary.
+        """
+        ids = self._prompt_ids(np.asarray(token_ids).reshape(-1))
+        with self._lock:
+            self._rewind(0)
+            rows = self.logits_rows
+            return np.concatenate([self._step(ids[at : at + rows], ALL) for at in range(0, len(ids), rows)])
+
+    def reset(self) -> None:
+        """Forget the KV cache."""
+        with self._lock:
+            self._rewind(0)
+
+    def _open(self) -> "_core.Engine":
+        if self._engine is None:
+            raise ValueError("this Runtime is closed")
+        return self._engine
+
+    def _prompt_ids(self, prompt) -> list[int]:
+        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], dict)):
+            if self.tokenizer is None:
+                raise ValueError(f"{self.bundle.path}: this bundle has no tokenizer; pass token ids")
+            text = isinstance(prompt, str)
+            ids = self.tokenizer.encode(prompt) if text else self.tokenizer.apply_chat_template(list(prompt))
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(ids) > self.plan.context:
+            raise ValueError(
+                f"the prompt has {len(ids):,} tokens, the context {self.plan.context:,}; shorten it or raise context"
+            )
+        outside = [token for token in ids if not 0 <= token < self.config.vocab]
+        if outside:
+            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab:,} tokens")
+        return ids
+
+    def _prefill(self, ids: list[int], account: "_Account") -> np.ndarray:
+        """Bring the KV cache to `ids`, reusing the beginning it already holds; the last token's logits."""
+        shared = 0
+        while shared < min(len(self._cached), len(ids) - 1) and self._cached[shared] == ids[shared]:
+            shared += 1
+        self._rewind(shared)
+        chunk = self.plan.chunk
+        for at in range(shared, len(ids), chunk):
+            part = ids[at : at + chunk]
+            logits = self._step(part, LAST if at + chunk >= len(ids) else NOTHING)
+        account.prefilled(len(ids) - shared)
+        return logits[-1]
+
+    def _step(self, tokens: list[int], want: int) -> np.ndarray:
+        try:
+            logits = self._open().forward(np.asarray(tokens, np.int32), want)
+        except RuntimeError as error:
+            raise OSError(str(error)) from None
+        self._cached += tokens
+        if not np.isfinite(logits).all():
+            raise ValueError(f"{self.bundle.path}: logits are not finite; compress the model again")
+        return logits
+
+    def _rewind(self, position: int) -> None:
+        self._open().rewind(position)
+        del self._cached[position:]
+
+
+class _Text:
+    """Text out of tokens, held back while it could be the beginning of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stops: list[str]):
+        self.detokenizer = Detokenizer(tokenizer) if tokenizer else None
+        self.stops = [stop for stop in stops if stop]
+        self.held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        if self.detokenizer is None:
+            return ""
+        self.held += self.detokenizer.add(token)
+        return self._release()
+
+    def finish(self) -> str:
+        if self.stopped or self.detokenizer is None:
+            return ""
+        self.held += self.detokenizer.finish()
+        released = self._release()
+        return released if self.stopped else released + self.held
+
+    def _release(self) -> str:
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self.held[: min(found)]
+        keep = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0
+        )
+        released, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return released
+
+
+class _Account:
+    """The statistics of one call: counters against their values when it began, and clocks."""
+
+    def __init__(self, runtime: Runtime, prompt_tokens: int):
+        self.runtime, self.prompt_tokens = runtime, prompt_tokens
+        self.before = runtime._open().counters
+        self.began = time.perf_counter()
+        self.prompt_tps = self.decode_began = 0.0
+        self.count = 0
+
+    def prefilled(self, tokens: int) -> None:
+        self.decode_began = time.perf_counter()
+        self.prompt_tps = tokens / max(self.decode_began - self.began, 1e-9)
+
+    def generated(self, count: int) -> None:
+        self.count = count
+
+    def piece(self, text: str, tokens: list[int], finish_reason: str | None) -> Generation:
+        runtime = self.runtime
+        counters = runtime._open().counters
+        used = {key: counters[key] - self.before[key] for key in counters}
+        seconds = max(time.perf_counter() - self.decode_began, 1e-9)
+        return Generation(
+            text=text,
+            tokens=tokens,
+            finish_reason=finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.count,
+            prompt_tps=self.prompt_tps,
+            generation_tps=(self.count - 1) / seconds if self.count > 1 else 0.0,  # the first came with the prompt
+            ram_bytes=runtime.plan.ram_bytes,
+            peak_memory_bytes=_core.peak_bytes(),
+            expert_hits=used["expert_hits"],
+            expert_misses=used["expert_misses"],
+            bytes_read=used["bytes_read"],
+            experts_used=used["experts_used"] / max(used["moe_tokens"], 1),
+            top_k=runtime.config.top_k,
+            dropped_routing_weight=0.0,
+            device=runtime.device,
+        )
+
+
+def _check_prune(prune: float | str) -> None:
+    if prune not in ("off", "bundle"):
+        raise ValueError(f"prune is {prune!r}, but no bundle of this version is calibrated for it; use off or bundle")

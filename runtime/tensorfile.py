@@ -1,0 +1,104 @@
+"""The safetensors container: reading a header with every claim checked, and laying out a file to write.
+
+Used for checkpoints, the trunk and the expert files. What the tensors mean is not its business.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+NUMPY_DTYPES = {  # as read from disk; bfloat16 is its 16 bits
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "U32": np.dtype("<u4"),
+    "U8": np.dtype("u1"),
+}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a safetensors file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # bytes, from the start of the file
+    nbytes: int
+
+
+def read_header(path: Path, remedy: str = "download it again") -> dict[str, Stored]:
+    """The tensors of a safetensors file by name, from its header alone.
+
+    A file is 8 bytes of length, that much JSON, and the data that the JSON's offsets count from. Raises ValueError,
+    ending in `remedy`, when the file is cut short, the header is damaged or tensors overlap.
+    """
+    with open(path, "rb") as file:
+        file_bytes = file.seek(0, 2)
+        file.seek(0)
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
+            raise ValueError(
+                f"{path}: the header claims {header_bytes:,} bytes, the file has {file_bytes:,}; "
+                f"it is cut short or not a safetensors file, {remedy}"
+            )
+        text = file.read(header_bytes)
+    try:
+        header = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path}: the header is not valid JSON; {remedy}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is not a JSON object; {remedy}")
+    start, data_bytes = 8 + header_bytes, file_bytes - 8 - header_bytes
+    tensors, spans = {}, []
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        dtype, shape, first, last = _parse_entry(path, key, entry, remedy)
+        if last > data_bytes:
+            raise ValueError(
+                f"{path}: tensor {key} ends at byte {start + last:,}, the file has {file_bytes:,}; "
+                f"it was cut short, {remedy}"
+            )
+        tensors[key] = Stored(path, dtype, shape, start + first, last - first)
+        spans.append((first, last, key))
+    spans.sort()
+    for (_, end, key), (begin, _, after) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise ValueError(f"{path}: tensors {key} and {after} overlap; {remedy}")
+    return tensors
+
+
+def _parse_entry(path: Path, key: str, entry, remedy: str) -> tuple[str, tuple[int, ...], int, int]:
+    """One tensor's (dtype, shape, first byte, byte after the last). Raises ValueError if they disagree."""
+    try:
+        dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        good = isinstance(dtype, str) and all(type(x) is int and x >= 0 for x in (*shape, first, last))
+        if good and dtype in NUMPY_DTYPES:
+            good = last - first == math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+        good = good and first <= last
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"{path}: type, shape and offsets of tensor {key} do not agree; {remedy}"
+        )
+    return dtype, shape, first, last
+
+
+def make_header(tensors: list[tuple[str, str, tuple[int, ...], int]], alignment: int) -> bytes:
+    """The first bytes of a safetensors file: its length and JSON, padded so that data starts on `alignment`.
+
+    tensors: (name, dtype, shape, bytes) in the order of their data, which follows without gaps.
+    """
+    header, at = {}, 0
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    return len(text).to_bytes(8, "little") + text
