@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from edge_moe.runtime.config import ModelConfig, load_config, read_json, trunk_shapes
 from edge_moe.runtime.tensorfile import NUMPY_DTYPES, Stored, read_header
 

@@ -153,8 +153,13 @@ def _candidates(o: Options, config: ModelConfig) -> list[tuple[int, int, int]]:
         return [(16, 16, 16)]
     if o.method in ("uniform", "rtn"):
         count = config.experts * len(config.moe_layers)
-        bits = o.bits if o.bits is not None else 8 * _budget(o, config, trunk_packing(
-            trunk_shapes(config), o.trunk_width, 64)) / (config.expert_weights * count)
+        bits = (
+            o.bits
+            if o.bits is not None
+            else 8
+            * _budget(o, config, trunk_packing(trunk_shapes(config), o.trunk_width, 64))
+            / (config.expert_weights * count)
+        )
         return [(uniform_width(config, bits, o.group),) * 3]
     if o.method == "mc":
         return [(width,) * 3 for width in MC_WIDTHS]
@@ -176,7 +181,8 @@ def _measure(checkpoint: Checkpoint, calibration, candidates, o: Options, tell: 
     """One LayerMeasure a layer, None for dense ones."""
     config, threads = checkpoint.config, o.threads or default_threads()
 
-    def measure_error(layer, expert, h, routing_weights, scale):
+    def change(layer, expert, h):
+        """Squared norm of the change of an expert's output, (options, rows)."""
         weights = checkpoint.expert(layer, expert)
         unpacked = {}  # (projection, width) -> float32 matrix as it would be read back
 
@@ -188,19 +194,18 @@ def _measure(checkpoint: Checkpoint, calibration, candidates, o: Options, tell: 
 
         tell("measure", layer * config.experts + expert + 1, config.layers * config.experts)
         y = reference.expert(config, h, *weights)
-        inner, errors = {}, []
+        inner, squared = {}, []
         for gate, up, down in candidates:
             if gate not in inner:
                 inner[gate] = reference.expert_inner(config, h, matrix(0, gate), matrix(1, up))
-            change = (inner[gate] @ matrix(2, down).T - y) * routing_weights[:, None]
-            errors.append(float(np.sqrt(scale * np.square(change, dtype=np.float64).sum())))
-        return errors
+            squared.append(np.square(inner[gate] @ matrix(2, down).T - y).sum(-1))
+        return np.array(squared, np.float64)
 
     x = reference.embed(config, checkpoint, calibration.ids)
     measures = []
     for layer in range(config.layers):
         tell("measure", layer * config.experts, config.layers * config.experts)
-        x, measure = calibrate.measure_layer(config, checkpoint, layer, x, measure_error)
+        x, measure = calibrate.measure_layer(config, checkpoint, layer, x, calibration.domains, change)
         measures.append(measure)
     return measures
 
@@ -217,13 +222,17 @@ def _allocate(config: ModelConfig, candidates, measures, budget: float, o: Optio
         nominal = 8 * budget / (config.expert_weights * len(keys)) - overhead
         total_bits = int(nominal * config.experts + 1e-6)
         chosen = [
-            np.searchsorted(MC_WIDTHS, allocate_layer(m.frequency, m.routing_weight, m.errors, total_bits, *MC_EXPONENTS))
+            np.searchsorted(
+                MC_WIDTHS, allocate_layer(m.frequency, m.routing_weight, m.errors, total_bits, *MC_EXPONENTS)
+            )
             for m in present
         ]
         chosen = np.concatenate(chosen)
     else:
-        cost = np.concatenate([measure.errors**2 for measure in present])
-        chosen = allocate_model(cost, np.tile(sizes, (len(keys), 1)), budget)
+        cost = np.concatenate([measure.domain_errors for measure in present])  # (experts, options, domains)
+        alike = [i for i, widths in enumerate(candidates) if len(set(widths)) == 1 and sizes[i] * len(keys) <= budget]
+        unit = cost[:, alike[-1] if alike else 0].sum(axis=0)  # a domain's error with one width everywhere
+        chosen = allocate_model(cost / np.maximum(unit, 1e-30), np.tile(sizes, (len(keys), 1)), budget)
     return {key: Packing(candidates[option], o.group) for key, option in zip(keys, chosen, strict=True)}
 
 

@@ -110,9 +110,7 @@ class BundleWriter:
         """Write one expert's record: gate, up, down."""
         packing = self.experts[layer, index]
         file, offset, nbytes = self._records[layer, index]
-        _, parts = _core.record_layout(
-            self.config.dim, self.config.expert_hidden, list(packing.widths), packing.group
-        )
+        _, parts = _core.record_layout(self.config.dim, self.config.expert_hidden, list(packing.widths), packing.group)
         record = np.zeros(nbytes, np.uint8)
         for matrix, (codes, codes_bytes, scales, scales_bytes, biases) in zip(
             matrices, np.reshape(parts, (3, 5)).tolist(), strict=True

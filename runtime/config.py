@@ -98,9 +98,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     """
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ValueError(
-            f"{where}: architecture {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
-        )
+        raise ValueError(f"{where}: architecture {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
     get = _Keys(raw, where)
     heads = get.count("num_attention_heads")
     dim = get.count("hidden_size")
@@ -110,9 +108,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     rope_theta, rope_factor = _rope(get, ROPE_THETA.get(kind, 1e4))
     activation = get.any("hidden_act", default="silu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{where}: hidden_act {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
-        )
+        raise ValueError(f"{where}: hidden_act {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
     if kind in ("olmoe", "qwen3_moe") and get.flag("attention_bias", False):
         raise ValueError(
             f"{where}: attention_bias true is not supported for {kind} (it biases the output projection too)"
@@ -128,9 +124,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         context=get.count("max_position_embeddings"),
         experts=get.count("num_experts", "num_local_experts", limit=MAX_EXPERTS),
         top_k=get.count("num_experts_per_tok"),
-        expert_hidden=get.count(
-            "moe_intermediate_size" if kind in ("qwen2_moe", "qwen3_moe") else "intermediate_size"
-        ),
+        expert_hidden=get.count("moe_intermediate_size" if kind in ("qwen2_moe", "qwen3_moe") else "intermediate_size"),
         router=RouterConfig(renormalise=True if kind == "mixtral" else get.flag("norm_topk_prob", False)),
         activation=ACTIVATIONS[activation],
         norm_eps=get.number("rms_norm_eps", default=NORM_EPS.get(kind, 1e-6)),
@@ -197,17 +191,13 @@ class _Keys:
     def count(self, *names, default=None, limit=2**31 - 1) -> int:
         value = self.any(*names, default=default)
         if type(value) is not int or not 0 < value <= limit:
-            raise ValueError(
-                f"{self.where}: {names[0]} is {value!r}, expected a whole number from 1 to {limit:,}"
-            )
+            raise ValueError(f"{self.where}: {names[0]} is {value!r}, expected a whole number from 1 to {limit:,}")
         return value
 
     def number(self, *names, default=None) -> float:
         value = self.any(*names, default=default)
         if type(value) not in (int, float) or not 0 <= value <= MAX_NUMBER:
-            raise ValueError(
-                f"{self.where}: {names[0]} is {value!r}, expected a number from 0 to {MAX_NUMBER:g}"
-            )
+            raise ValueError(f"{self.where}: {names[0]} is {value!r}, expected a number from 0 to {MAX_NUMBER:g}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

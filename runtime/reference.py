@@ -11,6 +11,7 @@ by canonical name: a compressor Checkpoint is one. `x` is (sequences, tokens, di
 import math
 
 import numpy as np
+
 from edge_moe.runtime.config import ModelConfig
 
 

@@ -182,9 +182,7 @@ class Runtime:
                 piece = text.add(token)
                 full = len(self._cached) >= self.plan.context
                 if text.stopped or full or count == max_tokens:
-                    yield account.piece(
-                        piece + text.finish(), [token], "stop" if text.stopped else "length"
-                    )
+                    yield account.piece(piece + text.finish(), [token], "stop" if text.stopped else "length")
                     return
                 yield account.piece(piece, [token], None)
                 logits = self._step([token], LAST)[0]
@@ -285,9 +283,7 @@ class _Text:
         if found:
             self.stopped = True
             return self.held[: min(found)]
-        keep = max(
-            (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0
-        )
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
         released, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return released
 

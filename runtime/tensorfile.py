@@ -84,9 +84,7 @@ def _parse_entry(path: Path, key: str, entry, remedy: str) -> tuple[str, tuple[i
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:
-        raise ValueError(
-            f"{path}: type, shape and offsets of tensor {key} do not agree; {remedy}"
-        )
+        raise ValueError(f"{path}: type, shape and offsets of tensor {key} do not agree; {remedy}")
     return dtype, shape, first, last
 
 

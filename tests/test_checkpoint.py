@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edge_moe.compressor.checkpoint import Checkpoint
 from golden_checkpoints import ARCHITECTURES, write_checkpoint
+
+from edge_moe.compressor.checkpoint import Checkpoint
 
 NUMPY = {"F16": np.float16, "F32": np.float32}
 DAMAGED = "the checkpoint is damaged, download it again"
@@ -272,8 +273,7 @@ def test_a_tensor_of_another_type_is_refused(olmoe):
     tensors[name] = "F8_E4M3", shape, data[::2]
     write_file(path, tensors)
     assert refusal(ValueError, lambda: Checkpoint(olmoe)) == (
-        f"{path}: tensor {name} is F8_E4M3, supported are BF16, F16, F32; "
-        "use the checkpoint that is not quantised"
+        f"{path}: tensor {name} is F8_E4M3, supported are BF16, F16, F32; use the checkpoint that is not quantised"
     )
 
 
@@ -387,6 +387,4 @@ def test_a_tensor_whose_entry_contradicts_itself_is_refused(olmoe, entry):
 def test_overlapping_tensors_are_refused(olmoe):
     path = olmoe / "model.safetensors"
     write_raw(path, json.dumps({"b": {**GOOD, "data_offsets": [4, 12]}, "a": GOOD}).encode(), b"\0" * 12)
-    assert refusal(ValueError, lambda: Checkpoint(olmoe)) == (
-        f"{path}: tensors a and b overlap; download it again"
-    )
+    assert refusal(ValueError, lambda: Checkpoint(olmoe)) == (f"{path}: tensors a and b overlap; download it again")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from edge_moe.runtime.config import ModelConfig, RouterConfig, load_config, parse_config
 
 SHAPES = {

@@ -6,13 +6,14 @@ Tolerance: two float32 evaluations of these models differ by 1e-5 to 2e-5 in log
 from dataclasses import replace
 from pathlib import Path
 
-import edge_moe.bench
 import numpy as np
 import pytest
+from golden_checkpoints import ARCHITECTURES, write_checkpoint
+
+import edge_moe.bench
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.config import RouterConfig
-from golden_checkpoints import ARCHITECTURES, write_checkpoint
 
 TOLERANCE = 1e-4
 

@@ -1,5 +1,5 @@
-// Kernels of scalar.cpp for AVX2: half a block, 32 codes, is one register of bytes, and two multiply-adds of it give
-// eight lanes of the contract in order.
+// Kernels of scalar.cpp for AVX2: half a block, 32 codes, is one register of bytes, and two multiply-adds of
+// it give eight lanes of the contract in order.
 #include <immintrin.h>
 
 #include <array>
@@ -15,8 +15,8 @@ namespace avx2 {
 constexpr int kRegister = 8;
 constexpr int kTileTokens = 2;
 
-#include "vector_ops.inl"
 #include "tiles.inl"
+#include "vector_ops.inl"
 
 constexpr int kHalf = kBlock / 2;
 
@@ -25,9 +25,10 @@ inline __m128i load_8(const void* p) { return _mm_loadl_epi64(static_cast<const 
 
 // ---- codes -> bytes ----
 
-// Widths 3, 5 and 6: each 128-bit lane takes sixteen codes, eight in each of two registers of 16-bit fields. pshufb
-// brings the one or two bytes of a code to its field, a multiplication moves the code to the field's top and a shift
-// moves it down. The upper lane is loaded so that it ends with the 32 codes; kShift is where its codes begin then.
+// Widths 3, 5 and 6: each 128-bit lane takes sixteen codes, eight in each of two registers of 16-bit fields.
+// pshufb brings the one or two bytes of a code to its field, a multiplication moves the code to the field's
+// top and a shift moves it down. The upper lane is loaded so that it ends with the 32 codes; kShift is where
+// its codes begin then.
 template <int Width>
 struct Fields {
   static constexpr int kShift = Width == 3 ? 2 : Width == 5 ? 6 : 4;
@@ -54,8 +55,10 @@ constexpr Fields<Width> kFields = fields<Width>();
 
 template <int Width>
 inline __m256i unpack_fields(__m256i packed, int part) {
-  const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFields<Width>.bytes[part].data()));
-  const __m256i factors = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFields<Width>.factors[part].data()));
+  const __m256i bytes =
+      _mm256_load_si256(reinterpret_cast<const __m256i*>(kFields<Width>.bytes[part].data()));
+  const __m256i factors =
+      _mm256_load_si256(reinterpret_cast<const __m256i*>(kFields<Width>.factors[part].data()));
   return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(packed, bytes), factors), 16 - Width);
 }
 
@@ -79,8 +82,8 @@ inline __m256i load_half(const uint8_t* p) {
     const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
     return _mm256_min_epu8(_mm256_and_si256(v, bit), _mm256_set1_epi8(1));
   } else {
-    const __m256i packed =
-        Width == 3 ? _mm256_set_m128i(load_8(p + 4), load_8(p)) : _mm256_set_m128i(load_16(p + 4 * Width - 16), load_16(p));
+    const __m256i packed = Width == 3 ? _mm256_set_m128i(load_8(p + 4), load_8(p))
+                                      : _mm256_set_m128i(load_16(p + 4 * Width - 16), load_16(p));
     return _mm256_packus_epi16(unpack_fields<Width>(packed, 0), unpack_fields<Width>(packed, 1));
   }
 }
@@ -100,7 +103,8 @@ inline __m256 load_bfloat16(const void* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
 }
 
-// Eight dot products of four neighbours. Pairs are summed in 16 bits: codes below 128 fit, width 8 is split in two.
+// Eight dot products of four neighbours. Pairs are summed in 16 bits: codes below 128 fit, width 8 is split
+// in two.
 template <int Width>
 inline __m256i dot_four(__m256i codes, __m256i x) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -114,8 +118,8 @@ inline __m256i dot_four(__m256i codes, __m256i x) {
 
 // Weight scale times activation scale for the two halves of each block from `chunk` to `end`.
 template <int Group>
-inline void multiply_scales(const uint16_t* scales, const float* x, int chunk, int end, int groups, float* even,
-                            float* odd) {
+inline void multiply_scales(const uint16_t* scales, const float* x, int chunk, int end, int groups,
+                            float* even, float* odd) {
   for (int block = chunk; block < end; ++block) {
     even[block - chunk] = from_bfloat16(scales[block * kBlock / Group]) * x[block];
     if (Group == 32 && 2 * block + 1 < groups)
@@ -129,7 +133,8 @@ inline __m256 add_biases(const uint16_t* biases, const float* x_sums, int groups
   int group = 0;
   for (; group + kLanes <= groups; group += kLanes) {
     bias_low = _mm256_fmadd_ps(load_bfloat16(biases + group), _mm256_loadu_ps(x_sums + group), bias_low);
-    bias_high = _mm256_fmadd_ps(load_bfloat16(biases + group + 8), _mm256_loadu_ps(x_sums + group + 8), bias_high);
+    bias_high =
+        _mm256_fmadd_ps(load_bfloat16(biases + group + 8), _mm256_loadu_ps(x_sums + group + 8), bias_high);
   }
   if (group < groups) {
     alignas(32) float lanes[kLanes];
@@ -156,7 +161,8 @@ template <int Width, int Group, int Tokens>
     const int end = chunk + kChunk < blocks ? chunk + kChunk : blocks;
     for (int r = 0; r < kTileRows; ++r)
       for (int t = 0; t < Tokens; ++t)
-        multiply_scales<Group>(rows.scales[r], tokens.scales[t], chunk, end, groups, scales[0][r][t], scales[1][r][t]);
+        multiply_scales<Group>(rows.scales[r], tokens.scales[t], chunk, end, groups, scales[0][r][t],
+                               scales[1][r][t]);
     // One half of the blocks and then the other: sixteen registers hold the sums of one.
     for (int half = 0; half < 2; ++half) {
       const auto& half_scales = scales[Group == 32 ? half : 0];
@@ -174,8 +180,8 @@ template <int Width, int Group, int Tokens>
           const __m256i codes = load_half<Width>(p);
           unrolled<Tokens>([&](auto t) {
             const __m256 dots = _mm256_cvtepi32_ps(dot_four<Width>(codes, x[t]));
-            lanes[r * Tokens + t] =
-                _mm256_fmadd_ps(dots, _mm256_broadcast_ss(&half_scales[r][t][block - chunk]), lanes[r * Tokens + t]);
+            lanes[r * Tokens + t] = _mm256_fmadd_ps(
+                dots, _mm256_broadcast_ss(&half_scales[r][t][block - chunk]), lanes[r * Tokens + t]);
           });
         });
       }
@@ -186,7 +192,8 @@ template <int Width, int Group, int Tokens>
   for (int t = 0; t < Tokens; ++t) {
     __m256 row[kTileRows];
     for (int r = 0; r < kTileRows; ++r)
-      row[r] = add_biases(rows.biases[r], tokens.sums[t], groups, sums[0][r * Tokens + t], sums[1][r * Tokens + t]);
+      row[r] = add_biases(rows.biases[r], tokens.sums[t], groups, sums[0][r * Tokens + t],
+                          sums[1][r * Tokens + t]);
     _mm_storeu_ps(y + t * kTileRows, fold_rows(row[0], row[1], row[2], row[3]));
   }
 }
@@ -215,7 +222,8 @@ template <int Width, int Tokens>
       unrolled<2>([&](auto r) {
         const uint8_t* row = rows.codes[first + r];
         if constexpr (Tokens == 1)
-          _mm_prefetch(reinterpret_cast<const char*>(row + size_t(i) * (Width / 8) + rows.ahead), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(row + size_t(i) * (Width / 8) + rows.ahead),
+                       _MM_HINT_T0);
         const __m256 w_low = load_floats<Width>(row, i), w_high = load_floats<Width>(row, i + 8);
         unrolled<Tokens>([&](auto t) {
           const float* x = tokens.values[t] + i;
@@ -273,7 +281,8 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
       const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + block * kBlock + half * kHalf), in_order);
       alignas(32) int lanes[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), dot_four<kUnpacked>(_mm256_set1_epi8(1), in_order));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes),
+                         dot_four<kUnpacked>(_mm256_set1_epi8(1), in_order));
       sums[half] = lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
     }
     const float scale = top / 127.0f;
@@ -305,21 +314,29 @@ void dequantise_codes(const Matrix& m, int row, float* y) {
 
 void dequantise_row(const Matrix& m, int row, float* y) {
   switch (m.width) {
-    case 1: return dequantise_codes<1>(m, row, y);
-    case 2: return dequantise_codes<2>(m, row, y);
-    case 3: return dequantise_codes<3>(m, row, y);
-    case 4: return dequantise_codes<4>(m, row, y);
-    case 5: return dequantise_codes<5>(m, row, y);
-    case 6: return dequantise_codes<6>(m, row, y);
-    case 8: return dequantise_codes<8>(m, row, y);
-    default: return kScalarKernels.dequantise_row(m, row, y);
+    case 1:
+      return dequantise_codes<1>(m, row, y);
+    case 2:
+      return dequantise_codes<2>(m, row, y);
+    case 3:
+      return dequantise_codes<3>(m, row, y);
+    case 4:
+      return dequantise_codes<4>(m, row, y);
+    case 5:
+      return dequantise_codes<5>(m, row, y);
+    case 6:
+      return dequantise_codes<6>(m, row, y);
+    case 8:
+      return dequantise_codes<8>(m, row, y);
+    default:
+      return kScalarKernels.dequantise_row(m, row, y);
   }
 }
 
 }  // namespace avx2
 
-const Kernels kAvx2Kernels = {"avx2",         avx2::matmul, avx2::quantise,   avx2::rms_norm,
-                              avx2::gate_up,  avx2::attend, avx2::add_scaled, avx2::softmax,
-                              avx2::dequantise_row};
+const Kernels kAvx2Kernels = {"avx2",           avx2::matmul,  avx2::quantise,
+                              avx2::rms_norm,   avx2::gate_up, avx2::attend,
+                              avx2::add_scaled, avx2::softmax, avx2::dequantise_row};
 
 }  // namespace edge_moe

@@ -1,5 +1,5 @@
-// Kernels of scalar.cpp for AVX-512 with VBMI and VNNI: a block of 64 codes is one register, and one integer dot
-// product of it gives the sixteen lanes of the contract in order.
+// Kernels of scalar.cpp for AVX-512 with VBMI and VNNI: a block of 64 codes is one register, and one integer
+// dot product of it gives the sixteen lanes of the contract in order.
 #if defined(__GNUC__) && !defined(__clang__)
 // In gcc 12 its own headers warn in every intrinsic (gcc bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -20,14 +20,14 @@ namespace avx512 {
 constexpr int kRegister = 16;
 constexpr int kTileTokens = 4;
 
-#include "vector_ops.inl"
 #include "tiles.inl"
+#include "vector_ops.inl"
 
 // ---- codes -> bytes ----
 
-// Code i of a block is in bits [i*Width, (i+1)*Width). Eight codes are Width whole bytes: vpermb brings these to a
-// quadword and vpmultishiftqb takes eight bits from each code's first bit on. Width 1 has all its bits in every
-// quadword already.
+// Code i of a block is in bits [i*Width, (i+1)*Width). Eight codes are Width whole bytes: vpermb brings these
+// to a quadword and vpmultishiftqb takes eight bits from each code's first bit on. Width 1 has all its bits
+// in every quadword already.
 template <int Width>
 constexpr std::array<uint8_t, 64> code_bytes() {
   std::array<uint8_t, 64> index{};
@@ -52,7 +52,8 @@ inline __m512i unpack(__m512i packed) {
   if constexpr (Width == 8 || Width == kUnpacked) {
     return packed;
   } else {
-    if constexpr (Width > 1) packed = _mm512_permutexvar_epi8(_mm512_load_si512(kCodeBytes<Width>.data()), packed);
+    if constexpr (Width > 1)
+      packed = _mm512_permutexvar_epi8(_mm512_load_si512(kCodeBytes<Width>.data()), packed);
     packed = _mm512_multishift_epi64_epi8(_mm512_load_si512(kCodeBits<Width>.data()), packed);
     return _mm512_and_si512(packed, _mm512_set1_epi8((1 << Width) - 1));
   }
@@ -63,7 +64,9 @@ constexpr int kBlockBytes = Width == kUnpacked ? kBlock : kBlock / 8 * Width;
 
 // The bytes that load_block reads; a masked load costs a slot of the vector ports, a wide one does not.
 template <int Width>
-constexpr int kLoadBytes = Width == 3 ? 32 : Width == 5 || Width == 6 ? 64 : kBlockBytes<Width>;
+constexpr int kLoadBytes = Width == 3                 ? 32
+                           : Width == 5 || Width == 6 ? 64
+                                                      : kBlockBytes<Width>;
 
 template <int Width>
 inline __m512i load_block(const uint8_t* p) {
@@ -113,7 +116,9 @@ void unpack_row(const uint8_t* codes, int cols, uint8_t* out) {
 
 // ---- products ----
 
-inline __mmask16 first_lanes(int count) { return count >= kLanes ? __mmask16(-1) : __mmask16((1u << count) - 1); }
+inline __mmask16 first_lanes(int count) {
+  return count >= kLanes ? __mmask16(-1) : __mmask16((1u << count) - 1);
+}
 
 inline __m512 from_bfloat16(__m256i values) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
@@ -137,7 +142,8 @@ inline void store_tile(const __m512* sums, float* y) {
 
 // Weight scales of sixteen blocks; `odd` is the second group of a block, at group 32 only.
 template <int Group>
-inline void block_scales(const uint16_t* scales, int block, int blocks, int groups, __m512& even, __m512& odd) {
+inline void block_scales(const uint16_t* scales, int block, int blocks, int groups, __m512& even,
+                         __m512& odd) {
   if constexpr (Group == 32) {
     const int count = groups - 2 * block;
     const __mmask32 present = count >= 32 ? __mmask32(-1) : (__mmask32(1) << count) - 1;
@@ -206,7 +212,8 @@ template <int Width, int Group, int Tokens>
         bias_sums[t] = _mm512_fmadd_ps(bias, x, bias_sums[t]);
       });
     }
-    unrolled<Tokens>([&](auto t) { sums[r * Tokens + t] = _mm512_add_ps(sums[r * Tokens + t], bias_sums[t]); });
+    unrolled<Tokens>(
+        [&](auto t) { sums[r * Tokens + t] = _mm512_add_ps(sums[r * Tokens + t], bias_sums[t]); });
   });
   store_tile<Tokens>(sums, y);
 }
@@ -223,7 +230,8 @@ template <int Width, int Tokens>
     unrolled<kTileRows>([&](auto r) {
       const uint8_t* p = rows.codes[r] + size_t(i) * (Width / 8);
       if constexpr (Tokens == 1) _mm_prefetch(reinterpret_cast<const char*>(p + rows.ahead), _MM_HINT_T0);
-      const __m512 w = Width == 16 ? from_bfloat16(_mm256_maskz_loadu_epi16(lanes, p)) : _mm512_maskz_loadu_ps(lanes, p);
+      const __m512 w =
+          Width == 16 ? from_bfloat16(_mm256_maskz_loadu_epi16(lanes, p)) : _mm512_maskz_loadu_ps(lanes, p);
       unrolled<Tokens>([&](auto t) {
         sums[r * Tokens + t] = _mm512_mask3_fmadd_ps(w, x[t], sums[r * Tokens + t], lanes);
       });
@@ -245,7 +253,8 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
     for (int i = 0; i < 4; ++i) {
       const int first = block * kBlock + i * kLanes;
       in[i] = _mm512_maskz_loadu_ps(first_lanes(cols - first > 0 ? cols - first : 0), x + first);
-      tops = _mm512_max_ps(_mm512_abs_ps(in[i]), tops);  // keeps the second operand when the first is not a number
+      tops = _mm512_max_ps(_mm512_abs_ps(in[i]),
+                           tops);  // keeps the second operand when the first is not a number
     }
     const float top = _mm512_reduce_max_ps(tops);
     const __m512 inverse = _mm512_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
@@ -291,21 +300,29 @@ void dequantise_codes(const Matrix& m, int row, float* y) {
 
 void dequantise_row(const Matrix& m, int row, float* y) {
   switch (m.width) {
-    case 1: return dequantise_codes<1>(m, row, y);
-    case 2: return dequantise_codes<2>(m, row, y);
-    case 3: return dequantise_codes<3>(m, row, y);
-    case 4: return dequantise_codes<4>(m, row, y);
-    case 5: return dequantise_codes<5>(m, row, y);
-    case 6: return dequantise_codes<6>(m, row, y);
-    case 8: return dequantise_codes<8>(m, row, y);
-    default: return kScalarKernels.dequantise_row(m, row, y);
+    case 1:
+      return dequantise_codes<1>(m, row, y);
+    case 2:
+      return dequantise_codes<2>(m, row, y);
+    case 3:
+      return dequantise_codes<3>(m, row, y);
+    case 4:
+      return dequantise_codes<4>(m, row, y);
+    case 5:
+      return dequantise_codes<5>(m, row, y);
+    case 6:
+      return dequantise_codes<6>(m, row, y);
+    case 8:
+      return dequantise_codes<8>(m, row, y);
+    default:
+      return kScalarKernels.dequantise_row(m, row, y);
   }
 }
 
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {"avx512",         avx512::matmul, avx512::quantise,   avx512::rms_norm,
-                                avx512::gate_up,  avx512::attend, avx512::add_scaled, avx512::softmax,
-                                avx512::dequantise_row};
+const Kernels kAvx512Kernels = {"avx512",           avx512::matmul,  avx512::quantise,
+                                avx512::rms_norm,   avx512::gate_up, avx512::attend,
+                                avx512::add_scaled, avx512::softmax, avx512::dequantise_row};
 
 }  // namespace edge_moe

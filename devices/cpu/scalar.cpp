@@ -110,15 +110,16 @@ void dequantise_row(const Matrix& m, int row, float* y) {
     const int groups = m.cols / m.group;
     for (int i = 0; i < m.cols; ++i) {
       size_t group = size_t(row) * groups + i / m.group;
-      y[i] = from_bfloat16(m.scales[group]) * float(code_at(codes, i, m.width)) + from_bfloat16(m.biases[group]);
+      y[i] =
+          from_bfloat16(m.scales[group]) * float(code_at(codes, i, m.width)) + from_bfloat16(m.biases[group]);
     }
   }
 }
 
 }  // namespace scalar
 
-const Kernels kScalarKernels = {"scalar",          scalar::matmul, scalar::quantise,   scalar::rms_norm,
-                                scalar::gate_up,   scalar::attend, scalar::add_scaled, scalar::softmax,
-                                scalar::dequantise_row};
+const Kernels kScalarKernels = {"scalar",           scalar::matmul,  scalar::quantise,
+                                scalar::rms_norm,   scalar::gate_up, scalar::attend,
+                                scalar::add_scaled, scalar::softmax, scalar::dequantise_row};
 
 }  // namespace edge_moe

@@ -1,14 +1,14 @@
 // Products of packed matrices in tiles of a few rows by a few tokens: what the x86 instruction sets share.
 //
-// Each cpu/*.cpp includes this file once inside its own namespace, sets kTileTokens before and defines `tile`,
-// `tile_float` and `unpack_row` after. For one token codes are unpacked in registers, as its weights are read once.
-// For two or more, four rows are unpacked to bytes once, into a buffer that the first-level cache holds, so that
-// unpacking costs little beside the products.
+// Each cpu/*.cpp includes this file once inside its own namespace, sets kTileTokens before and defines
+// `tile`, `tile_float` and `unpack_row` after. For one token codes are unpacked in registers, as its weights
+// are read once. For two or more, four rows are unpacked to bytes once, into a buffer that the first-level
+// cache holds, so that unpacking costs little beside the products.
 
 constexpr int kTileRows = 4;
-constexpr int kChunk = 16;             // blocks whose scales are multiplied at a time
-constexpr int kUnpackedCols = 20480;   // wider rows (none known) go token by token
-constexpr int kUnpacked = 0;           // in place of a width: codes below 64, one a byte
+constexpr int kChunk = 16;            // blocks whose scales are multiplied at a time
+constexpr int kUnpackedCols = 20480;  // wider rows (none known) go token by token
+constexpr int kUnpacked = 0;          // in place of a width: codes below 64, one a byte
 
 // The rows of a tile. At the end of a matrix the last row is repeated.
 struct TileRows {
@@ -16,7 +16,10 @@ struct TileRows {
   const uint16_t* scales[kTileRows];
   const uint16_t* biases[kTileRows];
   int cols;
-  size_t ahead;  // bytes from a code to the one worth fetching into the cache with it
+  // Bytes from a code to the one to fetch into the cache with it, a tile later: rows are too short for the
+  // processor to see the streams. It doubles decoding from memory (4 bits, one thread of a 2.8 GHz Xeon: 6.1
+  // to 10.8 GB/s).
+  size_t ahead;
 };
 
 // The tokens of a tile, as pointers into Activations. After the last token it is repeated.
@@ -30,8 +33,9 @@ struct TileTokens {
 // f(0), ..., f(N-1) with constants, so that an array of sums indexed by them lives in registers.
 template <int N, typename F>
 inline void unrolled(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
-  (std::make_integer_sequence<int, N>{});
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
 }
 
 // y (tokens, kTileRows) = rows . tokens
@@ -76,32 +80,50 @@ Tile choose_by_group(int group, int tokens) {
 
 template <int Width>
 Tile choose_float(int tokens) {
-  return tokens == 1 ? tile_float<Width, 1> : tokens == 2 ? tile_float<Width, 2> : tile_float<Width, kTileTokens>;
+  return tokens == 1   ? tile_float<Width, 1>
+         : tokens == 2 ? tile_float<Width, 2>
+                       : tile_float<Width, kTileTokens>;
 }
 
 inline Tile choose_tile(int width, int group, int tokens) {
   switch (width) {
-    case kUnpacked: return choose_by_group<kUnpacked>(group, tokens);
-    case 1: return choose_by_group<1>(group, tokens);
-    case 2: return choose_by_group<2>(group, tokens);
-    case 3: return choose_by_group<3>(group, tokens);
-    case 4: return choose_by_group<4>(group, tokens);
-    case 5: return choose_by_group<5>(group, tokens);
-    case 6: return choose_by_group<6>(group, tokens);
-    case 8: return choose_by_group<8>(group, tokens);
-    case 16: return choose_float<16>(tokens);
-    default: return choose_float<32>(tokens);
+    case kUnpacked:
+      return choose_by_group<kUnpacked>(group, tokens);
+    case 1:
+      return choose_by_group<1>(group, tokens);
+    case 2:
+      return choose_by_group<2>(group, tokens);
+    case 3:
+      return choose_by_group<3>(group, tokens);
+    case 4:
+      return choose_by_group<4>(group, tokens);
+    case 5:
+      return choose_by_group<5>(group, tokens);
+    case 6:
+      return choose_by_group<6>(group, tokens);
+    case 8:
+      return choose_by_group<8>(group, tokens);
+    case 16:
+      return choose_float<16>(tokens);
+    default:
+      return choose_float<32>(tokens);
   }
 }
 
 inline void unpack_row(const uint8_t* codes, int cols, int width, uint8_t* out) {
   switch (width) {
-    case 1: return unpack_row<1>(codes, cols, out);
-    case 2: return unpack_row<2>(codes, cols, out);
-    case 3: return unpack_row<3>(codes, cols, out);
-    case 4: return unpack_row<4>(codes, cols, out);
-    case 5: return unpack_row<5>(codes, cols, out);
-    default: return unpack_row<6>(codes, cols, out);
+    case 1:
+      return unpack_row<1>(codes, cols, out);
+    case 2:
+      return unpack_row<2>(codes, cols, out);
+    case 3:
+      return unpack_row<3>(codes, cols, out);
+    case 4:
+      return unpack_row<4>(codes, cols, out);
+    case 5:
+      return unpack_row<5>(codes, cols, out);
+    default:
+      return unpack_row<6>(codes, cols, out);
   }
 }
 

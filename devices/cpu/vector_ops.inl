@@ -1,9 +1,10 @@
-// Norms, activations, attention and softmax over sixteen lanes: the same source for every instruction set. Each
-// cpu/*.cpp sets kRegister, the floats of its vector registers, and includes this file once inside its own namespace.
-// It is compiled with its own flags and -ffp-contract=off, so the compiler may vectorise but not reorder or fuse, and
-// every build gives the same bits.
+// Norms, activations, attention and softmax over sixteen lanes: the same source for every instruction set.
+// Each cpu/*.cpp sets kRegister, the floats of its vector registers, and includes this file once inside its
+// own namespace. It is compiled with its own flags and -ffp-contract=off, so the compiler may vectorise but
+// not reorder or fuse, and every build gives the same bits.
 
-// Sixteen sums side by side. A vector type of the compilers, as gcc 12 would keep an array of floats in memory.
+// Sixteen sums side by side. A vector type of the compilers, as gcc 12 would keep an array of floats in
+// memory.
 typedef float Register __attribute__((vector_size(kRegister * 4)));
 struct Lanes {
   Register parts[kLanes / kRegister];
@@ -61,8 +62,8 @@ inline void add_last_products(Lanes& lanes, const float* x, const float* y, int 
   add_products(lanes, padded[0], padded[1]);
 }
 
-// exp(x) to about 2 ulp: x = n*ln2 + r, a polynomial in r, n into the exponent. Own code because libm's differs
-// between machines. Results below 2^-126 flush to zero.
+// exp(x) to about 2 ulp: x = n*ln2 + r, a polynomial in r, n into the exponent. Own code because libm's
+// differs between machines. Results below 2^-126 flush to zero.
 inline float exp_lane(float x) {
   x = x > 88.0f ? 88.0f : x;
   float keep = x < -87.0f ? 0.0f : 1.0f;
@@ -162,7 +163,8 @@ void attend(const float* q, const float* k, const float* v, int begin, int end, 
   const float inverse = 1.0f / exponentiate(scores, begin, end);
   for (int i = 0; i < head_dim; ++i) out[i] = 0.0f;
   for (position = begin; position + 4 <= end; position += 4) {  // as four calls of add_scaled
-    const float *v0 = v + size_t(position) * head_dim, *v1 = v0 + head_dim, *v2 = v1 + head_dim, *v3 = v2 + head_dim;
+    const float *v0 = v + size_t(position) * head_dim, *v1 = v0 + head_dim, *v2 = v1 + head_dim,
+                *v3 = v2 + head_dim;
     const float w0 = scores[position] * inverse, w1 = scores[position + 1] * inverse;
     const float w2 = scores[position + 2] * inverse, w3 = scores[position + 3] * inverse;
     for (int i = 0; i < head_dim; ++i)

@@ -1,0 +1,97 @@
+"""What the machine can do at best: memory read bandwidth, and unbuffered reads of a bundle's records.
+
+Run as a child process, so that its buffers do not count under a benchmark's cap:
+
+    python -m edge_moe.bench.bandwidth BUNDLE THREADS
+"""
+
+import json
+import mmap
+import os
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe import _core
+from edge_moe.devices.probe import memory_limit_bytes
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.plan import READERS
+
+MEMORY_BYTES = 1 << 29  # far beyond any cache
+DISK_BYTES = 1 << 28  # read at most
+DISK_SECONDS = 2.0
+REPEATS = 5
+F_NOCACHE = 48  # macOS, fcntl.h
+
+
+def machine_bandwidth(bundle: str | Path, threads: int) -> dict:
+    """memory_gbps and disk_gbps (None where unbuffered reads are refused), measured in a child process."""
+    command = [sys.executable, "-m", "edge_moe.bench.bandwidth", str(bundle), str(threads)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode:
+        raise OSError(f"measuring bandwidth failed: {child.stderr.strip().splitlines()[-1:] or child.returncode}")
+    return json.loads(child.stdout)
+
+
+def memory_read_gbps(threads: int) -> float:
+    """Best of a few passes of `threads` threads, each taking the maximum of its part of one array."""
+    room = memory_limit_bytes(_core.free_bytes())
+    data = np.ones(max(min(MEMORY_BYTES, room // 2) // 8, 1), np.uint64)
+    parts, best = np.array_split(data, threads), 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(REPEATS):
+            began = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = max(best, data.nbytes / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def disk_read_gbps(bundle: Bundle) -> float | None:
+    """Records read in random order by as many threads as the Runtime has readers; None without unbuffered reads."""
+    experts = list(bundle.experts.values())
+    random.Random(0).shuffle(experts)
+    handles = [_open_unbuffered(path) for path in bundle.files]
+    if None in handles:
+        return None
+    block = max(expert.nbytes for expert in experts)
+
+    def read(part) -> int:
+        buffer, done = mmap.mmap(-1, block), 0  # page-aligned, as O_DIRECT wants it
+        for expert in part:
+            if done * READERS >= DISK_BYTES or time.perf_counter() - began > DISK_SECONDS:
+                break
+            done += os.preadv(handles[expert.file], [memoryview(buffer)[: expert.nbytes]], expert.offset)
+        return done
+
+    try:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(READERS) as pool:
+            total = sum(pool.map(read, [experts[at::READERS] for at in range(READERS)]))
+        return total / (time.perf_counter() - began) / 1e9
+    except OSError:
+        return None
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
+def _open_unbuffered(path: Path) -> int | None:
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    except OSError:  # tmpfs and some network file systems
+        return None
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(handle, F_NOCACHE, 1)
+    return handle
+
+
+if __name__ == "__main__":
+    opened = Bundle.open(sys.argv[1])
+    print(json.dumps({"memory_gbps": memory_read_gbps(int(sys.argv[2])), "disk_gbps": disk_read_gbps(opened)}))

@@ -1,0 +1,117 @@
+"""How good a bundle is on a text: perplexity, and the distance of its predictions from a reference's.
+
+Convention: consecutive windows of `context` tokens that do not overlap, every position but a window's first is
+scored, perplexity is per token. State it beside every figure.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe.runtime import reference
+from edge_moe.runtime.runtime import Runtime
+
+LOGITS_ROWS = 64  # rows of logits a step may return while evaluating: bounds memory where the vocabulary is large
+
+
+@dataclass(slots=True)
+class Score:
+    """Running sums over scored positions."""
+
+    tokens: int = 0
+    nll: float = 0.0  # nats
+    kld: list = field(default_factory=list)  # nats, one a position
+    agree: int = 0  # positions where both put the same token first
+
+    def add(self, logits: np.ndarray, targets: np.ndarray, against: np.ndarray | None = None) -> None:
+        """logits, against: (positions, vocab); targets: (positions,) the tokens that followed."""
+        log_p = log_softmax(logits)
+        self.tokens += len(targets)
+        self.nll -= float(log_p[np.arange(len(targets)), targets].sum())
+        if against is not None:
+            log_q = log_softmax(against)
+            self.kld += (np.exp(log_q) * (log_q - log_p)).sum(axis=-1).tolist()
+            self.agree += int((logits.argmax(-1) == against.argmax(-1)).sum())
+
+    def result(self) -> dict:
+        """tokens, perplexity and, when compared, kld_mean, kld_p99 (nats a token) and top1_agreement."""
+        out = {"tokens": self.tokens, "perplexity": float(np.exp(self.nll / max(self.tokens, 1)))}
+        if self.kld:
+            out |= {
+                "kld_mean": float(np.mean(self.kld)),
+                "kld_p99": float(np.quantile(self.kld, 0.99)),
+                "top1_agreement": self.agree / self.tokens,
+            }
+        return out
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 (rows, vocab) of float32 logits."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def windows(ids, context: int, tokens: int | None = None) -> Iterable[np.ndarray]:
+    """Consecutive windows of the first `tokens` ids; a last one of a single token scores nothing and is left out."""
+    ids = np.asarray(ids)[:tokens]
+    for at in range(0, len(ids), context):
+        if len(window := ids[at : at + context]) > 1:
+            yield window
+
+
+def evaluate(
+    runtime: Runtime, ids, *, context: int = 256, tokens: int | None = None, against=None, progress=None
+) -> dict:
+    """Score a bundle on token ids; a Runtime made with logits_rows=LOGITS_ROWS is quickest.
+
+    against: what gives reference logits (tokens, vocab) for a window of ids: another Runtime's `logits`, or
+    checkpoint_logits(). Raises ValueError when context is beyond the runtime's or there is nothing to score.
+    """
+    if not 2 <= context <= runtime.plan.context:
+        raise ValueError(f"context is {context}, expected 2 to {runtime.plan.context}")
+    parts = list(windows(ids, context, tokens))
+    if not parts:
+        raise ValueError("the text has no token to score; use a longer one")
+    score, before = Score(), runtime.stats
+    for done, window in enumerate(parts, start=1):
+        logits = runtime.logits(window)[:-1]
+        score.add(logits, window[1:], against(window)[:-1] if against else None)
+        if progress:
+            progress("evaluate", done, len(parts))
+    used = {key: runtime.stats[key] - before[key] for key in ("experts_used", "moe_tokens")}
+    bundle = runtime.bundle
+    return {
+        **score.result(),
+        "experts_used": used["experts_used"] / max(used["moe_tokens"], 1),
+        "bits_per_weight": bundle.bits_per_weight,
+        "bundle_bytes": bundle.nbytes,
+        "expert_bytes": bundle.expert_bytes,
+    }
+
+
+def checkpoint_logits(directory: str | Path):
+    """A function from token ids to the full-precision logits of a checkpoint, by the reference forward pass."""
+    from edge_moe.compressor.checkpoint import Checkpoint
+
+    checkpoint = Cached(Checkpoint(directory))
+    return lambda ids: reference.forward(checkpoint.config, checkpoint, ids)
+
+
+class Cached:
+    """A checkpoint's tensors, each read once and kept: for models that fit in memory."""
+
+    def __init__(self, checkpoint):
+        self.config = checkpoint.config
+        self._checkpoint, self._trunk, self._experts = checkpoint, {}, {}
+
+    def trunk(self, name: str) -> np.ndarray:
+        if name not in self._trunk:
+            self._trunk[name] = self._checkpoint.trunk(name)
+        return self._trunk[name]
+
+    def expert(self, layer: int, expert: int):
+        if (layer, expert) not in self._experts:
+            self._experts[layer, expert] = self._checkpoint.expert(layer, expert)
+        return self._experts[layer, expert]

@@ -1,0 +1,95 @@
+"""A bundle of random weights with the shapes of any config.json, for measuring speed and memory without a download.
+
+Codes are uniform random bits; scales and biases are powers of two that make the weights zero-mean with a deviation
+near 1/sqrt(inputs), so activations stay finite. Routing of random weights is close to uniform: hit rates under a cap
+are lower than a trained model's. A record is written as soon as it is drawn; no checkpoint is involved.
+"""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe.compressor.quantise import to_bfloat16, trunk_packing
+from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.config import parse_config, read_json, trunk_shapes
+
+TRUNK_WIDTH = 8
+GROUP = 64
+
+
+def make_synthetic(
+    config: str | Path, out: str | Path, *, layers: int | None = None, width: int = 4, vocab: int | None = None, seed: int = 0
+) -> Bundle:
+    """Write a random bundle with the shapes of `config` (a config.json or the directory it is in), and open it.
+
+    layers, vocab: instead of the config's own. width: bits of every expert weight; the trunk has 8. The same
+    arguments give the same bytes. Raises ValueError for a config that is not supported, FileExistsError when `out`
+    is there.
+    """
+    raw = _raw_config(Path(config), layers, vocab)
+    model = parse_config(raw, where=str(config))
+    group = next((g for g in (GROUP, 32) if model.dim % g == 0 and model.expert_hidden % g == 0), None)
+    if group is None and width < 16:
+        raise ValueError(f"{config}: experts are {model.expert_hidden} x {model.dim}, not multiples of 32; use width 16")
+    trunk = trunk_packing(trunk_shapes(model), TRUNK_WIDTH, GROUP)
+    packing = Packing((width,) * 3, group or GROUP)
+    experts = {(layer, index): packing for layer in model.moe_layers for index in range(model.experts)}
+    shapes = ((model.expert_hidden, model.dim), (model.expert_hidden, model.dim), (model.dim, model.expert_hidden))
+    extra = {"calibration": None, "method": {"name": "synthetic", "seed": seed}, "certificate": None}
+    with tempfile.TemporaryDirectory() as source:
+        (Path(source) / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+        with BundleWriter(Path(out), Path(source), model, trunk, experts, extra=extra) as writer:
+            for number, (name, shape) in enumerate(trunk_shapes(model).items()):
+                random = np.random.Generator(np.random.SFC64([seed, 0, number]))
+                writer.write_trunk(name, _trunk_tensor(random, name, shape, trunk[name]))
+            for layer, index in experts:
+                random = np.random.Generator(np.random.SFC64([seed, 1, layer, index]))
+                writer.write_expert(layer, index, [_matrix(random, shape, width, packing.group) for shape in shapes])
+            writer.finish()
+    return Bundle.open(out)
+
+
+def _raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
+    """The config's keys with the changes applied, and without end tokens: random text would meet one by chance."""
+    raw = read_json(path / "config.json" if path.is_dir() else path)
+    for key, value, low in (("num_hidden_layers", layers, 1), ("vocab_size", vocab, 2)):
+        if value is None:
+            continue
+        if value < low:
+            raise ValueError(f"{key} is {value}, expected at least {low}")
+        raw[key] = value
+    return {key: value for key, value in raw.items() if key not in ("eos_token_id", "bos_token_id", "pad_token_id")}
+
+
+def _trunk_tensor(random: np.random.Generator, name: str, shape: tuple[int, ...], packing: Packing) -> Quantised:
+    if name.endswith("router"):
+        return Quantised(random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1])))
+    if len(shape) == 1:
+        fill = np.zeros if name.endswith("_bias") else np.ones
+        return Quantised(fill(shape, np.float32))
+    return _matrix(random, shape, packing.widths[0], packing.group)
+
+
+def _matrix(random: np.random.Generator, shape: tuple[int, int], width: int, group: int) -> Quantised:
+    """A random matrix (rows, cols), packed; exact in bfloat16 because the scale is a power of two."""
+    rows, cols = shape
+    if width == 16:  # random sign and mantissa, one exponent
+        exponent = 127 - round(math.log2(cols) / 2) - 1
+        bits = _random_bytes(random, 2 * rows * cols).view(np.uint16)
+        return Quantised((bits & 0x807F) | np.uint16(exponent << 7))
+    levels = 2**width
+    deviation = math.sqrt((levels**2 - 1) / 12)  # of uniform codes
+    scale = 2.0 ** round(math.log2(1 / (deviation * math.sqrt(cols))))
+    groups = (rows, cols // group)
+    scales = np.full(groups, to_bfloat16(np.float32([scale]))[0])
+    biases = np.full(groups, to_bfloat16(np.float32([-scale * (levels - 1) / 2]))[0])
+    return Quantised(_random_bytes(random, rows * cols * width // 8), scales, biases)
+
+
+def _random_bytes(random: np.random.Generator, count: int) -> np.ndarray:
+    """uint8 (count,); whole words are five times as quick as Generator.bytes."""
+    return random.integers(0, 2**64, -(-count // 8), np.uint64).view(np.uint8)[:count]

@@ -1,0 +1,73 @@
+"""A bundle scored on text files, each and together, against another model where there is one to compare with."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe.bench.evaluate import LOGITS_ROWS, checkpoint_logits, evaluate
+from edge_moe.runtime.runtime import Runtime
+
+MEANS = ("kld_mean", "kld_p99", "top1_agreement", "experts_used")  # of the texts' own; perplexity is geometric
+
+
+def evaluate_texts(
+    runtime: Runtime,
+    files: list[str | Path],
+    *,
+    context: int = 256,
+    tokens: int | None = None,
+    against: Callable | None = None,
+    progress=None,
+) -> dict:
+    """Score a bundle on text files; `tokens` is of each. Returns evaluate()'s keys over all texts, and `texts`, by name.
+
+    Together: tokens are summed, perplexity is the geometric mean over texts, the others are means over texts.
+    Raises ValueError for a bundle without a tokenizer, FileNotFoundError, and what evaluate() raises.
+    """
+    if not files:
+        raise ValueError("no text was given; name at least one file")
+    if runtime.tokenizer is None:
+        raise ValueError(f"{runtime.bundle.path}: this bundle has no tokenizer; text cannot be scored")
+    results = {}
+    for file in map(Path, files):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such text file")
+        ids = runtime.tokenizer.encode(file.read_text(encoding="utf-8", errors="replace"))
+        name = file.name if file.name not in results else str(file)
+        results[name] = evaluate(runtime, ids, context=context, tokens=tokens, against=against, progress=progress)
+    return {**combine(list(results.values())), "texts": results}
+
+
+def combine(results: list[dict]) -> dict:
+    """Several texts' results as one."""
+    total = dict(results[0])
+    total["tokens"] = sum(result["tokens"] for result in results)
+    total["perplexity"] = float(np.exp(np.mean([np.log(result["perplexity"]) for result in results])))
+    return total | {key: float(np.mean([result[key] for result in results])) for key in MEANS if key in total}
+
+
+@contextmanager
+def reference_logits(model: str | Path, runtime: Runtime, context: int) -> Iterator[Callable]:
+    """A function from token ids to the logits of `model`, a bundle or a checkpoint with the same vocabulary.
+
+    Its memory is its own, outside `runtime`'s plan. Raises ValueError when the vocabularies differ in size.
+    """
+    if (Path(model) / "bundle.json").is_file():
+        with Runtime(model, context=context, logits_rows=LOGITS_ROWS, prune="off") as other:
+            _check_vocabulary(other.config, model, runtime)
+            yield other.logits
+        return
+    from edge_moe.runtime.config import load_config
+
+    _check_vocabulary(load_config(model), model, runtime)
+    yield checkpoint_logits(model)
+
+
+def _check_vocabulary(config, model, runtime: Runtime) -> None:
+    if config.vocab != runtime.config.vocab:
+        raise ValueError(
+            f"{model}: has a vocabulary of {config.vocab:,} tokens, {runtime.bundle.path} of {runtime.config.vocab:,}; "
+            "compare models that share a tokenizer"
+        )

@@ -1,0 +1,323 @@
+"""The CPU kernels: scalar against NumPy and MLX, every instruction set against scalar bit for bit."""
+
+import ctypes
+import mmap
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_moe import _core
+
+PACKED_WIDTHS = [w for w in _core.WIDTHS if w < 16]
+ALL_WIDTHS = [*_core.WIDTHS, 32]
+SETS = _core.kernel_names()
+FAST_SETS = [name for name in SETS if name != "scalar"]
+BLOCK = 64  # inputs that share one activation scale
+
+
+def bfloat16_bits(values):
+    """Round float32 to bfloat16 (towards zero: any bfloat16 will do); the bits as uint16."""
+    return (np.asarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def pack(codes, width):
+    """codes (rows, cols) as one little-endian bit stream a row: uint8 (rows, cols*width/8)."""
+    bits = (codes[..., None] >> np.arange(width)) & 1
+    return np.packbits(bits.reshape(len(codes), -1).astype(np.uint8), axis=1, bitorder="little")
+
+
+def random_matrix(rng, rows, cols, width, group):
+    """A matrix as the kernels take it, and its values in float64: (codes, scales, biases), (rows, cols)."""
+    if width >= 16:
+        values = rng.standard_normal((rows, cols), np.float32)
+        if width == 16:
+            values = from_bfloat16(bfloat16_bits(values))
+            codes = bfloat16_bits(values).view(np.uint8)
+        else:
+            codes = values.view(np.uint8)
+        return (codes, np.zeros((1, 1), np.uint16), np.zeros((1, 1), np.uint16)), values.astype(np.float64)
+    codes = rng.integers(0, 2**width, (rows, cols))
+    codes[0] = 2**width - 1  # the largest sums that a row can give
+    scales = bfloat16_bits(rng.standard_normal((rows, cols // group)) / 2**width)
+    biases = bfloat16_bits(rng.standard_normal((rows, cols // group)) / 2)
+    spread = (np.repeat(from_bfloat16(part).astype(np.float64), group, axis=1) for part in (scales, biases))
+    return (pack(codes, width), scales, biases), next(spread) * codes + next(spread)
+
+
+def same_bits(a, b):
+    """Equal bit for bit; all values that are not numbers count as one."""
+    a, b = (np.where(np.isnan(y), np.float32(np.nan), y).view(np.uint32) for y in (a, b))
+    return np.array_equal(a, b)
+
+
+def activation_scales(x):
+    """What one activation is rounded to a multiple of: (tokens, cols)."""
+    tokens, cols = x.shape
+    padded = np.zeros((tokens, -(-cols // BLOCK), BLOCK))
+    padded.reshape(tokens, -1)[:, :cols] = np.abs(x)
+    return np.repeat(padded.max(axis=2) / 127, BLOCK, axis=1)[:, :cols]
+
+
+# ---- the format ----
+
+
+@pytest.mark.parametrize("group", _core.GROUPS)
+@pytest.mark.parametrize("width", PACKED_WIDTHS)
+def test_dequantise_is_scale_times_code_plus_bias_in_float32(width, group):
+    rng = np.random.default_rng(width)
+    codes = rng.integers(0, 2**width, (5, 384))
+    scales, biases = (bfloat16_bits(rng.standard_normal((5, 384 // group))) for _ in range(2))
+    want = np.repeat(from_bfloat16(scales), group, 1) * codes.astype(np.float32)
+    want = want + np.repeat(from_bfloat16(biases), group, 1)
+    for name in SETS:
+        got = _core.dequantise(name, pack(codes, width), scales, biases, width, 384)
+        assert same_bits(got, want), name
+
+
+@pytest.mark.parametrize("group", _core.GROUPS)
+@pytest.mark.parametrize("width", PACKED_WIDTHS)
+def test_dequantise_equals_mlx(width, group):
+    mx = pytest.importorskip("mlx.core")
+    rng = np.random.default_rng(width)
+    (codes, scales, biases), _ = random_matrix(rng, 6, 512, width, group)
+    # With float32 scales that hold bfloat16 values MLX keeps the float32 result; with bfloat16 it rounds it.
+    want = mx.dequantize(mx.array(codes.view(np.uint32)), mx.array(from_bfloat16(scales)),
+                         mx.array(from_bfloat16(biases)), group_size=group, bits=width)  # fmt: skip
+    assert same_bits(_core.dequantise("scalar", codes, scales, biases, width, 512), np.array(want))
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_unpacked_widths_dequantise_to_their_values(width):
+    matrix, values = random_matrix(np.random.default_rng(0), 3, 50, width, 32)
+    for name in SETS:
+        assert same_bits(_core.dequantise(name, *matrix, width, 50), values.astype(np.float32))
+
+
+# ---- products ----
+
+
+@pytest.mark.parametrize("width", ALL_WIDTHS)
+def test_matmul_is_near_the_product_of_the_values(width):
+    rng = np.random.default_rng(width)
+    for group in _core.GROUPS if width < 16 else [32]:
+        matrix, values = random_matrix(rng, 7, 384, width, group)
+        x = rng.standard_normal((3, 384), np.float32)
+        got = _core.matmul("scalar", *matrix, width, x).astype(np.float64)
+        error = np.abs(got - x.astype(np.float64) @ values.T)
+        # Every activation is at most half of its block's scale away; a float32 sum of n terms in 16 lanes is
+        # within (n/16 + 5) roundings of the sum of its terms' sizes, of which biases are a part of their own.
+        spread = np.abs(x) @ (np.abs(values).T + (8 if width < 16 else 0))
+        bound = (384 / 16 + 5) * 2.0**-24 * spread
+        if width < 16:
+            bound += activation_scales(x) / 2 @ np.abs(values).T
+        assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("width", PACKED_WIDTHS)
+def test_matmul_is_exact_for_small_integers_times_a_power_of_two(width):
+    rng = np.random.default_rng(width)
+    x = rng.integers(-127, 128, (4, 256)).astype(np.float32) / 16
+    x[:, ::BLOCK] = 127 / 16
+    codes = rng.integers(0, 2**width, (5, 256))
+    scales, biases = np.full((5, 4), 0.25, np.float32), np.full((5, 4), -2.0, np.float32)
+    want = x.astype(np.float64) @ (0.25 * codes - 2.0).T
+    for name in SETS:
+        got = _core.matmul(name, pack(codes, width), bfloat16_bits(scales), bfloat16_bits(biases), width, x)
+        assert np.array_equal(got, want), name
+
+
+@pytest.mark.parametrize("name", FAST_SETS)
+@pytest.mark.parametrize("width", ALL_WIDTHS)
+def test_matmul_equals_scalar(name, width):
+    rng = np.random.default_rng(width)
+    for group in _core.GROUPS if width < 16 else [32]:
+        for cols in (32, 96, 160, 256, 2048) if width < 16 else (1, 15, 32, 100, 160, 2048):
+            if width < 16 and cols % group:
+                continue
+            rows = 3 if cols == 2048 else 9
+            matrix, _ = random_matrix(rng, rows, cols, width, group)
+            x = rng.standard_normal((17, cols), np.float32) * np.float32(np.exp(rng.standard_normal()))
+            want = _core.matmul("scalar", *matrix, width, x)
+            for tokens in (1, 2, 3, 5, 17):
+                got = _core.matmul(name, *matrix, width, x[:tokens])
+                assert same_bits(got, want[:tokens]), (group, cols, tokens)
+
+
+@given(width=st.sampled_from(ALL_WIDTHS), group=st.sampled_from(_core.GROUPS), groups=st.integers(1, 40),
+       rows=st.integers(1, 13), tokens=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))  # fmt: skip
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_shape_any_rows_and_any_vectors_equal_scalar(width, group, groups, rows, tokens, seed):
+    rng = np.random.default_rng(seed)
+    matrix, _ = random_matrix(rng, rows, group * groups, width, group)
+    x = rng.standard_normal((4, group * groups), np.float32)
+    vectors = rng.integers(0, 4, tokens, np.int32)
+    begin, end = sorted(rng.integers(0, rows + 1, 2).tolist())
+    whole = _core.matmul("scalar", *matrix, width, x)
+    want = np.zeros((tokens, rows), np.float32)
+    want[:, begin:end] = whole[vectors, begin:end]
+    for name in SETS:
+        got = _core.matmul(name, *matrix, width, x, vectors=vectors, row_begin=begin, row_end=end)
+        assert same_bits(got, want), name
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("width", [2, 3, 8, 16])
+def test_a_token_does_not_depend_on_the_other_tokens(name, width):
+    rng = np.random.default_rng(5)
+    matrix, _ = random_matrix(rng, 5, 192, width, 64)
+    x = rng.standard_normal((7, 192), np.float32)
+    together = _core.matmul(name, *matrix, width, x)
+    x[3] = 1e30
+    assert same_bits(np.delete(_core.matmul(name, *matrix, width, x), 3, 0), np.delete(together, 3, 0))
+    for token in (0, 6):
+        assert same_bits(_core.matmul(name, *matrix, width, x[token : token + 1])[0], together[token])
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("width", ALL_WIDTHS)
+def test_rows_wider_than_the_unpacking_buffer_give_the_same_bits(name, width):
+    cols = 20480 + 128
+    matrix, _ = random_matrix(np.random.default_rng(9), 1, cols, width, 128)
+    x = np.random.default_rng(10).standard_normal((3, cols), np.float32)
+    assert same_bits(_core.matmul(name, *matrix, width, x), _core.matmul("scalar", *matrix, width, x))
+
+
+SPECIAL = {
+    "zeros": np.zeros(192, np.float32),
+    "one block of zeros": np.where(np.arange(192) // 64 == 1, 0, 1.5).astype(np.float32),
+    "huge": np.linspace(-3.4e38, 3.4e38, 192, dtype=np.float32),
+    "denormal": np.linspace(-1e-39, 1e-39, 192, dtype=np.float32),
+    "infinite": np.where(np.arange(192) == 70, np.inf, 1.0).astype(np.float32),
+    "not a number": np.where(np.arange(192) % 97 == 3, np.nan, 1.0).astype(np.float32),
+    "halves": (np.arange(192) % 128 - 63.5).astype(np.float32) * np.float32(2 / 127),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("width", [1, 3, 8, 16])
+def test_special_inputs_equal_scalar(kind, width):
+    for group in (32, 64):
+        matrix, _ = random_matrix(np.random.default_rng(1), 5, 192, width, group)
+        x = SPECIAL[kind][None]
+        want = _core.matmul("scalar", *matrix, width, x)
+        assert kind != "zeros" or not want.any()
+        for name in FAST_SETS:
+            assert same_bits(_core.matmul(name, *matrix, width, x), want), (name, group)
+
+
+# ---- activations as int8 ----
+
+
+def test_activations_round_to_the_nearest_of_127_steps():
+    x = np.random.default_rng(0).standard_normal(160).astype(np.float32)
+    codes, scales, sums32, sums64, sums128 = _core.quantise_activations("scalar", x)
+    blocks = np.zeros((3, BLOCK), np.float32)
+    blocks.reshape(-1)[:160] = x
+    top = np.abs(blocks).max(1)
+    assert np.array_equal(scales, top / np.float32(127))
+    want = np.rint(blocks * (np.float32(127) / top)[:, None])
+    assert np.array_equal(codes.reshape(3, BLOCK), want)
+    assert np.array_equal(sums32, np.repeat(scales, 2) * want.reshape(6, 32).sum(1))
+    assert np.array_equal(sums64, scales * want.sum(1))
+    assert np.array_equal(sums128, [sums64[0] + sums64[1], sums64[2]])
+
+
+@pytest.mark.parametrize("name", FAST_SETS)
+def test_activations_equal_scalar(name):
+    rng = np.random.default_rng(2)
+    inputs = [rng.standard_normal(cols).astype(np.float32) for cols in (1, 31, 32, 64, 96, 100, 160, 2048)]
+    for x in [*inputs, *SPECIAL.values()]:
+        want, got = _core.quantise_activations("scalar", x), _core.quantise_activations(name, x)
+        assert np.array_equal(got[0], want[0])
+        assert all(same_bits(g, w) for g, w in zip(got[1:], want[1:], strict=True))
+
+
+# ---- what every set compiles from one source ----
+
+
+def test_exp_is_within_three_ten_millionths():
+    x = np.concatenate([np.linspace(-87, 0, 20001), -np.geomspace(1e-7, 87, 2000)]).astype(np.float32)
+    got = np.array([_core.softmax("scalar", np.array([0, v], np.float32)) for v in x], np.float64)
+    # The two share a factor and each is rounded once after it.
+    error = np.abs(got[:, 1] / got[:, 0] / np.exp(x.astype(np.float64)) - 1)
+    assert error.max() <= 3e-7 + 2 * 2.0**-24
+    gate = np.linspace(-88, -20, 20001).astype(np.float32)
+    silu = _core.gate_up("scalar", gate, np.ones_like(gate), 0).astype(np.float64)
+    error = np.abs(gate / silu / (1 + np.exp(-gate.astype(np.float64))) - 1)
+    assert error.max() <= 3e-7 + 2 * 2.0**-24
+    assert _core.softmax("scalar", np.zeros(1, np.float32))[0] == 1
+    assert np.array_equal(_core.softmax("scalar", np.array([0, -88], np.float32)), [1, 0])
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 80, 100, 2048])
+def test_vector_kernels_are_near_numpy_and_equal_scalar(n):
+    rng = np.random.default_rng(n)
+    x, w = rng.standard_normal((2, n)).astype(np.float32) * np.float32(4)
+    a, b = x.astype(np.float64), w.astype(np.float64)
+    e = np.exp(a - a.max())
+    gelu = a / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) * b
+    calls = [
+        (lambda s: _core.rms_norm(s, x, w, 1e-6), a / np.sqrt((a**2).mean() + 1e-6) * b),
+        (lambda s: _core.gate_up(s, x, w, 0), a / (1 + np.exp(-a)) * b),
+        (lambda s: _core.gate_up(s, x, w, 1), gelu),
+        (lambda s: _core.softmax(s, x), e / e.sum()),
+    ]
+    for call, want in calls:
+        got = call("scalar")
+        # A dozen roundings; exp multiplies those of its argument by that argument, which stays below 100.
+        assert np.allclose(got, want, rtol=2e-5, atol=1e-7)
+        assert all(same_bits(call(name), got) for name in FAST_SETS)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 100, 128])
+def test_attention_is_near_numpy_and_equals_scalar(head_dim):
+    rng = np.random.default_rng(head_dim)
+    q, scale = rng.standard_normal(head_dim).astype(np.float32), head_dim**-0.5
+    for begin, end in [(0, 1), (0, 5), (0, 16), (3, 14), (3, 50), (17, 130), (129, 130)]:
+        k, v = rng.standard_normal((2, end, head_dim)).astype(np.float32)
+        got = _core.attend("scalar", q, k, v, begin, scale)
+        scores = k[begin:].astype(np.float64) @ q * scale
+        weights = np.exp(scores - scores.max())
+        want = weights / weights.sum() @ v[begin:]
+        assert np.allclose(got, want, atol=1e-5)  # float32 sums of numbers near one
+        assert all(same_bits(_core.attend(name, q, k, v, begin, scale), got) for name in FAST_SETS)
+
+
+# ---- memory ----
+
+
+def at_the_end_of_a_page(array, keep):
+    """A copy of `array` whose last byte is the last before memory that may not be read."""
+    room = -(-max(array.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    area = mmap.mmap(-1, room + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(start + room), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    keep.append(area)
+    copy = np.frombuffer(area, array.dtype, array.size, room - array.nbytes).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("width", ALL_WIDTHS)
+def test_nothing_is_read_past_the_last_byte(name, width):
+    rng, keep = np.random.default_rng(3), []
+    for group in _core.GROUPS if width < 16 else [32]:
+        for cols in (group, 3 * group, 5 * group, 17 * group) if width < 16 else (31, 160):
+            matrix, _ = random_matrix(rng, 2, cols, width, group)
+            x = rng.standard_normal((3, cols), np.float32)
+            guarded = [at_the_end_of_a_page(part, keep) for part in matrix]
+            for tokens in (1, 2, 3):
+                got = _core.matmul(name, *guarded, width, at_the_end_of_a_page(x[:tokens], keep))
+                assert same_bits(got, _core.matmul("scalar", *matrix, width, x[:tokens]))
+            values = _core.dequantise(name, *guarded, width, cols)
+            assert same_bits(values, _core.dequantise("scalar", *matrix, width, cols))
