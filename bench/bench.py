@@ -5,14 +5,19 @@ context, tgN feeds N tokens one at a time. A test has one warm-up run, then `rep
 the runs before left in memory. Random tokens have no topic, so under a cap they hit fewer experts than text does.
 """
 
+import multiprocessing
+import signal
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edge_moe.bench.bandwidth import machine_bandwidth
+from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes
@@ -78,10 +83,38 @@ def bench(
     with Runtime(bundle, ram, max(prompt, generate), threads=threads) as runtime:
         ids = np.random.default_rng(seed).integers(0, runtime.config.vocab, max(prompt, generate)).tolist()
         tests = [(f"pp{prompt}", _prompt_run, prompt), (f"tg{generate}", _generate_run, generate)]
-        rows = [
-            _measure(runtime, name, run, ids[:count], repeats, progress) for name, run, count in tests if count > 0
-        ]
+        rows = [_measure(runtime, name, run, ids[:count], repeats, progress) for name, run, count in tests if count > 0]
         return Report(rows, machine["memory_gbps"], machine["disk_gbps"], runtime.plan.as_dict())
+
+
+def bench_synthetic(
+    config: str | Path,
+    *,
+    layers: int | None = None,
+    width: int = 4,
+    vocab: int | None = None,
+    keep: str | Path | None = None,
+    **options,
+) -> Report:
+    """Measure a random bundle of a config's shapes; see make_synthetic() and bench(). keep: leave the bundle there."""
+    config = Path(config)
+    name = config.resolve().name if config.is_dir() else config.stem
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(keep) if keep else Path(temporary) / (name + (f"-{layers}L" if layers else "") + ".emoe")
+        _in_child(make_synthetic, config, out, layers, width, vocab)
+        return bench(out, **options)
+
+
+def _in_child(function, *arguments) -> None:
+    """Call in a process of its own: what it needs of memory must not count under the cap of this one."""
+    context = multiprocessing.get_context("spawn")
+    ignore = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without a traceback
+    with ProcessPoolExecutor(1, context, signal.signal, ignore) as pool:
+        pool.submit(_call, function, arguments).result()
+
+
+def _call(function, arguments) -> None:
+    function(*arguments)
 
 
 def _measure(runtime: Runtime, name: str, run, ids: list[int], repeats: int, progress) -> Measurement:
@@ -131,7 +164,7 @@ def _generate_run(runtime: Runtime, ids: list[int]) -> None:
 
 
 def _weight_bytes(bundle: Bundle, used: dict) -> float:
-    """Bytes of weights that one generated token is computed with: the trunk (one row of the embedding) and its experts."""
+    """Bytes of weights that one generated token is computed with: trunk, one row of the embedding, its experts."""
     shapes = trunk_shapes(bundle.config)
     embedding = next(t for t in bundle.trunk if t.name == "embedding")
     rest = 0 if "head" not in shapes else _tensor_bytes(embedding)
@@ -148,4 +181,3 @@ def parameters(bundle: Bundle) -> int:
     """Weights of the whole model."""
     trunk = sum(tensor.rows * tensor.cols for tensor in bundle.trunk)
     return trunk + len(bundle.experts) * bundle.config.expert_weights
-

@@ -13,7 +13,7 @@ import numpy as np
 from edge_moe.runtime import reference
 from edge_moe.runtime.runtime import Runtime
 
-LOGITS_ROWS = 64  # rows of logits a step may return while evaluating: bounds memory where the vocabulary is large
+LOGITS_ROWS = 32  # positions scored at once: bounds memory where the vocabulary is large; the plan counts them
 
 
 @dataclass(slots=True)
@@ -76,8 +76,13 @@ def evaluate(
         raise ValueError("the text has no token to score; use a longer one")
     score, before = Score(), runtime.stats
     for done, window in enumerate(parts, start=1):
-        logits = runtime.logits(window)[:-1]
-        score.add(logits, window[1:], against(window)[:-1] if against else None)
+        whole = against(window) if against else None
+        at = 0
+        for block in runtime.logits_blocks(window):
+            scored = min(len(block), len(window) - 1 - at)  # what follows the last position is not known
+            rows = slice(at, at + scored)
+            score.add(block[:scored], window[1:][rows], whole[rows] if against else None)
+            at += len(block)
         if progress:
             progress("evaluate", done, len(parts))
     used = {key: runtime.stats[key] - before[key] for key in ("experts_used", "moe_tokens")}

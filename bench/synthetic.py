@@ -1,8 +1,9 @@
 """A bundle of random weights with the shapes of any config.json, for measuring speed and memory without a download.
 
 Codes are uniform random bits; scales and biases are powers of two that make the weights zero-mean with a deviation
-near 1/sqrt(inputs), so activations stay finite. Routing of random weights is close to uniform: hit rates under a cap
-are lower than a trained model's. A record is written as soon as it is drawn; no checkpoint is involved.
+near 1/sqrt(inputs), so activations stay finite; the embedding's is 1, else attention would drown it and route every
+token alike. Routing of random weights is close to uniform: hit rates are lower than a trained model's. A record is
+written as soon as it is drawn; no checkpoint is involved.
 """
 
 import json
@@ -22,7 +23,12 @@ GROUP = 64
 
 
 def make_synthetic(
-    config: str | Path, out: str | Path, *, layers: int | None = None, width: int = 4, vocab: int | None = None, seed: int = 0
+    config: str | Path,
+    out: str | Path,
+    layers: int | None = None,
+    width: int = 4,
+    vocab: int | None = None,
+    seed: int = 0,
 ) -> Bundle:
     """Write a random bundle with the shapes of `config` (a config.json or the directory it is in), and open it.
 
@@ -34,7 +40,9 @@ def make_synthetic(
     model = parse_config(raw, where=str(config))
     group = next((g for g in (GROUP, 32) if model.dim % g == 0 and model.expert_hidden % g == 0), None)
     if group is None and width < 16:
-        raise ValueError(f"{config}: experts are {model.expert_hidden} x {model.dim}, not multiples of 32; use width 16")
+        raise ValueError(
+            f"{config}: experts are {model.expert_hidden} x {model.dim}, not multiples of 32; use width 16"
+        )
     trunk = trunk_packing(trunk_shapes(model), TRUNK_WIDTH, GROUP)
     packing = Packing((width,) * 3, group or GROUP)
     experts = {(layer, index): packing for layer in model.moe_layers for index in range(model.experts)}
@@ -71,19 +79,22 @@ def _trunk_tensor(random: np.random.Generator, name: str, shape: tuple[int, ...]
     if len(shape) == 1:
         fill = np.zeros if name.endswith("_bias") else np.ones
         return Quantised(fill(shape, np.float32))
-    return _matrix(random, shape, packing.widths[0], packing.group)
+    deviation = 1.0 if name == "embedding" else None
+    return _matrix(random, shape, packing.widths[0], packing.group, deviation)
 
 
-def _matrix(random: np.random.Generator, shape: tuple[int, int], width: int, group: int) -> Quantised:
+def _matrix(
+    random: np.random.Generator, shape: tuple[int, int], width: int, group: int, deviation: float | None = None
+) -> Quantised:
     """A random matrix (rows, cols), packed; exact in bfloat16 because the scale is a power of two."""
     rows, cols = shape
+    deviation = deviation or 1 / math.sqrt(cols)
     if width == 16:  # random sign and mantissa, one exponent
-        exponent = 127 - round(math.log2(cols) / 2) - 1
+        exponent = 126 + round(math.log2(deviation))
         bits = _random_bytes(random, 2 * rows * cols).view(np.uint16)
         return Quantised((bits & 0x807F) | np.uint16(exponent << 7))
     levels = 2**width
-    deviation = math.sqrt((levels**2 - 1) / 12)  # of uniform codes
-    scale = 2.0 ** round(math.log2(1 / (deviation * math.sqrt(cols))))
+    scale = 2.0 ** round(math.log2(deviation / math.sqrt((levels**2 - 1) / 12)))  # the root: deviation of codes
     groups = (rows, cols // group)
     scales = np.full(groups, to_bfloat16(np.float32([scale]))[0])
     biases = np.full(groups, to_bfloat16(np.float32([-scale * (levels - 1) / 2]))[0])

@@ -21,7 +21,7 @@ def evaluate_texts(
     against: Callable | None = None,
     progress=None,
 ) -> dict:
-    """Score a bundle on text files; `tokens` is of each. Returns evaluate()'s keys over all texts, and `texts`, by name.
+    """Score a bundle on text files, the first `tokens` of each: evaluate()'s keys over all, and `texts`, by name.
 
     Together: tokens are summed, perplexity is the geometric mean over texts, the others are means over texts.
     Raises ValueError for a bundle without a tokenizer, FileNotFoundError, and what evaluate() raises.

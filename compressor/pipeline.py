@@ -16,7 +16,7 @@ from edge_moe.compressor import calibrate
 from edge_moe.compressor.allocate import allocate_layer, allocate_model
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.quantise import dequantise, quantise, trunk_packing
-from edge_moe.compressor.writer import BundleWriter, Packing
+from edge_moe.compressor.writer import COPIED, BundleWriter, Packing
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle, record_alignment, record_bytes
@@ -28,6 +28,7 @@ MC_WIDTHS = (1, 2, 3)
 MC_EXPONENTS = (1.0, 1.0, 2.0)  # alpha, beta, gamma as the paper prints them
 DEFAULT_BITS = 2.5
 DEFAULT_TOKENS = 32_768
+TABLE_BYTES = 600  # of bundle.json and headers for each tensor and expert, at the most
 Progress = Callable[[str, int, int], None]  # (step, done, of)
 
 
@@ -51,8 +52,8 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
     """Compress the checkpoint directory `model` into the bundle directory `out`, and open it.
 
     bits: mean bits of an expert weight, scales, biases and padding included (default 2.5; 16 leaves everything,
-    trunk included, bfloat16). width: instead, one width for all experts (methods uniform, rtn). size: instead, bytes
-    of trunk and experts together. method: pmq, mc, uniform or rtn. calibration: text files, or .npy of token ids;
+    trunk included, bfloat16). width: instead, one width for all experts (methods uniform, rtn). size: instead, the most
+    bytes that the whole bundle may have. method: pmq, mc, uniform or rtn. calibration: text files, or .npy of token ids;
     none: the standard library's source. tokens: calibration tokens. group: inputs that share a scale, 32, 64 or 128.
     trunk_width: bits of the trunk's matrices. progress(step, done, of) is called as work goes on.
 
@@ -68,13 +69,14 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
             raise FileExistsError(f"{out}: exists already; choose another name or remove it")
         shapes = trunk_shapes(config)
         trunk = trunk_packing(shapes, 16 if o.bits == 16 else o.trunk_width, 64)
-        candidates = _candidates(o, config)
+        budget = _budget(o, checkpoint, trunk)
+        candidates = _candidates(o, config, budget)
         measures, provenance = [], None
         if len(candidates) > 1:
             calibration = _load_calibration(checkpoint, o)
             provenance = {**calibration.provenance, "seed": o.seed}
             measures = _measure(checkpoint, calibration, candidates, o, tell)
-        experts = _allocate(config, candidates, measures, _budget(o, config, trunk), o)
+        experts = _allocate(config, candidates, measures, budget, o)
         frequency = _frequencies(config, measures)
         extra = {"calibration": provenance, "method": {"name": o.method, "group": o.group}, "certificate": None}
         with BundleWriter(Path(out), checkpoint.directory, config, trunk, experts, frequency, extra) as writer:
@@ -129,14 +131,19 @@ def _check(o: Options, config: ModelConfig) -> Options:
     return Options(**{**{f: getattr(o, f) for f in o.__slots__}, "bits": bits, "group": group})
 
 
-def _budget(o: Options, config: ModelConfig, trunk: dict[str, Packing]) -> float:
+def _budget(o: Options, checkpoint: Checkpoint, trunk: dict[str, Packing]) -> float:
     """Bytes for the experts."""
+    config = checkpoint.config
+    experts = config.experts * len(config.moe_layers)
     if o.size is not None:
         shapes = trunk_shapes(config)
-        return o.size - sum(packed_bytes(shapes[name], packing) for name, packing in trunk.items())
+        fixed = sum(packed_bytes(shapes[name], packing) for name, packing in trunk.items())
+        copies = [checkpoint.directory / name for name in COPIED]
+        fixed += sum(file.stat().st_size for file in copies if file.is_file())
+        return o.size - fixed - TABLE_BYTES * (len(trunk) + experts) - 2 * _core.DATA_ALIGNMENT
     if o.width is not None:
         return float("inf")
-    return o.bits * config.expert_weights * config.experts * len(config.moe_layers) / 8
+    return o.bits * config.expert_weights * experts / 8
 
 
 def packed_bytes(shape: tuple[int, ...], packing: Packing) -> int:
@@ -145,28 +152,27 @@ def packed_bytes(shape: tuple[int, ...], packing: Packing) -> int:
     return count * width // 8 + (2 * 2 * count // packing.group if width < 16 else 0)
 
 
-def _candidates(o: Options, config: ModelConfig) -> list[tuple[int, int, int]]:
-    """Widths of gate, up and down that the method may choose from; one is no choice."""
+def _candidates(o: Options, config: ModelConfig, budget: float) -> list[tuple[int, int, int]]:
+    """Widths of gate, up and down that the method may choose from; one is no choice.
+
+    For pmq, down may be one step wider than the others, and no expert takes over twice the mean: such a one has
+    never been worth it, and measuring it costs time.
+    """
     if o.width is not None:
         return [(o.width,) * 3]
     if o.bits == 16:
         return [(16, 16, 16)]
+    bits = 8 * budget / (config.expert_weights * config.experts * len(config.moe_layers))
     if o.method in ("uniform", "rtn"):
-        count = config.experts * len(config.moe_layers)
-        bits = (
-            o.bits
-            if o.bits is not None
-            else 8
-            * _budget(o, config, trunk_packing(trunk_shapes(config), o.trunk_width, 64))
-            / (config.expert_weights * count)
-        )
         return [(uniform_width(config, bits, o.group),) * 3]
     if o.method == "mc":
         return [(width,) * 3 for width in MC_WIDTHS]
     widths = [width for width in _core.WIDTHS if width < 16]
-    return [(a, a, b) for a, b in zip(widths, widths, strict=True)] + [
-        (a, a, b) for a, b in zip(widths, widths[1:], strict=False)
-    ]
+    options = [(a, a, down) for i, a in enumerate(widths) for down in widths[i : i + 2]]
+    least = true_bits(config, options[0], o.group)
+    if bits < least - 1e-9:
+        raise ValueError(f"the target leaves {bits:.3g} bits for an expert weight; {least:.3g} is the least")
+    return [option for option in options if true_bits(config, option, o.group) <= 2 * bits]
 
 
 def _load_calibration(checkpoint: Checkpoint, o: Options) -> calibrate.Calibration:
@@ -246,7 +252,7 @@ def _frequencies(config: ModelConfig, measures) -> dict[tuple[int, int], float]:
 
 
 def _write(checkpoint: Checkpoint, writer: BundleWriter, o: Options, tell: Progress) -> None:
-    config, threads = checkpoint.config, o.threads or default_threads()
+    threads = o.threads or default_threads()
     search = o.method != "rtn"
     total = len(writer.trunk) + len(writer.experts)
 

@@ -10,6 +10,7 @@ CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best firs
 READERS = 4  # threads that fetch records
 READER_BYTES = 64 * 1024  # touched stack of a reader
 INTERPRETER_SPARE = 12_000_000  # what Python may still come to need: token lists, text, sampling
+LOGIT_BYTES = 64  # that sampling or scoring may hold for each logit of a step: float64 copies, an order, a sum
 AUTO_SHARE = 0.8  # of free memory that ram="auto" takes
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -112,7 +113,7 @@ def make_plan(
     unless `refuse` is off (then the plan has fewer slots than work).
     """
     records = config.experts * len(config.moe_layers)
-    interpreter_bytes += INTERPRETER_SPARE + 16 * config.vocab * logits_rows
+    interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
 
     def plan(chunk: int, resident: bool, cap: int) -> Plan:
         kv_cache, scratch = _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads))

@@ -193,11 +193,15 @@ class Runtime:
         The array is the caller's memory, outside the plan. Raises ValueError for an empty sequence, one longer than
         the context, or an id outside the vocabulary.
         """
+        return np.concatenate(list(self.logits_blocks(token_ids)))
+
+    def logits_blocks(self, token_ids) -> Iterator[np.ndarray]:
+        """logits() in blocks of at most `logits_rows` rows, for a caller who needs no more than that at once."""
         ids = self._prompt_ids(np.asarray(token_ids).reshape(-1))
         with self._lock:
             self._rewind(0)
-            rows = self.logits_rows
-            return np.concatenate([self._step(ids[at : at + rows], ALL) for at in range(0, len(ids), rows)])
+            for at in range(0, len(ids), self.logits_rows):
+                yield self._step(ids[at : at + self.logits_rows], ALL)
 
     def reset(self) -> None:
         """Forget the KV cache."""

@@ -5,7 +5,7 @@ what its KV cache does not hold. Nothing is ever dropped from a conversation: a 
 """
 
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from edge_moe.report import statistics_text
@@ -122,7 +122,7 @@ def _answer(runtime, conversation: Conversation, line: str, options: dict):
     elif last.finish_reason == "length":
         full = last.prompt_tokens + last.generation_tokens > runtime.plan.context
         _say(
-            f"the context of {runtime.plan.context:,} tokens is full: the answer was cut, /reset starts a new conversation"
+            f"the context of {runtime.plan.context:,} tokens is full and the answer was cut; /reset starts a new one"
             if full
             else f"stopped after {last.generation_tokens:,} tokens; -n raises that"
         )
@@ -138,10 +138,8 @@ def _reader():
             return line.rstrip("\n") if line else None
 
         return read
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401 (input() uses it once it is imported)
-    except ImportError:
-        pass
 
     def ask() -> str | None:
         try:

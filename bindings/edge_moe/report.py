@@ -3,6 +3,7 @@
 Imports nothing heavy: `edge-moe generate` uses it, and its memory counts under the cap.
 """
 
+import json
 from collections import Counter
 
 BENCH_COLUMNS = (  # of a benchmark's table: title, and the cell of a Measurement
@@ -43,7 +44,7 @@ def table(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
     return "\n".join(lines)
 
 
-def plan_text(plan, about: bool) -> str:
+def plan_text(plan) -> str:
     """A Plan as a table of bytes by purpose, its floor, and from where on every expert is in memory."""
     if plan.ram_bytes < plan.floor_bytes:
         experts = f"{plan.slots} slots fit, the rest of the floor"
@@ -58,7 +59,7 @@ def plan_text(plan, about: bool) -> str:
         ["KV cache", size(plan.kv_cache_bytes), f"{plan.context:,} tokens of context"],
         ["scratch", size(plan.scratch_bytes), f"prompts in chunks of {plan.chunk}"],
         ["I/O buffers", size(plan.io_buffers_bytes), ""],
-        ["interpreter", size(plan.interpreter_bytes), "about; the tokenizer is not counted" if about else "about"],
+        ["interpreter", size(plan.interpreter_bytes), "about: Python and the tokenizer, where there is one"],
         ["experts", size(plan.experts_bytes), experts],
         ["total", size(plan.total_bytes), f"of a cap of {size(plan.ram_bytes)}"],
         ["", "", ""],
@@ -69,7 +70,7 @@ def plan_text(plan, about: bool) -> str:
 
 
 def widths_name(widths: tuple[int, int, int]) -> str:
-    """"2" where gate, up and down agree, else "2/2/3"."""
+    """ "2" where gate, up and down agree, else "2/2/3"."""
     return str(widths[0]) if len(set(widths)) == 1 else "/".join(map(str, widths))
 
 
@@ -121,22 +122,62 @@ def bundle_text(about: dict) -> str:
     shared = f", shared expert of {about['shared_hidden']}" if about["shared_hidden"] else ""
     calibration = about["calibration"]
     facts = [
-        ["model", f"{about['architecture']}, {about['layers']} layers of {about['dim']}, vocabulary {about['vocab']:,}, "
-                  f"context {about['context']:,}"],
+        [
+            "model",
+            f"{about['architecture']}, {about['layers']} layers of {about['dim']}, vocabulary {about['vocab']:,}, "
+            f"context {about['context']:,}",
+        ],
         ["experts", f"{about['experts']} a layer of {about['expert_hidden']}, top {about['top_k']}{shared}"],
-        ["bytes", f"{size(about['bundle_bytes'])}: experts {size(about['expert_bytes'])}, "
-                  f"trunk {size(about['trunk_bytes'])}"],
+        [
+            "bytes",
+            f"{size(about['bundle_bytes'])}: experts {size(about['expert_bytes'])}, trunk {size(about['trunk_bytes'])}",
+        ],
         ["bits", f"{about['bits_per_weight']:.3f} per expert weight, scales, biases and padding included"],
         ["method", (about["method"] or {}).get("name", "not recorded") + f", written by {about['tool']}"],
-        ["calibration", "none" if not calibration else
-            f"{calibration['tokens']:,} tokens of {calibration['source']}, seed {calibration.get('seed')}"],
-        ["certificate", "none" if not about["certificate"] else
-            ", ".join(f"{key} {value}" for key, value in about["certificate"].items())],
+        [
+            "calibration",
+            "none"
+            if not calibration
+            else f"{calibration['tokens']:,} tokens of {calibration['source']}, seed {calibration.get('seed')}",
+        ],
+        [
+            "certificate",
+            "none"
+            if not about["certificate"]
+            else ", ".join(f"{key} {value}" for key, value in about["certificate"].items()),
+        ],
     ]
     return (
         table([["bundle", about["path"]], *facts])
         + "\n\nexperts by width in bits (gate/up/down where they differ)\n"
         + table(histogram, right=tuple(range(1, len(widths) + 1)))
+    )
+
+
+def compressed_text(about: dict) -> str:
+    """What compress made, in three lines."""
+    widths = ", ".join(f"{name} bits: {count:,}" for name, count in about["widths"].items())
+    return (
+        f"{about['path']}: {size(about['bundle_bytes'])} (experts {size(about['expert_bytes'])}, "
+        f"trunk {size(about['trunk_bytes'])})\n"
+        f"{about['bits_per_weight']:.3f} bits per expert weight, scales, biases and padding included\n"
+        f"experts by width: {widths}"
+    )
+
+
+def evaluation_text(result: dict, context: int) -> str:
+    """evaluate_texts()'s result as a table, and what its figures mean."""
+    texts = list(result["texts"].items())
+    rows = [*texts, *([("together", result)] if len(texts) > 1 else [])]
+    columns = [("tokens", ",d"), ("perplexity", ".4f"), ("experts_used", ".3f")]
+    columns += [(key, ".4f") for key in ("kld_mean", "kld_p99", "top1_agreement") if key in result]
+    cells = [["text", *(key for key, _ in columns)]]
+    cells += [[name, *(format(values[key], form) for key, form in columns)] for name, values in rows]
+    return (
+        table(cells, right=tuple(range(1, len(columns) + 1)))
+        + f"\nper token, windows of {context} tokens without overlap, the first of each not scored; KLD in nats\n"
+        f"{result['bits_per_weight']:.3f} bits per expert weight, bundle {size(result['bundle_bytes'])}, "
+        f"experts {size(result['expert_bytes'])}"
     )
 
 
@@ -150,6 +191,13 @@ def statistics_text(g) -> str:
         f"{g.expert_misses:,} ({g.expert_hits / max(lookups, 1):.1%} hits), {g.bytes_read / 1e6:,.1f} MB read\n"
         f"memory {size(g.peak_memory_bytes)} peak, cap {size(g.ram_bytes)}; device {g.device}"
     )
+
+
+def bench_text(report, form: str) -> str:
+    """A benchmark's Report as md, json or csv."""
+    if form == "json":
+        return json.dumps(report.as_dict())
+    return bench_csv(report) if form == "csv" else bench_markdown(report)
 
 
 def bench_markdown(report) -> str:
@@ -179,7 +227,11 @@ def bench_markdown(report) -> str:
 
 def bench_csv(report) -> str:
     """A benchmark's rows in exact figures."""
-    rows = report.as_dict()["rows"]
-    lines = [",".join(rows[0])]
-    lines += [",".join("" if value is None else str(value) for value in row.values()) for row in rows]
-    return "\n".join(lines)
+    import csv
+    import io
+
+    rows, out = report.as_dict()["rows"], io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().rstrip("\n")

@@ -1,0 +1,143 @@
+"""The demo: the embedded model compressed three ways, scored on held-out text, and run under a cap it does not fit.
+
+Calibration takes modules of Python's standard library from the front of a seeded order; those that it leaves are
+scored. The run under the cap is a process of its own, so that its peak memory is what a user would see.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe import bench
+from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate
+from edge_moe.compressor.calibrate import STDLIB_BYTES, stdlib_files
+from edge_moe.compressor.pipeline import compress
+from edge_moe.report import size, table
+from edge_moe.runtime.runtime import Runtime
+
+MODEL = Path(bench.__file__).parent / "reference_moe"
+BITS = 2.5
+VARIANTS = {  # options of compress() by the name that is shown
+    "bf16": {"bits": 16},
+    "uniform": {"bits": BITS, "method": "uniform"},
+    "pmq": {"bits": BITS, "method": "pmq", "tokens": 8192},
+}
+CONTEXT = 256
+WINDOWS = 24  # of CONTEXT tokens, of held-out text
+PROMPT = "def read_lines(path):\n"
+ANSWER_TOKENS = 96
+SEED = 0
+
+
+def run_demo(keep: str | Path | None = None, progress=None) -> dict:
+    """Compress, score and run; the report as one JSON object. keep: a directory that holds the bundles afterwards.
+
+    Raises FileExistsError when `keep` has such bundles already.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(keep or temporary)
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = {name: directory / f"{name}.emoe" for name in VARIANTS}
+        for name, options in VARIANTS.items():
+            compress(MODEL, paths[name], progress=_named(progress, name), seed=SEED, **options)
+        return {
+            "model": "embedded reference MoE: 14.4 M parameters, 4 layers of 16 experts, top 4",
+            "text": "modules of Python's standard library that were not calibrated on",
+            "methods": _score(paths, progress),
+            "run": _run_under_cap(paths["pmq"]),
+            "bundles": str(directory) if keep else None,
+        }
+
+
+def _named(progress, name: str):
+    return None if progress is None else lambda step, done, of: progress(f"{name}: {step}", done, of)
+
+
+def _score(paths: dict[str, Path], progress) -> dict[str, dict]:
+    """evaluate()'s result of every bundle, against the first's predictions."""
+    results = {}
+    with ExitStack() as stack:
+        reference = None
+        for name, path in paths.items():
+            runtime = stack.enter_context(Runtime(path, context=CONTEXT, logits_rows=LOGITS_ROWS))
+            reference = reference or runtime.logits
+            ids = held_out_ids(runtime.tokenizer)
+            results[name] = evaluate(runtime, ids, context=CONTEXT, against=reference, progress=_named(progress, name))
+    return results
+
+
+def held_out_ids(tokenizer) -> list[int]:
+    """Token ids of modules that calibration did not read, in windows spread evenly over them."""
+    files, read = stdlib_files(SEED), 0
+    texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
+    left = []
+    for text in texts:
+        if read >= STDLIB_BYTES:
+            left.append(text)
+        read += len(text)
+    ids = np.array(tokenizer.encode("\n".join(left or texts[-1:])))
+    starts = np.linspace(0, len(ids) - CONTEXT, min(WINDOWS, len(ids) // CONTEXT), dtype=np.int64)
+    return np.concatenate([ids[start : start + CONTEXT] for start in starts]).tolist()
+
+
+def _run_under_cap(bundle: Path) -> dict:
+    """Generate in a process of its own, with room for all of the experts and then for half of those above the floor."""
+    options = ["--context", str(CONTEXT)]
+    plan = _child("plan", bundle, "--ram", "1GB", *options)
+    floor, resident = plan["floor_bytes"], plan["resident_bytes"]
+    arguments = ["-p", PROMPT, "-n", str(ANSWER_TOKENS), *options]
+    free = _child("generate", bundle, "--ram", "1GB", *arguments)
+    capped = _child("generate", bundle, "--ram", str((floor + resident) // 2), *arguments)
+    return {
+        "prompt": PROMPT,
+        "floor_bytes": floor,
+        "resident_bytes": resident,
+        **capped,
+        "same_text_without_cap": capped["tokens"] == free["tokens"],
+        "generation_tps_without_cap": free["generation_tps"],
+    }
+
+
+def _child(*arguments) -> dict:
+    command = [sys.executable, "-m", "edge_moe", *map(str, arguments), "--json"]
+    child = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    if child.returncode:
+        raise OSError(f"{' '.join(command[1:4])} failed: {child.stderr.strip()}")
+    return json.loads(child.stdout)
+
+
+def report_text(report: dict) -> str:
+    rows = [["method", "bits/weight", "bundle", "perplexity", "KLD vs bf16", "same top token"]]
+    for name, result in report["methods"].items():
+        rows.append(
+            [
+                name,
+                f"{result['bits_per_weight']:.2f}",
+                size(result["bundle_bytes"]),
+                f"{result['perplexity']:.3f}",
+                f"{result['kld_mean']:.4f}",
+                f"{result['top1_agreement']:.1%}",
+            ]
+        )
+    run, scored = report["run"], report["methods"]["bf16"]["tokens"]
+    lookups = run["expert_hits"] + run["expert_misses"]
+    kept = f"\n\nbundles are in {report['bundles']}" if report["bundles"] else ""
+    return (
+        f"{report['model']}\n"
+        f"scored on {scored:,} tokens of {report['text']}; KLD in nats per token\n\n"
+        f"{table(rows, right=(1, 2, 3, 4, 5))}\n\n"
+        f"pmq in a process capped at {size(run['ram_bytes'])} (floor {size(run['floor_bytes'])}, every expert fits "
+        f"from {size(run['resident_bytes'])}; most of it is Python itself)\n"
+        f"  peak memory  {size(run['peak_memory_bytes'])}\n"
+        f"  speed        {run['generation_tps']:,.0f} tok/s; {run['generation_tps_without_cap']:,.0f} with all experts "
+        f"in memory\n"
+        f"  experts      {run['expert_hits']:,} hits, {run['expert_misses']:,} misses "
+        f"({run['expert_hits'] / max(lookups, 1):.0%} hits), {run['bytes_read'] / 1e6:,.1f} MB read\n"
+        f"  same text as without the cap: {'yes' if run['same_text_without_cap'] else 'NO'}\n\n"
+        f"The model is tiny and knows nothing; it writes code-like text:\n\n{run['prompt']}{run['text'].rstrip()}{kept}"
+    )
