@@ -5,19 +5,14 @@ context, tgN feeds N tokens one at a time. A test has one warm-up run, then `rep
 the runs before left in memory. Random tokens have no topic, so under a cap they hit fewer experts than text does.
 """
 
-import multiprocessing
-import signal
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edge_moe.bench.bandwidth import machine_bandwidth
-from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes
@@ -97,24 +92,16 @@ def bench_synthetic(
     **options,
 ) -> Report:
     """Measure a random bundle of a config's shapes; see make_synthetic() and bench(). keep: leave the bundle there."""
+    import tempfile
+
+    from edge_moe.bench.synthetic import make_in_child
+
     config = Path(config)
     name = config.resolve().name if config.is_dir() else config.stem
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(keep) if keep else Path(temporary) / (name + (f"-{layers}L" if layers else "") + ".emoe")
-        _in_child(make_synthetic, config, out, layers, width, vocab)
+        make_in_child(temporary, config, out, layers, width, vocab)
         return bench(out, **options)
-
-
-def _in_child(function, *arguments) -> None:
-    """Call in a process of its own: what it needs of memory must not count under the cap of this one."""
-    context = multiprocessing.get_context("spawn")
-    ignore = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without a traceback
-    with ProcessPoolExecutor(1, context, signal.signal, ignore) as pool:
-        pool.submit(_call, function, arguments).result()
-
-
-def _call(function, arguments) -> None:
-    function(*arguments)
 
 
 def _measure(runtime: Runtime, name: str, run, ids: list[int], repeats: int, progress) -> Measurement:

@@ -8,16 +8,21 @@ written as soon as it is drawn; no checkpoint is involved.
 
 import json
 import math
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from edge_moe import _core
 from edge_moe.compressor.quantise import to_bfloat16, trunk_packing
 from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import parse_config, read_json, trunk_shapes
 
+ERRORS = {kind.__name__: kind for kind in (ValueError, MemoryError, FileExistsError, FileNotFoundError)}
 TRUNK_WIDTH = 8
 GROUP = 64
 
@@ -36,6 +41,8 @@ def make_synthetic(
     arguments give the same bytes. Raises ValueError for a config that is not supported, FileExistsError when `out`
     is there.
     """
+    if width not in _core.WIDTHS:
+        raise ValueError(f"width is {width}, expected one of {', '.join(map(str, _core.WIDTHS))}")
     raw = _raw_config(Path(config), layers, vocab)
     model = parse_config(raw, where=str(config))
     group = next((g for g in (GROUP, 32) if model.dim % g == 0 and model.expert_hidden % g == 0), None)
@@ -59,6 +66,25 @@ def make_synthetic(
                 writer.write_expert(layer, index, [_matrix(random, shape, width, packing.group) for shape in shapes])
             writer.finish()
     return Bundle.open(out)
+
+
+def make_in_child(
+    temporary: str, config: str | Path, out: str | Path, layers: int | None, width: int, vocab: int | None
+):
+    """make_synthetic() in a process of its own: the memory it needs must not count under this one's cap.
+
+    What it leaves when it is killed lies in the directory `temporary`.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "edge_moe.bench.synthetic",
+        json.dumps([str(config), str(out), layers, width, vocab]),
+    ]
+    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": temporary})
+    if child.returncode:
+        kind, _, message = child.stdout.strip().partition(": ")
+        raise ERRORS.get(kind, OSError)(message or "writing the random bundle was killed; it may need more memory")
 
 
 def _raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
@@ -104,3 +130,11 @@ def _matrix(
 def _random_bytes(random: np.random.Generator, count: int) -> np.ndarray:
     """uint8 (count,); whole words are five times as quick as Generator.bytes."""
     return random.integers(0, 2**64, -(-count // 8), np.uint64).view(np.uint8)[:count]
+
+
+if __name__ == "__main__":
+    try:
+        make_synthetic(*json.loads(sys.argv[1]))
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"{type(error).__name__}: {error}")
+        sys.exit(1)

@@ -18,6 +18,7 @@ from edge_moe.runtime.config import ModelConfig
 SEQUENCE_TOKENS = 256  # of one calibration sequence, or the model's context if shorter
 MOST_ROWS = 1024  # tokens of an expert on which its error is measured; more are sampled evenly
 STDLIB_BYTES = 4_000_000  # of the standard library that are read for calibration
+STDLIB = "Python standard library"
 MOST_DOMAINS = 8  # kinds of text that calibration tells apart
 DOMAIN_SEQUENCES = 8  # calibration sequences for each kind, at the least, on average
 
@@ -50,8 +51,10 @@ class LayerMeasure:
     frequency: np.ndarray  # (experts,) assignments / tokens
     routing_weight: np.ndarray  # (experts,) mean over all tokens of the weight before renormalisation
     errors: np.ndarray  # (experts, options) Frobenius norm of the change of the block's output (MC)
-    domain_errors: np.ndarray  # (experts, options, domains) mean over a domain's tokens of the squared change of
-    #                            the residual stream, relative to its squared norm
+    # (experts, options, domains + 1) mean over a domain's tokens of the squared change of the residual stream, relative
+    # to its squared norm. The last column stands for text unlike all of it, which uses every expert alike: it keeps
+    # experts that calibration seldom or never saw from being starved. One without a token counts as its layer's mean.
+    domain_errors: np.ndarray
 
 
 def domains_of(ids: np.ndarray, seed: int) -> np.ndarray:
@@ -75,6 +78,9 @@ def domains_of(ids: np.ndarray, seed: int) -> np.ndarray:
     gram -= gram.mean(0) + gram.mean(1)[:, None] - gram.mean()
     values, vectors = np.linalg.eigh(gram)
     points = vectors[:, -2 * kinds :] * np.sqrt(np.maximum(values[-2 * kinds :], 0))
+    kinds = min(kinds, len(np.unique(points.round(6), axis=0)))  # of text that repeats itself
+    if kinds < 2:
+        return np.zeros(sequences, np.int64)
     _, labels = kmeans2(points, kinds, seed=seed, minit="++", missing="warn")
     return np.unique(labels, return_inverse=True)[1]
 
@@ -91,13 +97,16 @@ def load_calibration(tokenizer, config: ModelConfig, files: list[Path], tokens: 
     sequences = []
     for index, ids in enumerate(texts):
         share = wanted * (index + 1) // len(texts) - wanted * index // len(texts)
+        name = files[index] if files else STDLIB
         if len(ids) < length:
             raise ValueError(
-                f"{files[index]}: has {len(ids):,} tokens, calibration needs at least {length:,}; use a longer text"
+                f"{name}: has {len(ids):,} tokens, calibration needs at least {length:,}; use a longer text"
             )
+        if not (ids.min() >= 0 and ids.max() < config.vocab):
+            raise ValueError(f"{name}: has token ids outside the vocabulary of {config.vocab:,}")
         starts = np.linspace(0, len(ids) - length, min(share, len(ids) // length), dtype=np.int64)
         sequences += [ids[start : start + length] for start in starts]
-    source = ", ".join(Path(file).name for file in files) if files else "Python standard library"
+    source = ", ".join(Path(file).name for file in files) if files else STDLIB
     ids = np.stack(sequences)
     return Calibration(ids, source, domains_of(ids, seed))
 
@@ -130,7 +139,7 @@ def measure_layer(config: ModelConfig, weights, layer: int, x: np.ndarray, domai
     domain = np.repeat(domains, x.shape[1])  # (rows,)
     domain_tokens = np.bincount(domain)
     relative = 1 / np.maximum(np.square(x.reshape(h.shape)).sum(-1), 1e-12)
-    errors, domain_errors = [], []
+    errors, domain_errors, a_token = [], [], []
     for expert in range(config.experts):
         rows, place = np.nonzero(chosen == expert)
         kept = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).astype(np.int64))
@@ -141,8 +150,14 @@ def measure_layer(config: ModelConfig, weights, layer: int, x: np.ndarray, domai
             np.bincount(domain[rows_kept], option * relative[rows_kept], len(domain_tokens)) for option in squared
         ]
         domain_errors.append(np.array(by_domain) / domain_tokens)
+        a_token.append((squared @ relative[rows_kept]) / len(rows) if len(rows) else np.full(len(squared), np.nan))
+    unseen = np.array(a_token)  # (experts, options)
+    unseen = np.where(np.isnan(unseen), np.nanmean(unseen, axis=0), unseen) * config.top_k / config.experts
     measure = LayerMeasure(
-        picked.mean(0), np.where(picked, scores, 0).mean(0), np.array(errors), np.array(domain_errors)
+        picked.mean(0),
+        np.where(picked, scores, 0).mean(0),
+        np.array(errors),
+        np.concatenate([np.array(domain_errors), unseen[:, :, None]], axis=2),
     )
     return x, measure
 
@@ -163,13 +178,13 @@ def _file_ids(tokenizer, file: Path, config: ModelConfig) -> np.ndarray:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such calibration file")
     if file.suffix == ".npy":
-        ids = np.load(file, allow_pickle=False)
+        try:
+            ids = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{file}: not a NumPy file of token ids ({error})") from None
         if not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"{file}: holds {ids.dtype}, expected whole numbers (token ids)")
-        ids = ids.reshape(-1).astype(np.int64)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < config.vocab):
-            raise ValueError(f"{file}: has token ids outside the vocabulary of {config.vocab:,}")
-        return ids
+        return ids.reshape(-1).astype(np.int64)
     if tokenizer is None:
         raise ValueError(f"{file}: the checkpoint has no tokenizer.json; pass token ids as .npy")
     return np.array(tokenizer.encode(file.read_text(encoding="utf-8", errors="replace")), np.int64)

@@ -32,12 +32,11 @@ def plan_for(
     what reading the config or the bundle raises.
     """
     path = Path(model)
-    is_bundle = (path / "bundle.json").is_file()
-    if is_bundle and width is not None:
+    if _is_bundle(path) and width is not None:
         raise ValueError(f"{path}: a bundle has its widths already; leave width out")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such bundle, model directory or config.json")
-    config, sizes = _bundle_sizes(path) if is_bundle else _config_sizes(path, width or DEFAULT_WIDTH)
+    config, sizes = _bundle_sizes(path) if _is_bundle(path) else _config_sizes(path, width or DEFAULT_WIDTH)
     context = min(DEFAULT_CONTEXT, config.context) if context is None else context
     if not 1 <= context <= config.context:
         raise ValueError(f"context is {context}, expected 1 to {config.context}, the model's own")
@@ -53,6 +52,18 @@ def plan_for(
     )
     del tokenizer  # counted
     return plan
+
+
+def assumptions(model: str | Path, width: int | None = None) -> str:
+    """What plan_for() takes for granted about something that is not a bundle yet."""
+    if _is_bundle(Path(model)):
+        return ""
+    width = width or DEFAULT_WIDTH
+    return f"computed from the config: experts at {width} bits, the rest at {16 if width == 16 else TRUNK_WIDTH}"
+
+
+def _is_bundle(path: Path) -> bool:
+    return (path / "bundle.json").is_file()
 
 
 def _bundle_sizes(path: Path) -> tuple[ModelConfig, dict]:

@@ -6,7 +6,7 @@ published program a layer, `pmq` one program over the whole model in true bytes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from edge_moe.devices.probe import default_threads
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle, record_alignment, record_bytes
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from edge_moe.runtime.plan import parse_bytes
 from edge_moe.runtime.tokenizer import Tokenizer
 
 METHODS = ("pmq", "mc", "uniform", "rtn")
@@ -53,13 +54,16 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
 
     bits: mean bits of an expert weight, scales, biases and padding included (default 2.5; 16 leaves everything,
     trunk included, bfloat16). width: instead, one width for all experts (methods uniform, rtn). size: instead, the most
-    bytes that the whole bundle may have. method: pmq, mc, uniform or rtn. calibration: text files, or .npy of token ids;
-    none: the standard library's source. tokens: calibration tokens. group: inputs that share a scale, 32, 64 or 128.
-    trunk_width: bits of the trunk's matrices. progress(step, done, of) is called as work goes on.
+    bytes that the whole bundle may have ("8GB" or a number). method: pmq, mc, uniform or rtn. calibration: text files,
+    or .npy of token ids; none: the standard library's source. tokens: calibration tokens. group: inputs that share a
+    scale, 32, 64 or 128. trunk_width: bits of the trunk's matrices. progress(step, done, of) is called as work goes on.
 
     Raises ValueError for bad options or a bad checkpoint, FileExistsError when `out` is there, OSError for the disk.
     After an error or an interrupt nothing is left of `out`.
     """
+    known = tuple(Options.__slots__)
+    for name in options.keys() - set(known):
+        raise TypeError(f"compress() has no option {name!r}; options are {', '.join(known)}")
     o = Options(**options)
     tell = progress or (lambda step, done, of: None)
     with Checkpoint(model) as checkpoint:
@@ -122,13 +126,15 @@ def _check(o: Options, config: ModelConfig) -> Options:
             f"experts are {config.expert_hidden} x {config.dim}, not multiples of 32: they cannot be grouped; "
             "only bits 16 is possible"
         )
+    calibration = (o.calibration,) if isinstance(o.calibration, str | Path) else tuple(o.calibration)
+    size = None if o.size is None else parse_bytes(o.size)
     group = o.group
     while not lossless and (config.dim % group or config.expert_hidden % group):
         group //= 2
     least = true_bits(config, (1, 1, 1), group) if not lossless else 1.0
     if bits is not None and not least - 1e-9 <= bits <= 16:
         raise ValueError(f"bits is {bits:g}, expected {least:.3g} to 16 (1 bit in groups of {group} is {least:.3g})")
-    return Options(**{**{f: getattr(o, f) for f in o.__slots__}, "bits": bits, "group": group})
+    return replace(o, bits=bits, size=size, group=group, calibration=calibration)
 
 
 def _budget(o: Options, checkpoint: Checkpoint, trunk: dict[str, Packing]) -> float:
@@ -140,7 +146,14 @@ def _budget(o: Options, checkpoint: Checkpoint, trunk: dict[str, Packing]) -> fl
         fixed = sum(packed_bytes(shapes[name], packing) for name, packing in trunk.items())
         copies = [checkpoint.directory / name for name in COPIED]
         fixed += sum(file.stat().st_size for file in copies if file.is_file())
-        return o.size - fixed - TABLE_BYTES * (len(trunk) + experts) - 2 * _core.DATA_ALIGNMENT
+        fixed += TABLE_BYTES * (len(trunk) + experts) + 2 * _core.DATA_ALIGNMENT
+        least = experts * record_bytes(config, (1, 1, 1), o.group, record_alignment(config))
+        if o.size < fixed + least:
+            raise ValueError(
+                f"size is {o.size:,} bytes, expected at least {fixed + least:,}: {least:,} for experts of width 1 and "
+                f"{fixed:,} for the rest; raise it, or lower trunk_width"
+            )
+        return o.size - fixed
     if o.width is not None:
         return float("inf")
     return o.bits * config.expert_weights * experts / 8
@@ -169,9 +182,6 @@ def _candidates(o: Options, config: ModelConfig, budget: float) -> list[tuple[in
         return [(width,) * 3 for width in MC_WIDTHS]
     widths = [width for width in _core.WIDTHS if width < 16]
     options = [(a, a, down) for i, a in enumerate(widths) for down in widths[i : i + 2]]
-    least = true_bits(config, options[0], o.group)
-    if bits < least - 1e-9:
-        raise ValueError(f"the target leaves {bits:.3g} bits for an expert weight; {least:.3g} is the least")
     return [option for option in options if true_bits(config, option, o.group) <= 2 * bits]
 
 
@@ -224,7 +234,8 @@ def _allocate(config: ModelConfig, candidates, measures, budget: float, o: Optio
     present = [measure for measure in measures if measure is not None]
     sizes = [record_bytes(config, widths, o.group, record_alignment(config)) for widths in candidates]
     if o.method == "mc":
-        overhead = true_bits(config, (2, 2, 2), o.group) - 2  # scales, biases and padding
+        # scales, biases and, at its worst width, padding
+        overhead = max(true_bits(config, (width,) * 3, o.group) - width for width in MC_WIDTHS)
         nominal = 8 * budget / (config.expert_weights * len(keys)) - overhead
         total_bits = int(nominal * config.experts + 1e-6)
         chosen = [

@@ -4,10 +4,13 @@ All sizes are known before the first byte is written, so every header comes firs
 directory gets its real name only when every file is on disk; after any error the temporary one is removed.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,17 +87,20 @@ class BundleWriter:
         self._partial.mkdir(parents=True)
         try:
             self._reserve()
-        except BaseException:
-            self.__exit__(OSError, None, None)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         for handle in self._handles.values():
-            handle.close()
+            with suppress(OSError):  # what a full disk could not take; finish() has flushed what counts
+                handle.close()
         self._handles.clear()
         if kind is not None:
             shutil.rmtree(self._partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"{self.out}: the disk filled up while writing; make room or choose another disk") from None
 
     def write_trunk(self, name: str, tensor: Quantised) -> None:
         """Write one trunk tensor; the order of names is trunk_shapes()'s."""
@@ -179,7 +185,7 @@ class BundleWriter:
         free = shutil.disk_usage(self._partial).free
         if needed > free:
             raise OSError(
-                f"{self.out}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
+                f"{self.out}: needs {math.ceil(needed / 1e6):,} MB, the disk has {free // 1_000_000:,} MB free; "
                 "make room or choose another disk"
             )
         for name, header, size in ((TRUNK_FILE, trunk_header, trunk_bytes), *self._files):

@@ -3,25 +3,30 @@
 import os
 from pathlib import Path
 
-# (controller of /proc/self/cgroup, mount point, limit file, usage file); version 2 names no controller.
+# (controller of /proc/self/cgroup, mount point under /sys/fs/cgroup, limit file, usage file, prefix of the keys of
+# memory.stat that count the cgroups below too); version 2 names no controller.
 CGROUP_FILES = (
-    ("memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ("", "/sys/fs/cgroup", "memory.max", "memory.current"),
-    ("", "/sys/fs/cgroup/unified", "memory.max", "memory.current"),
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ("", "", "memory.max", "memory.current", ""),
+    ("", "unified", "memory.max", "memory.current", ""),
 )
 
 
-def memory_limit_bytes(free_bytes: int, cgroups: str = "/proc/self/cgroup") -> int:
-    """`free_bytes`, or less where a cgroup of this process or one above it leaves less room."""
+def memory_limit_bytes(free_bytes: int, cgroups: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup") -> int:
+    """`free_bytes`, or less where a cgroup of this process or one above it leaves less room.
+
+    Cached files count as room: a cgroup that has just copied a bundle is full of them, and they give way.
+    """
     room = free_bytes
     for controller, path in _cgroups(Path(cgroups)):
-        for wanted, mount, limit_name, usage_name in CGROUP_FILES:
-            if controller.split(",").count(wanted) == 0:
+        for wanted, mount, limit_name, usage_name, prefix in CGROUP_FILES:
+            if wanted not in controller.split(","):
                 continue
-            for directory in _upwards(Path(mount), path):
+            for directory in _upwards(Path(mounts, mount), path):
                 limit, usage = _number(directory / limit_name), _number(directory / usage_name)
                 if limit is not None:
-                    room = min(room, max(limit - (usage or 0), 0))
+                    used = max((usage or 0) - _cached_files(directory / "memory.stat", prefix), 0)
+                    room = min(room, max(limit - used, 0))
     return room
 
 
@@ -46,6 +51,16 @@ def _upwards(mount: Path, path: str) -> list[Path]:
     """The cgroup's directory and all above it, the mount point last."""
     parts = [part for part in path.split("/") if part]
     return [mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
+
+
+def _cached_files(file: Path, prefix: str) -> int:
+    """Bytes of the page cache that memory.stat counts; 0 when it cannot be read."""
+    wanted = (f"{prefix}active_file", f"{prefix}inactive_file")
+    try:
+        pairs = [line.split() for line in file.read_text().splitlines()]
+        return sum(int(value) for key, value in pairs if key in wanted)
+    except (OSError, ValueError):
+        return 0
 
 
 def _number(file: Path) -> int | None:

@@ -245,7 +245,8 @@ def _read_experts(path: Path, config: ModelConfig, table: dict, read: _Reader):
     rows = read.get(entry, "records", list)
     if len(rows) != len(config.moe_layers):
         raise ValueError(
-            f"{read.path}: records of {len(rows)} layers, config.json has {len(config.moe_layers)} with experts; {REMEDY}"
+            f"{read.path}: records of {len(rows)} layers, config.json has {len(config.moe_layers)} with experts; "
+            f"{REMEDY}"
         )
     experts = {}
     for layer, row in zip(config.moe_layers, rows, strict=True):
@@ -257,7 +258,8 @@ def _read_experts(path: Path, config: ModelConfig, table: dict, read: _Reader):
             part = _part(files[expert.file], headers[expert.file], name, "U8", (expert.nbytes,))
             if part.offset != expert.offset:
                 raise ValueError(
-                    f"{files[expert.file]}: {name} starts at byte {part.offset:,}, bundle.json says {expert.offset:,}; {REMEDY}"
+                    f"{files[expert.file]}: {name} starts at byte {part.offset:,}, bundle.json says "
+                    f"{expert.offset:,}; {REMEDY}"
                 )
             experts[layer, index] = expert
     return tuple(files), experts
@@ -280,11 +282,11 @@ def _read_expert(read: _Reader, config: ModelConfig, layer, index, item, files: 
             f"{read.path}: {where} has {nbytes:,} bytes at {offset:,}, expected {wanted:,} "
             f"at a multiple of {alignment:,}; {REMEDY}"
         )
-    frequency = float(item.get("frequency", 0)) if isinstance(item.get("frequency", 0), int | float) else -1.0
-    if not 0 <= frequency <= 1:
+    frequency = item.get("frequency", 0)
+    if not isinstance(frequency, int | float) or not 0 <= frequency <= 1:
         raise ValueError(f"{read.path}: frequency of {where} is not from 0 to 1; {REMEDY}")
     file = read.count(item, "file", files - 1)
-    return Expert(layer, index, widths, group, file, offset, nbytes, read.checksum(item), frequency)
+    return Expert(layer, index, widths, group, file, offset, nbytes, read.checksum(item), float(frequency))
 
 
 def codec_of(width: int) -> str:

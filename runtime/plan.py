@@ -1,5 +1,6 @@
 """Where the memory goes, decided before anything is loaded: the plan, the floor, and the refusal below it."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from edge_moe import _core
@@ -109,8 +110,8 @@ def make_plan(
     """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, then experts from what is left.
 
     Every expert resident beats a long prefill chunk; when paging, the chunk takes at most an eighth of what the
-    slots could have. Raises MemoryError below the floor (a slot for each of a token's top_k experts), naming it,
-    unless `refuse` is off (then the plan has fewer slots than work).
+    slots could have. Raises MemoryError below the floor (a slot for each of a token's top_k experts, or all experts
+    where they take less), naming it, unless `refuse` is off (then the plan has fewer slots than work).
     """
     records = config.experts * len(config.moe_layers)
     interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
@@ -138,14 +139,17 @@ def make_plan(
             resident_bytes=fixed + all_experts_bytes,
         )
 
-    chunks = sorted({min(chunk, context) for chunk in CHUNKS} | {min(logits_rows, context)}, reverse=True)
-    chunks = [chunk for chunk in chunks if chunk >= min(logits_rows, context)]
+    rows = min(logits_rows, context)
+    chunks = [chunk for chunk in sorted({min(chunk, context) for chunk in CHUNKS}, reverse=True) if chunk >= rows]
+    chunks = chunks or [rows]
     smallest = plan(chunks[-1], False, ram_bytes)
-    limits = {"floor_bytes": smallest.floor_bytes, "resident_bytes": smallest.resident_bytes}
+    floor_bytes = min(smallest.floor_bytes, smallest.resident_bytes)
+    limits = {"floor_bytes": floor_bytes, "resident_bytes": smallest.resident_bytes}
+    smallest = _replace(smallest, **limits)
     for chunk in chunks:
         if (candidate := plan(chunk, True, ram_bytes)).total_bytes <= ram_bytes:
             return _replace(candidate, **limits)
-    if ram_bytes < smallest.floor_bytes:
+    if ram_bytes < floor_bytes:
         if refuse:
             raise MemoryError(refusal(smallest))
         return smallest
@@ -158,8 +162,9 @@ def make_plan(
 
 
 def refusal(plan: Plan) -> str:
+    """What to say about a plan below its floor; the cap is rounded down and the floor up, so the floor named works."""
     return (
-        f"a cap of {plan.ram_bytes / 1e6:,.0f} MB is below the floor of {plan.floor_bytes / 1e6:,.0f} MB "
+        f"a cap of {plan.ram_bytes // 1_000_000:,} MB is below the floor of {math.ceil(plan.floor_bytes / 1e6):,} MB "
         f"(trunk {plan.trunk_bytes / 1e6:,.0f}, KV cache {plan.kv_cache_bytes / 1e6:,.0f}, "
         f"interpreter {plan.interpreter_bytes / 1e6:,.0f}, scratch {plan.scratch_bytes / 1e6:,.0f} MB, the rest for "
         f"slots); raise the cap, or lower the context ({plan.context} tokens) or the widths"

@@ -4,9 +4,11 @@ The order matters: tokenizer first, then the plan (which counts the interpreter 
 which allocates everything. Nothing grows afterwards but the caller's own results.
 """
 
+import operator
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,7 +57,8 @@ class Runtime:
     logits_rows: rows of logits that one step may return; generate() needs one.
 
     Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
-    cap below the floor, naming the floor. One call runs at a time; others wait.
+    cap below the floor, naming the floor. One call runs at a time; other threads wait, and a stream is one call until
+    it is exhausted or closed.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class Runtime:
             raise ValueError(f"device {device!r} is not available here; use one of {', '.join(DEVICES)}")
         if threads is not None and not 1 <= threads <= 1024:
             raise ValueError(f"threads is {threads}, expected 1 to 1024")
+        if logits_rows < 1:
+            raise ValueError(f"logits_rows is {logits_rows}, expected at least 1")
         _check_prune(prune)
         self.bundle = Bundle.open(bundle)
         self.config = self.bundle.config
@@ -117,6 +122,7 @@ class Runtime:
             raise ValueError(str(error)) from None
         self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
         self._lock = threading.Lock()
+        self._holder: int | None = None  # the thread that has the lock
 
     def __enter__(self) -> "Runtime":
         return self
@@ -165,11 +171,13 @@ class Runtime:
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
         sampler = Sampler(temperature, top_p, seed)
-        ids = self._prompt_ids(prompt)
-        return self._stream(ids, max_tokens, sampler, [stop] if isinstance(stop, str) else list(stop or ()))
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        if stops and self.tokenizer is None:
+            raise ValueError(f"{self.bundle.path}: this bundle has no tokenizer; stop strings need one")
+        return self._stream(self._prompt_ids(prompt), max_tokens, sampler, stops)
 
     def _stream(self, ids: list[int], max_tokens: int, sampler: Sampler, stops: list[str]) -> Iterator[Generation]:
-        with self._lock:
+        with self._turn():
             account = _Account(self, len(ids))
             logits = self._prefill(ids, account)
             text = _Text(self.tokenizer, stops)
@@ -198,15 +206,27 @@ class Runtime:
     def logits_blocks(self, token_ids) -> Iterator[np.ndarray]:
         """logits() in blocks of at most `logits_rows` rows, for a caller who needs no more than that at once."""
         ids = self._prompt_ids(np.asarray(token_ids).reshape(-1))
-        with self._lock:
+        with self._turn():
             self._rewind(0)
             for at in range(0, len(ids), self.logits_rows):
                 yield self._step(ids[at : at + self.logits_rows], ALL)
 
     def reset(self) -> None:
         """Forget the KV cache."""
-        with self._lock:
+        with self._turn():
             self._rewind(0)
+
+    @contextmanager
+    def _turn(self):
+        """Wait for other threads' calls; a second call of the same thread would wait for itself for ever."""
+        if self._holder == threading.get_ident():
+            raise ValueError("a stream of this Runtime is still open; exhaust or close it first")
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
 
     def _open(self) -> "_core.Engine":
         if self._engine is None:
@@ -220,7 +240,7 @@ class Runtime:
             text = isinstance(prompt, str)
             ids = self.tokenizer.encode(prompt) if text else self.tokenizer.apply_chat_template(list(prompt))
         else:
-            ids = [int(token) for token in prompt]
+            ids = [operator.index(token) for token in prompt]
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         if len(ids) > self.plan.context:
@@ -256,8 +276,9 @@ class Runtime:
         return logits
 
     def _rewind(self, position: int) -> None:
-        self._open().rewind(position)
-        del self._cached[position:]
+        engine = self._open()
+        del self._cached[position:]  # first: after an interrupt it may be shorter than the KV cache, never longer
+        engine.rewind(position)
 
 
 class _Text:

@@ -15,6 +15,8 @@ class Sampler:
             raise ValueError(f"temperature is {temperature}, expected 0 or more")
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p}, expected above 0 and at most 1")
+        if seed is not None and seed < 0:
+            raise ValueError(f"seed is {seed}, expected 0 or more")
         self.temperature, self.top_p = temperature, top_p
         self.random = np.random.default_rng(seed) if temperature > 0 else None
 
@@ -22,8 +24,9 @@ class Sampler:
         """logits: (vocab,) float32 -> a token id."""
         if self.temperature == 0:
             return int(np.argmax(logits))
-        scaled = (logits - logits.max()).astype(np.float64) / self.temperature
-        probabilities = np.exp(scaled)
+        scaled = logits.astype(np.float64) - logits.max()
+        with np.errstate(over="ignore"):  # a temperature next to 0 leaves the most likely tokens alone
+            probabilities = np.exp(scaled / self.temperature)
         probabilities /= probabilities.sum()
         if self.top_p < 1:
             order = np.argsort(-probabilities, kind="stable")

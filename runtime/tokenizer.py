@@ -4,6 +4,7 @@ Uses `tokenizers` and `jinja2`; transformers is never imported here.
 """
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 from edge_moe.runtime.config import read_json
@@ -22,10 +23,12 @@ class Tokenizer:
             self.backend = Backend.from_file(str(directory / "tokenizer.json"))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{directory / 'tokenizer.json'}: cannot be read ({error})") from None
+        self.backend.no_truncation()  # some files ask for either, meant for training
+        self.backend.no_padding()
         config_path = directory / "tokenizer_config.json"
         config = read_json(config_path) if config_path.is_file() else {}
         self.special = {  # for the chat template: bos_token and its like, as text
-            key: value["content"] if isinstance(value, dict) else value
+            key: value.get("content") if isinstance(value, dict) else value
             for key, value in config.items()
             if key.endswith("_token") and isinstance(value, dict | str)
         }
@@ -35,7 +38,8 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text).ids
+        """Token ids of a text, special tokens included. Raises ValueError for text with half a surrogate pair."""
+        return self._encode(text, special=True)
 
     def decode(self, ids) -> str:
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
@@ -48,19 +52,27 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError("this model has no chat template; pass a prompt as text")
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment = ImmutableSandboxedEnvironment(  # what templates are written for: transformers' settings
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
+        environment.filters["tojson"] = _to_json
         try:
             text = environment.from_string(self.chat_template).render(
                 messages=messages, add_generation_prompt=True, **self.special
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it can fail in any way
             raise ValueError(f"the chat template cannot render these messages: {error}") from None
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._encode(text, special=False)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text cannot be encoded: {error.reason} at character {error.start}") from None
+        return self.backend.encode(text, add_special_tokens=special).ids
 
 
 class Detokenizer:
@@ -83,7 +95,9 @@ class Detokenizer:
         now = self.tokenizer.decode(self.tokens[self.start :])
         if now.endswith(REPLACEMENT):
             return ""
-        self.start, self.shown = self.shown, len(self.tokens)
+        if len(now) > len(before):  # else the window keeps its start: a special token alone is no context
+            self.start = self.shown
+        self.shown = len(self.tokens)
         return now[len(before) :]
 
     def finish(self) -> str:
@@ -106,3 +120,11 @@ def _raise(message: str):
     from jinja2 import TemplateError
 
     raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

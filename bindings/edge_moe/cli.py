@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Annotated
 
@@ -29,6 +30,8 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of `edge-moe` and `python -m edge_moe`."""
+    with suppress(AttributeError, ValueError):  # a stdout that is not a text file, as some hosts have
+        sys.stdout.reconfigure(errors="replace")
     try:
         app(prog_name="edge-moe")
     except KeyboardInterrupt:
@@ -154,7 +157,7 @@ def plan(
     Nothing is loaded: a bundle's tables are enough, or a config.json before any download. Fails when the cap is
     below the floor.
     """
-    from edge_moe.compressor.estimate import plan_for
+    from edge_moe.compressor.estimate import assumptions, plan_for
     from edge_moe.report import plan_text
     from edge_moe.runtime.plan import refusal
 
@@ -162,7 +165,7 @@ def plan(
     if json_output:
         _print_json(result.as_dict())
     else:
-        print(plan_text(result))
+        print(plan_text(result, assumptions(model, width)))
     if result.ram_bytes < result.floor_bytes:
         raise MemoryError(refusal(result))
 

@@ -90,7 +90,7 @@ def _run_under_cap(bundle: Path) -> dict:
     options = ["--context", str(CONTEXT)]
     plan = _child("plan", bundle, "--ram", "1GB", *options)
     floor, resident = plan["floor_bytes"], plan["resident_bytes"]
-    arguments = ["-p", PROMPT, "-n", str(ANSWER_TOKENS), *options]
+    arguments = ["-p", PROMPT, "-n", ANSWER_TOKENS, "--temp", 0.7, "--top-p", 0.9, "--seed", SEED, *options]
     free = _child("generate", bundle, "--ram", "1GB", *arguments)
     capped = _child("generate", bundle, "--ram", str((floor + resident) // 2), *arguments)
     return {

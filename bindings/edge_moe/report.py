@@ -44,10 +44,10 @@ def table(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
     return "\n".join(lines)
 
 
-def plan_text(plan) -> str:
+def plan_text(plan, assumed: str = "") -> str:
     """A Plan as a table of bytes by purpose, its floor, and from where on every expert is in memory."""
     if plan.ram_bytes < plan.floor_bytes:
-        experts = f"{plan.slots} slots fit, the rest of the floor"
+        experts = "less than a token needs"
     elif plan.resident:
         experts = "every expert in memory"
     else:
@@ -66,7 +66,7 @@ def plan_text(plan) -> str:
         ["floor", size(plan.floor_bytes), "the smallest cap that works"],
         ["resident from", size(plan.resident_bytes), "the cap from which nothing is paged"],
     ]
-    return table(rows, right=(1,))
+    return table(rows, right=(1,)) + (f"\n\n{assumed}" if assumed else "")
 
 
 def widths_name(widths: tuple[int, int, int]) -> str:
@@ -156,12 +156,12 @@ def bundle_text(about: dict) -> str:
 
 def compressed_text(about: dict) -> str:
     """What compress made, in three lines."""
-    widths = ", ".join(f"{name} bits: {count:,}" for name, count in about["widths"].items())
+    widths = ", ".join(f"{count:,} of {name}" for name, count in about["widths"].items())
     return (
         f"{about['path']}: {size(about['bundle_bytes'])} (experts {size(about['expert_bytes'])}, "
         f"trunk {size(about['trunk_bytes'])})\n"
         f"{about['bits_per_weight']:.3f} bits per expert weight, scales, biases and padding included\n"
-        f"experts by width: {widths}"
+        f"experts by width in bits: {widths}"
     )
 
 

@@ -31,16 +31,17 @@ float from_bfloat16(uint16_t value) {
 
 struct Affine {
   float scale = 0, bias = 0;
-  float error = INFINITY;  // sum of importance * (weight - scale*code - bias)^2
+  float error = INFINITY;  // sum of importance * (unit * (weight - scale*code - bias))^2
 };
 
-// The nearest codes for scale and bias rounded to bfloat16, and the error they leave.
-Affine round_group(const float* w, const float* importance, int n, float top_code, float scale, float bias,
+// The nearest codes for scale and bias rounded to bfloat16, and the error they leave, in units of 1/unit squared.
+Affine round_group(const float* w, const float* importance, int n, float top_code, float scale, float bias, float unit,
                    float* codes) {
   Affine a;
   a.scale = from_bfloat16(to_bfloat16(scale));
   a.bias = from_bfloat16(to_bfloat16(bias));
-  const float inverse = a.scale != 0 ? 1.0f / a.scale : 0.0f;
+  float inverse = 1.0f / a.scale;
+  if (!std::isfinite(inverse)) inverse = 0.0f;  // scale is 0 or next to it: the bias alone
   float lanes[16] = {};
   for (int i = 0; i < n; i += 16)
     for (int j = 0; j < 16; ++j) {
@@ -48,7 +49,7 @@ Affine round_group(const float* w, const float* importance, int n, float top_cod
       code = code < 0.0f ? 0.0f : code > top_code ? top_code : code;
       code = (code + kRound) - kRound;
       codes[i + j] = code;
-      const float miss = w[i + j] - (a.scale * code + a.bias);
+      const float miss = (w[i + j] - (a.scale * code + a.bias)) * unit;
       lanes[j] += importance[i + j] * (miss * miss);
     }
   a.error = 0;
@@ -60,10 +61,13 @@ Affine fit_group(const float* w, const float* importance, int n, int width, bool
   const float top_code = float((1 << width) - 1);
   float low = w[0], high = w[0];
   for (int i = 1; i < n; ++i) low = std::min(low, w[i]), high = std::max(high, w[i]);
+  int exponent;  // a power of two that brings weights near one, so that their squares neither overflow nor vanish
+  std::frexp(std::max(-low, high), &exponent);
+  const float unit = std::ldexp(1.0f, std::clamp(-exponent, -126, 126));
   float codes[kMostGroup];
   Affine best;
   auto consider = [&](float scale, float bias) {
-    const Affine a = round_group(w, importance, n, top_code, scale, bias, codes);
+    const Affine a = round_group(w, importance, n, top_code, scale, bias, unit, codes);
     if (!(a.error < best.error)) return false;
     best = a;
     std::memcpy(best_codes, codes, n * sizeof(float));

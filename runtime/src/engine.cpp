@@ -194,7 +194,8 @@ void Engine::attention(int layer, int tokens) {
   });
 
   // q k v
-  Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, w.q.width < 16);
+  const bool quantised = std::min({w.q.width, w.k.width, w.v.width}) < 16;  // a bundle may mix widths
+  Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, quantised);
   matmul(w.q, x, s_.q);
   matmul(w.k, x, s_.k);
   matmul(w.v, x, s_.v);

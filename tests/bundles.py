@@ -1,0 +1,88 @@
+"""What several tests need: the embedded model's place, ways to damage a bundle, an engine of chosen sizes."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import edge_moe.bench
+from edge_moe import _core
+from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, table_checksum, verify
+from edge_moe.runtime.plan import engine_config
+from edge_moe.runtime.runtime import Runtime
+
+REFERENCE = Path(edge_moe.bench.__file__).parent / "reference_moe"
+NOTHING, LAST, ALL = 0, 1, 2  # rows of logits that Engine.forward returns
+
+
+def logits_of(path: Path, ids, **options) -> np.ndarray:
+    with Runtime(path, context=len(ids), prune="off", **options) as runtime:
+        return runtime.logits(ids)
+
+
+def use(path: Path, ids) -> np.ndarray:
+    """All that can be done with a bundle: open, verify and run it."""
+    for _ in verify(Bundle.open(path)):
+        pass
+    return logits_of(path, ids, ram="2GB", threads=1)
+
+
+def make_engine(path: Path, *, slots: int | None = None, threads: int = 1, chunk: int = 32, kernels: str = ""):
+    """An Engine over a bundle with `slots` slots, or resident, that returns all rows of logits."""
+    bundle = Bundle.open(path)
+    records, frequency = bundle.record_table()
+    return _core.Engine(
+        engine_config(bundle.config, context=64, chunk=chunk, logits_rows=chunk, threads=threads),
+        str(path / TRUNK_FILE),
+        bundle.trunk_bytes,
+        bundle.trunk_checksum,
+        [(t.name, t.rows, t.cols, t.width, t.group, t.codes, t.scales, t.biases) for t in bundle.trunk],
+        [str(file) for file in bundle.files],
+        records,
+        frequency,
+        slots is None,
+        slots or 0,
+        2,
+        kernels,
+    )
+
+
+def run_engine(engine, ids, chunk: int = 32) -> np.ndarray:
+    """Logits of every position, `chunk` tokens a step, from an empty KV cache."""
+    engine.rewind(0)
+    parts = [ids[at : at + chunk] for at in range(0, len(ids), chunk)]
+    return np.concatenate([engine.forward(np.asarray(part, np.int32), ALL) for part in parts])
+
+
+def edit_table(path: Path, change: Callable[[dict], None]) -> None:
+    """Change bundle.json and make its checksum right again, so that what lies behind the checksum is reached."""
+    table = json.loads((path / "bundle.json").read_text())
+    change(table)
+    table["checksum"] = table_checksum(table)
+    (path / "bundle.json").write_text(json.dumps(table))
+
+
+def edit_copy(path: Path, name: str, content: bytes) -> None:
+    """Replace a copied file, with its checksum."""
+    (path / name).write_bytes(content)
+    edit_table(path, lambda table: table["copies"].update({name: hashlib.sha256(content).hexdigest()}))
+
+
+def flip(file: Path, at: int, mask: int = 0x10) -> None:
+    """Change one byte of a file in place; a second flip undoes the first."""
+    with open(file, "r+b") as handle:
+        handle.seek(at)
+        byte = handle.read(1)[0]
+        handle.seek(at)
+        handle.write(bytes([byte ^ mask]))
+
+
+def run_python(code: str, *arguments) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own; the test fails with its stderr when it does."""
+    child = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    return child

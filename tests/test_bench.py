@@ -1,0 +1,128 @@
+"""The benchmark: what it counts is what the runtime did, and its forms hold the same figures."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from edge_moe.bench.bandwidth import machine_bandwidth
+from edge_moe.bench.bench import bench, bench_synthetic
+from edge_moe.bench.synthetic import make_synthetic
+from edge_moe.report import bench_csv, bench_markdown, bench_text, size
+from edge_moe.runtime.bundle import Bundle
+
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 32,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "small.json"
+    file.write_text(json.dumps(CONFIG))
+    return file
+
+
+@pytest.fixture(scope="module")
+def bundle(config):
+    return make_synthetic(config, config.parent / "small.emoe").path
+
+
+@pytest.fixture(scope="module")
+def report(bundle):
+    return bench(bundle, ram="1GB", prompt=512, generate=16, repeats=2, threads=1)
+
+
+def test_tests_are_cut_to_the_context_and_named_by_their_tokens(report):
+    assert [row.test for row in report.rows] == ["pp64", "tg16"]
+
+
+def test_a_resident_run_reads_nothing(report):
+    for row in report.rows:
+        assert row.resident and row.hit_rate == 1 and row.read_bytes_per_token == 0
+        assert row.tps_mean > 0 and row.tps_sd >= 0 and row.repeats == 2
+        assert row.peak_memory_bytes > 0 and row.ram_bytes == 1_000_000_000
+
+
+def test_generated_bytes_a_second_count_trunk_and_chosen_experts(report, bundle):
+    prompt, generated = report.rows
+    opened = Bundle.open(bundle)
+    record = opened.expert_bytes / len(opened.experts)
+    embedding = 512 * 256 * (8 + 0.5) / 8  # one row of it is read
+    token = opened.trunk_bytes - embedding + 3 * 2 * record  # three layers of top 2
+    assert prompt.weights_gbps is None
+    assert generated.weights_gbps == pytest.approx(token * generated.tps_mean / 1e9)
+
+
+def test_a_capped_run_pages_and_stays_below_its_cap(bundle):
+    command = [sys.executable, "-m", "edge_moe"]
+    plan = subprocess.run([*command, "plan", bundle, "--ram", "1GB", "--json"], capture_output=True, check=True)
+    floor = json.loads(plan.stdout)["floor_bytes"] + 3_000_000  # bench imports more than plan
+    child = subprocess.run(
+        [*command, "bench", bundle, "--ram", str(floor), "-p", "32", "-n", "16", "-r", "2", "-o", "json"],
+        capture_output=True,
+    )
+    assert child.returncode == 0, child.stderr
+    for row in json.loads(child.stdout)["rows"]:
+        assert not row["resident"] and row["hit_rate"] < 1 and row["read_bytes_per_token"] > 0
+        assert row["peak_memory_bytes"] <= floor
+
+
+def test_a_synthetic_bundle_is_kept_only_on_request(config, tmp_path):
+    options = {"prompt": 0, "generate": 4, "repeats": 1, "threads": 1}
+    report = bench_synthetic(config, layers=1, width=2, vocab=64, keep=tmp_path / "kept.emoe", **options)
+    kept = Bundle.open(tmp_path / "kept.emoe")
+    assert (kept.config.layers, kept.config.vocab) == (1, 64)
+    assert [row.test for row in report.rows] == ["tg4"] and report.rows[0].tps_sd == 0
+    assert bench_synthetic(config, layers=1, **options).rows[0].model == "small-1L"
+    with pytest.raises(FileExistsError):
+        bench_synthetic(config, keep=tmp_path / "kept.emoe", **options)
+
+
+def test_the_table_has_a_row_a_test_and_the_machines_limits(report):
+    lines = bench_markdown(report).splitlines()
+    assert lines[0].startswith("| model ") and " t/s |" in lines[0] and set(lines[1]) <= set("|-: ")
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert "| pp64 |" in lines[2] and "| tg16 |" in lines[3] and "small (qwen3_moe, 4.50 bits)" in lines[2]
+    assert lines[4] == "" and lines[5].startswith("this machine: memory reads ")
+
+
+def test_json_and_csv_hold_the_exact_figures(report):
+    rows = json.loads(bench_text(report, "json"))["rows"]
+    assert rows == report.as_dict()["rows"]
+    table = list(csv.DictReader(io.StringIO(bench_csv(report))))
+    assert [float(row["tps_mean"]) for row in table] == [row.tps_mean for row in report.rows]
+    assert table[0]["weights_gbps"] == ""
+
+
+@pytest.mark.parametrize("counts", [{"prompt": 0, "generate": 0}, {"prompt": -1}, {"repeats": 0}])
+def test_nothing_to_measure_is_refused(bundle, counts):
+    with pytest.raises(ValueError, match="expected at least one test and one repeat$"):
+        bench(bundle, **counts)
+
+
+def test_bandwidth_is_measured_outside_this_process(bundle):
+    measured = machine_bandwidth(bundle, 1)
+    assert measured["memory_gbps"] > 0.1
+    assert measured["disk_gbps"] is None or measured["disk_gbps"] > 0
+
+
+@pytest.mark.parametrize(
+    "count, text", [(0, "0 B"), (999, "999 B"), (61_440, "61.4 kB"), (5_964_736, "6.0 MB"), (1.1e9, "1.10 GB")]
+)
+def test_sizes_are_decimal(count, text):
+    assert size(count) == text

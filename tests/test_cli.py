@@ -1,0 +1,368 @@
+"""The command line: what each command prints, where, and with which exit code."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from bundles import REFERENCE, flip, run_python
+
+from edge_moe import __version__
+from edge_moe.bench.synthetic import make_synthetic
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.plan import Plan
+from edge_moe.runtime.runtime import Generation
+
+COMMANDS = ("demo", "compress", "plan", "inspect", "verify", "generate", "chat", "eval", "bench")
+CONFIGS = REFERENCE.parent / "configs"
+
+
+def edge_moe(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "edge_moe", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def succeeds(*arguments, **options) -> subprocess.CompletedProcess:
+    done = edge_moe(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def object_of(*arguments, **options) -> dict:
+    """The one object that --json prints."""
+    done = succeeds(*arguments, "--json", **options)
+    assert done.stdout.count("\n") == 1
+    return json.loads(done.stdout)
+
+
+def error_of(*arguments, **options) -> str:
+    """The one line that a failing command prints."""
+    done = edge_moe(*arguments, **options)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("edge-moe: error: ") and done.stderr.count("\n") == 1
+    return done.stderr.removeprefix("edge-moe: error: ").removesuffix("\n")
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_of) -> Path:
+    return bundle_of("reference", width=8)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("import os\n\n\ndef main(path):\n    return os.path.join(path, 'name')\n" * 12)
+    return file
+
+
+# The door
+
+
+def test_help_names_every_command_and_how_to_start():
+    text = succeeds("--help").stdout
+    assert [line.split()[0] for line in text.split("Commands:\n")[1].splitlines()[: len(COMMANDS)]] == list(COMMANDS)
+    assert "edge-moe demo" in text and "..." not in text.split("Commands:")[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name):
+    text = succeeds(name, "-h").stdout
+    assert text.startswith(f"Usage: edge-moe {name}") and "--help" in text
+
+
+def test_the_version_is_the_packages():
+    assert succeeds("--version").stdout == f"edge-moe {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "x.emoe", "--promt", "a"], "No such option: --promt"),
+        (["generat"], "No such command 'generat'"),
+        (["generate"], "Missing argument"),
+        (["generate", "x.emoe"], "give either -p TEXT or --tokens 1,2,3"),
+        (["generate", "x.emoe", "-p", "a", "--tokens", "1"], "give either -p TEXT or --tokens 1,2,3"),
+        (["generate", "x.emoe", "-p", "a", "-n", "many"], "Invalid value for '-n'"),
+        (["bench"], "give either a BUNDLE or --synthetic CONFIG"),
+        (["bench", "x.emoe", "--layers", "2"], "--layers, --width, --vocab and --keep belong to --synthetic"),
+    ],
+)
+def test_usage_errors_exit_with_2_and_say_what_is_wrong(arguments, message):
+    done = edge_moe(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == "" and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["inspect", "no.emoe"], "no.emoe: no such bundle directory; make one with `edge-moe compress MODEL no.emoe`"),
+        (["plan", "no"], "no: no such bundle, model directory or config.json"),
+        (["compress", "no", "out.emoe"], "no/config.json: no such file; a model directory has a config.json"),
+        (["bench", "--synthetic", "no.json"], "no.json: no such file; a model directory has a config.json"),
+    ],
+)
+def test_what_is_not_there_is_one_line(tmp_path, arguments, message):
+    assert error_of(*arguments, cwd=tmp_path) == message
+
+
+def test_a_bundle_that_is_damaged_is_one_line(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / "copy.emoe")
+    flip(copy / "experts-00001-of-00001.safetensors", 500_000)
+    assert error_of("verify", copy).endswith("does not match its checksum; copy the bundle again")
+
+
+# generate
+
+
+def test_text_goes_to_stdout_and_statistics_to_stderr(bundle):
+    done = succeeds("generate", bundle, "-p", "import os\n", "-n", "12", "--ram", "1GB")
+    answer = object_of("generate", bundle, "-p", "import os\n", "-n", "12", "--ram", "1GB")
+    assert done.stdout == answer["text"] + "\n"
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("prompt ") and "generated 12 at " in lines[0]
+    assert lines[1].startswith("experts 4.00 of 4 per token and layer; hits ")
+    assert lines[2].startswith("memory ") and "cap 1.00 GB; device cpu" in lines[2]
+
+
+def test_generate_json_has_the_fields_of_a_generation(bundle):
+    answer = object_of("generate", bundle, "-p", "import os\n", "-n", "5", "--ram", "1GB")
+    assert list(answer) == [field.name for field in fields(Generation)]
+    assert len(answer["tokens"]) == answer["generation_tokens"] == 5
+    assert answer["ram_bytes"] == 1_000_000_000 >= answer["peak_memory_bytes"]
+
+
+def test_the_prompt_may_come_from_stdin(bundle):
+    given = succeeds("generate", bundle, "-p", "import re\n", "-n", "8").stdout
+    assert succeeds("generate", bundle, "-p", "-", "-n", "8", input="import re\n").stdout == given
+
+
+def test_token_ids_give_token_ids(bundle):
+    done = succeeds("generate", bundle, "--tokens", "5, 6,7", "-n", "4")
+    answer = object_of("generate", bundle, "--tokens", "5,6,7", "-n", "4")
+    assert [int(token) for token in done.stdout.split()] == answer["tokens"]
+    assert answer["prompt_tokens"] == 3
+
+
+def test_a_bundle_without_a_tokenizer_takes_token_ids_alone(bundle_of):
+    path = bundle_of("olmoe", bits=16)
+    assert len(succeeds("generate", path, "--tokens", "1,2", "-n", "3").stdout.split()) == 3
+    assert error_of("generate", path, "-p", "a") == f"{path}: this bundle has no tokenizer; pass token ids"
+    assert error_of("chat", path, input="") == f"{path}: this bundle has no tokenizer; chat needs one"
+
+
+def test_options_reach_the_library(bundle):
+    answer = object_of(
+        "generate", bundle, "-p", "import", "--stop", "import", "--stop", "\n", "-n", "50", "--context", "64"
+    )
+    assert "\n" not in answer["text"]
+    sampled = [
+        object_of("generate", bundle, "-p", "import", "--temp", "1", "--top-p", "0.9", "--seed", seed, "-n", "20")[
+            "tokens"
+        ]
+        for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tokens", "1,x"], "tokens '1,x' are not whole numbers with commas between them"),
+        (["-p", ""], "the prompt is empty; give at least one token"),
+        (["-p", "a", "--ram", "8XB"], "size '8XB' is not understood; write 8GB, 8GiB, 500MB or a number of bytes"),
+        (["-p", "a", "--temp", "-1"], "temperature is -1.0, expected 0 or more"),
+        (["-p", "a", "-n", "0"], "max_tokens is 0, expected at least 1"),
+        (["-p", "a", "--context", "2000"], "context is 2000, expected 1 to 1024, the model's own"),
+    ],
+)
+def test_options_that_are_wrong_are_one_line(bundle, arguments, message):
+    assert error_of("generate", bundle, *arguments) == message
+
+
+def test_a_cap_below_the_floor_names_the_floor_and_the_floor_named_works(bundle):
+    message = error_of("generate", bundle, "-p", "a", "--ram", "20MB")
+    assert message.startswith("a cap of 20 MB is below the floor of ")
+    floor_mb = int(message.split("floor of ")[1].split(" ")[0])
+    assert object_of("generate", bundle, "-p", "a", "-n", "4", "--ram", f"{floor_mb + 1}MB")["expert_misses"] > 0
+
+
+def test_a_reader_who_leaves_is_not_an_error(bundle):
+    command = f"{sys.executable} -m edge_moe generate {bundle} -p a -n 500 | head -c 10"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert len(done.stdout) == 10
+    assert done.stderr == ""
+
+
+def test_ctrl_c_is_one_line_and_130(bundle):
+    command = [sys.executable, "-m", "edge_moe", "generate", str(bundle), "-p", "a", "-n", "900", "--threads", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout.read(1)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate()
+    assert child.returncode == 130
+    assert errors == b"edge-moe: error: interrupted\n"
+
+
+def test_generate_imports_nothing_heavy(bundle):
+    code = """
+import sys
+from edge_moe.cli import main
+sys.argv = ["edge-moe", "generate", sys.argv[1], "-p", "a", "-n", "2", "--json"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"scipy", "safetensors", "transformers", "torch", "rich", "mlx", "jinja2", "edge_moe.compressor"}
+print(sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+    assert run_python(code, bundle).stderr == "[]\n"
+
+
+# The other commands
+
+
+def test_compress_prints_what_it_made_and_leaves_a_bundle(tmp_path):
+    out = tmp_path / "out.emoe"
+    text = succeeds("compress", REFERENCE, out, "--width", "3").stdout
+    made = Bundle.open(out)
+    assert text.splitlines()[0].startswith(f"{out}: ")
+    assert "3.500 bits per expert weight" in text and "experts by width in bits: 64 of 3" in text
+    assert made.table["method"]["name"] == "uniform"
+    assert error_of("compress", REFERENCE, out, "--width", "3").startswith(f"{out}: exists already")
+
+
+def test_compress_json_describes_the_bundle(tmp_path):
+    about = object_of(
+        *("compress", REFERENCE, tmp_path / "out.emoe", "--bits", "4.5", "--method", "rtn", "--trunk-width", "4"),
+        *("--threads", "1"),
+    )
+    assert about == object_of("inspect", tmp_path / "out.emoe")
+    assert about["widths"] == {"4": 64} and about["bits_per_weight"] == 4.5
+    assert about["widths_by_layer"] == {str(layer): {"4": 16} for layer in range(4)}
+
+
+def test_compress_takes_a_size_in_words(tmp_path):
+    about = object_of("compress", REFERENCE, tmp_path / "out.emoe", "--size", "8MB", "--method", "uniform")
+    assert about["bundle_bytes"] <= 8_000_000
+    assert "is not understood" in error_of("compress", REFERENCE, tmp_path / "b.emoe", "--size", "big")
+
+
+def test_an_interrupted_compress_leaves_nothing(tmp_path):
+    command = [sys.executable, "-m", "edge_moe", "compress", str(REFERENCE), "out.emoe", "--bits", "16"]
+    hook = f"""
+import sys, signal, os
+from edge_moe.compressor import writer
+write = writer.BundleWriter.write_expert
+def interrupted(self, layer, index, matrices):
+    if layer == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    write(self, layer, index, matrices)
+writer.BundleWriter.write_expert = interrupted
+sys.argv = {command[2:]!r}
+from edge_moe.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", hook], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "edge-moe: error: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_and_verify_describe_a_bundle(bundle):
+    text = succeeds("inspect", bundle).stdout
+    assert "qwen3_moe, 4 layers of 256, vocabulary 4,096, context 1,024" in text
+    assert "16 a layer of 256, top 4" in text
+    done = succeeds("verify", bundle)
+    assert done.stdout.startswith(f"{bundle}: OK, ") and done.stdout.endswith(" GB/s\n")
+
+
+def test_a_plan_of_a_bundle_is_the_one_that_generate_has(bundle):
+    plan = object_of("plan", bundle, "--ram", "1GB", "--context", "256")
+    assert set(plan) == {field.name for field in fields(Plan)} | {"total_bytes"}
+    assert plan["resident"] and plan["context"] == 256
+    assert (
+        object_of("generate", bundle, "-p", "a", "--ram", plan["floor_bytes"], "--context", "256")["expert_misses"] > 0
+    )
+
+
+def test_a_plan_needs_a_config_alone_and_comes_close_to_the_bundles(tmp_path):
+    shutil.copyfile(CONFIGS / "qwen3-30b-a3b.json", tmp_path / "config.json")
+    sizes = {"layers": 2, "vocab": 1024, "width": 3}
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 2, "vocab_size": 1024}))
+    made = make_synthetic(tmp_path, tmp_path / "made.emoe", **sizes)
+    early = object_of("plan", tmp_path, "--ram", "1GB", "--width", "3")
+    late = object_of("plan", made.path, "--ram", "1GB")
+    assert (
+        object_of("plan", tmp_path / "config.json", "--ram", "1GB", "--width", "3")["trunk_bytes"]
+        == early["trunk_bytes"]
+    )
+    assert early["all_experts_bytes"] == late["all_experts_bytes"]
+    assert 0 <= late["trunk_bytes"] - early["trunk_bytes"] < 10_000  # the file's header
+    for key in ("kv_cache_bytes", "scratch_bytes", "slot_bytes", "context"):
+        assert early[key] == late[key]
+
+
+def test_a_plan_below_the_floor_is_shown_and_refused():
+    config = CONFIGS / "qwen3-30b-a3b.json"
+    done = edge_moe("plan", config, "--ram", "1GB")
+    assert done.returncode == 1
+    assert "floor" in done.stdout and "the smallest cap that works" in done.stdout
+    assert done.stderr.startswith("edge-moe: error: a cap of 1,000 MB is below the floor of ")
+    floor = json.loads(edge_moe("plan", config, "--ram", "1GB", "--json").stdout)["floor_bytes"]
+    assert succeeds("plan", config, "--ram", floor + 5_000_000)
+
+
+def test_eval_scores_each_text_and_all_together(bundle, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("class Name:\n    pass\n" * 30)
+    result = object_of("eval", bundle, "--text", text, "--text", other, "--tokens", "200", "--context", "64")
+    texts = list(result["texts"].values())
+    assert list(result["texts"]) == ["text.txt", "other.txt"]
+    assert result["tokens"] == sum(one["tokens"] for one in texts) == 2 * (200 - 4)
+    assert result["perplexity"] == pytest.approx((texts[0]["perplexity"] * texts[1]["perplexity"]) ** 0.5)
+    assert set(result) == {
+        "tokens",
+        "perplexity",
+        "experts_used",
+        "bits_per_weight",
+        "bundle_bytes",
+        "expert_bytes",
+        "texts",
+    }
+
+
+def test_eval_against_a_checkpoint_and_against_a_bundle_of_it_agree(bundle, bundle_of, text):
+    options = ("--text", text, "--tokens", "130", "--context", "64", "--against")
+    checkpoint = object_of("eval", bundle, *options, REFERENCE)
+    lossless = object_of("eval", bundle, *options, bundle_of("reference", bits=16))
+    itself = object_of("eval", bundle, *options, bundle)
+    assert {"kld_mean", "kld_p99", "top1_agreement"} <= set(checkpoint)
+    assert checkpoint["kld_mean"] == pytest.approx(lossless["kld_mean"], rel=0.1)
+    assert itself["kld_mean"] == pytest.approx(0, abs=1e-12) and itself["top1_agreement"] == 1
+    shown = succeeds("eval", bundle, *options, REFERENCE).stdout
+    assert "kld_mean" in shown and "windows of 64 tokens without overlap" in shown
+
+
+def test_eval_refuses_what_cannot_be_scored(bundle, bundle_of, text, tmp_path):
+    olmoe = bundle_of("olmoe", bits=16)
+    assert error_of("eval", bundle, "--text", tmp_path / "no.txt") == f"{tmp_path / 'no.txt'}: no such text file"
+    assert error_of("eval", olmoe, "--text", text, "--context", "8").endswith("has no tokenizer; text cannot be scored")
+    assert "compare models that share a tokenizer" in error_of("eval", bundle, "--text", text, "--against", olmoe)
+
+
+def test_the_demo_pages_experts_and_says_the_same_as_without_a_cap(tmp_path):
+    report = object_of("demo", "--keep", tmp_path / "kept")
+    methods, run = report["methods"], report["run"]
+    assert list(methods) == ["bf16", "uniform", "pmq"]
+    assert methods["pmq"]["expert_bytes"] <= methods["uniform"]["expert_bytes"] == 64 * 61440
+    assert 0 == methods["bf16"]["kld_mean"] < methods["pmq"]["kld_mean"] < methods["uniform"]["kld_mean"]
+    assert run["floor_bytes"] < run["ram_bytes"] < run["resident_bytes"]
+    assert run["peak_memory_bytes"] <= run["ram_bytes"]
+    assert run["expert_misses"] > 0 and run["same_text_without_cap"]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["bf16.emoe", "pmq.emoe", "uniform.emoe"]

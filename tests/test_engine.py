@@ -1,0 +1,197 @@
+"""The gates: logits equal transformers', paging, threads, chunks and instruction sets change no bit, the cap holds."""
+
+import json
+
+import numpy as np
+import pytest
+from bundles import ALL, LAST, NOTHING, logits_of, make_engine, run_engine, run_python
+from golden_checkpoints import ARCHITECTURES
+
+from edge_moe import _core
+from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate
+from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.quantise import quantise, trunk_packing
+from edge_moe.compressor.writer import BundleWriter, Packing
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.runtime import Runtime
+
+FAST_SETS = [name for name in _core.kernel_names() if name != "scalar"]
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+@pytest.fixture(scope="session")
+def mixed(bundle_of, golden, tmp_path_factory):
+    """By architecture: a bundle whose experts have several widths, chosen by calibration on token ids."""
+    directory = tmp_path_factory.mktemp("calibration")
+
+    def make(architecture: str):
+        file = directory / f"{architecture}.npy"
+        if not file.exists():
+            vocab = golden[architecture][2].shape[1]
+            np.save(file, np.random.default_rng(3).integers(0, vocab, 1024))
+        return bundle_of(architecture, method="pmq", bits=8, calibration=str(file), tokens=512, trunk_width=6)
+
+    return make
+
+
+# ---- G1: the same logits as transformers
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lossless_logits_equal_those_of_transformers(bundle_of, golden, architecture):
+    _, ids, want = golden[architecture]
+    got = logits_of(bundle_of(architecture, bits=16), ids)
+    assert np.abs(got - want).max() <= 1e-4  # float32 sums of logits near ten, in another order
+    assert np.array_equal(got.argmax(-1), want.argmax(-1))
+
+
+def test_eight_bits_predict_what_sixteen_do(bundle_of, stdlib_ids):
+    with (
+        Runtime(bundle_of("reference", bits=16), context=256, logits_rows=LOGITS_ROWS) as lossless,
+        Runtime(bundle_of("reference", width=8), context=256, logits_rows=LOGITS_ROWS) as runtime,
+    ):
+        result = evaluate(runtime, stdlib_ids, against=lossless.logits)
+    assert result["tokens"] == 1020
+    assert result["top1_agreement"] >= 0.98
+    assert result["kld_mean"] <= 1e-3
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "o", "embedding"])
+def test_widths_of_the_trunk_may_differ_within_a_layer(golden, tmp_path, part):
+    directory, ids, want = golden["qwen3_moe"]
+    checkpoint = Checkpoint(directory)
+    config = checkpoint.config
+    trunk = trunk_packing(trunk_shapes(config), 8, 64)
+    trunk = {name: Packing((16,), 0) if name.endswith(part) else packing for name, packing in trunk.items()}
+    experts = {(layer, index): Packing((16, 8, 16), 32) for layer in range(2) for index in range(6)}
+    with BundleWriter(tmp_path / "mixed.emoe", directory, config, trunk, experts) as writer:
+        for name, packing in trunk.items():
+            writer.write_trunk(name, quantise(checkpoint.trunk(name), packing.widths[0], packing.group))
+        for key, packing in experts.items():
+            matrices = zip(checkpoint.expert(*key), packing.widths, strict=True)
+            writer.write_expert(*key, [quantise(weights, width, 32) for weights, width in matrices])
+        writer.finish()
+    miss = np.abs(logits_of(writer.out, ids) - want)
+    assert np.sqrt(np.square(miss).mean()) < 0.03 * want.std()  # 8 bits for weights and activations
+
+
+# ---- G2: where experts come from, threads and chunks change nothing
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_paged_equals_resident_for_any_slots_threads_and_chunks(mixed, golden, architecture):
+    path, ids = mixed(architecture), golden[architecture][1]
+    bundle = Bundle.open(path)
+    assert len({expert.widths for expert in bundle.experts.values()}) > 1
+    want = run_engine(make_engine(path), ids)
+    top_k, records = bundle.config.top_k, len(bundle.experts)
+    for slots in (None, top_k, top_k + 1, records // 2, records):
+        for threads in (1, 2, 3):
+            engine = make_engine(path, slots=slots, threads=threads)
+            for chunk in (1, 7, 32):
+                assert same_bits(run_engine(engine, ids, chunk), want), (slots, threads, chunk)
+            assert (engine.counters["expert_misses"] > 0) == (slots is not None)
+
+
+def test_rows_that_are_not_returned_change_nothing(mixed, golden):
+    path, ids = mixed("qwen3_moe"), golden["qwen3_moe"][1].astype(np.int32)
+    want = run_engine(make_engine(path), ids)
+    engine = make_engine(path, slots=4)
+    assert engine.forward(ids[:20], NOTHING).shape == (0, want.shape[1])
+    assert same_bits(engine.forward(ids[20:29], LAST), want[28:29])
+    assert same_bits(engine.forward(ids[29:], ALL), want[29:])
+    engine.rewind(10)
+    assert same_bits(engine.forward(ids[10:], LAST), want[-1:])
+
+
+def cap_between(path, share: float, **options) -> int:
+    """A cap that lies `share` of the way from the floor to all experts resident, by this process's size now."""
+    with Runtime(path, "8GB", 128, **options) as runtime:
+        floor, resident = runtime.plan.floor_bytes, runtime.plan.resident_bytes
+    return floor + int(share * (resident - floor))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_cap_gives_the_same_logits_and_tokens(bundle_of, stdlib_ids, threads):
+    path, options, seen = bundle_of("reference", bits=16), {"threads": threads, "logits_rows": 16}, []
+    with Runtime(path, "8GB", 128, threads=1, logits_rows=16) as runtime:
+        assert runtime.plan.resident
+        logits, answer = runtime.logits(stdlib_ids[:60]), runtime.generate(stdlib_ids[:50], 30)
+    for share in (0.1, 0.4, 0.7, 0.9):  # not 0: a process's size moves by some 100 kB between two looks
+        with Runtime(path, cap_between(path, share, **options), 128, **options) as runtime:
+            seen.append(runtime.plan.slots)
+            assert not runtime.plan.resident
+            assert same_bits(runtime.logits(stdlib_ids[:60]), logits)
+            paged_answer = runtime.generate(stdlib_ids[:50], 30)
+            assert paged_answer.tokens == answer.tokens
+            assert paged_answer.expert_misses > 0
+    assert 4 <= min(seen) < max(seen) < 64
+
+
+def test_a_reused_prefix_gives_the_same_answer_as_a_fresh_run(bundle_of, stdlib_ids):
+    path, fresh = bundle_of("reference", bits=16), []
+    prompts = [stdlib_ids[:40], stdlib_ids[:41], stdlib_ids[:20] + stdlib_ids[500:520], stdlib_ids[:40]]
+    for prompt in prompts:
+        with Runtime(path, "8GB", 128, threads=1) as runtime:
+            fresh.append(runtime.generate(prompt, 20).tokens)
+    with Runtime(path, cap_between(path, 0.4, threads=2), 128, threads=2) as runtime:
+        assert [runtime.generate(prompt, 20).tokens for prompt in prompts] == fresh
+
+
+# ---- G3: every instruction set gives the same bits
+
+
+@pytest.mark.skipif(not FAST_SETS, reason="this machine has the scalar kernels alone")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_set_gives_the_same_logits_at_mixed_widths(mixed, golden, architecture):
+    ids = golden[architecture][1]
+    want = logits_of(mixed(architecture), ids, kernels="scalar", threads=1)
+    for name in FAST_SETS:
+        assert same_bits(logits_of(mixed(architecture), ids, kernels=name, threads=2), want), name
+
+
+@pytest.mark.skipif(not FAST_SETS, reason="this machine has the scalar kernels alone")
+@pytest.mark.parametrize("width", _core.WIDTHS)
+def test_every_kernel_set_gives_the_same_logits_at_every_width(bundle_of, stdlib_ids, width):
+    path = bundle_of("reference", width=width, trunk_width=width)
+    want = logits_of(path, stdlib_ids[:24], kernels="scalar")
+    for name in FAST_SETS:
+        assert same_bits(logits_of(path, stdlib_ids[:24], kernels=name), want), name
+
+
+# ---- G4 and what running loads
+
+
+FLOOR = "import sys; from edge_moe import Runtime; print(Runtime(sys.argv[1], '8GB', 256).plan.floor_bytes)"
+CAPPED = """
+import json, sys
+from edge_moe import Runtime
+with Runtime(sys.argv[1], int(sys.argv[2]), 256, logits_rows=int(sys.argv[3])) as runtime:
+    answer = runtime.generate("import os" * 40, 60, temperature=0.8, top_p=0.9, seed=1)
+    runtime.logits(range(200))
+    text = "".join(piece.text for piece in runtime.stream("def ", 20))
+with open("/proc/self/status") as status:
+    counted = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")][0]
+heavy = {"torch", "transformers", "scipy", "safetensors", "rich", "typer", "mlx", "huggingface_hub"}
+print(json.dumps([counted, runtime.plan.slots, answer.peak_memory_bytes, sorted(heavy & sys.modules.keys())]))
+"""
+
+
+@pytest.mark.skipif(not _core.peak_bytes(), reason="needs /proc")
+@pytest.mark.parametrize("extra_mb", [1, 10])
+def test_the_process_never_exceeds_its_cap(bundle_of, extra_mb):
+    path = bundle_of("reference", bits=16)
+    # A process's own memory differs by up to 1 MB from one start to the next, so the floor of the last is not enough.
+    cap = int(run_python(FLOOR, path).stdout) + extra_mb * 1_000_000
+    counted, slots, reported, _ = json.loads(run_python(CAPPED, path, cap, 1).stdout)
+    assert 4 <= slots < 64
+    assert reported <= counted <= cap
+
+
+@pytest.mark.skipif(not _core.peak_bytes(), reason="needs /proc")
+def test_running_a_bundle_loads_no_heavy_module(bundle_of):
+    assert json.loads(run_python(CAPPED, bundle_of("reference", width=4), 10**9, 8).stdout)[3] == []

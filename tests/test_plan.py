@@ -1,0 +1,166 @@
+"""The plan: sizes are read, the cap is divided, and a cap below the floor is refused with one that works."""
+
+import json
+
+import pytest
+from bundles import REFERENCE, run_python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_moe import _core
+from edge_moe.runtime.config import load_config
+from edge_moe.runtime.plan import engine_config, make_plan, parse_bytes, resolve_ram
+from edge_moe.runtime.runtime import Runtime
+
+CONFIG = load_config(REFERENCE)
+SLOT, RECORDS = 110_592, 64
+SIZES = {"trunk_bytes": 2_000_000, "all_experts_bytes": RECORDS * SLOT, "slot_bytes": SLOT}
+
+
+def plan(ram_bytes: int, context: int = 512, **options):
+    return make_plan(CONFIG, ram_bytes=ram_bytes, context=context, interpreter_bytes=40_000_000, **SIZES, **options)
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("8GB", 8_000_000_000),
+        ("8GiB", 8 * 2**30),
+        ("500MB", 500_000_000),
+        ("1.5 gb", 1_500_000_000),
+        ("64k", 64_000),
+        ("2T", 2_000_000_000_000),
+        ("7B", 7),
+        ("123", 123),
+        (" 1e3 ", 1000),
+        (4096, 4096),
+        (4096.0, 4096),
+    ],
+)
+def test_sizes_are_decimal_unless_spelled_with_an_i(text, nbytes):
+    assert parse_bytes(text) == nbytes
+    assert resolve_ram(text) == nbytes
+
+
+@pytest.mark.parametrize("size", ["8XB", "", "GB", "B8", "8 apples", "nan", "inf", "1e999GB", "0x10", None, True, [8]])
+def test_a_size_that_is_not_understood_is_refused(size):
+    with pytest.raises(ValueError) as caught:
+        parse_bytes(size)
+    assert str(caught.value) == f"size {size!r} is not understood; write 8GB, 8GiB, 500MB or a number of bytes"
+
+
+@pytest.mark.parametrize("size", [0, -1, "0GB", "-8GB", "0.1B"])
+def test_a_size_of_nothing_is_refused(size):
+    with pytest.raises(ValueError) as caught:
+        parse_bytes(size)
+    assert str(caught.value) == f"size {size!r} must be above 0"
+
+
+def test_auto_takes_most_of_what_is_free():
+    assert 0 < resolve_ram("auto") <= _core.free_bytes() + _core.resident_bytes()
+
+
+# ---- dividing the cap
+
+
+@given(
+    cap=st.integers(1, 200_000_000), context=st.integers(1, 1024), rows=st.integers(1, 64), threads=st.integers(1, 8)
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_plan_never_exceeds_its_cap_and_works_from_the_floor_up(cap, context, rows, threads):
+    options = {"logits_rows": min(rows, context), "threads": threads}
+    floor = plan(cap, context, refuse=False, **options).floor_bytes
+    if cap < floor:
+        with pytest.raises(MemoryError):
+            plan(cap, context, **options)
+    p = plan(max(cap, floor), context, **options)
+    assert p.floor_bytes == floor
+    assert p.total_bytes <= p.ram_bytes
+    assert p.resident or p.slots >= CONFIG.top_k
+    assert p.resident == (p.ram_bytes >= p.resident_bytes)
+    assert max(min(rows, context), min(16, context)) <= p.chunk <= context
+    kv_cache, scratch = _core.engine_memory(engine_config(CONFIG, context, p.chunk, min(rows, context), threads))
+    assert (p.kv_cache_bytes, p.scratch_bytes) == (kv_cache, scratch)
+    assert p.experts_bytes == (RECORDS * SLOT if p.resident else p.slots * SLOT)
+
+
+def test_more_memory_never_means_fewer_slots_or_shorter_steps():
+    floor = plan(1, refuse=False).floor_bytes
+    plans = [plan(floor + extra) for extra in range(0, 12_000_000, 300_000)]
+    paged = [p.slots for p in plans if not p.resident]
+    assert paged[0] == 4
+    assert max(paged) <= RECORDS
+    assert [p.resident for p in plans] == sorted(p.resident for p in plans)
+    assert plans[-1].resident
+
+
+def test_every_expert_in_memory_comes_before_long_steps():
+    first = plan(1, refuse=False)
+    assert plan(first.resident_bytes - 1).resident is False
+    just = plan(first.resident_bytes)
+    assert (just.resident, just.chunk) == (True, 16)
+    assert plan(10**9).chunk == 512
+
+
+def test_where_all_experts_take_less_than_slots_the_floor_is_all_of_them():
+    sizes = {**SIZES, "all_experts_bytes": 3 * SLOT}  # one large record and many small ones
+    options = {"context": 64, "interpreter_bytes": 40_000_000}
+    floor = make_plan(CONFIG, ram_bytes=1, refuse=False, **options, **sizes).floor_bytes
+    assert make_plan(CONFIG, ram_bytes=floor, **options, **sizes).resident
+    with pytest.raises(MemoryError):
+        make_plan(CONFIG, ram_bytes=floor - 1, **options, **sizes)
+
+
+def test_a_plan_as_a_dictionary_has_its_total():
+    p = plan(10**9)
+    assert (
+        p.as_dict()["total_bytes"]
+        == p.total_bytes
+        == sum(
+            p.as_dict()[f"{part}_bytes"]
+            for part in ("trunk", "kv_cache", "scratch", "io_buffers", "interpreter", "experts")
+        )
+    )
+
+
+# ---- refusing
+
+
+def test_a_cap_below_the_floor_is_refused_with_one_that_works():
+    with pytest.raises(MemoryError) as caught:
+        plan(48_999_999)
+    p = plan(1, refuse=False)
+    named = -(-p.floor_bytes // 1_000_000)
+    assert str(caught.value) == (
+        f"a cap of 48 MB is below the floor of {named} MB (trunk 2, KV cache 2, interpreter 52, scratch 0 MB, "
+        "the rest for slots); raise the cap, or lower the context (512 tokens) or the widths"
+    )
+    assert plan(named * 1_000_000).slots >= 4
+
+
+TRY = """
+import json, sys
+from edge_moe import Runtime
+try:
+    with Runtime(sys.argv[1], int(sys.argv[2]), 256) as runtime:
+        answer = runtime.generate([1, 2, 3], 8)
+    print(json.dumps([runtime.plan.slots, answer.peak_memory_bytes, answer.tokens]))
+except MemoryError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_the_floor_that_a_refusal_names_runs_in_a_new_process(bundle_of):
+    path = bundle_of("reference", bits=16)
+    refusal = json.loads(run_python(TRY, path, 1_000_000).stdout)
+    assert refusal.startswith("a cap of 1 MB is below the floor of ")
+    named = int(refusal.split("floor of ")[1].split(" MB")[0]) * 1_000_000
+    cap = named + 1_000_000  # by so much does one start of the interpreter differ from the next
+    slots, peak, tokens = json.loads(run_python(TRY, path, cap).stdout)
+    assert 4 <= slots <= 9
+    assert peak <= cap
+    with Runtime(path, "8GB", 256) as runtime:
+        assert tokens == runtime.generate([1, 2, 3], 8).tokens

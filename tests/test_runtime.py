@@ -1,0 +1,333 @@
+"""Runtime: what comes out of generate, stream and logits, what is refused, and calls that come at once."""
+
+import json
+import threading
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from bundles import REFERENCE, edit_copy
+
+from edge_moe.runtime.runtime import Generation, Runtime
+from edge_moe.runtime.tokenizer import Tokenizer
+
+PROMPT = "def read_lines(path):"
+
+
+@pytest.fixture(scope="module")
+def path(bundle_of):
+    return bundle_of("reference", width=4)
+
+
+@pytest.fixture
+def runtime(path):
+    with Runtime(path, "2GB", 128, threads=1) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def plain(bundle_of):
+    """A bundle without a tokenizer; its end token is 1."""
+    with Runtime(bundle_of("mixtral", width=8), "2GB", threads=1) as runtime:
+        yield runtime
+
+
+def refused(call, *arguments, error=ValueError, **options) -> str:
+    with pytest.raises(error) as caught:
+        call(*arguments, **options)
+    return str(caught.value)
+
+
+# ---- generate and stream
+
+
+def test_pieces_of_a_stream_add_up_to_the_answer(runtime):
+    for options in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 4}):
+        answer = runtime.generate(PROMPT, 60, **options)
+        pieces = list(runtime.stream(PROMPT, 60, **options))
+        assert "".join(piece.text for piece in pieces) == answer.text
+        assert [token for piece in pieces for token in piece.tokens] == answer.tokens
+        assert [piece.generation_tokens for piece in pieces] == list(range(1, len(pieces) + 1))
+        assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+        assert answer.finish_reason == pieces[-1].finish_reason == "length"
+        assert answer.text == runtime.tokenizer.decode(answer.tokens)
+
+
+def test_greedy_tokens_are_the_largest_logits(runtime):
+    ids = runtime.tokenizer.encode(PROMPT)
+    tokens = runtime.generate(PROMPT, 12).tokens
+    logits = runtime.logits(ids + tokens)
+    assert tokens == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+def test_a_seed_repeats_an_answer_and_another_changes_it(runtime):
+    answers = [runtime.generate(PROMPT, 30, temperature=1.0, seed=seed).tokens for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_the_account_has_the_fields_of_the_command_line(runtime):
+    answer = runtime.generate(PROMPT, 10)
+    assert [field.name for field in fields(Generation)] == [
+        *("text", "tokens", "finish_reason", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps"),
+        *("ram_bytes", "peak_memory_bytes", "expert_hits", "expert_misses", "bytes_read", "experts_used", "top_k"),
+        *("dropped_routing_weight", "device"),
+    ]
+    assert (answer.prompt_tokens, answer.generation_tokens) == (len(runtime.tokenizer.encode(PROMPT)), 10)
+    assert answer.prompt_tps > 0
+    assert answer.generation_tps > 0
+    assert answer.ram_bytes == 2_000_000_000
+    assert 0 < answer.peak_memory_bytes < 2_000_000_000
+    assert (answer.expert_hits > 0, answer.expert_misses, answer.bytes_read) == (True, 0, 0)
+    assert (answer.experts_used, answer.top_k, answer.dropped_routing_weight, answer.device) == (4.0, 4, 0.0, "cpu")
+
+
+def test_statistics_are_totals_since_loading(runtime):
+    assert runtime.stats["tokens"] == 0
+    runtime.generate([5, 6, 7], 4)
+    stats = runtime.stats
+    assert stats["tokens"] == 3 + 3  # the last token is not computed
+    assert stats["moe_tokens"] == 6 * 4
+    assert stats["experts_used"] == 6 * 4 * 4
+    assert stats["expert_hits"] > 0
+    assert stats.keys() == {
+        *("expert_hits", "expert_misses", "bytes_read", "tokens", "experts_used", "moe_tokens"),
+        *("ram_bytes", "peak_memory_bytes"),
+    }
+
+
+# ---- where an answer ends
+
+
+def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(runtime):
+    whole = runtime.generate(PROMPT, 60).text
+    for begin in range(3, len(whole) - 6, 5):
+        stop = whole[begin : begin + 4]  # across tokens more often than not
+        want = whole[: whole.index(stop)]
+        for stops in (stop, ["never there", stop, ""]):
+            answer = runtime.generate(PROMPT, 60, stop=stops)
+            assert (answer.text, answer.finish_reason) == (want, "stop")
+        pieces = list(runtime.stream(PROMPT, 60, stop=stop))
+        assert "".join(piece.text for piece in pieces) == want
+
+
+def test_of_two_stop_strings_the_first_in_the_text_counts(runtime):
+    whole = runtime.generate(PROMPT, 60).text
+    early, late = whole[10:13], whole[30:33]
+    cut = min(whole.index(early), whole.index(late))
+    assert runtime.generate(PROMPT, 60, stop=[late, early]).text == whole[:cut]
+
+
+def test_a_stop_string_that_only_begins_is_given_out_in_the_end(runtime):
+    whole = runtime.generate(PROMPT, 20)
+    answer = runtime.generate(PROMPT, 20, stop=whole.text[-2:] + "\0")
+    assert (answer.text, answer.finish_reason) == (whole.text, "length")
+
+
+def test_the_end_token_ends_the_answer(copy_of):
+    path = copy_of("reference", width=4)
+    with Runtime(path, "2GB", 128, threads=1) as runtime:
+        tokens = runtime.generate(PROMPT, 20).tokens
+    end = next(token for i, token in enumerate(tokens) if i > 4 and token not in tokens[:i])
+    edit_copy(path, "generation_config.json", json.dumps({"eos_token_id": [4095, end]}).encode())
+    with Runtime(path, "2GB", 128, threads=1) as runtime:
+        answer = runtime.generate(PROMPT, 20)
+        assert answer.tokens == tokens[: tokens.index(end) + 1]
+        assert answer.finish_reason == "stop"
+        assert answer.text == runtime.tokenizer.decode(answer.tokens[:-1])
+
+
+def test_a_full_context_ends_the_answer(path):
+    with Runtime(path, "2GB", 16, threads=1) as runtime:
+        answer = runtime.generate(list(range(5, 15)), 100)
+        assert (answer.generation_tokens, answer.finish_reason) == (7, "length")
+        assert runtime.generate(list(range(5, 21)), 100).generation_tokens == 1
+
+
+# ---- the KV cache between calls
+
+
+def test_a_shared_beginning_is_not_computed_again(runtime):
+    first = runtime.generate(list(range(5, 45)), 8)
+    before = runtime.stats["tokens"]
+    longer = runtime.generate([*range(5, 45), *first.tokens, 9], 2)
+    assert longer.prompt_tokens == 49
+    assert runtime.stats["tokens"] - before == (49 - 47) + 1  # the cache had the prompt and 7 of the 8 tokens
+    before = runtime.stats["tokens"]
+    runtime.generate(list(range(5, 45)), 1)
+    assert runtime.stats["tokens"] - before == 1  # the last token is computed for its logits
+    runtime.reset()
+    before = runtime.stats["tokens"]
+    runtime.generate(list(range(5, 45)), 1)
+    assert runtime.stats["tokens"] - before == 40
+
+
+def test_logits_do_not_depend_on_calls_before(runtime):
+    ids = list(range(100, 130))
+    fresh = runtime.logits(ids)
+    runtime.generate(PROMPT, 5)
+    np.testing.assert_array_equal(runtime.logits(ids), fresh)
+    assert fresh.shape == (30, 4096)
+    assert fresh.dtype == np.float32
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 10_000])
+def test_rows_of_logits_a_step_change_nothing(path, runtime, rows):
+    ids = list(range(100, 140))
+    with Runtime(path, "2GB", 128, threads=2, logits_rows=rows) as other:
+        np.testing.assert_array_equal(other.logits(ids), runtime.logits(ids))
+
+
+# ---- one call at a time
+
+
+def test_threads_that_call_at_once_get_their_own_answers(runtime):
+    prompts = [PROMPT, "import os\n", "class Node:\n", "for i in range("]
+    want = [runtime.generate(prompt, 20).tokens for prompt in prompts]
+    found = [[] for _ in prompts]
+
+    def ask(index: int) -> None:
+        found[index] += [runtime.generate(prompts[index], 20).tokens for _ in range(4)]
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert found == [[tokens] * 4 for tokens in want]
+
+
+def test_a_call_inside_an_open_stream_is_refused_instead_of_waiting_for_ever(runtime):
+    message = "a stream of this Runtime is still open; exhaust or close it first"
+    stream = runtime.stream(PROMPT, 10)
+    first = next(stream)
+    assert refused(runtime.generate, PROMPT) == message
+    assert refused(runtime.logits, [1]) == message
+    assert refused(runtime.reset) == message
+    rest = list(stream)
+    assert [first, *rest][-1].generation_tokens == 10
+    assert first.text + "".join(piece.text for piece in rest) == runtime.generate(PROMPT, 10).text
+
+
+def test_a_stream_that_is_left_gives_way(runtime):
+    for _ in runtime.stream(PROMPT, 50):
+        break
+    stream = runtime.stream(PROMPT, 50)
+    next(stream)
+    stream.close()
+    assert runtime.generate(PROMPT, 3).generation_tokens == 3
+
+
+def test_a_closed_runtime_says_so(path):
+    runtime = Runtime(path, "2GB", 64)
+    stream = runtime.stream(PROMPT, 10)
+    next(stream)
+    runtime.close()
+    runtime.close()
+    calls = [lambda: runtime.generate("x"), lambda: runtime.logits([1]), runtime.reset, lambda: runtime.stats]
+    assert refused(next, stream) == "this Runtime is closed"
+    for call in calls:
+        assert refused(call) == "this Runtime is closed"
+
+
+# ---- kinds of prompt
+
+
+def test_without_a_tokenizer_token_ids_go_in_and_come_out(plain):
+    answer = plain.generate(np.array([3, 4, 5]), 6)
+    assert answer.text == ""
+    assert answer.tokens == plain.generate([3, 4, 5], 6).tokens
+    assert len(answer.tokens) == 6 or answer.tokens[-1] == 1
+    assert refused(plain.generate, "text") == f"{plain.bundle.path}: this bundle has no tokenizer; pass token ids"
+    assert refused(plain.generate, [{"role": "user", "content": "x"}]) == (
+        f"{plain.bundle.path}: this bundle has no tokenizer; pass token ids"
+    )
+    assert refused(plain.generate, [3], stop="x") == (
+        f"{plain.bundle.path}: this bundle has no tokenizer; stop strings need one"
+    )
+
+
+def test_messages_go_through_the_chat_template(copy_of):
+    path = copy_of("reference", width=4)
+    config = json.loads((REFERENCE / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>"
+    edit_copy(path, "tokenizer_config.json", json.dumps({**config, "chat_template": template}).encode())
+    messages = [{"role": "user", "content": "hello"}]
+    with Runtime(path, "2GB", 128, threads=1) as runtime:
+        ids = Tokenizer(REFERENCE).encode("<|im_start|>user\nhello<|im_end|>\n<|im_start|>")
+        assert runtime.generate(messages, 5).tokens == runtime.generate(ids, 5).tokens
+
+
+def test_messages_without_a_chat_template_are_refused(runtime):
+    message = "this model has no chat template; pass a prompt as text"
+    assert refused(runtime.generate, [{"role": "user", "content": "hello"}]) == message
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt is empty; give at least one token"),
+        ([], "the prompt is empty; give at least one token"),
+        ([1] * 129, "the prompt has 129 tokens, the context 128; shorten it or raise context"),
+        ([1, 4096], "token id 4096 is outside the vocabulary of 4,096 tokens"),
+        ([-1], "token id -1 is outside the vocabulary of 4,096 tokens"),
+        ([2**40], "token id 1099511627776 is outside the vocabulary of 4,096 tokens"),
+        ("\udcff", "the text cannot be encoded: surrogates not allowed at character 0"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_refused(runtime, prompt, message):
+    assert refused(runtime.generate, prompt) == message
+    assert runtime.generate([1], 1).generation_tokens == 1
+
+
+def test_numbers_that_are_no_token_ids_are_refused(runtime):
+    for call in (runtime.generate, runtime.logits):
+        assert "cannot be interpreted as an integer" in refused(call, [1.5], error=TypeError)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0, expected at least 1"),
+        ({"temperature": -1}, "temperature is -1, expected 0 or more"),
+        ({"top_p": 0}, "top_p is 0, expected above 0 and at most 1"),
+        ({"seed": -3}, "seed is -3, expected 0 or more"),
+        ({"prune": 0.2}, "prune is 0.2, but no bundle of this version is calibrated for it; use off or bundle"),
+        ({"prune": "on"}, "prune is 'on', but no bundle of this version is calibrated for it; use off or bundle"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_before_anything_runs(runtime, options, message):
+    assert refused(runtime.stream, "x", **options) == message
+    assert runtime.stats["tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ram": "8XB"}, "size '8XB' is not understood; write 8GB, 8GiB, 500MB or a number of bytes"),
+        ({"ram": 0}, "size 0 must be above 0"),
+        ({"ram": -5}, "size -5 must be above 0"),
+        ({"context": 0}, "context is 0, expected 1 to 1024, the model's own"),
+        ({"context": 1025}, "context is 1025, expected 1 to 1024, the model's own"),
+        ({"threads": 0}, "threads is 0, expected 1 to 1024"),
+        ({"threads": 5000}, "threads is 5000, expected 1 to 1024"),
+        ({"device": "cuda"}, "device 'cuda' is not available here; use one of auto, cpu"),
+        ({"prune": 0.2}, "prune is 0.2, but no bundle of this version is calibrated for it; use off or bundle"),
+        ({"logits_rows": 0}, "logits_rows is 0, expected at least 1"),
+        ({"kernels": "sse9"}, "no kernel set 'sse9' on this machine"),
+    ],
+)
+def test_an_option_of_the_runtime_out_of_range_is_refused(path, options, message):
+    assert refused(Runtime, path, **options) == message
+
+
+def test_an_option_that_is_not_there_is_refused(path, runtime):
+    assert "unexpected keyword argument 'rams'" in refused(Runtime, path, rams=1, error=TypeError)
+    assert "unexpected keyword argument 'topp'" in refused(runtime.generate, "x", topp=1, error=TypeError)
+
+
+@pytest.mark.parametrize("context", [None, 1, 1024])
+def test_the_context_is_the_models_own_unless_given(path, context):
+    with Runtime(path, "2GB", context) as runtime:
+        assert runtime.plan.context == (context or 1024)
+        assert runtime.generate([7], 1).generation_tokens == 1
