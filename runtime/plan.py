@@ -103,6 +103,7 @@ def make_plan(
     ram_bytes: int,
     context: int,
     interpreter_bytes: int,
+    loading_bytes: int = 0,
     logits_rows: int = 1,
     threads: int = 1,
     refuse: bool = True,
@@ -110,8 +111,9 @@ def make_plan(
     """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, then experts from what is left.
 
     Every expert resident beats a long prefill chunk; when paging, the chunk takes at most an eighth of what the
-    slots could have. Raises MemoryError below the floor (a slot for each of a token's top_k experts, or all experts
-    where they take less), naming it, unless `refuse` is off (then the plan has fewer slots than work).
+    slots could have. loading_bytes: the process's peak while its tokenizer was read; a cap below that is broken
+    already, whatever is free by now. Raises MemoryError below the floor (a slot for each of a token's top_k experts,
+    or all experts where they take less), naming it, unless `refuse` is off (then there are fewer slots than work).
     """
     records = config.experts * len(config.moe_layers)
     interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
@@ -143,16 +145,17 @@ def make_plan(
     chunks = [chunk for chunk in sorted({min(chunk, context) for chunk in CHUNKS}, reverse=True) if chunk >= rows]
     chunks = chunks or [rows]
     smallest = plan(chunks[-1], False, ram_bytes)
-    floor_bytes = min(smallest.floor_bytes, smallest.resident_bytes)
-    limits = {"floor_bytes": floor_bytes, "resident_bytes": smallest.resident_bytes}
+    resident_bytes = max(smallest.resident_bytes, loading_bytes)
+    floor_bytes = min(max(smallest.floor_bytes, loading_bytes), resident_bytes)
+    limits = {"floor_bytes": floor_bytes, "resident_bytes": resident_bytes}
     smallest = _replace(smallest, **limits)
-    for chunk in chunks:
-        if (candidate := plan(chunk, True, ram_bytes)).total_bytes <= ram_bytes:
-            return _replace(candidate, **limits)
     if ram_bytes < floor_bytes:
         if refuse:
             raise MemoryError(refusal(smallest))
         return smallest
+    for chunk in chunks:
+        if (candidate := plan(chunk, True, ram_bytes)).total_bytes <= ram_bytes:
+            return _replace(candidate, **limits)
     for chunk in chunks:
         candidate = plan(chunk, False, ram_bytes)
         room = ram_bytes - candidate.total_bytes + candidate.experts_bytes + candidate.scratch_bytes

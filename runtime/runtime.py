@@ -80,6 +80,7 @@ class Runtime:
         if logits_rows < 1:
             raise ValueError(f"logits_rows is {logits_rows}, expected at least 1")
         _check_prune(prune)
+        peak_before = _core.peak_bytes()
         self.bundle = Bundle.open(bundle)
         self.config = self.bundle.config
         context = min(DEFAULT_CONTEXT, self.config.context) if context is None else context
@@ -99,6 +100,7 @@ class Runtime:
             ram_bytes=ram_bytes,
             context=context,
             interpreter_bytes=_core.resident_bytes(),
+            loading_bytes=peak if (peak := _core.peak_bytes()) > peak_before else 0,
             logits_rows=self.logits_rows,
             threads=self.threads,
         )

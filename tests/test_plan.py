@@ -141,6 +141,14 @@ def test_a_cap_below_the_floor_is_refused_with_one_that_works():
     assert plan(named * 1_000_000).slots >= 4
 
 
+def test_a_cap_below_what_loading_already_took_is_refused():
+    loaded = plan(10**9).resident_bytes + 5_000_000
+    assert plan(loaded, loading_bytes=loaded).floor_bytes == loaded
+    with pytest.raises(MemoryError) as caught:
+        plan(loaded - 1, loading_bytes=loaded)
+    assert f"below the floor of {-(-loaded // 1_000_000)} MB" in str(caught.value)
+
+
 TRY = """
 import json, sys
 from edge_moe import Runtime

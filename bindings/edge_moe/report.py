@@ -20,6 +20,8 @@ BENCH_COLUMNS = (  # of a benchmark's table: title, and the cell of a Measuremen
     ("GB/s", lambda row: "" if row.weights_gbps is None else f"{row.weights_gbps:.2f}"),
     ("peak", lambda row: size(row.peak_memory_bytes)),
 )
+STDLIB = "Python standard library"  # compressor/calibrate.py's name for its default text
+STDLIB_NOTE = "calibrated on Python source, which is on every machine; for other text pass --calibration FILE"
 NUMERIC = ("size", "params", "threads", "ram cap", "t/s", "hits", "MB read/token", "GB/s", "peak")
 
 
@@ -155,13 +157,14 @@ def bundle_text(about: dict) -> str:
 
 
 def compressed_text(about: dict) -> str:
-    """What compress made, in three lines."""
+    """What compress made, and what to know about it."""
     widths = ", ".join(f"{count:,} of {name}" for name, count in about["widths"].items())
     return (
         f"{about['path']}: {size(about['bundle_bytes'])} (experts {size(about['expert_bytes'])}, "
         f"trunk {size(about['trunk_bytes'])})\n"
         f"{about['bits_per_weight']:.3f} bits per expert weight, scales, biases and padding included\n"
         f"experts by width in bits: {widths}"
+        + (f"\n{STDLIB_NOTE}" if (about["calibration"] or {}).get("source") == STDLIB else "")
     )
 
 
