@@ -65,7 +65,7 @@ def cells(width: int, cap: str, report: dict) -> list[str]:
     return [
         str(width),
         f"{generate['size_bytes'] / 1e9:.2f} GB",
-        "none reached" if generate["resident"] else cap,
+        "none needed" if generate["resident"] else cap,
         f"{prompt['tps_mean']:.0f} ± {prompt['tps_sd']:.0f}",
         f"{generate['tps_mean']:.1f} ± {generate['tps_sd']:.1f}",
         f"{generate['weights_gbps']:.1f}",

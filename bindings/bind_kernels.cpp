@@ -22,8 +22,8 @@ const Kernels& find_kernels(const std::string& name) {
 }
 
 // Codes, scales and biases as the caller's arrays; the matrix points into them.
-Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn<uint16_t, 2> biases,
-                 int cols, int width) {
+Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn<uint16_t, 2> biases, int cols,
+                 int width) {
   Matrix m;
   m.rows = int(codes.shape(0));
   m.cols = cols;
@@ -32,8 +32,7 @@ Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn
   m.codes = codes.data();
   if (width < 16) {
     expect(scales.shape(0) == codes.shape(0) && scales.shape(1) > 0, "scales have the wrong number of rows");
-    expect(biases.shape(0) == scales.shape(0) && biases.shape(1) == scales.shape(1),
-           "biases are not as scales");
+    expect(biases.shape(0) == scales.shape(0) && biases.shape(1) == scales.shape(1), "biases are not as scales");
     m.group = cols / int(scales.shape(1));
     expect(m.group == 32 || m.group == 64 || m.group == 128, "group must be 32, 64 or 128");
     m.scales = scales.data();
@@ -97,8 +96,7 @@ void bind_kernels(nb::module_& m) {
         RecordLayout layout = record_layout(dim, hidden, widths, group);
         std::vector<size_t> parts;
         for (const MatrixLayout& x : layout.matrices)
-          for (size_t value : {x.codes, x.codes_bytes, x.scales, x.scales_bytes, x.biases})
-            parts.push_back(value);
+          for (size_t value : {x.codes, x.codes_bytes, x.scales, x.scales_bytes, x.biases}) parts.push_back(value);
         return std::make_pair(layout.bytes, parts);
       },
       nb::arg("dim"), nb::arg("hidden"), nb::arg("widths"), nb::arg("group"),
@@ -110,8 +108,8 @@ void bind_kernels(nb::module_& m) {
   m.def(
       "matmul",
       [](const std::string& kernels, ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales,
-         ArrayIn<uint16_t, 2> biases, int width, ArrayIn<float, 2> x,
-         std::optional<ArrayIn<int32_t, 1>> vectors, int row_begin, std::optional<int> row_end) {
+         ArrayIn<uint16_t, 2> biases, int width, ArrayIn<float, 2> x, std::optional<ArrayIn<int32_t, 1>> vectors,
+         int row_begin, std::optional<int> row_end) {
         const Kernels& k = find_kernels(kernels);
         const int cols = int(x.shape(1)), rows = int(codes.shape(0)), end = row_end.value_or(rows);
         expect(row_begin >= 0 && row_begin <= end && end <= rows, "rows must be a range of the matrix");
@@ -131,9 +129,8 @@ void bind_kernels(nb::module_& m) {
         }
         return to_numpy(std::move(y), {size_t(tokens), size_t(rows)});
       },
-      nb::arg("kernels"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"),
-      nb::arg("x"), nb::arg("vectors") = nb::none(), nb::arg("row_begin") = 0,
-      nb::arg("row_end") = nb::none(),
+      nb::arg("kernels"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"), nb::arg("x"),
+      nb::arg("vectors") = nb::none(), nb::arg("row_begin") = 0, nb::arg("row_end") = nb::none(),
       "x (tokens, cols) times a packed matrix (rows, cols), by one kernel set: (tokens, rows) float32.\n\n"
       "codes: uint8 (rows, cols*width/8); scales, biases: bfloat16 bits as uint16 (rows, cols/group). Width "
       "32 takes\n"
@@ -151,8 +148,8 @@ void bind_kernels(nb::module_& m) {
         for (int row = 0; row < matrix.rows; ++row) k.dequantise_row(matrix, row, &y[size_t(row) * cols]);
         return to_numpy(std::move(y), {size_t(matrix.rows), size_t(cols)});
       },
-      nb::arg("kernels"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"),
-      nb::arg("cols"), "A packed matrix as float32 (rows, cols); arguments as for matmul.");
+      nb::arg("kernels"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"), nb::arg("cols"),
+      "A packed matrix as float32 (rows, cols); arguments as for matmul.");
 
   m.def(
       "quantise_activations",
@@ -160,13 +157,11 @@ void bind_kernels(nb::module_& m) {
         const int cols = int(x.shape(0));
         Quantised q(find_kernels(kernels), x.data(), 1, cols);
         const size_t blocks = q.x.blocks();
-        return nb::make_tuple(
-            to_numpy(std::move(q.codes), {blocks * kBlock}), to_numpy(std::move(q.scales), {blocks}),
-            to_numpy(std::move(q.sums[0]), {blocks * 2}), to_numpy(std::move(q.sums[1]), {blocks}),
-            to_numpy(std::move(q.sums[2]), {(blocks + 1) / 2}));
+        return nb::make_tuple(to_numpy(std::move(q.codes), {blocks * kBlock}), to_numpy(std::move(q.scales), {blocks}),
+                              to_numpy(std::move(q.sums[0]), {blocks * 2}), to_numpy(std::move(q.sums[1]), {blocks}),
+                              to_numpy(std::move(q.sums[2]), {(blocks + 1) / 2}));
       },
-      nb::arg("kernels"), nb::arg("x"),
-      "One vector in int8 blocks of 64: (codes, scales, sums32, sums64, sums128).");
+      nb::arg("kernels"), nb::arg("x"), "One vector in int8 blocks of 64: (codes, scales, sums32, sums64, sums128).");
 
   m.def(
       "rms_norm",
@@ -176,8 +171,7 @@ void bind_kernels(nb::module_& m) {
         find_kernels(kernels).rms_norm(x.data(), weight.data(), eps, y.data(), int(y.size()));
         return to_numpy(std::move(y), {x.shape(0)});
       },
-      nb::arg("kernels"), nb::arg("x"), nb::arg("weight"), nb::arg("eps"),
-      "x / sqrt(mean(x^2) + eps) * weight.");
+      nb::arg("kernels"), nb::arg("x"), nb::arg("weight"), nb::arg("eps"), "x / sqrt(mean(x^2) + eps) * weight.");
 
   m.def(
       "gate_up",

@@ -145,11 +145,9 @@ void bind_runtime(nb::module_& m) {
   m.def("peak_bytes", &peak_bytes, "The most memory this process ever had (Linux VmHWM, macOS phys_footprint).");
   m.def("free_bytes", &free_bytes, "What the system could give to programs now, in bytes.");
   m.def(
-      "crc32c",
-      [](nb::bytes data, uint32_t seed) { return crc32c(data.c_str(), data.size(), seed); }, nb::arg("data"),
+      "crc32c", [](nb::bytes data, uint32_t seed) { return crc32c(data.c_str(), data.size(), seed); }, nb::arg("data"),
       nb::arg("seed") = 0, "CRC-32C of `data`, going on from `seed`.");
   m.def(
-      "crc32c_array",
-      [](ArrayIn<uint8_t, 1> data, uint32_t seed) { return crc32c(data.data(), data.shape(0), seed); },
+      "crc32c_array", [](ArrayIn<uint8_t, 1> data, uint32_t seed) { return crc32c(data.data(), data.shape(0), seed); },
       nb::arg("data"), nb::arg("seed") = 0, "CRC-32C of a uint8 array, going on from `seed`.");
 }

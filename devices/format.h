@@ -18,9 +18,9 @@ namespace edge_moe {
 inline constexpr int kFormatVersion = 1;
 inline constexpr int kWidths[] = {1, 2, 3, 4, 5, 6, 8, 16};
 inline constexpr int kGroups[] = {32, 64, 128};
-inline constexpr size_t kPartAlignment = 64;      // bytes: one cache line, one AVX-512 register
-inline constexpr size_t kDataAlignment = 16384;   // bytes: where the data of an expert file starts; Apple's page
-inline constexpr size_t kSmallAlignment = 4096;   // bytes: the least that O_DIRECT accepts everywhere
+inline constexpr size_t kPartAlignment = 64;     // bytes: one cache line, one AVX-512 register
+inline constexpr size_t kDataAlignment = 16384;  // bytes: where the data of an expert file starts; Apple's page
+inline constexpr size_t kSmallAlignment = 4096;  // bytes: the least that O_DIRECT accepts everywhere
 
 inline constexpr size_t align_up(size_t value, size_t alignment) {
   return (value + alignment - 1) / alignment * alignment;
@@ -31,7 +31,7 @@ enum Projection { kGate = 0, kUp = 1, kDown = 2 };
 // Where the parts of one matrix lie, in bytes from the start of its record.
 struct MatrixLayout {
   int rows, cols, width, group;
-  size_t codes, scales, biases;  // offsets
+  size_t codes, scales, biases;      // offsets
   size_t codes_bytes, scales_bytes;  // biases are as long as scales
 };
 

@@ -17,8 +17,8 @@ namespace edge_moe {
 
 namespace {
 
-constexpr int kRangeSteps = 16;    // ranges tried, from the whole one down
-constexpr int kRefinements = 4;    // rounds of least squares after the best of them
+constexpr int kRangeSteps = 16;  // ranges tried, from the whole one down
+constexpr int kRefinements = 4;  // rounds of least squares after the best of them
 constexpr int kMostGroup = 128;
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to the nearest even number
 

@@ -55,10 +55,8 @@ constexpr Fields<Width> kFields = fields<Width>();
 
 template <int Width>
 inline __m256i unpack_fields(__m256i packed, int part) {
-  const __m256i bytes =
-      _mm256_load_si256(reinterpret_cast<const __m256i*>(kFields<Width>.bytes[part].data()));
-  const __m256i factors =
-      _mm256_load_si256(reinterpret_cast<const __m256i*>(kFields<Width>.factors[part].data()));
+  const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFields<Width>.bytes[part].data()));
+  const __m256i factors = _mm256_load_si256(reinterpret_cast<const __m256i*>(kFields<Width>.factors[part].data()));
   return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(packed, bytes), factors), 16 - Width);
 }
 
@@ -118,12 +116,11 @@ inline __m256i dot_four(__m256i codes, __m256i x) {
 
 // Weight scale times activation scale for the two halves of each block from `chunk` to `end`.
 template <int Group>
-inline void multiply_scales(const uint16_t* scales, const float* x, int chunk, int end, int groups,
-                            float* even, float* odd) {
+inline void multiply_scales(const uint16_t* scales, const float* x, int chunk, int end, int groups, float* even,
+                            float* odd) {
   for (int block = chunk; block < end; ++block) {
     even[block - chunk] = from_bfloat16(scales[block * kBlock / Group]) * x[block];
-    if (Group == 32 && 2 * block + 1 < groups)
-      odd[block - chunk] = from_bfloat16(scales[2 * block + 1]) * x[block];
+    if (Group == 32 && 2 * block + 1 < groups) odd[block - chunk] = from_bfloat16(scales[2 * block + 1]) * x[block];
   }
 }
 
@@ -133,8 +130,7 @@ inline __m256 add_biases(const uint16_t* biases, const float* x_sums, int groups
   int group = 0;
   for (; group + kLanes <= groups; group += kLanes) {
     bias_low = _mm256_fmadd_ps(load_bfloat16(biases + group), _mm256_loadu_ps(x_sums + group), bias_low);
-    bias_high =
-        _mm256_fmadd_ps(load_bfloat16(biases + group + 8), _mm256_loadu_ps(x_sums + group + 8), bias_high);
+    bias_high = _mm256_fmadd_ps(load_bfloat16(biases + group + 8), _mm256_loadu_ps(x_sums + group + 8), bias_high);
   }
   if (group < groups) {
     alignas(32) float lanes[kLanes];
@@ -161,8 +157,7 @@ template <int Width, int Group, int Tokens>
     const int end = chunk + kChunk < blocks ? chunk + kChunk : blocks;
     for (int r = 0; r < kTileRows; ++r)
       for (int t = 0; t < Tokens; ++t)
-        multiply_scales<Group>(rows.scales[r], tokens.scales[t], chunk, end, groups, scales[0][r][t],
-                               scales[1][r][t]);
+        multiply_scales<Group>(rows.scales[r], tokens.scales[t], chunk, end, groups, scales[0][r][t], scales[1][r][t]);
     // One half of the blocks and then the other: sixteen registers hold the sums of one.
     for (int half = 0; half < 2; ++half) {
       const auto& half_scales = scales[Group == 32 ? half : 0];
@@ -171,17 +166,16 @@ template <int Width, int Group, int Tokens>
       for (int block = chunk; block < end && block * kBlock + half * kHalf < rows.cols; ++block) {
         const int at = 2 * block + half;
         __m256i x[Tokens];
-        unrolled<Tokens>([&](auto t) {
-          x[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tokens.codes[t] + at * kHalf));
-        });
+        unrolled<Tokens>(
+            [&](auto t) { x[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tokens.codes[t] + at * kHalf)); });
         unrolled<kTileRows>([&](auto r) {
           const uint8_t* p = rows.codes[r] + at * kHalfBytes<Width>;
           if constexpr (Tokens == 1) _mm_prefetch(reinterpret_cast<const char*>(p + rows.ahead), _MM_HINT_T0);
           const __m256i codes = load_half<Width>(p);
           unrolled<Tokens>([&](auto t) {
             const __m256 dots = _mm256_cvtepi32_ps(dot_four<Width>(codes, x[t]));
-            lanes[r * Tokens + t] = _mm256_fmadd_ps(
-                dots, _mm256_broadcast_ss(&half_scales[r][t][block - chunk]), lanes[r * Tokens + t]);
+            lanes[r * Tokens + t] =
+                _mm256_fmadd_ps(dots, _mm256_broadcast_ss(&half_scales[r][t][block - chunk]), lanes[r * Tokens + t]);
           });
         });
       }
@@ -192,8 +186,7 @@ template <int Width, int Group, int Tokens>
   for (int t = 0; t < Tokens; ++t) {
     __m256 row[kTileRows];
     for (int r = 0; r < kTileRows; ++r)
-      row[r] = add_biases(rows.biases[r], tokens.sums[t], groups, sums[0][r * Tokens + t],
-                          sums[1][r * Tokens + t]);
+      row[r] = add_biases(rows.biases[r], tokens.sums[t], groups, sums[0][r * Tokens + t], sums[1][r * Tokens + t]);
     _mm_storeu_ps(y + t * kTileRows, fold_rows(row[0], row[1], row[2], row[3]));
   }
 }
@@ -222,8 +215,7 @@ template <int Width, int Tokens>
       unrolled<2>([&](auto r) {
         const uint8_t* row = rows.codes[first + r];
         if constexpr (Tokens == 1)
-          _mm_prefetch(reinterpret_cast<const char*>(row + size_t(i) * (Width / 8) + rows.ahead),
-                       _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(row + size_t(i) * (Width / 8) + rows.ahead), _MM_HINT_T0);
         const __m256 w_low = load_floats<Width>(row, i), w_high = load_floats<Width>(row, i + 8);
         unrolled<Tokens>([&](auto t) {
           const float* x = tokens.values[t] + i;
@@ -249,8 +241,7 @@ template <int Width, int Tokens>
 
 inline __m256 absolute(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 
-void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64,
-              float* sums128) {
+void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64, float* sums128) {
   const int blocks = (cols + kBlock - 1) / kBlock;
   for (int block = 0; block < blocks; ++block) {
     const int count = cols - block * kBlock;
@@ -276,13 +267,12 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
         const __m256 finite = _mm256_cmp_ps(absolute(scaled), _mm256_set1_ps(127.5f), _CMP_LE_OQ);
         rounded[i] = _mm256_cvtps_epi32(_mm256_and_ps(scaled, finite));
       }
-      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(rounded[0], rounded[1]),
-                                               _mm256_packs_epi32(rounded[2], rounded[3]));
+      const __m256i bytes =
+          _mm256_packs_epi16(_mm256_packs_epi32(rounded[0], rounded[1]), _mm256_packs_epi32(rounded[2], rounded[3]));
       const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + block * kBlock + half * kHalf), in_order);
       alignas(32) int lanes[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes),
-                         dot_four<kUnpacked>(_mm256_set1_epi8(1), in_order));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), dot_four<kUnpacked>(_mm256_set1_epi8(1), in_order));
       sums[half] = lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
     }
     const float scale = top / 127.0f;
@@ -335,8 +325,7 @@ void dequantise_row(const Matrix& m, int row, float* y) {
 
 }  // namespace avx2
 
-const Kernels kAvx2Kernels = {"avx2",           avx2::matmul,  avx2::quantise,
-                              avx2::rms_norm,   avx2::gate_up, avx2::attend,
-                              avx2::add_scaled, avx2::softmax, avx2::dequantise_row};
+const Kernels kAvx2Kernels = {"avx2",       avx2::matmul,     avx2::quantise, avx2::rms_norm,      avx2::gate_up,
+                              avx2::attend, avx2::add_scaled, avx2::softmax,  avx2::dequantise_row};
 
 }  // namespace edge_moe

@@ -52,8 +52,7 @@ inline __m512i unpack(__m512i packed) {
   if constexpr (Width == 8 || Width == kUnpacked) {
     return packed;
   } else {
-    if constexpr (Width > 1)
-      packed = _mm512_permutexvar_epi8(_mm512_load_si512(kCodeBytes<Width>.data()), packed);
+    if constexpr (Width > 1) packed = _mm512_permutexvar_epi8(_mm512_load_si512(kCodeBytes<Width>.data()), packed);
     packed = _mm512_multishift_epi64_epi8(_mm512_load_si512(kCodeBits<Width>.data()), packed);
     return _mm512_and_si512(packed, _mm512_set1_epi8((1 << Width) - 1));
   }
@@ -116,9 +115,7 @@ void unpack_row(const uint8_t* codes, int cols, uint8_t* out) {
 
 // ---- products ----
 
-inline __mmask16 first_lanes(int count) {
-  return count >= kLanes ? __mmask16(-1) : __mmask16((1u << count) - 1);
-}
+inline __mmask16 first_lanes(int count) { return count >= kLanes ? __mmask16(-1) : __mmask16((1u << count) - 1); }
 
 inline __m512 from_bfloat16(__m256i values) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
@@ -135,15 +132,14 @@ inline __m256 halves(__m512 lanes) {
 template <int Tokens>
 inline void store_tile(const __m512* sums, float* y) {
   unrolled<Tokens>([&](auto t) {
-    _mm_storeu_ps(y + t * kTileRows, fold_rows(halves(sums[t]), halves(sums[Tokens + t]),
-                                               halves(sums[2 * Tokens + t]), halves(sums[3 * Tokens + t])));
+    _mm_storeu_ps(y + t * kTileRows, fold_rows(halves(sums[t]), halves(sums[Tokens + t]), halves(sums[2 * Tokens + t]),
+                                               halves(sums[3 * Tokens + t])));
   });
 }
 
 // Weight scales of sixteen blocks; `odd` is the second group of a block, at group 32 only.
 template <int Group>
-inline void block_scales(const uint16_t* scales, int block, int blocks, int groups, __m512& even,
-                         __m512& odd) {
+inline void block_scales(const uint16_t* scales, int block, int blocks, int groups, __m512& even, __m512& odd) {
   if constexpr (Group == 32) {
     const int count = groups - 2 * block;
     const __mmask32 present = count >= 32 ? __mmask32(-1) : (__mmask32(1) << count) - 1;
@@ -212,8 +208,7 @@ template <int Width, int Group, int Tokens>
         bias_sums[t] = _mm512_fmadd_ps(bias, x, bias_sums[t]);
       });
     }
-    unrolled<Tokens>(
-        [&](auto t) { sums[r * Tokens + t] = _mm512_add_ps(sums[r * Tokens + t], bias_sums[t]); });
+    unrolled<Tokens>([&](auto t) { sums[r * Tokens + t] = _mm512_add_ps(sums[r * Tokens + t], bias_sums[t]); });
   });
   store_tile<Tokens>(sums, y);
 }
@@ -232,9 +227,8 @@ template <int Width, int Tokens>
       if constexpr (Tokens == 1) _mm_prefetch(reinterpret_cast<const char*>(p + rows.ahead), _MM_HINT_T0);
       const __m512 w =
           Width == 16 ? from_bfloat16(_mm256_maskz_loadu_epi16(lanes, p)) : _mm512_maskz_loadu_ps(lanes, p);
-      unrolled<Tokens>([&](auto t) {
-        sums[r * Tokens + t] = _mm512_mask3_fmadd_ps(w, x[t], sums[r * Tokens + t], lanes);
-      });
+      unrolled<Tokens>(
+          [&](auto t) { sums[r * Tokens + t] = _mm512_mask3_fmadd_ps(w, x[t], sums[r * Tokens + t], lanes); });
     });
   };
   for (int i = 0; i < whole; i += kLanes) add(i, __mmask16(-1));
@@ -244,8 +238,7 @@ template <int Width, int Tokens>
 
 // ---- activations to int8, and rows to floats ----
 
-void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64,
-              float* sums128) {
+void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64, float* sums128) {
   const int blocks = (cols + kBlock - 1) / kBlock;
   for (int block = 0; block < blocks; ++block) {
     __m512 in[4];
@@ -263,8 +256,7 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
       const __m512 scaled = _mm512_mul_ps(in[i], inverse);
       const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(scaled), _mm512_set1_ps(127.5f), _CMP_LE_OQ);
       const __m512i rounded = _mm512_maskz_cvtps_epi32(finite, scaled);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + block * kBlock + i * kLanes),
-                       _mm512_cvtepi32_epi8(rounded));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + block * kBlock + i * kLanes), _mm512_cvtepi32_epi8(rounded));
       sums[i / 2] += _mm512_reduce_add_epi32(rounded);
     }
     const float scale = top / 127.0f;

@@ -42,8 +42,7 @@ float dot_quantised(const Matrix& m, int row, const Activations& x, int vector) 
     }
   float bias_lanes[kLanes] = {};
   for (int group = 0; group < groups; ++group)
-    bias_lanes[group % kLanes] =
-        std::fma(from_bfloat16(biases[group]), x_sums[group], bias_lanes[group % kLanes]);
+    bias_lanes[group % kLanes] = std::fma(from_bfloat16(biases[group]), x_sums[group], bias_lanes[group % kLanes]);
   for (int j = 0; j < kLanes; ++j) lanes[j] = lanes[j] + bias_lanes[j];
   return fold(lanes);
 }
@@ -66,13 +65,11 @@ void matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, in
   for (int row = row_begin; row < row_end; ++row)
     for (int token = 0; token < x.count; ++token) {
       int vector = x.rows ? x.rows[token] : token;
-      y[token * y_stride + row] =
-          m.width < 16 ? dot_quantised(m, row, x, vector) : dot_float(m, row, x, vector);
+      y[token * y_stride + row] = m.width < 16 ? dot_quantised(m, row, x, vector) : dot_float(m, row, x, vector);
     }
 }
 
-void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64,
-              float* sums128) {
+void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64, float* sums128) {
   const int blocks = (cols + kBlock - 1) / kBlock;
   for (int block = 0; block < blocks; ++block) {
     const int count = cols - block * kBlock < kBlock ? cols - block * kBlock : kBlock;
@@ -110,8 +107,7 @@ void dequantise_row(const Matrix& m, int row, float* y) {
     const int groups = m.cols / m.group;
     for (int i = 0; i < m.cols; ++i) {
       size_t group = size_t(row) * groups + i / m.group;
-      y[i] =
-          from_bfloat16(m.scales[group]) * float(code_at(codes, i, m.width)) + from_bfloat16(m.biases[group]);
+      y[i] = from_bfloat16(m.scales[group]) * float(code_at(codes, i, m.width)) + from_bfloat16(m.biases[group]);
     }
   }
 }

@@ -33,9 +33,8 @@ struct TileTokens {
 // f(0), ..., f(N-1) with constants, so that an array of sums indexed by them lives in registers.
 template <int N, typename F>
 inline void unrolled(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
+  [&]<int... I>(std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+  (std::make_integer_sequence<int, N>{});
 }
 
 // y (tokens, kTileRows) = rows . tokens
@@ -80,9 +79,7 @@ Tile choose_by_group(int group, int tokens) {
 
 template <int Width>
 Tile choose_float(int tokens) {
-  return tokens == 1   ? tile_float<Width, 1>
-         : tokens == 2 ? tile_float<Width, 2>
-                       : tile_float<Width, kTileTokens>;
+  return tokens == 1 ? tile_float<Width, 1> : tokens == 2 ? tile_float<Width, 2> : tile_float<Width, kTileTokens>;
 }
 
 inline Tile choose_tile(int width, int group, int tokens) {

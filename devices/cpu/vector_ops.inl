@@ -163,12 +163,10 @@ void attend(const float* q, const float* k, const float* v, int begin, int end, 
   const float inverse = 1.0f / exponentiate(scores, begin, end);
   for (int i = 0; i < head_dim; ++i) out[i] = 0.0f;
   for (position = begin; position + 4 <= end; position += 4) {  // as four calls of add_scaled
-    const float *v0 = v + size_t(position) * head_dim, *v1 = v0 + head_dim, *v2 = v1 + head_dim,
-                *v3 = v2 + head_dim;
+    const float *v0 = v + size_t(position) * head_dim, *v1 = v0 + head_dim, *v2 = v1 + head_dim, *v3 = v2 + head_dim;
     const float w0 = scores[position] * inverse, w1 = scores[position + 1] * inverse;
     const float w2 = scores[position + 2] * inverse, w3 = scores[position + 3] * inverse;
-    for (int i = 0; i < head_dim; ++i)
-      out[i] = (((out[i] + w0 * v0[i]) + w1 * v1[i]) + w2 * v2[i]) + w3 * v3[i];
+    for (int i = 0; i < head_dim; ++i) out[i] = (((out[i] + w0 * v0[i]) + w1 * v1[i]) + w2 * v2[i]) + w3 * v3[i];
   }
   for (; position < end; ++position)
     add_scaled(out, v + size_t(position) * head_dim, scores[position] * inverse, head_dim);

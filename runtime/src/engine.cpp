@@ -107,8 +107,8 @@ Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int s
 
   const int half = c.head_dim / 2;
   for (int i = 0; i < half; ++i) {  // in float32, as transformers computes the angles
-    const float inverse = float(1.0 / std::pow(c.rope_theta, double(float(2 * i) / float(c.head_dim)))) /
-                          float(c.rope_factor);
+    const float inverse =
+        float(1.0 / std::pow(c.rope_theta, double(float(2 * i) / float(c.head_dim)))) / float(c.rope_factor);
     for (int position = 0; position < c.context; ++position) {
       s_.cos[size_t(position) * half + i] = float(std::cos(double(inverse * float(position))));
       s_.sin[size_t(position) * half + i] = float(std::sin(double(inverse * float(position))));
@@ -282,9 +282,8 @@ void Engine::experts(int layer, int tokens) {
     quantise_vector(normed, c.dim, s_.normed_q, t);
   });
   auto add = [&](const float* out) {
-    pool_.run(tokens, [&](int t, int) {
-      kernels_.add_scaled(s_.x + size_t(t) * c.dim, out + size_t(t) * c.dim, 1.0f, c.dim);
-    });
+    pool_.run(tokens,
+              [&](int t, int) { kernels_.add_scaled(s_.x + size_t(t) * c.dim, out + size_t(t) * c.dim, 1.0f, c.dim); });
   };
 
   if (c.dense_layers[layer]) {  // a layer without experts
@@ -436,8 +435,7 @@ Activations Engine::prepare(const float* values, int count, int cols, const Quan
 void Engine::quantise_vector(const float* values, int cols, const QuantisedBuffer& into, int vector) {
   const size_t blocks = (cols + kBlock - 1) / kBlock, v = vector;
   kernels_.quantise(values, cols, into.codes + v * blocks * kBlock, into.scales + v * blocks,
-                    into.sums[0] + v * blocks * 2, into.sums[1] + v * blocks,
-                    into.sums[2] + v * ((blocks + 1) / 2));
+                    into.sums[0] + v * blocks * 2, into.sums[1] + v * blocks, into.sums[2] + v * ((blocks + 1) / 2));
 }
 
 float* Engine::cached(float* cache, int layer, int head) const {

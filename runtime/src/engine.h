@@ -64,14 +64,14 @@ struct QuantisedBuffer {
 };
 
 struct Scratch {
-  float *x, *normed, *q, *k, *v, *attended;   // (chunk, ...)
-  float* scores;                              // (threads, context)
-  float *router_logits, *routing_weights;     // (chunk, experts), (chunk, top_k)
-  int32_t *routed, *pair_of, *pair_token;     // (chunk, top_k): expert ids; pair of (token, k); token of a pair
-  int32_t *all_tokens, *first_pair;           // (chunk,); (experts+1,)
+  float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
+  float* scores;                                   // (threads, context)
+  float *router_logits, *routing_weights;          // (chunk, experts), (chunk, top_k)
+  int32_t *routed, *pair_of, *pair_token;          // (chunk, top_k): expert ids; pair of (token, k); token of a pair
+  int32_t *all_tokens, *first_pair;                // (chunk,); (experts+1,)
   float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
-  float* logits;                              // (logits_rows, vocab)
-  float *cos, *sin;                           // (context, head_dim/2)
+  float* logits;                                   // (logits_rows, vocab)
+  float *cos, *sin;                                // (context, head_dim/2)
   QuantisedBuffer normed_q, attended_q, hidden_q;
 };
 

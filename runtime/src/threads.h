@@ -28,7 +28,8 @@ class ThreadPool {
       for (int i = 0; i < count; ++i) task(i, 0);
       return;
     }
-    start(count, [](void* t, int i, int thread) { (*static_cast<std::remove_reference_t<Task>*>(t))(i, thread); }, &task);
+    start(
+        count, [](void* t, int i, int thread) { (*static_cast<std::remove_reference_t<Task>*>(t))(i, thread); }, &task);
   }
 
  private:
