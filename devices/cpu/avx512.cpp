@@ -259,14 +259,9 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
       _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + block * kBlock + i * kLanes), _mm512_cvtepi32_epi8(rounded));
       sums[i / 2] += _mm512_reduce_add_epi32(rounded);
     }
-    const float scale = top / 127.0f;
-    scales[block] = scale;
-    sums32[2 * block] = scale * float(sums[0]);
-    sums32[2 * block + 1] = scale * float(sums[1]);
-    sums64[block] = scale * float(sums[0] + sums[1]);
+    store_sums(block, top / 127.0f, sums, scales, sums32, sums64);
   }
-  for (int pair = 0; pair < (blocks + 1) / 2; ++pair)
-    sums128[pair] = 2 * pair + 1 < blocks ? sums64[2 * pair] + sums64[2 * pair + 1] : sums64[2 * pair];
+  pair_sums(blocks, sums64, sums128);
 }
 
 template <int Width>
@@ -287,27 +282,6 @@ void dequantise_codes(const Matrix& m, int row, float* y) {
       const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(values));
       _mm512_storeu_ps(y + first + i, _mm512_add_ps(_mm512_mul_ps(scale, code), bias));
     }
-  }
-}
-
-void dequantise_row(const Matrix& m, int row, float* y) {
-  switch (m.width) {
-    case 1:
-      return dequantise_codes<1>(m, row, y);
-    case 2:
-      return dequantise_codes<2>(m, row, y);
-    case 3:
-      return dequantise_codes<3>(m, row, y);
-    case 4:
-      return dequantise_codes<4>(m, row, y);
-    case 5:
-      return dequantise_codes<5>(m, row, y);
-    case 6:
-      return dequantise_codes<6>(m, row, y);
-    case 8:
-      return dequantise_codes<8>(m, row, y);
-    default:
-      return kScalarKernels.dequantise_row(m, row, y);
   }
 }
 

@@ -86,14 +86,9 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
       out[i] = int8_t(code);
       sums[i / 32] += code;
     }
-    const float scale = top / 127.0f;
-    scales[block] = scale;
-    sums32[2 * block] = scale * float(sums[0]);
-    sums32[2 * block + 1] = scale * float(sums[1]);
-    sums64[block] = scale * float(sums[0] + sums[1]);
+    store_sums(block, top / 127.0f, sums, scales, sums32, sums64);
   }
-  for (int pair = 0; pair < (blocks + 1) / 2; ++pair)
-    sums128[pair] = 2 * pair + 1 < blocks ? sums64[2 * pair] + sums64[2 * pair + 1] : sums64[2 * pair];
+  pair_sums(blocks, sums64, sums128);
 }
 
 void dequantise_row(const Matrix& m, int row, float* y) {

@@ -1,8 +1,9 @@
-// Products of packed matrices in tiles of a few rows by a few tokens: what the x86 instruction sets share.
+// Products of packed matrices in tiles of a few rows by a few tokens, and rows as floats: what the x86 instruction
+// sets share.
 //
 // Each cpu/*.cpp includes this file once inside its own namespace, sets kTileTokens before and defines
-// `tile`, `tile_float` and `unpack_row` after. For one token codes are unpacked in registers, as its weights
-// are read once. For two or more, four rows are unpacked to bytes once, into a buffer that the first-level
+// `tile`, `tile_float`, `unpack_row` and `dequantise_codes` after. For one token codes are unpacked in registers, as
+// its weights are read once. For two or more, four rows are unpacked to bytes once, into a buffer that the first-level
 // cache holds, so that unpacking costs little beside the products.
 
 constexpr int kTileRows = 4;
@@ -50,6 +51,10 @@ void tile_float(const TileRows& rows, const TileTokens& tokens, float* y);
 // Codes of a row to bytes; reads nothing past the row.
 template <int Width>
 void unpack_row(const uint8_t* codes, int cols, uint8_t* out);
+
+// One packed row as float32.
+template <int Width>
+void dequantise_codes(const Matrix& m, int row, float* y);
 
 // fold() of four rows at once, each as the sum of its two halves of eight lanes.
 inline __m128 fold_rows(__m256 a, __m256 b, __m256 c, __m256 d) {
@@ -121,6 +126,27 @@ inline void unpack_row(const uint8_t* codes, int cols, int width, uint8_t* out) 
       return unpack_row<5>(codes, cols, out);
     default:
       return unpack_row<6>(codes, cols, out);
+  }
+}
+
+void dequantise_row(const Matrix& m, int row, float* y) {
+  switch (m.width) {
+    case 1:
+      return dequantise_codes<1>(m, row, y);
+    case 2:
+      return dequantise_codes<2>(m, row, y);
+    case 3:
+      return dequantise_codes<3>(m, row, y);
+    case 4:
+      return dequantise_codes<4>(m, row, y);
+    case 5:
+      return dequantise_codes<5>(m, row, y);
+    case 6:
+      return dequantise_codes<6>(m, row, y);
+    case 8:
+      return dequantise_codes<8>(m, row, y);
+    default:
+      return kScalarKernels.dequantise_row(m, row, y);
   }
 }
 

@@ -171,3 +171,17 @@ void attend(const float* q, const float* k, const float* v, int begin, int end, 
   for (; position < end; ++position)
     add_scaled(out, v + size_t(position) * head_dim, scores[position] * inverse, head_dim);
 }
+
+// The end of quantise(): a block's scale, and the sums of its codes that a weight group's bias is multiplied by.
+// sums: of the codes of each half.
+inline void store_sums(int block, float scale, const int* sums, float* scales, float* sums32, float* sums64) {
+  scales[block] = scale;
+  sums32[2 * block] = scale * float(sums[0]);
+  sums32[2 * block + 1] = scale * float(sums[1]);
+  sums64[block] = scale * float(sums[0] + sums[1]);
+}
+
+inline void pair_sums(int blocks, const float* sums64, float* sums128) {
+  for (int pair = 0; pair < (blocks + 1) / 2; ++pair)
+    sums128[pair] = 2 * pair + 1 < blocks ? sums64[2 * pair] + sums64[2 * pair + 1] : sums64[2 * pair];
+}
