@@ -29,6 +29,7 @@ MC_WIDTHS = (1, 2, 3)
 MC_EXPONENTS = (1.0, 1.0, 2.0)  # alpha, beta, gamma as the paper prints them
 DEFAULT_BITS = 2.5
 DEFAULT_TOKENS = 32_768
+LEAST_ROWS = 32  # tokens of an expert from which the importance of its inputs is taken
 TABLE_BYTES = 600  # of bundle.json and headers for each tensor and expert, at the most
 Progress = Callable[[str, int, int], None]  # (step, done, of)
 
@@ -75,16 +76,16 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
         trunk = trunk_packing(shapes, 16 if o.bits == 16 else o.trunk_width, 64)
         budget = _budget(o, checkpoint, trunk)
         candidates = _candidates(o, config, budget)
-        measures, provenance = [], None
-        if len(candidates) > 1:
+        measures, importance, provenance = [], {}, None
+        if len(candidates) > 1 or (o.calibration and o.method == "uniform" and candidates != [(16, 16, 16)]):
             calibration = _load_calibration(checkpoint, o)
             provenance = {**calibration.provenance, "seed": o.seed}
-            measures = _measure(checkpoint, calibration, candidates, o, tell)
+            measures, importance = _measure(checkpoint, calibration, candidates, o, tell)
         experts = _allocate(config, candidates, measures, budget, o)
         frequency = _frequencies(config, measures)
         extra = {"calibration": provenance, "method": {"name": o.method, "group": o.group}, "certificate": None}
         with BundleWriter(Path(out), checkpoint.directory, config, trunk, experts, frequency, extra) as writer:
-            _write(checkpoint, writer, o, tell)
+            _write(checkpoint, writer, importance, o, tell)
             writer.finish()
     return Bundle.open(out)
 
@@ -193,28 +194,31 @@ def _load_calibration(checkpoint: Checkpoint, o: Options) -> calibrate.Calibrati
     )
 
 
-def _measure(checkpoint: Checkpoint, calibration, candidates, o: Options, tell: Progress) -> list:
-    """One LayerMeasure a layer, None for dense ones."""
+def _measure(checkpoint: Checkpoint, calibration, candidates, o: Options, tell: Progress) -> tuple[list, dict]:
+    """One LayerMeasure a layer, None for dense ones; importance of each projection's inputs by (layer, expert)."""
     config, threads = checkpoint.config, o.threads or default_threads()
+    importance = {}
 
     def change(layer, expert, h):
         """Squared norm of the change of an expert's output, (options, rows)."""
         weights = checkpoint.expert(layer, expert)
+        inner = reference.expert_inner(config, h, *weights[:2])
+        y = inner @ weights[2].T
+        counts = importance[layer, expert] = (input_importance(h), input_importance(h), input_importance(inner))
         unpacked = {}  # (projection, width) -> float32 matrix as it would be read back
 
         def matrix(projection: int, width: int) -> np.ndarray:
             if (projection, width) not in unpacked:
-                packed = quantise(weights[projection], width, o.group, threads=threads)
+                packed = quantise(weights[projection], width, o.group, importance=counts[projection], threads=threads)
                 unpacked[projection, width] = dequantise(packed, width, weights[projection].shape[1])
             return unpacked[projection, width]
 
         tell("measure", layer * config.experts + expert + 1, config.layers * config.experts)
-        y = reference.expert(config, h, *weights)
-        inner, squared = {}, []
+        inners, squared = {}, []
         for gate, up, down in candidates:
-            if gate not in inner:
-                inner[gate] = reference.expert_inner(config, h, matrix(0, gate), matrix(1, up))
-            squared.append(np.square(inner[gate] @ matrix(2, down).T - y).sum(-1))
+            if gate not in inners:
+                inners[gate] = reference.expert_inner(config, h, matrix(0, gate), matrix(1, up))
+            squared.append(np.square(inners[gate] @ matrix(2, down).T - y).sum(-1))
         return np.array(squared, np.float64)
 
     x = reference.embed(config, checkpoint, calibration.ids)
@@ -223,7 +227,18 @@ def _measure(checkpoint: Checkpoint, calibration, candidates, o: Options, tell: 
         tell("measure", layer * config.experts, config.layers * config.experts)
         x, measure = calibrate.measure_layer(config, checkpoint, layer, x, calibration.domains, change)
         measures.append(measure)
-    return measures
+    return measures, importance
+
+
+def input_importance(x: np.ndarray) -> np.ndarray | None:
+    """How much each input of a matrix counts, float32 (cols,): its mean square over x (rows, cols).
+
+    A tenth of the mean is added to each, for text where other inputs are large. None with too few rows to tell.
+    """
+    if len(x) < LEAST_ROWS:
+        return None
+    square = np.square(x, dtype=np.float64).mean(0)
+    return (square + 0.1 * square.mean() + 1e-30).astype(np.float32)
 
 
 def _allocate(config: ModelConfig, candidates, measures, budget: float, o: Options) -> dict:
@@ -262,21 +277,20 @@ def _frequencies(config: ModelConfig, measures) -> dict[tuple[int, int], float]:
     }
 
 
-def _write(checkpoint: Checkpoint, writer: BundleWriter, o: Options, tell: Progress) -> None:
+def _write(checkpoint: Checkpoint, writer: BundleWriter, importance: dict, o: Options, tell: Progress) -> None:
     threads = o.threads or default_threads()
     search = o.method != "rtn"
     total = len(writer.trunk) + len(writer.experts)
 
-    def pack(weights, width, group):
-        return quantise(weights, width, group, search=search, threads=threads)
+    def pack(weights, width, group, importance=None):
+        return quantise(weights, width, group, importance=importance, search=search, threads=threads)
 
     for done, (name, packing) in enumerate(writer.trunk.items(), start=1):
         writer.write_trunk(name, pack(checkpoint.trunk(name), packing.widths[0], packing.group))
         tell("quantise", done, total)
     for done, ((layer, index), packing) in enumerate(writer.experts.items(), start=len(writer.trunk) + 1):
-        matrices = checkpoint.expert(layer, index)
-        widths = packing.widths
-        writer.write_expert(
-            layer, index, [pack(w, width, packing.group) for w, width in zip(matrices, widths, strict=True)]
+        parts = zip(
+            checkpoint.expert(layer, index), packing.widths, importance.get((layer, index), (None,) * 3), strict=True
         )
+        writer.write_expert(layer, index, [pack(w, width, packing.group, counts) for w, width, counts in parts])
         tell("quantise", done, total)

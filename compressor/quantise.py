@@ -11,10 +11,19 @@ from edge_moe.compressor.writer import Packing, Quantised
 MOST = 1e37  # the largest weight that can be packed
 
 
-def quantise(weights: np.ndarray, width: int, group: int, *, search: bool = True, threads: int = 1) -> Quantised:
+def quantise(
+    weights: np.ndarray,
+    width: int,
+    group: int,
+    *,
+    importance: np.ndarray | None = None,
+    search: bool = True,
+    threads: int = 1,
+) -> Quantised:
     """Pack a float32 matrix (rows, cols), or keep it as bfloat16 (width 16) or float32 (width 32).
 
-    search: try several ranges a group and refine by least squares; off is plain round to nearest. Raises ValueError
+    importance: float32 (cols,), how much the squared error of each input counts; None counts all alike. search: try
+    several ranges a group and refine by least squares; off is plain round to nearest. Raises ValueError
     for weights beyond MOST, whose range float32 cannot hold.
     """
     if width == 32:
@@ -24,7 +33,7 @@ def quantise(weights: np.ndarray, width: int, group: int, *, search: bool = True
     if (most := max(-weights.min(), weights.max())) > MOST:
         raise ValueError(f"a weight of {most:.3g} is beyond {MOST:.0e}, which width {width} cannot hold; use bits 16")
     codes, scales, biases = _core.quantise_matrix(
-        np.ascontiguousarray(weights, np.float32), width, group, search=search, threads=threads
+        np.ascontiguousarray(weights, np.float32), width, group, importance, search=search, threads=threads
     )
     return Quantised(codes, scales, biases)
 

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import REFERENCE
+from bundles import REFERENCE, logits_of
 from test_checkpoint import read_file, shard, write_file
 
-from edge_moe.compressor.pipeline import compress
+from edge_moe.bench.evaluate import Score
+from edge_moe.compressor.calibrate import load_calibration
+from edge_moe.compressor.pipeline import LEAST_ROWS, compress, input_importance
 from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.config import load_config
 from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,27 @@ def test_the_mean_bits_are_at_most_what_was_asked_and_close_to_it(model, out, id
     widths = {width for expert in bundle.experts.values() for width in expert.widths}
     assert widths <= {1, 2, 3} if method == "mc" else len(widths) == 1 or method == "pmq"
     assert bundle.table["method"] == {"name": method, "group": 32}
-    assert (bundle.table["calibration"] is None) == (method in ("uniform", "rtn"))
+    assert (bundle.table["calibration"] is None) == (method == "rtn")
+
+
+def test_importance_is_the_mean_square_of_each_input_and_a_tenth_of_the_mean():
+    x = np.tile(np.array([[1.0, -3.0]], np.float32), (LEAST_ROWS, 1))
+    np.testing.assert_allclose(input_importance(x), [1 + 0.5, 9 + 0.5], rtol=1e-6)
+    assert input_importance(x[1:]) is None
+
+
+def test_calibration_brings_one_width_closer_to_the_model(bundle_of, stdlib_ids, tmp_path):
+    ids = load_calibration(Tokenizer(REFERENCE), load_config(REFERENCE), [], 8192, seed=0).ids
+    np.save(tmp_path / "ids.npy", ids)
+    calibrated = compress(REFERENCE, tmp_path / "out.emoe", width=2, method="uniform", calibration=tmp_path / "ids.npy")
+    exact, plain = (logits_of(bundle_of("reference", **target), stdlib_ids) for target in ({"bits": 16}, {"width": 2}))
+    kld = []
+    for logits in (plain, logits_of(calibrated.path, stdlib_ids)):
+        score = Score()
+        score.add(logits[:-1], np.array(stdlib_ids[1:]), exact[:-1])
+        kld.append(score.result()["kld_mean"])
+    assert kld[1] < 0.97 * kld[0]
+    assert calibrated.nbytes == Bundle.open(bundle_of("reference", width=2)).nbytes
 
 
 @pytest.mark.parametrize("method", ["pmq", "uniform"])

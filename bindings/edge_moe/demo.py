@@ -15,18 +15,21 @@ import numpy as np
 
 from edge_moe import bench
 from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate
-from edge_moe.compressor.calibrate import STDLIB_BYTES, stdlib_files
+from edge_moe.compressor.calibrate import STDLIB_BYTES, load_calibration, stdlib_files
 from edge_moe.compressor.pipeline import compress
 from edge_moe.report import size, table
+from edge_moe.runtime.config import load_config
 from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.tokenizer import Tokenizer
 
 MODEL = Path(bench.__file__).parent / "reference_moe"
 BITS = 2.5
-VARIANTS = {  # options of compress() by the name that is shown
+VARIANTS = {  # options of compress() by the name that is shown; the last two calibrate on the same text
     "bf16": {"bits": 16},
     "uniform": {"bits": BITS, "method": "uniform"},
-    "pmq": {"bits": BITS, "method": "pmq", "tokens": 8192},
+    "pmq": {"bits": BITS, "method": "pmq"},
 }
+CALIBRATION_TOKENS = 8192
 CONTEXT = 256
 WINDOWS = 24  # of CONTEXT tokens, of held-out text
 PROMPT = "def read_lines(path):\n"
@@ -43,8 +46,11 @@ def run_demo(keep: str | Path | None = None, progress=None) -> dict:
         directory = Path(keep or temporary)
         directory.mkdir(parents=True, exist_ok=True)
         paths = {name: directory / f"{name}.emoe" for name in VARIANTS}
+        ids = Path(temporary) / "ids.npy"
+        np.save(ids, load_calibration(Tokenizer(MODEL), load_config(MODEL), [], CALIBRATION_TOKENS, SEED).ids)
         for name, options in VARIANTS.items():
-            compress(MODEL, paths[name], progress=_named(progress, name), seed=SEED, **options)
+            source = {"calibration": (ids,), "tokens": CALIBRATION_TOKENS, "seed": SEED}
+            compress(MODEL, paths[name], progress=_named(progress, name), **source, **options)
         return {
             "model": "embedded reference MoE: 14.4 M parameters, 4 layers of 16 experts, top 4",
             "text": "modules of Python's standard library that were not calibrated on",
