@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe import _core
-from edge_moe.compressor.quantise import to_bfloat16, trunk_packing
+from edge_moe.compressor.quantise import largest_group, to_bfloat16, trunk_packing
 from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import parse_config, read_json, trunk_shapes
@@ -45,7 +45,7 @@ def make_synthetic(
         raise ValueError(f"width is {width}, expected one of {', '.join(map(str, _core.WIDTHS))}")
     raw = _raw_config(Path(config), layers, vocab)
     model = parse_config(raw, where=str(config))
-    group = next((g for g in (GROUP, 32) if model.dim % g == 0 and model.expert_hidden % g == 0), None)
+    group = largest_group(GROUP, model.dim, model.expert_hidden)
     if group is None and width < 16:
         raise ValueError(
             f"{config}: experts are {model.expert_hidden} x {model.dim}, not multiples of 32; use width 16"

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "../devices/kernels.h"
+
 namespace nb = nanobind;
 
 template <typename T, int Dims>
@@ -24,6 +26,9 @@ ArrayOut<T> to_numpy(std::vector<T>&& values, std::initializer_list<size_t> shap
   nb::capsule owner(owned, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
   return ArrayOut<T>(owned->data(), shape, owner);
 }
+
+// The kernel set of that name; throws std::invalid_argument when this machine has none. Defined in bind_kernels.cpp.
+const edge_moe::Kernels& find_kernels(const std::string& name);
 
 inline void expect(bool right, const std::string& message) {
   if (!right) throw std::invalid_argument(message);

@@ -11,8 +11,6 @@
 
 using namespace edge_moe;
 
-namespace {
-
 const Kernels& find_kernels(const std::string& name) {
   int count;
   const Kernels* const* tables = available_kernels(&count);
@@ -20,6 +18,8 @@ const Kernels& find_kernels(const std::string& name) {
     if (tables[i]->name == name) return *tables[i];
   throw std::invalid_argument("no kernel set '" + name + "' on this machine");
 }
+
+namespace {
 
 // Codes, scales and biases as the caller's arrays; the matrix points into them.
 Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn<uint16_t, 2> biases, int cols,

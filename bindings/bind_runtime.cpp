@@ -40,12 +40,9 @@ std::vector<Record> make_records(const EngineConfig& c, ArrayIn<int64_t, 2> rows
   return records;
 }
 
-const Kernels& kernels_by_name(const std::string& name) {
+const Kernels& best_kernels() {
   int count;
-  const Kernels* const* tables = available_kernels(&count);
-  for (int i = 0; i < count; ++i)
-    if (name.empty() || tables[i]->name == name) return *tables[i];
-  throw std::invalid_argument("no kernel set '" + name + "' on this machine");
+  return *available_kernels(&count)[0];
 }
 
 }  // namespace
@@ -96,7 +93,7 @@ void bind_runtime(nb::module_& m) {
             expect(int(config.dense_layers.size()) == config.layers, "dense_layers must have one value a layer");
             new (self) Engine(config, Trunk(trunk_path, trunk_bytes, trunk_checksum, trunk_tensors(tensors)),
                               ExpertStore(files, make_records(config, records, frequency), mapped), slots, readers,
-                              kernels_by_name(kernels));
+                              kernels.empty() ? best_kernels() : find_kernels(kernels));
           },
           nb::arg("config"), nb::arg("trunk_path"), nb::arg("trunk_bytes"), nb::arg("trunk_checksum"),
           nb::arg("tensors"), nb::arg("files"), nb::arg("records"), nb::arg("frequency"), nb::arg("mapped"),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from edge_moe import _core
 from edge_moe.compressor.pipeline import packed_bytes
-from edge_moe.compressor.quantise import trunk_packing
+from edge_moe.compressor.quantise import largest_group, trunk_packing
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle, record_alignment, record_bytes
 from edge_moe.runtime.config import ModelConfig, parse_config, read_json, trunk_shapes
@@ -81,7 +81,7 @@ def _config_sizes(path: Path, width: int) -> tuple[ModelConfig, dict]:
     config = parse_config(read_json(file), where=str(file))
     if width not in _core.WIDTHS:
         raise ValueError(f"width is {width}, expected one of {', '.join(map(str, _core.WIDTHS))}")
-    group = next((g for g in (GROUP, 32) if config.dim % g == 0 and config.expert_hidden % g == 0), None)
+    group = largest_group(GROUP, config.dim, config.expert_hidden)
     if group is None and width < 16:
         raise ValueError(
             f"{file}: experts are {config.expert_hidden} x {config.dim}, not multiples of 32; use width 16"

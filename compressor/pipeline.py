@@ -15,7 +15,7 @@ from edge_moe import _core
 from edge_moe.compressor import calibrate
 from edge_moe.compressor.allocate import allocate_layer, allocate_model
 from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import dequantise, quantise, trunk_packing
+from edge_moe.compressor.quantise import dequantise, largest_group, quantise, trunk_packing
 from edge_moe.compressor.writer import COPIED, BundleWriter, Packing
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime import reference
@@ -40,7 +40,7 @@ class Options:
 
     bits: float | None = None
     width: int | None = None
-    size: int | None = None
+    size: int | str | None = None
     method: str = "pmq"
     calibration: tuple[str, ...] = ()
     tokens: int = DEFAULT_TOKENS
@@ -58,6 +58,8 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
     bytes that the whole bundle may have ("8GB" or a number). method: pmq, mc, uniform or rtn. calibration: text files,
     or .npy of token ids; none: the standard library's source. tokens: calibration tokens. group: inputs that share a
     scale, 32, 64 or 128. trunk_width: bits of the trunk's matrices. progress(step, done, of) is called as work goes on.
+
+    pmq and mc always calibrate, uniform when texts are given; then an input of a matrix counts by its mean square.
 
     Raises ValueError for bad options or a bad checkpoint, FileExistsError when `out` is there, OSError for the disk.
     After an error or an interrupt nothing is left of `out`.
@@ -91,12 +93,8 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
 
 
 def uniform_width(config: ModelConfig, bits: float, group: int) -> int:
-    """The largest width whose experts, all alike, take at most `bits` a weight."""
-    fitting = [width for width in _core.WIDTHS if true_bits(config, (width,) * 3, group) <= bits + 1e-9]
-    if not fitting:
-        least = true_bits(config, (1, 1, 1), group)
-        raise ValueError(f"bits is {bits:g}, expected {least:.3g} to 16 (1 bit in groups of {group} is {least:.3g})")
-    return max(fitting)
+    """The largest width whose experts, all alike, take at most `bits` a weight; _check() has seen that one does."""
+    return max(width for width in _core.WIDTHS if true_bits(config, (width,) * 3, group) <= bits + 1e-9)
 
 
 def true_bits(config: ModelConfig, widths: tuple[int, int, int], group: int) -> float:
@@ -122,16 +120,14 @@ def _check(o: Options, config: ModelConfig) -> Options:
         raise ValueError(f"tokens is {o.tokens}, expected at least 256")
     bits = DEFAULT_BITS if o.bits is None and o.width is None and o.size is None else o.bits
     lossless = bits == 16 or o.width == 16
-    if not lossless and (config.dim % 32 or config.expert_hidden % 32):
+    group = o.group if lossless else largest_group(o.group, config.dim, config.expert_hidden)
+    if group is None:
         raise ValueError(
             f"experts are {config.expert_hidden} x {config.dim}, not multiples of 32: they cannot be grouped; "
             "only bits 16 is possible"
         )
     calibration = (o.calibration,) if isinstance(o.calibration, str | Path) else tuple(o.calibration)
     size = None if o.size is None else parse_bytes(o.size)
-    group = o.group
-    while not lossless and (config.dim % group or config.expert_hidden % group):
-        group //= 2
     least = true_bits(config, (1, 1, 1), group) if not lossless else 1.0
     if bits is not None and not least - 1e-9 <= bits <= 16:
         raise ValueError(f"bits is {bits:g}, expected {least:.3g} to 16 (1 bit in groups of {group} is {least:.3g})")
@@ -204,7 +200,8 @@ def _measure(checkpoint: Checkpoint, calibration, candidates, o: Options, tell: 
         weights = checkpoint.expert(layer, expert)
         inner = reference.expert_inner(config, h, *weights[:2])
         y = inner @ weights[2].T
-        counts = importance[layer, expert] = (input_importance(h), input_importance(h), input_importance(inner))
+        outer = input_importance(h)
+        counts = importance[layer, expert] = (outer, outer, input_importance(inner))
         unpacked = {}  # (projection, width) -> float32 matrix as it would be read back
 
         def matrix(projection: int, width: int) -> np.ndarray:

@@ -53,6 +53,11 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+def largest_group(most: int, *cols: int) -> int | None:
+    """The largest group up to `most` that divides all of `cols`; None when there is none."""
+    return max((g for g in _core.GROUPS if g <= most and not any(n % g for n in cols)), default=None)
+
+
 def trunk_packing(shapes: dict[str, tuple[int, ...]], width: int, group: int) -> dict[str, Packing]:
     """How each trunk tensor is packed: norms, biases and routers float32, matrices at `width`.
 
@@ -63,6 +68,6 @@ def trunk_packing(shapes: dict[str, tuple[int, ...]], width: int, group: int) ->
         if len(shape) == 1 or name.endswith("router"):
             packing[name] = Packing((32,), 0)
             continue
-        fitting = [g for g in (group, 64, 32) if g <= group and shape[1] % g == 0]
-        packing[name] = Packing((width,), fitting[0]) if fitting and width < 16 else Packing((16,), 0)
+        fitting = largest_group(group, shape[1])
+        packing[name] = Packing((width,), fitting) if fitting and width < 16 else Packing((16,), 0)
     return packing

@@ -1,7 +1,7 @@
 """Where the memory goes, decided before anything is loaded: the plan, the floor, and the refusal below it."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from edge_moe import _core
 from edge_moe.devices.probe import memory_limit_bytes
@@ -118,11 +118,11 @@ def make_plan(
     records = config.experts * len(config.moe_layers)
     interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
 
-    def plan(chunk: int, resident: bool, cap: int) -> Plan:
+    def plan(chunk: int, resident: bool) -> Plan:
         kv_cache, scratch = _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads))
         fixed = trunk_bytes + kv_cache + scratch + interpreter_bytes
         io_buffers = 0 if resident else READERS * READER_BYTES
-        slots = 0 if resident else max(0, min((cap - fixed - io_buffers) // slot_bytes, records))
+        slots = 0 if resident else max(0, min((ram_bytes - fixed - io_buffers) // slot_bytes, records))
         return Plan(
             ram_bytes=ram_bytes,
             context=context,
@@ -144,23 +144,23 @@ def make_plan(
     rows = min(logits_rows, context)
     chunks = [chunk for chunk in sorted({min(chunk, context) for chunk in CHUNKS}, reverse=True) if chunk >= rows]
     chunks = chunks or [rows]
-    smallest = plan(chunks[-1], False, ram_bytes)
+    smallest = plan(chunks[-1], False)
     resident_bytes = max(smallest.resident_bytes, loading_bytes)
     floor_bytes = min(max(smallest.floor_bytes, loading_bytes), resident_bytes)
     limits = {"floor_bytes": floor_bytes, "resident_bytes": resident_bytes}
-    smallest = _replace(smallest, **limits)
+    smallest = replace(smallest, **limits)
     if ram_bytes < floor_bytes:
         if refuse:
             raise MemoryError(refusal(smallest))
         return smallest
     for chunk in chunks:
-        if (candidate := plan(chunk, True, ram_bytes)).total_bytes <= ram_bytes:
-            return _replace(candidate, **limits)
+        if (candidate := plan(chunk, True)).total_bytes <= ram_bytes:
+            return replace(candidate, **limits)
     for chunk in chunks:
-        candidate = plan(chunk, False, ram_bytes)
+        candidate = plan(chunk, False)
         room = ram_bytes - candidate.total_bytes + candidate.experts_bytes + candidate.scratch_bytes
         if candidate.slots >= config.top_k and candidate.scratch_bytes * 8 <= room:
-            return _replace(candidate, **limits)
+            return replace(candidate, **limits)
     return smallest
 
 
@@ -172,7 +172,3 @@ def refusal(plan: Plan) -> str:
         f"interpreter {plan.interpreter_bytes / 1e6:,.0f}, scratch {plan.scratch_bytes / 1e6:,.0f} MB, the rest for "
         f"slots); raise the cap, or lower the context ({plan.context} tokens) or the widths"
     )
-
-
-def _replace(plan: Plan, **changes) -> Plan:
-    return Plan(**{**asdict(plan), **changes})

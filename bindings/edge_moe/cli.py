@@ -129,9 +129,8 @@ def compress(
     from edge_moe.compressor import pipeline
     from edge_moe.progress import progress_bar
     from edge_moe.report import compressed_text, describe_bundle
-    from edge_moe.runtime.plan import parse_bytes
 
-    target = {"bits": bits, "width": width, "size": None if size is None else parse_bytes(size)}
+    target = {"bits": bits, "width": width, "size": size}
     target["method"] = method.value if method else "pmq" if width is None else "uniform"
     source = {"calibration": tuple(calibration or ()), "tokens": tokens, "seed": seed}
     form = {"group": group, "trunk_width": trunk_width, "threads": threads}

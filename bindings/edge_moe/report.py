@@ -20,7 +20,6 @@ BENCH_COLUMNS = (  # of a benchmark's table: title, and the cell of a Measuremen
     ("GB/s", lambda row: "" if row.weights_gbps is None else f"{row.weights_gbps:.2f}"),
     ("peak", lambda row: size(row.peak_memory_bytes)),
 )
-STDLIB = "Python standard library"  # compressor/calibrate.py's name for its default text
 STDLIB_NOTE = "calibrated on Python source, which is on every machine; for other text pass --calibration FILE"
 NUMERIC = ("size", "params", "threads", "ram cap", "t/s", "hits", "MB read/token", "GB/s", "peak")
 
@@ -158,6 +157,8 @@ def bundle_text(about: dict) -> str:
 
 def compressed_text(about: dict) -> str:
     """What compress made, and what to know about it."""
+    from edge_moe.compressor.calibrate import STDLIB
+
     widths = ", ".join(f"{count:,} of {name}" for name, count in about["widths"].items())
     return (
         f"{about['path']}: {size(about['bundle_bytes'])} (experts {size(about['expert_bytes'])}, "

@@ -199,7 +199,7 @@ void Engine::attention(int layer, int tokens) {
   matmul(w.q, x, s_.q);
   matmul(w.k, x, s_.k);
   matmul(w.v, x, s_.v);
-  auto finish = [&](float* vector, int n, const float* bias) {
+  auto add_bias = [&](float* vector, int n, const float* bias) {
     for (int i = 0; bias && i < n; ++i) vector[i] += bias[i];
   };
   auto clip = [&](float* vector, int n) {
@@ -213,7 +213,7 @@ void Engine::attention(int layer, int tokens) {
   // norms of q and k, rope, and into the KV cache
   pool_.run(tokens, [&](int t, int) {
     float *q = s_.q + size_t(t) * q_dim, *k = s_.k + size_t(t) * kv_dim, *v = s_.v + size_t(t) * kv_dim;
-    finish(q, q_dim, w.q_bias), finish(k, kv_dim, w.k_bias), finish(v, kv_dim, w.v_bias);
+    add_bias(q, q_dim, w.q_bias), add_bias(k, kv_dim, w.k_bias), add_bias(v, kv_dim, w.v_bias);
     norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
     clip(q, q_dim), clip(k, kv_dim), clip(v, kv_dim);
     const size_t position = position_ + t;
@@ -240,9 +240,7 @@ void Engine::attention(int layer, int tokens) {
 
   // output projection and residual
   matmul(w.o, prepare(s_.attended, tokens, q_dim, s_.attended_q, w.o.width < 16), s_.normed);
-  pool_.run(tokens, [&](int t, int) {
-    kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.normed + size_t(t) * c.dim, 1.0f, c.dim);
-  });
+  add_to_residual(s_.normed, tokens);
 }
 
 // Router logits -> routed, routing_weights; then (token, k) pairs sorted by expert: pair_of, pair_token, first_pair.
@@ -281,15 +279,11 @@ void Engine::experts(int layer, int tokens) {
     kernels_.rms_norm(s_.x + size_t(t) * c.dim, w.mlp_norm, c.norm_eps, normed, c.dim);
     quantise_vector(normed, c.dim, s_.normed_q, t);
   });
-  auto add = [&](const float* out) {
-    pool_.run(tokens,
-              [&](int t, int) { kernels_.add_scaled(s_.x + size_t(t) * c.dim, out + size_t(t) * c.dim, 1.0f, c.dim); });
-  };
 
   if (c.dense_layers[layer]) {  // a layer without experts
     jobs_.assign(1, {w.dense, s_.all_tokens, tokens, 0, -1});
     run_jobs(s_.shared);
-    add(s_.shared);
+    add_to_residual(s_.shared, tokens);
     return;
   }
 
@@ -410,6 +404,12 @@ void Engine::run_jobs(float* out) {
 void Engine::add_tasks(const Job& job, const Matrix* matrix, int count, int piece) {
   for (int begin = 0; begin < count; begin += piece)
     tasks_.push_back({&job, matrix, begin, std::min(begin + piece, count)});
+}
+
+// x += out, both (tokens, dim)
+void Engine::add_to_residual(const float* out, int tokens) {
+  const size_t dim = config_.dim;
+  pool_.run(tokens, [&](int t, int) { kernels_.add_scaled(s_.x + t * dim, out + t * dim, 1.0f, int(dim)); });
 }
 
 // y (tokens, rows) = x . matrix, rows split over threads

@@ -111,6 +111,7 @@ class Engine {
   void route_tokens(int layer, int tokens);
   void experts(int layer, int tokens);
   void run_jobs(float* out);
+  void add_to_residual(const float* out, int tokens);
   void matmul(const Matrix& matrix, const Activations& x, float* y);
   Activations prepare(const float* values, int count, int cols, const QuantisedBuffer& into, bool quantised);
   void quantise_vector(const float* values, int cols, const QuantisedBuffer& into, int vector);
