@@ -2,20 +2,23 @@
 
 Opening reads headers only and checks every tensor the model needs: there, of a known type, the right shape.
 Reading takes one tensor from disk as float32, so memory is one tensor's. No file stays open in between: large
-checkpoints have more shards than macOS lets a process open. Shapes and rules are in runtime/config.py.
+checkpoints have more shards than macOS lets a process open. Shapes and rules are in runtime/config.py, types and
+quantised tensors in source_formats.py.
 """
 
-import math
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from edge_moe.compressor.source_formats import Block, Tensor, locate, read, read_bytes, scale_blocks
 from edge_moe.runtime.config import ModelConfig, load_config, read_json, trunk_shapes
-from edge_moe.runtime.tensorfile import NUMPY_DTYPES, Stored, read_header
+from edge_moe.runtime.tensorfile import Stored, read_header
 
-DTYPES = ("BF16", "F16", "F32")
+SAMPLE_BYTES = 4096  # of each layer's o that the fingerprint reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class Source:
     key: str  # the checkpoint's: model.layers.3.self_attn.q_proj.weight
     shape: tuple[int, ...]
     key_shape: tuple[int, ...]
-    skip: int = 0  # elements of the checkpoint's tensor before this one's first
+    first_row: int = 0  # rows of the checkpoint's tensor before this one's first, all experts' counted
 
 
 class Checkpoint:
@@ -39,11 +42,11 @@ class Checkpoint:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self.config: ModelConfig = load_config(self.directory)
+        path = self.directory / "config.json"
+        blocks = scale_blocks(read_json(path).get("quantization_config"), str(path))
         stored = _read_headers(self.directory)
         fused = any(key.endswith(".mlp.experts.gate_up_proj") for key in stored)
-        sources = list(_sources(self.config, fused))
-        _check(self.directory, sources, stored)
-        self._tensors = {source.name: (source, stored[source.key]) for source in sources}
+        self._tensors = _match(self.directory, list(_sources(self.config, fused)), stored, blocks)
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -63,19 +66,47 @@ class Checkpoint:
         return self._find(name)[0].shape
 
     def dtype(self, name: str) -> str:
-        """The type on disk: BF16, F16 or F32."""
+        """The type on disk: BF16, F16, F32, F8_E4M3 or MXFP4."""
         return self._find(name)[1].dtype
+
+    def source_bytes(self, name: str) -> int:
+        """Bytes on disk that reading one tensor takes, its scales included."""
+        source, tensor = self._find(name)
+        return read_bytes(tensor, source.first_row, source.shape)
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex by which a checkpoint is known again: equal for a copy, another for another checkpoint.
+
+        It is of config.json, of the name, type, shape and place of every tensor used, of the files' names and sizes,
+        and of the first bytes of each layer's o: the rest is the same for a model and one fine-tuned from it. Other
+        weights are not read, so a change of theirs is not seen.
+        """
+        self._find("embedding")  # raises once closed
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        tensors = {tensor.key: tensor for _, tensor in self._tensors.values()}
+        parts = [(tensor.key, tensor.values) for tensor in tensors.values()]
+        parts += [(tensor.scale_key, tensor.scales) for tensor in tensors.values() if tensor.scales]
+        sizes = {path: path.stat().st_size for path in dict.fromkeys(stored.path for _, stored in parts)}
+        table = [(key, s.dtype, s.shape, s.offset, s.path.name, sizes[s.path]) for key, s in parts]
+        digest.update(json.dumps(table).encode())
+        for name, (_, tensor) in self._tensors.items():
+            if name.endswith(".o"):
+                with open(tensor.values.path, "rb", buffering=0) as file:
+                    file.seek(tensor.values.offset)
+                    digest.update(file.read(min(SAMPLE_BYTES, tensor.values.nbytes)))
+        return digest.hexdigest()
 
     def trunk(self, name: str) -> np.ndarray:
         """Read one tensor as float32. Raises ValueError for NaN or Inf, OSError for a file cut meanwhile."""
-        return _read(*self._find(name))
+        source, tensor = self._find(name)
+        return read(tensor, source.first_row, source.shape, name)
 
     def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises as trunk()."""
         name = f"layers.{layer}.experts.{expert}"
         return self.trunk(f"{name}.gate"), self.trunk(f"{name}.up"), self.trunk(f"{name}.down")
 
-    def _find(self, name: str) -> tuple[Source, Stored]:
+    def _find(self, name: str) -> tuple[Source, Tensor]:
         if name not in self._tensors:
             raise ValueError(f"{self.directory}: no tensor {name!r}; trunk_names() lists what there is")
         return self._tensors[name]
@@ -121,56 +152,42 @@ def _sources(config: ModelConfig, fused: bool) -> Iterator[Source]:
             if fused:
                 gate_up, gate_up_shape = f"{at}.gate_up_proj", (config.experts, 2 * hidden, dim)
                 down, down_shape = f"{at}.down_proj", (config.experts, dim, hidden)
-                first = expert * hidden * dim
-                yield Source(f"{to}.gate", gate_up, (hidden, dim), gate_up_shape, skip=2 * first)
-                yield Source(f"{to}.up", gate_up, (hidden, dim), gate_up_shape, skip=2 * first + hidden * dim)
-                yield Source(f"{to}.down", down, (dim, hidden), down_shape, skip=first)
+                yield Source(f"{to}.gate", gate_up, (hidden, dim), gate_up_shape, 2 * expert * hidden)
+                yield Source(f"{to}.up", gate_up, (hidden, dim), gate_up_shape, (2 * expert + 1) * hidden)
+                yield Source(f"{to}.down", down, (dim, hidden), down_shape, expert * dim)
             else:
                 yield whole(f"{to}.gate", f"{at}.{expert}.{gate_key}.weight", (hidden, dim))
                 yield whole(f"{to}.up", f"{at}.{expert}.{up_key}.weight", (hidden, dim))
                 yield whole(f"{to}.down", f"{at}.{expert}.{down_key}.weight", (dim, hidden))
 
 
-def _check(directory: Path, sources: list[Source], stored: dict[str, Stored]) -> None:
-    missing = list(dict.fromkeys(source.key for source in sources if source.key not in stored))
+def _match(
+    directory: Path, sources: list[Source], stored: dict[str, Stored], blocks: tuple[Block, ...]
+) -> dict[str, tuple[Source, Tensor]]:
+    """Each source with the tensor that it is in, by canonical name; all of them, or a ValueError."""
+    wanted = {source.key: source.key_shape for source in sources}
+    found = {key: locate(key, shape, stored, blocks) for key, shape in wanted.items()}
+    missing = [key for key, tensor in found.items() if tensor is None]
     if missing:
         raise ValueError(
             f"{directory}: tensor {missing[0]} is missing, and {len(missing) - 1:,} more; "
             "config.json and the weights do not belong together, or the download is not complete"
         )
     for source in sources:
-        found = stored[source.key]
-        if found.shape != source.key_shape:
-            raise ValueError(
-                f"{found.path}: tensor {source.key} has shape {found.shape}, config.json makes it "
-                f"{source.key_shape}; config.json and the weights do not belong together"
-            )
-        if found.dtype not in DTYPES:
-            raise ValueError(
-                f"{found.path}: tensor {source.key} is {found.dtype}, supported are {', '.join(DTYPES)}; "
-                "use the checkpoint that is not quantised"
-            )
+        tensor = found[source.key]
+        if tensor.scales is not None and source.first_row % tensor.shape[-2]:  # up, which is below gate
+            _check_boundary(source, tensor)
+    return {source.name: (source, found[source.key]) for source in sources}
 
 
-def _read(source: Source, stored: Stored) -> np.ndarray:
-    dtype, count = NUMPY_DTYPES[stored.dtype], math.prod(source.shape)
-    values = np.fromfile(stored.path, dtype, count, offset=stored.offset + source.skip * dtype.itemsize)
-    if values.size < count:
-        raise OSError(
-            f"{stored.path}: tensor {source.key} has {values.size:,} of {count:,} values; "
-            "the file changed while in use, start again"
-        )
-    if stored.dtype == "BF16":  # the upper half of a float32
-        values = values.astype(np.uint32)
-        values <<= 16
-        values = values.view(np.float32)
-    values = values.astype(np.float32, copy=False).reshape(source.shape)
-    if not np.isfinite(values).all():
+def _check_boundary(source: Source, tensor: Tensor) -> None:
+    """Refuse blocks of scales that go over from gate to up: writers differ in whether up then starts a new one."""
+    hidden, height = source.shape[0], tensor.block[0]
+    if height < 2 * hidden and hidden % height:
         raise ValueError(
-            f"{stored.path}: tensor {source.key} has NaN or Inf (read for {source.name}); "
-            "the checkpoint is damaged, download it again"
+            f"{tensor.values.path}: tensor {tensor.key} has gate and up of {hidden} rows each, which blocks of "
+            f"{height} rows do not divide; use a checkpoint whose experts are stored one by one"
         )
-    return values
 
 
 def _read_headers(directory: Path) -> dict[str, Stored]:

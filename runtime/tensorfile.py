@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-NUMPY_DTYPES = {  # as read from disk; bfloat16 is its 16 bits
+NUMPY_DTYPES = {  # as read from disk; what numpy lacks is its bits
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
     "U32": np.dtype("<u4"),
     "U8": np.dtype("u1"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 

@@ -1,0 +1,135 @@
+"""Makes FP8 and MXFP4 versions of small checkpoints, as the hub has them, with neither torch nor transformers.
+
+write_fp8() and write_mxfp4() give back what every quantised tensor stands for, exactly, and write_plain() a checkpoint
+that holds just these values and is not quantised: reading one must give what reading the other gives.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from test_checkpoint import bf16, read_file, write_file
+
+NOT_LINEAR = ("embed_tokens.weight", "lm_head.weight", "norm.weight", ".gate.weight", "shared_expert_gate.weight")
+E4M3 = np.array([f * 2.0**-9 for f in range(8)] + [(8 + f) * 2.0 ** (e - 10) for e in range(1, 16) for f in range(8)])
+E4M3 = E4M3[:-1]  # the last code is NaN
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+ENCODE = {
+    "F32": lambda x: x.astype("<f4"),
+    "F16": lambda x: x.astype("<f2"),
+    "BF16": lambda x: (x.astype("<f4").view("<u4") >> 16).astype("<u2"),
+    "F8_E8M0": lambda x: (np.log2(x) + 127).astype("u1"),
+}
+DECODE = {
+    "F32": lambda x: x,
+    "F16": lambda x: x.astype("<f4"),
+    "BF16": lambda x: (x.astype("<u4") << 16).view("<f4"),
+    "F8_E8M0": lambda x: np.exp2(x.astype("<f4") - 127),
+}
+
+
+def write_fp8(
+    source: Path,
+    out: Path,
+    block: tuple[int, int | None] | None = (128, 128),
+    *,
+    scales: str = "F32",
+    method: str = "fp8",
+    powers_of_two: bool = False,
+) -> dict[str, np.ndarray]:
+    """Write an FP8 version of the checkpoint `source` (one file, bfloat16); gives the quantised tensors' values.
+
+    block: rows and columns that share a scale; (1, None) is one scale a row, None one scale a tensor, without a shape.
+    scales: their type, F32, BF16, F16 or F8_E8M0; powers_of_two: they are rounded to such, as F8_E8M0 always are, so
+    that bfloat16 holds the values exactly. method: fp8, as DeepSeek and Qwen have it, or compressed-tensors.
+    """
+    tensors, values = read_file(_copy(source, out)), {}
+    for key, weights in _linear(tensors).items():
+        rows, cols = weights.shape
+        height, width = block or (rows, None)
+        width = width or cols
+        largest = np.maximum.reduceat(np.abs(weights), np.arange(0, rows, height), axis=0)
+        factors = np.maximum.reduceat(largest, np.arange(0, cols, width), axis=1) / np.float32(448)
+        if powers_of_two or scales == "F8_E8M0":
+            factors = np.exp2(np.ceil(np.log2(factors)))
+        stored = ENCODE[scales](factors)
+        each = DECODE[scales](stored).repeat(height, axis=0)[:rows].repeat(width, axis=1)[:, :cols]
+        codes = nearest(weights / each, E4M3)
+        values[key] = np.copysign(E4M3[codes], weights).astype(np.float32) * each
+        tensors[key] = "F8_E4M3", [rows, cols], (codes | np.signbit(weights) << 7).astype("u1").tobytes()
+        scale_key = f"{key}_scale_inv" if method == "fp8" else f"{key}_scale"
+        tensors[scale_key] = scales, list(stored.shape) if block else [], stored.tobytes()
+    blocks = list(block) if block and block[1] else None
+    if method == "fp8":
+        about = {"fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": blocks}
+    else:
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel"}
+        if blocks and height == 1:
+            weights |= {"strategy": "group", "group_size": width}
+        elif blocks:
+            weights |= {"strategy": "block", "block_structure": blocks}
+        about = {"format": "float-quantized", "config_groups": {"group_0": {"weights": weights}}}
+    _finish(out, tensors, {"quant_method": method, **about})
+    return values
+
+
+def write_mxfp4(source: Path, out: Path, *, scales: str = "U8") -> dict[str, np.ndarray]:
+    """Write an MXFP4 version as compressed-tensors does; as write_fp8(). Columns must be multiples of 32.
+
+    scales: U8, or F8_E8M0, which are the same bytes.
+    """
+    tensors, values = read_file(_copy(source, out)), {}
+    for key, weights in _linear(tensors).items():
+        blocks = weights.reshape(len(weights), -1, 32)
+        factors = np.exp2(np.floor(np.log2(np.abs(blocks).max(-1, keepdims=True))) - 2)
+        codes = nearest(blocks / factors, E2M1)
+        values[key] = (np.copysign(E2M1[codes], blocks) * factors).astype(np.float32).reshape(weights.shape)
+        nibbles = (codes | np.signbit(blocks) << 3).astype("u1").reshape(weights.shape)
+        packed, stored = nibbles[:, 0::2] | nibbles[:, 1::2] << 4, ENCODE["F8_E8M0"](factors[..., 0])
+        del tensors[key]
+        tensors[f"{key}_packed"] = "U8", list(packed.shape), packed.tobytes()
+        tensors[f"{key}_scale"] = scales, list(stored.shape), stored.tobytes()
+    form = "mxfp4-pack-quantized"
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"weights": weights, "format": form}}
+    _finish(out, tensors, {"quant_method": "compressed-tensors", "format": form, "config_groups": groups})
+    return values
+
+
+def write_plain(source: Path, out: Path, values: dict[str, np.ndarray], dtype: str) -> None:
+    """Write the checkpoint `source` with these tensors instead, as F32 or BF16, which must hold them exactly."""
+    tensors = read_file(_copy(source, out))
+    for key, value in values.items():
+        stored = ENCODE[dtype](value)
+        assert DECODE[dtype](stored).tobytes() == value.tobytes()
+        tensors[key] = dtype, list(value.shape), stored.tobytes()
+    write_file(out / "model.safetensors", tensors)
+
+
+def nearest(x: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
+    """Code of the magnitude nearest to each |x|, the even code where two are as near, the last for all beyond."""
+    x = np.abs(x).astype(np.float64)
+    middles = (magnitudes[:-1] + magnitudes[1:]) / 2
+    low, high = np.searchsorted(middles, x, side="left"), np.searchsorted(middles, x, side="right")
+    return np.where(low % 2 == 0, low, high)
+
+
+def _linear(tensors: dict) -> dict[str, np.ndarray]:
+    """The matrices that are usually quantised, float32: not the embedding, the head or the routers."""
+    return {
+        key: bf16(data).reshape(shape)
+        for key, (_, shape, data) in tensors.items()
+        if len(shape) == 2 and not key.endswith(NOT_LINEAR)
+    }
+
+
+def _copy(source: Path, out: Path) -> Path:
+    shutil.copytree(source, out)
+    return out / "model.safetensors"
+
+
+def _finish(out: Path, tensors: dict, quantisation: dict) -> None:
+    write_file(out / "model.safetensors", tensors)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "quantization_config": quantisation}))
