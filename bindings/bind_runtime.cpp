@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <numeric>
 
 #include "../devices/checksum.h"
 #include "../runtime/src/engine.h"
@@ -23,20 +24,30 @@ std::vector<TrunkTensor> trunk_tensors(const std::vector<TensorRow>& rows) {
   return tensors;
 }
 
-// records (layers*experts, 8): file, offset, bytes, checksum, widths of gate, up and down, group.
+void check_layers(const EngineConfig& c) {
+  const size_t layers = c.layers;
+  expect(c.experts.size() == layers && c.top_k.size() == layers, "experts and top_k must have one value a layer");
+  for (size_t i = 0; i < layers; ++i)
+    expect(c.top_k[i] <= c.experts[i] && c.top_k[i] >= (c.experts[i] > 0), "top_k must be 1 to a layer's experts");
+}
+
+// records (experts of all layers, 8): file, offset, bytes, checksum, widths of gate, up and down, group.
 std::vector<Record> make_records(const EngineConfig& c, ArrayIn<int64_t, 2> rows, ArrayIn<float, 1> frequency) {
-  expect(rows.shape(0) == size_t(c.layers) * c.experts && rows.shape(1) == 8, "records must be (layers*experts, 8)");
-  expect(frequency.shape(0) == rows.shape(0), "frequency must have one value a record");
-  std::vector<Record> records(rows.shape(0));
-  for (size_t i = 0; i < records.size(); ++i) {
-    const int64_t* row = rows.data() + i * 8;
-    Record& r = records[i];
-    r.layer = int(i) / c.experts, r.expert = int(i) % c.experts;
-    r.file = int(row[0]), r.offset = uint64_t(row[1]), r.padded = uint64_t(row[2]), r.checksum = uint32_t(row[3]);
-    r.frequency = frequency.data()[i];
-    if (r.padded)
+  const size_t count = std::accumulate(c.experts.begin(), c.experts.end(), size_t(0));
+  expect(rows.shape(0) == count && rows.shape(1) == 8, "records must be (experts of all layers, 8)");
+  expect(frequency.shape(0) == count, "frequency must have one value a record");
+  std::vector<Record> records;
+  records.reserve(count);
+  for (int layer = 0; layer < c.layers; ++layer)
+    for (int expert = 0; expert < c.experts[layer]; ++expert) {
+      const int64_t* row = rows.data() + records.size() * 8;
+      Record r;
+      r.layer = layer, r.expert = expert;
+      r.file = int(row[0]), r.offset = uint64_t(row[1]), r.padded = uint64_t(row[2]), r.checksum = uint32_t(row[3]);
+      r.frequency = frequency.data()[records.size()];
       r.layout = record_layout(c.dim, c.expert_hidden, {int(row[4]), int(row[5]), int(row[6])}, int(row[7]));
-  }
+      records.push_back(r);
+    }
   return records;
 }
 
@@ -69,7 +80,6 @@ void bind_runtime(nb::module_& m) {
       .def_rw("sliding_window", &EngineConfig::sliding_window)
       .def_rw("shared_hidden", &EngineConfig::shared_hidden)
       .def_rw("dense_hidden", &EngineConfig::dense_hidden)
-      .def_rw("dense_layers", &EngineConfig::dense_layers)
       .def_rw("context", &EngineConfig::context)
       .def_rw("chunk", &EngineConfig::chunk)
       .def_rw("logits_rows", &EngineConfig::logits_rows)
@@ -78,6 +88,7 @@ void bind_runtime(nb::module_& m) {
   m.def(
       "engine_memory",
       [](const EngineConfig& config) {
+        check_layers(config);
         EngineMemory memory = engine_memory(config);
         return std::make_tuple(memory.kv_cache, memory.scratch);
       },
@@ -90,7 +101,7 @@ void bind_runtime(nb::module_& m) {
              uint32_t trunk_checksum, const std::vector<TensorRow>& tensors, const std::vector<std::string>& files,
              ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency, bool mapped, int slots, int readers,
              const std::string& kernels) {
-            expect(int(config.dense_layers.size()) == config.layers, "dense_layers must have one value a layer");
+            check_layers(config);
             new (self) Engine(config, Trunk(trunk_path, trunk_bytes, trunk_checksum, trunk_tensors(tensors)),
                               ExpertStore(files, make_records(config, records, frequency), mapped), slots, readers,
                               kernels.empty() ? best_kernels() : find_kernels(kernels));
@@ -99,9 +110,9 @@ void bind_runtime(nb::module_& m) {
           nb::arg("tensors"), nb::arg("files"), nb::arg("records"), nb::arg("frequency"), nb::arg("mapped"),
           nb::arg("slots"), nb::arg("readers"), nb::arg("kernels") = "",
           "tensors: (name, rows, cols, width, group, codes, scales, biases) with offsets into the trunk file.\n"
-          "records: int64 (layers*experts, 8): file, offset, bytes, checksum, widths of gate, up, down, group;\n"
-          "bytes 0 where a layer has no such expert.\n"
-          "frequency: float32 (layers*experts,), use of each expert during calibration.\n\n"
+          "records: int64 (experts of all layers, 8), layer by layer: file, offset, bytes, checksum, widths of gate,\n"
+          "up, down, group.\n"
+          "frequency: float32 (experts of all layers,), use of each expert during calibration.\n\n"
           "Raises RuntimeError for a bundle that is damaged and OSError for one that cannot be read.")
       .def(
           "forward",

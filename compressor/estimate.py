@@ -1,96 +1,152 @@
 """The plan of a model that is not compressed, or not even downloaded yet: its config.json says every size."""
 
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from edge_moe import _core
-from edge_moe.compressor.pipeline import packed_bytes
-from edge_moe.compressor.quantise import largest_group, trunk_packing
+from edge_moe.compressor.sizes import EDGES, RECIPES, Part, Sizes, packed_sizes, sizes_by_bits, widths_by_kind
 from edge_moe.devices.probe import default_threads
-from edge_moe.runtime.bundle import Bundle, record_alignment, record_bytes
-from edge_moe.runtime.config import ModelConfig, parse_config, read_json, trunk_shapes
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.config import RUNNABLE, ModelConfig, parse_config, read_json
 from edge_moe.runtime.plan import Plan, make_plan, resolve_ram
 from edge_moe.runtime.runtime import DEFAULT_CONTEXT
 from edge_moe.runtime.tokenizer import Tokenizer
 
-DEFAULT_WIDTH = 4
-TRUNK_WIDTH = 8
-GROUP = 64
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A plan, and for what is not a bundle yet its parts and how long a context the cap allows."""
+
+    plan: Plan
+    parts: tuple[Part, ...] = ()  # none for a bundle, nor the rest
+    largest_context: int = 0  # tokens with which the plan is not below its floor; 0: with none
+    largest_resident_context: int = 0  # tokens with which, besides, every expert is in memory
+    assumed: str = ""  # what was taken for granted
+
+    def as_dict(self) -> dict:
+        """The plan's keys, and for what is not a bundle yet `parts` and both contexts."""
+        more = {
+            "parts": [part.as_dict() for part in self.parts],
+            "largest_context": self.largest_context,
+            "largest_resident_context": self.largest_resident_context,
+        }
+        return self.plan.as_dict() | (more if self.parts else {})
 
 
-def plan_for(
+def estimate(
     model: str | Path,
     ram: int | str = "auto",
     *,
     context: int | None = None,
     width: int | None = None,
+    widths: dict[str, int] | None = None,
+    trunk_width: int | None = None,
+    keep_experts: int | float | None = None,
+    recipe: str | None = None,
     threads: int | None = None,
-) -> Plan:
+) -> Estimate:
     """The plan of a bundle, a checkpoint's directory or a config.json; a plan below its floor is returned, not refused.
 
-    width: bits of every expert (default 4), for what is not a bundle yet; its trunk counts 8 bits. The interpreter
-    counts as it is in this process, with the tokenizer where there is one. Raises ValueError for bad options and
-    what reading the config or the bundle raises.
+    Of what is not a bundle yet: width, trunk_width and widths are bits as widths_by_kind() takes them; recipe: instead,
+    a published mix by name; keep_experts: how many a layer keeps, or as a float their share. The interpreter counts
+    as it is in this process, with the tokenizer where there is one. Raises ValueError for bad options and what
+    reading the config or the bundle raises.
     """
     path = Path(model)
-    if _is_bundle(path) and width is not None:
-        raise ValueError(f"{path}: a bundle has its widths already; leave width out")
+    choices = {"width": width, "widths": widths, "trunk_width": trunk_width, "recipe": recipe}
+    given = [name for name, value in {**choices, "keep_experts": keep_experts}.items() if value is not None]
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such bundle, model directory or config.json")
-    config, sizes = _bundle_sizes(path) if _is_bundle(path) else _config_sizes(path, width or DEFAULT_WIDTH)
+    is_bundle = (path / "bundle.json").is_file()
+    if is_bundle:
+        if given:
+            raise ValueError(f"{path}: a bundle has its widths and experts already; leave {given[0]} out")
+        config, sizes, assumed = *_bundle_sizes(path), ""
+    else:
+        config, sizes, assumed = _config_sizes(path, keep_experts, **choices)
     context = min(DEFAULT_CONTEXT, config.context) if context is None else context
     if not 1 <= context <= config.context:
         raise ValueError(f"context is {context}, expected 1 to {config.context}, the model's own")
     tokenizer = Tokenizer(path) if (path / "tokenizer.json").is_file() else None
-    plan = make_plan(
+    plan_with = partial(
+        make_plan,
         config,
-        **sizes,
+        trunk_bytes=sizes.trunk_bytes,
+        all_experts_bytes=sizes.all_experts_bytes,
+        slot_bytes=sizes.slot_bytes,
         ram_bytes=resolve_ram(ram),
-        context=context,
         interpreter_bytes=_core.resident_bytes(),
         threads=threads or default_threads(),
         refuse=False,
     )
     del tokenizer  # counted
-    return plan
+    plan = plan_with(context=context)
+    if is_bundle:
+        return Estimate(plan)
+
+    def largest(needed: str) -> int:
+        """The most tokens with which the plan's field `needed` is within the cap; it grows with them."""
+        counts = range(1, config.context + 1)
+        return bisect_left(counts, True, key=lambda n: getattr(plan_with(context=n), needed) > plan.ram_bytes)
+
+    return Estimate(plan, sizes.parts, largest("floor_bytes"), largest("resident_bytes"), assumed)
 
 
-def assumptions(model: str | Path, width: int | None = None) -> str:
-    """What plan_for() takes for granted about something that is not a bundle yet."""
-    if _is_bundle(Path(model)):
-        return ""
-    width = width or DEFAULT_WIDTH
-    return f"computed from the config: experts at {width} bits, the rest at {16 if width == 16 else TRUNK_WIDTH}"
+def keep_experts_of(config: ModelConfig, keep: int | float) -> ModelConfig:
+    """The model with so many experts a layer, or with that share of them if `keep` is a float, rounded up.
+
+    Raises ValueError for fewer than a token uses or more than there are.
+    """
+    is_share = isinstance(keep, float) and 0 < keep <= 1
+    count = math.ceil(keep * config.experts - 1e-9) if is_share else keep
+    if isinstance(keep, float) != is_share or not config.top_k <= count <= config.experts:
+        raise ValueError(
+            f"keep_experts is {keep}, expected {config.top_k}, which a token uses, to {config.experts}, "
+            "or a share of them as 0.75"
+        )
+    kept = tuple(range(count))
+    return replace(config, kept=tuple(() if layer in config.dense_layers else kept for layer in range(config.layers)))
 
 
-def _is_bundle(path: Path) -> bool:
-    return (path / "bundle.json").is_file()
-
-
-def _bundle_sizes(path: Path) -> tuple[ModelConfig, dict]:
+def _bundle_sizes(path: Path) -> tuple[ModelConfig, Sizes]:
     bundle = Bundle.open(path)
     slot_bytes = max(expert.nbytes for expert in bundle.experts.values())
-    return bundle.config, {
-        "trunk_bytes": bundle.trunk_bytes,
-        "all_experts_bytes": bundle.expert_bytes,
-        "slot_bytes": slot_bytes,
-    }
+    return bundle.config, Sizes((), bundle.trunk_bytes, bundle.expert_bytes, slot_bytes)
 
 
-def _config_sizes(path: Path, width: int) -> tuple[ModelConfig, dict]:
+def _config_sizes(
+    path: Path, keep_experts: int | float | None, *, recipe: str | None, **widths
+) -> tuple[ModelConfig, Sizes, str]:
+    """The model as it would be, its sizes, and what was assumed."""
     file = path / "config.json" if path.is_dir() else path
     config = parse_config(read_json(file), where=str(file))
-    if width not in _core.WIDTHS:
-        raise ValueError(f"width is {width}, expected one of {', '.join(map(str, _core.WIDTHS))}")
-    group = largest_group(GROUP, config.dim, config.expert_hidden)
-    if group is None and width < 16:
-        raise ValueError(
-            f"{file}: experts are {config.expert_hidden} x {config.dim}, not multiples of 32; use width 16"
-        )
-    shapes = trunk_shapes(config)
-    trunk = trunk_packing(shapes, 16 if width == 16 else TRUNK_WIDTH, GROUP)
-    record = record_bytes(config, (width,) * 3, group or GROUP, record_alignment(config))
-    return config, {
-        "trunk_bytes": sum(packed_bytes(shapes[name], packing) for name, packing in trunk.items()),
-        "all_experts_bytes": record * config.experts * len(config.moe_layers),
-        "slot_bytes": record,
-    }
+    if keep_experts is not None:
+        config = keep_experts_of(config, keep_experts)
+    if recipe is None:
+        chosen = widths_by_kind(widths["width"], widths["trunk_width"], widths["widths"])
+        sizes = packed_sizes(config, chosen, str(file))
+        told = [part.name for part in sizes.parts if part.name in chosen]
+        told += [edge for edge in EDGES if chosen[edge] != chosen[edge.removeprefix("edge_")]]
+        assumed = "widths " + ", ".join(f"{name} {chosen[name]}" for name in told)
+    else:
+        sizes = _recipe_sizes(config, recipe, widths)
+        assumed = f"the bits a weight of the published mix {recipe!r}, which is another format"
+    experts = config.experts_of(config.moe_layers[0])
+    assumed = f"computed from the config: {assumed}; {experts} of {config.experts} experts a layer"
+    if config.architecture not in RUNNABLE:
+        assumed += f"\n{config.architecture} can be planned but not yet compressed or run"
+    return config, sizes, assumed
+
+
+def _recipe_sizes(config: ModelConfig, recipe: str, widths: dict) -> Sizes:
+    if given := [name for name, value in widths.items() if value is not None]:
+        raise ValueError(f"recipe {recipe!r} has its own widths; leave {given[0]} out")
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe is {recipe!r}, expected one of {', '.join(RECIPES)}")
+    architecture, bits_of = RECIPES[recipe]
+    if config.architecture != architecture:
+        raise ValueError(f"recipe {recipe!r} is for {architecture}, the model is {config.architecture}")
+    return sizes_by_bits(config, bits_of)

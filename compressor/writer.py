@@ -17,7 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe import __version__, _core
-from edge_moe.runtime.bundle import TRUNK_FILE, codec_of, record_alignment, record_bytes, table_checksum
+from edge_moe.runtime.bundle import (
+    TRUNK_FILE,
+    codec_of,
+    dropped_keys,
+    record_alignment,
+    record_bytes,
+    table_checksum,
+)
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.tensorfile import make_header
 
@@ -56,7 +63,8 @@ class Quantised:
 class BundleWriter:
     """A bundle being written; a context manager that leaves OUT whole, or not there.
 
-    trunk: packing of each trunk tensor by name; experts: packing of each expert by (layer, index).
+    config: with `kept` and `layer_top_k` as the bundle is to have them; routers come sliced to the experts kept.
+    trunk: packing of each trunk tensor by name; experts: packing of each expert by (layer, index among those kept).
     Raises FileExistsError when OUT is there already and OSError when the disk is too small or fills up.
     """
 
@@ -155,6 +163,9 @@ class BundleWriter:
 
     def _lay_out(self) -> None:
         """Decide the files and where every record goes."""
+        expected = {(layer, e) for layer in self.config.moe_layers for e in range(self.config.experts_of(layer))}
+        if self.experts.keys() != expected:
+            raise AssertionError(f"{len(self.experts)} experts to write, config has {len(expected)}")
         self._alignment = record_alignment(self.config)
         sizes = {
             key: record_bytes(self.config, packing.widths, packing.group, self._alignment)
@@ -219,7 +230,7 @@ class BundleWriter:
         rows = []
         for layer in self.config.moe_layers:
             row = []
-            for index in range(self.config.experts):
+            for index in range(self.config.experts_of(layer)):
                 packing = self.experts[layer, index]
                 file, offset, nbytes = self._records[layer, index]
                 row.append(
@@ -254,7 +265,7 @@ class BundleWriter:
                 "files": [{"name": name, "bytes": size} for name, _, size in self._files],
                 "records": rows,
             },
-            "dropped": [],
+            **dropped_keys(self.config),
             "pruning": None,
             **self.extra,
         }

@@ -7,11 +7,15 @@
 
 A quantised trunk tensor NAME is NAME.codes (U32, as MLX packs), NAME.scales and NAME.biases (BF16). Writing is in
 compressor/writer.py; packed layouts are devices/format.h's.
+
+Experts that were dropped have no record: the table's `dropped` lists their numbers in the checkpoint, by layer with
+experts, and those left are numbered from 0 in the same order, as are the router's rows. `top_k` lists each such layer's
+own, and is there where one differs from config.json's.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +70,7 @@ class Bundle:
     trunk_bytes: int  # of the file
     trunk_checksum: int
     files: tuple[Path, ...]  # of the experts
-    experts: dict[tuple[int, int], Expert]  # by layer and expert
+    experts: dict[tuple[int, int], Expert]  # by layer and expert, in that order
 
     @classmethod
     def open(cls, path: str | Path) -> "Bundle":
@@ -81,8 +85,8 @@ class Bundle:
             raise ValueError(f"{path}: this is not a bundle; make one with `edge-moe compress {path} OUT`")
         table = read_table(path / "bundle.json")
         _check_copies(path, table)
-        config = load_config(path)
         read = _Reader(path / "bundle.json")
+        config = _without_dropped(load_config(path), table, read)
         trunk, trunk_bytes, trunk_checksum = _read_trunk(path, config, table, read)
         files, experts = _read_experts(path, config, table, read)
         table["experts"].pop("records")  # they are in `experts` now; thousands of dictionaries weigh megabytes
@@ -103,11 +107,10 @@ class Bundle:
         return 8 * self.expert_bytes / (len(self.experts) * self.config.expert_weights)
 
     def record_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the engine wants: int64 (layers*experts, 8) and frequencies float32 (layers*experts,)."""
-        count = self.config.layers * self.config.experts
+        """What the engine wants, layer by layer: int64 (experts, 8) and frequencies float32 (experts,)."""
+        count = len(self.experts)
         records, frequency = np.zeros((count, 8), np.int64), np.zeros(count, np.float32)
-        for (layer, index), e in self.experts.items():
-            at = layer * self.config.experts + index
+        for at, e in enumerate(self.experts.values()):
             records[at] = (e.file, e.offset, e.nbytes, e.checksum, *e.widths, e.group)
             frequency[at] = e.frequency
         return records, frequency
@@ -209,6 +212,42 @@ def _check_copies(path: Path, table: dict) -> None:
             raise ValueError(f"{file}: does not match its checksum; {REMEDY}")
 
 
+def _without_dropped(config: ModelConfig, table: dict, read: _Reader) -> ModelConfig:
+    """config.json's model with `kept` and `layer_top_k` by the table's `dropped` and `top_k`."""
+    layers, everything = config.moe_layers, set(range(config.experts))
+
+    def by_layer(key: str) -> dict:
+        values = read.get(table, key, list)
+        if len(values) != len(layers):
+            raise ValueError(
+                f"{read.path}: {key!r} has {len(values)} layers, config.json has {len(layers)} with experts; {REMEDY}"
+            )
+        return dict(zip(layers, values, strict=True))
+
+    if read.get(table, "dropped", list):
+        kept = [()] * config.layers
+        for layer, numbers in by_layer("dropped").items():
+            whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
+            if not whole or numbers != sorted(everything.intersection(numbers)):
+                raise ValueError(
+                    f"{read.path}: dropped experts of layer {layer} are not numbers from 0 to {config.experts - 1}, "
+                    f"ascending and each once; {REMEDY}"
+                )
+            kept[layer] = tuple(sorted(everything.difference(numbers)))
+        config = replace(config, kept=tuple(kept))
+    if table.get("top_k") is not None:
+        top_k = by_layer("top_k")
+        config = replace(config, layer_top_k=tuple(top_k.get(layer, 0) for layer in range(config.layers)))
+    for layer in layers:
+        top_k, left = config.top_k_of(layer), config.experts_of(layer)
+        if type(top_k) is not int or not 1 <= top_k <= min(config.top_k, left):
+            raise ValueError(
+                f"{read.path}: top_k of layer {layer} is {top_k!r} with {left} experts left, expected 1 to "
+                f"{min(config.top_k, left)}; {REMEDY}"
+            )
+    return config
+
+
 def _read_trunk(path: Path, config: ModelConfig, table: dict, read: _Reader):
     entry = read.get(table, "trunk", dict)
     file = path / TRUNK_FILE
@@ -250,8 +289,9 @@ def _read_experts(path: Path, config: ModelConfig, table: dict, read: _Reader):
         )
     experts = {}
     for layer, row in zip(config.moe_layers, rows, strict=True):
-        if not isinstance(row, list) or len(row) != config.experts:
-            raise ValueError(f"{read.path}: layer {layer} needs {config.experts} records; {REMEDY}")
+        count = config.experts_of(layer)
+        if not isinstance(row, list) or len(row) != count:
+            raise ValueError(f"{read.path}: layer {layer} needs {count} records; {REMEDY}")
         for index, item in enumerate(row):
             expert = _read_expert(read, config, layer, index, item, len(files), alignment)
             name = f"layers.{layer}.experts.{index}"
@@ -287,6 +327,15 @@ def _read_expert(read: _Reader, config: ModelConfig, layer, index, item, files: 
         raise ValueError(f"{read.path}: frequency of {where} is not from 0 to 1; {REMEDY}")
     file = read.count(item, "file", files - 1)
     return Expert(layer, index, widths, group, file, offset, nbytes, read.checksum(item), float(frequency))
+
+
+def dropped_keys(config: ModelConfig) -> dict:
+    """bundle.json's keys about dropped experts; lists are by layer with experts, `top_k` is there if it changed."""
+    everything = set(range(config.experts))
+    dropped = [sorted(everything.difference(config.kept[layer])) for layer in config.moe_layers if config.kept]
+    keys = {"dropped": dropped if any(dropped) else []}
+    top_k = [config.top_k_of(layer) for layer in config.moe_layers]
+    return keys | ({"top_k": top_k} if any(k != config.top_k for k in top_k) else {})
 
 
 def codec_of(width: int) -> str:

@@ -2,16 +2,20 @@
 
 This file maps every supported architecture onto one ModelConfig; the names of its tensors are in
 compressor/checkpoint.py. Both spellings of config.json are read: the hub's (`num_experts`, `rope_theta`) and
-the one transformers 5 writes (`num_local_experts`, `rope_parameters`).
+the one transformers 5 writes (`num_local_experts`, `rope_parameters`). Layers for multi-token prediction, which
+a checkpoint may have behind the model's own, are no part of it.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+RUNNABLE = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+ARCHITECTURES = (*RUNNABLE, "deepseek_v3")  # the rest can be planned
 NORM_EPS = {"mixtral": 1e-5, "olmoe": 1e-5}  # where config.json leaves it out; 1e-6 elsewhere
 ROPE_THETA = {"mixtral": 1e6}  # likewise; 1e4 elsewhere
+EXPERTS_KEYS = {"deepseek_v3": ("n_routed_experts",)}
+YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
 MAX_LAYERS, MAX_EXPERTS, MAX_NUMBER = 1024, 4096, 1e30  # beyond any model; a damaged file stops here
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
@@ -20,8 +24,41 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"
 class RouterConfig:
     """How a layer turns router logits into chosen experts and their routing weights."""
 
-    score: str = "softmax"  # over all experts, before the cut to top_k
+    score: str = "softmax"  # softmax | sigmoid, over all experts, before the cut to top_k
     renormalise: bool = False  # chosen weights are scaled to sum to one
+    selection_bias: bool = False  # one number an expert, added to its score for the choice, not for the weight
+    groups: int = 1  # experts are chosen within top_groups of so many groups of neighbours
+    top_groups: int = 1
+    group_score: str = "max"  # max | top2sum, of a group's scores
+    scale: float = 1.0  # of the weights, at last
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention: keys and values come from one small vector a token, which is all that is cached."""
+
+    q_rank: int  # size of the queries' latent; 0: they come straight from the input
+    kv_rank: int  # size of the keys' and values' latent
+    nope_dim: int  # of a head's query and key, without position
+    rope_dim: int  # of a head's query and of the one key that all heads share, with position
+    v_dim: int  # of a head's value
+
+    @property
+    def cached(self) -> int:
+        """Numbers that the KV cache holds for a token and layer."""
+        return self.kv_rank + self.rope_dim
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): how rotary angles are stretched beyond the context that was trained first."""
+
+    factor: float
+    original_context: int  # tokens
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +71,7 @@ class ModelConfig:
     vocab: int
     heads: int
     kv_heads: int
-    head_dim: int
+    head_dim: int  # of queries and keys
     context: int  # longest context the model was made for, in tokens
     experts: int
     top_k: int
@@ -44,15 +81,20 @@ class ModelConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # linear scaling: positions are divided by it
+    yarn: YarnScaling | None = None
+    latent: LatentAttention | None = None  # instead of k and v for each KV head
     qkv_bias: bool = False
     qk_norm: str = "none"  # none | head (one norm per head) | full (over all heads at once)
     qkv_clip: float = 0.0  # q, k and v are clipped to +-this after the norm; 0 is off
     sliding_window: int = 0  # keys a query can see, itself included; 0 is all
-    shared_hidden: int = 0  # inner size of the shared expert, which has a sigmoid gate; 0 is none
+    shared_hidden: int = 0  # inner size of the shared expert; 0 is none
+    shared_gate: bool = True  # its output is weighted by a sigmoid gate
     dense_hidden: int = 0  # inner size of the MLP of the layers that have no experts
     dense_layers: tuple[int, ...] = ()
     tied_head: bool = False  # the output head is the embedding
     eos_tokens: tuple[int, ...] = ()
+    kept: tuple[tuple[int, ...], ...] = ()  # by layer, the checkpoint's numbers of the experts left; () is all of them
+    layer_top_k: tuple[int, ...] = ()  # by layer, 0 in a dense one; () is top_k everywhere
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -63,9 +105,29 @@ class ModelConfig:
         """Number of weights of one expert: gate, up and down."""
         return 3 * self.dim * self.expert_hidden
 
+    @property
+    def expert_count(self) -> int:
+        """Experts of all layers together."""
+        return sum(self.experts_of(layer) for layer in range(self.layers))
+
+    def experts_of(self, layer: int) -> int:
+        """Experts a layer has: those that were not dropped, none in a dense layer."""
+        if layer in self.dense_layers:
+            return 0
+        return len(self.kept[layer]) if self.kept else self.experts
+
+    def top_k_of(self, layer: int) -> int:
+        """Experts a token uses in a layer, none in a dense one."""
+        if layer in self.dense_layers:
+            return 0
+        return self.layer_top_k[layer] if self.layer_top_k else self.top_k
+
 
 def load_config(directory: str | Path) -> ModelConfig:
-    """Read DIRECTORY/config.json (and the end tokens of generation_config.json, if it is there)."""
+    """Read DIRECTORY/config.json (and the end tokens of generation_config.json, if it is there).
+
+    For what is to be compressed or run: raises as parse_config() and check_runnable() do.
+    """
     directory = Path(directory)
     path = directory / "config.json"
     raw = read_json(path)
@@ -74,7 +136,17 @@ def load_config(directory: str | Path) -> ModelConfig:
         eos = read_json(generation).get("eos_token_id")
         if eos is not None:
             raw = {**raw, "eos_token_id": eos}
-    return parse_config(raw, where=str(path))
+    config = parse_config(raw, where=str(path))
+    check_runnable(config, str(path))
+    return config
+
+
+def check_runnable(config: ModelConfig, where: str) -> None:
+    """Raise ValueError for an architecture that can be planned but not yet compressed or run."""
+    if config.architecture not in RUNNABLE:
+        raise ValueError(
+            f"{where}: {config.architecture} can be planned but not yet compressed or run; {', '.join(RUNNABLE)} can"
+        )
 
 
 def read_json(path: Path) -> dict:
@@ -103,13 +175,16 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     heads = get.count("num_attention_heads")
     dim = get.count("hidden_size")
     layers = get.count("num_hidden_layers", limit=MAX_LAYERS)
-    head_dim = get.count("head_dim", default=max(dim // heads, 1))
-    dense = _dense_layers(get, layers) if kind.startswith("qwen") else ()
-    rope_theta, rope_factor = _rope(get, ROPE_THETA.get(kind, 1e4))
+    deepseek = kind == "deepseek_v3"
+    latent = _latent(get) if deepseek else None
+    # transformers 5 writes rope_dim alone as DeepSeek's head_dim
+    head_dim = latent.nope_dim + latent.rope_dim if latent else get.count("head_dim", default=max(dim // heads, 1))
+    dense = _dense_layers(get, kind, layers)
+    rope_theta, rope_factor, yarn = _rope(get, kind)
     activation = get.any("hidden_act", default="silu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{where}: hidden_act {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
-    if kind in ("olmoe", "qwen3_moe") and get.flag("attention_bias", False):
+    if kind in ("olmoe", "qwen3_moe", "deepseek_v3") and get.flag("attention_bias", False):
         raise ValueError(
             f"{where}: attention_bias true is not supported for {kind} (it biases the output projection too)"
         )
@@ -119,22 +194,25 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         dim=dim,
         vocab=get.count("vocab_size"),
         heads=heads,
-        kv_heads=get.count("num_key_value_heads", default=heads),
+        kv_heads=heads if latent else get.count("num_key_value_heads", default=heads),
         head_dim=head_dim,
         context=get.count("max_position_embeddings"),
-        experts=get.count("num_experts", "num_local_experts", limit=MAX_EXPERTS),
+        experts=get.count(*EXPERTS_KEYS.get(kind, ("num_experts", "num_local_experts")), limit=MAX_EXPERTS),
         top_k=get.count("num_experts_per_tok"),
-        expert_hidden=get.count("moe_intermediate_size" if kind in ("qwen2_moe", "qwen3_moe") else "intermediate_size"),
-        router=RouterConfig(renormalise=True if kind == "mixtral" else get.flag("norm_topk_prob", False)),
+        expert_hidden=get.count("intermediate_size" if kind in ("mixtral", "olmoe") else "moe_intermediate_size"),
+        router=_router(get, kind),
         activation=ACTIVATIONS[activation],
         norm_eps=get.number("rms_norm_eps", default=NORM_EPS.get(kind, 1e-6)),
         rope_theta=rope_theta,
         rope_factor=rope_factor,
+        yarn=yarn,
+        latent=latent,
         qkv_bias=get.flag("qkv_bias", True) if kind == "qwen2_moe" else False,
         qk_norm={"qwen3_moe": "head", "olmoe": "full"}.get(kind, "none"),
         qkv_clip=get.number("clip_qkv", default=0.0) if kind == "olmoe" else 0.0,
         sliding_window=_sliding_window(get, kind),
-        shared_hidden=get.count("shared_expert_intermediate_size") if kind == "qwen2_moe" else 0,
+        shared_hidden=_shared_hidden(get, kind),
+        shared_gate=not deepseek,
         dense_hidden=get.count("intermediate_size") if dense else 0,
         dense_layers=dense,
         tied_head=get.flag("tie_word_embeddings", False),
@@ -149,25 +227,46 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     dim, q_rows, kv_rows = config.dim, config.heads * config.head_dim, config.kv_heads * config.head_dim
     shapes = {"embedding": (config.vocab, dim)}
     for layer in range(config.layers):
-        parts = {"attention_norm": (dim,), "q": (q_rows, dim), "k": (kv_rows, dim), "v": (kv_rows, dim)}
-        if config.qkv_bias:
-            parts |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
-        if config.qk_norm != "none":
-            full = config.qk_norm == "full"
-            parts |= {"q_norm": (q_rows if full else config.head_dim,)}
-            parts |= {"k_norm": (kv_rows if full else config.head_dim,)}
-        parts |= {"o": (dim, q_rows), "mlp_norm": (dim,)}
+        parts = {"attention_norm": (dim,)}
+        if config.latent:
+            parts |= _latent_shapes(config, config.latent)
+        else:
+            parts |= {"q": (q_rows, dim), "k": (kv_rows, dim), "v": (kv_rows, dim)}
+            if config.qkv_bias:
+                parts |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
+            if config.qk_norm != "none":
+                full = config.qk_norm == "full"
+                parts |= {"q_norm": (q_rows if full else config.head_dim,)}
+                parts |= {"k_norm": (kv_rows if full else config.head_dim,)}
+            parts |= {"o": (dim, q_rows)}
+        parts |= {"mlp_norm": (dim,)}
         if layer in config.dense_layers:
             parts |= _mlp_shapes("dense", dim, config.dense_hidden)
         else:
-            parts |= {"router": (config.experts, dim)}
+            parts |= {"router": (config.experts_of(layer), dim)}
+            if config.router.selection_bias:
+                parts |= {"router_bias": (config.experts_of(layer),)}
             if config.shared_hidden:
-                parts |= {"shared_router": (1, dim)} | _mlp_shapes("shared", dim, config.shared_hidden)
+                parts |= {"shared_router": (1, dim)} if config.shared_gate else {}
+                parts |= _mlp_shapes("shared", dim, config.shared_hidden)
         shapes |= {f"layers.{layer}.{part}": shape for part, shape in parts.items()}
     shapes["output_norm"] = (dim,)
     if not config.tied_head:
         shapes["head"] = (config.vocab, dim)
     return shapes
+
+
+def _latent_shapes(config: ModelConfig, latent: LatentAttention) -> dict[str, tuple[int, ...]]:
+    dim, heads, q_rows = config.dim, config.heads, config.heads * config.head_dim
+    parts = {"q": (q_rows, dim)}
+    if latent.q_rank:
+        parts = {"q_a": (latent.q_rank, dim), "q_a_norm": (latent.q_rank,), "q_b": (q_rows, latent.q_rank)}
+    return parts | {
+        "kv_a": (latent.kv_rank + latent.rope_dim, dim),
+        "kv_a_norm": (latent.kv_rank,),
+        "kv_b": (heads * (latent.nope_dim + latent.v_dim), latent.kv_rank),
+        "o": (dim, heads * latent.v_dim),
+    }
 
 
 def _mlp_shapes(prefix: str, dim: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -207,25 +306,75 @@ class _Keys:
         return default if value is None else value
 
 
-def _rope(get: _Keys, default_theta: float) -> tuple[float, float]:
-    """(theta, linear factor), from `rope_parameters` (transformers 5) or the hub's two keys."""
+def _rope(get: _Keys, kind: str) -> tuple[float, float, YarnScaling | None]:
+    """(theta, linear factor, YaRN), from `rope_parameters` (transformers 5) or the hub's two keys."""
     rope = get.raw.get("rope_parameters") or get.raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"{get.where}: rope_parameters is {rope!r}, expected an object")
     merged = _Keys({"rope_theta": get.raw.get("rope_theta"), **rope}, get.where)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise ValueError(f"{get.where}: rope type {kind!r} is not supported; supported are default, linear")
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    supported = ("default", "linear", "yarn") if kind == "deepseek_v3" else ("default", "linear")
+    if scaling not in supported:
+        raise ValueError(f"{get.where}: rope type {scaling!r} is not supported; supported are {', '.join(supported)}")
     if merged.number("partial_rotary_factor", default=1.0) != 1.0:
         raise ValueError(f"{get.where}: partial_rotary_factor other than 1 is not supported")
-    factor = merged.number("factor") if kind == "linear" else 1.0
-    theta = merged.number("rope_theta", default=default_theta)
+    factor = 1.0 if scaling == "default" else merged.number("factor")
+    theta = merged.number("rope_theta", default=ROPE_THETA.get(kind, 1e4))
     if theta <= 0 or factor <= 0:
         raise ValueError(f"{get.where}: rope_theta and factor must be above 0, found {theta} and {factor}")
-    return theta, factor
+    if scaling != "yarn":
+        return theta, factor, None
+    yarn = YarnScaling(
+        factor,
+        merged.count("original_max_position_embeddings"),
+        *(merged.number(key, default=default) for key, default in YARN_DEFAULTS.items()),
+    )
+    return theta, 1.0, yarn
 
 
-def _dense_layers(get: _Keys, layers: int) -> tuple[int, ...]:
+def _latent(get: _Keys) -> LatentAttention:
+    return LatentAttention(
+        q_rank=get.count("q_lora_rank") if get.raw.get("q_lora_rank") is not None else 0,
+        kv_rank=get.count("kv_lora_rank"),
+        nope_dim=get.count("qk_nope_head_dim"),
+        rope_dim=get.count("qk_rope_head_dim"),
+        v_dim=get.count("v_head_dim"),
+    )
+
+
+def _router(get: _Keys, kind: str) -> RouterConfig:
+    if kind != "deepseek_v3":
+        return RouterConfig(renormalise=True if kind == "mixtral" else get.flag("norm_topk_prob", False))
+    for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
+        if (value := get.any(key, default=only)) != only:
+            raise ValueError(f"{get.where}: {key} {value!r} is not supported for {kind}; supported is {only}")
+    return RouterConfig(
+        score="sigmoid",
+        renormalise=get.flag("norm_topk_prob", True),
+        selection_bias=True,
+        groups=get.count("n_group"),
+        top_groups=get.count("topk_group"),
+        group_score="top2sum",
+        scale=get.number("routed_scaling_factor"),
+    )
+
+
+def _shared_hidden(get: _Keys, kind: str) -> int:
+    if kind == "qwen2_moe":
+        return get.count("shared_expert_intermediate_size")
+    if kind == "deepseek_v3" and get.raw.get("n_shared_experts"):
+        return get.count("n_shared_experts", limit=MAX_EXPERTS) * get.count("moe_intermediate_size")
+    return 0
+
+
+def _dense_layers(get: _Keys, kind: str, layers: int) -> tuple[int, ...]:
+    if kind == "deepseek_v3":
+        first, step = get.any("first_k_dense_replace"), get.count("moe_layer_freq", default=1)
+        if type(first) is not int or first < 0:
+            raise ValueError(f"{get.where}: first_k_dense_replace is {first!r}, expected a whole number from 0")
+        return tuple(layer for layer in range(layers) if layer < first or layer % step)
+    if not kind.startswith("qwen"):
+        return ()
     step = get.count("decoder_sparse_step", default=1)
     dense = get.raw.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(x) is not int for x in dense):
@@ -247,10 +396,17 @@ def _tokens(value) -> tuple[int, ...]:
 
 
 def _check(config: ModelConfig, where: str) -> None:
+    router = config.router
+    experts_a_group = config.experts // router.groups
     problems = [
         (config.heads % config.kv_heads, "num_attention_heads must be a multiple of num_key_value_heads"),
-        (config.head_dim % 2, "head_dim must be even"),
+        (not config.latent and config.head_dim % 2, "head_dim must be even"),
+        (config.latent and config.latent.rope_dim % 2, "qk_rope_head_dim must be even"),
         (config.top_k > config.experts, "num_experts_per_tok is larger than the number of experts"),
+        (config.experts % router.groups, "n_routed_experts must be a multiple of n_group"),
+        (router.groups > 1 and experts_a_group < 2, "a group must have at least two experts"),
+        (router.top_groups > router.groups, "topk_group is larger than n_group"),
+        (config.top_k > router.top_groups * experts_a_group, "num_experts_per_tok is more than topk_group groups have"),
         (not config.moe_layers, "no layer has experts"),
     ]
     for wrong, message in problems:

@@ -82,16 +82,30 @@ def engine_config(
     """The core's form of a model's configuration and one run's sizes."""
     c = _core.EngineConfig()
     for name in (
-        *("layers", "dim", "vocab", "heads", "kv_heads", "head_dim", "experts", "top_k", "expert_hidden"),
+        *("layers", "dim", "vocab", "heads", "kv_heads", "head_dim", "expert_hidden"),
         *("norm_eps", "rope_theta", "rope_factor", "qkv_clip", "sliding_window", "shared_hidden", "dense_hidden"),
     ):
         setattr(c, name, getattr(config, name))
     c.renormalise = config.router.renormalise
     c.activation = {"silu": 0, "gelu_tanh": 1}[config.activation]
     c.qk_norm_full = config.qk_norm == "full"
-    c.dense_layers = [layer in config.dense_layers for layer in range(config.layers)]
+    c.experts = [config.experts_of(layer) for layer in range(config.layers)]
+    c.top_k = [config.top_k_of(layer) for layer in range(config.layers)]
     c.context, c.chunk, c.logits_rows, c.threads = context, chunk, logits_rows, threads
     return c
+
+
+def engine_memory(
+    config: ModelConfig, context: int, chunk: int, logits_rows: int = 1, threads: int = 1
+) -> tuple[int, int]:
+    """Bytes of the KV cache and of the scratch memory."""
+    c = engine_config(config, context, chunk, logits_rows, threads)
+    if not config.latent:
+        return _core.engine_memory(c)
+    # Attention over a latent is attention with one KV head of the latent's size whose values are among its keys.
+    c.kv_heads, c.head_dim = 1, config.latent.cached
+    kv_cache, scratch = _core.engine_memory(c)
+    return kv_cache // 2, scratch
 
 
 def make_plan(
@@ -112,17 +126,18 @@ def make_plan(
 
     Every expert resident beats a long prefill chunk; when paging, the chunk takes at most an eighth of what the
     slots could have. loading_bytes: the process's peak while its tokenizer was read; a cap below that is broken
-    already, whatever is free by now. Raises MemoryError below the floor (a slot for each of a token's top_k experts,
-    or all experts where they take less), naming it, unless `refuse` is off (then there are fewer slots than work).
+    already, whatever is free by now. Raises MemoryError below the floor (a slot for each expert that a token uses in
+    one layer, or all experts where they take less), naming it, unless `refuse` is off (then there are fewer slots
+    than work).
     """
-    records = config.experts * len(config.moe_layers)
+    least_slots = max(config.top_k_of(layer) for layer in config.moe_layers)
     interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
 
     def plan(chunk: int, resident: bool) -> Plan:
-        kv_cache, scratch = _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads))
+        kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads)
         fixed = trunk_bytes + kv_cache + scratch + interpreter_bytes
         io_buffers = 0 if resident else READERS * READER_BYTES
-        slots = 0 if resident else max(0, min((ram_bytes - fixed - io_buffers) // slot_bytes, records))
+        slots = 0 if resident else max(0, min((ram_bytes - fixed - io_buffers) // slot_bytes, config.expert_count))
         return Plan(
             ram_bytes=ram_bytes,
             context=context,
@@ -137,7 +152,7 @@ def make_plan(
             resident=resident,
             experts_bytes=all_experts_bytes if resident else slots * slot_bytes,
             all_experts_bytes=all_experts_bytes,
-            floor_bytes=fixed + READERS * READER_BYTES + config.top_k * slot_bytes,
+            floor_bytes=fixed + READERS * READER_BYTES + least_slots * slot_bytes,
             resident_bytes=fixed + all_experts_bytes,
         )
 
@@ -159,7 +174,7 @@ def make_plan(
     for chunk in chunks:
         candidate = plan(chunk, False)
         room = ram_bytes - candidate.total_bytes + candidate.experts_bytes + candidate.scratch_bytes
-        if candidate.slots >= config.top_k and candidate.scratch_bytes * 8 <= room:
+        if candidate.slots >= least_slots and candidate.scratch_bytes * 8 <= room:
             return replace(candidate, **limits)
     return smallest
 

@@ -122,7 +122,7 @@ def route(config: ModelConfig, weights, layer: int, h, xp=np):
     Of experts with equal scores the lower number goes first.
     """
     scores = softmax(h @ _array(weights.trunk(f"layers.{layer}.router"), xp).T, xp)  # (rows, experts)
-    chosen = np.argsort(-np.asarray(scores), axis=-1, kind="stable")[:, : config.top_k]
+    chosen = np.argsort(-np.asarray(scores), axis=-1, kind="stable")[:, : config.top_k_of(layer)]
     routing_weights = xp.take_along_axis(scores, _array(chosen, xp), axis=-1)
     if config.router.renormalise:
         routing_weights = routing_weights / xp.sum(routing_weights, axis=-1, keepdims=True)
@@ -135,7 +135,7 @@ def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights
     An entry of `chosen` outside 0..experts-1 is a pruned expert and adds nothing.
     """
     y = xp.zeros_like(h)
-    for index in range(config.experts):
+    for index in range(config.experts_of(layer)):
         rows, place = np.nonzero(chosen == index)
         if not rows.size:
             continue

@@ -43,7 +43,7 @@ class Generation:
     expert_misses: int
     bytes_read: int
     experts_used: float  # mean per token and layer
-    top_k: int
+    top_k: int  # of the checkpoint: a bundle may use fewer in some layers
     dropped_routing_weight: float  # mean share of routing weight that pruning left out
     device: str
 

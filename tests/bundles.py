@@ -11,7 +11,11 @@ import numpy as np
 
 import edge_moe.bench
 from edge_moe import _core
+from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.quantise import quantise
+from edge_moe.compressor.writer import BundleWriter, Packing
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, table_checksum, verify
+from edge_moe.runtime.config import ModelConfig
 from edge_moe.runtime.plan import engine_config
 from edge_moe.runtime.runtime import Runtime
 
@@ -29,6 +33,34 @@ def use(path: Path, ids) -> np.ndarray:
     for _ in verify(Bundle.open(path)):
         pass
     return logits_of(path, ids, ram="2GB", threads=1)
+
+
+class Kept:
+    """A checkpoint's weights without the experts that `config.kept` leaves out."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig):
+        self.checkpoint, self.kept = checkpoint, config.kept
+
+    def trunk(self, name: str) -> np.ndarray:
+        weights = self.checkpoint.trunk(name)
+        return weights[list(self.kept[int(name.split(".")[1])])] if name.endswith(".router") else weights
+
+    def expert(self, layer: int, index: int) -> tuple[np.ndarray, ...]:
+        return self.checkpoint.expert(layer, self.kept[layer][index])
+
+
+def write_bundle(
+    out: Path, source: Path, config: ModelConfig, weights, trunk: dict[str, Packing], experts: dict, **options
+) -> Path:
+    """Write the bundle of a Checkpoint's or Kept's weights in these packings."""
+    with BundleWriter(out, source, config, trunk, experts, **options) as writer:
+        for name, packing in trunk.items():
+            writer.write_trunk(name, quantise(weights.trunk(name), packing.widths[0], packing.group))
+        for key, packing in experts.items():
+            matrices = zip(weights.expert(*key), packing.widths, strict=True)
+            writer.write_expert(*key, [quantise(matrix, width, packing.group) for matrix, width in matrices])
+        writer.finish()
+    return out
 
 
 def make_engine(path: Path, *, slots: int | None = None, threads: int = 1, chunk: int = 32, kernels: str = ""):

@@ -2,14 +2,19 @@
 
 import shutil
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import REFERENCE
-from golden_checkpoints import ARCHITECTURES, write_checkpoint
+from bundles import REFERENCE, Kept, write_bundle
+from golden_checkpoints import ARCHITECTURES, DROPPED, write_checkpoint
 
+from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.quantise import trunk_packing
+from edge_moe.compressor.writer import Packing
+from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.tokenizer import Tokenizer
 
 
@@ -33,6 +38,28 @@ def bundle_of(golden, tmp_path_factory):
                 options["method"] = "uniform"
             made[key] = compress(source, directory / f"{len(made)}.emoe", threads=1, **options).path
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dropped_of(golden, tmp_path_factory):
+    """dropped_of("olmoe", (2, 3, 4)) is the path of a bundle without the experts of DROPPED, whose experts have these
+    widths of gate, up and down in turn; each expert differs from the next. Not to be changed."""
+    directory, made = tmp_path_factory.mktemp("dropped"), {}
+
+    def make(name: str, widths: tuple[int, int, int]) -> Path:
+        if (name, widths) not in made:
+            source = golden[name][0]
+            kept, layer_top_k = DROPPED[name]
+            checkpoint = Checkpoint(source)
+            config = replace(checkpoint.config, kept=kept, layer_top_k=layer_top_k)
+            keys = [(layer, index) for layer, experts in enumerate(kept) for index in range(len(experts))]
+            turned = {key: Packing(widths[sum(key) % 3 :] + widths[: sum(key) % 3], 32) for key in keys}
+            trunk = trunk_packing(trunk_shapes(config), min(widths), 32)
+            out = directory / f"{len(made)}.emoe"
+            made[name, widths] = write_bundle(out, source, config, Kept(checkpoint, config), trunk, turned)
+        return made[name, widths]
 
     return make
 

@@ -1,10 +1,19 @@
-"""Rebuilds the checkpoints of tests/golden, with neither torch nor transformers; make_golden.py made them."""
+"""Rebuilds the checkpoints of tests/golden, with neither torch nor transformers; make_golden.py made them.
+
+DROPPED are versions of them that lack experts and use fewer: by architecture, `kept` and `layer_top_k` of ModelConfig.
+"""
 
 from pathlib import Path
 
 import numpy as np
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+DROPPED = {
+    "mixtral": (((0, 2, 3, 5, 7), (1, 4, 6)), (2, 1)),
+    "olmoe": (((0, 1, 2, 3, 4, 5, 6, 7), (3, 5, 6)), (2, 3)),
+    "qwen2_moe": (((1, 2, 4, 5, 7), (), (0, 3, 6, 7)), (1, 0, 2)),
+    "qwen3_moe": (((0, 2, 5), (1, 2, 3, 4, 5)), ()),
+}
 
 
 def write_checkpoint(architecture: str, directory: Path) -> tuple[Path, np.ndarray, np.ndarray]:
@@ -18,3 +27,9 @@ def write_checkpoint(architecture: str, directory: Path) -> tuple[Path, np.ndarr
         (directory / "config.json").write_text(str(golden["config"]))
         (directory / "model.safetensors").write_bytes(golden["weights"].tobytes())
         return directory, golden["token_ids"], golden["logits"]
+
+
+def dropped_logits(architecture: str) -> np.ndarray:
+    """Logits (tokens, vocab) that transformers gives for the same token ids without the experts of DROPPED."""
+    with np.load(Path(__file__).parent / "golden" / "dropped.npz") as golden:
+        return golden[architecture]

@@ -1,4 +1,5 @@
-"""Makes tests/golden/*.npz: a small random checkpoint of each architecture and the logits transformers gives.
+"""Makes tests/golden/*.npz: a small random checkpoint of each architecture and the logits transformers gives,
+and in dropped.npz its logits without some of the experts.
 
 Run it by hand (`python tests/make_golden.py`, needs torch and transformers). The logits are float32
 arithmetic on the bfloat16 weights, eager attention. Weights are drawn wide, biases and norms away from 0 and
@@ -9,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from golden_checkpoints import DROPPED
 
 COMMON = {
     "hidden_size": 64,
@@ -81,19 +83,48 @@ def random_model(architecture: str, seed: int, **changes):
     return model.to(torch.bfloat16)
 
 
-def logits_of(directory: Path, token_ids: np.ndarray) -> np.ndarray:
-    """What transformers gives for token_ids (tokens,) in float32: logits (tokens, vocab)."""
+def logits_of(directory: Path, token_ids: np.ndarray, kept=(), layer_top_k=()) -> np.ndarray:
+    """What transformers gives for token_ids (tokens,) in float32: logits (tokens, vocab).
+
+    kept, layer_top_k: by layer, the experts that may be chosen and how many are; () is the model's own.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
+    for layer, experts in enumerate(kept):
+        if experts:
+            mask_router(model.model.layers[layer].mlp.gate, experts)
+    for layer, top_k in enumerate(layer_top_k):
+        if top_k:
+            model.model.layers[layer].mlp.gate.top_k = top_k
     with torch.no_grad():
         return model(torch.from_numpy(token_ids)[None]).logits[0].numpy()
 
 
+def mask_router(gate, experts: tuple[int, ...]) -> None:
+    """Give every other expert of a router the logit -inf: it is never chosen and has no part in the softmax."""
+    from unittest.mock import patch
+
+    import torch
+
+    forward, linear = gate.forward, torch.nn.functional.linear
+    others = torch.tensor([index for index in range(len(gate.weight)) if index not in experts], dtype=torch.long)
+
+    def masked(*arguments):
+        return linear(*arguments).index_fill(-1, others, -torch.inf)
+
+    def forward_masked(hidden_states):
+        with patch("torch.nn.functional.linear", masked):
+            return forward(hidden_states)
+
+    gate.forward = forward_masked
+
+
 def main() -> None:
+    dropped = {}
     for architecture in CONFIGS:
         with tempfile.TemporaryDirectory() as name:
             directory = Path(name)
@@ -101,6 +132,8 @@ def main() -> None:
             model.save_pretrained(directory)
             token_ids = np.random.default_rng(7).integers(0, model.config.vocab_size, TOKENS)
             logits = logits_of(directory, token_ids)
+            if architecture in DROPPED:
+                dropped[architecture] = logits_of(directory, token_ids, *DROPPED[architecture])
             path = Path(__file__).parent / "golden" / f"{architecture}.npz"
             np.savez_compressed(
                 path,
@@ -110,6 +143,7 @@ def main() -> None:
                 logits=logits,
             )
         print(f"{path.name}: {path.stat().st_size:,} bytes, logits sd {logits.std():.2f}")
+    np.savez_compressed(path.with_name("dropped.npz"), **dropped)
 
 
 if __name__ == "__main__":

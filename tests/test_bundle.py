@@ -11,6 +11,7 @@ from edge_moe import _core
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.quantise import to_bfloat16
+from edge_moe.report import describe_bundle
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, table_checksum, verify
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.tensorfile import read_header
@@ -191,11 +192,36 @@ def test_bits_per_weight_count_scales_biases_and_padding(bundle_of):
 def test_the_record_table_lists_every_expert_by_layer(bundle_of):
     bundle = Bundle.open(bundle_of("qwen2_moe", width=8))  # its layer 1 has no experts
     records, frequency = bundle.record_table()
-    assert records.shape == (3 * 8, 8)
-    assert frequency.tolist() == [0.0] * 24
-    assert not records[8:16].any()
+    assert records.shape == (2 * 8, 8)
+    assert frequency.tolist() == [0.0] * 16
     first = bundle.experts[2, 0]
-    assert records[16].tolist() == [0, first.offset, first.nbytes, first.checksum, 8, 8, 8, 32]
+    assert records[8].tolist() == [0, first.offset, first.nbytes, first.checksum, 8, 8, 8, 32]
+
+
+def test_a_bundle_without_some_experts_holds_the_others_under_new_numbers(dropped_of, golden):
+    bundle = Bundle.open(dropped_of("qwen2_moe", (16, 16, 16)))
+    assert bundle.table["dropped"] == [[0, 3, 6], [1, 2, 4, 5]]
+    assert bundle.table["top_k"] == [1, 2]
+    config = bundle.config
+    assert (config.experts, config.top_k, config.expert_count) == (8, 3, 9)
+    assert [config.experts_of(layer) for layer in range(3)] == [5, 0, 4]
+    assert [config.top_k_of(layer) for layer in range(3)] == [1, 0, 2]
+    assert config.kept == ((1, 2, 4, 5, 7), (), (0, 3, 6, 7))
+    assert list(bundle.experts) == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (2, 0), (2, 1), (2, 2), (2, 3)]
+    checkpoint = Checkpoint(golden["qwen2_moe"][0])
+    routers = {tensor.name: tensor for tensor in bundle.trunk if tensor.name.endswith(".router")}
+    for layer in config.moe_layers:
+        router = routers[f"layers.{layer}.router"]
+        found = np.fromfile(bundle.path / TRUNK_FILE, np.float32, router.rows * 64, offset=router.codes).reshape(-1, 64)
+        want = checkpoint.trunk(router.name)
+        assert [np.flatnonzero((want == row).all(1)).tolist() for row in found] == [[e] for e in config.kept[layer]]
+    for layer, index in bundle.experts:
+        want = checkpoint.expert(layer, config.kept[layer][index])
+        for (codes, *_), weights in zip(record_parts(bundle, layer, index), want, strict=True):
+            np.testing.assert_array_equal(codes.view(np.uint16), to_bfloat16(weights))
+    assert set(read_header(bundle.files[0])) == {f"layers.{layer}.experts.{index}" for layer, index in bundle.experts}
+    assert sum(nbytes for _, nbytes in verify(bundle)) == bundle.nbytes
+    assert describe_bundle(bundle)["dropped"] == 7
 
 
 def test_verify_reads_the_trunk_and_every_record(bundle_of):

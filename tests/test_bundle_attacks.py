@@ -24,6 +24,12 @@ def olmoe(copy_of):
     return copy_of("olmoe", width=4)
 
 
+@pytest.fixture
+def without_experts(dropped_of, tmp_path):
+    """olmoe without five of its eight experts in layer 1, and with a top_k of 2 in layer 0."""
+    return shutil.copytree(dropped_of("olmoe", (4, 4, 4)), tmp_path / "dropped.emoe")
+
+
 @pytest.fixture(scope="module")
 def answer(bundle_of):
     return use(bundle_of("olmoe", width=4), IDS)
@@ -314,6 +320,84 @@ def test_a_table_that_lies_is_refused(olmoe, edit):
     assert str(caught.value) == f"{olmoe}/bundle.json: {message}"
 
 
+DROPPED_EDITS = {  # of a bundle with "dropped": [[], [0, 1, 2, 4, 7]], "top_k": [2, 3]
+    "no dropped": (lambda t: t.pop("dropped"), f"'dropped' is missing; {AGAIN}"),
+    "dropped null": (lambda t: t.update(dropped=None), f"'dropped' is NoneType, expected list; {AGAIN}"),
+    "dropped object": (lambda t: t.update(dropped={}), f"'dropped' is dict, expected list; {AGAIN}"),
+    "a layer too few": (
+        lambda t: t["dropped"].pop(0),
+        f"'dropped' has 1 layers, config.json has 2 with experts; {AGAIN}",
+    ),
+    **{
+        f"dropped {numbers}": (
+            lambda t, numbers=numbers: t["dropped"].__setitem__(1, numbers),
+            f"dropped experts of layer 1 are not numbers from 0 to 7, ascending and each once; {AGAIN}",
+        )
+        for numbers in (
+            *(7, None, "01247", {}, [[0]], [0, 1, 2, 4, 8], [-1, 0, 1, 2, 4], [0, 1, 2, 4, 10**30]),
+            *([0, 1, 2, 7, 4], [0, 1, 2, 4, 4], [0, 1, 2, 4, 7.0], [False, True, 2, 4, 7], [0, 1, 2, 4, "7"]),
+        )
+    },
+    "too many dropped": (
+        lambda t: t["dropped"].__setitem__(1, [0, 1, 2, 3, 4, 7]),
+        f"top_k of layer 1 is 3 with 2 experts left, expected 1 to 2; {AGAIN}",
+    ),
+    "all dropped": (
+        lambda t: t["dropped"].__setitem__(0, [*range(8)]),
+        f"top_k of layer 0 is 2 with 0 experts left, expected 1 to 0; {AGAIN}",
+    ),
+    "a record too few": (lambda t: t["experts"]["records"][1].pop(), f"layer 1 needs 3 records; {AGAIN}"),
+    "a record too many": (
+        lambda t: t["experts"]["records"][1].append(record(t)),
+        f"layer 1 needs 3 records; {AGAIN}",
+    ),
+    "top_k number": (lambda t: t.update(top_k=2), f"'top_k' is int, expected list; {AGAIN}"),
+    "top_k empty": (lambda t: t.update(top_k=[]), f"'top_k' has 0 layers, config.json has 2 with experts; {AGAIN}"),
+    "top_k too many": (
+        lambda t: t["top_k"].append(1),
+        f"'top_k' has 3 layers, config.json has 2 with experts; {AGAIN}",
+    ),
+    **{
+        f"top_k {top_k!r}": (
+            lambda t, top_k=top_k: t["top_k"].__setitem__(0, top_k),
+            f"top_k of layer 0 is {top_k!r} with 8 experts left, expected 1 to 3; {AGAIN}",
+        )
+        for top_k in (0, -1, 4, 2**64, 2.0, True, "2", None, [2])
+    },
+}
+
+
+@pytest.mark.parametrize("edit", DROPPED_EDITS)
+def test_a_table_that_lies_about_dropped_experts_is_refused(without_experts, edit):
+    change, message = DROPPED_EDITS[edit]
+    edit_table(without_experts, change)
+    with pytest.raises(ValueError) as caught:
+        Bundle.open(without_experts)
+    assert str(caught.value) == f"{without_experts}/bundle.json: {message}"
+
+
+@pytest.mark.parametrize(
+    ("dropped", "left"), [([[], [0, 1, 2, 4]], 4), ([], 8), ([[], []], 8), ([[], [0, 1, 2, 4, 7]], None)]
+)
+def test_a_router_with_rows_for_other_experts_is_refused(without_experts, dropped, left):
+    edit_table(without_experts, lambda table: table.update(dropped=dropped))
+    if left is None:  # as it was
+        Bundle.open(without_experts)
+        return
+    with pytest.raises(ValueError) as caught:
+        Bundle.open(without_experts)
+    assert str(caught.value) == (
+        f"{without_experts / TRUNK_FILE}: tensor layers.1.router is F32 (3, 64), bundle.json makes it "
+        f"F32 ({left}, 64); {AGAIN}"
+    )
+
+
+def test_a_table_of_a_bundle_with_all_experts_cannot_drop_some(olmoe):
+    edit_table(olmoe, lambda table: table.update(dropped=[[0], []]))
+    with pytest.raises(ValueError, match=r"layers.0.router is F32 \(8, 64\), bundle.json makes it F32 \(7, 64\)"):
+        Bundle.open(olmoe)
+
+
 def test_records_that_point_at_one_another_are_refused(olmoe):
     edit_table(olmoe, lambda table: record(table).update(offset=record(table, 0, 1)["offset"]))
     with pytest.raises(ValueError) as caught:
@@ -388,6 +472,28 @@ def test_random_edits_of_the_table_are_refused_or_change_nothing(olmoe, answer):
         else:  # where padding hides the difference, widths of the same bytes can only be told by the checksum made anew
             assert np.array_equal(logits, answer) or widths(olmoe) != right_widths
     assert refused > 100
+
+
+@pytest.mark.parametrize("key", ["dropped", "top_k"])
+def test_hostile_values_among_the_dropped_experts_are_refused_or_run(without_experts, key):
+    original = (without_experts / "bundle.json").read_bytes()
+    count, refused = len(list(places({key: json.loads(original)[key]}))), 0
+    for place in range(count):
+        for value in HOSTILE:
+
+            def change(table, place=place, value=value):
+                changed = {key: table[key]}
+                container, inner = list(places(changed))[place]
+                container[inner] = value
+                table |= changed
+
+            (without_experts / "bundle.json").write_bytes(original)
+            edit_table(without_experts, change)
+            try:
+                assert np.isfinite(use(without_experts, IDS)).all()  # another model, as its author's checksum says
+            except REFUSALS:
+                refused += 1
+    assert refused > count * len(HOSTILE) // 2
 
 
 def test_random_edits_of_the_config_are_refused_or_run(olmoe):

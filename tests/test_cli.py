@@ -318,6 +318,44 @@ def test_a_plan_below_the_floor_is_shown_and_refused():
     assert succeeds("plan", config, "--ram", floor + 5_000_000)
 
 
+def test_a_plan_from_a_config_names_each_part_and_the_largest_context():
+    model = ("plan", CONFIGS / "deepseek-v3.json", "--ram", "128GB", "--keep-experts", "192")
+    text = succeeds(*model, "--recipe", "collaborative").stdout
+    parts, plan, rest = text.split("\n\n", 1)[0], text.split("\n\n", 1)[1], text.split("\n\n")[-1]
+    rows = {line.split("  ")[0]: line.split() for line in parts.splitlines()}
+    assert rows["total"] == ["total", "507,522,615,168", "1.756", "111.39", "GB"]
+    assert rows["experts, down"][-3:] == ["1.825", "37.30", "GB"]
+    assert "every expert in memory" in plan and "of a cap of 128.00 GB" in plan
+    assert rest.startswith("the cap holds a context of at most 163,840 tokens, or ")
+    assert "192 of 256 experts a layer\ndeepseek_v3 can be planned but not yet compressed or run" in rest
+
+    result = object_of(*model, "--width", "1", "--widths", "down=2,edge_down=3", "--trunk-width", "4")
+    assert set(result) - {field.name for field in fields(Plan)} == {
+        "total_bytes", "parts", "largest_context", "largest_resident_context",
+    }  # fmt: skip
+    assert result["largest_context"] == 163840
+    assert sum(part["bytes"] for part in result["parts"]) == result["trunk_bytes"] + result["all_experts_bytes"]
+    down = next(part for part in result["parts"] if part["name"] == "down")
+    assert down["bits_per_weight"] == pytest.approx((44 * 2.5 + 14 * 3.5) / 58)
+    assert set(down) == {"name", "weights", "bits_per_weight", "bytes"}
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (["--widths", "gate"], "widths 'gate' are not NAME=BITS with commas between, as gate=2,down=3"),
+        (["--widths", "gate=2.5"], "widths 'gate=2.5' are not NAME=BITS with commas between, as gate=2,down=3"),
+        (
+            ["--keep-experts", "most"],
+            "keep-experts 'most' is neither a number of experts, as 192, nor a share, as 0.75",
+        ),
+        (["--recipe", "collaborative"], "recipe 'collaborative' is for deepseek_v3, the model is qwen3_moe"),
+    ],
+)
+def test_what_a_plan_cannot_take_is_one_line(option, message):
+    assert error_of("plan", CONFIGS / "qwen3-30b-a3b.json", *option) == message
+
+
 def test_eval_scores_each_text_and_all_together(bundle, text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("class Name:\n    pass\n" * 30)

@@ -3,8 +3,21 @@
 import json
 
 import pytest
+from bundles import edit_copy
 
-from edge_moe.runtime.config import ModelConfig, RouterConfig, load_config, parse_config
+from edge_moe.bench.synthetic import make_synthetic
+from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.pipeline import compress
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.config import (
+    LatentAttention,
+    ModelConfig,
+    RouterConfig,
+    YarnScaling,
+    load_config,
+    parse_config,
+    trunk_shapes,
+)
 
 SHAPES = {
     "hidden_size": 64,
@@ -35,6 +48,26 @@ KINDS = {
         "head_dim": 32,
         "norm_topk_prob": True,
     },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 48,
+        "kv_lora_rank": 40,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 24,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 96,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+    },
 }
 
 
@@ -55,6 +88,9 @@ def transformers_5(kind: str) -> dict:
         raw["head_dim"] = None
     if kind == "qwen2_moe":
         raw |= {"sliding_window": 0, "layer_types": ["full_attention"] * 3, "qkv_bias": True}
+    if kind == "deepseek_v3":
+        raw |= {"head_dim": 8, "qk_head_dim": 24, "rope_interleave": True}
+        del raw["topk_method"], raw["scoring_func"]
     return raw
 
 
@@ -106,6 +142,17 @@ EXPECTED = {
         qk_norm="head",
         **COMMON,
     ),
+    "deepseek_v3": ModelConfig(
+        architecture="deepseek_v3",
+        head_dim=24,
+        router=RouterConfig("sigmoid", True, True, groups=4, top_groups=2, group_score="top2sum", scale=2.5),
+        latent=LatentAttention(q_rank=48, kv_rank=40, nope_dim=16, rope_dim=8, v_dim=24),
+        shared_hidden=192,
+        shared_gate=False,
+        dense_hidden=192,
+        dense_layers=(0,),
+        **{**COMMON, "kv_heads": 4},
+    ),
 }
 
 
@@ -138,6 +185,46 @@ def test_a_sparse_step_makes_the_layers_in_between_dense():
     assert (config.dense_layers, config.moe_layers, config.dense_hidden) == ((0, 2), (1,), 192)
 
 
+def test_deepseek_has_experts_in_every_so_many_layers_after_the_first():
+    config = parse_config(hub("deepseek_v3", num_hidden_layers=7, moe_layer_freq=2))
+    assert config.moe_layers == (2, 4, 6)
+
+
+def test_yarn_is_read_in_each_spelling():
+    yarn = {"factor": 40, "original_max_position_embeddings": 4096, "mscale": 0.5, "mscale_all_dim": 0.25}
+    expected = YarnScaling(40.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=0.5, mscale_all_dim=0.25)
+    for rope in (
+        {"rope_scaling": {"type": "yarn", **yarn}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "beta_fast": 32, "beta_slow": 1, **yarn}},
+    ):
+        config = parse_config(hub("deepseek_v3", **rope))
+        assert (config.rope_theta, config.rope_factor, config.yarn) == (5000.0, 1.0, expected)
+
+
+def test_latent_attention_has_its_own_matrices_and_a_shared_expert_may_lack_a_gate():
+    shapes = trunk_shapes(EXPECTED["deepseek_v3"])
+    layer = {name.removeprefix("layers.1."): shape for name, shape in shapes.items() if name.startswith("layers.1.")}
+    assert layer == {
+        "attention_norm": (64,),
+        "q_a": (48, 64),
+        "q_a_norm": (48,),
+        "q_b": (4 * 24, 48),
+        "kv_a": (48, 64),
+        "kv_a_norm": (40,),
+        "kv_b": (4 * 40, 40),
+        "o": (64, 4 * 24),
+        "mlp_norm": (64,),
+        "router": (8, 64),
+        "router_bias": (8,),
+        "shared.gate": (192, 64),
+        "shared.up": (192, 64),
+        "shared.down": (64, 192),
+    }
+    plain = parse_config(hub("deepseek_v3", q_lora_rank=None, n_shared_experts=None))
+    assert trunk_shapes(plain)["layers.1.q"] == (4 * 24, 64)
+    assert not [name for name in trunk_shapes(plain) if "q_" in name or "shared" in name]
+
+
 def test_mixtral_has_no_attention_bias_whatever_its_config_says():
     assert parse_config(hub("mixtral", attention_bias=True)).qkv_bias is False
 
@@ -152,7 +239,7 @@ def test_generation_config_knows_the_end_tokens_better(tmp_path):
     assert load_config(tmp_path).eos_tokens == (3, 5)
 
 
-SUPPORTED = "supported are mixtral, olmoe, qwen2_moe, qwen3_moe"
+SUPPORTED = "supported are mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v3"
 REFUSED = [
     ("olmoe", {"model_type": "llama"}, f"architecture 'llama' is not supported; {SUPPORTED}"),
     ("olmoe", {"model_type": None}, f"architecture None is not supported; {SUPPORTED}"),
@@ -193,6 +280,27 @@ REFUSED = [
     ("olmoe", {"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads"),
     ("qwen3_moe", {"head_dim": 15}, "head_dim must be even"),
     ("olmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok is larger than the number of experts"),
+    ("deepseek_v3", {"kv_lora_rank": None}, "key 'kv_lora_rank' is missing"),
+    ("deepseek_v3", {"q_lora_rank": 0}, "q_lora_rank is 0, expected a whole number from 1 to 2,147,483,647"),
+    ("deepseek_v3", {"n_routed_experts": None}, "key 'n_routed_experts' is missing"),
+    ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim must be even"),
+    ("deepseek_v3", {"first_k_dense_replace": -1},
+     "first_k_dense_replace is -1, expected a whole number from 0"),
+    ("deepseek_v3", {"first_k_dense_replace": 3}, "no layer has experts"),
+    ("deepseek_v3", {"scoring_func": "softmax"},
+     "scoring_func 'softmax' is not supported for deepseek_v3; supported is sigmoid"),
+    ("deepseek_v3", {"topk_method": "greedy"},
+     "topk_method 'greedy' is not supported for deepseek_v3; supported is noaux_tc"),
+    ("deepseek_v3", {"n_group": 3}, "n_routed_experts must be a multiple of n_group"),
+    ("deepseek_v3", {"n_group": 8}, "a group must have at least two experts"),
+    ("deepseek_v3", {"topk_group": 5}, "topk_group is larger than n_group"),
+    ("deepseek_v3", {"num_experts_per_tok": 5}, "num_experts_per_tok is more than topk_group groups have"),
+    ("deepseek_v3", {"attention_bias": True},
+     "attention_bias true is not supported for deepseek_v3 (it biases the output projection too)"),
+    ("deepseek_v3", {"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not supported; "
+     "supported are default, linear, yarn"),
+    ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4}},
+     "key 'original_max_position_embeddings' is missing"),
 ]  # fmt: skip
 
 
@@ -201,6 +309,27 @@ def test_a_config_that_is_not_supported_is_refused_by_key(kind, changes, message
     with pytest.raises(ValueError) as error:
         parse_config(hub(kind, **changes), where="models/x/config.json")
     assert str(error.value) == f"models/x/config.json: {message}"
+
+
+def test_what_can_be_planned_only_is_neither_opened_compressed_nor_run(tmp_path, copy_of):
+    model, bundle = tmp_path / "model", copy_of("olmoe", width=4)
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(hub("deepseek_v3")))
+    edit_copy(bundle, "config.json", (model / "config.json").read_bytes())
+    for directory, use in (
+        (model, load_config),
+        (model, Checkpoint),
+        (model, lambda path: compress(path, tmp_path / "out.emoe")),
+        (model, lambda path: make_synthetic(path / "config.json", tmp_path / "out.emoe")),
+        (bundle, Bundle.open),
+    ):
+        with pytest.raises(ValueError) as error:
+            use(directory)
+        assert str(error.value) == (
+            f"{directory}/config.json: deepseek_v3 can be planned but not yet compressed or run; "
+            "mixtral, olmoe, qwen2_moe, qwen3_moe can"
+        )
+        assert not list(tmp_path.glob("out*"))
 
 
 def test_a_directory_without_config_json_is_refused(tmp_path):

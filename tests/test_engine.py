@@ -1,17 +1,19 @@
 """The gates: logits equal transformers', paging, threads, chunks and instruction sets change no bit, the cap holds."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import ALL, LAST, NOTHING, logits_of, make_engine, run_engine, run_python
-from golden_checkpoints import ARCHITECTURES
+from bundles import ALL, LAST, NOTHING, REFERENCE, Kept, logits_of, make_engine, run_engine, run_python, write_bundle
+from golden_checkpoints import ARCHITECTURES, DROPPED, dropped_logits
 
 from edge_moe import _core
 from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate
 from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import quantise, trunk_packing
-from edge_moe.compressor.writer import BundleWriter, Packing
+from edge_moe.compressor.quantise import trunk_packing
+from edge_moe.compressor.writer import Packing
+from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.runtime import Runtime
@@ -68,16 +70,54 @@ def test_widths_of_the_trunk_may_differ_within_a_layer(golden, tmp_path, part):
     trunk = trunk_packing(trunk_shapes(config), 8, 64)
     trunk = {name: Packing((16,), 0) if name.endswith(part) else packing for name, packing in trunk.items()}
     experts = {(layer, index): Packing((16, 8, 16), 32) for layer in range(2) for index in range(6)}
-    with BundleWriter(tmp_path / "mixed.emoe", directory, config, trunk, experts) as writer:
-        for name, packing in trunk.items():
-            writer.write_trunk(name, quantise(checkpoint.trunk(name), packing.widths[0], packing.group))
-        for key, packing in experts.items():
-            matrices = zip(checkpoint.expert(*key), packing.widths, strict=True)
-            writer.write_expert(*key, [quantise(weights, width, 32) for weights, width in matrices])
-        writer.finish()
-    miss = np.sqrt(np.square(logits_of(writer.out, ids) - want).mean(-1))
+    path = write_bundle(tmp_path / "mixed.emoe", directory, config, checkpoint, trunk, experts)
+    miss = np.sqrt(np.square(logits_of(path, ids) - want).mean(-1))
     # 8 bits everywhere make 0.04; at single tokens the router falls the other way.
     assert np.median(miss) < 0.06 * want.std()
+
+
+@pytest.mark.parametrize("architecture", DROPPED)
+def test_lossless_logits_equal_those_of_transformers_without_the_dropped_experts(dropped_of, golden, architecture):
+    _, ids, whole = golden[architecture]
+    want = dropped_logits(architecture)
+    assert np.abs(want - whole).max() > 1
+    got = logits_of(dropped_of(architecture, (16, 16, 16)), ids)
+    assert np.abs(got - want).max() <= 1e-4
+    assert np.array_equal(got.argmax(-1), want.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kept", "layer_top_k"),
+    [
+        ("qwen3_moe", ((1, 2, 3, 5), (0, 4)), (3, 2)),
+        ("qwen3_moe", ((), ()), (1, 2)),
+        ("mixtral", ((6, 7), (0, 1, 2, 3, 4, 5, 6)), ()),
+        ("qwen2_moe", ((0, 1, 2, 3, 4, 5, 6, 7), (), (2, 3, 4)), (2, 0, 3)),
+    ],
+)
+def test_a_fresh_checkpoint_gives_the_logits_of_transformers_without_some_experts(
+    tmp_path, architecture, kept, layer_top_k
+):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from make_golden import logits_of as transformers_logits
+    from make_golden import random_model
+
+    random_model(architecture, seed=13).save_pretrained(tmp_path)
+    ids = np.random.default_rng(13).integers(0, 128, 40)
+    want = transformers_logits(tmp_path, ids, kept, layer_top_k)
+    checkpoint = Checkpoint(tmp_path)
+    config = replace(checkpoint.config, kept=kept if any(kept) else (), layer_top_k=layer_top_k)
+    weights = Kept(checkpoint, config) if config.kept else checkpoint
+    experts = {
+        (layer, e): Packing((16,) * 3, 32) for layer in config.moe_layers for e in range(config.experts_of(layer))
+    }
+    trunk = trunk_packing(trunk_shapes(config), 16, 32)
+    path = write_bundle(tmp_path / "dropped.emoe", tmp_path, config, weights, trunk, experts)
+    got = logits_of(path, ids)
+    assert np.abs(got - want).max() <= 1e-4
+    assert np.array_equal(got.argmax(-1), want.argmax(-1))
+    np.testing.assert_allclose(reference.forward(config, weights, ids), want, rtol=0, atol=1e-4)
 
 
 # ---- G2: where experts come from, threads and chunks change nothing
@@ -96,6 +136,24 @@ def test_paged_equals_resident_for_any_slots_threads_and_chunks(mixed, golden, a
             for chunk in (1, 7, 32):
                 assert same_bits(run_engine(engine, ids, chunk), want), (slots, threads, chunk)
             assert (engine.counters["expert_misses"] > 0) == (slots is not None)
+
+
+@pytest.mark.parametrize("architecture", DROPPED)
+def test_paged_equals_resident_without_the_dropped_experts(dropped_of, golden, architecture):
+    path, ids = dropped_of(architecture, (3, 8, 5)), golden[architecture][1]
+    want = run_engine(make_engine(path), ids)
+    bundle = Bundle.open(path)
+    used = [bundle.config.top_k_of(layer) for layer in bundle.config.moe_layers]
+    for slots in (1, max(used), len(bundle.experts)):
+        for threads, chunk in ((1, 1), (2, 7), (3, 32)):
+            engine = make_engine(path, slots=slots, threads=threads)
+            assert same_bits(run_engine(engine, ids, chunk), want), (slots, threads, chunk)
+    # a slot for each record: none is read twice, and there is nothing else to read
+    counters = engine.counters
+    assert counters["expert_misses"] <= len(bundle.experts)
+    assert counters["bytes_read"] <= bundle.expert_bytes
+    assert counters["moe_tokens"] == len(ids) * len(used)
+    assert counters["experts_used"] == len(ids) * sum(used)
 
 
 def test_rows_that_are_not_returned_change_nothing(mixed, golden):
@@ -131,6 +189,26 @@ def test_every_cap_gives_the_same_logits_and_tokens(bundle_of, stdlib_ids, threa
             assert paged_answer.tokens == answer.tokens
             assert paged_answer.expert_misses > 0
     assert 4 <= min(seen) < max(seen) < 64
+
+
+def test_every_cap_gives_the_same_answer_without_the_dropped_experts(tmp_path, stdlib_ids):
+    checkpoint = Checkpoint(REFERENCE)
+    kept = (tuple(range(16)), (1, 5, 9), tuple(range(0, 16, 2)), (0, 1, 14, 15))
+    config = replace(checkpoint.config, kept=kept, layer_top_k=(2, 1, 3, 2))
+    experts = {(layer, index): Packing((16,) * 3, 32) for layer in range(4) for index in range(len(kept[layer]))}
+    trunk = trunk_packing(trunk_shapes(config), 8, 64)
+    path = write_bundle(tmp_path / "dropped.emoe", REFERENCE, config, Kept(checkpoint, config), trunk, experts)
+    with Runtime(path, "8GB", 128, threads=1) as runtime:
+        assert runtime.plan.resident
+        assert runtime.plan.all_experts_bytes == 31 * runtime.plan.slot_bytes
+        answer = runtime.generate(stdlib_ids[:50], 30)
+        assert answer.experts_used == (2 + 1 + 3 + 2) / 4
+    for share in (0.2, 0.6):
+        with Runtime(path, cap_between(path, share, threads=2), 128, threads=2) as runtime:
+            assert 3 <= runtime.plan.slots < 31
+            paged = runtime.generate(stdlib_ids[:50], 30)
+            assert paged.tokens == answer.tokens
+            assert paged.expert_misses > 0
 
 
 def test_a_reused_prefix_gives_the_same_answer_as_a_fresh_run(bundle_of, stdlib_ids):

@@ -18,7 +18,7 @@ from edge_moe.bench.evaluate import Score
 from edge_moe.compressor.calibrate import load_calibration
 from edge_moe.compressor.pipeline import LEAST_ROWS, compress, input_importance
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import load_config
+from edge_moe.runtime.config import ARCHITECTURES, load_config
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.tokenizer import Tokenizer
 
@@ -233,8 +233,7 @@ def edit_config(model: Path, **changes) -> None:
 def test_an_architecture_that_is_not_supported_is_named(model, out):
     edit_config(model, model_type="llama")
     assert refused(model, out) == (
-        f"{model}/config.json: architecture 'llama' is not supported; "
-        "supported are mixtral, olmoe, qwen2_moe, qwen3_moe"
+        f"{model}/config.json: architecture 'llama' is not supported; supported are {', '.join(ARCHITECTURES)}"
     )
 
 
@@ -272,8 +271,9 @@ def test_a_tensor_of_another_shape_or_type_is_named(model, out):
     )
     write_file(model / "model.safetensors", {**tensors, name: ("U8", [hidden, dim], data[: len(data) // 2])})
     assert refused(model, out) == (
-        f"{model}/model.safetensors: tensor {name} is U8, supported are BF16, F16, F32; "
-        "use the checkpoint that is not quantised"
+        f"{model}/model.safetensors: tensor {name} of type U8 is not supported; supported are BF16, F16, F32, "
+        "FP8 (quant_method fp8 or compressed-tensors, F8_E4M3 with scales) and MXFP4 (compressed-tensors, "
+        "mxfp4-pack-quantized); use such a checkpoint, best the one that is not quantised"
     )
 
 

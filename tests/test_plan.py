@@ -1,6 +1,7 @@
 """The plan: sizes are read, the cap is divided, and a cap below the floor is refused with one that works."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from bundles import REFERENCE, run_python
@@ -112,6 +113,44 @@ def test_where_all_experts_take_less_than_slots_the_floor_is_all_of_them():
     assert make_plan(CONFIG, ram_bytes=floor, **options, **sizes).resident
     with pytest.raises(MemoryError):
         make_plan(CONFIG, ram_bytes=floor - 1, **options, **sizes)
+
+
+def test_only_experts_that_are_there_count():
+    kept = (tuple(range(16)), (1, 5, 9), tuple(range(0, 16, 2)), (0, 1))
+    config = replace(CONFIG, kept=kept, layer_top_k=(2, 3, 1, 2))
+    options = {"context": 512, "interpreter_bytes": 40_000_000, "trunk_bytes": 2_000_000, "slot_bytes": SLOT}
+    assert config.expert_count == 29
+    p = make_plan(config, ram_bytes=10**9, all_experts_bytes=29 * SLOT, **options)
+    assert (p.resident, p.experts_bytes) == (True, 29 * SLOT)
+    assert make_plan(config, ram_bytes=10**9, all_experts_bytes=10**12, **options).slots == 29
+
+    # the floor: what is needed anyway, the readers' stacks, and a slot for each of layer 1's three
+    p = make_plan(config, ram_bytes=1, refuse=False, all_experts_bytes=29 * SLOT, **options)
+    kv_cache, scratch = _core.engine_memory(engine_config(config, 512, 16))
+    assert p.floor_bytes == 2_000_000 + kv_cache + scratch + p.interpreter_bytes + 4 * 65_536 + 3 * SLOT
+    assert make_plan(config, ram_bytes=p.floor_bytes, all_experts_bytes=29 * SLOT, **options).slots == 3
+    with pytest.raises(MemoryError):
+        make_plan(config, ram_bytes=p.floor_bytes - 1, all_experts_bytes=29 * SLOT, **options)
+    whole = engine_config(CONFIG, 512, 16)
+    assert (kv_cache, scratch) < _core.engine_memory(whole)  # fewer pairs of token and expert at once
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": [16] * 3}, "experts and top_k must have one value a layer"),
+        ({"top_k": [4] * 5}, "experts and top_k must have one value a layer"),
+        ({"experts": [16, 16, 3, 16]}, "top_k must be 1 to a layer's experts"),
+        ({"top_k": [4, 4, 0, 4]}, "top_k must be 1 to a layer's experts"),
+        ({"experts": [16, 16, 16, 0]}, "top_k must be 1 to a layer's experts"),
+    ],
+)
+def test_the_engine_refuses_layers_that_cannot_be(changes, message):
+    c = engine_config(CONFIG, 64, 16)
+    for name, values in changes.items():
+        setattr(c, name, values)
+    with pytest.raises(ValueError, match=message):
+        _core.engine_memory(c)
 
 
 def test_a_plan_as_a_dictionary_has_its_total():

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_checkpoints import ARCHITECTURES, write_checkpoint
+from bundles import Kept
+from golden_checkpoints import ARCHITECTURES, DROPPED, dropped_logits, write_checkpoint
 
 import edge_moe.bench
 from edge_moe.compressor.checkpoint import Checkpoint
@@ -40,6 +41,15 @@ def test_mlx_gives_the_logits_of_transformers(golden):
     mx = pytest.importorskip("mlx.core")
     checkpoint, token_ids, logits = golden
     assert_agree(reference.forward(checkpoint.config, checkpoint, token_ids, mx), logits)
+
+
+@pytest.mark.parametrize("architecture", DROPPED)
+def test_without_the_dropped_experts_the_logits_are_those_of_transformers(tmp_path, architecture):
+    directory, token_ids, _ = write_checkpoint(architecture, tmp_path)
+    checkpoint = Checkpoint(directory)
+    kept, layer_top_k = DROPPED[architecture]
+    config = replace(checkpoint.config, kept=kept, layer_top_k=layer_top_k)
+    assert_agree(reference.forward(config, Kept(checkpoint, config), token_ids), dropped_logits(architecture))
 
 
 def test_a_batch_gives_each_sequence_its_own_logits(golden):

@@ -1,8 +1,10 @@
 """Writing a bundle: whole or not there, whatever stops it."""
 
+import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,10 @@ from edge_moe.runtime.config import load_config, trunk_shapes
 
 @pytest.fixture
 def make_writer(golden, tmp_path):
-    def make(out: Path = tmp_path / "new.emoe") -> BundleWriter:
+    def make(out: Path = tmp_path / "new.emoe", **changes) -> BundleWriter:
         source = golden["olmoe"][0]
-        config = load_config(source)
-        experts = {(layer, index): Packing((2, 3, 4), 32) for layer in range(2) for index in range(8)}
+        config = replace(load_config(source), **changes)
+        experts = {(layer, e): Packing((2, 3, 4), 32) for layer in range(2) for e in range(config.experts_of(layer))}
         return BundleWriter(out, source, config, trunk_packing(trunk_shapes(config), 8, 64), experts)
 
     return make
@@ -68,6 +70,42 @@ def test_a_written_bundle_opens_and_its_checksums_hold(make_writer):
     assert len(list(verify(bundle))) == 17
     assert {expert.widths for expert in bundle.experts.values()} == {(2, 3, 4)}
     assert [file.name for file in w.out.parent.iterdir()] == ["new.emoe"]
+
+
+def test_experts_of_each_layer_are_those_of_the_config(make_writer):
+    kept = ((0, 1, 2, 3, 4, 5, 6, 7), (1, 2, 6))
+    with make_writer(kept=kept, layer_top_k=(1, 3)) as w:
+        w.frequency = {(1, 2): 0.5, (0, 7): 0.25}
+        fill(w)
+        w.finish()
+    bundle = Bundle.open(w.out)
+    assert (bundle.table["dropped"], bundle.table["top_k"]) == ([[], [0, 3, 4, 5, 7]], [1, 3])
+    assert bundle.config == w.config
+    assert len(list(verify(bundle))) == 12
+    assert bundle.record_table()[1].tolist() == [0, 0, 0, 0, 0, 0, 0, 0.25, 0, 0, 0.5]
+
+
+def test_where_nothing_is_dropped_the_bundle_is_the_same_as_without_a_list(make_writer, tmp_path):
+    everything = tuple(range(8))
+    written = []
+    for changes in ({}, {"kept": (everything,) * 2, "layer_top_k": (3, 3)}):
+        with make_writer(tmp_path / f"{len(written)}.emoe", **changes) as w:
+            fill(w)
+            w.finish()
+        written.append({file.name: file.read_bytes() for file in w.out.iterdir()})
+    assert written[0] == written[1]
+    table = json.loads(written[0]["bundle.json"])
+    assert table["dropped"] == []
+    assert "top_k" not in table
+
+
+def test_experts_other_than_those_of_the_config_are_refused(make_writer, tmp_path):
+    for change in (lambda w: w.experts.pop((1, 2)), lambda w: w.experts.update({(1, 3): w.experts[1, 2]})):
+        w = make_writer(kept=((0, 1, 2), (5, 6, 7)))
+        change(w)
+        with pytest.raises(AssertionError, match="config has 6"), w:
+            pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, MemoryError])

@@ -148,25 +148,31 @@ def plan(
     ram: options.Ram = "auto",
     context: options.Context = None,
     width: options.PlanWidth = None,
+    widths: options.PlanWidths = None,
+    trunk_width: options.PlanTrunkWidth = None,
+    keep_experts: options.KeepExperts = None,
+    recipe: options.PlanRecipe = None,
     threads: options.Threads = None,
     json_output: options.Json = False,
 ) -> None:
     """Show where memory would go under a cap.
 
-    Nothing is loaded: a bundle's tables are enough, or a config.json before any download. Fails when the cap is
-    below the floor.
+    Nothing is loaded: a bundle's tables are enough, or a config.json before any download; then also what each part
+    would take at given widths, and the largest context. Fails when the cap is below the floor.
     """
-    from edge_moe.compressor.estimate import assumptions, plan_for
-    from edge_moe.report import plan_text
+    from edge_moe.compressor.estimate import estimate
+    from edge_moe.report import estimate_text
     from edge_moe.runtime.plan import refusal
 
-    result = plan_for(model, ram, context=context, width=width, threads=threads)
+    bits = {"width": width, "widths": _widths(widths), "trunk_width": trunk_width}
+    model_as = {"keep_experts": _keep_experts(keep_experts), "recipe": recipe and recipe.value}
+    result = estimate(model, ram, context=context, threads=threads, **bits, **model_as)
     if json_output:
         _print_json(result.as_dict())
     else:
-        print(plan_text(result, assumptions(model, width)))
-    if result.ram_bytes < result.floor_bytes:
-        raise MemoryError(refusal(result))
+        print(estimate_text(result))
+    if result.plan.ram_bytes < result.plan.floor_bytes:
+        raise MemoryError(refusal(result.plan))
 
 
 @command("inspect")
@@ -251,6 +257,24 @@ def _token_ids(text: str) -> list[int]:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError:
         raise ValueError(f"tokens {text!r} are not whole numbers with commas between them") from None
+
+
+def _widths(text: str | None) -> dict[str, int] | None:
+    """gate=2,up=2,down=3 as a dictionary."""
+    try:
+        return text and {name: int(bits) for name, bits in (item.split("=") for item in text.split(","))}
+    except ValueError:
+        raise ValueError(f"widths {text!r} are not NAME=BITS with commas between, as gate=2,down=3") from None
+
+
+def _keep_experts(text: str | None) -> int | float | None:
+    """192, or 0.75 of them."""
+    try:
+        return text and (float(text) if "." in text else int(text))
+    except ValueError:
+        raise ValueError(
+            f"keep-experts {text!r} is neither a number of experts, as 192, nor a share, as 0.75"
+        ) from None
 
 
 def _prune(text: str) -> float | str:

@@ -19,6 +19,10 @@ class Format(str, Enum):
     csv = "csv"
 
 
+class Recipe(str, Enum):
+    collaborative = "collaborative"
+
+
 def _argument(kind, metavar: str, help: str):
     return Annotated[kind, typer.Argument(metavar=metavar, help=help, show_default=False)]
 
@@ -83,6 +87,16 @@ KeepBundles = _option(str | None, "--keep", metavar="DIR", help="Keep the bundle
 
 # Of plan
 PlanWidth = _option(int | None, "--width", metavar="B", help="Bits of the experts, for a MODEL [default: 4].")
+PlanTrunkWidth = _option(int | None, "--trunk-width", metavar="B", help="Bits of all weights but those [default: 8].")
+PlanWidths = _option(
+    str | None, "--widths", metavar="NAME=B,...",
+    help="Bits by kind: gate, up, down, edge_gate, edge_up, edge_down (the first and last eighth of the layers), "
+    "shared, attention, dense, embedding, head.",
+)  # fmt: skip
+KeepExperts = _option(
+    str | None, "--keep-experts", metavar="N|SHARE", help="Experts that a layer keeps, as 192 or 0.75 [default: all]."
+)
+PlanRecipe = _option(Recipe | None, "--recipe", help="Instead of widths: a published mix of another format.")
 
 # Of eval
 Texts = _option(list[str], "--text", metavar="FILE", help="Text to score; repeatable.")

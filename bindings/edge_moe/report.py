@@ -21,6 +21,13 @@ BENCH_COLUMNS = (  # of a benchmark's table: title, and the cell of a Measuremen
     ("peak", lambda row: size(row.peak_memory_bytes)),
 )
 STDLIB_NOTE = "calibrated on Python source, which is on every machine; for other text pass --calibration FILE"
+PART_NAMES = {  # of sizes.Part
+    **{name: f"experts, {name}" for name in ("gate", "up", "down", "padding")},
+    "shared": "shared expert",
+    "dense": "dense MLP",
+    "head": "output head",
+    "float32": "norms and routers",
+}
 NUMERIC = ("size", "params", "threads", "ram cap", "t/s", "hits", "MB read/token", "GB/s", "peak")
 
 
@@ -45,7 +52,32 @@ def table(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
     return "\n".join(lines)
 
 
-def plan_text(plan, assumed: str = "") -> str:
+def parts_text(parts) -> str:
+    """sizes.Part rows as a table: weights, bits a weight and bytes, and their sums."""
+    weights, nbytes = (sum(getattr(part, name) for part in parts) for name in ("weights", "nbytes"))
+    cells = [(PART_NAMES.get(part.name, part.name), part.weights, part.nbytes) for part in parts]
+    rows = [["part", "weights", "bits", "bytes"]]
+    for name, count, size_bytes in (*cells, ("total", weights, nbytes)):
+        known = [f"{count:,}", f"{8 * size_bytes / count:.3f}"] if count else ["", ""]
+        rows.append([name, *known, size(size_bytes)])
+    return table(rows, right=(1, 2, 3))
+
+
+def estimate_text(estimate) -> str:
+    """An Estimate: the parts if it has them, the plan, the largest contexts and what was assumed."""
+    if not estimate.parts:
+        return plan_text(estimate.plan)
+    most, resident = estimate.largest_context, estimate.largest_resident_context
+    fits = (
+        f"the cap holds a context of at most {most:,} tokens"
+        + (f", or {resident:,} with every expert in memory" if resident else ", never every expert")
+        if most
+        else "the cap holds no context"
+    )
+    return f"{parts_text(estimate.parts)}\n\n{plan_text(estimate.plan)}\n\n{fits}\n{estimate.assumed}"
+
+
+def plan_text(plan) -> str:
     """A Plan as a table of bytes by purpose, its floor, and from where on every expert is in memory."""
     if plan.ram_bytes < plan.floor_bytes:
         experts = "less than a token needs"
@@ -67,7 +99,7 @@ def plan_text(plan, assumed: str = "") -> str:
         ["floor", size(plan.floor_bytes), "the smallest cap that works"],
         ["resident from", size(plan.resident_bytes), "the cap from which nothing is paged"],
     ]
-    return table(rows, right=(1,)) + (f"\n\n{assumed}" if assumed else "")
+    return table(rows, right=(1,))
 
 
 def widths_name(widths: tuple[int, int, int]) -> str:
@@ -107,7 +139,7 @@ def describe_bundle(bundle) -> dict:
             str(layer): {widths_name(widths): counts[widths] for widths in sorted(counts)}
             for layer, counts in per_layer.items()
         },
-        "dropped": len(extra.get("dropped") or []),
+        "dropped": sum(map(len, extra["dropped"])),
         "method": extra.get("method"),
         "calibration": extra.get("calibration"),
         "certificate": extra.get("certificate"),

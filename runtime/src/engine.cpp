@@ -36,8 +36,12 @@ class Carver {
   size_t used_ = 0;
 };
 
+size_t most(const std::vector<int>& counts) {
+  return counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
+}
+
 size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
-  const size_t chunk = c.chunk, pairs = chunk * c.top_k;
+  const size_t chunk = c.chunk, pairs = chunk * most(c.top_k), experts = most(c.experts);
   const size_t q_dim = size_t(c.heads) * c.head_dim, kv_dim = size_t(c.kv_heads) * c.head_dim;
   const size_t widest = std::max({c.expert_hidden, c.shared_hidden, c.dense_hidden});
   const size_t hidden = std::max({pairs * c.expert_hidden, chunk * c.shared_hidden, chunk * c.dense_hidden});
@@ -49,13 +53,13 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   carver.carve(s.v, chunk * kv_dim);
   carver.carve(s.attended, chunk * q_dim);
   carver.carve(s.scores, size_t(c.threads) * c.context);
-  carver.carve(s.router_logits, chunk * c.experts);
+  carver.carve(s.router_logits, chunk * experts);
   carver.carve(s.routing_weights, pairs);
   carver.carve(s.routed, pairs);
   carver.carve(s.pair_of, pairs);
   carver.carve(s.pair_token, pairs);
   carver.carve(s.all_tokens, chunk);
-  carver.carve(s.first_pair, c.experts + 1);
+  carver.carve(s.first_pair, experts + 1);
   carver.carve(s.gate, hidden);
   carver.carve(s.up, hidden);
   carver.carve(s.down, pairs * c.dim);
@@ -132,7 +136,7 @@ Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int s
     w.q_bias = vector("q_bias", q_dim), w.k_bias = vector("k_bias", kv_dim), w.v_bias = vector("v_bias", kv_dim);
     w.q_norm = vector("q_norm", c.qk_norm_full ? q_dim : c.head_dim);
     w.k_norm = vector("k_norm", c.qk_norm_full ? kv_dim : c.head_dim);
-    if (c.dense_layers[layer]) {
+    if (!c.experts[layer]) {
       w.dense = {matrix("dense.gate"), matrix("dense.up"), matrix("dense.down")};
     } else {
       w.router = matrix("router");
@@ -143,8 +147,10 @@ Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int s
     }
     layers_.push_back(w);
   }
-  jobs_.reserve(c.experts + 1);
-  pending_.reserve(c.experts);
+  first_record_.resize(c.layers);
+  std::exclusive_scan(c.experts.begin(), c.experts.end(), first_record_.begin(), 0);
+  jobs_.reserve(most(c.experts) + 1);
+  pending_.reserve(most(c.experts));
   tasks_.reserve(4096);
 }
 
@@ -246,24 +252,25 @@ void Engine::attention(int layer, int tokens) {
 // Router logits -> routed, routing_weights; then (token, k) pairs sorted by expert: pair_of, pair_token, first_pair.
 void Engine::route_tokens(int layer, int tokens) {
   const EngineConfig& c = config_;
+  const int experts = c.experts[layer], top_k = c.top_k[layer];
   Activations x;
   x.values = s_.normed, x.count = tokens, x.cols = c.dim;
   matmul(layers_[layer].router, x, s_.router_logits);
   const RouterRule rule{c.renormalise};
   pool_.run(tokens, [&](int t, int) {
-    route(kernels_, rule, s_.router_logits + size_t(t) * c.experts, c.experts, c.top_k, s_.routed + t * c.top_k,
-          s_.routing_weights + t * c.top_k);
+    route(kernels_, rule, s_.router_logits + size_t(t) * experts, experts, top_k, s_.routed + t * top_k,
+          s_.routing_weights + t * top_k);
   });
-  const int pairs = tokens * c.top_k;
-  std::fill(s_.first_pair, s_.first_pair + c.experts + 1, 0);
+  const int pairs = tokens * top_k;
+  std::fill(s_.first_pair, s_.first_pair + experts + 1, 0);
   for (int i = 0; i < pairs; ++i) ++s_.first_pair[s_.routed[i] + 1];
-  std::partial_sum(s_.first_pair, s_.first_pair + c.experts + 1, s_.first_pair);
+  std::partial_sum(s_.first_pair, s_.first_pair + experts + 1, s_.first_pair);
   for (int i = 0; i < pairs; ++i) {
     const int pair = s_.first_pair[s_.routed[i]]++;
     s_.pair_of[i] = pair;
-    s_.pair_token[pair] = i / c.top_k;
+    s_.pair_token[pair] = i / top_k;
   }
-  for (int expert = c.experts; expert > 0; --expert) s_.first_pair[expert] = s_.first_pair[expert - 1];
+  for (int expert = experts; expert > 0; --expert) s_.first_pair[expert] = s_.first_pair[expert - 1];
   s_.first_pair[0] = 0;
   stats_.moe_tokens += tokens;
   stats_.experts_used += pairs;
@@ -272,6 +279,7 @@ void Engine::route_tokens(int layer, int tokens) {
 void Engine::experts(int layer, int tokens) {
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
+  const int experts = c.experts[layer], top_k = c.top_k[layer], first_record = first_record_[layer];
 
   // mlp norm
   pool_.run(tokens, [&](int t, int) {
@@ -280,7 +288,7 @@ void Engine::experts(int layer, int tokens) {
     quantise_vector(normed, c.dim, s_.normed_q, t);
   });
 
-  if (c.dense_layers[layer]) {  // a layer without experts
+  if (!experts) {
     jobs_.assign(1, {w.dense, s_.all_tokens, tokens, 0, -1});
     run_jobs(s_.shared);
     add_to_residual(s_.shared, tokens);
@@ -291,10 +299,9 @@ void Engine::experts(int layer, int tokens) {
   route_tokens(layer, tokens);
 
   // experts, expert-major: those in memory are pinned first and computed while readers fetch the others
-  const int first_record = layer * c.experts;
   pending_.clear();
   for (int pass = 0; pass < 2; ++pass)
-    for (int e = 0; e < c.experts; ++e)
+    for (int e = 0; e < experts; ++e)
       if (s_.first_pair[e + 1] > s_.first_pair[e] && cache_.holds(first_record + e) == (pass == 0))
         pending_.push_back(e);
   size_t acquired = 0, computed = 0;  // of pending_: [0, computed) done, [computed, acquired) pinned
@@ -327,9 +334,9 @@ void Engine::experts(int layer, int tokens) {
 
   // their weighted sum, in order of rank whatever order they were computed in
   pool_.run(tokens, [&](int t, int) {
-    for (int k = 0; k < c.top_k; ++k)
-      kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.down + size_t(s_.pair_of[t * c.top_k + k]) * c.dim,
-                          s_.routing_weights[t * c.top_k + k], c.dim);
+    for (int k = 0; k < top_k; ++k)
+      kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.down + size_t(s_.pair_of[t * top_k + k]) * c.dim,
+                          s_.routing_weights[t * top_k + k], c.dim);
   });
 
   // shared expert

@@ -19,7 +19,8 @@ namespace edge_moe {
 struct EngineConfig {
   int layers = 0, dim = 0, vocab = 0;
   int heads = 0, kv_heads = 0, head_dim = 0;
-  int experts = 0, top_k = 0, expert_hidden = 0;
+  int expert_hidden = 0;
+  std::vector<int> experts, top_k;  // (layers,): of each layer; 0 in one without experts
   bool renormalise = false;
   int activation = 0;  // Kernels::gate_up
   float norm_eps = 1e-6f;
@@ -28,7 +29,6 @@ struct EngineConfig {
   float qkv_clip = 0;         // 0: off
   int sliding_window = 0;     // 0: all
   int shared_hidden = 0, dense_hidden = 0;
-  std::vector<bool> dense_layers;  // (layers,)
 
   int context = 0;      // positions in the KV cache
   int chunk = 0;        // most tokens of one forward()
@@ -52,7 +52,7 @@ struct LayerWeights {
   Matrix q, k, v, o;
   const float *q_bias, *k_bias, *v_bias;  // null: none
   const float *q_norm, *k_norm;           // (head_dim,) or all heads; null: none
-  Matrix router;                          // (experts, dim) float32; empty in a dense layer
+  Matrix router;                          // (experts, dim) float32; empty in a layer without experts
   Matrix shared_router;                   // (1, dim) float32; empty: no shared expert
   ExpertWeights shared, dense;
 };
@@ -66,7 +66,7 @@ struct QuantisedBuffer {
 struct Scratch {
   float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
   float* scores;                                   // (threads, context)
-  float *router_logits, *routing_weights;          // (chunk, experts), (chunk, top_k)
+  float *router_logits, *routing_weights;          // (chunk, experts), (chunk, top_k): the most of any layer
   int32_t *routed, *pair_of, *pair_token;          // (chunk, top_k): expert ids; pair of (token, k); token of a pair
   int32_t *all_tokens, *first_pair;                // (chunk,); (experts+1,)
   float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
@@ -127,6 +127,7 @@ class Engine {
   Matrix embedding_, head_;
   const float* output_norm_;
   std::vector<LayerWeights> layers_;
+  std::vector<int> first_record_;  // (layers,): the store's number of a layer's expert 0
   Arena kv_arena_, scratch_arena_;
   float *keys_, *values_;  // (layers, kv_heads, context, head_dim)
   Scratch s_;

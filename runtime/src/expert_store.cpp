@@ -25,7 +25,6 @@ ExpertStore::ExpertStore(const std::vector<std::string>& paths, std::vector<Reco
     : records_(std::move(records)), verified_(records_.size()) {
   for (const std::string& path : paths) files_.push_back(std::make_unique<File>(path));
   for (const Record& record : records_) {
-    if (record.padded == 0) continue;
     const File& file = *files_.at(record.file);
     if (record.offset > file.bytes || record.padded > file.bytes - record.offset ||
         record.layout.bytes > record.padded || record.offset % kSmallAlignment || record.padded % kSmallAlignment)

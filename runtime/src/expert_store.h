@@ -19,7 +19,7 @@ struct Record {
   int layer = 0, expert = 0;
   int file = 0;
   uint64_t offset = 0;
-  uint64_t padded = 0;  // bytes; 0: this layer has no such expert
+  uint64_t padded = 0;  // bytes
   uint32_t checksum = 0;
   float frequency = 0;  // of use during calibration, relative to its layer's others
   RecordLayout layout{};
