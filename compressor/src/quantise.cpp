@@ -1,114 +1,13 @@
-// Round to nearest with a searched range; see quantise.h.
-//
-// Clipping a group's range trades a large error on its extremes for a finer step elsewhere. So each group is tried at
-// several widths of range about its middle; the best is refined by alternating least squares (scale and bias for the
-// codes, codes for the scale and bias). Scale and bias are rounded to bfloat16 before codes are chosen, so what is
-// measured is what will be read back.
+// Round to nearest, group by group; see quantise.h.
 #include "quantise.h"
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "../../runtime/src/threads.h"
+#include "affine.h"
 
 namespace edge_moe {
-
-namespace {
-
-constexpr int kRangeSteps = 16;  // ranges tried, from the whole one down
-constexpr int kRefinements = 4;  // rounds of least squares after the best of them
-constexpr int kMostGroup = 128;
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to the nearest even number
-
-float from_bfloat16(uint16_t value) {
-  uint32_t bits = uint32_t(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
-struct Affine {
-  float scale = 0, bias = 0;
-  float error = INFINITY;  // sum of importance * (unit * (weight - scale*code - bias))^2
-};
-
-// The nearest codes for scale and bias rounded to bfloat16, and the error they leave, in units of 1/unit squared.
-Affine round_group(const float* w, const float* importance, int n, float top_code, float scale, float bias, float unit,
-                   float* codes) {
-  Affine a;
-  a.scale = from_bfloat16(to_bfloat16(scale));
-  a.bias = from_bfloat16(to_bfloat16(bias));
-  float inverse = 1.0f / a.scale;
-  if (!std::isfinite(inverse)) inverse = 0.0f;  // scale is 0 or next to it: the bias alone
-  float lanes[16] = {};
-  for (int i = 0; i < n; i += 16)
-    for (int j = 0; j < 16; ++j) {
-      float code = (w[i + j] - a.bias) * inverse;
-      code = code < 0.0f ? 0.0f : code > top_code ? top_code : code;
-      code = (code + kRound) - kRound;
-      codes[i + j] = code;
-      const float miss = (w[i + j] - (a.scale * code + a.bias)) * unit;
-      lanes[j] += importance[i + j] * (miss * miss);
-    }
-  a.error = 0;
-  for (float lane : lanes) a.error += lane;
-  return a;
-}
-
-Affine fit_group(const float* w, const float* importance, int n, int width, bool search, float* best_codes) {
-  const float top_code = float((1 << width) - 1);
-  float low = w[0], high = w[0];
-  for (int i = 1; i < n; ++i) low = std::min(low, w[i]), high = std::max(high, w[i]);
-  int exponent;  // a power of two that brings weights near one, so that their squares neither overflow nor vanish
-  std::frexp(std::max(-low, high), &exponent);
-  const float unit = std::ldexp(1.0f, std::clamp(-exponent, -126, 126));
-  float codes[kMostGroup];
-  Affine best;
-  auto consider = [&](float scale, float bias) {
-    const Affine a = round_group(w, importance, n, top_code, scale, bias, unit, codes);
-    if (!(a.error < best.error)) return false;
-    best = a;
-    std::memcpy(best_codes, codes, n * sizeof(float));
-    return true;
-  };
-  const float narrowest = width == 1 ? 0.2f : width == 2 ? 0.5f : width == 3 ? 0.7f : 0.85f;
-  const float middle = 0.5f * (low + high), range = high - low;
-  for (int step = 0; step < (search ? kRangeSteps : 1); ++step) {
-    const float part = 1.0f - (1.0f - narrowest) * float(step) / float(kRangeSteps - 1);
-    consider(part * range / top_code, middle - 0.5f * part * range);
-  }
-  for (int round = 0; round < (search ? kRefinements : 0); ++round) {
-    double sum = 0, sum_q = 0, sum_w = 0, sum_qq = 0, sum_qw = 0;
-    for (int i = 0; i < n; ++i) {
-      const double m = importance[i], q = best_codes[i], value = w[i];
-      sum += m, sum_q += m * q, sum_w += m * value, sum_qq += m * q * q, sum_qw += m * q * value;
-    }
-    const double spread = sum * sum_qq - sum_q * sum_q;
-    if (!(spread > 0)) break;
-    const double scale = (sum * sum_qw - sum_q * sum_w) / spread;
-    if (!consider(float(scale), float((sum_w - scale * sum_q) / sum))) break;
-  }
-  return best;
-}
-
-void pack(const float* codes, int n, int width, uint8_t* out, size_t first_bit) {
-  for (int i = 0; i < n; ++i) {
-    const size_t bit = first_bit + size_t(i) * width;
-    const uint32_t value = uint32_t(codes[i]) << (bit % 8);
-    out[bit / 8] |= uint8_t(value);
-    if (bit % 8 + width > 8) out[bit / 8 + 1] |= uint8_t(value >> 8);
-  }
-}
-
-}  // namespace
-
-uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
 
 void quantise_matrix(const float* weights, int rows, int cols, int width, int group, const float* importance,
                      bool search, int threads, QuantisedRows out) {
@@ -125,7 +24,7 @@ void quantise_matrix(const float* weights, int rows, int cols, int width, int gr
       const size_t at = size_t(row) * (cols / group) + first / group;
       out.scales[at] = to_bfloat16(a.scale);
       out.biases[at] = to_bfloat16(a.bias);
-      pack(codes, group, width, packed, size_t(first) * width);
+      pack_codes(codes, group, width, packed, size_t(first) * width);
     }
   });
 }

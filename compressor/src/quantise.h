@@ -18,7 +18,4 @@ struct QuantisedRows {
 void quantise_matrix(const float* weights, int rows, int cols, int width, int group, const float* importance,
                      bool search, int threads, QuantisedRows out);
 
-// float32 to bfloat16, round to nearest even.
-uint16_t to_bfloat16(float value);
-
 }  // namespace edge_moe

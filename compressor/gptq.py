@@ -1,0 +1,109 @@
+"""GPTQ with refinement: round a matrix so that its output changes least on calibration inputs.
+
+The objective is tr(E H E^T): E (rows, cols) what rounding changes, H (cols, cols) the second moment of the inputs.
+GPTQ (arXiv 2210.17323) rounds column by column and moves each error to the columns still to come; scale and bias of a
+group are fitted when it is reached, to the weights as they are by then. Refinement then goes over the groups again:
+least squares for scale and bias, and each code in turn, everything else fixed. On the reference model it takes a fifth
+off the KL divergence of GPTQ alone at 2 bits, a tenth at 3. Work inside a group is compiled (src/gptq.cpp); between
+groups it is matrix products.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_moe import _core
+from edge_moe.compressor.quantise import MOST, to_bfloat16
+from edge_moe.compressor.writer import Quantised
+
+DAMPING = 0.01  # of the mean diagonal, added to it
+SWEEPS = 2  # of refinement over all groups; a third gains under 1 %
+ROUNDS = 2  # inside a group, each sweep
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """The damped second moment of a matrix's inputs, and its factor: shared by every width, and by gate and up."""
+
+    moment: np.ndarray  # float32 (cols, cols)
+    factor: np.ndarray  # float32 (cols, cols), upper triangular R: inverse(moment) = R^T R
+    damping: float  # what was added to the diagonal
+
+    @classmethod
+    def of(cls, moment: np.ndarray, damping: float = DAMPING) -> "Curvature":
+        """From a second moment (cols, cols). Raises ValueError where it is not finite."""
+        from scipy.linalg import lapack
+
+        mean = float(np.trace(moment)) / len(moment)
+        if not np.isfinite(mean):
+            raise ValueError("activations have NaN or Inf; the checkpoint is damaged or its text is not for it")
+        added = damping * mean if mean > 0 else 1.0  # no input was ever seen: every weight alike
+        # inverse(H) = R^T R with R upper: R is the inverse of A with H = A A^T, A upper, which is Cholesky from the end
+        flipped = np.asfortranarray(moment[::-1, ::-1], dtype=np.float64)
+        flipped[np.diag_indices(len(moment))] += added
+        for step in (
+            lambda a: lapack.dpotrf(a, lower=1, clean=1, overwrite_a=1),
+            lambda a: lapack.dtrtri(a, lower=1, overwrite_c=1),
+        ):
+            flipped, info = step(flipped)
+            if info:
+                raise ValueError("the second moment of the inputs is not positive; raise the damping")
+        factor = np.ascontiguousarray(flipped[::-1, ::-1], dtype=np.float32)
+        damped = np.ascontiguousarray(moment, np.float32).copy()
+        damped[np.diag_indices(len(moment))] += np.float32(added)
+        return cls(damped, factor, added)
+
+    def map_to(self, cross: np.ndarray) -> np.ndarray:
+        """(cols, cols) M such that weights @ M meets, on these inputs, what weights gave on the clean ones.
+
+        cross: mean of (clean input) x (input)^T. The damping pulls M towards the identity.
+        """
+        pulled = cross.astype(np.float32)
+        pulled[np.diag_indices(len(cross))] += np.float32(self.damping)
+        return pulled @ self.factor.T @ self.factor
+
+
+def gptq(
+    weights: np.ndarray, curvature: Curvature, width: int, group: int, *, sweeps: int = SWEEPS, threads: int = 1
+) -> Quantised:
+    """Pack a float32 matrix (rows, cols) at `width` bits in groups of `group` inputs; widths 16 and 32 are not rounded.
+
+    sweeps: of refinement, 0 for GPTQ alone. Raises ValueError for weights beyond MOST.
+    """
+    if width == 16:
+        return Quantised(to_bfloat16(weights))
+    if (most := max(-weights.min(), weights.max())) > MOST:
+        raise ValueError(f"a weight of {most:.3g} is beyond {MOST:.0e}, which width {width} cannot hold; use bits 16")
+    rows, cols = weights.shape
+    groups = [slice(first, first + group) for first in range(0, cols, group)]
+    codes = np.empty((rows, cols), np.uint8)
+    scales, biases = np.empty((2, rows, len(groups)), np.float32)
+
+    left = weights.astype(np.float32)  # what each column is to be, errors of the columns before it moved in
+    for i, at in enumerate(groups):
+        codes[:, at], scales[:, i], biases[:, i], errors = _core.gptq_group(
+            np.ascontiguousarray(left[:, at]), width, np.ascontiguousarray(curvature.factor[at, at]), threads
+        )
+        if at.stop < cols:
+            left[:, at.stop :] -= errors @ curvature.factor[at, at.stop :]
+
+    if sweeps:
+        gradient = (weights - _unpack(codes, scales, biases, group)) @ curvature.moment
+    for _ in range(sweeps):
+        for i, at in enumerate(groups):
+            codes[:, at], scales[:, i], biases[:, i], change = _core.refine_group(
+                np.ascontiguousarray(codes[:, at]),
+                np.ascontiguousarray(scales[:, i]),
+                np.ascontiguousarray(biases[:, i]),
+                width,
+                np.ascontiguousarray(gradient[:, at]),
+                np.ascontiguousarray(curvature.moment[at, at]),
+                ROUNDS,
+                threads,
+            )
+            gradient += change @ curvature.moment[at]
+    return Quantised(_core.pack_codes(codes, width), to_bfloat16(scales), to_bfloat16(biases))
+
+
+def _unpack(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, group: int) -> np.ndarray:
+    return np.repeat(scales, group, axis=1) * codes + np.repeat(biases, group, axis=1)
