@@ -5,52 +5,15 @@ scored, perplexity is per token. State it beside every figure.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from edge_moe.runtime import reference
 from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.score import Score
 
 LOGITS_ROWS = 32  # positions scored at once: bounds memory where the vocabulary is large; the plan counts them
-
-
-@dataclass(slots=True)
-class Score:
-    """Running sums over scored positions."""
-
-    tokens: int = 0
-    nll: float = 0.0  # nats
-    kld: list = field(default_factory=list)  # nats, one a position
-    agree: int = 0  # positions where both put the same token first
-
-    def add(self, logits: np.ndarray, targets: np.ndarray, against: np.ndarray | None = None) -> None:
-        """logits, against: (positions, vocab); targets: (positions,) the tokens that followed."""
-        log_p = log_softmax(logits)
-        self.tokens += len(targets)
-        self.nll -= float(log_p[np.arange(len(targets)), targets].sum())
-        if against is not None:
-            log_q = log_softmax(against)
-            self.kld += (np.exp(log_q) * (log_q - log_p)).sum(axis=-1).tolist()
-            self.agree += int((logits.argmax(-1) == against.argmax(-1)).sum())
-
-    def result(self) -> dict:
-        """tokens, perplexity and, when compared, kld_mean, kld_p99 (nats a token) and top1_agreement."""
-        out = {"tokens": self.tokens, "perplexity": float(np.exp(self.nll / max(self.tokens, 1)))}
-        if self.kld:
-            out |= {
-                "kld_mean": float(np.mean(self.kld)),
-                "kld_p99": float(np.quantile(self.kld, 0.99)),
-                "top1_agreement": self.agree / self.tokens,
-            }
-        return out
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 (rows, vocab) of float32 logits."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def windows(ids, context: int, tokens: int | None = None) -> Iterable[np.ndarray]:

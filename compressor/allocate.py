@@ -2,13 +2,74 @@
 
 `allocate_layer` is MC's (arXiv 2410.06270, section 3.2), one program a layer in nominal bits. `allocate_model` is
 ours: one program over all layers in true bytes, scales, biases and padding included. Both are solved by HiGHS.
+`mixed` and `published` bring a model's measures into the form that each takes.
 """
 
 import numpy as np
 
+from edge_moe.compressor.sensitivity import Measures
+from edge_moe.compressor.writer import Packing
+from edge_moe.runtime.bundle import record_alignment, record_bytes
+from edge_moe.runtime.config import ModelConfig
+
+MC_WIDTHS = (1, 2, 3)
+MC_EXPONENTS = {"mc": (1.0, 1.0, 2.0), "mc-release": (1.0, 1.5, 1.0)}  # alpha, beta, gamma: as printed, as released
+FLAT = 2.0  # spread of sensitivity below which there is nothing to choose
 RELATIVE_GAP = 2e-3  # of the optimum at which the program over all layers stops: below the error of any measurement,
 #                      and a hundred times sooner than 1e-4 (0.3 s against 60 s for 64 experts)
 TIME_LIMIT_S = 120  # the best found so far is taken then
+
+
+def packings(choices: list[tuple[int, int]]) -> list[Packing]:
+    """The packings of an expert that pmq chooses from: gate and up alike, down as wide or up to two steps wider.
+
+    An error in down goes straight to the output: it makes three quarters of the whole on the reference model. There, at
+    2.5 bits, the expected divergence is 0.64 of one width's with the three alike, 0.52 with down one step wider or
+    narrower, 0.51 with up to two wider; narrower ones add nothing, nor do gates unlike up.
+    """
+    options = []
+    for group in sorted({group for _, group in choices}):
+        widths = sorted(width for width, its in choices if its == group)
+        for i, width in enumerate(widths):
+            options += [Packing((width, width, down), group) for down in widths[i : i + 3]]
+    return options
+
+
+def packing_costs(measures: Measures, options: list[Packing]) -> np.ndarray:
+    """(experts of all layers, options, domains + 1) expected KL divergence, nats a token."""
+    cost, place = measures.cost(), {choice: i for i, choice in enumerate(measures.choices)}
+    at = [[place[width, option.group] for width in option.widths] for option in options]
+    return np.stack([sum(cost[:, part, where[part]] for part in range(3)) for where in at], axis=1)
+
+
+def mixed(config: ModelConfig, measures: Measures, budget: float, unit: Packing, options=None) -> list[Packing]:
+    """pmq: the packing of each expert of the model, in order, in at most `budget` bytes.
+
+    unit: one packing for all, in whose cost each domain's is counted. options: packings to choose from.
+    """
+    options = options or packings(measures.choices)
+    cost = packing_costs(measures, options)
+    sizes = [record_bytes(config, option.widths, option.group, record_alignment(config)) for option in options]
+    total = packing_costs(measures, [unit])[:, 0].sum(axis=0) if unit else cost.min(axis=1).sum(axis=0)
+    chosen = allocate_model(cost / np.maximum(total, 1e-30), np.tile(sizes, (len(cost), 1)), budget)
+    return [options[i] for i in chosen]
+
+
+def published(config: ModelConfig, measures: Measures, budget: float, method: str, group: int) -> list[Packing]:
+    """mc and mc-release: as mixed(), a program a layer, in nominal bits that keep the true ones within the budget."""
+    alignment, count = record_alignment(config), config.expert_count
+    true = [8 * record_bytes(config, (w,) * 3, group, alignment) / config.expert_weights for w in MC_WIDTHS]
+    overhead = max(bits - width for bits, width in zip(true, MC_WIDTHS, strict=True))
+    nominal = 8 * budget / (config.expert_weights * count) - overhead
+    at = [measures.choices.index((width, group)) for width in MC_WIDTHS]
+    chosen = []
+    for layer in config.moe_layers:
+        m = measures.layers[layer]
+        error = np.sqrt(np.square(m.norm_errors[:, :, at]).sum(axis=1))  # of the three matrices together
+        total_bits = int(nominal * config.experts_of(layer) + 1e-6)
+        widths = allocate_layer(m.frequency, m.routing_weight, error, total_bits, *MC_EXPONENTS[method])
+        chosen += [Packing((int(width),) * 3, group) for width in widths]
+    return chosen
 
 
 def allocate_layer(frequency, routing_weight, error, total_bits, alpha, beta, gamma, widths=(1, 2, 3)) -> np.ndarray:

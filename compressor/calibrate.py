@@ -1,8 +1,7 @@
-"""What the compressor learns from text: how often each expert is used, and what each width would cost.
+"""The text that the compressor learns from, and other text, held out, that the result is certified on.
 
-Calibration tokens go through the model layer by layer (runtime/reference.py), one layer's weights in memory at a
-time, every layer seeing full-precision inputs. Text comes from files, from token ids (.npy), or by default from
-the running interpreter's own standard library, so nothing is downloaded.
+Text comes from files, from token ids (.npy), or by default from the running interpreter's own standard library, so
+nothing is downloaded. Without held-out files the last eighth of each calibration text is held out.
 """
 
 import hashlib
@@ -12,15 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.runtime import reference
 from edge_moe.runtime.config import ModelConfig
 
 SEQUENCE_TOKENS = 256  # of one calibration sequence, or the model's context if shorter
-MOST_ROWS = 1024  # tokens of an expert on which its error is measured; more are sampled evenly
 STDLIB_BYTES = 4_000_000  # of the standard library that are read for calibration
 STDLIB = "Python standard library"
 MOST_DOMAINS = 8  # kinds of text that calibration tells apart
 DOMAIN_SEQUENCES = 8  # calibration sequences for each kind, at the least, on average
+HELD_OUT_TOKENS = 8192
+HELD_OUT_PART = 8  # of a text, from its end, is held out: one in so many
+SAMPLE_TOKENS = 64  # of a held-out sequence that calibration must not contain
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,31 +30,22 @@ class Calibration:
     ids: np.ndarray
     source: str
     domains: np.ndarray  # (sequences,) from 0
+    held_out: np.ndarray  # (sequences, tokens), none of them in ids
+    held_out_source: str
 
     @property
     def provenance(self) -> dict:
-        sequences, tokens = self.ids.shape
-        digest = hashlib.sha256(np.ascontiguousarray(self.ids, np.int64).tobytes()).hexdigest()
-        return {
-            "source": self.source,
-            "sequences": sequences,
-            "tokens": sequences * tokens,
-            "domains": int(self.domains.max()) + 1,
-            "sha256": digest,
-        }
+        """What bundle.json says of it."""
+        return {"source": self.source, **_described(self.ids), "domains": int(self.domains.max()) + 1}
+
+    @property
+    def held_out_provenance(self) -> dict:
+        return {"source": self.held_out_source, **_described(self.held_out)}
 
 
-@dataclass(slots=True)
-class LayerMeasure:
-    """One layer's calibration. An option is one choice of widths for an expert."""
-
-    frequency: np.ndarray  # (experts,) assignments / tokens
-    routing_weight: np.ndarray  # (experts,) mean over all tokens of the weight before renormalisation
-    errors: np.ndarray  # (experts, options) Frobenius norm of the change of the block's output (MC)
-    # (experts, options, domains + 1) mean over a domain's tokens of the squared change of the residual stream, relative
-    # to its squared norm. The last column stands for text unlike all of it, which uses every expert alike: it keeps
-    # experts that calibration seldom or never saw from being starved. One without a token counts as its layer's mean.
-    domain_errors: np.ndarray
+def _described(ids: np.ndarray) -> dict:
+    digest = hashlib.sha256(np.ascontiguousarray(ids, np.int64).tobytes()).hexdigest()
+    return {"sequences": len(ids), "tokens": ids.size, "sha256": digest}
 
 
 def domains_of(ids: np.ndarray, seed: int) -> np.ndarray:
@@ -85,30 +76,69 @@ def domains_of(ids: np.ndarray, seed: int) -> np.ndarray:
     return np.unique(labels, return_inverse=True)[1]
 
 
-def load_calibration(tokenizer, config: ModelConfig, files: list[Path], tokens: int, seed: int) -> Calibration:
-    """Sequences of calibration tokens, the same for the same arguments.
+def load_calibration(
+    tokenizer, config: ModelConfig, files: list[Path], tokens: int, seed: int, held_out: list[Path] = ()
+) -> Calibration:
+    """Sequences of calibration tokens and of held-out ones, the same for the same arguments.
 
     Every file gives the same share of `tokens`, in windows spread evenly over it. Raises ValueError when there is
-    no tokenizer for text, a file has too little of it, or ids are outside the vocabulary.
+    no tokenizer for text, a file has too little of it, ids are outside the vocabulary, or held-out text is in the
+    calibration text.
     """
     length = min(SEQUENCE_TOKENS, config.context)
-    wanted = max(1, tokens // length)
-    texts = [_file_ids(tokenizer, Path(file), config) for file in files] if files else [_stdlib_ids(tokenizer, seed)]
-    sequences = []
+    name = ", ".join(Path(file).name for file in files) if files else STDLIB
+    if files:
+        _refuse_same_files(files, held_out)
+        texts = {str(file): _file_ids(tokenizer, Path(file), config) for file in files}
+    else:
+        texts = {STDLIB: _stdlib_ids(tokenizer, seed)}
+    for source, ids in texts.items():
+        _check_ids(source, ids, config, length if held_out else 2 * length)
+    cut = {} if held_out else {source: max(len(ids) // HELD_OUT_PART, length) for source, ids in texts.items()}
+    sequences = _sequences([ids[: len(ids) - cut.get(source, 0)] for source, ids in texts.items()], length, tokens)
+    if held_out:
+        apart = {str(file): _file_ids(tokenizer, Path(file), config) for file in held_out}
+        for source, ids in apart.items():
+            _check_ids(source, ids, config, length)
+        kept_back = _sequences(list(apart.values()), length, HELD_OUT_TOKENS)
+        _refuse_overlap(sequences, kept_back, ", ".join(apart))
+        held_out_name = ", ".join(Path(file).name for file in held_out)
+    else:
+        kept_back = _sequences([ids[-cut[source] :] for source, ids in texts.items()], length, HELD_OUT_TOKENS)
+        held_out_name = f"the last part of {name}"
+    return Calibration(sequences, name, domains_of(sequences, seed), kept_back, held_out_name)
+
+
+def _sequences(texts: list[np.ndarray], length: int, tokens: int) -> np.ndarray:
+    """(sequences, length) windows spread evenly, the same share of `tokens` from each text."""
+    wanted, sequences = max(1, tokens // length), []
     for index, ids in enumerate(texts):
         share = wanted * (index + 1) // len(texts) - wanted * index // len(texts)
-        name = files[index] if files else STDLIB
-        if len(ids) < length:
-            raise ValueError(
-                f"{name}: has {len(ids):,} tokens, calibration needs at least {length:,}; use a longer text"
-            )
-        if not (ids.min() >= 0 and ids.max() < config.vocab):
-            raise ValueError(f"{name}: has token ids outside the vocabulary of {config.vocab:,}")
         starts = np.linspace(0, len(ids) - length, min(share, len(ids) // length), dtype=np.int64)
         sequences += [ids[start : start + length] for start in starts]
-    source = ", ".join(Path(file).name for file in files) if files else STDLIB
-    ids = np.stack(sequences)
-    return Calibration(ids, source, domains_of(ids, seed))
+    return np.stack(sequences)
+
+
+def _check_ids(source: str, ids: np.ndarray, config: ModelConfig, least: int) -> None:
+    if len(ids) < least:
+        raise ValueError(f"{source}: has {len(ids):,} tokens, at least {least:,} are needed; use a longer text")
+    if not (ids.min() >= 0 and ids.max() < config.vocab):
+        raise ValueError(f"{source}: has token ids outside the vocabulary of {config.vocab:,}")
+
+
+def _refuse_same_files(files: list[Path], held_out: list[Path]) -> None:
+    contents = {Path(file).read_bytes(): file for file in files if Path(file).is_file()}
+    for file in held_out:
+        if Path(file).is_file() and (same := contents.get(Path(file).read_bytes())):
+            raise ValueError(f"{file}: is the same text as {same}, which is calibrated on; hold out another one")
+
+
+def _refuse_overlap(sequences: np.ndarray, kept_back: np.ndarray, source: str) -> None:
+    calibrated = np.ascontiguousarray(sequences, np.int64).tobytes()
+    middle = max((kept_back.shape[1] - SAMPLE_TOKENS) // 2, 0)
+    for sequence in np.ascontiguousarray(kept_back, np.int64):
+        if sequence[middle : middle + SAMPLE_TOKENS].tobytes() in calibrated:
+            raise ValueError(f"{source}: parts of it are in the calibration text; hold out another one")
 
 
 def stdlib_files(seed: int) -> list[Path]:
@@ -117,54 +147,9 @@ def stdlib_files(seed: int) -> list[Path]:
     return [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
 
 
-def measure_layer(config: ModelConfig, weights, layer: int, x: np.ndarray, domains: np.ndarray, change) -> tuple:
-    """Run one layer over x (sequences, tokens, dim); returns (its output, LayerMeasure or None for a dense layer).
-
-    domains: (sequences,). change(layer, expert, h) -> (options, rows) squared norm of the change of one expert's
-    output for each of its rows h (rows, dim), for each option.
-    """
-    x = x + reference.attention_block(config, weights, layer, x)
-    h = reference.mlp_input(config, weights, layer, x)
-    if layer in config.dense_layers:
-        return x + reference.dense_block(config, weights, layer, h).reshape(x.shape), None
-    chosen, routed = reference.route(config, weights, layer, h)
-    y = reference.experts(config, weights, layer, h, chosen, routed)
-    if config.shared_hidden:
-        y = y + reference.shared_expert(config, weights, layer, h)
-    x = x + y.reshape(x.shape)
-
-    scores = reference.softmax(h @ weights.trunk(f"layers.{layer}.router").T)
-    picked = np.zeros(scores.shape, bool)
-    np.put_along_axis(picked, chosen, True, axis=-1)
-    domain = np.repeat(domains, x.shape[1])  # (rows,)
-    domain_tokens = np.bincount(domain)
-    relative = 1 / np.maximum(np.square(x.reshape(h.shape)).sum(-1), 1e-12)
-    errors, domain_errors, a_token = [], [], []
-    for expert in range(config.experts):
-        rows, place = np.nonzero(chosen == expert)
-        kept = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).astype(np.int64))
-        rows_kept, place = rows[kept], place[kept]
-        squared = change(layer, expert, h[rows_kept]) * routed[rows_kept, place] ** 2 * (len(rows) / max(len(kept), 1))
-        errors.append(np.sqrt(squared.sum(-1)))
-        by_domain = [
-            np.bincount(domain[rows_kept], option * relative[rows_kept], len(domain_tokens)) for option in squared
-        ]
-        domain_errors.append(np.array(by_domain) / domain_tokens)
-        a_token.append((squared @ relative[rows_kept]) / len(rows) if len(rows) else np.full(len(squared), np.nan))
-    unseen = np.array(a_token)  # (experts, options)
-    unseen = np.where(np.isnan(unseen), np.nanmean(unseen, axis=0), unseen) * config.top_k / config.experts
-    measure = LayerMeasure(
-        picked.mean(0),
-        np.where(picked, scores, 0).mean(0),
-        np.array(errors),
-        np.concatenate([np.array(domain_errors), unseen[:, :, None]], axis=2),
-    )
-    return x, measure
-
-
 def _stdlib_ids(tokenizer, seed: int) -> np.ndarray:
     if tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer.json; pass --calibration IDS.npy, or use --method uniform")
+        raise ValueError("the checkpoint has no tokenizer.json; pass --calibration IDS.npy, or use --method rtn")
     text, size = [], 0
     for file in stdlib_files(seed):
         text.append(file.read_text(encoding="utf-8", errors="ignore"))
@@ -176,7 +161,7 @@ def _stdlib_ids(tokenizer, seed: int) -> np.ndarray:
 
 def _file_ids(tokenizer, file: Path, config: ModelConfig) -> np.ndarray:
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such calibration file")
+        raise FileNotFoundError(f"{file}: no such file of calibration or held-out text")
     if file.suffix == ".npy":
         try:
             ids = np.load(file, allow_pickle=False)

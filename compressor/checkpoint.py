@@ -122,6 +122,7 @@ def _sources(config: ModelConfig, fused: bool) -> Iterator[Source]:
     mixtral = config.architecture == "mixtral" and not fused
     moe = "block_sparse_moe" if mixtral else "mlp"
     gate_key, up_key, down_key = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    shared = "shared_experts" if config.architecture == "deepseek_v3" else "shared_expert"
     key_of = {
         "embedding": "embed_tokens.weight",
         "output_norm": "norm.weight",
@@ -130,9 +131,13 @@ def _sources(config: ModelConfig, fused: bool) -> Iterator[Source]:
         **{part: f"self_attn.{part}_proj.weight" for part in "qkvo"},
         **{f"{part}_bias": f"self_attn.{part}_proj.bias" for part in "qkv"},
         **{f"{part}_norm": f"self_attn.{part}_norm.weight" for part in "qk"},
+        **{part: f"self_attn.{part}_proj.weight" for part in ("q_a", "q_b", "kv_b")},
+        "kv_a": "self_attn.kv_a_proj_with_mqa.weight",
+        **{f"{part}_norm": f"self_attn.{part}_layernorm.weight" for part in ("q_a", "kv_a")},
         **{f"dense.{part}": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
         "router": f"{moe}.gate.weight",
-        **{f"shared.{part}": f"{moe}.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
+        "router_bias": f"{moe}.gate.e_score_correction_bias",
+        **{f"shared.{part}": f"{moe}.{shared}.{part}_proj.weight" for part in ("gate", "up", "down")},
         "shared_router": f"{moe}.shared_expert_gate.weight",
     }
 

@@ -10,7 +10,7 @@ from edge_moe import _core
 from edge_moe.compressor.sizes import EDGES, RECIPES, Part, Sizes, packed_sizes, sizes_by_bits, widths_by_kind
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import RUNNABLE, ModelConfig, parse_config, read_json
+from edge_moe.runtime.config import ModelConfig, parse_config, read_json
 from edge_moe.runtime.plan import Plan, make_plan, resolve_ram
 from edge_moe.runtime.runtime import DEFAULT_CONTEXT
 from edge_moe.runtime.tokenizer import Tokenizer
@@ -136,8 +136,6 @@ def _config_sizes(
         assumed = f"the bits a weight of the published mix {recipe!r}, which is another format"
     experts = config.experts_of(config.moe_layers[0])
     assumed = f"computed from the config: {assumed}; {experts} of {config.experts} experts a layer"
-    if config.architecture not in RUNNABLE:
-        assumed += f"\n{config.architecture} can be planned but not yet compressed or run"
     return config, sizes, assumed
 
 

@@ -21,6 +21,11 @@ SWEEPS = 2  # of refinement over all groups; a third gains under 1 %
 ROUNDS = 2  # inside a group, each sweep
 
 
+def damping_for(rows: int, cols: int) -> float:
+    """The damping for a second moment taken over that many rows: more where they are few for so many inputs."""
+    return DAMPING * (1 + cols / max(rows, 1))
+
+
 @dataclass(frozen=True, slots=True)
 class Curvature:
     """The damped second moment of a matrix's inputs, and its factor: shared by every width, and by gate and up."""
@@ -28,11 +33,21 @@ class Curvature:
     moment: np.ndarray  # float32 (cols, cols)
     factor: np.ndarray  # float32 (cols, cols), upper triangular R: inverse(moment) = R^T R
     damping: float  # what was added to the diagonal
+    order: np.ndarray | None = (
+        None  # (cols,) inputs in the order of rounding, in which the above are; None: as they are
+    )
 
     @classmethod
-    def of(cls, moment: np.ndarray, damping: float = DAMPING) -> "Curvature":
-        """From a second moment (cols, cols). Raises ValueError where it is not finite."""
+    def of(cls, moment: np.ndarray, damping: float = DAMPING, order_group: int = 0) -> "Curvature":
+        """From a second moment (cols, cols). Raises ValueError where it is not finite.
+
+        order_group: round groups of so many inputs, and the inputs inside each, by falling second moment; 0: in order.
+        """
         from scipy.linalg import lapack
+
+        order = _activation_order(np.diagonal(moment), order_group) if order_group else None
+        if order is not None:
+            moment = moment[np.ix_(order, order)]
 
         mean = float(np.trace(moment)) / len(moment)
         if not np.isfinite(mean):
@@ -51,16 +66,26 @@ class Curvature:
         factor = np.ascontiguousarray(flipped[::-1, ::-1], dtype=np.float32)
         damped = np.ascontiguousarray(moment, np.float32).copy()
         damped[np.diag_indices(len(moment))] += np.float32(added)
-        return cls(damped, factor, added)
+        return cls(damped, factor, added, order)
 
-    def map_to(self, cross: np.ndarray) -> np.ndarray:
-        """(cols, cols) M such that weights @ M meets, on these inputs, what weights gave on the clean ones.
+    def solve(self, cross: np.ndarray, prior: np.ndarray) -> np.ndarray:
+        """(rows, cols) the matrix that comes closest to a target on these inputs, drawn to `prior` by the damping.
 
-        cross: mean of (clean input) x (input)^T. The damping pulls M towards the identity.
+        cross: (rows, cols) mean of target x input^T. prior: (rows, cols).
         """
-        pulled = cross.astype(np.float32)
-        pulled[np.diag_indices(len(cross))] += np.float32(self.damping)
-        return pulled @ self.factor.T @ self.factor
+        pulled = cross + np.float32(self.damping) * prior
+        if self.order is None:
+            return (pulled @ self.factor.T) @ self.factor
+        solved = np.empty_like(pulled)
+        solved[:, self.order] = (pulled[:, self.order] @ self.factor.T) @ self.factor
+        return solved
+
+
+def _activation_order(diagonal: np.ndarray, group: int) -> np.ndarray:
+    by_group = diagonal.reshape(-1, group)
+    groups = np.argsort(-by_group.sum(axis=1), kind="stable")
+    inside = np.argsort(-by_group, axis=1, kind="stable")
+    return (groups[:, None] * group + inside[groups]).reshape(-1)
 
 
 def gptq(
@@ -79,6 +104,8 @@ def gptq(
     codes = np.empty((rows, cols), np.uint8)
     scales, biases = np.empty((2, rows, len(groups)), np.float32)
 
+    if curvature.order is not None:
+        weights = weights[:, curvature.order]
     left = weights.astype(np.float32)  # what each column is to be, errors of the columns before it moved in
     for i, at in enumerate(groups):
         codes[:, at], scales[:, i], biases[:, i], errors = _core.gptq_group(
@@ -102,6 +129,10 @@ def gptq(
                 threads,
             )
             gradient += change @ curvature.moment[at]
+    if curvature.order is not None:
+        codes[:, curvature.order] = codes.copy()
+        places = curvature.order[::group] // group
+        scales[:, places], biases[:, places] = scales.copy(), biases.copy()
     return Quantised(_core.pack_codes(codes, width), to_bfloat16(scales), to_bfloat16(biases))
 
 

@@ -1,53 +1,41 @@
-"""compress(): a checkpoint to a bundle in five steps: calibrate, measure, allocate, quantise, write.
+"""compress(): a checkpoint to a bundle in five steps: calibrate, measure, allocate, round, certify.
 
-Calibration and measuring go through the model once, quantising once more; either way one layer's weights are in
-memory at a time. Methods: `uniform` one width everywhere (`rtn`: the same without the search for scales), `mc` the
-published program a layer, `pmq` one program over the whole model in true bytes.
+Measuring and rounding each go through the model once, layer by layer, one layer's experts one at a time; after each
+layer their state is on disk, and a run that was killed goes on from there (journal.py). Methods: `uniform` one width
+everywhere, `mc` and `mc-release` the published program a layer, `pmq` one program over the whole model in true bytes;
+these round with GPTQ on calibration text. `rtn` is round to nearest, one width, without any text.
 """
 
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from edge_moe import _core
-from edge_moe.compressor import calibrate
-from edge_moe.compressor.allocate import allocate_layer, allocate_model
+from edge_moe import __version__, _core
+from edge_moe.compressor import allocate, targets
+from edge_moe.compressor.calibrate import Calibration, load_calibration
+from edge_moe.compressor.certificate import certify
 from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import dequantise, largest_group, quantise, trunk_packing
-from edge_moe.compressor.writer import COPIED, BundleWriter, Packing
+from edge_moe.compressor.drop_experts import drop
+from edge_moe.compressor.journal import Journal
+from edge_moe.compressor.memory import Memory
+from edge_moe.compressor.quantise import quantise, trunk_packing
+from edge_moe.compressor.round_layers import PackedTrunk, Rounding, Track
+from edge_moe.compressor.sensitivity import Measures, Sensitivity, load_measure, save_measure
+from edge_moe.compressor.streams import Stream
+from edge_moe.compressor.targets import Options, true_bits
+from edge_moe.compressor.writer import BundleWriter, Packing
 from edge_moe.devices.probe import default_threads
-from edge_moe.runtime import reference
-from edge_moe.runtime.bundle import Bundle, record_alignment, record_bytes
+from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
-from edge_moe.runtime.plan import parse_bytes
 from edge_moe.runtime.tokenizer import Tokenizer
 
-METHODS = ("pmq", "mc", "uniform", "rtn")
-MC_WIDTHS = (1, 2, 3)
-MC_EXPONENTS = (1.0, 1.0, 2.0)  # alpha, beta, gamma as the paper prints them
-DEFAULT_BITS = 2.5
-DEFAULT_TOKENS = 32_768
-LEAST_ROWS = 32  # tokens of an expert from which the importance of its inputs is taken
-TABLE_BYTES = 600  # of bundle.json and headers for each tensor and expert, at the most
 Progress = Callable[[str, int, int], None]  # (step, done, of)
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What to make of a checkpoint; compress() documents the fields."""
-
-    bits: float | None = None
-    width: int | None = None
-    size: int | str | None = None
-    method: str = "pmq"
-    calibration: tuple[str, ...] = ()
-    tokens: int = DEFAULT_TOKENS
-    group: int = 64
-    trunk_width: int = 8
-    seed: int = 0
-    threads: int | None = None
+LARGE_EXPERT = 4_000_000  # weights from which each expert's result is kept, not only each layer's
+GAIN_LOGITS_BYTES = 64_000_000
 
 
 def compress(model: str | Path, out: str | Path, *, progress: Progress | None = None, **options) -> Bundle:
@@ -55,239 +43,346 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
 
     bits: mean bits of an expert weight, scales, biases and padding included (default 2.5; 16 leaves everything,
     trunk included, bfloat16). width: instead, one width for all experts (methods uniform, rtn). size: instead, the most
-    bytes that the whole bundle may have ("8GB" or a number). method: pmq, mc, uniform or rtn. calibration: text files,
-    or .npy of token ids; none: the standard library's source. tokens: calibration tokens. group: inputs that share a
-    scale, 32, 64 or 128. trunk_width: bits of the trunk's matrices. progress(step, done, of) is called as work goes on.
+    bytes that the whole bundle may have ("8GB" or a number). ram: the most memory that compressing may take and, when
+    it is the only target, that running the bundle takes with every expert in memory at `context` tokens; or, `paged`,
+    with the experts that answer nine uses in ten.
+    method: pmq, mc, mc-release, uniform or rtn. calibration: text files, or .npy of token ids; none: the standard
+    library's source. tokens: calibration tokens. held_out: text for the certificate; none: the end of calibration's.
+    group: inputs that share a scale, 32, 64 or 128; none: the method's choice. trunk_width: bits of the trunk's
+    matrices. drop_experts: share of the experts to leave out, by drop_score (mixture, weight, frequency, mean-weight),
+    drop_counts `equal` in every layer or by `sensitivity`. act_order: round inputs of large second moment first.
+    certificate: compare the result with the source, and with one width everywhere, on held-out text.
+    resume: go on with a run that was killed. progress(step, done, of) is called as work goes on.
 
-    pmq and mc always calibrate, uniform when texts are given; then an input of a matrix counts by its mean square.
-
-    Raises ValueError for bad options or a bad checkpoint, FileExistsError when `out` is there, OSError for the disk.
-    After an error or an interrupt nothing is left of `out`.
+    Raises ValueError for bad options or a bad checkpoint, FileExistsError when `out` or an unfinished run is there,
+    OSError for the disk, MemoryError when `ram` is too small. An interrupted run leaves OUT.work and OUT.partial to go
+    on from, or nothing where no layer was done.
     """
     known = tuple(Options.__slots__)
     for name in options.keys() - set(known):
         raise TypeError(f"compress() has no option {name!r}; options are {', '.join(known)}")
-    o = Options(**options)
-    tell = progress or (lambda step, done, of: None)
     with Checkpoint(model) as checkpoint:
-        config = checkpoint.config
-        o = _check(o, config)
-        if Path(out).exists():
-            raise FileExistsError(f"{out}: exists already; choose another name or remove it")
-        shapes = trunk_shapes(config)
-        trunk = trunk_packing(shapes, 16 if o.bits == 16 else o.trunk_width, 64)
-        budget = _budget(o, checkpoint, trunk)
-        candidates = _candidates(o, config, budget)
-        measures, importance, provenance = [], {}, None
-        if len(candidates) > 1 or (o.calibration and o.method == "uniform" and candidates != [(16, 16, 16)]):
-            calibration = _load_calibration(checkpoint, o)
-            provenance = {**calibration.provenance, "seed": o.seed}
-            measures, importance = _measure(checkpoint, calibration, candidates, o, tell)
-        experts = _allocate(config, candidates, measures, budget, o)
-        frequency = _frequencies(config, measures)
-        extra = {"calibration": provenance, "method": {"name": o.method, "group": o.group}, "certificate": None}
-        with BundleWriter(Path(out), checkpoint.directory, config, trunk, experts, frequency, extra) as writer:
-            _write(checkpoint, writer, importance, o, tell)
-            writer.finish()
-    return Bundle.open(out)
+        o = targets.check(Options(**options), checkpoint.config)
+        return Compression(checkpoint, Path(out), o, progress or (lambda step, done, of: None)).run()
 
 
 def uniform_width(config: ModelConfig, bits: float, group: int) -> int:
-    """The largest width whose experts, all alike, take at most `bits` a weight; _check() has seen that one does."""
-    return max(width for width in _core.WIDTHS if true_bits(config, (width,) * 3, group) <= bits + 1e-9)
+    """The largest width whose experts, all alike, take at most `bits` a weight."""
+    return targets.uniform_packing(config, bits, [group]).widths[0]
 
 
-def true_bits(config: ModelConfig, widths: tuple[int, int, int], group: int) -> float:
-    """Bits a weight of one expert on disk, scales, biases and padding included."""
-    return 8 * record_bytes(config, widths, group, record_alignment(config)) / config.expert_weights
+@dataclass(slots=True)
+class Compression:
+    """One run: its inputs, and each step as a method, so that a study can take them apart."""
 
+    checkpoint: Checkpoint
+    out: Path
+    o: Options
+    tell: Progress
+    config: ModelConfig = None  # after dropping experts
+    trunk: dict[str, Packing] = None
+    calibration: Calibration | None = None
+    journal: Journal | None = None
+    memory: Memory | None = None
+    _streams: int = 0
 
-def _check(o: Options, config: ModelConfig) -> Options:
-    """Refuse what cannot be; returns the options with the one target that holds filled in."""
-    if o.method not in METHODS:
-        raise ValueError(f"method is {o.method!r}, expected one of {', '.join(METHODS)}")
-    if o.group not in _core.GROUPS:
-        raise ValueError(f"group is {o.group}, expected one of {', '.join(map(str, _core.GROUPS))}")
-    if o.trunk_width not in _core.WIDTHS:
-        raise ValueError(f"trunk_width is {o.trunk_width}, expected one of {', '.join(map(str, _core.WIDTHS))}")
-    if sum(value is not None for value in (o.bits, o.width, o.size)) > 1:
-        raise ValueError("bits, width and size exclude each other; give one of them")
-    if o.width is not None and o.method not in ("uniform", "rtn"):
-        raise ValueError(f"width is one width for all experts; method {o.method} chooses widths, give bits instead")
-    if o.width is not None and o.width not in _core.WIDTHS:
-        raise ValueError(f"width is {o.width}, expected one of {', '.join(map(str, _core.WIDTHS))}")
-    if o.tokens < 256:
-        raise ValueError(f"tokens is {o.tokens}, expected at least 256")
-    bits = DEFAULT_BITS if o.bits is None and o.width is None and o.size is None else o.bits
-    lossless = bits == 16 or o.width == 16
-    group = o.group if lossless else largest_group(o.group, config.dim, config.expert_hidden)
-    if group is None:
-        raise ValueError(
-            f"experts are {config.expert_hidden} x {config.dim}, not multiples of 32: they cannot be grouped; "
-            "only bits 16 is possible"
-        )
-    calibration = (o.calibration,) if isinstance(o.calibration, str | Path) else tuple(o.calibration)
-    size = None if o.size is None else parse_bytes(o.size)
-    least = true_bits(config, (1, 1, 1), group) if not lossless else 1.0
-    if bits is not None and not least - 1e-9 <= bits <= 16:
-        raise ValueError(f"bits is {bits:g}, expected {least:.3g} to 16 (1 bit in groups of {group} is {least:.3g})")
-    return replace(o, bits=bits, size=size, group=group, calibration=calibration)
+    def __post_init__(self):
+        self.config = self.checkpoint.config
+        self.trunk = trunk_packing(trunk_shapes(self.config), 16 if self.o.bits == 16 else self.o.trunk_width, 64)
 
+    @property
+    def threads(self) -> int:
+        return self.o.threads or default_threads()
 
-def _budget(o: Options, checkpoint: Checkpoint, trunk: dict[str, Packing]) -> float:
-    """Bytes for the experts."""
-    config = checkpoint.config
-    experts = config.experts * len(config.moe_layers)
-    if o.size is not None:
-        shapes = trunk_shapes(config)
-        fixed = sum(packed_bytes(shapes[name], packing) for name, packing in trunk.items())
-        copies = [checkpoint.directory / name for name in COPIED]
-        fixed += sum(file.stat().st_size for file in copies if file.is_file())
-        fixed += TABLE_BYTES * (len(trunk) + experts) + 2 * _core.DATA_ALIGNMENT
-        least = experts * record_bytes(config, (1, 1, 1), o.group, record_alignment(config))
-        if o.size < fixed + least:
-            raise ValueError(
-                f"size is {o.size:,} bytes, expected at least {fixed + least:,}: {least:,} for experts of width 1 and "
-                f"{fixed:,} for the rest; raise it, or lower trunk_width"
-            )
-        return o.size - fixed
-    if o.width is not None:
-        return float("inf")
-    return o.bits * config.expert_weights * experts / 8
+    def run(self) -> Bundle:
+        work = self.out.with_name(self.out.name + ".work")
+        if self.out.exists():
+            if self.o.resume and work.is_dir():  # killed between its last two steps
+                shutil.rmtree(work)
+                return Bundle.open(self.out)
+            raise FileExistsError(f"{self.out}: exists already; choose another name or remove it")
+        if self.o.calibrates:
+            self.load_calibration()
+        if not self.o.paged and self.o.width is None:  # what cannot be met shows now
+            targets.expert_budget(self.o, self.checkpoint, self.config, self.trunk)
+        self.memory = Memory.plan(self.checkpoint, self.o, self.calibration)
+        new = not self.out.parent.exists()
+        workers, each = self.memory.workers(self.threads)
+        with Journal(self.out, self.identity(), self.o.resume) as self.journal, threadpool_limits(each):
+            try:
+                bundle = self._steps()
+            except BaseException:
+                if not self.journal.started():
+                    self.journal.remove()
+                    shutil.rmtree(self.partial, ignore_errors=True)
+                    if new:
+                        _remove_empty(self.out.parent)
+                raise
+            self.journal.remove()
+        return bundle
 
+    @property
+    def partial(self) -> Path:
+        return self.out.with_name(self.out.name + ".partial")
 
-def packed_bytes(shape: tuple[int, ...], packing: Packing) -> int:
-    """Bytes of one trunk tensor."""
-    width, count = packing.widths[0], int(np.prod(shape))
-    return count * width // 8 + (2 * 2 * count // packing.group if width < 16 else 0)
+    def identity(self) -> dict:
+        """What the result depends on; a run is gone on with only where all of it is the same."""
+        options = {k: v for k, v in asdict(self.o).items() if k not in ("resume", "threads", "calibration", "held_out")}
+        text = None
+        if self.calibration:
+            text = [self.calibration.provenance["sha256"], self.calibration.held_out_provenance["sha256"]]
+        return {
+            "version": __version__,
+            "format": _core.FORMAT_VERSION,
+            "checkpoint": self.checkpoint.fingerprint(),
+            "text": text,
+            **options,
+        }
 
+    def load_calibration(self) -> None:
+        has_tokenizer = (self.checkpoint.directory / "tokenizer.json").is_file()
+        tokenizer = Tokenizer(self.checkpoint.directory) if has_tokenizer else None
+        files, held_out = ([Path(file) for file in its] for its in (self.o.calibration, self.o.held_out))
+        self.calibration = load_calibration(tokenizer, self.config, files, self.o.tokens, self.o.seed, held_out)
 
-def _candidates(o: Options, config: ModelConfig, budget: float) -> list[tuple[int, int, int]]:
-    """Widths of gate, up and down that the method may choose from; one is no choice.
+    def _steps(self) -> Bundle:
+        if not self.o.calibrates:
+            return self._write_plain()
+        measures = self.measure() if self.measured_choices() else None
+        packing, compared, method = self.allocate(measures)
+        return self.round(packing, compared, measures, method)
 
-    For pmq, down may be one step wider than the others, and no expert takes over twice the mean: such a one has
-    never been worth it, and measuring it costs time.
-    """
-    if o.width is not None:
-        return [(o.width,) * 3]
-    if o.bits == 16:
-        return [(16, 16, 16)]
-    bits = 8 * budget / (config.expert_weights * config.experts * len(config.moe_layers))
-    if o.method in ("uniform", "rtn"):
-        return [(uniform_width(config, bits, o.group),) * 3]
-    if o.method == "mc":
-        return [(width,) * 3 for width in MC_WIDTHS]
-    widths = [width for width in _core.WIDTHS if width < 16]
-    options = [(a, a, down) for i, a in enumerate(widths) for down in widths[i : i + 2]]
-    return [option for option in options if true_bits(config, option, o.group) <= 2 * bits]
+    # ---- measure
 
+    def measured_choices(self) -> list[tuple[int, int]]:
+        """(width, group) of a matrix that the method needs to know the cost of; none where nothing is chosen by it.
 
-def _load_calibration(checkpoint: Checkpoint, o: Options) -> calibrate.Calibration:
-    has_tokenizer = (checkpoint.directory / "tokenizer.json").is_file()
-    tokenizer = Tokenizer(checkpoint.directory) if has_tokenizer else None
-    return calibrate.load_calibration(
-        tokenizer, checkpoint.config, [Path(file) for file in o.calibration], o.tokens, o.seed
-    )
-
-
-def _measure(checkpoint: Checkpoint, calibration, candidates, o: Options, tell: Progress) -> tuple[list, dict]:
-    """One LayerMeasure a layer, None for dense ones; importance of each projection's inputs by (layer, expert)."""
-    config, threads = checkpoint.config, o.threads or default_threads()
-    importance = {}
-
-    def change(layer, expert, h):
-        """Squared norm of the change of an expert's output, (options, rows)."""
-        weights = checkpoint.expert(layer, expert)
-        inner = reference.expert_inner(config, h, *weights[:2])
-        y = inner @ weights[2].T
-        outer = input_importance(h)
-        counts = importance[layer, expert] = (outer, outer, input_importance(inner))
-        unpacked = {}  # (projection, width) -> float32 matrix as it would be read back
-
-        def matrix(projection: int, width: int) -> np.ndarray:
-            if (projection, width) not in unpacked:
-                packed = quantise(weights[projection], width, o.group, importance=counts[projection], threads=threads)
-                unpacked[projection, width] = dequantise(packed, width, weights[projection].shape[1])
-            return unpacked[projection, width]
-
-        tell("measure", layer * config.experts + expert + 1, config.layers * config.experts)
-        inners, squared = {}, []
-        for gate, up, down in candidates:
-            if gate not in inners:
-                inners[gate] = reference.expert_inner(config, h, matrix(0, gate), matrix(1, up))
-            squared.append(np.square(inners[gate] @ matrix(2, down).T - y).sum(-1))
-        return np.array(squared, np.float64)
-
-    x = reference.embed(config, checkpoint, calibration.ids)
-    measures = []
-    for layer in range(config.layers):
-        tell("measure", layer * config.experts, config.layers * config.experts)
-        x, measure = calibrate.measure_layer(config, checkpoint, layer, x, calibration.domains, change)
-        measures.append(measure)
-    return measures, importance
-
-
-def input_importance(x: np.ndarray) -> np.ndarray | None:
-    """How much each input of a matrix counts, float32 (cols,): its mean square over x (rows, cols).
-
-    A tenth of the mean is added to each, for text where other inputs are large. None with too few rows to tell.
-    """
-    if len(x) < LEAST_ROWS:
-        return None
-    square = np.square(x, dtype=np.float64).mean(0)
-    return (square + 0.1 * square.mean() + 1e-30).astype(np.float32)
-
-
-def _allocate(config: ModelConfig, candidates, measures, budget: float, o: Options) -> dict:
-    """Packing of every expert by (layer, index)."""
-    keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts)]
-    if len(candidates) == 1:
-        return {key: Packing(candidates[0], o.group) for key in keys}
-    present = [measure for measure in measures if measure is not None]
-    sizes = [record_bytes(config, widths, o.group, record_alignment(config)) for widths in candidates]
-    if o.method == "mc":
-        # scales, biases and, at its worst width, padding
-        overhead = max(true_bits(config, (width,) * 3, o.group) - width for width in MC_WIDTHS)
-        nominal = 8 * budget / (config.expert_weights * len(keys)) - overhead
-        total_bits = int(nominal * config.experts + 1e-6)
-        chosen = [
-            np.searchsorted(
-                MC_WIDTHS, allocate_layer(m.frequency, m.routing_weight, m.errors, total_bits, *MC_EXPONENTS)
-            )
-            for m in present
+        pmq leaves out widths that would take over twice the mean, or two below it: such have never been worth it.
+        """
+        o, config = self.o, self.config
+        groups = targets.groups(o, config)
+        if o.method == "uniform":
+            needed = o.drop_experts or o.paged
+            return [(2, groups[-1])] if needed else []
+        if o.method != "pmq":
+            return [(width, groups[0]) for width in targets.MC_WIDTHS]
+        bits = self.expected_bits()
+        widths = [width for width in _core.WIDTHS if width < 16]
+        low = max((width for width in widths if true_bits(config, (width,) * 3, groups[0]) <= bits), default=1) - 2
+        return [
+            (width, group)
+            for group in groups
+            for width in widths
+            if width >= low and (width == 1 or true_bits(config, (width,) * 3, group) <= 2 * bits)
         ]
-        chosen = np.concatenate(chosen)
-    else:
-        cost = np.concatenate([measure.domain_errors for measure in present])  # (experts, options, domains)
-        alike = [i for i, widths in enumerate(candidates) if len(set(widths)) == 1 and sizes[i] * len(keys) <= budget]
-        unit = cost[:, alike[-1] if alike else 0].sum(axis=0)  # a domain's error with one width everywhere
-        chosen = allocate_model(cost / np.maximum(unit, 1e-30), np.tile(sizes, (len(keys), 1)), budget)
-    return {key: Packing(candidates[option], o.group) for key, option in zip(keys, chosen, strict=True)}
 
+    def expected_bits(self) -> float:
+        """True bits a weight that the budget allows; a guess where frequencies will decide."""
+        if self.o.paged:
+            return targets.DEFAULT_BITS
+        config, share = self.config, 1 - self.o.drop_experts
+        budget = targets.expert_budget(self.o, self.checkpoint, config, self.trunk)
+        return min(8 * budget / (config.expert_weights * config.expert_count) / (1 if self.o.bits else share), 8.5)
 
-def _frequencies(config: ModelConfig, measures) -> dict[tuple[int, int], float]:
-    return {
-        (layer, index): float(measure.frequency[index])
-        for layer, measure in enumerate(measures)
-        if measure is not None
-        for index in range(config.experts)
-    }
-
-
-def _write(checkpoint: Checkpoint, writer: BundleWriter, importance: dict, o: Options, tell: Progress) -> None:
-    threads = o.threads or default_threads()
-    search = o.method != "rtn"
-    total = len(writer.trunk) + len(writer.experts)
-
-    def pack(weights, width, group, importance=None):
-        return quantise(weights, width, group, importance=importance, search=search, threads=threads)
-
-    for done, (name, packing) in enumerate(writer.trunk.items(), start=1):
-        writer.write_trunk(name, pack(checkpoint.trunk(name), packing.widths[0], packing.group))
-        tell("quantise", done, total)
-    for done, ((layer, index), packing) in enumerate(writer.experts.items(), start=len(writer.trunk) + 1):
-        parts = zip(
-            checkpoint.expert(layer, index), packing.widths, importance.get((layer, index), (None,) * 3), strict=True
+    def measure(self) -> Measures:
+        """Measure every layer, going on where the journal ends."""
+        config, choices, j = self.config, self.measured_choices(), self.journal
+        bits = self.expected_bits()
+        near = [abs(true_bits(config, (width,) * 3, group) - bits) for width, group in choices]
+        pass_ = Sensitivity(
+            config,
+            self.checkpoint,
+            self.calibration,
+            choices,
+            int(np.argmin(near)),
+            *self.memory.workers(self.threads),
+            self.new_stream,
         )
-        writer.write_expert(layer, index, [pack(w, width, packing.group, counts) for w, width, counts in parts])
-        tell("quantise", done, total)
+        measures, total = [], config.layers * config.experts
+        while j.has(f"measure-{len(measures):04}.npz"):
+            measures.append(load_measure(j.path(f"measure-{len(measures):04}.npz")))
+        if j.has("gain.json"):
+            return Measures(measures, choices, np.array(j.read("gain.json")))
+        if measures:
+            state = j.read(f"measure-{len(measures) - 1:04}.json")
+            pass_.x = self.load_stream(f"measure-{len(measures) - 1:04}.x", self.calibration.ids.size)
+            if state["carried"]:
+                pass_.carried = self.load_stream(f"measure-{len(measures) - 1:04}.carried", state["carried"])
+        else:
+            pass_.start()
+        for layer in range(len(measures), config.layers):
+            measures.append(
+                pass_.layer(layer, lambda e, layer=layer: self.tell("measure", layer * config.experts + e, total))
+            )
+            name = f"measure-{layer:04}"
+            pass_.x.save(j.path(f"{name}.x"))
+            if pass_.carried is not None:
+                pass_.carried.save(j.path(f"{name}.carried"))
+            j.write(f"{name}.json", {"carried": pass_.carried.rows if pass_.carried else 0})
+            save_measure(j.path(f"{name}.npz.new"), measures[-1])
+            j.commit(j.path(f"{name}.npz.new"), f"{name}.npz")
+            for suffix in ("x", "carried", "json"):
+                j.forget(f"measure-{layer - 1:04}.{suffix}")
+            j.forget(f"measured-{layer:04}-*")
+        rows = max(GAIN_LOGITS_BYTES // (8 * config.vocab), 1)
+        gain = pass_.gains(measures, rows)
+        pass_.close()
+        self.tell("measure", total, total)
+        j.write("gain.json", gain.tolist())
+        for suffix in ("x", "carried", "json"):
+            j.forget(f"measure-*.{suffix}")
+        return Measures(measures, choices, gain)
+
+    # ---- allocate
+
+    def allocate(self, measures: Measures | None) -> tuple[dict, dict, dict]:
+        """Packing of every expert by (layer, number), that of one width to compare with, and what bundle.json says."""
+        o = self.o
+        method = {"name": o.method}
+        if o.drop_experts:
+            self.config = drop(self.config, measures, o.drop_experts, o.drop_score, o.drop_counts)
+            measures = measures.of(self.config)
+            method |= {"drop_score": o.drop_score, "drop_counts": o.drop_counts}
+        config, groups = self.config, targets.groups(o, self.config)
+        if o.paged:
+            frequency = np.concatenate([m.frequency for m in measures.layers if m is not None])
+            budget = targets.paged_budget(o, self.checkpoint, frequency)
+        elif o.width is not None:
+            budget = None
+        else:
+            budget = targets.expert_budget(o, self.checkpoint, config, self.trunk)
+        if budget is None:
+            group = targets.groups(replace(o, method="rtn"), config)[0]
+            uniform = Packing((o.width,) * 3, group)
+        else:
+            bits = 8 * budget / (config.expert_weights * config.expert_count)
+            every = targets.groups(replace(o, method="uniform"), config)
+            uniform = targets.uniform_packing(config, bits, every)
+        chosen = [uniform] * config.expert_count
+        if o.method == "pmq":
+            # one width everywhere that was measured, for the unit of each kind of text
+            fitting = [p for p in allocate.packings(measures.choices) if len(set(p.widths)) == 1]
+            near = min(fitting, key=lambda p: abs(true_bits(config, p.widths, p.group) - bits))
+            method["spread"] = round(measures.spread(measures.choices.index((near.widths[0], near.group))), 2)
+            method["flat"] = method["spread"] < allocate.FLAT
+            if not method["flat"]:
+                chosen = self.mixed(measures, budget, near)
+        elif o.method != "uniform":
+            chosen = allocate.published(config, measures, budget, o.method, groups[0])
+        keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts_of(layer))]
+        return dict(zip(keys, chosen, strict=True)), dict.fromkeys(keys, uniform), method
+
+    def mixed(self, measures: Measures, budget: float, unit: Packing) -> list[Packing]:
+        return allocate.mixed(self.config, measures, budget, unit)
+
+    # ---- round
+
+    rounding = Rounding
+
+    def round(self, packing: dict, compared: dict, measures: Measures | None, method: dict) -> Bundle:
+        """Write the bundle, going on where the journal ends, and certify it."""
+        config, o, j = self.config, self.o, self.journal
+        trunk = trunk_packing(trunk_shapes(config), o.trunk_width, 64)
+        frequency = measures.frequencies() if measures else {}
+        extra = {"calibration": {**self.calibration.provenance, "seed": o.seed}, "method": method, "certificate": None}
+        with BundleWriter(
+            self.out, self.checkpoint.directory, config, trunk, packing, frequency, extra, resumable=True
+        ) as writer:
+            tracks = [self.track("bundle", packing, trunk, writer)]
+            ids, held_out = self.calibration.ids, self.calibration.held_out
+            if o.certificate and compared != packing:
+                tracks.append(self.track("uniform", compared, trunk, None))
+            if o.certificate:
+                ids = np.concatenate([ids, held_out])
+            rounding = self.rounding(
+                self.checkpoint.config, self.checkpoint, ids, self.calibration.ids.size, tracks, self.new_stream,
+                *self.memory.workers(self.threads), o.act_order, self.keep,
+            )  # fmt: skip
+            done = 0
+            while j.has(f"round-{done:04}.json"):
+                state = j.read(f"round-{done:04}.json")
+                writer.restore(done, {int(k): v for k, v in state["checksums"].items()}, state["trunk"])
+                done += 1
+            if done:
+                streams = [self.load_stream(f"round-{done - 1:04}.{name}", ids.size) for name in rounding.names]
+                rounding.go_on(streams)
+            else:
+                rounding.start()
+            total = config.layers * self.checkpoint.config.experts
+            for layer in range(done, config.layers):
+                at = layer * self.checkpoint.config.experts
+                rounding.layer(layer, lambda e, at=at: self.tell("round", at + e, total))
+                name = f"round-{layer:04}"
+                writer.flush()
+                for suffix, stream in zip(rounding.names, rounding.streams, strict=True):
+                    stream.save(j.path(f"{name}.{suffix}"))
+                j.write(f"{name}.json", {"checksums": writer.checksums(layer), "trunk": sorted(writer.trunk_written)})
+                for suffix in rounding.names:
+                    j.forget(f"round-{layer - 1:04}.{suffix}")
+                j.forget(f"packed-{layer:04}-*")
+            self.tell("round", total, total)
+            if o.certificate:
+                writer.extra["certificate"] = certify(rounding, self.calibration.held_out_provenance)
+            rounding.close()
+            for missing in sorted(trunk.keys() - writer.trunk_written):
+                tracks[0].trunk.trunk(missing)
+            writer.finish()
+        return Bundle.open(self.out)
+
+    def track(self, name: str, packing: dict, trunk: dict, writer: BundleWriter | None) -> Track:
+        weights = PackedTrunk(self.checkpoint, self.config, trunk, writer, self.threads)
+        return Track(name, self.config, weights, packing, writer)
+
+    # ---- round to nearest, or not at all
+
+    def _write_plain(self) -> Bundle:
+        config, o = self.config, self.o
+        if o.width is not None or o.bits == 16:
+            width = o.width or 16
+            group = targets.groups(replace(o, method="rtn"), config)[0]
+            packing = Packing((width,) * 3, group or targets.DEFAULT_GROUP)
+        else:
+            budget = targets.expert_budget(o, self.checkpoint, config, self.trunk)
+            bits = 8 * budget / (config.expert_weights * config.expert_count)
+            packing = targets.uniform_packing(config, bits, targets.groups(o, config))
+        keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts)]
+        extra = {"calibration": None, "method": {"name": o.method}, "certificate": None}
+        with BundleWriter(
+            self.out, self.checkpoint.directory, config, self.trunk, dict.fromkeys(keys, packing), extra=extra
+        ) as writer:
+            total, threads = len(writer.trunk) + len(keys), self.threads
+            for done, (name, how) in enumerate(writer.trunk.items(), start=1):
+                writer.write_trunk(
+                    name, quantise(self.checkpoint.trunk(name), how.widths[0], how.group, threads=threads)
+                )
+                self.tell("quantise", done, total)
+            for done, (layer, index) in enumerate(keys, start=len(writer.trunk) + 1):
+                parts = zip(self.checkpoint.expert(layer, index), packing.widths, strict=True)
+                search = o.method != "rtn"
+                record = [quantise(w, width, packing.group, search=search, threads=threads) for w, width in parts]
+                writer.write_expert(layer, index, record)
+                self.tell("quantise", done, total)
+            writer.finish()
+        return Bundle.open(self.out)
+
+    # ---- state
+
+    @property
+    def keep(self):
+        """Where single experts' results are kept, when an expert takes long enough for that to pay."""
+        return self.journal.arrays if self.config.expert_weights >= LARGE_EXPERT else None
+
+    def new_stream(self, name: str, rows: int) -> Stream:
+        self._streams += 1
+        file = None if self.memory.streams_in_memory else self.journal.scratch / f"{self._streams}-{name}"
+        return Stream(rows, self.config.dim, file)
+
+    def load_stream(self, saved: str, rows: int) -> Stream:
+        self._streams += 1
+        file = None if self.memory.streams_in_memory else self.journal.scratch / f"{self._streams}-loaded"
+        return Stream.load(self.journal.path(saved), rows, self.config.dim, file)
+
+
+def _remove_empty(directory: Path) -> None:
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()

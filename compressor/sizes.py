@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from edge_moe import _core
-from edge_moe.compressor.pipeline import packed_bytes
 from edge_moe.compressor.quantise import largest_group, trunk_packing
+from edge_moe.compressor.targets import packed_bytes
 from edge_moe.compressor.writer import Packing
 from edge_moe.runtime.bundle import record_alignment, record_bytes
 from edge_moe.runtime.config import ModelConfig, trunk_shapes

@@ -75,6 +75,8 @@ class BundleWriter:
     experts: dict[tuple[int, int], Packing]
     frequency: dict[tuple[int, int], float] = field(default_factory=dict)
     extra: dict = field(default_factory=dict)  # further keys of bundle.json: calibration, certificate
+    resumable: bool = False  # what another run wrote is gone on with, and left there after an error
+    trunk_written: set = field(default_factory=set)
     _partial: Path = None
     _trunk_parts: dict = field(default_factory=dict)
     _alignment: int = 0
@@ -90,9 +92,10 @@ class BundleWriter:
         if self.out.exists():
             raise FileExistsError(f"{self.out}: exists already; choose another name or remove it")
         self._partial = self.out.with_name(self.out.name + ".partial")
-        shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
+        if not self.resumable:
+            shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
         self._lay_out()
-        self._partial.mkdir(parents=True)
+        self._partial.mkdir(parents=True, exist_ok=True)
         try:
             self._reserve()
         except BaseException as error:
@@ -105,13 +108,13 @@ class BundleWriter:
             with suppress(OSError):  # what a full disk could not take; finish() has flushed what counts
                 handle.close()
         self._handles.clear()
-        if kind is not None:
+        if kind is not None and not self.resumable:
             shutil.rmtree(self._partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(f"{self.out}: the disk filled up while writing; make room or choose another disk") from None
 
     def write_trunk(self, name: str, tensor: Quantised) -> None:
-        """Write one trunk tensor; the order of names is trunk_shapes()'s."""
+        """Write one trunk tensor, in any order."""
         handle = self._handle(TRUNK_FILE)
         for part, offset, nbytes in self._trunk_parts[name]:
             data = np.ascontiguousarray(getattr(tensor, part)).view(np.uint8).reshape(-1)
@@ -119,6 +122,22 @@ class BundleWriter:
                 raise AssertionError(f"{name}.{part} has {data.nbytes} bytes, planned {nbytes}")
             handle.seek(offset)
             handle.write(data.data)
+        self.trunk_written.add(name)
+
+    def flush(self) -> None:
+        """Bring what was written to disk."""
+        for handle in self._handles.values():
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def checksums(self, layer: int) -> dict[int, int]:
+        """Of a layer's records that were written, by expert."""
+        return {index: checksum for (at, index), checksum in self._checksums.items() if at == layer}
+
+    def restore(self, layer: int, checksums: dict[int, int], trunk: list[str]) -> None:
+        """Take a layer's records and trunk tensors as written, by a run before this one."""
+        self._checksums |= {(layer, index): checksum for index, checksum in checksums.items()}
+        self.trunk_written |= set(trunk)
 
     def write_expert(self, layer: int, index: int, matrices: list[Quantised]) -> None:
         """Write one expert's record: gate, up, down."""
@@ -143,6 +162,8 @@ class BundleWriter:
         missing = self.experts.keys() - self._checksums.keys()
         if missing:
             raise AssertionError(f"{len(missing)} experts were not written")
+        if missing := self.trunk.keys() - self.trunk_written:
+            raise AssertionError(f"{len(missing)} trunk tensors were not written, {min(missing)} among them")
         copies = {}
         for name in COPIED:
             if (self.source / name).is_file():
@@ -153,9 +174,7 @@ class BundleWriter:
         table = self._table(copies)
         table["checksum"] = table_checksum(table)
         (self._partial / "bundle.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        for handle in self._handles.values():
-            handle.flush()
-            os.fsync(handle.fileno())
+        self.flush()
         for path in (*(self._partial / name for name in (*copies, "bundle.json")), self._partial):
             _sync(path)
         os.rename(self._partial, self.out)
@@ -193,8 +212,9 @@ class BundleWriter:
         trunk_header, trunk_bytes = self._lay_out_trunk()
         self._trunk_bytes = trunk_bytes
         needed = trunk_bytes + sum(size for _, _, size in self._files)
+        there = sum(file.stat().st_size for file in self._partial.iterdir())
         free = shutil.disk_usage(self._partial).free
-        if needed > free:
+        if needed > free + there:
             raise OSError(
                 f"{self.out}: needs {math.ceil(needed / 1e6):,} MB, the disk has {free // 1_000_000:,} MB free; "
                 "make room or choose another disk"
@@ -272,7 +292,9 @@ class BundleWriter:
 
     def _handle(self, name: str):
         if name not in self._handles:
-            self._handles[name] = open(self._partial / name, "wb+")  # noqa: SIM115 (closed by __exit__)
+            path = self._partial / name
+            mode = "rb+" if self.resumable and path.is_file() else "wb+"
+            self._handles[name] = open(path, mode)  # noqa: SIM115 (closed by __exit__)
         return self._handles[name]
 
 

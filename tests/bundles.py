@@ -12,10 +12,10 @@ import numpy as np
 import edge_moe.bench
 from edge_moe import _core
 from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import quantise
+from edge_moe.compressor.quantise import quantise, trunk_packing
 from edge_moe.compressor.writer import BundleWriter, Packing
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, table_checksum, verify
-from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.plan import engine_config
 from edge_moe.runtime.runtime import Runtime
 
@@ -43,7 +43,8 @@ class Kept:
 
     def trunk(self, name: str) -> np.ndarray:
         weights = self.checkpoint.trunk(name)
-        return weights[list(self.kept[int(name.split(".")[1])])] if name.endswith(".router") else weights
+        of_router = name.endswith((".router", ".router_bias"))
+        return weights[list(self.kept[int(name.split(".")[1])])] if of_router else weights
 
     def expert(self, layer: int, index: int) -> tuple[np.ndarray, ...]:
         return self.checkpoint.expert(layer, self.kept[layer][index])
@@ -63,12 +64,31 @@ def write_bundle(
     return out
 
 
-def make_engine(path: Path, *, slots: int | None = None, threads: int = 1, chunk: int = 32, kernels: str = ""):
-    """An Engine over a bundle with `slots` slots, or resident, that returns all rows of logits."""
+def write_lossless(out: Path, source: Path, config: ModelConfig, weights) -> Path:
+    """Write the bundle that has every weight as the checkpoint has it."""
+    kept = [(layer, index) for layer in config.moe_layers for index in range(config.experts_of(layer))]
+    trunk = trunk_packing(trunk_shapes(config), 16, 32)
+    return write_bundle(out, source, config, weights, trunk, dict.fromkeys(kept, Packing((16,) * 3, 32)))
+
+
+def make_engine(
+    path: Path,
+    *,
+    slots: int | None = None,
+    threads: int = 1,
+    chunk: int = 32,
+    context: int = 64,
+    kernels: str = "",
+    config: ModelConfig | None = None,
+):
+    """An Engine over a bundle with `slots` slots, or resident, that returns all rows of logits.
+
+    config: instead of the bundle's own, for another rule over the same shapes.
+    """
     bundle = Bundle.open(path)
     records, frequency = bundle.record_table()
     return _core.Engine(
-        engine_config(bundle.config, context=64, chunk=chunk, logits_rows=chunk, threads=threads),
+        engine_config(config or bundle.config, context, chunk, logits_rows=chunk, threads=threads),
         str(path / TRUNK_FILE),
         bundle.trunk_bytes,
         bundle.trunk_checksum,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import REFERENCE, Kept, write_bundle
-from golden_checkpoints import ARCHITECTURES, DROPPED, write_checkpoint
+from golden_checkpoints import CHECKPOINTS, DROPPED, write_checkpoint
 
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
@@ -20,9 +20,9 @@ from edge_moe.runtime.tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory) -> dict[str, tuple[Path, np.ndarray, np.ndarray]]:
-    """By architecture: checkpoint, token ids (32,), transformers' logits (32, vocab)."""
+    """By name: checkpoint, token ids (32,), transformers' logits (32, vocab)."""
     directory = tmp_path_factory.mktemp("golden")
-    return {name: write_checkpoint(name, directory / name) for name in ARCHITECTURES}
+    return {name: write_checkpoint(name, directory / name) for name in CHECKPOINTS}
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def bundle_of(golden, tmp_path_factory):
         if key not in made:
             source = REFERENCE if name == "reference" else golden[name][0]
             if not options.keys() & {"method", "calibration"}:
-                options["method"] = "uniform"
+                options["method"] = "rtn"  # needs no text, and is quick
             made[key] = compress(source, directory / f"{len(made)}.emoe", threads=1, **options).path
         return made[key]
 

@@ -7,23 +7,26 @@ from pathlib import Path
 
 import numpy as np
 
-ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
+CHECKPOINTS = (*ARCHITECTURES, "moonlight")  # which is of the last architecture
 DROPPED = {
     "mixtral": (((0, 2, 3, 5, 7), (1, 4, 6)), (2, 1)),
     "olmoe": (((0, 1, 2, 3, 4, 5, 6, 7), (3, 5, 6)), (2, 3)),
     "qwen2_moe": (((1, 2, 4, 5, 7), (), (0, 3, 6, 7)), (1, 0, 2)),
     "qwen3_moe": (((0, 2, 5), (1, 2, 3, 4, 5)), ()),
+    # Of the four groups of four one is gone in each layer; any two of the others have enough for top_k.
+    "deepseek_v3": (((), (0, 3, 8, 9, 12, 13, 14, 15), (0, 2, 4, 7, 8, 9, 11)), (0, 4, 3)),
 }
 
 
-def write_checkpoint(architecture: str, directory: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+def write_checkpoint(name: str, directory: Path) -> tuple[Path, np.ndarray, np.ndarray]:
     """Write config.json and model.safetensors; gives directory, token_ids (tokens,), logits (tokens, vocab).
 
     The logits are those of transformers, in float32.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with np.load(Path(__file__).parent / "golden" / f"{architecture}.npz") as golden:
+    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as golden:
         (directory / "config.json").write_text(str(golden["config"]))
         (directory / "model.safetensors").write_bytes(golden["weights"].tobytes())
         return directory, golden["token_ids"], golden["logits"]

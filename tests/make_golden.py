@@ -59,6 +59,55 @@ CONFIGS = {
         "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
     },
+    "deepseek_v3": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 20,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 24,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 16,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 5,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "rms_norm_eps": 1e-2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 6.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.4,
+        },
+    },
+    "moonlight": {  # the same architecture as Moonlight-16B-A3B has it: queries without a latent, one group, no YaRN
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.5,
+        "rope_interleave": False,
+    },
 }
 TOKENS = 32
 
@@ -68,7 +117,7 @@ def random_model(architecture: str, seed: int, **changes):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(architecture, **{**COMMON, **CONFIGS[architecture], **changes})
+    config = AutoConfig.for_model(**{"model_type": architecture, **COMMON, **CONFIGS[architecture], **changes})
     model = AutoModelForCausalLM.from_config(config)
     random = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -80,13 +129,17 @@ def random_model(architecture: str, seed: int, **changes):
         else:
             drawn *= 0.2
         weight.data.copy_(drawn)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=random))
     return model.to(torch.bfloat16)
 
 
-def logits_of(directory: Path, token_ids: np.ndarray, kept=(), layer_top_k=()) -> np.ndarray:
+def logits_of(directory: Path, token_ids: np.ndarray, kept=(), layer_top_k=(), bias=-np.inf) -> np.ndarray:
     """What transformers gives for token_ids (tokens,) in float32: logits (tokens, vocab).
 
-    kept, layer_top_k: by layer, the experts that may be chosen and how many are; () is the model's own.
+    kept, layer_top_k: by layer, the experts that may be chosen and how many are; () is the model's own. bias: of the
+    others, as mask_router() takes it.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -96,7 +149,7 @@ def logits_of(directory: Path, token_ids: np.ndarray, kept=(), layer_top_k=()) -
     )
     for layer, experts in enumerate(kept):
         if experts:
-            mask_router(model.model.layers[layer].mlp.gate, experts)
+            mask_router(model.model.layers[layer].mlp.gate, experts, bias)
     for layer, top_k in enumerate(layer_top_k):
         if top_k:
             model.model.layers[layer].mlp.gate.top_k = top_k
@@ -104,8 +157,13 @@ def logits_of(directory: Path, token_ids: np.ndarray, kept=(), layer_top_k=()) -
         return model(torch.from_numpy(token_ids)[None]).logits[0].numpy()
 
 
-def mask_router(gate, experts: tuple[int, ...]) -> None:
-    """Give every other expert of a router the logit -inf: it is never chosen and has no part in the softmax."""
+def mask_router(gate, experts: tuple[int, ...], bias: float) -> None:
+    """Give every other expert of a router the logit -inf: it is never chosen and has no part in the softmax.
+
+    bias: what is added to their scores for the choice, where there is such a thing. With -inf each group must keep two
+    experts or none, as it could not be chosen with one, and groups together enough for top_k: beyond these the choice
+    is arbitrary. With 0 all others' must be positive: then a dropped one comes last, and counts nothing.
+    """
     from unittest.mock import patch
 
     import torch
@@ -121,6 +179,8 @@ def mask_router(gate, experts: tuple[int, ...]) -> None:
             return forward(hidden_states)
 
     gate.forward = forward_masked
+    if hasattr(gate, "e_score_correction_bias"):
+        gate.e_score_correction_bias[others] = bias
 
 
 def main() -> None:

@@ -236,6 +236,7 @@ def test_the_table_names_its_format_version_tool_and_checksum(bundle_of):
     table = json.loads((bundle_of("reference", width=4) / "bundle.json").read_text())
     assert (table["format"], table["version"]) == ("emoe", _core.FORMAT_VERSION)
     assert table["tool"].startswith("edge-moe ")
-    assert table["method"] == {"name": "uniform", "group": 64}
+    assert table["method"] == {"name": "rtn"}
+    assert table["calibration"] is table["certificate"] is None
     assert table["checksum"] == table_checksum(table)
     assert len(table["checksum"]) == 64

@@ -1,4 +1,4 @@
-"""Calibration: where its tokens come from, what is refused, and what is measured of each expert."""
+"""Calibration: where its tokens come from, what is held out of them, and what is refused."""
 
 import hashlib
 
@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from bundles import REFERENCE
 
-from edge_moe.compressor.calibrate import domains_of, load_calibration, measure_layer, stdlib_files
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.runtime import reference
+from edge_moe.compressor.calibrate import domains_of, load_calibration, stdlib_files
 from edge_moe.runtime.config import load_config
 from edge_moe.runtime.tokenizer import Tokenizer
 
@@ -46,13 +44,17 @@ def test_text_gives_windows_spread_over_all_of_it(tokenizer, tmp_path):
     assert found.ids.shape == (8, 256)
     assert found.source == "text.txt"
     assert found.ids[0].tolist() == ids[:256]
-    assert found.ids[-1].tolist() == ids[-256:]
+    held_out = len(ids) // 8  # from the end
+    assert found.ids[-1].tolist() == ids[: len(ids) - held_out][-256:]
+    assert found.held_out[0].tolist() == ids[-held_out:][:256]
+    assert found.held_out[-1].tolist() == ids[-256:]
+    assert found.held_out_source == "the last part of text.txt"
 
 
 def test_files_give_equal_shares_and_short_ones_what_they_have(tokenizer, tmp_path):
     long = save(tmp_path / "long.npy", np.full(5000, 7))
     other = save(tmp_path / "other.npy", np.full((10, 500), 8, np.uint16))
-    short = save(tmp_path / "short.npy", np.full(300, 9))
+    short = save(tmp_path / "short.npy", np.full(600, 9))
     found = load(None, long, other, short, tokens=256 * 12)
     assert [int((found.ids == token).all(1).sum()) for token in (7, 8, 9)] == [4, 4, 1]
     assert found.source == "long.npy, other.npy, short.npy"
@@ -69,14 +71,20 @@ def test_without_files_the_standard_library_is_read(tokenizer):
 
 
 def test_the_provenance_tells_tokens_and_their_hash(tmp_path):
-    ids = np.random.default_rng(0).integers(0, 4096, 1024)
+    ids = np.random.default_rng(0).integers(0, 4096, 1280)
     found = load(None, save(tmp_path / "ids.npy", ids), tokens=1024)
     assert found.provenance == {
         "source": "ids.npy",
         "sequences": 4,
         "tokens": 1024,
         "domains": 1,
-        "sha256": hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest(),
+        "sha256": hashlib.sha256(ids[:1024].astype("<i8").tobytes()).hexdigest(),
+    }
+    assert found.held_out_provenance == {
+        "source": "the last part of ids.npy",
+        "sequences": 1,
+        "tokens": 256,
+        "sha256": hashlib.sha256(ids[1024:].astype("<i8").tobytes()).hexdigest(),
     }
 
 
@@ -106,12 +114,12 @@ def test_files_that_cannot_serve_are_named(tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "text.npy").write_text("not numpy")
     (tmp_path / "empty.npy").touch()
-    save(tmp_path / "floats.npy", np.zeros(300))
+    save(tmp_path / "floats.npy", np.zeros(600))
     save(tmp_path / "none.npy", np.zeros(0, np.int64))
-    save(tmp_path / "large.npy", np.full(300, 4096))
-    save(tmp_path / "negative.npy", np.full(300, -1))
+    save(tmp_path / "large.npy", np.full(600, 4096))
+    save(tmp_path / "negative.npy", np.full(600, -1))
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
-    short = "tokens, calibration needs at least 256; use a longer text"
+    short = "tokens, at least 512 are needed; use a longer text"
     for name, message in {
         "short.txt": f"has {len(tokenizer.encode('too short'))} {short}",
         "none.npy": f"has 0 {short}",
@@ -125,7 +133,7 @@ def test_files_that_cannot_serve_are_named(tokenizer, tmp_path):
             f"{tmp_path / name}: not a NumPy file of token ids ("
         )
     assert refused(load, tokenizer, tmp_path / "gone.txt", error=FileNotFoundError) == (
-        f"{tmp_path / 'gone.txt'}: no such calibration file"
+        f"{tmp_path / 'gone.txt'}: no such file of calibration or held-out text"
     )
 
 
@@ -135,7 +143,7 @@ def test_text_without_a_tokenizer_is_refused(tmp_path):
         f"{tmp_path / 'text.txt'}: the checkpoint has no tokenizer.json; pass token ids as .npy"
     )
     assert refused(load, None) == (
-        "the checkpoint has no tokenizer.json; pass --calibration IDS.npy, or use --method uniform"
+        "the checkpoint has no tokenizer.json; pass --calibration IDS.npy, or use --method rtn"
     )
 
 
@@ -145,48 +153,3 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer, golden, tmp_path):
     assert refused(load_calibration, tokenizer, small, [tmp_path / "text.txt"], 1024, 0) == (
         f"{tmp_path / 'text.txt'}: has token ids outside the vocabulary of 128"
     )
-
-
-# ---- measuring
-
-
-@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
-def test_a_measured_layer_computes_what_the_model_does_and_counts_its_experts(golden, architecture):
-    checkpoint = Checkpoint(golden[architecture][0])
-    c = checkpoint.config
-    ids = np.random.default_rng(2).integers(0, c.vocab, (4, 40))
-    domains = np.array([0, 1, 1, 0])
-    x = want = reference.embed(c, checkpoint, ids)
-    for layer in range(c.layers):
-        rows_of = {}
-
-        def change(layer, expert, h, rows_of=rows_of):
-            rows_of[expert] = len(h)
-            return np.stack([np.full(len(h), 4.0), np.zeros(len(h))])  # one option changes all, one nothing
-
-        x, measure = measure_layer(c, checkpoint, layer, x, domains, change)
-        want = reference.layer(c, checkpoint, layer, want)
-        np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-4)
-        if layer in c.dense_layers:
-            assert measure is None
-            continue
-        assert measure.frequency.sum() == pytest.approx(c.top_k)
-        np.testing.assert_allclose(measure.frequency * 160, [rows_of[expert] for expert in range(c.experts)])
-        assert 0 < measure.routing_weight.sum() <= 1 + 1e-6
-        assert measure.errors.shape == (c.experts, 2)
-        assert (measure.errors[:, 0] > 0).all()
-        assert not measure.errors[:, 1].any()
-        assert measure.domain_errors.shape[:2] == (c.experts, 2)
-        assert measure.domain_errors.shape[2] >= 2
-        assert (measure.domain_errors[:, 0] >= 0).all()
-        assert not measure.domain_errors[:, 1].any()
-
-
-def test_an_expert_that_is_never_chosen_is_measured_as_finite(golden):
-    checkpoint = Checkpoint(golden["olmoe"][0])
-    c = checkpoint.config
-    x = reference.embed(c, checkpoint, np.array([[5]]))  # one token: 3 of 8 experts
-    _, measure = measure_layer(c, checkpoint, 0, x, np.array([0]), lambda layer, expert, h: np.ones((2, len(h))))
-    assert np.count_nonzero(measure.frequency) == 3
-    for part in (measure.frequency, measure.routing_weight, measure.errors, measure.domain_errors):
-        assert np.isfinite(part).all()

@@ -123,6 +123,22 @@ def test_names_are_canonical_and_in_a_fixed_order(tmp_path):
     assert Checkpoint(directory).trunk_names() == ["embedding", *sum(layers, []), "output_norm", "head"]
 
 
+def test_deepseeks_names_are_canonical_and_layers_behind_the_models_own_are_not_read(tmp_path):
+    directory, _, _ = write_checkpoint("deepseek_v3", tmp_path)
+    tensors = read_file(directory / "model.safetensors")
+    last = {name.replace(".2.", ".3."): tensor for name, tensor in tensors.items() if ".layers.2." in name}
+    junk = "BF16", [64, 128], bytes(2 * 64 * 128)
+    write_file(directory / "model.safetensors", {**tensors, **last, "model.layers.3.eh_proj.weight": junk})
+    attention = ["attention_norm", "q_a", "q_a_norm", "q_b", "kv_a", "kv_a_norm", "kv_b", "o", "mlp_norm"]
+    dense = ["dense.gate", "dense.up", "dense.down"]
+    moe = ["router", "router_bias", "shared.gate", "shared.up", "shared.down"]
+    layers = [[f"layers.{i}.{name}" for name in attention + rest] for i, rest in enumerate([dense, moe, moe])]
+    checkpoint = Checkpoint(directory)
+    assert checkpoint.trunk_names() == ["embedding", *sum(layers, []), "output_norm", "head"]
+    key = "model.layers.1.mlp.gate.e_score_correction_bias"
+    np.testing.assert_array_equal(checkpoint.trunk("layers.1.router_bias"), bf16(tensors[key][2]))
+
+
 def test_a_tied_head_is_no_tensor_and_norms_follow_the_projections(olmoe):
     names = Checkpoint(olmoe).trunk_names()
     attention = ["attention_norm", "q", "k", "v", "q_norm", "k_norm", "o", "mlp_norm", "router"]

@@ -3,12 +3,7 @@
 import json
 
 import pytest
-from bundles import edit_copy
 
-from edge_moe.bench.synthetic import make_synthetic
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.pipeline import compress
-from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import (
     LatentAttention,
     ModelConfig,
@@ -201,6 +196,18 @@ def test_yarn_is_read_in_each_spelling():
         assert (config.rope_theta, config.rope_factor, config.yarn) == (5000.0, 1.0, expected)
 
 
+def test_yarn_without_magnitudes_has_none():
+    rope = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 64, "attention_factor": None}
+    yarn = parse_config(hub("deepseek_v3", rope_scaling={**rope, "truncate": True})).yarn
+    assert yarn == YarnScaling(2.0, 64, beta_fast=32.0, beta_slow=1.0, mscale=0.0, mscale_all_dim=0.0)
+
+
+def test_position_turns_neighbours_unless_the_config_says_else():
+    assert parse_config(hub("deepseek_v3")).latent.interleaved
+    assert not parse_config(hub("deepseek_v3", rope_interleave=False)).latent.interleaved
+    assert [parse_config(hub(kind)).rope_dim for kind in ("olmoe", "qwen3_moe", "deepseek_v3")] == [16, 32, 8]
+
+
 def test_latent_attention_has_its_own_matrices_and_a_shared_expert_may_lack_a_gate():
     shapes = trunk_shapes(EXPECTED["deepseek_v3"])
     layer = {name.removeprefix("layers.1."): shape for name, shape in shapes.items() if name.startswith("layers.1.")}
@@ -239,6 +246,7 @@ def test_generation_config_knows_the_end_tokens_better(tmp_path):
     assert load_config(tmp_path).eos_tokens == (3, 5)
 
 
+YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
 SUPPORTED = "supported are mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v3"
 REFUSED = [
     ("olmoe", {"model_type": "llama"}, f"architecture 'llama' is not supported; {SUPPORTED}"),
@@ -301,6 +309,17 @@ REFUSED = [
      "supported are default, linear, yarn"),
     ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4}},
      "key 'original_max_position_embeddings' is missing"),
+    ("deepseek_v3", {"rope_scaling": {**YARN, "attention_factor": 1.0}},
+     "attention_factor of rope type yarn is not supported; leave it out"),
+    ("deepseek_v3", {"rope_scaling": {**YARN, "truncate": False}},
+     "truncate of rope type yarn is not supported; leave it out"),
+    ("deepseek_v3", {"rope_scaling": {**YARN, "beta_fast": 0}},
+     "rope type yarn needs beta_fast and beta_slow above 0 and rope_theta above 1"),
+    ("deepseek_v3", {"rope_scaling": {**YARN, "beta_slow": 0}},
+     "rope type yarn needs beta_fast and beta_slow above 0 and rope_theta above 1"),
+    ("deepseek_v3", {"rope_scaling": YARN, "rope_theta": 1.0},
+     "rope type yarn needs beta_fast and beta_slow above 0 and rope_theta above 1"),
+    ("deepseek_v3", {"rope_interleave": 1}, "rope_interleave is 1, expected true or false"),
 ]  # fmt: skip
 
 
@@ -309,27 +328,6 @@ def test_a_config_that_is_not_supported_is_refused_by_key(kind, changes, message
     with pytest.raises(ValueError) as error:
         parse_config(hub(kind, **changes), where="models/x/config.json")
     assert str(error.value) == f"models/x/config.json: {message}"
-
-
-def test_what_can_be_planned_only_is_neither_opened_compressed_nor_run(tmp_path, copy_of):
-    model, bundle = tmp_path / "model", copy_of("olmoe", width=4)
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(hub("deepseek_v3")))
-    edit_copy(bundle, "config.json", (model / "config.json").read_bytes())
-    for directory, use in (
-        (model, load_config),
-        (model, Checkpoint),
-        (model, lambda path: compress(path, tmp_path / "out.emoe")),
-        (model, lambda path: make_synthetic(path / "config.json", tmp_path / "out.emoe")),
-        (bundle, Bundle.open),
-    ):
-        with pytest.raises(ValueError) as error:
-            use(directory)
-        assert str(error.value) == (
-            f"{directory}/config.json: deepseek_v3 can be planned but not yet compressed or run; "
-            "mixtral, olmoe, qwen2_moe, qwen3_moe can"
-        )
-        assert not list(tmp_path.glob("out*"))
 
 
 def test_a_directory_without_config_json_is_refused(tmp_path):

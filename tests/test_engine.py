@@ -5,8 +5,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import ALL, LAST, NOTHING, REFERENCE, Kept, logits_of, make_engine, run_engine, run_python, write_bundle
-from golden_checkpoints import ARCHITECTURES, DROPPED, dropped_logits
+from bundles import (
+    ALL,
+    LAST,
+    NOTHING,
+    REFERENCE,
+    Kept,
+    logits_of,
+    make_engine,
+    run_engine,
+    run_python,
+    write_bundle,
+    write_lossless,
+)
+from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, dropped_logits
 
 from edge_moe import _core
 from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate
@@ -43,10 +55,11 @@ def mixed(bundle_of, golden, tmp_path_factory):
 # ---- G1: the same logits as transformers
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_lossless_logits_equal_those_of_transformers(bundle_of, golden, architecture):
-    _, ids, want = golden[architecture]
-    got = logits_of(bundle_of(architecture, bits=16), ids)
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_lossless_logits_equal_those_of_transformers(golden, tmp_path, name):
+    directory, ids, want = golden[name]
+    checkpoint = Checkpoint(directory)
+    got = logits_of(write_lossless(tmp_path / "lossless.emoe", directory, checkpoint.config, checkpoint), ids)
     assert np.abs(got - want).max() <= 1e-4  # float32 sums of logits near ten, in another order
     assert np.array_equal(got.argmax(-1), want.argmax(-1))
 
@@ -93,6 +106,7 @@ def test_lossless_logits_equal_those_of_transformers_without_the_dropped_experts
         ("qwen3_moe", ((), ()), (1, 2)),
         ("mixtral", ((6, 7), (0, 1, 2, 3, 4, 5, 6)), ()),
         ("qwen2_moe", ((0, 1, 2, 3, 4, 5, 6, 7), (), (2, 3, 4)), (2, 0, 3)),
+        ("deepseek_v3", ((), (0, 1, 4, 5, 6, 10, 11, 12, 13, 14), (2, 3, 8, 9, 10, 11)), (0, 4, 3)),
     ],
 )
 def test_a_fresh_checkpoint_gives_the_logits_of_transformers_without_some_experts(
@@ -109,12 +123,7 @@ def test_a_fresh_checkpoint_gives_the_logits_of_transformers_without_some_expert
     checkpoint = Checkpoint(tmp_path)
     config = replace(checkpoint.config, kept=kept if any(kept) else (), layer_top_k=layer_top_k)
     weights = Kept(checkpoint, config) if config.kept else checkpoint
-    experts = {
-        (layer, e): Packing((16,) * 3, 32) for layer in config.moe_layers for e in range(config.experts_of(layer))
-    }
-    trunk = trunk_packing(trunk_shapes(config), 16, 32)
-    path = write_bundle(tmp_path / "dropped.emoe", tmp_path, config, weights, trunk, experts)
-    got = logits_of(path, ids)
+    got = logits_of(write_lossless(tmp_path / "dropped.emoe", tmp_path, config, weights), ids)
     assert np.abs(got - want).max() <= 1e-4
     assert np.array_equal(got.argmax(-1), want.argmax(-1))
     np.testing.assert_allclose(reference.forward(config, weights, ids), want, rtol=0, atol=1e-4)

@@ -143,6 +143,11 @@ def test_only_experts_that_are_there_count():
         ({"experts": [16, 16, 3, 16]}, "top_k must be 1 to a layer's experts"),
         ({"top_k": [4, 4, 0, 4]}, "top_k must be 1 to a layer's experts"),
         ({"experts": [16, 16, 16, 0]}, "top_k must be 1 to a layer's experts"),
+        ({"rope_frequency": [1.0]}, "rope_frequency must have one value a pair of rope_dim, which is at most head_dim"),
+        ({"top_groups": 2}, "top_groups must be 1 to groups"),
+        ({"groups": 2}, "expert_groups must have one list a layer"),
+        ({"groups": 2, "expert_groups": [[0] * 16] * 3 + [[0] * 15]}, "expert_groups must have one value an expert"),
+        ({"groups": 2, "expert_groups": [[0] * 15 + [2]] * 4}, "an expert's group is not one of groups"),
     ],
 )
 def test_the_engine_refuses_layers_that_cannot_be(changes, message):

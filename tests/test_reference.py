@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import Kept
-from golden_checkpoints import ARCHITECTURES, DROPPED, dropped_logits, write_checkpoint
+from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, dropped_logits, write_checkpoint
 
 import edge_moe.bench
 from edge_moe.compressor.checkpoint import Checkpoint
@@ -19,7 +19,7 @@ from edge_moe.runtime.config import RouterConfig
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=CHECKPOINTS)
 def golden(request, tmp_path):
     directory, token_ids, logits = write_checkpoint(request.param, tmp_path / request.param)
     return Checkpoint(directory), token_ids, logits
@@ -75,14 +75,34 @@ RULES = [
     ("qwen3_moe", {"qk_norm": "none"}),
     ("qwen3_moe", {"rope_factor": 1.0}),
     ("qwen3_moe", {"norm_eps": 1e-2}),
+    ("deepseek_v3", {"yarn": None}),
+    ("deepseek_v3", {"yarn": {"mscale": 0.0}}),
+    ("deepseek_v3", {"yarn": {"mscale_all_dim": 0.0}}),
+    ("deepseek_v3", {"yarn": {"beta_fast": 32.0}}),
+    ("deepseek_v3", {"latent": {"interleaved": False}}),
+    ("deepseek_v3", {"latent": {"norm_eps": 1e-2}}),
+    ("deepseek_v3", {"shared_hidden": 0}),
+    ("deepseek_v3", {"router": {"score": "softmax"}}),
+    ("deepseek_v3", {"router": {"selection_bias": False}}),
+    ("deepseek_v3", {"router": {"groups": 1, "top_groups": 1}}),
+    ("deepseek_v3", {"router": {"top_groups": 3}}),
+    ("deepseek_v3", {"router": {"group_score": "max"}}),
+    ("deepseek_v3", {"router": {"renormalise": False}}),
+    ("deepseek_v3", {"router": {"scale": 1.0}}),
+    ("moonlight", {"latent": {"interleaved": True}}),
+    ("moonlight", {"router": {"renormalise": True}}),
 ]
 
 
-@pytest.mark.parametrize("architecture, change", RULES)
-def test_a_rule_left_out_shows_in_the_golden_logits(tmp_path, architecture, change):
-    directory, token_ids, logits = write_checkpoint(architecture, tmp_path)
+@pytest.mark.parametrize("name, change", RULES)
+def test_a_rule_left_out_shows_in_the_golden_logits(tmp_path, name, change):
+    directory, token_ids, logits = write_checkpoint(name, tmp_path)
     checkpoint = Checkpoint(directory)
-    wrong = reference.forward(replace(checkpoint.config, **change), checkpoint, token_ids)
+    parts = {
+        key: replace(getattr(checkpoint.config, key), **value) if isinstance(value, dict) else value
+        for key, value in change.items()
+    }
+    wrong = reference.forward(replace(checkpoint.config, **parts), checkpoint, token_ids)
     assert np.abs(wrong - logits).max() > 100 * TOLERANCE
 
 
@@ -105,11 +125,13 @@ def test_a_pruned_expert_adds_nothing(golden):
 
 def test_of_experts_with_equal_scores_the_lower_number_goes_first(golden):
     checkpoint, _, _ = golden
-    config = checkpoint.config
+    router = replace(checkpoint.config.router, selection_bias=False)
+    config = replace(checkpoint.config, router=router)
     h = np.zeros((2, config.dim), np.float32)
     chosen, routing_weights = reference.route(config, checkpoint, config.moe_layers[0], h)
     assert chosen.tolist() == [list(range(config.top_k))] * 2
-    weight = 1 / config.top_k if config.router.renormalise else 1 / config.experts
+    score = 1 / config.experts if router.score == "softmax" else 0.5
+    weight = router.scale * (1 / config.top_k if router.renormalise else score)
     np.testing.assert_allclose(routing_weights, weight, rtol=1e-6)
 
 
@@ -132,6 +154,7 @@ LIVE = {
     "olmoe": {"clip_qkv": None, "norm_topk_prob": True, "num_key_value_heads": 4},
     "qwen2_moe": {"mlp_only_layers": [], "decoder_sparse_step": 2, "norm_topk_prob": True, "qkv_bias": False},
     "qwen3_moe": {"tie_word_embeddings": True, "norm_topk_prob": False, "num_key_value_heads": 1},
+    "deepseek_v3": {"tie_word_embeddings": True, "norm_topk_prob": False, "n_shared_experts": 1, "topk_group": 3},
 }
 
 

@@ -254,7 +254,7 @@ def test_an_estimate_says_what_it_assumed(tmp_path):
     )
     assert estimate(DEEPSEEK, "8GB", recipe="collaborative").assumed == (
         "computed from the config: the bits a weight of the published mix 'collaborative', which is another format; "
-        "256 of 256 experts a layer\ndeepseek_v3 can be planned but not yet compressed or run"
+        "256 of 256 experts a layer"
     )
 
 

@@ -1,0 +1,122 @@
+"""What a run has done so far, on disk beside its output, so that a killed one can go on where it was.
+
+OUT.work/ holds identity.json (what the result depends on), a file for each finished step, and the state that the next
+step needs. A step counts once its file has its name: state is written first, under a temporary name, and brought to
+disk. Scratch files are in OUT.work/scratch/ and mean nothing to another run.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+IDENTITY = "identity.json"
+
+
+class Journal:
+    """The work directory of one output; a context manager that holds its lock.
+
+    Raises FileExistsError when an unfinished run is there and `resume` is off, ValueError when it was another one (of
+    another checkpoint, version or option), BlockingIOError while it still runs.
+    """
+
+    def __init__(self, out: Path, identity: dict, resume: bool):
+        self.directory = out.with_name(out.name + ".work")
+        self.resumed = (self.directory / IDENTITY).is_file()
+        if self.resumed and not resume:
+            raise FileExistsError(
+                f"{self.directory}: an unfinished run is there; --resume goes on with it, removing it starts anew"
+            )
+        if not self.resumed:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(parents=True)
+        self._lock = open(self.directory / "lock", "w")  # noqa: SIM115 (closed by __exit__)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise BlockingIOError(f"{out}: another process is writing it; wait for it or end it") from None
+        if self.resumed:
+            self._compare(identity)
+        else:
+            self.write(IDENTITY, identity)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.close()
+
+    @property
+    def scratch(self) -> Path:
+        return self.directory / "scratch"
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    def has(self, name: str) -> bool:
+        return self.path(name).is_file()
+
+    def started(self) -> bool:
+        """Whether any step is done."""
+        return any(file.name not in (IDENTITY, "lock", "scratch") for file in self.directory.iterdir())
+
+    def write(self, name: str, value) -> None:
+        """Write a step's file: whole or not at all."""
+        partial = self.path(name + ".new")
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        self.commit(partial, name)
+
+    def commit(self, partial: Path, name: str) -> None:
+        """Give a file that is on disk its name."""
+        os.replace(partial, self.path(name))
+        handle = os.open(self.directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def read(self, name: str):
+        return json.loads(self.path(name).read_text(encoding="utf-8"))
+
+    def arrays(self, name: str, compute) -> dict[str, np.ndarray]:
+        """The arrays of a step: compute()'s, once they are on disk, or those that a run before this one left."""
+        file = self.path(name)
+        if not file.is_file():
+            partial = self.path(name + ".new")
+            with open(partial, "wb") as handle:
+                np.savez(handle, **compute())
+                handle.flush()
+                os.fsync(handle.fileno())
+            self.commit(partial, name)
+        with np.load(file, allow_pickle=False) as saved:
+            return {key: saved[key] for key in saved.files}
+
+    def forget(self, pattern: str) -> None:
+        """Remove state that no later step needs."""
+        for file in self.directory.glob(pattern):
+            file.unlink()
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _compare(self, identity: dict) -> None:
+        try:
+            before = self.read(IDENTITY)
+        except ValueError:
+            before = {}
+        identity = json.loads(json.dumps(identity))
+        other = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
+        if other:
+            shown = "; ".join(f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in other[:3])
+            raise ValueError(
+                f"{self.directory}: belongs to another run ({shown}); give the same options, or remove it to start anew"
+            )

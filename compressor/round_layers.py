@@ -1,0 +1,250 @@
+"""Rounding the experts: layer by layer, each matched to what full precision gives, errors so far included.
+
+Beside the source model runs each compressed form of it (a track: the bundle, and one width everywhere to compare it
+with), on the same text. An expert is rounded for the inputs that it will really get, those of the track, whose earlier
+layers are rounded already; its target is what the layer would add in full precision, plus its share of what the track
+lacks so far. With second moments H of the inputs x, C = mean of target x^T, the best unrounded matrix is C H^-1; GPTQ
+rounds that one. On the reference model at 2 bits, group 64: KLD 0.0417 with clean inputs, 0.0345 with the track's,
+0.0316 with the share of what is lacking.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from edge_moe.compressor import forward
+from edge_moe.compressor.gptq import SWEEPS, Curvature, gptq
+from edge_moe.compressor.quantise import dequantise, quantise
+from edge_moe.compressor.sensitivity import curvature_of, fitting_rows, with_nearest
+from edge_moe.compressor.streams import Stream
+from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
+from edge_moe.runtime import reference
+from edge_moe.runtime.bundle import record_alignment, record_bytes
+from edge_moe.runtime.config import ModelConfig
+
+
+@dataclass(slots=True)
+class Track:
+    """One compressed form of the model: how it is packed, its hidden states so far, and who writes it."""
+
+    name: str
+    config: ModelConfig  # with what was dropped
+    trunk: "PackedTrunk"
+    experts: dict[tuple[int, int], Packing]  # by layer and number among those kept
+    writer: BundleWriter | None = None
+    x: Stream | None = None
+    # while a layer is rounded
+    a: Stream | None = None
+    y: Stream | None = None
+    lacking: Stream | None = None
+    routing: forward.Routing | None = None
+    norms: forward.Held | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits of an expert's weight, scales, biases and padding included."""
+        sizes = [8 * record_bytes_of(self.config, packing) for packing in self.experts.values()]
+        return sum(sizes) / (len(sizes) * self.config.expert_weights)
+
+    def number_of(self, layer: int, expert: int) -> int | None:
+        """An expert's number in this track by its number in the checkpoint; None when it was dropped."""
+        if not self.config.kept:
+            return expert
+        kept = self.config.kept[layer]
+        at = int(np.searchsorted(kept, expert))
+        return at if at < len(kept) and kept[at] == expert else None
+
+
+@dataclass(slots=True)
+class PackedTrunk:
+    """A checkpoint's trunk as a track has it: rounded, routers cut to the experts kept. Writes what is read."""
+
+    checkpoint: object
+    config: ModelConfig
+    packing: dict[str, Packing]
+    writer: BundleWriter | None
+    threads: int
+
+    def trunk(self, name: str) -> np.ndarray:
+        tensor = cut_router(self.config, name, self.checkpoint.trunk(name))
+        width, group = self.packing[name].widths[0], self.packing[name].group
+        packed = quantise(tensor, width, group, threads=self.threads)
+        if self.writer is not None:
+            self.writer.write_trunk(name, packed)
+        return dequantise(packed, width, tensor.shape[-1]).reshape(tensor.shape)
+
+
+@dataclass(slots=True)
+class Rounding:
+    """The pass over the layers. Rows: calibration's first, then held-out ones, which nothing is fitted to."""
+
+    config: ModelConfig
+    checkpoint: object
+    ids: np.ndarray  # (sequences, tokens)
+    calibration_rows: int
+    tracks: list[Track]
+    new_stream: object  # (name, rows) -> Stream
+    workers: int  # experts at a time
+    threads: int  # of each
+    act_order: bool = False
+    keep: object = None  # (name, compute) -> arrays, those of a run before this one where there are any
+    sweeps: int = SWEEPS  # of refinement after GPTQ
+    x: Stream | None = None
+    _norms: forward.Held | None = None  # the layer's; read once, not for each expert
+
+    def start(self) -> None:
+        self.x = self.new_stream("source", self.ids.size)
+        forward.embed(self.config, self.checkpoint, self.ids, self.x)
+        for track in self.tracks:
+            track.x = self.new_stream(track.name, self.ids.size)
+            forward.embed(track.config, track.trunk, self.ids, track.x)
+
+    @property
+    def names(self) -> list[str]:
+        return ["source", *(track.name for track in self.tracks)]
+
+    @property
+    def streams(self) -> list[Stream]:
+        """The state between two layers, as `names`."""
+        return [self.x, *(track.x for track in self.tracks)]
+
+    def go_on(self, streams: list[Stream]) -> None:
+        """Take up the state that a run before this one left."""
+        for owner, stream in zip((self, *self.tracks), streams, strict=True):
+            owner.x = stream
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+
+    def layer(self, layer: int, tell) -> None:
+        """Round one layer and go past it. tell(experts done) is called as it goes."""
+        tokens, self._norms = self.ids.shape[1], forward.Held(self.checkpoint)
+        for track in self.tracks:
+            track.norms = forward.Held(track.trunk)
+        a, y = self._common(self.config, self.checkpoint, layer, self.x, tokens, "source")
+        for track in self.tracks:
+            track.a, track.y = self._common(track.config, track.trunk, layer, track.x, tokens, track.name)
+        if layer not in self.config.dense_layers:
+            self._source_experts(layer, a, y)
+            self._rounded_experts(layer, a, tell)
+        for owner, after in ((self, y), *((track, track.y) for track in self.tracks)):
+            owner.x.close()
+            owner.x = after
+        a.close()
+        for track in self.tracks:
+            track.a.close()
+
+    def _common(self, config, weights, layer, x: Stream, tokens: int, name: str) -> tuple[Stream, Stream]:
+        a, y = self.new_stream(f"{name}-attended", x.rows), self.new_stream(f"{name}-next", x.rows)
+        forward.attention(config, weights, layer, x, tokens, a)
+        forward.common_mlp(config, weights, layer, a, y)
+        return a, y
+
+    def _source_experts(self, layer: int, a: Stream, y: Stream) -> None:
+        """Finish the source's layer in y, and find what each track will lack, a routing weight of one taken."""
+        routing = forward.route(self.config, self.checkpoint, layer, a)
+        for track in self.tracks:
+            track.routing = forward.route(track.config, track.trunk, layer, track.a)
+            track.lacking = self.new_stream(f"{track.name}-lacking", a.rows)
+
+        def one(expert: int):
+            matrices = self.checkpoint.expert(layer, expert)
+            wanted = [(y, routing.rows_of(expert))]
+            for track in self.tracks:
+                if (number := track.number_of(layer, expert)) is not None:
+                    wanted.append((track.lacking, track.routing.rows_of(number)))
+            return [(into, self._parts(self.config, self._norms, layer, a, matrices, *its)) for into, its in wanted]
+
+        for outputs in forward.in_order(self.workers, one, range(self.config.experts)):
+            for into, parts in outputs:
+                forward.add_all(into, parts)
+        for track in self.tracks:
+            weight = track.routing.weights.sum(axis=1, keepdims=True)
+            for start, stop in y.blocks():
+                lacks = y.read(start, stop) - track.y.read(start, stop) - track.lacking.read(start, stop)
+                track.lacking.write(start, lacks / np.maximum(weight[start:stop], 1e-6))
+
+    def _rounded_experts(self, layer: int, a: Stream, tell) -> None:
+        def one(expert: int):
+            numbers = [(track, track.number_of(layer, expert)) for track in self.tracks]
+            if all(number is None for _, number in numbers):
+                return []
+            matrices, results = self.checkpoint.expert(layer, expert), []
+            for track, number in numbers:
+                if number is not None:
+                    packed = self._packed(track, layer, number, matrices, a)
+                    widths = track.experts[layer, number].widths
+                    rounded = [
+                        dequantise(one, width, matrix.shape[1])
+                        for one, width, matrix in zip(packed, widths, matrices, strict=True)
+                    ]
+                    its = track.routing.rows_of(number)
+                    parts = self._parts(track.config, track.norms, layer, track.a, rounded, *its)
+                    results.append((track, number, packed, parts))
+            return results
+
+        for done, results in enumerate(forward.in_order(self.workers, one, range(self.config.experts)), start=1):
+            for track, number, packed, parts in results:
+                forward.add_all(track.y, parts)
+                if track.writer is not None:
+                    track.writer.write_expert(layer, number, packed)
+            tell(done)
+        for track in self.tracks:
+            track.lacking.close()
+
+    def _parts(self, config, norms, layer, a, matrices, rows, weight):
+        parts = forward.expert_parts(config, norms, layer, a, matrices, rows, weight)
+        return forward.held(parts, len(rows), config.dim)
+
+    def _packed(self, track: Track, layer: int, number: int, matrices, a: Stream) -> list[Quantised]:
+        """gate, up and down of one expert; large ones are on disk once they are rounded, for a run that goes on."""
+        if self.keep is None:
+            return self._round(track, layer, number, matrices, a)
+
+        def compute() -> dict:
+            parts = enumerate(self._round(track, layer, number, matrices, a))
+            return {
+                f"{i}.{f.name}": v for i, one in parts for f in fields(one) if (v := getattr(one, f.name)) is not None
+            }
+
+        saved = self.keep(f"packed-{layer:04}-{number:04}.{track.name}", compute)
+        return [Quantised(*(saved.get(f"{i}.{f.name}") for f in fields(Quantised))) for i in range(3)]
+
+    def _round(self, track: Track, layer: int, number: int, matrices, a: Stream) -> list[Quantised]:
+        packing, config = track.experts[layer, number], self.config
+        if packing.widths[0] >= 16:
+            return [quantise(matrix, 16, packing.group) for matrix in matrices]
+        rows, weight = fitting_rows(*track.routing.rows_of(number, self.calibration_rows), config.dim)
+        rows, weight = with_nearest(track.routing, number, rows, weight, self.calibration_rows)
+        residual = track.a.take(rows)
+        counts = weight**2 / np.maximum(np.square(residual).sum(-1), 1e-12)
+        counts /= max(float(counts.sum()), 1e-30)
+        h = reference.mlp_input(track.config, track.norms, layer, residual)
+        clean = forward.expert_input(config, self._norms, layer, a, rows)
+        packed, rounded = [], []
+
+        def pack(matrix: np.ndarray, target: np.ndarray, x: np.ndarray, curvature: Curvature, width: int) -> None:
+            best = curvature.solve((target * counts[:, None]).T @ x, matrix)
+            packed.append(gptq(best, curvature, width, packing.group, sweeps=self.sweeps, threads=self.threads))
+            rounded.append(dequantise(packed[-1], width, matrix.shape[1]))
+
+        order_group = packing.group if self.act_order else 0
+        curvature = curvature_of(h, counts, order_group)
+        for matrix, width in zip(matrices[:2], packing.widths[:2], strict=True):
+            pack(matrix, clean @ matrix.T, h, curvature, width)
+        inner = reference.expert_inner(config, h, *rounded)
+        target = reference.expert(config, clean, *matrices) + track.lacking.take(rows)
+        pack(matrices[2], target, inner, curvature_of(inner, counts, order_group), packing.widths[2])
+        return packed
+
+
+def record_bytes_of(config: ModelConfig, packing: Packing) -> int:
+    return record_bytes(config, packing.widths, packing.group, record_alignment(config))
+
+
+def cut_router(config: ModelConfig, name: str, tensor: np.ndarray) -> np.ndarray:
+    """The rows of a router (or its selection bias) that belong to experts that were kept; other tensors as they are."""
+    if not config.kept or not name.endswith((".router", ".router_bias")):
+        return tensor
+    return np.ascontiguousarray(tensor[list(config.kept[int(name.split(".")[1])])])

@@ -1,0 +1,361 @@
+"""What each width of each matrix would cost the model: measured, with the quantiser that is used.
+
+One pass over the layers with full-precision inputs. Every matrix of every expert is rounded (GPTQ without refinement)
+at every choice of width and group, alone, and the change of the layer's output on calibration tokens is taken. Layers
+are weighed by measurement too: each layer's experts are rounded together at one choice, that error is carried through
+the rest of the model, and the KL divergence of the predictions per unit of error is the layer's gain.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe.compressor import forward
+from edge_moe.compressor.calibrate import Calibration
+from edge_moe.compressor.gptq import Curvature, damping_for, gptq
+from edge_moe.compressor.quantise import dequantise
+from edge_moe.compressor.streams import Stream
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.score import log_softmax
+
+MOST_ROWS = 1024  # tokens of an expert on which its error is measured; more are sampled evenly
+LEAST_ROWS = 128  # tokens an expert is given: its own, then those whose router score came closest to choosing it
+FIT_BYTES = 64_000_000  # of one expert's inputs that its second moments are taken over; more are sampled evenly
+GAIN_ROWS = 40_000  # rows of all layers' carried errors together, at the most, but GAIN_SEQUENCES a layer
+GAIN_SEQUENCES = 16
+
+Choice = tuple[int, int]  # width and group of one matrix
+
+
+@dataclass(slots=True)
+class LayerMeasure:
+    """One layer's calibration: experts in rows; a choice is a (width, group) of one matrix."""
+
+    frequency: np.ndarray  # (experts,) assignments / tokens
+    routing_weight: np.ndarray  # (experts,) mean over all tokens of the score where chosen, before renormalisation
+    rows: np.ndarray  # (experts,) tokens routed to each
+    norm_errors: np.ndarray  # (experts, 3, choices) Frobenius norm of the change of the block's output (MC)
+    # (experts, 3, choices, domains + 1) mean over a domain's tokens of the squared change of the residual stream,
+    # relative to its squared norm. The last column stands for text unlike all of it, which uses every expert alike: it
+    # keeps experts that calibration seldom saw from being starved.
+    errors: np.ndarray
+    drop_errors: np.ndarray  # (experts, domains + 1) the same for the expert's whole output gone
+    carried: np.ndarray  # (domains,) the same for all of the layer's experts rounded at the carried choice
+
+
+@dataclass(slots=True)
+class Measures:
+    """What measuring found: layers (None for dense ones), the choices, and each layer's gain."""
+
+    layers: list[LayerMeasure | None]
+    choices: list[Choice]
+    gain: np.ndarray  # (layers, domains + 1) nats of KL divergence a unit of relative squared error
+
+    def cost(self) -> np.ndarray:
+        """(experts of all layers, 3, choices, domains + 1) expected KL divergence, nats a token."""
+        present = [(m, gain) for m, gain in zip(self.layers, self.gain, strict=True) if m is not None]
+        return np.concatenate([m.errors * gain for m, gain in present])
+
+    def of(self, config: ModelConfig) -> "Measures":
+        """Of the experts that `config` keeps alone."""
+        layers = []
+        for layer, measure in enumerate(self.layers):
+            if measure is None:
+                layers.append(None)
+                continue
+            kept = list(config.kept[layer])
+            its = {
+                field.name: getattr(measure, field.name)[kept]
+                for field in fields(LayerMeasure)
+                if field.name != "carried"
+            }
+            layers.append(LayerMeasure(**its, carried=measure.carried))
+        return Measures(layers, self.choices, self.gain)
+
+    def frequencies(self) -> dict[tuple[int, int], float]:
+        """Uses of each expert a token, by layer and number."""
+        present = [(layer, m) for layer, m in enumerate(self.layers) if m is not None]
+        return {(layer, i): float(f) for layer, m in present for i, f in enumerate(m.frequency)}
+
+    def spread(self, choice: int) -> float:
+        """How unlike the experts are: 90th over 10th percentile of what one choice for all of it costs, by weight."""
+        cost = self.cost()[:, :, choice, :-1].mean(axis=-1).sum(axis=1)
+        low, high = np.quantile(cost, (0.1, 0.9))
+        return float(high / max(low, 1e-30))
+
+
+@dataclass(slots=True)
+class Layer:
+    """What measuring a layer's experts has in common."""
+
+    index: int
+    a: Stream  # after attention
+    routing: forward.Routing
+    norms: forward.Held
+    relative: np.ndarray  # (rows,) one over the squared norm of the residual stream
+    place: np.ndarray  # (rows,) in the sample that carries errors, -1 outside of it
+
+
+@dataclass(slots=True)
+class Sensitivity:
+    """The pass, layer by layer; its state can be saved after each."""
+
+    config: ModelConfig
+    weights: object  # trunk(name), expert(layer, expert)
+    calibration: Calibration
+    choices: list[Choice]
+    carried_choice: int
+    workers: int  # experts at a time
+    threads: int  # of each
+    new_stream: Callable[[str, int], Stream]  # (name, rows) -> an empty one
+    keep: object = None  # (name, compute) -> arrays, those of a run before this one where there are any
+    x: Stream = None
+    carried: Stream = None  # of each layer so far, the model with that layer's error: (layers so far * rows, dim)
+    sample: np.ndarray = None  # sequences whose rows carry errors
+
+    def __post_init__(self):
+        sequences, tokens = self.calibration.ids.shape
+        moe = len(self.config.moe_layers)
+        count = min(sequences, max(GAIN_SEQUENCES, 2 * GAIN_ROWS // (tokens * (moe + 1))))
+        self.sample = np.linspace(0, sequences - 1, count).astype(np.int64)
+
+    def start(self) -> None:
+        self.x = self.new_stream("measure", self.calibration.ids.size)
+        forward.embed(self.config, self.weights, self.calibration.ids, self.x)
+
+    @property
+    def sample_rows(self) -> np.ndarray:
+        tokens = self.calibration.ids.shape[1]
+        return (self.sample[:, None] * tokens + np.arange(tokens)).reshape(-1)
+
+    def layer(self, layer: int, tell: Callable[[int], None]) -> LayerMeasure | None:
+        """Measure one layer and go past it. tell(experts done) is called as it goes."""
+        config, weights, tokens = self.config, self.weights, self.calibration.ids.shape[1]
+        dense = layer in config.dense_layers
+        a, y = self.new_stream("attended", self.x.rows), self.new_stream("measured", self.x.rows)
+        forward.attention(config, weights, layer, self.x, tokens, a)
+        forward.common_mlp(config, weights, layer, a, y)
+        carried_a = carried_y = carried_routing = None
+        if self.carried is not None:
+            carried_a = self.new_stream("carried-attended", self.carried.rows)
+            carried_y = self.new_stream("carried-next", self.carried.rows)
+            forward.attention(config, weights, layer, self.carried, tokens, carried_a)
+            forward.common_mlp(config, weights, layer, carried_a, carried_y)
+        measure = None
+        if not dense:
+            routing = forward.route(config, weights, layer, a)
+            carried_routing = forward.route(config, weights, layer, carried_a) if carried_a else None
+            change = np.zeros((len(self.sample_rows), config.dim), np.float32)
+            measure = self._experts(layer, a, y, routing, carried_a, carried_y, carried_routing, change, tell)
+            self._carry(carried_y, y, change)
+        elif carried_y:
+            self.carried.close()
+            self.carried = carried_y
+        for stream in (self.x, a, carried_a):
+            if stream is not None:
+                stream.close()
+        self.x = y
+        return measure
+
+    def _experts(self, layer, a, y, routing, carried_a, carried_y, carried_routing, change, tell) -> LayerMeasure:
+        config, norms = self.config, forward.Held(self.weights)
+        place = np.full(a.rows, -1)
+        place[self.sample_rows] = np.arange(len(self.sample_rows))
+        relative = np.empty(a.rows, np.float32)
+        for start, stop in a.blocks():
+            relative[start:stop] = 1 / np.maximum(np.square(a.read(start, stop)).sum(-1), 1e-12)
+        at = Layer(layer, a, routing, norms, relative, place)
+
+        def one(expert: int):
+            matrices = self.weights.expert(layer, expert)
+            outputs = []  # (stream, pieces of what the expert adds to it)
+            for routes, inputs, into in ((routing, a, y), (carried_routing, carried_a, carried_y)):
+                if routes is not None:
+                    rows, routed = routes.rows_of(expert)
+                    parts = forward.expert_parts(config, norms, layer, inputs, matrices, rows, routed)
+                    outputs.append((into, forward.held(parts, len(rows), config.dim)))
+            if self.keep is None:
+                return outputs, self._expert(at, expert, matrices)
+            return outputs, self.keep(f"measured-{layer:04}-{expert:04}", lambda: self._expert(at, expert, matrices))
+
+        found = []
+        for outputs, result in forward.in_order(self.workers, one, range(config.experts)):
+            for into, parts in outputs:
+                forward.add_all(into, parts)
+            change[result["moved_at"]] += result["moved"]
+            found.append(result)
+            tell(len(found))
+        count, norm_errors, errors = (
+            np.array([its[key] for its in found]) for key in ("count", "norm_errors", "errors")
+        )
+        scores = np.zeros_like(routing.scores)
+        np.put_along_axis(scores, routing.chosen, np.take_along_axis(routing.scores, routing.chosen, -1), -1)
+        return LayerMeasure(
+            count / a.rows,
+            scores.mean(0),
+            count,
+            norm_errors,
+            errors[:, :-1].reshape(config.experts, 3, len(self.choices), -1),
+            errors[:, -1],
+            self._of_sample(np.square(change, dtype=np.float64).sum(-1) * relative[self.sample_rows]),
+        )
+
+    def _expert(self, at: "Layer", expert: int, matrices) -> dict[str, np.ndarray]:
+        """One expert's part of a LayerMeasure, and how all three of its matrices at the carried choice move the output
+        of the sampled rows."""
+        config, routing = self.config, at.routing
+        domain = np.repeat(self.calibration.domains, self.calibration.ids.shape[1])  # (rows,)
+        domain_tokens = np.bincount(domain)
+        rows, routed = routing.rows_of(expert)
+        given, share = with_nearest(routing, expert, *fitting_rows(rows, routed, config.dim), at.a.rows)
+        kept = sampled(len(given))
+        relative = at.relative[given]
+        h = forward.expert_input(config, at.norms, at.index, at.a, given)
+        squared, gone, rounded = self._changes(matrices, h, share**2 * relative, kept)
+        # the last row is the output itself: what dropping the expert takes away
+        squared = np.concatenate([squared.reshape(-1, len(kept)), gone[None]]) * share[kept] ** 2
+        scale = len(rows) / max(len(kept), 1)
+        norm_errors = np.sqrt(squared[:-1].sum(-1) * scale).reshape(3, -1)
+        squared *= relative[kept]
+        in_domain = [np.bincount(domain[given[kept]], one, len(domain_tokens)) for one in squared]
+        unseen = squared.mean(-1) * config.top_k / config.experts
+
+        sample = at.place[rows] >= 0
+        h = forward.expert_input(config, at.norms, at.index, at.a, rows[sample])
+        moved = reference.expert(config, h, *rounded) - reference.expert(config, h, *matrices)
+        return {
+            "count": np.array(len(rows)),
+            "norm_errors": norm_errors,
+            "errors": np.column_stack([np.array(in_domain) * scale / domain_tokens, unseen]),
+            "moved_at": at.place[rows[sample]],
+            "moved": moved * routed[sample, None],
+        }
+
+    def _changes(self, matrices, h, token_weights, kept):
+        """Squared norm of the change of one expert's output, (3, choices, kept rows), for each matrix alone.
+
+        Also that of the output itself, (kept rows,), and the three matrices at the carried choice. They are rounded
+        for the other rows, every second one: an expert with few rows would seem to fit better than it does.
+        """
+        config = self.config
+        inner = reference.expert_inner(config, h, *matrices[:2])
+        curvature = curvature_of(h[::2], token_weights[::2])
+        curvature_down = curvature_of(inner[::2], token_weights[::2])
+        h_kept, inner_kept = h[kept], inner[kept]
+        gate, up = h_kept @ matrices[0].T, h_kept @ matrices[1].T
+        y = inner_kept @ matrices[2].T
+        squared = np.empty((3, len(self.choices), len(kept)), np.float64)
+        carried = None
+        for i, (width, group) in enumerate(self.choices):
+            rounded = []
+            for matrix, its in zip(matrices, (curvature, curvature, curvature_down), strict=True):
+                packed = gptq(matrix, its, width, group, sweeps=0, threads=self.threads)
+                rounded.append(dequantise(packed, width, matrix.shape[1]))
+            gates, ups = h_kept @ rounded[0].T, h_kept @ rounded[1].T
+            act = reference.silu if config.activation == "silu" else reference.gelu_tanh
+            squared[0, i] = np.square((act(gates) * up) @ matrices[2].T - y).sum(-1)
+            squared[1, i] = np.square((act(gate) * ups) @ matrices[2].T - y).sum(-1)
+            squared[2, i] = np.square(inner_kept @ rounded[2].T - y).sum(-1)
+            if i == self.carried_choice:
+                carried = rounded
+        return squared, np.square(y, dtype=np.float64).sum(-1), carried
+
+    def _of_sample(self, values: np.ndarray) -> np.ndarray:
+        """(domains,) mean of a figure of each sampled row."""
+        domain = np.repeat(self.calibration.domains[self.sample], self.calibration.ids.shape[1])
+        domains = int(self.calibration.domains.max()) + 1
+        return np.bincount(domain, values, domains) / np.maximum(np.bincount(domain, minlength=domains), 1)
+
+    def _carry(self, carried_y, y, change) -> None:
+        """Start carrying this layer's error beside those of the layers before."""
+        rows = self.sample_rows
+        before = carried_y.rows if carried_y else 0
+        out = self.new_stream("carried", before + len(rows))
+        if carried_y:
+            for start, stop in carried_y.blocks():
+                out.write(start, carried_y.read(start, stop))
+            carried_y.close()
+            self.carried.close()
+        out.write(before, y.take(rows) + change)
+        self.carried = out
+
+    def close(self) -> None:
+        for stream in (self.x, self.carried):
+            if stream is not None:
+                stream.close()
+
+    def gains(self, measures: list[LayerMeasure | None], logits_rows: int) -> np.ndarray:
+        """(layers, domains + 1) KL divergence a unit of relative squared error, after the last layer.
+
+        A domain's own figure is drawn towards the mean over domains, as few tokens stand behind it.
+        """
+        config, rows = self.config, self.sample_rows
+        domain = np.repeat(self.calibration.domains[self.sample], self.calibration.ids.shape[1])
+        domains = int(self.calibration.domains.max()) + 1
+        tokens = np.bincount(domain, minlength=domains)
+        sums = np.zeros((len(config.moe_layers), domains))
+        held = forward.Held(self.weights)
+        for start in range(0, len(rows), logits_rows):
+            at = slice(start, min(start + logits_rows, len(rows)))
+            clean = log_softmax(reference.head(config, held, self.x.take(rows[at])))
+            p = np.exp(clean)
+            for i in range(len(sums)):
+                moved = self.carried.read(i * len(rows) + at.start, i * len(rows) + at.stop)
+                kl = (p * (clean - log_softmax(reference.head(config, held, moved)))).sum(-1)
+                sums[i] += np.bincount(domain[at], kl, domains)
+        gain = np.zeros((config.layers, domains + 1))
+        for i, layer in enumerate(config.moe_layers):
+            carried = measures[layer].carried
+            mean = sums[i].sum() / max((carried * tokens).sum(), 1e-30)
+            own = sums[i] / np.maximum(carried * tokens, 1e-30)
+            trust = tokens / (tokens + len(rows) / (2 * domains))
+            gain[layer, :-1] = np.where(carried > 0, trust * own + (1 - trust) * mean, mean)
+            gain[layer, -1] = mean
+        return gain
+
+
+def with_nearest(routing, expert: int, rows: np.ndarray, routed: np.ndarray, most: int):
+    """Rows of an expert and their routing weights, filled up to LEAST_ROWS with those that came closest to it."""
+    if len(rows) >= LEAST_ROWS:
+        return rows, routed
+    others, share = routing.nearest_rows(expert, LEAST_ROWS - len(rows), most)
+    return np.concatenate([rows, others]), np.concatenate([routed, share]).astype(np.float32)
+
+
+def curvature_of(x: np.ndarray, token_weights: np.ndarray, order_group: int = 0) -> Curvature:
+    """Of inputs x (rows, cols), each row counting by its weight (rows,)."""
+    total = max(float(token_weights.sum()), 1e-30)
+    moment = (x * (token_weights / total)[:, None]).T @ x
+    return Curvature.of(moment, damping_for(*x.shape), order_group)
+
+
+def fitting_rows(rows: np.ndarray, routed: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most as many of an expert's rows as FIT_BYTES hold, sampled evenly."""
+    most = max(FIT_BYTES // (4 * dim), LEAST_ROWS)
+    if len(rows) <= most:
+        return rows, routed
+    kept = np.linspace(0, len(rows) - 1, most).astype(np.int64)
+    return rows[kept], routed[kept]
+
+
+def sampled(rows: int) -> np.ndarray:
+    """Which of an expert's rows its error is measured on: of every second one."""
+    others = np.arange(1, rows, 2)
+    return others[np.unique(np.linspace(0, len(others) - 1, min(len(others), MOST_ROWS)).astype(np.int64))]
+
+
+def save_measure(path: Path, measure: LayerMeasure | None) -> None:
+    """Write one layer's measure, whole or not at all."""
+    partial = path.with_name(path.name + ".new")
+    arrays = {} if measure is None else {field.name: getattr(measure, field.name) for field in fields(LayerMeasure)}
+    with open(partial, "wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(path)
+
+
+def load_measure(path: Path) -> LayerMeasure | None:
+    with np.load(path, allow_pickle=False) as arrays:
+        return LayerMeasure(**{name: arrays[name] for name in arrays.files}) if arrays.files else None
