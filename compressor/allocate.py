@@ -47,7 +47,7 @@ def mixed(config: ModelConfig, measures: Measures, budget: float, unit: Packing,
 
     unit: one packing for all, in whose cost each domain's is counted. options: packings to choose from.
     """
-    options = options or packings(measures.choices)
+    options = packings(measures.choices) if options is None else options
     cost = packing_costs(measures, options)
     sizes = [record_bytes(config, option.widths, option.group, record_alignment(config)) for option in options]
     total = packing_costs(measures, [unit])[:, 0].sum(axis=0) if unit else cost.min(axis=1).sum(axis=0)

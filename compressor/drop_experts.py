@@ -41,13 +41,10 @@ def drop(config: ModelConfig, measures: Measures, share: float, kind: str, count
     keep = config.experts - int(share * config.experts + 1e-9)
     keep_in = dict.fromkeys(config.moe_layers, keep)
     order = {layer: np.argsort(-score(measures.layers[layer], kind), kind="stable") for layer in config.moe_layers}
+    if keep < (least := least_experts(config)):
+        raise ValueError(f"dropping {share:.0%} of the experts leaves {keep}, the router needs {least}")
     if counts == "sensitivity":
         keep_in = _by_sensitivity(config, measures, order, keep)
-    least = least_experts(config)
-    if min(keep_in.values()) < least:
-        raise ValueError(
-            f"dropping {share:.0%} of the experts leaves {min(keep_in.values())}, the router needs {least}"
-        )
     kept = tuple(
         tuple(sorted(order[layer][: keep_in[layer]].tolist())) if layer in order else ()
         for layer in range(config.layers)

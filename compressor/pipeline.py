@@ -283,7 +283,8 @@ class Compression:
         """Write the bundle, going on where the journal ends, and certify it."""
         config, o, j = self.config, self.o, self.journal
         trunk = trunk_packing(trunk_shapes(config), o.trunk_width, 64)
-        frequency = measures.frequencies() if measures else {}
+        kept = measures.of(config) if measures and config.kept else measures
+        frequency = kept.frequencies() if kept else {}
         extra = {"calibration": {**self.calibration.provenance, "seed": o.seed}, "method": method, "certificate": None}
         with BundleWriter(
             self.out, self.checkpoint.directory, config, trunk, packing, frequency, extra, resumable=True

@@ -151,7 +151,7 @@ def expert_budget(o: Options, checkpoint: Checkpoint, config: ModelConfig, trunk
         record_bytes(config, (1, 1, 1), group, record_alignment(config)) for group in groups(o, config)
     )
     if o.size is not None:
-        fixed, total, what = _fixed_bytes(checkpoint, config, trunk), o.size, "size"
+        fixed, total, what = fixed_bytes(checkpoint, config, trunk), o.size, "size"
     else:
         fixed, total, what = running_bytes(checkpoint, o), o.ram, "ram"
     if total < fixed + least:
@@ -162,7 +162,8 @@ def expert_budget(o: Options, checkpoint: Checkpoint, config: ModelConfig, trunk
     return total - fixed
 
 
-def _fixed_bytes(checkpoint: Checkpoint, config: ModelConfig, trunk: dict[str, Packing]) -> int:
+def fixed_bytes(checkpoint: Checkpoint, config: ModelConfig, trunk: dict[str, Packing]) -> int:
+    """Of a bundle's directory but for the experts: trunk, copied files and tables, at the most."""
     shapes = trunk_shapes(config)
     fixed = sum(packed_bytes(shapes[name], packing) for name, packing in trunk.items())
     copies = [checkpoint.directory / name for name in COPIED]
