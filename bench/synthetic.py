@@ -20,7 +20,7 @@ from edge_moe import _core
 from edge_moe.compressor.quantise import largest_group, to_bfloat16, trunk_packing
 from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import check_runnable, parse_config, read_json, trunk_shapes
+from edge_moe.runtime.config import parse_config, read_json, trunk_shapes
 
 ERRORS = {kind.__name__: kind for kind in (ValueError, MemoryError, FileExistsError, FileNotFoundError)}
 TRUNK_WIDTH = 8
@@ -45,7 +45,6 @@ def make_synthetic(
         raise ValueError(f"width is {width}, expected one of {', '.join(map(str, _core.WIDTHS))}")
     raw = _raw_config(Path(config), layers, vocab)
     model = parse_config(raw, where=str(config))
-    check_runnable(model, str(config))
     group = largest_group(GROUP, model.dim, model.expert_hidden)
     if group is None and width < 16:
         raise ValueError(

@@ -24,11 +24,21 @@ std::vector<TrunkTensor> trunk_tensors(const std::vector<TensorRow>& rows) {
   return tensors;
 }
 
-void check_layers(const EngineConfig& c) {
+void check_config(const EngineConfig& c) {
   const size_t layers = c.layers;
   expect(c.experts.size() == layers && c.top_k.size() == layers, "experts and top_k must have one value a layer");
   for (size_t i = 0; i < layers; ++i)
     expect(c.top_k[i] <= c.experts[i] && c.top_k[i] >= (c.experts[i] > 0), "top_k must be 1 to a layer's experts");
+  expect(c.rope_dim <= c.head_dim && c.rope_frequency.size() * 2 == size_t(c.rope_dim),
+         "rope_frequency must have one value a pair of rope_dim, which is at most head_dim");
+  expect(c.top_groups >= 1 && c.top_groups <= c.groups, "top_groups must be 1 to groups");
+  if (c.groups == 1) return;
+  expect(c.expert_groups.size() == layers, "expert_groups must have one list a layer");
+  for (size_t i = 0; i < layers; ++i) {
+    expect(c.expert_groups[i].size() == size_t(c.experts[i]), "expert_groups must have one value an expert");
+    for (int group : c.expert_groups[i])
+      expect(group >= 0 && group < c.groups, "an expert's group is not one of groups");
+  }
 }
 
 // records (experts of all layers, 8): file, offset, bytes, checksum, widths of gate, up and down, group.
@@ -67,19 +77,32 @@ void bind_runtime(nb::module_& m) {
       .def_rw("heads", &EngineConfig::heads)
       .def_rw("kv_heads", &EngineConfig::kv_heads)
       .def_rw("head_dim", &EngineConfig::head_dim)
+      .def_rw("v_dim", &EngineConfig::v_dim)
+      .def_rw("rope_dim", &EngineConfig::rope_dim)
       .def_rw("experts", &EngineConfig::experts)
       .def_rw("top_k", &EngineConfig::top_k)
       .def_rw("expert_hidden", &EngineConfig::expert_hidden)
-      .def_rw("renormalise", &EngineConfig::renormalise)
       .def_rw("activation", &EngineConfig::activation)
       .def_rw("norm_eps", &EngineConfig::norm_eps)
-      .def_rw("rope_theta", &EngineConfig::rope_theta)
-      .def_rw("rope_factor", &EngineConfig::rope_factor)
+      .def_rw("rope_frequency", &EngineConfig::rope_frequency)
+      .def_rw("rope_scale", &EngineConfig::rope_scale)
+      .def_rw("softmax_scale", &EngineConfig::softmax_scale)
       .def_rw("qk_norm_full", &EngineConfig::qk_norm_full)
       .def_rw("qkv_clip", &EngineConfig::qkv_clip)
       .def_rw("sliding_window", &EngineConfig::sliding_window)
       .def_rw("shared_hidden", &EngineConfig::shared_hidden)
       .def_rw("dense_hidden", &EngineConfig::dense_hidden)
+      .def_rw("kv_rank", &EngineConfig::kv_rank)
+      .def_rw("q_rank", &EngineConfig::q_rank)
+      .def_rw("rope_interleaved", &EngineConfig::rope_interleaved)
+      .def_rw("latent_norm_eps", &EngineConfig::latent_norm_eps)
+      .def_rw("sigmoid_score", &EngineConfig::sigmoid_score)
+      .def_rw("renormalise", &EngineConfig::renormalise)
+      .def_rw("group_top2sum", &EngineConfig::group_top2sum)
+      .def_rw("router_scale", &EngineConfig::router_scale)
+      .def_rw("groups", &EngineConfig::groups)
+      .def_rw("top_groups", &EngineConfig::top_groups)
+      .def_rw("expert_groups", &EngineConfig::expert_groups)
       .def_rw("context", &EngineConfig::context)
       .def_rw("chunk", &EngineConfig::chunk)
       .def_rw("logits_rows", &EngineConfig::logits_rows)
@@ -88,7 +111,7 @@ void bind_runtime(nb::module_& m) {
   m.def(
       "engine_memory",
       [](const EngineConfig& config) {
-        check_layers(config);
+        check_config(config);
         EngineMemory memory = engine_memory(config);
         return std::make_tuple(memory.kv_cache, memory.scratch);
       },
@@ -101,7 +124,7 @@ void bind_runtime(nb::module_& m) {
              uint32_t trunk_checksum, const std::vector<TensorRow>& tensors, const std::vector<std::string>& files,
              ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency, bool mapped, int slots, int readers,
              const std::string& kernels) {
-            check_layers(config);
+            check_config(config);
             new (self) Engine(config, Trunk(trunk_path, trunk_bytes, trunk_checksum, trunk_tensors(tensors)),
                               ExpertStore(files, make_records(config, records, frequency), mapped), slots, readers,
                               kernels.empty() ? best_kernels() : find_kernels(kernels));

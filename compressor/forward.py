@@ -57,7 +57,7 @@ def route(config: ModelConfig, weights, layer: int, a: Stream) -> Routing:
     trunk, parts = Held(weights), []
     for start, stop in a.blocks():
         h = reference.mlp_input(config, trunk, layer, a.read(start, stop))
-        scores = reference.softmax(h @ trunk.trunk(f"layers.{layer}.router").T)
+        scores = reference.router_scores(config, trunk, layer, h)
         parts.append((*reference.route(config, trunk, layer, h), scores))
     return Routing(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 

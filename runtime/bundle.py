@@ -9,8 +9,8 @@ A quantised trunk tensor NAME is NAME.codes (U32, as MLX packs), NAME.scales and
 compressor/writer.py; packed layouts are devices/format.h's.
 
 Experts that were dropped have no record: the table's `dropped` lists their numbers in the checkpoint, by layer with
-experts, and those left are numbered from 0 in the same order, as are the router's rows. `top_k` lists each such layer's
-own, and is there where one differs from config.json's.
+experts, and those left are numbered from 0 in the same order, as are the router's rows and biases. `top_k` lists each
+such layer's own, and is there where one differs from config.json's.
 """
 
 import hashlib

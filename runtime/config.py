@@ -10,12 +10,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-RUNNABLE = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
-ARCHITECTURES = (*RUNNABLE, "deepseek_v3")  # the rest can be planned
+ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
 NORM_EPS = {"mixtral": 1e-5, "olmoe": 1e-5}  # where config.json leaves it out; 1e-6 elsewhere
 ROPE_THETA = {"mixtral": 1e6}  # likewise; 1e4 elsewhere
 EXPERTS_KEYS = {"deepseek_v3": ("n_routed_experts",)}
-YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
 MAX_LAYERS, MAX_EXPERTS, MAX_NUMBER = 1024, 4096, 1e30  # beyond any model; a damaged file stops here
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
@@ -42,6 +41,8 @@ class LatentAttention:
     nope_dim: int  # of a head's query and key, without position
     rope_dim: int  # of a head's query and of the one key that all heads share, with position
     v_dim: int  # of a head's value
+    interleaved: bool = True  # position turns the pairs (2i, 2i + 1); else (i, i + rope_dim / 2), as everywhere else
+    norm_eps: float = 1e-6  # of both latents' norms, whatever the model's other norms have
 
     @property
     def cached(self) -> int:
@@ -55,10 +56,10 @@ class YarnScaling:
 
     factor: float
     original_context: int  # tokens
-    beta_fast: float
-    beta_slow: float
-    mscale: float
-    mscale_all_dim: float
+    beta_fast: float  # turns within original_context from which on an angle is left as it is
+    beta_slow: float  # turns up to which it is divided by factor
+    mscale: float  # how much the factor adds to keys and queries; 0 is not given
+    mscale_all_dim: float  # likewise, but to all of their dimensions: by the scale of the softmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,11 @@ class ModelConfig:
         return tuple(layer for layer in range(self.layers) if layer not in self.dense_layers)
 
     @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head's query and key that position turns."""
+        return self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
     def expert_weights(self) -> int:
         """Number of weights of one expert: gate, up and down."""
         return 3 * self.dim * self.expert_hidden
@@ -122,11 +128,17 @@ class ModelConfig:
             return 0
         return self.layer_top_k[layer] if self.layer_top_k else self.top_k
 
+    def groups_of(self, layer: int) -> tuple[int, ...]:
+        """The router's group of each expert that a layer has; what was dropped moves no other to another group."""
+        size = self.experts // self.router.groups
+        numbers = self.kept[layer] if self.kept else range(self.experts_of(layer))
+        return tuple(number // size for number in numbers)
+
 
 def load_config(directory: str | Path) -> ModelConfig:
     """Read DIRECTORY/config.json (and the end tokens of generation_config.json, if it is there).
 
-    For what is to be compressed or run: raises as parse_config() and check_runnable() do.
+    Raises as parse_config() does.
     """
     directory = Path(directory)
     path = directory / "config.json"
@@ -136,17 +148,7 @@ def load_config(directory: str | Path) -> ModelConfig:
         eos = read_json(generation).get("eos_token_id")
         if eos is not None:
             raw = {**raw, "eos_token_id": eos}
-    config = parse_config(raw, where=str(path))
-    check_runnable(config, str(path))
-    return config
-
-
-def check_runnable(config: ModelConfig, where: str) -> None:
-    """Raise ValueError for an architecture that can be planned but not yet compressed or run."""
-    if config.architecture not in RUNNABLE:
-        raise ValueError(
-            f"{where}: {config.architecture} can be planned but not yet compressed or run; {', '.join(RUNNABLE)} can"
-        )
+    return parse_config(raw, where=str(path))
 
 
 def read_json(path: Path) -> dict:
@@ -324,11 +326,16 @@ def _rope(get: _Keys, kind: str) -> tuple[float, float, YarnScaling | None]:
         raise ValueError(f"{get.where}: rope_theta and factor must be above 0, found {theta} and {factor}")
     if scaling != "yarn":
         return theta, factor, None
+    for key, only in (("attention_factor", None), ("truncate", True)):
+        if rope.get(key, only) not in (only, None):
+            raise ValueError(f"{get.where}: {key} of rope type yarn is not supported; leave it out")
     yarn = YarnScaling(
         factor,
         merged.count("original_max_position_embeddings"),
         *(merged.number(key, default=default) for key, default in YARN_DEFAULTS.items()),
     )
+    if yarn.beta_fast <= 0 or yarn.beta_slow <= 0 or theta <= 1:
+        raise ValueError(f"{get.where}: rope type yarn needs beta_fast and beta_slow above 0 and rope_theta above 1")
     return theta, 1.0, yarn
 
 
@@ -339,6 +346,7 @@ def _latent(get: _Keys) -> LatentAttention:
         nope_dim=get.count("qk_nope_head_dim"),
         rope_dim=get.count("qk_rope_head_dim"),
         v_dim=get.count("v_head_dim"),
+        interleaved=get.flag("rope_interleave", True),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from edge_moe import _core
 from edge_moe.devices.probe import memory_limit_bytes
 from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.rope import rope_frequency, rope_scale, softmax_scale
 
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best first
 READERS = 4  # threads that fetch records
@@ -80,17 +81,29 @@ def engine_config(
     config: ModelConfig, context: int, chunk: int, logits_rows: int = 1, threads: int = 1
 ) -> _core.EngineConfig:
     """The core's form of a model's configuration and one run's sizes."""
-    c = _core.EngineConfig()
+    c, latent, router = _core.EngineConfig(), config.latent, config.router
     for name in (
-        *("layers", "dim", "vocab", "heads", "kv_heads", "head_dim", "expert_hidden"),
-        *("norm_eps", "rope_theta", "rope_factor", "qkv_clip", "sliding_window", "shared_hidden", "dense_hidden"),
+        *("layers", "dim", "vocab", "heads", "kv_heads", "head_dim", "rope_dim", "expert_hidden"),
+        *("norm_eps", "qkv_clip", "sliding_window", "shared_hidden", "dense_hidden"),
     ):
         setattr(c, name, getattr(config, name))
-    c.renormalise = config.router.renormalise
+    if latent:
+        c.q_rank, c.kv_rank, c.v_dim = latent.q_rank, latent.kv_rank, latent.v_dim
+        c.latent_norm_eps, c.rope_interleaved = latent.norm_eps, latent.interleaved
+    else:
+        c.v_dim = config.head_dim
+    c.rope_frequency = rope_frequency(config).tolist()
+    c.rope_scale, c.softmax_scale = rope_scale(config), softmax_scale(config)
     c.activation = {"silu": 0, "gelu_tanh": 1}[config.activation]
     c.qk_norm_full = config.qk_norm == "full"
     c.experts = [config.experts_of(layer) for layer in range(config.layers)]
     c.top_k = [config.top_k_of(layer) for layer in range(config.layers)]
+    c.sigmoid_score = {"softmax": False, "sigmoid": True}[router.score]
+    c.group_top2sum = {"max": False, "top2sum": True}[router.group_score]
+    c.renormalise, c.router_scale = router.renormalise, router.scale
+    c.groups, c.top_groups = router.groups, router.top_groups
+    if router.groups > 1:
+        c.expert_groups = [config.groups_of(layer) for layer in range(config.layers)]
     c.context, c.chunk, c.logits_rows, c.threads = context, chunk, logits_rows, threads
     return c
 
@@ -99,13 +112,7 @@ def engine_memory(
     config: ModelConfig, context: int, chunk: int, logits_rows: int = 1, threads: int = 1
 ) -> tuple[int, int]:
     """Bytes of the KV cache and of the scratch memory."""
-    c = engine_config(config, context, chunk, logits_rows, threads)
-    if not config.latent:
-        return _core.engine_memory(c)
-    # Attention over a latent is attention with one KV head of the latent's size whose values are among its keys.
-    c.kv_heads, c.head_dim = 1, config.latent.cached
-    kv_cache, scratch = _core.engine_memory(c)
-    return kv_cache // 2, scratch
+    return _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads))
 
 
 def make_plan(

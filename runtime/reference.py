@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.rope import rope_frequency, rope_scale, softmax_scale
 
 
 def forward(config: ModelConfig, weights, token_ids, xp=np):
@@ -51,8 +52,7 @@ def head(config: ModelConfig, weights, x, xp=np):
 
 
 def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
-    """What attention adds to x (sequences, tokens, dim): norm, q k v, rope, attention, output projection."""
-    sequences, tokens, _ = x.shape
+    """What attention adds to x (sequences, tokens, dim): norm, q k v with rope, attention, output projection."""
 
     def trunk(name):
         return _array(weights.trunk(f"layers.{layer}.{name}"), xp)
@@ -60,7 +60,19 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
     # attention norm
     h = rms_norm(x, trunk("attention_norm"), config.norm_eps, xp)
 
-    # q k v: (sequences, tokens, heads of that kind, head_dim)
+    # q k v: (sequences, tokens, heads of that kind, head_dim or v_dim)
+    q, k, v = (latent_qkv if config.latent else qkv)(config, trunk, h, xp)
+
+    # attention: a sequence at a time, so that the scores of one are all that memory holds
+    y = xp.stack([attention(config, q[i], k[i], v[i], xp) for i in range(len(q))])
+
+    # output projection
+    return y @ trunk("o").T
+
+
+def qkv(config: ModelConfig, trunk, h, xp=np):
+    """Queries, keys and values of h (sequences, tokens, dim), the first two turned by their positions."""
+    sequences, tokens, _ = h.shape
     q, k, v = h @ trunk("q").T, h @ trunk("k").T, h @ trunk("v").T
     if config.qkv_bias:
         q, k, v = q + trunk("q_bias"), k + trunk("k_bias"), v + trunk("v_bias")
@@ -73,34 +85,52 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
     if config.qk_norm == "head":
         q = rms_norm(q, trunk("q_norm"), config.norm_eps, xp)
         k = rms_norm(k, trunk("k_norm"), config.norm_eps, xp)
-
-    # rope
     cos, sin = rope_tables(config, tokens, xp)
-    q, k = rotate(q, cos, sin, xp), rotate(k, cos, sin, xp)
+    return rotate(q, cos, sin, xp), rotate(k, cos, sin, xp), v
 
-    # attention: a sequence at a time, so that the scores of one are all that memory holds
-    y = xp.stack([attention(config, q[i], k[i], v[i], xp) for i in range(sequences)])
 
-    # output projection
-    return y @ trunk("o").T
+def latent_qkv(config: ModelConfig, trunk, h, xp=np):
+    """qkv() where keys and values of all heads come from one latent a token, and position from one key beside it."""
+    sequences, tokens, _ = h.shape
+    latent, heads = config.latent, config.heads
+    kv_rank, nope_dim = latent.kv_rank, latent.nope_dim
+    if latent.q_rank:
+        q = rms_norm(h @ trunk("q_a").T, trunk("q_a_norm"), latent.norm_eps, xp) @ trunk("q_b").T
+    else:
+        q = h @ trunk("q").T
+    kv = h @ trunk("kv_a").T  # (sequences, tokens, kv_rank + rope_dim)
+    q = q.reshape(sequences, tokens, heads, config.head_dim)
+
+    # keys and values of every head, out of the latent
+    c = rms_norm(kv[..., :kv_rank], trunk("kv_a_norm"), latent.norm_eps, xp)
+    expanded = (c @ trunk("kv_b").T).reshape(sequences, tokens, heads, nope_dim + latent.v_dim)
+
+    # the dimensions with position
+    cos, sin = rope_tables(config, tokens, xp)
+    q_rope = rotate(q[..., nope_dim:], cos, sin, xp, latent.interleaved)
+    k_rope = rotate(kv[..., None, kv_rank:], cos, sin, xp, latent.interleaved)
+    k_rope = xp.broadcast_to(k_rope, q_rope.shape)
+    q = xp.concatenate([q[..., :nope_dim], q_rope], axis=-1)
+    k = xp.concatenate([expanded[..., :nope_dim], k_rope], axis=-1)
+    return q, k, expanded[..., nope_dim:]
 
 
 def attention(config: ModelConfig, q, k, v, xp=np):
-    """Causal attention within one sequence: q (tokens, heads, head_dim), k, v (tokens, kv_heads, head_dim).
+    """Causal attention within one sequence: q (tokens, heads, head_dim), k and v (tokens, kv_heads, their size).
 
-    Returns (tokens, heads * head_dim). Query head i reads key head i // (heads / kv_heads).
+    Returns (tokens, heads * v's size). Query head i reads key head i // (heads / kv_heads).
     """
     tokens, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
+    kv_heads, v_dim = v.shape[1:]
     q = q.transpose(1, 0, 2).reshape(kv_heads, heads // kv_heads, tokens, head_dim)
     k = k.transpose(1, 2, 0)[:, None]  # (kv_heads, 1, head_dim, tokens)
-    v = v.transpose(1, 0, 2)[:, None]  # (kv_heads, 1, tokens, head_dim)
+    v = v.transpose(1, 0, 2)[:, None]  # (kv_heads, 1, tokens, v_dim)
 
     age = np.arange(tokens)[:, None] - np.arange(tokens)  # (query, key)
     visible = (age >= 0) & (age < (config.sliding_window or tokens))
-    scores = xp.where(_array(visible, xp), q @ k * head_dim**-0.5, -math.inf)
-    y = softmax(scores, xp) @ v  # (kv_heads, heads / kv_heads, tokens, head_dim)
-    return y.reshape(heads, tokens, head_dim).transpose(1, 0, 2).reshape(tokens, heads * head_dim)
+    scores = xp.where(_array(visible, xp), q @ k * softmax_scale(config), -math.inf)
+    y = softmax(scores, xp) @ v  # (kv_heads, heads / kv_heads, tokens, v_dim)
+    return y.reshape(heads, tokens, v_dim).transpose(1, 0, 2).reshape(tokens, heads * v_dim)
 
 
 def mlp_input(config: ModelConfig, weights, layer: int, x, xp=np):
@@ -119,14 +149,52 @@ def moe_block(config: ModelConfig, weights, layer: int, h, xp=np):
 def route(config: ModelConfig, weights, layer: int, h, xp=np):
     """Experts of each row (on the host) and their routing weights, both (rows, top_k), largest weight first.
 
-    Of experts with equal scores the lower number goes first.
+    Of experts with equal scores the lower number goes first. Where the groups that count have fewer experts than
+    top_k, which only dropping experts can bring about, the row has fewer: the rest is -1 with weight 0.
     """
-    scores = softmax(h @ _array(weights.trunk(f"layers.{layer}.router"), xp).T, xp)  # (rows, experts)
-    chosen = np.argsort(-np.asarray(scores), axis=-1, kind="stable")[:, : config.top_k_of(layer)]
-    routing_weights = xp.take_along_axis(scores, _array(chosen, xp), axis=-1)
+    scores = router_scores(config, weights, layer, h, xp)  # (rows, experts)
+    chosen = choose_experts(config, weights, layer, np.asarray(scores))
+    routing_weights = xp.take_along_axis(scores, _array(chosen.clip(0), xp), axis=-1)
+    routing_weights = xp.where(_array(chosen >= 0, xp), routing_weights, 0.0)
     if config.router.renormalise:
-        routing_weights = routing_weights / xp.sum(routing_weights, axis=-1, keepdims=True)
-    return chosen, routing_weights
+        routing_weights = routing_weights / (xp.sum(routing_weights, axis=-1, keepdims=True) + 1e-20)
+    return chosen, routing_weights * config.router.scale
+
+
+def router_scores(config: ModelConfig, weights, layer: int, h, xp=np):
+    """The score of each expert of a layer for each row, (rows, experts)."""
+    logits = h @ _array(weights.trunk(f"layers.{layer}.router"), xp).T
+    return (softmax if config.router.score == "softmax" else sigmoid)(logits, xp)
+
+
+def choose_experts(config: ModelConfig, weights, layer: int, scores: np.ndarray) -> np.ndarray:
+    """Numbers of the experts with the best scores, by score, (rows, top_k); -1 where there is none.
+
+    A selection bias and groups decide which are the best; their order is that of `scores` alone.
+    """
+    rule, top_k = config.router, config.top_k_of(layer)
+    worth = scores + weights.trunk(f"layers.{layer}.router_bias") if rule.selection_bias else scores
+    if rule.groups > 1:
+        worth = np.where(in_best_groups(config, layer, worth), worth, -math.inf)
+    best = np.argsort(-worth, axis=-1, kind="stable")[:, :top_k]
+    taken = np.zeros(scores.shape, bool)
+    np.put_along_axis(taken, best, np.take_along_axis(worth, best, axis=-1) > -math.inf, axis=-1)
+    ordered = np.argsort(-np.where(taken, scores, -math.inf), axis=-1, kind="stable")[:, :top_k]
+    return np.where(np.take_along_axis(taken, ordered, axis=-1), ordered, -1)
+
+
+def in_best_groups(config: ModelConfig, layer: int, worth: np.ndarray) -> np.ndarray:
+    """Which experts are in one of the top_groups groups with the best scores, (rows, experts).
+
+    A group's score is that of its best expert, or of its two best together; without experts it has none.
+    """
+    rule, group_of = config.router, np.array(config.groups_of(layer))
+    group_worth = np.full((len(worth), rule.groups), -math.inf, worth.dtype)
+    for group in np.unique(group_of):
+        best = -np.sort(-worth[:, group_of == group], axis=-1)
+        group_worth[:, group] = best[:, : 2 if rule.group_score == "top2sum" else 1].sum(axis=-1)
+    best_groups = np.argsort(-group_worth, axis=-1, kind="stable")[:, : rule.top_groups]
+    return (group_of[:, None] == best_groups[:, None, :]).any(axis=-1)
 
 
 def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights, xp=np):
@@ -147,9 +215,11 @@ def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights
 
 
 def shared_expert(config: ModelConfig, weights, layer: int, h, xp=np):
-    """What the expert that every row passes through adds, (rows, dim), scaled by its own sigmoid gate."""
-    gate = sigmoid(h @ _array(weights.trunk(f"layers.{layer}.shared_router"), xp).T, xp)  # (rows, 1)
-    return gate * _trunk_mlp(config, weights, f"layers.{layer}.shared", h, xp)
+    """What the expert that every row passes through adds, (rows, dim), scaled by its own sigmoid gate if it has one."""
+    y = _trunk_mlp(config, weights, f"layers.{layer}.shared", h, xp)
+    if not config.shared_gate:
+        return y
+    return y * sigmoid(h @ _array(weights.trunk(f"layers.{layer}.shared_router"), xp).T, xp)  # (rows, 1)
 
 
 def dense_block(config: ModelConfig, weights, layer: int, h, xp=np):
@@ -174,20 +244,19 @@ def rms_norm(x, weight, eps: float, xp=np):
 
 
 def rope_tables(config: ModelConfig, tokens: int, xp=np):
-    """cos and sin of each position's angles, both (tokens, head_dim / 2).
+    """cos and sin of each position's angles, both (tokens, rope_dim / 2)."""
+    angle = np.arange(tokens, dtype=np.float32)[:, None] * rope_frequency(config)
+    scale = np.float32(rope_scale(config))
+    return _array(np.cos(angle) * scale, xp), _array(np.sin(angle) * scale, xp)
 
-    The angles are float32 products, as in transformers: at far positions the rounding shows in the logits.
+
+def rotate(x, cos, sin, xp=np, interleaved: bool = False):
+    """Turn the pairs (i, i + rope_dim / 2) of x (sequences, tokens, heads, rope_dim) by their angle.
+
+    With `interleaved` the pairs are (2i, 2i + 1); they come out as the others, which no product of two such x sees.
     """
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequency = np.float32(1) / np.float32(config.rope_theta) ** exponent / np.float32(config.rope_factor)
-    angle = np.arange(tokens, dtype=np.float32)[:, None] * frequency
-    return _array(np.cos(angle), xp), _array(np.sin(angle), xp)
-
-
-def rotate(x, cos, sin, xp=np):
-    """Turn the pairs (i, i + head_dim / 2) of x (sequences, tokens, heads, head_dim) by their angle."""
     half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
     cos, sin = cos[:, None], sin[:, None]  # (tokens, 1, half)
     return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 

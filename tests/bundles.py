@@ -12,8 +12,8 @@ import numpy as np
 import edge_moe.bench
 from edge_moe import _core
 from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import quantise, trunk_packing
-from edge_moe.compressor.writer import BundleWriter, Packing
+from edge_moe.compressor.quantise import dequantise, quantise, trunk_packing
+from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, table_checksum, verify
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.plan import engine_config
@@ -48,6 +48,51 @@ class Kept:
 
     def expert(self, layer: int, index: int) -> tuple[np.ndarray, ...]:
         return self.checkpoint.expert(layer, self.kept[layer][index])
+
+
+def record_parts(bundle: Bundle, layer: int, index: int) -> list[list[np.ndarray]]:
+    """Codes (bytes), scales and biases (bfloat16 bits) of gate, up and down, as they lie in the file."""
+    expert, c = bundle.experts[layer, index], bundle.config
+    record = np.fromfile(bundle.files[expert.file], np.uint8, expert.nbytes, offset=expert.offset)
+    _, parts = _core.record_layout(c.dim, c.expert_hidden, list(expert.widths), expert.group)
+    matrices = []
+    for rows, (codes, codes_bytes, scales, scales_bytes, biases) in zip(
+        (c.expert_hidden, c.expert_hidden, c.dim), np.reshape(parts, (3, 5)).tolist(), strict=True
+    ):
+        pair = [record[at : at + scales_bytes].view(np.uint16).reshape(rows, -1) for at in (scales, biases)]
+        matrices.append([record[codes : codes + codes_bytes].reshape(rows, -1), *pair])
+    return matrices
+
+
+class Unpacked:
+    """A bundle's weights as float32: what its codes, scales and biases stand for."""
+
+    def __init__(self, path: Path):
+        self.bundle = Bundle.open(path)
+        self.config = self.bundle.config
+
+    def trunk(self, name: str) -> np.ndarray:
+        t = next(tensor for tensor in self.bundle.trunk if tensor.name == name)
+        raw = np.fromfile(self.bundle.path / TRUNK_FILE, np.uint8)
+
+        def part(at: int, nbytes: int, dtype) -> np.ndarray:
+            return raw[at : at + nbytes].view(dtype).reshape(t.rows, -1)
+
+        if t.width == 32:
+            values = part(t.codes, 4 * t.rows * t.cols, np.float32)
+            return values[0] if t.rows == 1 and not name.endswith("router") else values
+        if t.width == 16:
+            return dequantise(Quantised(part(t.codes, 2 * t.rows * t.cols, np.uint16)), 16, t.cols)
+        pair = [part(at, 2 * t.rows * t.cols // t.group, np.uint16) for at in (t.scales, t.biases)]
+        return dequantise(Quantised(part(t.codes, t.rows * t.cols * t.width // 8, np.uint8), *pair), t.width, t.cols)
+
+    def expert(self, layer: int, index: int) -> tuple[np.ndarray, ...]:
+        c, widths = self.config, self.bundle.experts[layer, index].widths
+        parts = record_parts(self.bundle, layer, index)
+        return tuple(
+            dequantise(Quantised(*(its if width < 16 else [its[0].view(np.uint16)])), width, cols)
+            for its, width, cols in zip(parts, widths, (c.dim, c.dim, c.expert_hidden), strict=True)
+        )
 
 
 def write_bundle(

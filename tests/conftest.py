@@ -14,6 +14,7 @@ from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.quantise import trunk_packing
 from edge_moe.compressor.writer import Packing
+from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.tokenizer import Tokenizer
 
@@ -79,3 +80,25 @@ def stdlib_ids() -> list[int]:
     """1,024 tokens of the standard library's source."""
     text = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text(encoding="utf-8")
     return Tokenizer(REFERENCE).encode(text[:20_000])[:1024]
+
+
+@pytest.fixture(scope="session")
+def stdlib_calibration(tmp_path_factory) -> tuple[Path, Path]:
+    """Files of token ids of the standard library's source, none of them in stdlib_ids: 8 sequences of 256 to calibrate
+    on and 4 to hold out."""
+    directory, stdlib = tmp_path_factory.mktemp("stdlib"), Path(sysconfig.get_paths()["stdlib"])
+
+    def save(name: str, sources: tuple[str, ...], tokens: int) -> Path:
+        text = "".join((stdlib / source).read_text(encoding="utf-8")[:10_000] for source in sources)
+        np.save(directory / name, Tokenizer(REFERENCE).encode(text)[:tokens])
+        return directory / name
+
+    return save("ids.npy", ("ast.py", "csv.py", "tarfile.py"), 2048), save("held-out.npy", ("zipfile.py",), 1024)
+
+
+@pytest.fixture(scope="session")
+def calibrated(stdlib_calibration, tmp_path_factory) -> Bundle:
+    """The embedded model at 2 bits, rounded for stdlib_calibration and certified. Not to be changed."""
+    ids, held_out = stdlib_calibration
+    options = {"calibration": ids, "held_out": held_out, "tokens": 2048, "threads": 1}
+    return compress(REFERENCE, tmp_path_factory.mktemp("calibrated") / "2.emoe", width=2, method="uniform", **options)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from bundles import REFERENCE
+from bundles import REFERENCE, record_parts
 from golden_checkpoints import ARCHITECTURES
 
 from edge_moe import _core
@@ -21,20 +21,6 @@ PACKED = [width for width in _core.WIDTHS if width < 16]
 
 def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def record_parts(bundle: Bundle, layer: int, index: int) -> list[list[np.ndarray]]:
-    """Codes (bytes), scales and biases (bfloat16 bits) of gate, up and down, as they lie in the file."""
-    expert, c = bundle.experts[layer, index], bundle.config
-    record = np.fromfile(bundle.files[expert.file], np.uint8, expert.nbytes, offset=expert.offset)
-    _, parts = _core.record_layout(c.dim, c.expert_hidden, list(expert.widths), expert.group)
-    matrices = []
-    for rows, (codes, codes_bytes, scales, scales_bytes, biases) in zip(
-        (c.expert_hidden, c.expert_hidden, c.dim), np.reshape(parts, (3, 5)).tolist(), strict=True
-    ):
-        pair = [record[at : at + scales_bytes].view(np.uint16).reshape(rows, -1) for at in (scales, biases)]
-        matrices.append([record[codes : codes + codes_bytes].reshape(rows, -1), *pair])
-    return matrices
 
 
 # ---- where things are

@@ -2,93 +2,18 @@
 #include "engine.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <numeric>
 #include <stdexcept>
 
+#include "rope.h"
+
 namespace edge_moe {
-
-namespace {
-
-// Gives out consecutive aligned pieces of a block of memory; with none, only counts them.
-class Carver {
- public:
-  explicit Carver(uint8_t* base) : base_(base) {}
-
-  template <typename T>
-  void carve(T*& pointer, size_t count) {
-    pointer = reinterpret_cast<T*>(base_ + used_);
-    used_ = align_up(used_ + count * sizeof(T), kPartAlignment);
-  }
-  void carve(QuantisedBuffer& buffer, size_t vectors, size_t cols) {
-    const size_t blocks = (cols + kBlock - 1) / kBlock;
-    carve(buffer.codes, vectors * blocks * kBlock);
-    carve(buffer.scales, vectors * blocks);
-    carve(buffer.sums[0], vectors * blocks * 2);
-    carve(buffer.sums[1], vectors * blocks);
-    carve(buffer.sums[2], vectors * ((blocks + 1) / 2));
-  }
-  size_t used() const { return used_; }
-
- private:
-  uint8_t* base_;
-  size_t used_ = 0;
-};
-
-size_t most(const std::vector<int>& counts) {
-  return counts.empty() ? 0 : *std::max_element(counts.begin(), counts.end());
-}
-
-size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
-  const size_t chunk = c.chunk, pairs = chunk * most(c.top_k), experts = most(c.experts);
-  const size_t q_dim = size_t(c.heads) * c.head_dim, kv_dim = size_t(c.kv_heads) * c.head_dim;
-  const size_t widest = std::max({c.expert_hidden, c.shared_hidden, c.dense_hidden});
-  const size_t hidden = std::max({pairs * c.expert_hidden, chunk * c.shared_hidden, chunk * c.dense_hidden});
-  Carver carver(base);
-  carver.carve(s.x, chunk * c.dim);
-  carver.carve(s.normed, chunk * c.dim);
-  carver.carve(s.q, chunk * q_dim);
-  carver.carve(s.k, chunk * kv_dim);
-  carver.carve(s.v, chunk * kv_dim);
-  carver.carve(s.attended, chunk * q_dim);
-  carver.carve(s.scores, size_t(c.threads) * c.context);
-  carver.carve(s.router_logits, chunk * experts);
-  carver.carve(s.routing_weights, pairs);
-  carver.carve(s.routed, pairs);
-  carver.carve(s.pair_of, pairs);
-  carver.carve(s.pair_token, pairs);
-  carver.carve(s.all_tokens, chunk);
-  carver.carve(s.first_pair, experts + 1);
-  carver.carve(s.gate, hidden);
-  carver.carve(s.up, hidden);
-  carver.carve(s.down, pairs * c.dim);
-  carver.carve(s.shared, c.shared_hidden || c.dense_hidden ? chunk * c.dim : 0);
-  carver.carve(s.shared_gate, chunk);
-  carver.carve(s.logits, size_t(c.logits_rows) * c.vocab);
-  carver.carve(s.cos, size_t(c.context) * (c.head_dim / 2));
-  carver.carve(s.sin, size_t(c.context) * (c.head_dim / 2));
-  carver.carve(s.normed_q, chunk, c.dim);
-  carver.carve(s.attended_q, chunk, q_dim);
-  carver.carve(s.hidden_q, pairs, widest);
-  return carver.used();
-}
-
-// NeoX rotation of one head by the angles of its position.
-void rotate(float* head, const float* cos, const float* sin, int half) {
-  for (int i = 0; i < half; ++i) {
-    const float a = head[i], b = head[i + half];
-    head[i] = a * cos[i] - b * sin[i];
-    head[i + half] = b * cos[i] + a * sin[i];
-  }
-}
-
-}  // namespace
 
 EngineMemory engine_memory(const EngineConfig& c) {
   Scratch unused;
   EngineMemory memory;
-  memory.kv_cache = size_t(2) * c.layers * c.kv_heads * c.context * c.head_dim * sizeof(float);
+  const size_t a_token = c.kv_rank ? c.latent_cached() : 2 * c.kv_heads * c.head_dim;
+  memory.kv_cache = size_t(c.layers) * c.context * a_token * sizeof(float);
   memory.scratch = carve_scratch(c, unused, nullptr);
   return memory;
 }
@@ -109,49 +34,51 @@ Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int s
   keys_ = reinterpret_cast<float*>(kv_arena_.data());
   values_ = keys_ + memory.kv_cache / sizeof(float) / 2;
 
-  const int half = c.head_dim / 2;
-  for (int i = 0; i < half; ++i) {  // in float32, as transformers computes the angles
-    const float inverse =
-        float(1.0 / std::pow(c.rope_theta, double(float(2 * i) / float(c.head_dim)))) / float(c.rope_factor);
-    for (int position = 0; position < c.context; ++position) {
-      s_.cos[size_t(position) * half + i] = float(std::cos(double(inverse * float(position))));
-      s_.sin[size_t(position) * half + i] = float(std::sin(double(inverse * float(position))));
-    }
-  }
+  fill_rope(c.rope_frequency, c.rope_scale, c.context, s_.cos, s_.sin);
   std::iota(s_.all_tokens, s_.all_tokens + c.chunk, 0);
 
   embedding_ = trunk_.matrix("embedding");
   head_ = trunk_.matrix_if_any("head");
   if (!head_) head_ = embedding_;  // tied
   output_norm_ = trunk_.vector("output_norm", c.dim);
-  for (int layer = 0; layer < c.layers; ++layer) {
-    const std::string prefix = "layers." + std::to_string(layer) + ".";
-    auto matrix = [&](const char* name) { return trunk_.matrix(prefix + name); };
-    auto vector = [&](const char* name, int n) { return trunk_.vector_if_any(prefix + name, n); };
-    const int q_dim = c.heads * c.head_dim, kv_dim = c.kv_heads * c.head_dim;
-    LayerWeights w{};
-    w.attention_norm = trunk_.vector(prefix + "attention_norm", c.dim);
-    w.mlp_norm = trunk_.vector(prefix + "mlp_norm", c.dim);
-    w.q = matrix("q"), w.k = matrix("k"), w.v = matrix("v"), w.o = matrix("o");
-    w.q_bias = vector("q_bias", q_dim), w.k_bias = vector("k_bias", kv_dim), w.v_bias = vector("v_bias", kv_dim);
-    w.q_norm = vector("q_norm", c.qk_norm_full ? q_dim : c.head_dim);
-    w.k_norm = vector("k_norm", c.qk_norm_full ? kv_dim : c.head_dim);
-    if (!c.experts[layer]) {
-      w.dense = {matrix("dense.gate"), matrix("dense.up"), matrix("dense.down")};
-    } else {
-      w.router = matrix("router");
-      if (c.shared_hidden) {
-        w.shared = {matrix("shared.gate"), matrix("shared.up"), matrix("shared.down")};
-        w.shared_router = matrix("shared_router");
-      }
-    }
-    layers_.push_back(w);
-  }
+  for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(layer));
   first_record_.resize(c.layers);
   std::exclusive_scan(c.experts.begin(), c.experts.end(), first_record_.begin(), 0);
   jobs_.reserve(most(c.experts) + 1);
   pending_.reserve(most(c.experts));
   tasks_.reserve(4096);
+}
+
+LayerWeights Engine::layer_weights(int layer) const {
+  const EngineConfig& c = config_;
+  const std::string prefix = "layers." + std::to_string(layer) + ".";
+  auto matrix = [&](const char* name) { return trunk_.matrix(prefix + name); };
+  auto vector = [&](const char* name, int n) { return trunk_.vector_if_any(prefix + name, n); };
+  const int q_dim = c.heads * c.head_dim, kv_dim = c.kv_heads * c.head_dim;
+  LayerWeights w{};
+  w.attention_norm = trunk_.vector(prefix + "attention_norm", c.dim);
+  w.mlp_norm = trunk_.vector(prefix + "mlp_norm", c.dim);
+  w.o = matrix("o");
+  if (c.kv_rank) {
+    w.kv_a = matrix("kv_a"), w.kv_b = matrix("kv_b");
+    w.kv_a_norm = trunk_.vector(prefix + "kv_a_norm", c.kv_rank);
+    w.q = matrix(c.q_rank ? "q_b" : "q");
+    if (c.q_rank) w.q_a = matrix("q_a"), w.q_a_norm = trunk_.vector(prefix + "q_a_norm", c.q_rank);
+  } else {
+    w.q = matrix("q"), w.k = matrix("k"), w.v = matrix("v");
+    w.q_bias = vector("q_bias", q_dim), w.k_bias = vector("k_bias", kv_dim), w.v_bias = vector("v_bias", kv_dim);
+    w.q_norm = vector("q_norm", c.qk_norm_full ? q_dim : c.head_dim);
+    w.k_norm = vector("k_norm", c.qk_norm_full ? kv_dim : c.head_dim);
+  }
+  if (!c.experts[layer]) {
+    w.dense = {matrix("dense.gate"), matrix("dense.up"), matrix("dense.down")};
+    return w;
+  }
+  w.router = matrix("router");
+  w.router_bias = vector("router_bias", c.experts[layer]);
+  if (c.shared_hidden) w.shared = {matrix("shared.gate"), matrix("shared.up"), matrix("shared.down")};
+  w.shared_router = trunk_.matrix_if_any(prefix + "shared_router");
+  return w;
 }
 
 std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want) {
@@ -168,7 +95,10 @@ std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want) 
   for (int t = 0; t < tokens; ++t) kernels_.dequantise_row(embedding_, ids[t], s_.x + size_t(t) * c.dim);
 
   for (int layer = 0; layer < c.layers; ++layer) {
-    attention(layer, tokens);
+    if (c.kv_rank)
+      latent_attention(layer, tokens);
+    else
+      attention(layer, tokens);
     experts(layer, tokens);
     cache_.tick();
   }
@@ -189,66 +119,6 @@ void Engine::rewind(int position) {
   position_ = position;
 }
 
-void Engine::attention(int layer, int tokens) {
-  const EngineConfig& c = config_;
-  const LayerWeights& w = layers_[layer];
-  const int q_dim = c.heads * c.head_dim, kv_dim = c.kv_heads * c.head_dim, half = c.head_dim / 2;
-
-  // attention norm
-  pool_.run(tokens, [&](int t, int) {
-    kernels_.rms_norm(s_.x + size_t(t) * c.dim, w.attention_norm, c.norm_eps, s_.normed + size_t(t) * c.dim, c.dim);
-  });
-
-  // q k v
-  const bool quantised = std::min({w.q.width, w.k.width, w.v.width}) < 16;  // a bundle may mix widths
-  Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, quantised);
-  matmul(w.q, x, s_.q);
-  matmul(w.k, x, s_.k);
-  matmul(w.v, x, s_.v);
-  auto add_bias = [&](float* vector, int n, const float* bias) {
-    for (int i = 0; bias && i < n; ++i) vector[i] += bias[i];
-  };
-  auto clip = [&](float* vector, int n) {
-    for (int i = 0; c.qkv_clip > 0 && i < n; ++i) vector[i] = std::clamp(vector[i], -c.qkv_clip, c.qkv_clip);
-  };
-  auto norm = [&](float* vector, int n, const float* weight) {
-    const int step = c.qk_norm_full ? n : c.head_dim;
-    for (int i = 0; weight && i < n; i += step) kernels_.rms_norm(vector + i, weight, c.norm_eps, vector + i, step);
-  };
-
-  // norms of q and k, rope, and into the KV cache
-  pool_.run(tokens, [&](int t, int) {
-    float *q = s_.q + size_t(t) * q_dim, *k = s_.k + size_t(t) * kv_dim, *v = s_.v + size_t(t) * kv_dim;
-    add_bias(q, q_dim, w.q_bias), add_bias(k, kv_dim, w.k_bias), add_bias(v, kv_dim, w.v_bias);
-    norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
-    clip(q, q_dim), clip(k, kv_dim), clip(v, kv_dim);
-    const size_t position = position_ + t;
-    const float *cos = s_.cos + position * half, *sin = s_.sin + position * half;
-    for (int head = 0; head < c.heads; ++head) rotate(q + head * c.head_dim, cos, sin, half);
-    for (int head = 0; head < c.kv_heads; ++head) {
-      rotate(k + head * c.head_dim, cos, sin, half);
-      const size_t at = position * c.head_dim, bytes = c.head_dim * sizeof(float);
-      std::memcpy(cached(keys_, layer, head) + at, k + head * c.head_dim, bytes);
-      std::memcpy(cached(values_, layer, head) + at, v + head * c.head_dim, bytes);
-    }
-  });
-
-  // attention, one task a token and head
-  const float scale = 1.0f / std::sqrt(float(c.head_dim));
-  pool_.run(tokens * c.heads, [&](int task, int thread) {
-    const int t = task / c.heads, head = task % c.heads, kv_head = head / (c.heads / c.kv_heads);
-    const int end = position_ + t + 1;
-    const int begin = c.sliding_window ? std::max(0, end - c.sliding_window) : 0;
-    kernels_.attend(s_.q + size_t(t) * q_dim + head * c.head_dim, cached(keys_, layer, kv_head),
-                    cached(values_, layer, kv_head), begin, end, c.head_dim, scale,
-                    s_.scores + size_t(thread) * c.context, s_.attended + size_t(t) * q_dim + head * c.head_dim);
-  });
-
-  // output projection and residual
-  matmul(w.o, prepare(s_.attended, tokens, q_dim, s_.attended_q, w.o.width < 16), s_.normed);
-  add_to_residual(s_.normed, tokens);
-}
-
 // Router logits -> routed, routing_weights; then (token, k) pairs sorted by expert: pair_of, pair_token, first_pair.
 void Engine::route_tokens(int layer, int tokens) {
   const EngineConfig& c = config_;
@@ -256,24 +126,28 @@ void Engine::route_tokens(int layer, int tokens) {
   Activations x;
   x.values = s_.normed, x.count = tokens, x.cols = c.dim;
   matmul(layers_[layer].router, x, s_.router_logits);
-  const RouterRule rule{c.renormalise};
-  pool_.run(tokens, [&](int t, int) {
-    route(kernels_, rule, s_.router_logits + size_t(t) * experts, experts, top_k, s_.routed + t * top_k,
-          s_.routing_weights + t * top_k);
+  RouterRule rule{c.sigmoid_score, c.renormalise, c.router_scale, c.groups, c.top_groups, c.group_top2sum};
+  rule.bias = layers_[layer].router_bias;
+  rule.group_of = c.groups > 1 ? c.expert_groups[layer].data() : nullptr;
+  pool_.run(tokens, [&](int t, int thread) {
+    route(kernels_, rule, s_.router_logits + size_t(t) * experts, experts, top_k,
+          s_.group_scores + size_t(thread) * 2 * c.groups, s_.routed + t * top_k, s_.routing_weights + t * top_k);
   });
-  const int pairs = tokens * top_k;
+  const int places = tokens * top_k;  // some may be empty: -1
   std::fill(s_.first_pair, s_.first_pair + experts + 1, 0);
-  for (int i = 0; i < pairs; ++i) ++s_.first_pair[s_.routed[i] + 1];
+  for (int i = 0; i < places; ++i)
+    if (s_.routed[i] >= 0) ++s_.first_pair[s_.routed[i] + 1];
   std::partial_sum(s_.first_pair, s_.first_pair + experts + 1, s_.first_pair);
-  for (int i = 0; i < pairs; ++i) {
+  stats_.moe_tokens += tokens;
+  stats_.experts_used += s_.first_pair[experts];
+  for (int i = 0; i < places; ++i) {
+    if (s_.routed[i] < 0) continue;
     const int pair = s_.first_pair[s_.routed[i]]++;
     s_.pair_of[i] = pair;
     s_.pair_token[pair] = i / top_k;
   }
   for (int expert = experts; expert > 0; --expert) s_.first_pair[expert] = s_.first_pair[expert - 1];
   s_.first_pair[0] = 0;
-  stats_.moe_tokens += tokens;
-  stats_.experts_used += pairs;
 }
 
 void Engine::experts(int layer, int tokens) {
@@ -334,20 +208,23 @@ void Engine::experts(int layer, int tokens) {
 
   // their weighted sum, in order of rank whatever order they were computed in
   pool_.run(tokens, [&](int t, int) {
-    for (int k = 0; k < top_k; ++k)
-      kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.down + size_t(s_.pair_of[t * top_k + k]) * c.dim,
-                          s_.routing_weights[t * top_k + k], c.dim);
+    for (int place = t * top_k; place < (t + 1) * top_k; ++place)
+      if (s_.routed[place] >= 0)
+        kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.down + size_t(s_.pair_of[place]) * c.dim,
+                            s_.routing_weights[place], c.dim);
   });
 
   // shared expert
-  if (w.shared_router) {
-    Activations x;
-    x.values = s_.normed, x.count = tokens, x.cols = c.dim;
-    matmul(w.shared_router, x, s_.shared_gate);
+  if (c.shared_hidden) {
+    if (w.shared_router) {
+      Activations x;
+      x.values = s_.normed, x.count = tokens, x.cols = c.dim;
+      matmul(w.shared_router, x, s_.shared_gate);
+    }
     jobs_.assign(1, {w.shared, s_.all_tokens, tokens, 0, -1});
     run_jobs(s_.shared);
     pool_.run(tokens, [&](int t, int) {
-      const float gate = 1.0f / (1.0f + std::exp(-s_.shared_gate[t]));
+      const float gate = w.shared_router ? sigmoid(s_.shared_gate[t]) : 1.0f;
       kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.shared + size_t(t) * c.dim, gate, c.dim);
     });
   }
@@ -359,17 +236,8 @@ void Engine::run_jobs(float* out) {
   const int hidden = jobs_[0].weights.gate.rows;
   const int total_rows = 2 * hidden * int(jobs_.size());
   auto inputs = [&](const Job& job, const float* values, const QuantisedBuffer& q, int cols, bool gathered) {
-    Activations x;
-    const size_t first = gathered ? 0 : job.first, blocks = (cols + kBlock - 1) / kBlock;
-    x.values = values + first * cols;
-    x.codes = q.codes + first * blocks * kBlock;
-    x.scales = q.scales + first * blocks;
-    x.sums[0] = q.sums[0] + first * blocks * 2;
-    x.sums[1] = q.sums[1] + first * blocks;
-    x.sums[2] = q.sums[2] + first * ((blocks + 1) / 2);
+    Activations x = activations(values, q, cols, gathered ? 0 : job.first, job.count);
     x.rows = gathered ? job.tokens : nullptr;
-    x.count = job.count;
-    x.cols = cols;
     return x;
   };
   // Rows of a task: some tasks a thread so that the last ones even out, whole vectors of rows.
@@ -428,25 +296,14 @@ void Engine::matmul(const Matrix& matrix, const Activations& x, float* y) {
 }
 
 Activations Engine::prepare(const float* values, int count, int cols, const QuantisedBuffer& into, bool quantised) {
-  Activations x;
-  x.values = values;
-  x.codes = into.codes;
-  x.scales = into.scales;
-  for (int i = 0; i < 3; ++i) x.sums[i] = into.sums[i];
-  x.count = count;
-  x.cols = cols;
   if (quantised) pool_.run(count, [&](int t, int) { quantise_vector(values + size_t(t) * cols, cols, into, t); });
-  return x;
+  return activations(values, into, cols, 0, count);
 }
 
 void Engine::quantise_vector(const float* values, int cols, const QuantisedBuffer& into, int vector) {
   const size_t blocks = (cols + kBlock - 1) / kBlock, v = vector;
   kernels_.quantise(values, cols, into.codes + v * blocks * kBlock, into.scales + v * blocks,
                     into.sums[0] + v * blocks * 2, into.sums[1] + v * blocks, into.sums[2] + v * ((blocks + 1) / 2));
-}
-
-float* Engine::cached(float* cache, int layer, int head) const {
-  return cache + (size_t(layer) * config_.kv_heads + head) * config_.context * config_.head_dim;
 }
 
 }  // namespace edge_moe

@@ -3,6 +3,7 @@
 // Everything is allocated when an Engine is made: `engine_memory` says how much, so a plan can be drawn up first.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <span>
 #include <string>
@@ -10,6 +11,7 @@
 
 #include "expert_cache.h"
 #include "router.h"
+#include "scratch.h"
 #include "threads.h"
 #include "trunk.h"
 
@@ -18,23 +20,45 @@ namespace edge_moe {
 // runtime/config.py's ModelConfig, field for field, and how this run is sized.
 struct EngineConfig {
   int layers = 0, dim = 0, vocab = 0;
-  int heads = 0, kv_heads = 0, head_dim = 0;
+  int heads = 0, kv_heads = 0;
+  int head_dim = 0;  // of queries and keys; the last rope_dim of them are turned by position
+  int v_dim = 0;     // of values
+  int rope_dim = 0;
   int expert_hidden = 0;
   std::vector<int> experts, top_k;  // (layers,): of each layer; 0 in one without experts
-  bool renormalise = false;
-  int activation = 0;  // Kernels::gate_up
+  int activation = 0;               // Kernels::gate_up
   float norm_eps = 1e-6f;
-  double rope_theta = 1e4, rope_factor = 1;
-  bool qk_norm_full = false;  // one norm over all heads at once, else per head; weights absent: none
-  float qkv_clip = 0;         // 0: off
-  int sliding_window = 0;     // 0: all
+  std::vector<float> rope_frequency;  // (rope_dim/2,) radians a position
+  float rope_scale = 1;               // of cos and sin
+  float softmax_scale = 1;            // of the products of queries and keys
+  bool qk_norm_full = false;          // one norm over all heads at once, else per head; weights absent: none
+  float qkv_clip = 0;                 // 0: off
+  int sliding_window = 0;             // 0: all
   int shared_hidden = 0, dense_hidden = 0;
+
+  // Keys and values from one latent a token, which is all that is cached, instead of kv_heads of each.
+  int kv_rank = 0;  // size of the latent; 0: none
+  int q_rank = 0;   // of the queries' own; 0: they come straight from the input
+  bool rope_interleaved = false;
+  float latent_norm_eps = 1e-6f;
+  int latent_cached() const { return kv_rank + rope_dim; }
+
+  // The router's rule; see RouterRule.
+  bool sigmoid_score = false, renormalise = false, group_top2sum = false;
+  float router_scale = 1;
+  int groups = 1, top_groups = 1;
+  std::vector<std::vector<int>> expert_groups;  // (layers, experts): the group of each; empty where there is one
 
   int context = 0;      // positions in the KV cache
   int chunk = 0;        // most tokens of one forward()
   int logits_rows = 1;  // most rows of logits of one forward()
   int threads = 1;
 };
+
+// The largest of a count by layer.
+inline size_t most(const std::vector<int>& counts) {
+  return counts.empty() ? 0 : size_t(*std::max_element(counts.begin(), counts.end()));
+}
 
 struct EngineMemory {
   size_t kv_cache = 0, scratch = 0;  // bytes
@@ -49,30 +73,15 @@ struct EngineStats {
 
 struct LayerWeights {
   const float *attention_norm, *mlp_norm;  // (dim,)
-  Matrix q, k, v, o;
-  const float *q_bias, *k_bias, *v_bias;  // null: none
-  const float *q_norm, *k_norm;           // (head_dim,) or all heads; null: none
-  Matrix router;                          // (experts, dim) float32; empty in a layer without experts
-  Matrix shared_router;                   // (1, dim) float32; empty: no shared expert
+  Matrix q, k, v, o;                       // over a latent, q is q_b and there is no k and v
+  const float *q_bias, *k_bias, *v_bias;   // null: none
+  const float *q_norm, *k_norm;            // (head_dim,) or all heads; null: none
+  Matrix q_a, kv_a, kv_b;                  // attention over a latent
+  const float *q_a_norm, *kv_a_norm;       // (q_rank,), (kv_rank,)
+  Matrix router;                           // (experts, dim) float32; empty in a layer without experts
+  const float* router_bias;                // (experts,); null: none
+  Matrix shared_router;                    // (1, dim) float32; empty: the shared expert has no gate
   ExpertWeights shared, dense;
-};
-
-// (vectors, cols) float inputs rounded to int8; see Activations.
-struct QuantisedBuffer {
-  int8_t* codes;
-  float *scales, *sums[3];
-};
-
-struct Scratch {
-  float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
-  float* scores;                                   // (threads, context)
-  float *router_logits, *routing_weights;          // (chunk, experts), (chunk, top_k): the most of any layer
-  int32_t *routed, *pair_of, *pair_token;          // (chunk, top_k): expert ids; pair of (token, k); token of a pair
-  int32_t *all_tokens, *first_pair;                // (chunk,); (experts+1,)
-  float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
-  float* logits;                                   // (logits_rows, vocab)
-  float *cos, *sin;                                // (context, head_dim/2)
-  QuantisedBuffer normed_q, attended_q, hidden_q;
 };
 
 class Engine {
@@ -107,7 +116,12 @@ class Engine {
     int begin, end;        // rows of the matrix, or pairs of the job
   };
 
+  LayerWeights layer_weights(int layer) const;
   void attention(int layer, int tokens);
+  void latent_attention(int layer, int tokens);
+  void attend_latent(int layer, int first_token, int tokens, int first_head, int heads, int thread);
+  void attention_norm(int layer, int tokens);
+  void attention_output(int layer, int tokens);
   void route_tokens(int layer, int tokens);
   void experts(int layer, int tokens);
   void run_jobs(float* out);
@@ -117,6 +131,7 @@ class Engine {
   void quantise_vector(const float* values, int cols, const QuantisedBuffer& into, int vector);
   void add_tasks(const Job& job, const Matrix* matrix, int count, int piece);
   float* cached(float* cache, int layer, int head) const;
+  float* cached_latents(int layer) const;
 
   EngineConfig config_;
   const Kernels& kernels_;
@@ -129,7 +144,7 @@ class Engine {
   std::vector<LayerWeights> layers_;
   std::vector<int> first_record_;  // (layers,): the store's number of a layer's expert 0
   Arena kv_arena_, scratch_arena_;
-  float *keys_, *values_;  // (layers, kv_heads, context, head_dim)
+  float *keys_, *values_;  // (layers, kv_heads, context, head_dim); over latents keys_ alone (layers, context, cached)
   Scratch s_;
   int position_ = 0;
   EngineStats stats_;

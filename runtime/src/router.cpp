@@ -1,27 +1,90 @@
 // Routing of one token; see router.h.
 #include "router.h"
 
+#include <algorithm>
+#include <limits>
+#include <utility>
+
 namespace edge_moe {
 
-void route(const Kernels& kernels, const RouterRule& rule, float* logits, int experts, int top_k, int32_t* ids,
-           float* weights) {
-  kernels.softmax(logits, experts);
-  int chosen = 0;
-  for (int expert = 0; expert < experts; ++expert) {  // insertion into the sorted best so far
-    float value = logits[expert];
-    if (chosen == top_k && !(value > weights[top_k - 1])) continue;
-    int at = chosen < top_k ? chosen++ : top_k - 1;
-    for (; at > 0 && value > weights[at - 1]; --at) {
-      weights[at] = weights[at - 1];
-      ids[at] = ids[at - 1];
-    }
-    weights[at] = value;
-    ids[at] = expert;
+namespace {
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// What an expert's choice goes by.
+float worth(const RouterRule& rule, const float* scores, int expert) {
+  return rule.bias ? scores[expert] + rule.bias[expert] : scores[expert];
+}
+
+// open: (groups,), 1 for the top_groups best groups and 0 for the others. A group without experts is the worst.
+void choose_groups(const RouterRule& rule, const float* scores, int experts, float* group_scores, float* open) {
+  float *best = group_scores, *second = open;
+  std::fill_n(best, rule.groups, kNone);
+  std::fill_n(second, rule.groups, kNone);
+  for (int expert = 0; expert < experts; ++expert) {
+    const int group = rule.group_of[expert];
+    const float value = worth(rule, scores, expert);
+    if (value > best[group])
+      second[group] = std::exchange(best[group], value);
+    else if (value > second[group])
+      second[group] = value;
   }
-  if (!rule.renormalise) return;
+  for (int group = 0; group < rule.groups; ++group) {
+    if (rule.group_top2sum && second[group] > kNone) best[group] += second[group];
+    open[group] = 0;
+  }
+  for (int n = 0; n < rule.top_groups; ++n) {
+    int top = -1;
+    for (int group = 0; group < rule.groups; ++group)
+      if (!open[group] && (top < 0 || best[group] > best[top])) top = group;
+    open[top] = 1;
+  }
+}
+
+// Keep (value, expert) in order if it is among the best `room` so far, of which there are `count`; returns how many
+// there are now. An equal that came before stays before.
+int insert(float value, int expert, int room, int count, float* values, int32_t* ids) {
+  if (count == room && !(value > values[room - 1])) return count;
+  int at = count < room ? count : room - 1;
+  for (; at > 0 && value > values[at - 1]; --at) {
+    values[at] = values[at - 1];
+    ids[at] = ids[at - 1];
+  }
+  values[at] = value;
+  ids[at] = expert;
+  return std::min(count + 1, room);
+}
+
+}  // namespace
+
+void route(const Kernels& kernels, const RouterRule& rule, float* logits, int experts, int top_k, float* group_scores,
+           int32_t* ids, float* weights) {
+  float* scores = logits;
+  if (rule.sigmoid)
+    for (int expert = 0; expert < experts; ++expert) scores[expert] = sigmoid(logits[expert]);
+  else
+    kernels.softmax(scores, experts);
+
+  // the best experts of the best groups
+  float* open = group_scores + rule.groups;
+  if (rule.groups > 1) choose_groups(rule, scores, experts, group_scores, open);
+  int chosen = 0;
+  for (int expert = 0; expert < experts; ++expert)
+    if (rule.groups == 1 || open[rule.group_of[expert]])
+      chosen = insert(worth(rule, scores, expert), expert, top_k, chosen, weights, ids);
+
+  // their weights, heaviest first
+  if (rule.bias) {
+    std::sort(ids, ids + chosen);
+    for (int k = 0; k < chosen; ++k) insert(scores[ids[k]], ids[k], chosen, k, weights, ids);
+  }
+  std::fill(ids + chosen, ids + top_k, -1);
+  std::fill(weights + chosen, weights + top_k, 0.0f);
   float sum = 0.0f;
   for (int k = 0; k < top_k; ++k) sum += weights[k];
-  for (int k = 0; k < top_k; ++k) weights[k] /= sum;
+  if (rule.renormalise)
+    for (int k = 0; k < top_k; ++k) weights[k] /= sum + 1e-20f;
+  for (int k = 0; k < top_k; ++k) weights[k] *= rule.scale;
 }
 
 }  // namespace edge_moe

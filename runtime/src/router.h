@@ -1,19 +1,31 @@
 // From router logits to chosen experts and their routing weights.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "../../devices/kernels.h"
 
 namespace edge_moe {
 
+// runtime/config.py's RouterConfig, with what one layer adds to it.
 struct RouterRule {
-  bool renormalise = false;  // the chosen weights are scaled to sum to one
+  bool sigmoid = false;            // each expert's score is a sigmoid of its own, else a softmax over all
+  bool renormalise = false;        // the chosen weights are scaled to sum to one
+  float scale = 1;                 // of the weights, at last
+  int groups = 1, top_groups = 1;  // only experts of the top_groups best groups are chosen
+  bool group_top2sum = false;      // a group is as good as its two best experts together, else as its best
+  const float* bias = nullptr;     // (experts,) added to a score for the choice, not for the weight; null: none
+  const int* group_of = nullptr;   // (experts,); null where there is one group
 };
 
-// logits: (experts,), overwritten by the softmax over all experts -> ids, weights: (top_k,), heaviest first. Of equal
-// weights the lower expert number is taken.
-void route(const Kernels& kernels, const RouterRule& rule, float* logits, int experts, int top_k, int32_t* ids,
-           float* weights);
+// logits: (experts,), overwritten by the scores -> ids, weights: (top_k,), heaviest first. Of equals the lower number
+// is taken. Where the groups chosen have fewer than top_k experts the last ids are -1, their weights 0.
+// group_scores: room for 2 * groups floats.
+void route(const Kernels& kernels, const RouterRule& rule, float* logits, int experts, int top_k, float* group_scores,
+           int32_t* ids, float* weights);
+
+// In double: libm's float functions differ between machines in the last bit, which a rounded double all but hides.
+inline float sigmoid(float x) { return float(1.0 / (1.0 + std::exp(-double(x)))); }
 
 }  // namespace edge_moe

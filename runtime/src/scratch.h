@@ -1,0 +1,47 @@
+// What one forward pass works in: named pieces of one block of memory, whose size the plan knows beforehand.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../../devices/kernels.h"
+
+namespace edge_moe {
+
+struct EngineConfig;
+
+inline constexpr int kLatentQueries = 16;  // that one thread takes over the latents at a time
+inline constexpr int kLatentRows = 8;      // latents, or rows of kv_b as floats, that it does so with
+
+// (vectors, cols) float inputs rounded to int8; see Activations.
+struct QuantisedBuffer {
+  int8_t* codes;
+  float *scales, *sums[3];
+};
+
+struct Scratch {
+  float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
+  float* scores;                                   // (threads, context)
+  float *router_logits, *routing_weights;          // (chunk, experts), (chunk, top_k): the most of any layer
+  float* group_scores;                             // (threads, 2, groups)
+  int32_t *routed, *pair_of, *pair_token;          // (chunk, top_k): expert ids; pair of (token, k); token of a pair
+  int32_t *all_tokens, *first_pair;                // (chunk,); (experts+1,)
+  float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
+  float* logits;                                   // (logits_rows, vocab)
+  float *cos, *sin;                                // (context, rope_dim/2)
+  QuantisedBuffer normed_q, attended_q, hidden_q;
+
+  // Attention over a latent alone, which has kLatentQueries rows of scores a thread; `cached` is kv_rank + rope_dim.
+  float* q_latent;          // (chunk, q_rank)
+  float *absorbed, *mixed;  // (threads, kLatentQueries, cached), (threads, kLatentQueries, kv_rank)
+  float* rows;              // (threads, kLatentRows, kv_rank)
+  QuantisedBuffer q_latent_q, mixed_q;
+};
+
+// `count` vectors from the `first` on, in both forms.
+Activations activations(const float* values, const QuantisedBuffer& quantised, int cols, size_t first, int count);
+
+// Set every pointer of `s` to its piece of `base` and return the bytes that all take; with null, only count them.
+size_t carve_scratch(const EngineConfig& config, Scratch& s, uint8_t* base);
+
+}  // namespace edge_moe
