@@ -25,19 +25,20 @@ def windows(ids, context: int, tokens: int | None = None) -> Iterable[np.ndarray
 
 
 def evaluate(
-    runtime: Runtime, ids, *, context: int = 256, tokens: int | None = None, against=None, progress=None
+    runtime: Runtime, ids, *, context: int = 256, tokens: int | None = None, against=None, progress=None, score=None
 ) -> dict:
     """Score a bundle on token ids; a Runtime made with logits_rows=LOGITS_ROWS is quickest.
 
     against: what gives reference logits (tokens, vocab) for a window of ids: another Runtime's `logits`, or
-    checkpoint_logits(). Raises ValueError when context is beyond the runtime's or there is nothing to score.
+    checkpoint_logits(). score: a new Score to add up in; the caller's own keeps the divergence at each position. Raises
+    ValueError when context is beyond the runtime's or there is nothing to score.
     """
     if not 2 <= context <= runtime.plan.context:
         raise ValueError(f"context is {context}, expected 2 to {runtime.plan.context}")
     parts = list(windows(ids, context, tokens))
     if not parts:
         raise ValueError("the text has no token to score; use a longer one")
-    score, before = Score(), runtime.stats
+    score, before = score or Score(), runtime.stats
     for done, window in enumerate(parts, start=1):
         whole = against(window) if against else None
         at = 0

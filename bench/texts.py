@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe.bench.evaluate import LOGITS_ROWS, checkpoint_logits, evaluate
+from edge_moe.compressor.calibrate import STDLIB_BYTES, stdlib_files
 from edge_moe.runtime.runtime import Runtime
 
 MEANS = ("kld_mean", "kld_p99", "top1_agreement", "experts_used")  # of the texts' own; perplexity is geometric
@@ -46,6 +47,23 @@ def combine(results: list[dict]) -> dict:
     total["tokens"] = sum(result["tokens"] for result in results)
     total["perplexity"] = float(np.exp(np.mean([np.log(result["perplexity"]) for result in results])))
     return total | {key: float(np.mean([result[key] for result in results])) for key in MEANS if key in total}
+
+
+def held_out_modules(tokenizer, seed: int, count: int, context: int) -> list[int]:
+    """Token ids of `count` windows spread evenly over the standard library's modules that calibration does not read.
+
+    seed: calibration's. Fewer windows where there is less text.
+    """
+    files, read = stdlib_files(seed), 0
+    modules = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
+    left = []
+    for text in modules:
+        if read >= STDLIB_BYTES:
+            left.append(text)
+        read += len(text)
+    ids = np.array(tokenizer.encode("\n".join(left or modules[-1:])))
+    starts = np.linspace(0, len(ids) - context, min(count, len(ids) // context), dtype=np.int64)
+    return np.concatenate([ids[start : start + context] for start in starts]).tolist()
 
 
 @contextmanager

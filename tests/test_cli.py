@@ -13,7 +13,6 @@ from bundles import REFERENCE, flip, run_python
 
 from edge_moe import __version__
 from edge_moe.bench.synthetic import make_synthetic
-from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.plan import Plan
 from edge_moe.runtime.runtime import Generation
 
@@ -75,6 +74,19 @@ def test_every_command_explains_itself(name):
     assert text.startswith(f"Usage: edge-moe {name}") and "--help" in text
 
 
+def test_the_help_of_compress_begins_with_what_matters_and_has_every_option_once():
+    text = succeeds("compress", "-h").stdout
+    titles = [line[:-1] for line in text.splitlines()[1:] if line and line[0] != " "]
+    assert titles == ["Arguments", "How small (one of these; default: --bits 2.5)", "From what text", "How", "Options"]
+    first = [line.split()[0] for line in text.splitlines() if line.startswith("  -")]
+    assert first == [
+        *("--bits", "--width", "--size", "--ram", "--paged", "--context"),
+        *("--calibration", "--held-out", "--tokens", "--seed"),
+        *("--method", "--group", "--trunk-width", "--drop-experts", "--drop-score", "--drop-counts", "--act-order"),
+        *("--no-certificate", "--resume", "--threads", "--json", "-h,"),
+    ]
+
+
 def test_the_version_is_the_packages():
     assert succeeds("--version").stdout == f"edge-moe {__version__}\n"
 
@@ -88,6 +100,8 @@ def test_the_version_is_the_packages():
         (["generate", "x.emoe"], "give either -p TEXT or --tokens 1,2,3"),
         (["generate", "x.emoe", "-p", "a", "--tokens", "1"], "give either -p TEXT or --tokens 1,2,3"),
         (["generate", "x.emoe", "-p", "a", "-n", "many"], "Invalid value for '-n'"),
+        (["compress", "x", "y", "--context", "64"], "--context belongs to --ram"),
+        (["compress", "x", "y", "--drop-score", "age"], "Invalid value for '--drop-score'"),
         (["bench"], "give either a BUNDLE or --synthetic CONFIG"),
         (["bench", "x.emoe", "--layers", "2"], "--layers, --width, --vocab and --keep belong to --synthetic"),
     ],
@@ -224,59 +238,14 @@ print(sorted(heavy & set(sys.modules)), file=sys.stderr)
     assert run_python(code, bundle).stderr == "[]\n"
 
 
-# The other commands
-
-
-def test_compress_prints_what_it_made_and_leaves_a_bundle(tmp_path):
-    out = tmp_path / "out.emoe"
-    text = succeeds("compress", REFERENCE, out, "--width", "3").stdout
-    made = Bundle.open(out)
-    assert text.splitlines()[0].startswith(f"{out}: ")
-    assert "3.500 bits per expert weight" in text and "experts by width in bits: 64 of 3" in text
-    assert made.table["method"]["name"] == "uniform"
-    assert error_of("compress", REFERENCE, out, "--width", "3").startswith(f"{out}: exists already")
-
-
-def test_compress_json_describes_the_bundle(tmp_path):
-    about = object_of(
-        *("compress", REFERENCE, tmp_path / "out.emoe", "--bits", "4.5", "--method", "rtn", "--trunk-width", "4"),
-        *("--threads", "1"),
-    )
-    assert about == object_of("inspect", tmp_path / "out.emoe")
-    assert about["widths"] == {"4": 64} and about["bits_per_weight"] == 4.5
-    assert about["widths_by_layer"] == {str(layer): {"4": 16} for layer in range(4)}
-
-
-def test_compress_takes_a_size_in_words(tmp_path):
-    about = object_of("compress", REFERENCE, tmp_path / "out.emoe", "--size", "8MB", "--method", "uniform")
-    assert about["bundle_bytes"] <= 8_000_000
-    assert "is not understood" in error_of("compress", REFERENCE, tmp_path / "b.emoe", "--size", "big")
-
-
-def test_an_interrupted_compress_leaves_nothing(tmp_path):
-    command = [sys.executable, "-m", "edge_moe", "compress", str(REFERENCE), "out.emoe", "--bits", "16"]
-    hook = f"""
-import sys, signal, os
-from edge_moe.compressor import writer
-write = writer.BundleWriter.write_expert
-def interrupted(self, layer, index, matrices):
-    if layer == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-    write(self, layer, index, matrices)
-writer.BundleWriter.write_expert = interrupted
-sys.argv = {command[2:]!r}
-from edge_moe.cli import main
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", hook], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "edge-moe: error: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
+# The other commands; compress and demo are in test_cli_compress.py
 
 
 def test_inspect_and_verify_describe_a_bundle(bundle):
     text = succeeds("inspect", bundle).stdout
     assert "qwen3_moe, 4 layers of 256, vocabulary 4,096, context 1,024" in text
-    assert "16 a layer of 256, top 4" in text
+    assert "16 a layer of 256, top 4" in text and "dropped      none" in text
+    assert "certificate: none" in text
     done = succeeds("verify", bundle)
     assert done.stdout.startswith(f"{bundle}: OK, ") and done.stdout.endswith(" GB/s\n")
 
@@ -392,15 +361,3 @@ def test_eval_refuses_what_cannot_be_scored(bundle, bundle_of, text, tmp_path):
     assert error_of("eval", bundle, "--text", tmp_path / "no.txt") == f"{tmp_path / 'no.txt'}: no such text file"
     assert error_of("eval", olmoe, "--text", text, "--context", "8").endswith("has no tokenizer; text cannot be scored")
     assert "compare models that share a tokenizer" in error_of("eval", bundle, "--text", text, "--against", olmoe)
-
-
-def test_the_demo_pages_experts_and_says_the_same_as_without_a_cap(tmp_path):
-    report = object_of("demo", "--keep", tmp_path / "kept")
-    methods, run = report["methods"], report["run"]
-    assert list(methods) == ["bf16", "uniform", "pmq"]
-    assert methods["pmq"]["expert_bytes"] <= methods["uniform"]["expert_bytes"] == 64 * 61440
-    assert 0 == methods["bf16"]["kld_mean"] < methods["pmq"]["kld_mean"] < methods["uniform"]["kld_mean"]
-    assert run["floor_bytes"] < run["ram_bytes"] < run["resident_bytes"]
-    assert run["peak_memory_bytes"] <= run["ram_bytes"]
-    assert run["expert_misses"] > 0 and run["same_text_without_cap"]
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["bf16.emoe", "pmq.emoe", "uniform.emoe"]

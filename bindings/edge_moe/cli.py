@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,7 +43,7 @@ def command(name: str):
     """Register a subcommand whose expected errors become one line and an exit code."""
 
     def register(function):
-        @app.command(name)
+        @app.command(name, cls=options.SectionedCommand)
         @functools.wraps(function)
         def run(*args, **given):
             try:
@@ -92,7 +93,7 @@ def global_options(
 def demo(keep: options.KeepBundles = None, json_output: options.Json = False) -> None:
     """Compress the embedded model and run it under a cap.
 
-    The model is compressed three ways, each is scored on text against the original, and one then runs in a process
+    The model is compressed four ways, each is scored on text against the original, and one then runs in a process
     with less memory than its experts need.
     """
     from edge_moe.demo import report_text, run_demo
@@ -113,29 +114,49 @@ def compress(
     bits: options.Bits = None,
     width: options.Width = None,
     size: options.Size = None,
-    method: options.HowToChoose = None,
+    ram: options.CompressRam = None,
+    paged: options.Paged = False,
+    context: options.RunContext = None,
     calibration: options.CalibrationFiles = None,
+    held_out: options.HeldOutFiles = None,
     tokens: options.CalibrationTokens = 32_768,
-    group: options.Group = 64,
-    trunk_width: options.TrunkWidth = 8,
     seed: options.CalibrationSeed = 0,
+    method: options.HowToChoose = None,
+    group: options.Group = None,
+    trunk_width: options.TrunkWidth = 8,
+    drop_experts: options.DropExperts = 0.0,
+    drop_score: options.DropScore = options.DropScores.mixture,
+    drop_counts: options.DropCounts = options.DropCountsBy.equal,
+    act_order: options.ActOrder = False,
+    no_certificate: options.NoCertificate = False,
+    resume: options.Resume = False,
     threads: options.Threads = None,
     json_output: options.Json = False,
 ) -> None:
     """Compress a checkpoint into a bundle.
 
-    Say how small with one of --bits, --width and --size. After an error or Ctrl-C nothing is left of OUT.
+    What is done stays on disk in OUT.work: after Ctrl-C, a crash or a full disk the same command with --resume goes on.
     """
+    if context is not None and ram is None:
+        raise typer.BadParameter("--context belongs to --ram: it says how much memory running takes")
     from edge_moe.compressor import pipeline
+    from edge_moe.needs import needs_of
     from edge_moe.progress import progress_bar
-    from edge_moe.report import compressed_text, describe_bundle
+    from edge_moe.report import compressed_text, describe_bundle, needs_text
 
-    target = {"bits": bits, "width": width, "size": size}
-    target["method"] = method.value if method else "pmq" if width is None else "uniform"
-    source = {"calibration": tuple(calibration or ()), "tokens": tokens, "seed": seed}
-    form = {"group": group, "trunk_width": trunk_width, "threads": threads}
-    with progress_bar(quiet=json_output) as progress:
-        about = describe_bundle(pipeline.compress(model, out, progress=progress, **target, **source, **form))
+    target = {"bits": bits, "width": width, "size": size, "ram": ram, "paged": paged, "context": context}
+    source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}
+    form = {"group": group, "trunk_width": trunk_width, "act_order": act_order, "certificate": not no_certificate}
+    drop = {"drop_experts": drop_experts, "drop_score": drop_score.value, "drop_counts": drop_counts.value}
+    chosen = {"method": method.value if method else "pmq" if width is None else "uniform", "threads": threads}
+    given, work = {**target, **source, **form, **drop, **chosen}, Path(out).with_name(Path(out).name + ".work")
+    if not (json_output or Path(out).exists() or work.exists()):
+        print(needs_text(needs_of(model, out, given)), file=sys.stderr)
+    try:
+        with progress_bar(quiet=json_output) as progress:
+            about = describe_bundle(pipeline.compress(model, out, progress=progress, resume=resume, **given))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command with --resume goes on" if work.exists() else "interrupted", 130)
     if json_output:
         _print_json(about)
     else:
@@ -164,8 +185,8 @@ def plan(
     from edge_moe.report import estimate_text
     from edge_moe.runtime.plan import refusal
 
-    bits = {"width": width, "widths": _widths(widths), "trunk_width": trunk_width}
-    model_as = {"keep_experts": _keep_experts(keep_experts), "recipe": recipe and recipe.value}
+    bits = {"width": width, "widths": options.widths_of(widths), "trunk_width": trunk_width}
+    model_as = {"keep_experts": options.keep_experts_of(keep_experts), "recipe": recipe and recipe.value}
     result = estimate(model, ram, context=context, threads=threads, **bits, **model_as)
     if json_output:
         _print_json(result.as_dict())
@@ -228,8 +249,8 @@ def generate(
     from edge_moe.report import statistics_text
     from edge_moe.runtime.runtime import Runtime
 
-    start = _token_ids(tokens) if prompt is None else sys.stdin.read() if prompt == "-" else prompt
-    with Runtime(bundle, ram, context, threads=threads, prune=_prune(prune)) as runtime:
+    start = options.token_ids_of(tokens) if prompt is None else sys.stdin.read() if prompt == "-" else prompt
+    with Runtime(bundle, ram, context, threads=threads, prune=options.prune_of(prune)) as runtime:
         pieces = runtime.stream(start, max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
         generation = _print_pieces(pieces, ids=prompt is None, quiet=json_output)
     if json_output:
@@ -252,39 +273,6 @@ def _print_pieces(pieces, ids: bool, quiet: bool):
     return replace(last, text="".join(texts), tokens=tokens)
 
 
-def _token_ids(text: str) -> list[int]:
-    try:
-        return [int(token) for token in text.replace(",", " ").split()]
-    except ValueError:
-        raise ValueError(f"tokens {text!r} are not whole numbers with commas between them") from None
-
-
-def _widths(text: str | None) -> dict[str, int] | None:
-    """gate=2,up=2,down=3 as a dictionary."""
-    try:
-        return text and {name: int(bits) for name, bits in (item.split("=") for item in text.split(","))}
-    except ValueError:
-        raise ValueError(f"widths {text!r} are not NAME=BITS with commas between, as gate=2,down=3") from None
-
-
-def _keep_experts(text: str | None) -> int | float | None:
-    """192, or 0.75 of them."""
-    try:
-        return text and (float(text) if "." in text else int(text))
-    except ValueError:
-        raise ValueError(
-            f"keep-experts {text!r} is neither a number of experts, as 192, nor a share, as 0.75"
-        ) from None
-
-
-def _prune(text: str) -> float | str:
-    """off, bundle, or a share of routing weight."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 @command("chat")
 def chat(
     bundle: options.Bundle,
@@ -304,7 +292,7 @@ def chat(
     from edge_moe import chat
     from edge_moe.runtime.runtime import Runtime
 
-    with Runtime(bundle, ram, context, threads=threads, prune=_prune(prune)) as runtime:
+    with Runtime(bundle, ram, context, threads=threads, prune=options.prune_of(prune)) as runtime:
         given = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
         given = {key: value for key, value in given.items() if value is not None}
         chat.chat(runtime, {**chat.sampling_defaults(runtime.bundle.path), **given})
@@ -337,7 +325,7 @@ def evaluate(
     sizes = {"context": context, "threads": threads, "logits_rows": evaluate.LOGITS_ROWS}
     with (
         progress_bar(quiet=json_output) as progress,
-        Runtime(bundle, ram, prune=_prune(prune), **sizes) as runtime,
+        Runtime(bundle, ram, prune=options.prune_of(prune), **sizes) as runtime,
         texts.reference_logits(against, runtime, context) if against else nullcontext() as logits,
     ):
         result = texts.evaluate_texts(runtime, text, context=context, tokens=tokens, against=logits, progress=progress)

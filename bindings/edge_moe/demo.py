@@ -1,4 +1,4 @@
-"""The demo: the embedded model compressed three ways, scored on held-out text, and run under a cap it does not fit.
+"""The demo: the embedded model compressed four ways, scored on held-out text, and run under a cap it does not fit.
 
 Calibration takes modules of Python's standard library from the front of a seeded order; those that it leaves are
 scored. The run under the cap is a process of its own, so that its peak memory is what a user would see.
@@ -17,7 +17,7 @@ from edge_moe import bench
 from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate
 from edge_moe.compressor.calibrate import STDLIB_BYTES, load_calibration, stdlib_files
 from edge_moe.compressor.pipeline import compress
-from edge_moe.report import size, table
+from edge_moe.report import certificate_text, describe_bundle, size, spread_text, table
 from edge_moe.runtime.config import load_config
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.tokenizer import Tokenizer
@@ -26,7 +26,8 @@ MODEL = Path(bench.__file__).parent / "reference_moe"
 BITS = 2.5
 VARIANTS = {  # options of compress() by the name that is shown; the last two calibrate on the same text
     "bf16": {"bits": 16},
-    "uniform": {"bits": BITS, "method": "uniform"},
+    "rtn": {"bits": BITS, "method": "rtn"},
+    "uniform": {"bits": BITS, "method": "uniform", "certificate": False},  # pmq's certificate has it
     "pmq": {"bits": BITS, "method": "pmq"},
 }
 CALIBRATION_TOKENS = 8192
@@ -46,18 +47,26 @@ def run_demo(keep: str | Path | None = None, progress=None) -> dict:
         directory = Path(keep or temporary)
         directory.mkdir(parents=True, exist_ok=True)
         paths = {name: directory / f"{name}.emoe" for name in VARIANTS}
-        ids = Path(temporary) / "ids.npy"
-        np.save(ids, load_calibration(Tokenizer(MODEL), load_config(MODEL), [], CALIBRATION_TOKENS, SEED).ids)
+        text = _save_text(Path(temporary))
         for name, options in VARIANTS.items():
-            source = {"calibration": (ids,), "tokens": CALIBRATION_TOKENS, "seed": SEED}
-            compress(MODEL, paths[name], progress=_named(progress, name), **source, **options)
+            bundle = compress(MODEL, paths[name], progress=_named(progress, name), **text, **options)
         return {
             "model": "embedded reference MoE: 14.4 M parameters, 4 layers of 16 experts, top 4",
             "text": "modules of Python's standard library that were not calibrated on",
             "methods": _score(paths, progress),
+            **{key: describe_bundle(bundle)[key] for key in ("method", "widths", "certificate")},
             "run": _run_under_cap(paths["pmq"]),
             "bundles": str(directory) if keep else None,
         }
+
+
+def _save_text(directory: Path) -> dict:
+    """Calibration and held-out text as token ids in files; compress()'s options that name them."""
+    tokenizer, files = Tokenizer(MODEL), {"calibration": "stdlib.npy", "held_out": "stdlib-held-out.npy"}
+    paths = {name: directory / file for name, file in files.items()}
+    np.save(paths["calibration"], load_calibration(tokenizer, load_config(MODEL), [], CALIBRATION_TOKENS, SEED).ids)
+    np.save(paths["held_out"], held_out_ids(tokenizer))
+    return {name: (path,) for name, path in paths.items()} | {"tokens": CALIBRATION_TOKENS, "seed": SEED}
 
 
 def _named(progress, name: str):
@@ -135,10 +144,11 @@ def report_text(report: dict) -> str:
     kept = f"\n\nbundles are in {report['bundles']}" if report["bundles"] else ""
     return (
         f"{report['model']}\n"
-        f"scored on {scored:,} tokens of {report['text']}; KLD in nats per token\n\n"
+        f"scored on {scored:,} tokens of {report['text']};\nKLD in nats per token\n\n"
         f"{table(rows, right=(1, 2, 3, 4, 5))}\n\n"
-        f"pmq in a process capped at {size(run['ram_bytes'])} (floor {size(run['floor_bytes'])}, every expert fits "
-        f"from {size(run['resident_bytes'])}; most of it is Python itself)\n"
+        f"{spread_text(report['method'], report['widths'])}\n{certificate_text(report['certificate'])}\n\n"
+        f"pmq in a process capped at {size(run['ram_bytes'])}; floor {size(run['floor_bytes'])}, every expert fits "
+        f"from {size(run['resident_bytes'])};\nmost of it is Python itself\n"
         f"  peak memory  {size(run['peak_memory_bytes'])}\n"
         f"  speed        {run['generation_tps']:,.0f} tok/s; {run['generation_tps_without_cap']:,.0f} with all experts "
         f"in memory\n"

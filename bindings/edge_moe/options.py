@@ -4,13 +4,27 @@ from enum import Enum
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 
 class Method(str, Enum):
     pmq = "pmq"
     mc = "mc"
+    mc_release = "mc-release"
     uniform = "uniform"
     rtn = "rtn"
+
+
+class DropScores(str, Enum):
+    mixture = "mixture"
+    weight = "weight"
+    frequency = "frequency"
+    mean_weight = "mean-weight"
+
+
+class DropCountsBy(str, Enum):
+    equal = "equal"
+    sensitivity = "sensitivity"
 
 
 class Format(str, Enum):
@@ -27,8 +41,27 @@ def _argument(kind, metavar: str, help: str):
     return Annotated[kind, typer.Argument(metavar=metavar, help=help, show_default=False)]
 
 
-def _option(kind, *names: str, help: str, metavar: str | None = None, shown: bool = False):
-    return Annotated[kind, typer.Option(*names, metavar=metavar, help=help, show_default=shown)]
+def _option(kind, *names: str, help: str, metavar: str | None = None, shown: bool = False, section: str | None = None):
+    return Annotated[
+        kind, typer.Option(*names, metavar=metavar, help=help, show_default=shown, rich_help_panel=section)
+    ]
+
+
+class SectionedCommand(TyperCommand):
+    """A command whose help has its options in sections, in the order in which they first appear; the rest at the end.
+
+    Plain text: typer's own panels would import rich for every command.
+    """
+
+    def format_options(self, ctx, formatter) -> None:
+        sections = {}
+        for parameter in self.get_params(ctx):
+            title = "Arguments" if parameter.param_type_name == "argument" else parameter.rich_help_panel
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(title or "Options", []).append(record)
+        for title in sorted(sections, key=lambda title: title == "Options"):
+            with formatter.section(title):
+                formatter.write_dl(sections[title])
 
 
 Bundle = _argument(str, "BUNDLE", "A bundle's directory, NAME.emoe.")
@@ -63,26 +96,70 @@ TopPIfAny = _option(
 SamplingSeed = _option(int | None, "--seed", metavar="N", help="The same seed gives the same text.")
 Stop = _option(list[str] | None, "--stop", metavar="TEXT", help="End before this text; repeatable.")
 
-# Of compress and demo
+# Of compress
+_SMALL, _TEXT, _HOW = "How small (one of these; default: --bits 2.5)", "From what text", "How"
 Bits = _option(
     float | None,
     "--bits",
     metavar="B",
-    help="Mean bits of an expert weight, all included; 16: as it is [default: 2.5].",
+    section=_SMALL,
+    help="Mean bits of an expert weight, all included; 16: as it is.",
 )
-Width = _option(int | None, "--width", metavar="B", help="Instead: one width for all experts (method uniform or rtn).")
-Size = _option(str | None, "--size", metavar="SIZE", help="Instead: bytes of the whole bundle, as 103GB.")
-HowToChoose = _option(
-    Method | None, "--method", help="How widths are chosen; pmq: by one program over the whole model [default: pmq]."
+Width = _option(int | None, "--width", metavar="B", section=_SMALL, help="One width for all experts.")
+Size = _option(str | None, "--size", metavar="SIZE", section=_SMALL, help="Bytes of the whole bundle, as 103GB.")
+CompressRam = _option(
+    str | None, "--ram", metavar="SIZE", section=_SMALL,
+    help="Memory to run in, and to compress in; beside another target, to compress in alone.",
+)  # fmt: skip
+Paged = _option(
+    bool,
+    "--paged",
+    section=_SMALL,
+    help="With --ram: experts that answer nine uses in ten fit, the others are paged in.",
 )
+RunContext = _option(
+    int | None, "--context", metavar="N", section=_SMALL,
+    help="With --ram: tokens to hold [default: 4096 or the model's own].",
+)  # fmt: skip
 CalibrationFiles = _option(
-    list[str] | None, "--calibration", metavar="FILE",
+    list[str] | None, "--calibration", metavar="FILE", section=_TEXT,
     help="Text or .npy of token ids; repeatable [default: Python's standard library].",
 )  # fmt: skip
-CalibrationTokens = _option(int, "--tokens", metavar="N", shown=True, help="Tokens to calibrate on.")
-Group = _option(int, "--group", metavar="N", shown=True, help="Inputs that share a scale: 32, 64 or 128.")
-TrunkWidth = _option(int, "--trunk-width", metavar="B", shown=True, help="Bits of all weights but the experts'.")
-CalibrationSeed = _option(int, "--seed", metavar="N", shown=True, help="Draws the default calibration text.")
+HeldOutFiles = _option(
+    list[str] | None, "--held-out", metavar="FILE", section=_TEXT,
+    help="Other text, to certify on; repeatable [default: the end of --calibration's].",
+)  # fmt: skip
+CalibrationTokens = _option(int, "--tokens", metavar="N", shown=True, section=_TEXT, help="Tokens to calibrate on.")
+CalibrationSeed = _option(
+    int, "--seed", metavar="N", shown=True, section=_TEXT, help="Draws the default calibration text."
+)
+HowToChoose = _option(
+    Method | None, "--method", metavar="NAME", section=_HOW,
+    help="pmq: each expert its width; mc, mc-release; uniform; rtn: no text [default: pmq; with --width: uniform].",
+)  # fmt: skip
+Group = _option(
+    int | None, "--group", metavar="N", section=_HOW,
+    help="Inputs that share a scale: 32, 64 or 128 [default: the method's choice].",
+)  # fmt: skip
+TrunkWidth = _option(
+    int, "--trunk-width", metavar="B", shown=True, section=_HOW, help="Bits of all weights but the experts'."
+)
+DropExperts = _option(
+    float, "--drop-experts", metavar="SHARE", section=_HOW, help="Leave out this share of the experts, as 0.25."
+)
+DropScore = _option(
+    DropScores, "--drop-score", metavar="NAME", shown=True, section=_HOW,
+    help="Which: lowest mixture, weight, frequency or mean-weight.",
+)  # fmt: skip
+DropCounts = _option(
+    DropCountsBy, "--drop-counts", metavar="NAME", shown=True, section=_HOW,
+    help="How many: equal in every layer, or by sensitivity.",
+)  # fmt: skip
+ActOrder = _option(bool, "--act-order", section=_HOW, help="Round the inputs that matter most first.")
+NoCertificate = _option(bool, "--no-certificate", section=_HOW, help="Do not compare with the source on held-out text.")
+Resume = _option(bool, "--resume", help="Go on with a run that was ended.")
+
+# Of demo
 KeepBundles = _option(str | None, "--keep", metavar="DIR", help="Keep the bundles in DIR.")
 
 # Of plan
@@ -114,3 +191,39 @@ PromptTest = _option(int, "-p", "--prompt", metavar="N", shown=True, help="Token
 GenerateTest = _option(int, "-n", "--generate", metavar="N", shown=True, help="Tokens of the generation test; 0: none.")
 Repeats = _option(int, "-r", "--repeats", metavar="N", shown=True, help="Timed runs of each test.")
 Output = _option(Format, "-o", "--output", shown=True, help="Table, one JSON object, or exact figures.")
+
+
+# What the text of an option stands for
+
+
+def token_ids_of(text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"tokens {text!r} are not whole numbers with commas between them") from None
+
+
+def widths_of(text: str | None) -> dict[str, int] | None:
+    """gate=2,up=2,down=3 as a dictionary."""
+    try:
+        return text and {name: int(bits) for name, bits in (item.split("=") for item in text.split(","))}
+    except ValueError:
+        raise ValueError(f"widths {text!r} are not NAME=BITS with commas between, as gate=2,down=3") from None
+
+
+def keep_experts_of(text: str | None) -> int | float | None:
+    """192, or 0.75 of them."""
+    try:
+        return text and (float(text) if "." in text else int(text))
+    except ValueError:
+        raise ValueError(
+            f"keep-experts {text!r} is neither a number of experts, as 192, nor a share, as 0.75"
+        ) from None
+
+
+def prune_of(text: str) -> float | str:
+    """off, bundle, or a share of routing weight."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

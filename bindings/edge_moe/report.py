@@ -20,7 +20,8 @@ BENCH_COLUMNS = (  # of a benchmark's table: title, and the cell of a Measuremen
     ("GB/s", lambda row: "" if row.weights_gbps is None else f"{row.weights_gbps:.2f}"),
     ("peak", lambda row: size(row.peak_memory_bytes)),
 )
-STDLIB_NOTE = "calibrated on Python source, which is on every machine; for other text pass --calibration FILE"
+STDLIB_NOTE = "calibrated on Python source; for other kinds of text pass --calibration FILE"
+DROP_COUNTS = {"equal": "as many in every layer", "sensitivity": "more where it costs less"}
 PART_NAMES = {  # of sizes.Part
     **{name: f"experts, {name}" for name in ("gate", "up", "down", "padding")},
     "shared": "shared expert",
@@ -110,10 +111,16 @@ def widths_name(widths: tuple[int, int, int]) -> str:
 def describe_bundle(bundle) -> dict:
     """What `inspect` shows of a Bundle, as one JSON object."""
     config, extra = bundle.config, bundle.table
-    per_layer = {layer: Counter() for layer in config.moe_layers}
+    per_layer, per_group = {layer: Counter() for layer in config.moe_layers}, {}
     for expert in bundle.experts.values():
         per_layer[expert.layer][expert.widths] += 1
+        per_group.setdefault(expert.group, Counter())[expert.widths] += 1
     total = sum(per_layer.values(), Counter())
+    every = range(config.experts)
+
+    def named(counts: Counter) -> dict[str, int]:
+        return {widths_name(widths): counts[widths] for widths in sorted(counts)}
+
     return {
         "path": str(bundle.path),
         "tool": extra.get("tool"),
@@ -133,13 +140,17 @@ def describe_bundle(bundle) -> dict:
         "trunk_bytes": bundle.trunk_bytes,
         "expert_bytes": bundle.expert_bytes,
         "bits_per_weight": bundle.bits_per_weight,
-        "groups": sorted({expert.group for expert in bundle.experts.values()}),
-        "widths": {widths_name(widths): total[widths] for widths in sorted(total)},
-        "widths_by_layer": {
-            str(layer): {widths_name(widths): counts[widths] for widths in sorted(counts)}
-            for layer, counts in per_layer.items()
-        },
+        "groups": sorted(per_group),
+        "widths": named(total),
+        "widths_by_group": {str(group): named(per_group[group]) for group in sorted(per_group)},
+        "widths_by_layer": {str(layer): named(counts) for layer, counts in per_layer.items()},
+        "experts_by_layer": {str(layer): config.experts_of(layer) for layer in config.moe_layers},
+        "top_k_by_layer": {str(layer): config.top_k_of(layer) for layer in config.moe_layers},
         "dropped": sum(map(len, extra["dropped"])),
+        "dropped_by_layer": {
+            str(layer): sorted(set(every) - set(config.kept[layer])) if config.kept else []
+            for layer in config.moe_layers
+        },
         "method": extra.get("method"),
         "calibration": extra.get("calibration"),
         "certificate": extra.get("certificate"),
@@ -148,56 +159,110 @@ def describe_bundle(bundle) -> dict:
 
 def bundle_text(about: dict) -> str:
     """describe_bundle()'s object for reading."""
-    widths = list(about["widths"])
-    histogram = [["layer", *widths]] + [
-        [layer, *(str(counts.get(name, "")) for name in widths)] for layer, counts in about["widths_by_layer"].items()
-    ]
     shared = f", shared expert of {about['shared_hidden']}" if about["shared_hidden"] else ""
+    experts, top_k = (_range(about[key].values()) for key in ("experts_by_layer", "top_k_by_layer"))
+    of, dropped, method = f" of {about['experts']}" if about["dropped"] else "", "", about["method"] or {}
+    if about["dropped"]:
+        how = (
+            f", lowest {method['drop_score']} first, {DROP_COUNTS[method['drop_counts']]}"
+            if "drop_score" in method
+            else ""
+        )
+        dropped = f"{about['dropped']:,} of {about['experts'] * len(about['experts_by_layer']):,}{how}"
     calibration = about["calibration"]
-    facts = [
-        [
-            "model",
-            f"{about['architecture']}, {about['layers']} layers of {about['dim']}, vocabulary {about['vocab']:,}, "
-            f"context {about['context']:,}",
-        ],
-        ["experts", f"{about['experts']} a layer of {about['expert_hidden']}, top {about['top_k']}{shared}"],
-        [
-            "bytes",
-            f"{size(about['bundle_bytes'])}: experts {size(about['expert_bytes'])}, trunk {size(about['trunk_bytes'])}",
-        ],
-        ["bits", f"{about['bits_per_weight']:.3f} per expert weight, scales, biases and padding included"],
-        ["method", (about["method"] or {}).get("name", "not recorded") + f", written by {about['tool']}"],
-        [
-            "calibration",
-            "none"
-            if not calibration
-            else f"{calibration['tokens']:,} tokens of {calibration['source']}, seed {calibration.get('seed')}",
-        ],
-        [
-            "certificate",
-            "none"
-            if not about["certificate"]
-            else ", ".join(f"{key} {value}" for key, value in about["certificate"].items()),
-        ],
+    facts = {
+        "bundle": about["path"],
+        "model": f"{about['architecture']}, {about['layers']} layers of {about['dim']}, vocabulary {about['vocab']:,}, "
+        f"context {about['context']:,}",
+        "experts": f"{experts}{of} a layer of {about['expert_hidden']}, top {top_k}{shared}",
+        "dropped": dropped or "none",
+        "bytes": f"{size(about['bundle_bytes'])}: experts {size(about['expert_bytes'])}, trunk "
+        f"{size(about['trunk_bytes'])}",
+        "bits": f"{about['bits_per_weight']:.3f} per expert weight, scales, biases and padding included",
+        "method": method.get("name", "not recorded") + f", written by {about['tool']}",
+        "calibration": "none"
+        if not calibration
+        else f"{calibration['tokens']:,} tokens of {calibration['source']}, seed {calibration.get('seed')}",
+    }
+    parts = [table([[name, fact] for name, fact in facts.items()])]
+    if "spread" in method:
+        parts.append(spread_text(method, about["widths"]))
+    parts.append(certificate_text(about["certificate"]))
+    return "\n\n".join([*parts, *_widths_tables(about)])
+
+
+def _range(counts) -> str:
+    least, most = min(counts), max(counts)
+    return str(most) if least == most else f"{least} to {most}"
+
+
+def _widths_tables(about: dict) -> list[str]:
+    """Experts by width and group, and by width and layer."""
+    widths, groups, layers = list(about["widths"]), about["widths_by_group"], about["widths_by_layer"]
+    by_group = [["width", *(f"group {group}" for group in groups)]]
+    by_group += [[name, *(str(counts.get(name, "")) for counts in groups.values())] for name in widths]
+    by_layer = [["layer", *widths, *(["dropped"] if about["dropped"] else [])]]
+    for layer, counts in layers.items():
+        gone = [str(len(about["dropped_by_layer"][layer]))] if about["dropped"] else []
+        by_layer.append([layer, *(str(counts.get(name, "")) for name in widths), *gone])
+    return [
+        f"experts by {what}\n" + table(rows, right=tuple(range(1, len(rows[0]))))
+        for what, rows in (("width in bits (gate/up/down where they differ)", by_group), ("layer", by_layer))
     ]
-    return (
-        table([["bundle", about["path"]], *facts])
-        + "\n\nexperts by width in bits (gate/up/down where they differ)\n"
-        + table(histogram, right=tuple(range(1, len(widths) + 1)))
-    )
 
 
 def compressed_text(about: dict) -> str:
-    """What compress made, and what to know about it."""
+    """What compress made, how good it is, and what to know about it."""
     from edge_moe.compressor.calibrate import STDLIB
 
     widths = ", ".join(f"{count:,} of {name}" for name, count in about["widths"].items())
-    return (
+    calibrated, method = about["calibration"] or {}, about["method"]
+    lines = [
         f"{about['path']}: {size(about['bundle_bytes'])} (experts {size(about['expert_bytes'])}, "
-        f"trunk {size(about['trunk_bytes'])})\n"
-        f"{about['bits_per_weight']:.3f} bits per expert weight, scales, biases and padding included\n"
-        f"experts by width in bits: {widths}"
-        + (f"\n{STDLIB_NOTE}" if (about["calibration"] or {}).get("source") == STDLIB else "")
+        f"trunk {size(about['trunk_bytes'])})",
+        f"{about['bits_per_weight']:.3f} bits per expert weight, scales, biases and padding included",
+        f"experts by width in bits: {widths}",
+        *([f"experts dropped: {about['dropped']:,}"] if about["dropped"] else []),
+        *([spread_text(method, about["widths"])] if "spread" in method else []),
+        *([STDLIB_NOTE] if calibrated.get("source") == STDLIB else []),
+        *(["", certificate_text(about["certificate"])] if about["certificate"] else []),
+    ]
+    return "\n".join(lines)
+
+
+def spread_text(method: dict, widths: dict) -> str:
+    """How unlike the experts are, and what pmq made of it: bundle.json's `method` and experts by width."""
+    from edge_moe.compressor.allocate import FLAT
+
+    found = f"sensitivity spread {method['spread']:.3g} (90th over 10th percentile of experts)"
+    if method["flat"]:
+        return f"{found}: flat,\nso all experts have one width; below {FLAT:g} a mix of widths gains nothing"
+    return found + (": widths are mixed" if len(widths) > 1 else "")
+
+
+def certificate_text(certificate: dict | None) -> str:
+    """The certificate as a table: the bundle, and one width in as many bytes, beside the source."""
+    if not certificate:
+        return "certificate: none"
+    held_out = certificate["held_out"]
+    rows = [["certificate", "bits/weight", "perplexity", "ratio", "KLD mean", "KLD p99", "same top token"]]
+    rows.append(["source", "", f"{certificate['source_perplexity']:.3f}", "1.000", "", "", ""])
+    for name, key in (("this bundle", "bundle"), ("one width", "uniform")):
+        if its := certificate.get(key):
+            kld = [f"{its['kld_mean']:.4f}", f"{its['kld_p99']:.3f}", f"{its['top1_agreement']:.1%}"]
+            bits = f"{its['bits_per_weight']:.3f}"
+            rows.append([name, bits, f"{its['perplexity']:.3f}", f"{its['perplexity_ratio']:.3f}", *kld])
+    return (
+        table(rows, right=(1, 2, 3, 4, 5, 6)) + f"\non {held_out['tokens']:,} tokens of {held_out['source']},\n"
+        f"in windows of {certificate['context']}; none of it was fitted to; KLD in nats a token"
+    )
+
+
+def needs_text(needs) -> str:
+    """A Needs, in one line."""
+    return (
+        f"needs up to {size(needs.memory_bytes)} of memory, {size(needs.bundle_bytes + needs.work_bytes)} of disk "
+        f"({size(needs.free_bytes)} free); bundle {size(needs.bundle_bytes)}"
     )
 
 
