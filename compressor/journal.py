@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-IDENTITY = "identity.json"
+IDENTITY, LOCK = "identity.json", "lock"
 
 
 class Journal:
@@ -25,26 +25,48 @@ class Journal:
 
     def __init__(self, out: Path, identity: dict, resume: bool):
         self.directory = out.with_name(out.name + ".work")
-        self.resumed = (self.directory / IDENTITY).is_file()
-        if self.resumed and not resume:
-            raise FileExistsError(
-                f"{self.directory}: an unfinished run is there; --resume goes on with it, removing it starts anew"
-            )
-        if not self.resumed:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            self.directory.mkdir(parents=True)
-        self._lock = open(self.directory / "lock", "w")  # noqa: SIM115 (closed by __exit__)
+        self._lock = self._locked(out)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self.resumed = (self.directory / IDENTITY).is_file()
+            if not self.resumed:
+                self._clear()
+                self.write(IDENTITY, identity)
+            elif resume:
+                self._compare(identity)
+            else:
+                raise FileExistsError(
+                    f"{self.directory}: an unfinished run is there; --resume goes on with it, removing it starts anew"
+                )
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir()
+        except BaseException:
             self._lock.close()
-            raise BlockingIOError(f"{out}: another process is writing it; wait for it or end it") from None
-        if self.resumed:
-            self._compare(identity)
-        else:
-            self.write(IDENTITY, identity)
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir()
+            raise
+
+    def _locked(self, out: Path):
+        """The directory's lock file, held. Another run's end may remove it between opening and locking it."""
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = open(self.directory / LOCK, "w")  # noqa: SIM115 (closed by __exit__)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise BlockingIOError(f"{out}: another process is writing it; wait for it or end it") from None
+            try:
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.directory / LOCK)):
+                    return lock
+            except FileNotFoundError:
+                pass
+            lock.close()
+
+    def _clear(self) -> None:
+        """Remove what a run left that did not come as far as its identity."""
+        for left in self.directory.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            elif left.name != LOCK:
+                left.unlink()
 
     def __enter__(self) -> "Journal":
         return self
@@ -64,7 +86,7 @@ class Journal:
 
     def started(self) -> bool:
         """Whether any step is done."""
-        return any(file.name not in (IDENTITY, "lock", "scratch") for file in self.directory.iterdir())
+        return any(file.name not in (IDENTITY, LOCK, "scratch") for file in self.directory.iterdir())
 
     def write(self, name: str, value) -> None:
         """Write a step's file: whole or not at all."""
@@ -113,6 +135,7 @@ class Journal:
             before = self.read(IDENTITY)
         except ValueError:
             before = {}
+        before = before if isinstance(before, dict) else {}
         identity = json.loads(json.dumps(identity))
         other = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
         if other:

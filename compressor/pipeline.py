@@ -66,11 +66,6 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
         return Compression(checkpoint, Path(out), o, progress or (lambda step, done, of: None)).run()
 
 
-def uniform_width(config: ModelConfig, bits: float, group: int) -> int:
-    """The largest width whose experts, all alike, take at most `bits` a weight."""
-    return targets.uniform_packing(config, bits, [group]).widths[0]
-
-
 @dataclass(slots=True)
 class Compression:
     """One run: its inputs, and each step as a method, so that a study can take them apart."""
@@ -287,8 +282,9 @@ class Compression:
         frequency = kept.frequencies() if kept else {}
         extra = {"calibration": {**self.calibration.provenance, "seed": o.seed}, "method": method, "certificate": None}
         with BundleWriter(
-            self.out, self.checkpoint.directory, config, trunk, packing, frequency, extra, resumable=True
-        ) as writer:
+            self.out, self.checkpoint.directory, config, trunk, packing, frequency, extra,
+            resumable=True, begun=j.has("round-0000.json"),
+        ) as writer:  # fmt: skip
             tracks = [self.track("bundle", packing, trunk, writer)]
             ids, held_out = self.calibration.ids, self.calibration.held_out
             if o.certificate and compared != packing:

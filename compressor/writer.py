@@ -76,6 +76,7 @@ class BundleWriter:
     frequency: dict[tuple[int, int], float] = field(default_factory=dict)
     extra: dict = field(default_factory=dict)  # further keys of bundle.json: calibration, certificate
     resumable: bool = False  # what another run wrote is gone on with, and left there after an error
+    begun: bool = False  # another run did write: its files must be there
     trunk_written: set = field(default_factory=set)
     _partial: Path = None
     _trunk_parts: dict = field(default_factory=dict)
@@ -85,6 +86,7 @@ class BundleWriter:
     _checksums: dict = field(default_factory=dict)
     _trunk_checksum: int = 0
     _trunk_bytes: int = 0
+    _trunk_header: bytes = b""
     _handles: dict = field(default_factory=dict)
 
     def __enter__(self) -> "BundleWriter":
@@ -95,6 +97,8 @@ class BundleWriter:
         if not self.resumable:
             shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
         self._lay_out()
+        if self.begun:
+            self._check_what_is_there()
         self._partial.mkdir(parents=True, exist_ok=True)
         try:
             self._reserve()
@@ -206,12 +210,18 @@ class BundleWriter:
                 self._records[key] = (number, at, sizes[key])
                 at += sizes[key]
             self._files.append((name, header, at))
+        self._lay_out_trunk()
+
+    def _check_what_is_there(self) -> None:
+        """Raise ValueError when a file that another run wrote to is not there, or is not as long as it was."""
+        for name, size in ((TRUNK_FILE, self._trunk_bytes), *((name, size) for name, _, size in self._files)):
+            file = self._partial / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise ValueError(f"{file}: what the unfinished run wrote is gone; remove its .work to start anew")
 
     def _reserve(self) -> None:
         """Write the headers and give every file its full length, so that a full disk shows now."""
-        trunk_header, trunk_bytes = self._lay_out_trunk()
-        self._trunk_bytes = trunk_bytes
-        needed = trunk_bytes + sum(size for _, _, size in self._files)
+        needed = self._trunk_bytes + sum(size for _, _, size in self._files)
         there = sum(file.stat().st_size for file in self._partial.iterdir())
         free = shutil.disk_usage(self._partial).free
         if needed > free + there:
@@ -219,12 +229,12 @@ class BundleWriter:
                 f"{self.out}: needs {math.ceil(needed / 1e6):,} MB, the disk has {free // 1_000_000:,} MB free; "
                 "make room or choose another disk"
             )
-        for name, header, size in ((TRUNK_FILE, trunk_header, trunk_bytes), *self._files):
+        for name, header, size in ((TRUNK_FILE, self._trunk_header, self._trunk_bytes), *self._files):
             handle = self._handle(name)
             handle.write(header)
             handle.truncate(size)
 
-    def _lay_out_trunk(self) -> tuple[bytes, int]:
+    def _lay_out_trunk(self) -> None:
         shapes = trunk_shapes(self.config)
         tensors = []  # float32 first, then uint32, then bfloat16: every part is aligned to its own type
         for name, shape in shapes.items():
@@ -244,7 +254,7 @@ class BundleWriter:
         for name, part, _, _, _, nbytes in tensors:
             self._trunk_parts[name].append((part, at, nbytes))
             at += nbytes
-        return header, at
+        self._trunk_header, self._trunk_bytes = header, at
 
     def _table(self, copies: dict) -> dict:
         rows = []

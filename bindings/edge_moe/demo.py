@@ -52,7 +52,7 @@ def run_demo(keep: str | Path | None = None, progress=None) -> dict:
             bundle = compress(MODEL, paths[name], progress=_named(progress, name), **text, **options)
         return {
             "model": "embedded reference MoE: 14.4 M parameters, 4 layers of 16 experts, top 4",
-            "text": "modules of Python's standard library that were not calibrated on",
+            "text": "standard library modules that calibration did not see",
             "methods": _score(paths, progress),
             **{key: describe_bundle(bundle)[key] for key in ("method", "widths", "certificate")},
             "run": _run_under_cap(paths["pmq"]),
@@ -144,11 +144,11 @@ def report_text(report: dict) -> str:
     kept = f"\n\nbundles are in {report['bundles']}" if report["bundles"] else ""
     return (
         f"{report['model']}\n"
-        f"scored on {scored:,} tokens of {report['text']};\nKLD in nats per token\n\n"
+        f"scored on {scored:,} tokens of {report['text']};\nKLD in nats a token\n\n"
         f"{table(rows, right=(1, 2, 3, 4, 5))}\n\n"
         f"{spread_text(report['method'], report['widths'])}\n{certificate_text(report['certificate'])}\n\n"
-        f"pmq in a process capped at {size(run['ram_bytes'])}; floor {size(run['floor_bytes'])}, every expert fits "
-        f"from {size(run['resident_bytes'])};\nmost of it is Python itself\n"
+        f"pmq in a process capped at {size(run['ram_bytes'])} (floor {size(run['floor_bytes'])}, resident from "
+        f"{size(run['resident_bytes'])});\nmost of it is Python itself\n"
         f"  peak memory  {size(run['peak_memory_bytes'])}\n"
         f"  speed        {run['generation_tps']:,.0f} tok/s; {run['generation_tps_without_cap']:,.0f} with all experts "
         f"in memory\n"
