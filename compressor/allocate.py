@@ -5,6 +5,8 @@ ours: one program over all layers in true bytes, scales, biases and padding incl
 `mixed` and `published` bring a model's measures into the form that each takes.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from edge_moe.compressor.sensitivity import Measures
@@ -42,23 +44,89 @@ def packing_costs(measures: Measures, options: list[Packing]) -> np.ndarray:
     return np.stack([sum(cost[:, part, where[part]] for part in range(3)) for where in at], axis=1)
 
 
-def mixed(config: ModelConfig, measures: Measures, budget: float, unit: Packing, options=None) -> list[Packing]:
+@dataclass(frozen=True, slots=True)
+class Paging:
+    """A cap below the bundle's size. Bits tend to go to the experts that are used most, which are those to keep."""
+
+    hot: np.ndarray  # (experts of all layers,) those that are to stay in memory
+    hot_bytes: float  # what they may take
+    frequency: np.ndarray  # (experts of all layers,) uses a token
+    missed_bytes: float  # of the others, expected to be read for a token, at the most
+
+
+def mixed(
+    config: ModelConfig, measures: Measures, budget: float, unit: Packing, paging: Paging | None = None, options=None
+) -> list[Packing]:
     """pmq: the packing of each expert of the model, in order, in at most `budget` bytes.
 
     unit: one packing for all, in whose cost each domain's is counted. options: packings to choose from.
     """
     options = packings(measures.choices) if options is None else options
-    cost = packing_costs(measures, options)
-    sizes = [record_bytes(config, option.widths, option.group, record_alignment(config)) for option in options]
-    total = packing_costs(measures, [unit])[:, 0].sum(axis=0) if unit else cost.min(axis=1).sum(axis=0)
-    chosen = allocate_model(cost / np.maximum(total, 1e-30), np.tile(sizes, (len(cost), 1)), budget)
-    return [options[i] for i in chosen]
+    cost, sizes = _priced(config, measures, options, unit)
+    limits = []
+    if paging is not None:
+        limits = [(sizes * paging.hot[:, None], paging.hot_bytes)]
+        limits += [(sizes * np.where(paging.hot, 0, paging.frequency)[:, None], paging.missed_bytes)]
+    return [options[i] for i in allocate_model(cost, sizes, budget, limits)]
+
+
+def dropped(
+    config: ModelConfig,
+    measures: Measures,
+    budget: float,
+    unit: Packing,
+    count: int,
+    keep: list[tuple[np.ndarray, int]],
+) -> np.ndarray:
+    """(experts of all layers,) which `count` of them the program leaves out, with width 0 as one more choice.
+
+    keep: (set of experts (experts of all layers,), how many of it must stay) for each layer or group.
+    """
+    options = packings(measures.choices)
+    cost, sizes = _priced(config, measures, options, unit)
+    present = [(m, gain) for m, gain in zip(measures.layers, measures.gain, strict=True) if m is not None]
+    gone = np.concatenate([m.drop_errors * gain for m, gain in present])
+    cost = np.concatenate([cost, (gone / _total(measures, unit))[:, None]], axis=1)
+    sizes = np.concatenate([sizes, np.zeros((len(sizes), 1))], axis=1)
+    out = np.zeros_like(sizes)
+    out[:, -1] = 1
+    limits = [(out, count), (-out, -count)]
+    limits += [(out * its[:, None], np.count_nonzero(its) - least) for its, least in keep]
+    return allocate_model(cost, sizes, budget, limits) == len(options)
+
+
+def unit_of(config: ModelConfig, measures: Measures, bits: float) -> Packing:
+    """The packing with one width, of those measured, that is nearest to `bits` true bits a weight."""
+    fitting = [packing for packing in packings(measures.choices) if len(set(packing.widths)) == 1]
+    return min(fitting, key=lambda p: abs(8 * _bytes(config, p) / config.expert_weights - bits))
+
+
+def _priced(config: ModelConfig, measures: Measures, options: list[Packing], unit: Packing):
+    """(experts, options, domains + 1) cost in each domain's total at `unit`, and (experts, options) bytes."""
+    cost = packing_costs(measures, options) / _total(measures, unit)
+    return cost, np.tile([float(_bytes(config, option)) for option in options], (len(cost), 1))
+
+
+def _total(measures: Measures, unit: Packing) -> np.ndarray:
+    return np.maximum(packing_costs(measures, [unit])[:, 0].sum(axis=0), 1e-30)
+
+
+def _bytes(config: ModelConfig, packing: Packing) -> int:
+    return record_bytes(config, packing.widths, packing.group, record_alignment(config))
+
+
+def curves(config: ModelConfig, measures: Measures) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each expert of the model, in order: nats and bytes of each packing that pmq chooses from."""
+    options = packings(measures.choices)
+    cost = packing_costs(measures, options)[:, :, :-1].mean(axis=-1)
+    sizes = np.array([_bytes(config, option) for option in options], np.float64)
+    return [(nats, sizes) for nats in cost]
 
 
 def published(config: ModelConfig, measures: Measures, budget: float, method: str, group: int) -> list[Packing]:
     """mc and mc-release: as mixed(), a program a layer, in nominal bits that keep the true ones within the budget."""
-    alignment, count = record_alignment(config), config.expert_count
-    true = [8 * record_bytes(config, (w,) * 3, group, alignment) / config.expert_weights for w in MC_WIDTHS]
+    count = config.expert_count
+    true = [8 * _bytes(config, Packing((w,) * 3, group)) / config.expert_weights for w in MC_WIDTHS]
     overhead = max(bits - width for bits, width in zip(true, MC_WIDTHS, strict=True))
     nominal = 8 * budget / (config.expert_weights * count) - overhead
     at = [measures.choices.index((width, group)) for width in MC_WIDTHS]
@@ -95,22 +163,23 @@ def allocate_layer(frequency, routing_weight, error, total_bits, alpha, beta, ga
     return np.array(widths)[chosen]
 
 
-def allocate_model(cost, sizes, budget) -> np.ndarray:
+def allocate_model(cost, sizes, budget, limits=()) -> np.ndarray:
     """Option of each expert of the whole model, (experts,), within a budget of bytes.
 
     cost: (experts, options, domains), each domain in its own unit (its total at some common width). Minimises the
     mean over domains of their total plus the total of the worst: the mean alone buys the error of prose with that
-    of code, the worst alone pays too much for the last per cent. sizes: (experts, options). Raises ValueError when
-    the smallest options do not fit.
+    of code, the worst alone pays too much for the last per cent. sizes: (experts, options). limits:
+    further sums that are bounded, as (what each option takes (experts, options), bound). Raises ValueError when the
+    smallest options do not fit.
     """
     cost, sizes = np.asarray(cost, np.float64), np.asarray(sizes, np.float64)
     smallest = sizes.min(axis=1).sum()
     if smallest > budget:
         raise ValueError(f"a budget of {budget:,.0f} bytes is below {smallest:,.0f}, every expert at its smallest")
-    return _solve(cost, sizes, budget, gap=RELATIVE_GAP)
+    return _solve(cost, sizes, budget, gap=RELATIVE_GAP, limits=limits)
 
 
-def _solve(cost, sizes, budget, at_least_one=(), gap=0.0) -> np.ndarray:
+def _solve(cost, sizes, budget, at_least_one=(), gap=0.0, limits=()) -> np.ndarray:
     """Choose one option a row within the budget; every mask of `at_least_one` must have one chosen option.
 
     cost: (items, options, domains). The last variable is the worst domain's total.
@@ -133,6 +202,7 @@ def _solve(cost, sizes, budget, at_least_one=(), gap=0.0) -> np.ndarray:
         LinearConstraint(row(sizes.reshape(count)), -np.inf, budget),
         *(LinearConstraint(row(flat[:, domain], -1.0), -np.inf, 0) for domain in range(domains)),
         *(LinearConstraint(row(mask), 1, np.inf) for mask in at_least_one),
+        *(LinearConstraint(row(np.reshape(taken, count)), -np.inf, bound) for taken, bound in limits),
     ]
     result = milp(
         np.append(flat.mean(axis=1), 1.0),

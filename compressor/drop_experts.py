@@ -1,13 +1,17 @@
 """Which experts to leave out of a model for good (Collaborative Compression, arXiv 2509.25689).
 
-Experts are ranked in each layer by how much calibration text uses them, and the least used are dropped: the same
-number in every layer, or in all layers together those that cost the model least by measurement.
+Experts are ranked in each layer by how much calibration text uses them, and the least used are dropped, as many in
+every layer; or, by sensitivity, those of all layers that cost the model least by measurement. With pmq that is decided
+together with widths, in one program. On the reference model at equal bytes, 1.6 true bits and a quarter dropped: KLD
+0.1726 by score, as many in each layer; 0.1150 by score, counts by sensitivity; 0.1084 in the program, which hurts the
+text that suffers most the least (code: 0.558, 0.318, 0.227).
 """
 
 from dataclasses import replace
 
 import numpy as np
 
+from edge_moe.compressor import allocate
 from edge_moe.compressor.sensitivity import Measures
 from edge_moe.runtime.config import ModelConfig
 
@@ -29,6 +33,28 @@ def score(measure, kind: str) -> np.ndarray:
         "frequency": frequency,
         "mean-weight": mean_weight,
     }[kind]
+
+
+def drop_in_program(config: ModelConfig, measures: Measures, share: float, bits: float, budget: float) -> ModelConfig:
+    """The config without `share` of all experts (rounded down), chosen together with the widths of the others.
+
+    bits, budget: true bits a weight of what stays, and its bytes. Raises ValueError where a layer, or a group of it,
+    could not keep what the router needs.
+    """
+    layers, router = [layer for layer in config.moe_layers for _ in range(config.experts)], config.router
+    layers, size = np.array(layers), config.experts // router.groups
+    group = np.tile(np.arange(config.experts) // size, len(config.moe_layers))
+    count = int(share * len(layers) + 1e-9)
+    if router.groups == 1:
+        keep = [(layers == layer, least_experts(config)) for layer in config.moe_layers]
+    else:  # however the groups are chosen, those chosen have enough
+        least = -(-config.top_k // router.top_groups)
+        keep = [((layers == layer) & (group == g), least) for layer in config.moe_layers for g in range(router.groups)]
+    if len(layers) - count < (needed := sum(least for _, least in keep)):
+        raise ValueError(f"dropping {share:.0%} of the experts leaves {len(layers) - count}, the router needs {needed}")
+    gone = allocate.dropped(config, measures, budget, allocate.unit_of(config, measures, bits), count, keep)
+    kept = {layer: np.flatnonzero(~gone[layers == layer]).tolist() for layer in config.moe_layers}
+    return replace(config, kept=tuple(tuple(kept.get(layer, ())) for layer in range(config.layers)))
 
 
 def drop(config: ModelConfig, measures: Measures, share: float, kind: str, counts: str) -> ModelConfig:

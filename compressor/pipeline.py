@@ -15,11 +15,12 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from edge_moe import __version__, _core
-from edge_moe.compressor import allocate, targets
+from edge_moe.compressor import allocate, targets, trunk
+from edge_moe.compressor.adjust_top_k import adjust_top_k
 from edge_moe.compressor.calibrate import Calibration, load_calibration
 from edge_moe.compressor.certificate import certify
 from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.drop_experts import drop
+from edge_moe.compressor.choose import Choosing
 from edge_moe.compressor.journal import Journal
 from edge_moe.compressor.memory import Memory
 from edge_moe.compressor.quantise import quantise, trunk_packing
@@ -49,8 +50,10 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
     method: pmq, mc, mc-release, uniform or rtn. calibration: text files, or .npy of token ids; none: the standard
     library's source. tokens: calibration tokens. held_out: text for the certificate; none: the end of calibration's.
     group: inputs that share a scale, 32, 64 or 128; none: the method's choice. trunk_width: bits of the trunk's
-    matrices. drop_experts: share of the experts to leave out, by drop_score (mixture, weight, frequency, mean-weight),
-    drop_counts `equal` in every layer or by `sensitivity`. act_order: round inputs of large second moment first.
+    matrices; none: with pmq each kind gets the width at which a byte buys as much as in an expert, else 8.
+    drop_experts: share of the experts to leave out: with drop_counts `equal` in every layer those of least drop_score
+    (mixture, weight, frequency, mean-weight), with `sensitivity` those that the model misses least. adjust_top_k: then
+    let layers that gain by it choose fewer experts. act_order: round inputs of large second moment first.
     certificate: compare the result with the source, and with one width everywhere, on held-out text.
     resume: go on with a run that was killed. progress(step, done, of) is called as work goes on.
 
@@ -83,7 +86,8 @@ class Compression:
 
     def __post_init__(self):
         self.config = self.checkpoint.config
-        self.trunk = trunk_packing(trunk_shapes(self.config), 16 if self.o.bits == 16 else self.o.trunk_width, 64)
+        width = trunk.WIDTHS[0] if self.o.chooses_trunk else 16 if self.o.bits == 16 else self.o.trunk_width
+        self.trunk = trunk_packing(trunk_shapes(self.config), width or targets.TRUNK_WIDTH, trunk.GROUP)
 
     @property
     def threads(self) -> int:
@@ -183,6 +187,7 @@ class Compression:
         """Measure every layer, going on where the journal ends."""
         config, choices, j = self.config, self.measured_choices(), self.journal
         bits = self.expected_bits()
+        kinds = trunk.kinds(config) if self.o.chooses_trunk else ()
         near = [abs(true_bits(config, (width,) * 3, group) - bits) for width, group in choices]
         pass_ = Sensitivity(
             config,
@@ -192,17 +197,20 @@ class Compression:
             int(np.argmin(near)),
             *self.memory.workers(self.threads),
             self.new_stream,
+            self.keep,
+            {kind: trunk.ProbedTrunk(self.checkpoint, config, kind) for kind in kinds},
         )
         measures, total = [], config.layers * config.experts
         while j.has(f"measure-{len(measures):04}.npz"):
             measures.append(load_measure(j.path(f"measure-{len(measures):04}.npz")))
         if j.has("gain.json"):
-            return Measures(measures, choices, np.array(j.read("gain.json")))
+            found = j.read("gain.json")
+            return Measures(measures, choices, np.array(found["gain"]), found["trunk"])
         if measures:
-            state = j.read(f"measure-{len(measures) - 1:04}.json")
-            pass_.x = self.load_stream(f"measure-{len(measures) - 1:04}.x", self.calibration.ids.size)
-            if state["carried"]:
-                pass_.carried = self.load_stream(f"measure-{len(measures) - 1:04}.carried", state["carried"])
+            name = f"measure-{len(measures) - 1:04}"
+            pass_.go_on(
+                {form: self.load_stream(f"{name}.{form}", rows) for form, rows in j.read(f"{name}.json").items()}
+            )
         else:
             pass_.start()
         for layer in range(len(measures), config.layers):
@@ -210,65 +218,45 @@ class Compression:
                 pass_.layer(layer, lambda e, layer=layer: self.tell("measure", layer * config.experts + e, total))
             )
             name = f"measure-{layer:04}"
-            pass_.x.save(j.path(f"{name}.x"))
-            if pass_.carried is not None:
-                pass_.carried.save(j.path(f"{name}.carried"))
-            j.write(f"{name}.json", {"carried": pass_.carried.rows if pass_.carried else 0})
+            for form, stream in pass_.streams.items():
+                stream.save(j.path(f"{name}.{form}"))
+            j.write(f"{name}.json", {form: stream.rows for form, stream in pass_.streams.items()})
             save_measure(j.path(f"{name}.npz.new"), measures[-1])
             j.commit(j.path(f"{name}.npz.new"), f"{name}.npz")
-            for suffix in ("x", "carried", "json"):
+            for suffix in (*pass_.forms, "json"):
                 j.forget(f"measure-{layer - 1:04}.{suffix}")
             j.forget(f"measured-{layer:04}-*")
         rows = max(GAIN_LOGITS_BYTES // (8 * config.vocab), 1)
-        gain = pass_.gains(measures, rows)
+        found = pass_.finish(measures, rows)
         pass_.close()
         self.tell("measure", total, total)
-        j.write("gain.json", gain.tolist())
-        for suffix in ("x", "carried", "json"):
+        j.write("gain.json", {"gain": found.gain.tolist(), "trunk": found.trunk})
+        for suffix in (*pass_.forms, "json"):
             j.forget(f"measure-*.{suffix}")
-        return Measures(measures, choices, gain)
+        return found
 
     # ---- allocate
 
     def allocate(self, measures: Measures | None) -> tuple[dict, dict, dict]:
         """Packing of every expert by (layer, number), that of one width to compare with, and what bundle.json says."""
-        o = self.o
-        method = {"name": o.method}
-        if o.drop_experts:
-            self.config = drop(self.config, measures, o.drop_experts, o.drop_score, o.drop_counts)
-            measures = measures.of(self.config)
-            method |= {"drop_score": o.drop_score, "drop_counts": o.drop_counts}
-        config, groups = self.config, targets.groups(o, self.config)
-        if o.paged:
-            frequency = np.concatenate([m.frequency for m in measures.layers if m is not None])
-            budget = targets.paged_budget(o, self.checkpoint, frequency)
-        elif o.width is not None:
-            budget = None
-        else:
-            budget = targets.expert_budget(o, self.checkpoint, config, self.trunk)
-        if budget is None:
-            group = targets.groups(replace(o, method="rtn"), config)[0]
-            uniform = Packing((o.width,) * 3, group)
-        else:
-            bits = 8 * budget / (config.expert_weights * config.expert_count)
-            every = targets.groups(replace(o, method="uniform"), config)
-            uniform = targets.uniform_packing(config, bits, every)
-        chosen = [uniform] * config.expert_count
-        if o.method == "pmq":
-            # one width everywhere that was measured, for the unit of each kind of text
-            fitting = [p for p in allocate.packings(measures.choices) if len(set(p.widths)) == 1]
-            near = min(fitting, key=lambda p: abs(true_bits(config, p.widths, p.group) - bits))
-            method["spread"] = round(measures.spread(measures.choices.index((near.widths[0], near.group))), 2)
-            method["flat"] = method["spread"] < allocate.FLAT
-            if not method["flat"]:
-                chosen = self.mixed(measures, budget, near)
-        elif o.method != "uniform":
-            chosen = allocate.published(config, measures, budget, o.method, groups[0])
-        keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts_of(layer))]
-        return dict(zip(keys, chosen, strict=True)), dict.fromkeys(keys, uniform), method
+        choosing = Choosing(self.checkpoint, self.o, self.trunk, measures, self.adjusted_top_k, self.mixed)
+        chosen = choosing.run()
+        self.config, self.trunk = choosing.config, choosing.trunk
+        return chosen
 
-    def mixed(self, measures: Measures, budget: float, unit: Packing) -> list[Packing]:
-        return allocate.mixed(self.config, measures, budget, unit)
+    def mixed(self, config: ModelConfig, *arguments) -> list[Packing]:
+        """pmq's choice; see allocate.mixed()."""
+        return allocate.mixed(config, *arguments)
+
+    def adjusted_top_k(self, config: ModelConfig) -> tuple[int, ...]:
+        """Of each layer, once experts were dropped."""
+        if not self.journal.has("top_k.json"):
+            found = adjust_top_k(
+                config, self.checkpoint, self.calibration.ids, self.new_stream,
+                self.memory.workers(self.threads)[0], lambda layer: self.tell("adjust top_k", layer, config.layers),
+            )  # fmt: skip
+            self.journal.write("top_k.json", found)
+        return tuple(self.journal.read("top_k.json"))
 
     # ---- round
 
@@ -277,18 +265,17 @@ class Compression:
     def round(self, packing: dict, compared: dict, measures: Measures | None, method: dict) -> Bundle:
         """Write the bundle, going on where the journal ends, and certify it."""
         config, o, j = self.config, self.o, self.journal
-        trunk = trunk_packing(trunk_shapes(config), o.trunk_width, 64)
         kept = measures.of(config) if measures and config.kept else measures
         frequency = kept.frequencies() if kept else {}
         extra = {"calibration": {**self.calibration.provenance, "seed": o.seed}, "method": method, "certificate": None}
         with BundleWriter(
-            self.out, self.checkpoint.directory, config, trunk, packing, frequency, extra,
+            self.out, self.checkpoint.directory, config, self.trunk, packing, frequency, extra,
             resumable=True, begun=j.has("round-0000.json"),
         ) as writer:  # fmt: skip
-            tracks = [self.track("bundle", packing, trunk, writer)]
+            tracks = [self.track("bundle", packing, writer)]
             ids, held_out = self.calibration.ids, self.calibration.held_out
             if o.certificate and compared != packing:
-                tracks.append(self.track("uniform", compared, trunk, None))
+                tracks.append(self.track("uniform", compared, None))
             if o.certificate:
                 ids = np.concatenate([ids, held_out])
             rounding = self.rounding(
@@ -321,13 +308,13 @@ class Compression:
             if o.certificate:
                 writer.extra["certificate"] = certify(rounding, self.calibration.held_out_provenance)
             rounding.close()
-            for missing in sorted(trunk.keys() - writer.trunk_written):
+            for missing in sorted(self.trunk.keys() - writer.trunk_written):
                 tracks[0].trunk.trunk(missing)
             writer.finish()
         return Bundle.open(self.out)
 
-    def track(self, name: str, packing: dict, trunk: dict, writer: BundleWriter | None) -> Track:
-        weights = PackedTrunk(self.checkpoint, self.config, trunk, writer, self.threads)
+    def track(self, name: str, packing: dict, writer: BundleWriter | None) -> Track:
+        weights = PackedTrunk(self.checkpoint, self.config, self.trunk, writer, self.threads)
         return Track(name, self.config, weights, packing, writer)
 
     # ---- round to nearest, or not at all

@@ -46,14 +46,6 @@ class Track:
         sizes = [8 * record_bytes_of(self.config, packing) for packing in self.experts.values()]
         return sum(sizes) / (len(sizes) * self.config.expert_weights)
 
-    def number_of(self, layer: int, expert: int) -> int | None:
-        """An expert's number in this track by its number in the checkpoint; None when it was dropped."""
-        if not self.config.kept:
-            return expert
-        kept = self.config.kept[layer]
-        at = int(np.searchsorted(kept, expert))
-        return at if at < len(kept) and kept[at] == expert else None
-
 
 @dataclass(slots=True)
 class PackedTrunk:
@@ -152,7 +144,7 @@ class Rounding:
             matrices = self.checkpoint.expert(layer, expert)
             wanted = [(y, routing.rows_of(expert))]
             for track in self.tracks:
-                if (number := track.number_of(layer, expert)) is not None:
+                if (number := track.config.number_of(layer, expert)) is not None:
                     wanted.append((track.lacking, track.routing.rows_of(number)))
             return [(into, self._parts(self.config, self._norms, layer, a, matrices, *its)) for into, its in wanted]
 
@@ -167,7 +159,7 @@ class Rounding:
 
     def _rounded_experts(self, layer: int, a: Stream, tell) -> None:
         def one(expert: int):
-            numbers = [(track, track.number_of(layer, expert)) for track in self.tracks]
+            numbers = [(track, track.config.number_of(layer, expert)) for track in self.tracks]
             if all(number is None for _, number in numbers):
                 return []
             matrices, results = self.checkpoint.expert(layer, expert), []

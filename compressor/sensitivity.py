@@ -3,11 +3,12 @@
 One pass over the layers with full-precision inputs. Every matrix of every expert is rounded (GPTQ without refinement)
 at every choice of width and group, alone, and the change of the layer's output on calibration tokens is taken. Layers
 are weighed by measurement too: each layer's experts are rounded together at one choice, that error is carried through
-the rest of the model, and the KL divergence of the predictions per unit of error is the layer's gain.
+the rest of the model, and the KL divergence of the predictions per unit of error is the layer's gain. Beside these go
+forms of the model with one kind of its trunk rounded (trunk.py), for their divergence.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ class Measures:
     layers: list[LayerMeasure | None]
     choices: list[Choice]
     gain: np.ndarray  # (layers, domains + 1) nats of KL divergence a unit of relative squared error
+    trunk: dict[str, float] = field(default_factory=dict)  # nats of each kind of the trunk at trunk.PROBED, by kind
 
     def cost(self) -> np.ndarray:
         """(experts of all layers, 3, choices, domains + 1) expected KL divergence, nats a token."""
@@ -67,13 +69,9 @@ class Measures:
                 layers.append(None)
                 continue
             kept = list(config.kept[layer])
-            its = {
-                field.name: getattr(measure, field.name)[kept]
-                for field in fields(LayerMeasure)
-                if field.name != "carried"
-            }
-            layers.append(LayerMeasure(**its, carried=measure.carried))
-        return Measures(layers, self.choices, self.gain)
+            cut = {f.name: getattr(measure, f.name)[kept] for f in fields(LayerMeasure) if f.name != "carried"}
+            layers.append(LayerMeasure(**cut, carried=measure.carried))
+        return Measures(layers, self.choices, self.gain, self.trunk)
 
     def frequencies(self) -> dict[tuple[int, int], float]:
         """Uses of each expert a token, by layer and number."""
@@ -100,6 +98,32 @@ class Layer:
 
 
 @dataclass(slots=True)
+class Form:
+    """One form of the model on its way through the layers: the source, or one with an error that is carried along."""
+
+    weights: object  # trunk(name)
+    x: Stream | None = None  # None before there is anything to carry
+    # within a layer
+    a: Stream | None = None
+    y: Stream | None = None
+    routing: forward.Routing | None = None
+
+    def enter(self, config: ModelConfig, layer: int, tokens: int, new_stream) -> None:
+        """Everything of a layer but its experts, which add to y."""
+        self.a, self.y = new_stream("attended", self.x.rows), new_stream("next", self.x.rows)
+        forward.attention(config, self.weights, layer, self.x, tokens, self.a)
+        forward.common_mlp(config, self.weights, layer, self.a, self.y)
+        self.routing = None
+        if layer not in config.dense_layers:
+            self.routing = forward.route(config, self.weights, layer, self.a)
+
+    def leave(self) -> None:
+        self.x.close()
+        self.a.close()
+        self.x = self.y
+
+
+@dataclass(slots=True)
 class Sensitivity:
     """The pass, layer by layer; its state can be saved after each."""
 
@@ -112,8 +136,8 @@ class Sensitivity:
     threads: int  # of each
     new_stream: Callable[[str, int], Stream]  # (name, rows) -> an empty one
     keep: object = None  # (name, compute) -> arrays, those of a run before this one where there are any
-    x: Stream = None
-    carried: Stream = None  # of each layer so far, the model with that layer's error: (layers so far * rows, dim)
+    trunks: dict[str, object] = field(default_factory=dict)  # forms of the trunk whose divergence is measured, by kind
+    forms: dict[str, Form] = field(default_factory=dict)  # source, carried, and one for each kind of the trunk
     sample: np.ndarray = None  # sequences whose rows carry errors
 
     def __post_init__(self):
@@ -121,47 +145,53 @@ class Sensitivity:
         moe = len(self.config.moe_layers)
         count = min(sequences, max(GAIN_SEQUENCES, 2 * GAIN_ROWS // (tokens * (moe + 1))))
         self.sample = np.linspace(0, sequences - 1, count).astype(np.int64)
+        # carried: of each layer so far, the model with that layer's error: (layers so far * rows, dim)
+        self.forms = {"source": Form(self.weights), "carried": Form(self.weights)}
+        self.forms |= {kind: Form(weights) for kind, weights in self.trunks.items()}
 
     def start(self) -> None:
-        self.x = self.new_stream("measure", self.calibration.ids.size)
-        forward.embed(self.config, self.weights, self.calibration.ids, self.x)
+        """Fill the streams of all forms with the first layer's inputs."""
+        for name, form in self.forms.items():
+            if name != "carried":
+                ids = self.calibration.ids[slice(None) if name == "source" else self.sample]
+                form.x = self.new_stream(name, ids.size)
+                forward.embed(self.config, form.weights, ids, form.x)
 
     @property
     def sample_rows(self) -> np.ndarray:
         tokens = self.calibration.ids.shape[1]
         return (self.sample[:, None] * tokens + np.arange(tokens)).reshape(-1)
 
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """The state between two layers, by form."""
+        return {name: form.x for name, form in self.forms.items() if form.x is not None}
+
+    def go_on(self, streams: dict[str, Stream]) -> None:
+        """Take up the state that a run before this one left."""
+        for name, stream in streams.items():
+            self.forms[name].x = stream
+
     def layer(self, layer: int, tell: Callable[[int], None]) -> LayerMeasure | None:
         """Measure one layer and go past it. tell(experts done) is called as it goes."""
-        config, weights, tokens = self.config, self.weights, self.calibration.ids.shape[1]
-        dense = layer in config.dense_layers
-        a, y = self.new_stream("attended", self.x.rows), self.new_stream("measured", self.x.rows)
-        forward.attention(config, weights, layer, self.x, tokens, a)
-        forward.common_mlp(config, weights, layer, a, y)
-        carried_a = carried_y = carried_routing = None
-        if self.carried is not None:
-            carried_a = self.new_stream("carried-attended", self.carried.rows)
-            carried_y = self.new_stream("carried-next", self.carried.rows)
-            forward.attention(config, weights, layer, self.carried, tokens, carried_a)
-            forward.common_mlp(config, weights, layer, carried_a, carried_y)
-        measure = None
-        if not dense:
-            routing = forward.route(config, weights, layer, a)
-            carried_routing = forward.route(config, weights, layer, carried_a) if carried_a else None
+        config, measure = self.config, None
+        present = [form for form in self.forms.values() if form.x is not None]
+        for form in present:
+            form.enter(config, layer, self.calibration.ids.shape[1], self.new_stream)
+        change = None
+        if layer not in config.dense_layers:
             change = np.zeros((len(self.sample_rows), config.dim), np.float32)
-            measure = self._experts(layer, a, y, routing, carried_a, carried_y, carried_routing, change, tell)
-            self._carry(carried_y, y, change)
-        elif carried_y:
-            self.carried.close()
-            self.carried = carried_y
-        for stream in (self.x, a, carried_a):
-            if stream is not None:
-                stream.close()
-        self.x = y
+            measure = self._experts(layer, present, change, tell)
+        for form in present:
+            form.leave()
+        if change is not None:
+            self._carry(change)
         return measure
 
-    def _experts(self, layer, a, y, routing, carried_a, carried_y, carried_routing, change, tell) -> LayerMeasure:
-        config, norms = self.config, forward.Held(self.weights)
+    def _experts(self, layer: int, forms: list[Form], change: np.ndarray, tell) -> LayerMeasure:
+        """Measure the layer's experts and add their outputs to every form; `change` gets the carried choice's error."""
+        config, norms, source = self.config, forward.Held(self.weights), self.forms["source"]
+        a, routing = source.a, source.routing
         place = np.full(a.rows, -1)
         place[self.sample_rows] = np.arange(len(self.sample_rows))
         relative = np.empty(a.rows, np.float32)
@@ -172,11 +202,10 @@ class Sensitivity:
         def one(expert: int):
             matrices = self.weights.expert(layer, expert)
             outputs = []  # (stream, pieces of what the expert adds to it)
-            for routes, inputs, into in ((routing, a, y), (carried_routing, carried_a, carried_y)):
-                if routes is not None:
-                    rows, routed = routes.rows_of(expert)
-                    parts = forward.expert_parts(config, norms, layer, inputs, matrices, rows, routed)
-                    outputs.append((into, forward.held(parts, len(rows), config.dim)))
+            for form in forms:
+                rows, routed = form.routing.rows_of(expert)
+                parts = forward.expert_parts(config, norms, layer, form.a, matrices, rows, routed)
+                outputs.append((form.y, forward.held(parts, len(rows), config.dim)))
             if self.keep is None:
                 return outputs, self._expert(at, expert, matrices)
             return outputs, self.keep(f"measured-{layer:04}-{expert:04}", lambda: self._expert(at, expert, matrices))
@@ -269,52 +298,56 @@ class Sensitivity:
         domains = int(self.calibration.domains.max()) + 1
         return np.bincount(domain, values, domains) / np.maximum(np.bincount(domain, minlength=domains), 1)
 
-    def _carry(self, carried_y, y, change) -> None:
+    def _carry(self, change: np.ndarray) -> None:
         """Start carrying this layer's error beside those of the layers before."""
-        rows = self.sample_rows
-        before = carried_y.rows if carried_y else 0
+        rows, form = self.sample_rows, self.forms["carried"]
+        before = form.x.rows if form.x else 0
         out = self.new_stream("carried", before + len(rows))
-        if carried_y:
-            for start, stop in carried_y.blocks():
-                out.write(start, carried_y.read(start, stop))
-            carried_y.close()
-            self.carried.close()
-        out.write(before, y.take(rows) + change)
-        self.carried = out
+        if form.x:
+            for start, stop in form.x.blocks():
+                out.write(start, form.x.read(start, stop))
+            form.x.close()
+        out.write(before, self.forms["source"].x.take(rows) + change)
+        form.x = out
 
     def close(self) -> None:
-        for stream in (self.x, self.carried):
-            if stream is not None:
-                stream.close()
+        for stream in self.streams.values():
+            stream.close()
 
-    def gains(self, measures: list[LayerMeasure | None], logits_rows: int) -> np.ndarray:
-        """(layers, domains + 1) KL divergence a unit of relative squared error, after the last layer.
+    def finish(self, layers: list[LayerMeasure | None], logits_rows: int) -> Measures:
+        """What all of it costs in nats, after the last layer.
 
-        A domain's own figure is drawn towards the mean over domains, as few tokens stand behind it.
+        A layer's gain is KL divergence a unit of relative squared error. A domain's own figure is drawn towards the
+        mean over domains, as few tokens stand behind it.
         """
         config, rows = self.config, self.sample_rows
         domain = np.repeat(self.calibration.domains[self.sample], self.calibration.ids.shape[1])
         domains = int(self.calibration.domains.max()) + 1
         tokens = np.bincount(domain, minlength=domains)
-        sums = np.zeros((len(config.moe_layers), domains))
-        held = forward.Held(self.weights)
+        sums, trunk = np.zeros((len(config.moe_layers), domains)), dict.fromkeys(self.trunks, 0.0)
+        held = {name: forward.Held(form.weights) for name, form in self.forms.items()}
         for start in range(0, len(rows), logits_rows):
             at = slice(start, min(start + logits_rows, len(rows)))
-            clean = log_softmax(reference.head(config, held, self.x.take(rows[at])))
+            clean = log_softmax(reference.head(config, held["source"], self.forms["source"].x.take(rows[at])))
             p = np.exp(clean)
+
+            def divergence(form: str, first: int, at=at, clean=clean, p=p) -> np.ndarray:
+                moved = self.forms[form].x.read(first + at.start, first + at.stop)
+                return (p * (clean - log_softmax(reference.head(config, held[form], moved)))).sum(-1)
+
             for i in range(len(sums)):
-                moved = self.carried.read(i * len(rows) + at.start, i * len(rows) + at.stop)
-                kl = (p * (clean - log_softmax(reference.head(config, held, moved)))).sum(-1)
-                sums[i] += np.bincount(domain[at], kl, domains)
+                sums[i] += np.bincount(domain[at], divergence("carried", i * len(rows)), domains)
+            for kind in trunk:
+                trunk[kind] += float(divergence(kind, 0).sum()) / len(rows)
         gain = np.zeros((config.layers, domains + 1))
         for i, layer in enumerate(config.moe_layers):
-            carried = measures[layer].carried
+            carried = layers[layer].carried
             mean = sums[i].sum() / max((carried * tokens).sum(), 1e-30)
             own = sums[i] / np.maximum(carried * tokens, 1e-30)
             trust = tokens / (tokens + len(rows) / (2 * domains))
             gain[layer, :-1] = np.where(carried > 0, trust * own + (1 - trust) * mean, mean)
             gain[layer, -1] = mean
-        return gain
+        return Measures(layers, self.choices, gain, trunk)
 
 
 def with_nearest(routing, expert: int, rows: np.ndarray, routed: np.ndarray, most: int):
@@ -350,7 +383,7 @@ def sampled(rows: int) -> np.ndarray:
 def save_measure(path: Path, measure: LayerMeasure | None) -> None:
     """Write one layer's measure, whole or not at all."""
     partial = path.with_name(path.name + ".new")
-    arrays = {} if measure is None else {field.name: getattr(measure, field.name) for field in fields(LayerMeasure)}
+    arrays = {} if measure is None else {f.name: getattr(measure, f.name) for f in fields(LayerMeasure)}
     with open(partial, "wb") as file:
         np.savez(file, **arrays)
     partial.replace(path)

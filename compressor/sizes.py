@@ -205,15 +205,21 @@ def _sizes(config: ModelConfig, nbytes: Callable[[Tensor], int], record: Callabl
 
 def _trunk_tensors(config: ModelConfig) -> Iterator[Tensor]:
     shapes = trunk_shapes(config)
-    names = [name.split(".", 2)[2] if name.startswith("layers.") else name for name in shapes]
+    names = [_without_layer(name) for name in shapes]
     of, at = Counter(names), Counter()
     for name, shape in zip(names, shapes.values(), strict=True):
-        yield Tensor(_kind(name, shape), name, shape, at[name], of[name])
+        yield Tensor(trunk_kind(name, shape), name, shape, at[name], of[name])
         at[name] += 1
 
 
-def _kind(name: str, shape: tuple[int, ...]) -> str:
+def trunk_kind(name: str, shape: tuple[int, ...]) -> str:
+    """Which of TRUNK_KINDS a tensor is, or `float32`. name: canonical, with its layer or without."""
+    name = _without_layer(name)
     if trunk_packing({name: shape}, TRUNK_WIDTH, GROUP)[name].widths == (32,):
         return "float32"
     first = name.split(".")[0]
     return first if first in TRUNK_KINDS else "attention"
+
+
+def _without_layer(name: str) -> str:
+    return name.split(".", 2)[2] if name.startswith("layers.") else name

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from edge_moe.runtime.plan import parse_bytes
 METHODS = ("pmq", "mc", "mc-release", "uniform", "rtn")
 MC_WIDTHS = (1, 2, 3)
 DEFAULT_BITS = 2.5
-DEFAULT_TOKENS = 32_768
+DEFAULT_TOKENS = 65_536
 DEFAULT_GROUP = 64
+TRUNK_WIDTH = 8  # where it is not chosen by measuring
 MIXED_GROUPS = (64, 128)  # that pmq chooses from, unless a group is asked for
 HIT_SHARE = 0.9  # of expert uses that a bundle made for paging finds in memory, by calibration's frequencies
 TABLE_BYTES = 600  # of bundle.json and headers for each tensor and expert, at the most
@@ -43,10 +45,11 @@ class Options:
     held_out: tuple[str, ...] = ()
     tokens: int = DEFAULT_TOKENS
     group: int | None = None
-    trunk_width: int = 8
+    trunk_width: int | None = None
     drop_experts: float = 0.0
     drop_score: str = "mixture"
     drop_counts: str = "equal"
+    adjust_top_k: bool = False
     act_order: bool = False
     certificate: bool = True
     seed: int = 0
@@ -57,12 +60,17 @@ class Options:
     def calibrates(self) -> bool:
         return self.method != "rtn" and self.bits != 16 and self.width != 16
 
+    @property
+    def chooses_trunk(self) -> bool:
+        """Whether the trunk's widths come from measuring."""
+        return self.method == "pmq" and self.trunk_width is None and self.calibrates
+
 
 def check(o: Options, config: ModelConfig) -> Options:
     """Refuse what cannot be; returns the options with the one target that holds filled in."""
     _one_of("method", o.method, METHODS)
     _one_of("group", o.group, (None, *_core.GROUPS))
-    _one_of("trunk_width", o.trunk_width, _core.WIDTHS)
+    _one_of("trunk_width", o.trunk_width, (None, *_core.WIDTHS))
     _one_of("drop_score", o.drop_score, SCORES)
     _one_of("drop_counts", o.drop_counts, ("equal", "sensitivity"))
     if sum(value is not None for value in (o.bits, o.width, o.size)) > 1:
@@ -75,6 +83,8 @@ def check(o: Options, config: ModelConfig) -> Options:
         raise ValueError(f"tokens is {o.tokens}, expected at least 256")
     if not 0 <= o.drop_experts < 1:
         raise ValueError(f"drop_experts is {o.drop_experts}, expected a share from 0 up to 1, as 0.25")
+    if o.adjust_top_k and not o.drop_experts:
+        raise ValueError("adjust_top_k belongs to drop_experts: without it every layer keeps the model's top_k")
     if o.drop_experts and not o.calibrates:
         raise ValueError("dropping experts needs calibration; choose method pmq, mc or uniform and fewer bits than 16")
     targets = o.bits is not None or o.width is not None or o.size is not None
@@ -153,7 +163,7 @@ def expert_budget(o: Options, checkpoint: Checkpoint, config: ModelConfig, trunk
     if o.size is not None:
         fixed, total, what = fixed_bytes(checkpoint, config, trunk), o.size, "size"
     else:
-        fixed, total, what = running_bytes(checkpoint, o), o.ram, "ram"
+        fixed, total, what = running_bytes(checkpoint, o, trunk), o.ram, "ram"
     if total < fixed + least:
         raise ValueError(
             f"{what} is {total:,} bytes, expected at least {fixed + least:,}: {least:,} for experts of width 1 and "
@@ -164,33 +174,50 @@ def expert_budget(o: Options, checkpoint: Checkpoint, config: ModelConfig, trunk
 
 def fixed_bytes(checkpoint: Checkpoint, config: ModelConfig, trunk: dict[str, Packing]) -> int:
     """Of a bundle's directory but for the experts: trunk, copied files and tables, at the most."""
-    shapes = trunk_shapes(config)
-    fixed = sum(packed_bytes(shapes[name], packing) for name, packing in trunk.items())
+    fixed = trunk_bytes(config, trunk)
     copies = [checkpoint.directory / name for name in COPIED]
     fixed += sum(file.stat().st_size for file in copies if file.is_file())
     return fixed + TABLE_BYTES * (len(trunk) + config.expert_count) + OTHER_BYTES + 2 * _core.DATA_ALIGNMENT
 
 
-def running_bytes(checkpoint: Checkpoint, o: Options) -> int:
-    """Memory of a run but for the experts, at the context asked for: the plan's, made in a process that only plans."""
-    command = [sys.executable, "-m", "edge_moe", "plan", str(checkpoint.directory), "--ram", "1000TB", "--json"]
-    command += ["--width", "1", "--trunk-width", str(o.trunk_width)]
-    command += [] if o.context is None else ["--context", str(o.context)]
+def trunk_bytes(config: ModelConfig, trunk: dict[str, Packing]) -> int:
+    """Bytes of all trunk tensors."""
+    shapes = trunk_shapes(config)
+    return sum(packed_bytes(shapes[name], packing) for name, packing in trunk.items())
+
+
+def running_bytes(checkpoint: Checkpoint, o: Options, trunk: dict[str, Packing]) -> int:
+    """Memory of a run but for the experts, at the context asked for."""
+    return _rest_bytes(checkpoint.directory, o.context) + trunk_bytes(checkpoint.config, trunk)
+
+
+@cache
+def _rest_bytes(model: Path, context: int | None) -> int:
+    """Neither experts nor trunk: the plan's figures, made in a process that only plans."""
+    command = [sys.executable, "-m", "edge_moe", "plan", str(model), "--ram", "1000TB", "--json"]
+    command += ["--width", "1"] + ([] if context is None else ["--context", str(context)])
     child = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if child.returncode:
         raise ValueError(f"no plan for this model: {child.stderr.strip()}")
     plan = json.loads(child.stdout)
-    return plan["resident_bytes"] - plan["all_experts_bytes"]
+    return plan["resident_bytes"] - plan["all_experts_bytes"] - plan["trunk_bytes"]
 
 
-def paged_budget(o: Options, checkpoint: Checkpoint, frequency: np.ndarray) -> float:
+def paged_budget(o: Options, checkpoint: Checkpoint, frequency: np.ndarray, trunk: dict[str, Packing]) -> float:
     """Bytes for the experts so that those used most fit under the cap and answer HIT_SHARE of the uses.
 
     frequency: (experts of all layers,) uses a token in calibration.
     """
-    room = o.ram - running_bytes(checkpoint, o)
-    ranked = np.sort(frequency)[::-1]
-    hot = int(np.searchsorted(np.cumsum(ranked), HIT_SHARE * ranked.sum())) + 1
+    room = o.ram - running_bytes(checkpoint, o, trunk)
     if room <= 0:
         raise ValueError(f"ram is {o.ram:,} bytes, expected over {o.ram - room:,}, what all but the experts takes")
-    return room * len(frequency) / min(hot, len(frequency))
+    return room * len(frequency) / np.count_nonzero(hot_experts(frequency))
+
+
+def hot_experts(frequency: np.ndarray) -> np.ndarray:
+    """(experts of all layers,) whether each is among the most used, which together answer HIT_SHARE of the uses."""
+    order = np.argsort(-frequency, kind="stable")
+    count = int(np.searchsorted(np.cumsum(frequency[order]), HIT_SHARE * frequency.sum())) + 1
+    hot = np.zeros(len(frequency), bool)
+    hot[order[:count]] = True
+    return hot

@@ -7,6 +7,7 @@ a checkpoint may have behind the model's own, are no part of it.
 """
 
 import json
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,13 @@ class ModelConfig:
         if layer in self.dense_layers:
             return 0
         return len(self.kept[layer]) if self.kept else self.experts
+
+    def number_of(self, layer: int, expert: int) -> int | None:
+        """An expert's number in this model by its number in the checkpoint; None when it was dropped."""
+        if not self.kept:
+            return expert
+        at = bisect_left(self.kept[layer], expert)
+        return at if at < len(self.kept[layer]) and self.kept[layer][at] == expert else None
 
     def top_k_of(self, layer: int) -> int:
         """Experts a token uses in a layer, none in a dense one."""

@@ -75,12 +75,13 @@ def test_compress_to_run_in_ram_takes_the_most_that_fits(model):
 
 
 def test_the_options_of_compress_reach_the_library(model):
-    drop = ("--drop-experts", "0.34", "--drop-score", "weight", "--drop-counts", "sensitivity")
+    drop = ("--drop-experts", "0.34", "--drop-counts", "sensitivity", "--adjust-top-k")
     made = object_of(
         "compress", model, "a.emoe", "--bits", 5, *CALIBRATED, *drop, "--held-out", "other.npy", "--seed", 3
     )
     assert made["dropped"] == sum(map(len, made["dropped_by_layer"].values())) == 4
-    assert made["method"]["drop_score"] == "weight" and made["method"]["drop_counts"] == "sensitivity"
+    assert made["method"]["drop_counts"] == "sensitivity" and "drop_score" not in made["method"]
+    assert made["method"]["trunk"].keys() == {"embedding", "attention", "head"}
     assert made["certificate"]["held_out"]["source"] == "other.npy"
     assert made["calibration"]["tokens"] == 512 and made["calibration"]["seed"] == 3
     plain = ("compress", model, "--width", 2, *CALIBRATED, "--no-certificate", "--threads", 1)
@@ -216,12 +217,11 @@ def test_the_demo_pages_experts_and_says_the_same_as_without_a_cap(tmp_path):
     report = object_of("demo", "--keep", tmp_path / "kept")
     methods, run, certificate = report["methods"], report["run"], report["certificate"]
     assert list(methods) == ["bf16", "rtn", "uniform", "pmq"]
-    assert methods["pmq"]["expert_bytes"] <= methods["uniform"]["expert_bytes"] == 64 * 61440
+    assert methods["pmq"]["bundle_bytes"] <= methods["uniform"]["bundle_bytes"]
     kld = {name: result["kld_mean"] for name, result in methods.items()}
     assert 0 == kld["bf16"] < kld["pmq"] < kld["uniform"] < kld["rtn"]
     # on the same text, by the compressor's own forward pass: float32 where the engine rounds inputs to int8
     assert certificate["bundle"]["kld_mean"] == pytest.approx(kld["pmq"], rel=0.05)
-    assert certificate["uniform"]["kld_mean"] == pytest.approx(kld["uniform"], rel=0.05)
     assert certificate["bundle"]["tokens"] == methods["pmq"]["tokens"]
     assert run["floor_bytes"] < run["ram_bytes"] < run["resident_bytes"]
     assert run["peak_memory_bytes"] <= run["ram_bytes"]

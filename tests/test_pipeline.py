@@ -178,7 +178,7 @@ def test_an_option_that_is_not_there_is_refused(model, out):
     assert refused(model, out, error=TypeError, bit=4) == (
         "compress() has no option 'bit'; options are "
         "bits, width, size, ram, context, paged, method, calibration, held_out, tokens, group, trunk_width, "
-        "drop_experts, drop_score, drop_counts, act_order, certificate, seed, threads, resume"
+        "drop_experts, drop_score, drop_counts, adjust_top_k, act_order, certificate, seed, threads, resume"
     )
 
 

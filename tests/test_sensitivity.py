@@ -13,7 +13,6 @@ from edge_moe.compressor.quantise import dequantise
 from edge_moe.compressor.sensitivity import (
     LEAST_ROWS,
     LayerMeasure,
-    Measures,
     Sensitivity,
     load_measure,
     save_measure,
@@ -59,10 +58,10 @@ class Measured:
         self.layers, self.after, self.told = [], [], []
         for layer in range(config.layers):
             self.layers.append(pass_.layer(layer, self.told.append))
-            self.after.append(pass_.x.read(0, self.ids.size))
-        self.gain = pass_.gains(self.layers, 100)
+            self.after.append(pass_.streams["source"].read(0, self.ids.size))
+        self.measures = pass_.finish(self.layers, 100)
+        self.gain = self.measures.gain
         pass_.close()
-        self.measures = Measures(self.layers, CHOICES, self.gain)
 
     def attended(self, layer: int) -> np.ndarray:
         """The residual stream before the layer's experts, (rows, dim)."""

@@ -119,14 +119,15 @@ def compress(
     context: options.RunContext = None,
     calibration: options.CalibrationFiles = None,
     held_out: options.HeldOutFiles = None,
-    tokens: options.CalibrationTokens = 32_768,
+    tokens: options.CalibrationTokens = 65_536,
     seed: options.CalibrationSeed = 0,
     method: options.HowToChoose = None,
     group: options.Group = None,
-    trunk_width: options.TrunkWidth = 8,
+    trunk_width: options.TrunkWidth = None,
     drop_experts: options.DropExperts = 0.0,
     drop_score: options.DropScore = options.DropScores.mixture,
     drop_counts: options.DropCounts = options.DropCountsBy.equal,
+    adjust_top_k: options.AdjustTopK = False,
     act_order: options.ActOrder = False,
     no_certificate: options.NoCertificate = False,
     resume: options.Resume = False,
@@ -148,6 +149,7 @@ def compress(
     source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}
     form = {"group": group, "trunk_width": trunk_width, "act_order": act_order, "certificate": not no_certificate}
     drop = {"drop_experts": drop_experts, "drop_score": drop_score.value, "drop_counts": drop_counts.value}
+    drop["adjust_top_k"] = adjust_top_k
     chosen = {"method": method.value if method else "pmq" if width is None else "uniform", "threads": threads}
     given, work = {**target, **source, **form, **drop, **chosen}, Path(out).with_name(Path(out).name + ".work")
     if not (json_output or Path(out).exists() or work.exists()):

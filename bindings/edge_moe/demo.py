@@ -27,8 +27,8 @@ BITS = 2.5
 VARIANTS = {  # options of compress() by the name that is shown; the last two calibrate on the same text
     "bf16": {"bits": 16},
     "rtn": {"bits": BITS, "method": "rtn"},
-    "uniform": {"bits": BITS, "method": "uniform", "certificate": False},  # pmq's certificate has it
-    "pmq": {"bits": BITS, "method": "pmq"},
+    "uniform": {"bits": BITS, "method": "uniform", "certificate": False},
+    "pmq": {"method": "pmq"},  # and `size`, that of uniform's bundle
 }
 CALIBRATION_TOKENS = 8192
 CONTEXT = 256
@@ -49,6 +49,8 @@ def run_demo(keep: str | Path | None = None, progress=None) -> dict:
         paths = {name: directory / f"{name}.emoe" for name in VARIANTS}
         text = _save_text(Path(temporary))
         for name, options in VARIANTS.items():
+            if name == "pmq":
+                options = {**options, "size": sum(file.stat().st_size for file in paths["uniform"].iterdir())}
             bundle = compress(MODEL, paths[name], progress=_named(progress, name), **text, **options)
         return {
             "model": "embedded reference MoE: 14.4 M parameters, 4 layers of 16 experts, top 4",

@@ -142,8 +142,9 @@ Group = _option(
     help="Inputs that share a scale: 32, 64 or 128 [default: the method's choice].",
 )  # fmt: skip
 TrunkWidth = _option(
-    int, "--trunk-width", metavar="B", shown=True, section=_HOW, help="Bits of all weights but the experts'."
-)
+    int | None, "--trunk-width", metavar="B", section=_HOW,
+    help="Bits of all weights but the experts' [default: pmq: each kind its own, else 8].",
+)  # fmt: skip
 DropExperts = _option(
     float, "--drop-experts", metavar="SHARE", section=_HOW, help="Leave out this share of the experts, as 0.25."
 )
@@ -155,6 +156,9 @@ DropCounts = _option(
     DropCountsBy, "--drop-counts", metavar="NAME", shown=True, section=_HOW,
     help="How many: equal in every layer, or by sensitivity.",
 )  # fmt: skip
+AdjustTopK = _option(
+    bool, "--adjust-top-k", section=_HOW, help="With --drop-experts: fewer experts a token, where that is nearer."
+)
 ActOrder = _option(bool, "--act-order", section=_HOW, help="Round the inputs that matter most first.")
 NoCertificate = _option(bool, "--no-certificate", section=_HOW, help="Do not compare with the source on held-out text.")
 Resume = _option(bool, "--resume", help="Go on with a run that was ended.")

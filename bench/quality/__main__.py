@@ -1,0 +1,119 @@
+"""The quality report: what each method makes of a model at equal true bytes, on texts it was not calibrated on.
+
+    python -m edge_moe.bench.quality --text A.txt B.txt --calibration C.txt > quality.md
+
+Without texts it is of Python's standard library. Rows are kept in --work: a run that was killed goes on there. mlx_lm's
+rows are left out where it is not installed. Progress goes to stderr.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from edge_moe import bench
+from edge_moe.bench.quality import cost, peers, report
+from edge_moe.bench.quality.forms import Form, ablations, bases, methods
+from edge_moe.bench.quality.study import Study, open_study, run
+from edge_moe.compressor.targets import DEFAULT_TOKENS
+from edge_moe.devices.probe import default_threads
+
+PARTS = ("methods", "ablation", "time")
+QUICK = {"bits": [2.5], "ablate": [2.5], "repeats": 1, "tokens": 1024, "calibration_tokens": 4096}
+QUICK_SIZES = (256, 512)
+
+
+def main() -> None:
+    arguments = parse()
+    options = {key: getattr(arguments, key) for key in ("tokens", "calibration_tokens", "trunk_width", "context")}
+    with open_study(arguments.model, arguments.text, arguments.calibration, arguments.work, **options) as study:
+        text = make_report(study, arguments, lambda line: print(line, file=sys.stderr, flush=True))
+    if arguments.out is None:
+        print(text)
+    else:
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    model = Path(bench.__file__).parent / "reference_moe"
+    parser = argparse.ArgumentParser(
+        prog="python -m edge_moe.bench.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, default=model, help="checkpoint; by default the reference MoE")
+    add("--text", type=Path, nargs="+", default=[], help="files to score; by default modules of the standard library")
+    add("--calibration", type=Path, nargs="+", default=[], help="files; by default other modules of it")
+    add("--tokens", type=int, default=12_288, help="of each text, its first")
+    add("--calibration-tokens", type=int, default=DEFAULT_TOKENS)
+    add("--context", type=int, default=256, help="tokens of a window")
+    add("--trunk-width", type=int, default=8, choices=(8, 16), help="of every row's trunk")
+    add("--bits", type=float, nargs="+", default=[1.6, 2.0, 2.5, 3.0, 3.5, 4.5], help="true bits of an expert weight")
+    add("--methods", nargs="+", help="first words of rows' names, as `rtn pmq mlx_lm`; by default all")
+    add("--ablate", type=float, nargs="*", default=[2.5], help="bits of the ablation")
+    add("--repeats", type=int, default=2, help="samples of calibration text in the ablation")
+    add("--parts", nargs="+", default=PARTS, choices=PARTS)
+    add("--processes", type=int, default=default_threads(), help="rows at a time")
+    add("--work", type=Path, default=Path(tempfile.gettempdir()) / "edge-moe-quality", help="where figures are kept")
+    add("--out", type=Path, help="file for the report; by default stdout")
+    add("--quick", action="store_true", help="one size and few tokens, to see that it works")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        vars(arguments).update(QUICK)
+    return arguments
+
+
+def make_report(study: Study, arguments: argparse.Namespace, tell) -> str:
+    """Run what has not been run yet, and put it into Markdown."""
+    study.prepare()
+    if "time" in arguments.parts:  # first, while nothing else runs
+        timed(study, "whole-run", lambda: cost.whole_run(study), tell)
+        timed(study, "sizes", lambda: {"sizes": cost.by_size(study, *[QUICK_SIZES] * arguments.quick)}, tell)
+    by_bits = {
+        bits: rows_at(study, bits, arguments.methods) for bits in arguments.bits * ("methods" in arguments.parts)
+    }
+    ablated = {
+        bits: [ablations(study, bits, repeat) for repeat in range(arguments.repeats)]
+        for bits in arguments.ablate * ("ablation" in arguments.parts)
+    }
+    together = [form for repeats in ablated.values() for forms in repeats for form in forms]
+    run(study, [*bases(study), *(f for forms in by_bits.values() for f in forms), *together], arguments.processes, tell)
+
+    sections = ["# Quality of compressed experts", report.conditions(study, figures(study, bases(study)))]
+    results, texts = {bits: figures(study, forms) for bits, forms in by_bits.items()}, list(study.texts)
+    if results:
+        sections += ["## Bars", report.bar_table(report.bars(results, study))]
+        for bits, rows in results.items():
+            sections += [f"## {bits:g} bits", report.method_table(rows, texts)]
+        missing = "" if peers.installed() else " mlx_lm's rows are left out: it is not installed here."
+        sections += [report.NOTES + missing, report.MLX_NOTES] if peers.installed() else [report.NOTES + missing]
+        sections += ["## llama.cpp", report.LLAMA_CPP_NOTES, report.llama_cpp_table()]
+    for bits, repeats in ablated.items():
+        rows = [figures(study, forms) for forms in repeats]
+        sections += [f"## Ablation at {bits:g} bits", report.ablation_table(rows, texts)]
+    sections += [report.ABLATION_NOTES] if ablated else []
+    if "time" in arguments.parts:
+        sections += ["## Time", report.run_text(study.result("whole-run"))]
+        sections += [report.size_table(study.result("sizes")["sizes"]), report.SIZE_NOTES]
+    return "\n\n".join(sections)
+
+
+def rows_at(study: Study, bits: float, wanted: list[str] | None) -> list[Form]:
+    forms = methods(study, bits) + (peers.mlx_forms(bits) if peers.installed() else [])
+    return [form for form in forms if wanted is None or form.name.split()[0].strip(",") in wanted]
+
+
+def figures(study: Study, forms: list[Form]) -> dict[str, dict]:
+    """Results by row name."""
+    return {form.name: study.result(form.key) for form in forms}
+
+
+def timed(study: Study, key: str, measure, tell) -> None:
+    if study.result(key) is None:
+        tell(f"timing: {key}")
+        study.keep(key, measure())
+
+
+if __name__ == "__main__":
+    main()

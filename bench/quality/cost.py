@@ -1,0 +1,103 @@
+"""What compressing takes: the time of a whole run at default settings, and of one expert as experts grow."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from edge_moe.bench.cpu_report import processor
+from edge_moe.bench.quality.study import Study
+from edge_moe.compressor import targets
+from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.gptq import gptq
+from edge_moe.compressor.pipeline import Compression, compress
+from edge_moe.compressor.quantise import dequantise
+from edge_moe.compressor.sensitivity import curvature_of
+from edge_moe.devices.probe import default_threads
+
+SIZES = (256, 512, 1024, 2048)  # inputs of an expert; its inner size is half of that
+ROWS = 2048  # tokens of an expert, as calibration's default gives one of 64 with 4 chosen
+WIDTHS, GROUP = (2, 4), 64
+
+
+def whole_run(study: Study) -> dict:
+    """Seconds of compress() at default settings, by step, with all threads; and how busy the machine was before."""
+    out, steps = study.work / "timed.emoe", []
+    for left in (out, *(out.with_name(out.name + suffix) for suffix in (".work", ".partial"))):
+        shutil.rmtree(left, ignore_errors=True)
+    busy = os.getloadavg()[0]
+    began, cpu = time.monotonic(), time.process_time()
+
+    def tell(step: str, done: int, of: int) -> None:
+        if not steps or steps[-1][0] != step:
+            steps.append((step, time.monotonic() - began))
+
+    options = {"calibration": study.calibration, "tokens": study.calibration_tokens, "trunk_width": study.trunk_width}
+    bits = compress(study.model, out, progress=tell, **options).bits_per_weight
+    seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu
+    shutil.rmtree(out)
+    ends = [at for _, at in steps[1:]] + [seconds]
+    return {
+        "processor": processor(),
+        "threads": default_threads(),
+        "busy": busy,
+        "bits": bits,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "steps": {"text": steps[0][1], **{step: end - at for (step, at), end in zip(steps, ends, strict=True)}},
+    }
+
+
+def by_size(study: Study, sizes=SIZES) -> list[dict]:
+    """Seconds of one core for an expert of each size: its second moments, measuring it, rounding it.
+
+    Random matrices and inputs, ROWS of them, through the compressor's own curvature and GPTQ. Measuring is of every
+    choice that pmq weighs at its default bits, by the mean of two of them; running the model is not counted.
+    """
+    with Checkpoint(study.model) as checkpoint:
+        o = targets.check(targets.Options(), checkpoint.config)
+        choices = len(Compression(checkpoint, Path(), o, None).measured_choices())
+    with threadpool_limits(1):
+        return [one_size(dim, dim // 2, choices) for dim in sizes]
+
+
+def one_size(dim: int, hidden: int, choices: int) -> dict:
+    random = np.random.default_rng(0)
+    x, inner = (random.standard_normal((ROWS, cols), np.float32) for cols in (dim, hidden))
+    shapes = ((hidden, dim), (hidden, dim), (dim, hidden))
+    matrices = [random.standard_normal(shape, np.float32) * np.float32(0.02) for shape in shapes]
+    weights = np.full(ROWS, 1 / ROWS, np.float32)
+    seen: list = []
+    moments = seconds_of(lambda: seen.extend((curvature_of(x, weights), curvature_of(inner, weights))))
+    curvatures = (seen[0], seen[0], seen[1])
+
+    def measure(width: int) -> None:
+        for matrix, curvature in zip(matrices, curvatures, strict=True):
+            dequantise(gptq(matrix, curvature, width, GROUP, sweeps=0), width, matrix.shape[1])
+
+    def round_all() -> None:
+        for matrix, curvature, inputs in zip(matrices, curvatures, (x, x, inner), strict=True):
+            gptq(curvature.solve((inputs @ matrix.T * weights[:, None]).T @ inputs, matrix), curvature, 3, GROUP)
+
+    measuring = choices * sum(seconds_of(lambda width=width: measure(width)) for width in WIDTHS) / len(WIDTHS)
+    rounding = seconds_of(round_all)
+    return {
+        "dim": dim,
+        "hidden": hidden,
+        "choices": choices,
+        "moments": 2 * moments,  # taken once to measure and once to round
+        "measuring": measuring,
+        "rounding": rounding,
+        "seconds": 2 * moments + measuring + rounding,
+    }
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    """Of this process on one core, whatever else runs beside it."""
+    before = time.process_time()
+    work()
+    return time.process_time() - before
