@@ -46,12 +46,16 @@ def packing_costs(measures: Measures, options: list[Packing]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Paging:
-    """A cap below the bundle's size. Bits tend to go to the experts that are used most, which are those to keep."""
+    """A cap below the bundle's size. Bits tend to go to the experts that are used most, which are those to keep.
+
+    While slots are all as large as the largest expert, `record_bytes` makes `hot_bytes` hold by itself.
+    """
 
     hot: np.ndarray  # (experts of all layers,) those that are to stay in memory
     hot_bytes: float  # what they may take
     frequency: np.ndarray  # (experts of all layers,) uses a token
     missed_bytes: float  # of the others, expected to be read for a token, at the most
+    record_bytes: float  # of the largest expert, at the most: a slot of the engine's cache is as large
 
 
 def mixed(
@@ -62,8 +66,10 @@ def mixed(
     unit: one packing for all, in whose cost each domain's is counted. options: packings to choose from.
     """
     options = packings(measures.choices) if options is None else options
-    cost, sizes = _priced(config, measures, options, unit)
     limits = []
+    if paging is not None:
+        options = [option for option in options if _bytes(config, option) <= paging.record_bytes]
+    cost, sizes = _priced(config, measures, options, unit)
     if paging is not None:
         limits = [(sizes * paging.hot[:, None], paging.hot_bytes)]
         limits += [(sizes * np.where(paging.hot, 0, paging.frequency)[:, None], paging.missed_bytes)]

@@ -90,7 +90,10 @@ class Choosing:
 
     def trunk_widths(self, budget: float) -> dict[str, int]:
         """Each kind's. budget: of the experts, beside the narrowest trunk where the target is of the whole."""
-        curves, whole = allocate.curves(self.config, self.measures), not (self.o.bits or self.o.paged)
+        curves, whole = allocate.curves(self.config, self.measures), not self.o.bits
+        if self.o.paged:  # the trunk shares the cap with the experts that are used most
+            hot = targets.hot_experts(self.frequency)
+            curves, budget = [curves[i] for i in np.flatnonzero(hot)], budget * hot.mean()
         return trunk.choose_widths(self.config, self.measures.trunk, curves, budget, whole)
 
     @property
@@ -104,4 +107,4 @@ class Choosing:
             return None
         hot, each = targets.hot_experts(self.frequency), budget / len(self.frequency)
         missed = each * float(self.frequency[~hot].sum())
-        return allocate.Paging(hot, each * np.count_nonzero(hot), self.frequency, missed)
+        return allocate.Paging(hot, each * np.count_nonzero(hot), self.frequency, missed, each)

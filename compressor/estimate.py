@@ -15,6 +15,8 @@ from edge_moe.runtime.plan import Plan, make_plan, resolve_ram
 from edge_moe.runtime.runtime import DEFAULT_CONTEXT
 from edge_moe.runtime.tokenizer import Tokenizer
 
+TABLE_BYTES, RECORD_BYTES = 2_000_000, 1_000  # of memory that reading bundle.json takes: 8 MB more for 12,000 experts
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -78,7 +80,8 @@ def estimate(
         all_experts_bytes=sizes.all_experts_bytes,
         slot_bytes=sizes.slot_bytes,
         ram_bytes=resolve_ram(ram),
-        interpreter_bytes=_core.resident_bytes(),
+        interpreter_bytes=_core.resident_bytes()
+        + (0 if is_bundle else TABLE_BYTES + RECORD_BYTES * config.expert_count),
         threads=threads or default_threads(),
         refuse=False,
     )

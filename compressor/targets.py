@@ -16,7 +16,7 @@ from edge_moe.compressor.quantise import largest_group
 from edge_moe.compressor.writer import COPIED, Packing
 from edge_moe.runtime.bundle import record_alignment, record_bytes
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
-from edge_moe.runtime.plan import parse_bytes
+from edge_moe.runtime.plan import READER_BYTES, READERS, parse_bytes
 
 METHODS = ("pmq", "mc", "mc-release", "uniform", "rtn")
 MC_WIDTHS = (1, 2, 3)
@@ -90,6 +90,10 @@ def check(o: Options, config: ModelConfig) -> Options:
     targets = o.bits is not None or o.width is not None or o.size is not None
     if o.paged and (targets or o.ram is None):
         raise ValueError("paged goes with ram alone: the bundle is made for paging under that cap")
+    if o.paged and o.method not in ("pmq", "uniform"):
+        raise ValueError(f"paged needs to know how often experts are used, which method {o.method} does not take in")
+    if o.context is not None and o.ram is None:
+        raise ValueError("context belongs to ram: it says how much memory running takes")
     bits = DEFAULT_BITS if not targets and o.ram is None else o.bits
     o = replace(
         o,
@@ -208,10 +212,15 @@ def paged_budget(o: Options, checkpoint: Checkpoint, frequency: np.ndarray, trun
 
     frequency: (experts of all layers,) uses a token in calibration.
     """
-    room = o.ram - running_bytes(checkpoint, o, trunk)
-    if room <= 0:
-        raise ValueError(f"ram is {o.ram:,} bytes, expected over {o.ram - room:,}, what all but the experts takes")
-    return room * len(frequency) / np.count_nonzero(hot_experts(frequency))
+    config, hot = checkpoint.config, int(np.count_nonzero(hot_experts(frequency)))
+    fixed = running_bytes(checkpoint, o, trunk) + READERS * READER_BYTES
+    least = hot * min(record_bytes(config, (1, 1, 1), group, record_alignment(config)) for group in groups(o, config))
+    if o.ram < fixed + least:
+        raise ValueError(
+            f"ram is {o.ram:,} bytes, expected at least {fixed + least:,}: {least:,} for the {hot} experts used most, "
+            f"of width 1, and {fixed:,} for the rest; raise it, lower the context, or drop experts"
+        )
+    return (o.ram - fixed) * len(frequency) / hot
 
 
 def hot_experts(frequency: np.ndarray) -> np.ndarray:

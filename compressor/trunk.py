@@ -65,9 +65,10 @@ def choose_widths(
         its = {name: shape for name, shape in shapes.items() if trunk_kind(name, shape) == kind}
         sizes = [sum(packed_bytes(shape, _packing(name, shape, w)) for name, shape in its.items()) for w in WIDTHS]
         curves[kind] = np.array([nats * expected(width) for width in WIDTHS]), np.array(sizes, np.float64)
-    rate = rate_at([*experts, *(curves.values() if whole else ())], budget) * (
-        1 + 1e-9
-    )  # but the step that did not fit
+    if whole:
+        experts = [*experts, *curves.values()]
+        budget += sum(sizes[0] for _, sizes in curves.values())
+    rate = rate_at(experts, budget) * (1 + 1e-9)  # so that the step which did not fit is not taken
     return {kind: WIDTHS[int(np.argmin(nats + rate * sizes))] for kind, (nats, sizes) in curves.items()}
 
 

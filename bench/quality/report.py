@@ -195,10 +195,11 @@ def verdict(value: float, error: float) -> str:
 
 ABLATION_NOTES = (
     "Each row is pmq with one part changed, on half as many tokens of the same calibration text as above; the samples "
-    "are windows of it that lie elsewhere. / pmq: the mean of the samples' ratios, with the standard error over windows and between samples. A "
-    f"row is worse or better than pmq where the ratio is over {SIGNIFICANT:g} of these errors from 1. Texts: the ratio "
-    "on each. Groups alone, widths, gain, domains and the unseen column change what is chosen; the others how it is "
-    "rounded. uniform: one width everywhere in place of a program. Activation order is an option, off by default."
+    "are windows of it that lie elsewhere. / pmq: the mean of the samples' ratios, with the standard error over "
+    f"windows and between samples. A row is worse or better than pmq where the ratio is over {SIGNIFICANT:g} of these "
+    "errors from 1. Texts: the ratio on each. Groups alone, widths, gain, domains and the unseen column change what is "
+    "chosen; the others how it is rounded. uniform: one width everywhere in place of a program. Activation order is "
+    "an option, off by default."
 )
 
 
