@@ -21,7 +21,7 @@ from edge_moe.runtime.plan import READER_BYTES, READERS, parse_bytes
 METHODS = ("pmq", "mc", "mc-release", "uniform", "rtn")
 MC_WIDTHS = (1, 2, 3)
 DEFAULT_BITS = 2.5
-DEFAULT_TOKENS = 65_536
+DEFAULT_TOKENS = 49_152
 DEFAULT_GROUP = 64
 TRUNK_WIDTH = 8  # where it is not chosen by measuring
 MIXED_GROUPS = (64, 128)  # that pmq chooses from, unless a group is asked for

@@ -38,5 +38,7 @@ class Score:
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """float64 (rows, vocab) of float32 logits."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted = logits.astype(np.float64)
+    shifted -= logits.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted

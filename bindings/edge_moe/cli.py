@@ -119,7 +119,7 @@ def compress(
     context: options.RunContext = None,
     calibration: options.CalibrationFiles = None,
     held_out: options.HeldOutFiles = None,
-    tokens: options.CalibrationTokens = 65_536,
+    tokens: options.CalibrationTokens = 49_152,
     seed: options.CalibrationSeed = 0,
     method: options.HowToChoose = None,
     group: options.Group = None,
