@@ -64,6 +64,7 @@ class Curvature:
             if info:
                 raise ValueError("the second moment of the inputs is not positive; raise the damping")
         factor = np.ascontiguousarray(flipped[::-1, ::-1], dtype=np.float32)
+        del flipped
         damped = np.ascontiguousarray(moment, np.float32).copy()
         damped[np.diag_indices(len(moment))] += np.float32(added)
         return cls(damped, factor, added, order)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from edge_moe import _core
 from edge_moe.compressor.calibrate import Calibration
 from edge_moe.compressor.certificate import LOGITS_BYTES
-from edge_moe.compressor.sensitivity import FIT_BYTES
+from edge_moe.compressor.sensitivity import FIT_BYTES, sampled_sequences
+from edge_moe.compressor.sizes import TRUNK_KINDS
 from edge_moe.compressor.streams import BLOCK_ROWS
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.plan import resolve_ram
 
 LIBRARY_BYTES = 120_000_000  # of scipy and the solver, which are loaded later
-STREAMS = 14  # of all calibration rows, alive at once at the most
+ROUNDING_STREAMS = 14  # of all calibration rows, alive at once at the most
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,13 @@ class Memory:
         worker, streams = 12 * 4 * matrix, 0
         if calibration is not None:
             rows, tokens = calibration.ids.size + calibration.held_out.size, calibration.ids.shape[1]
-            streams = STREAMS * rows * config.dim * 4
+            sample = sampled_sequences(config, *calibration.ids.shape) * tokens
+            carried = sample * (len(config.moe_layers) + len(TRUNK_KINDS) * o.chooses_trunk)
+            streams = max(ROUNDING_STREAMS * rows, 3 * (rows + carried)) * config.dim * 4  # input, attended, output
             attention = 4 * (BLOCK_ROWS * 8 * config.heads * config.head_dim + 3 * config.heads * tokens * tokens)
             fixed += 2 * 4 * rows * config.experts + max(attention, 6 * LOGITS_BYTES)
-            # copies in both precisions while a second moment is factored; inputs and outputs of its rows
-            worker += 28 * widest * widest + 5 * min(FIT_BYTES, 4 * rows * config.dim)
+            # a second moment in float32, its factor in float64 and then float32; inputs and outputs of its rows
+            worker += 16 * widest * widest + 5 * min(FIT_BYTES, 4 * rows * config.dim)
         ram = resolve_ram("auto" if o.ram is None else o.ram)
         if o.ram is not None and fixed + worker > o.ram:
             raise MemoryError(f"compressing this model takes {fixed + worker:,} bytes, ram is {o.ram:,}; raise ram")

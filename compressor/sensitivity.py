@@ -142,8 +142,7 @@ class Sensitivity:
 
     def __post_init__(self):
         sequences, tokens = self.calibration.ids.shape
-        moe = len(self.config.moe_layers)
-        count = min(sequences, max(GAIN_SEQUENCES, 2 * GAIN_ROWS // (tokens * (moe + 1))))
+        count = sampled_sequences(self.config, sequences, tokens)
         self.sample = np.linspace(0, sequences - 1, count).astype(np.int64)
         # carried: of each layer so far, the model with that layer's error: (layers so far * rows, dim)
         self.forms = {"source": Form(self.weights), "carried": Form(self.weights)}
@@ -348,6 +347,11 @@ class Sensitivity:
             gain[layer, :-1] = np.where(carried > 0, trust * own + (1 - trust) * mean, mean)
             gain[layer, -1] = mean
         return Measures(layers, self.choices, gain, trunk)
+
+
+def sampled_sequences(config: ModelConfig, sequences: int, tokens: int) -> int:
+    """How many of so many sequences of `tokens` carry errors."""
+    return min(sequences, max(GAIN_SEQUENCES, 2 * GAIN_ROWS // (tokens * (len(config.moe_layers) + 1))))
 
 
 def with_nearest(routing, expert: int, rows: np.ndarray, routed: np.ndarray, most: int):

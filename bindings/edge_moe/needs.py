@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.compressor import targets
+from edge_moe.compressor import targets, trunk
 from edge_moe.compressor.calibrate import HELD_OUT_TOKENS, SEQUENCE_TOKENS, Calibration
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.memory import Memory
 from edge_moe.compressor.pipeline import Compression
-from edge_moe.compressor.sensitivity import Sensitivity
+from edge_moe.compressor.sensitivity import sampled_sequences
 from edge_moe.compressor.targets import Options
 
 WIDEST = 8  # bits that experts get at the most, unless all are left as they are
@@ -63,7 +63,8 @@ def _asked_for(compression: Compression) -> Calibration:
 def _saved_bytes(compression: Compression, calibration: Calibration) -> int:
     """Of the hidden states between two layers; the last layer's are removed when this one's are written."""
     config = compression.config
-    carried = Sensitivity(config, None, calibration, [], 0, 1, 1, None).sample_rows.size * len(config.moe_layers)
+    tokens, kinds = calibration.ids.shape[1], len(trunk.kinds(config)) if compression.o.chooses_trunk else 0
+    carried = sampled_sequences(config, *calibration.ids.shape) * tokens * (len(config.moe_layers) + kinds)
     measuring = calibration.ids.size + carried
     rounding = 3 * (calibration.ids.size + calibration.held_out.size)  # source, bundle, one width to compare with
     return 2 * 4 * config.dim * max(measuring, rounding)
@@ -71,7 +72,11 @@ def _saved_bytes(compression: Compression, calibration: Calibration) -> int:
 
 def _bundle_bytes(compression: Compression) -> int:
     """Of the whole directory, as far as it can be known before measuring."""
-    o, config, checkpoint, trunk = compression.o, compression.config, compression.checkpoint, compression.trunk
+    o, config, checkpoint, widest = compression.o, compression.config, compression.checkpoint, compression.trunk
+    if o.size is not None:
+        return o.size
+    if o.chooses_trunk:
+        widest = trunk.packing_of(config, dict.fromkeys(trunk.kinds(config), trunk.WIDTHS[-1]))
     kept = config.expert_count * (1 - int(o.drop_experts * config.experts + 1e-9) / config.experts)
     weights = kept * config.expert_weights
     if o.bits == 16 or o.width == 16:
@@ -81,9 +86,9 @@ def _bundle_bytes(compression: Compression) -> int:
         if o.paged and o.method != "uniform":  # uses will decide, up to the widest that is measured
             bits = max(targets.true_bits(config, (w,) * 3, group) for w, group in compression.measured_choices())
         elif not o.paged and o.width is None:
-            budget = targets.expert_budget(o, checkpoint, config, trunk)
+            budget = targets.expert_budget(o, checkpoint, config, compression.trunk)
             bits = min(bits, o.bits or 8 * budget / weights)
-    return int(targets.fixed_bytes(checkpoint, config, trunk) + bits * weights / 8)
+    return int(targets.fixed_bytes(checkpoint, config, widest) + bits * weights / 8)
 
 
 def _existing(directory: Path) -> Path:
