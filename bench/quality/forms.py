@@ -46,14 +46,13 @@ class Form:
     options: dict  # of compress(), beside the study's
     mixed: Callable | None = None  # (compression, measures, budget, unit) -> packings, instead of allocate.mixed()
     rounding: type = Rounding
-    repeat: int = 0
     make: Callable[[Study, "Form", Path], None] = field(default=compressed)
 
     @property
     def key(self) -> str:
         """A name for its files."""
         name = "".join(letter if letter.isalnum() else "-" for letter in self.name)
-        return f"{name}-{self.bits:g}" + (f"-repeat-{self.repeat}" if self.repeat else "")
+        return f"{name}-{self.bits:g}{self._sample}"
 
     @property
     def measures(self) -> str | None:
@@ -65,7 +64,12 @@ class Form:
         name = "mc"
         if method == "pmq":
             name = f"pmq-{self.options['bits']:g}" if "bits" in self.options else f"pmq-whole-{self.bits:g}"
-        return f"{name}-{self.repeat}"
+        return name + self._sample
+
+    @property
+    def _sample(self) -> str:
+        """Of calibration text, where it is not the study's."""
+        return f"-of-{self.options['tokens']}-tokens" if "tokens" in self.options else ""
 
     def measures_file(self, study: Study) -> Path:
         return study.work / f"measures-{self.measures}.pickle"
@@ -214,11 +218,11 @@ def ablations(study: Study, bits: float, repeat: int) -> list[Form]:
         **{f"groups of {group} alone": partial(one_group, group=group) for group in targets.MIXED_GROUPS},
     }
     return [
-        Form("pmq", bits, pmq, repeat=repeat),
-        *(Form(name, bits, pmq, rounding=how, repeat=repeat) for name, how in rounding.items()),
-        *(Form(name, bits, pmq, how, repeat=repeat) for name, how in spending.items()),
-        Form("uniform", bits, pmq | {"method": "uniform"}, repeat=repeat),
-        Form("with activation order", bits, pmq | {"act_order": True}, repeat=repeat),
+        Form("pmq", bits, pmq),
+        *(Form(name, bits, pmq, rounding=how) for name, how in rounding.items()),
+        *(Form(name, bits, pmq, how) for name, how in spending.items()),
+        Form("uniform", bits, pmq | {"method": "uniform"}),
+        Form("with activation order", bits, pmq | {"act_order": True}),
     ]
 
 
