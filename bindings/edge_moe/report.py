@@ -6,6 +6,8 @@ Imports nothing heavy: `edge-moe generate` uses it, and its memory counts under 
 import json
 from collections import Counter
 
+from edge_moe.runtime.config import trunk_shapes
+
 BENCH_COLUMNS = (  # of a benchmark's table: title, and the cell of a Measurement
     ("model", lambda row: f"{row.model} ({row.architecture}, {row.bits_per_weight:.2f} bits)"),
     ("size", lambda row: size(row.size_bytes)),
@@ -110,6 +112,8 @@ def widths_name(widths: tuple[int, int, int]) -> str:
 
 def describe_bundle(bundle) -> dict:
     """What `inspect` shows of a Bundle, as one JSON object."""
+    from edge_moe.compressor.sizes import trunk_kind
+
     config, extra = bundle.config, bundle.table
     per_layer, per_group = {layer: Counter() for layer in config.moe_layers}, {}
     for expert in bundle.experts.values():
@@ -117,6 +121,11 @@ def describe_bundle(bundle) -> dict:
         per_group.setdefault(expert.group, Counter())[expert.widths] += 1
     total = sum(per_layer.values(), Counter())
     every = range(config.experts)
+    trunk_widths = {}
+    for name, shape in trunk_shapes(config).items():
+        if (kind := trunk_kind(name, shape)) != "float32":
+            trunk_widths.setdefault(kind, set()).add(bundle.table["trunk"]["tensors"][name]["width"])
+    trunk_widths = {kind: sorted(widths) for kind, widths in trunk_widths.items()}
 
     def named(counts: Counter) -> dict[str, int]:
         return {widths_name(widths): counts[widths] for widths in sorted(counts)}
@@ -140,6 +149,7 @@ def describe_bundle(bundle) -> dict:
         "trunk_bytes": bundle.trunk_bytes,
         "expert_bytes": bundle.expert_bytes,
         "bits_per_weight": bundle.bits_per_weight,
+        "trunk_widths": trunk_widths,
         "groups": sorted(per_group),
         "widths": named(total),
         "widths_by_group": {str(group): named(per_group[group]) for group in sorted(per_group)},
@@ -163,11 +173,11 @@ def bundle_text(about: dict) -> str:
     experts, top_k = (_range(about[key].values()) for key in ("experts_by_layer", "top_k_by_layer"))
     of, dropped, method = f" of {about['experts']}" if about["dropped"] else "", "", about["method"] or {}
     if about["dropped"]:
-        how = (
-            f", lowest {method['drop_score']} first, {DROP_COUNTS[method['drop_counts']]}"
-            if "drop_score" in method
-            else ""
-        )
+        how = ""
+        if "drop_score" in method:
+            how = f", lowest {method['drop_score']} first, {DROP_COUNTS[method['drop_counts']]}"
+        elif "drop_counts" in method:
+            how = ", those missed least, chosen together with the widths"
         dropped = f"{about['dropped']:,} of {about['experts'] * len(about['experts_by_layer']):,}{how}"
     calibration = about["calibration"]
     facts = {
@@ -178,6 +188,7 @@ def bundle_text(about: dict) -> str:
         "dropped": dropped or "none",
         "bytes": f"{size(about['bundle_bytes'])}: experts {size(about['expert_bytes'])}, trunk "
         f"{size(about['trunk_bytes'])}",
+        "trunk": ", ".join(f"{kind} {_range(widths)} bits" for kind, widths in about["trunk_widths"].items()),
         "bits": f"{about['bits_per_weight']:.3f} per expert weight, scales, biases and padding included",
         "method": method.get("name", "not recorded") + f", written by {about['tool']}",
         "calibration": "none"
