@@ -48,7 +48,7 @@ class Options:
     trunk_width: int | None = None
     drop_experts: float = 0.0
     drop_score: str = "mixture"
-    drop_counts: str = "equal"
+    drop_counts: str = "sensitivity"
     adjust_top_k: bool = False
     act_order: bool = False
     certificate: bool = True

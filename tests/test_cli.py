@@ -82,8 +82,8 @@ def test_the_help_of_compress_begins_with_what_matters_and_has_every_option_once
     assert first == [
         *("--bits", "--width", "--size", "--ram", "--paged", "--context"),
         *("--calibration", "--held-out", "--tokens", "--seed"),
-        *("--method", "--group", "--trunk-width", "--drop-experts", "--drop-score", "--drop-counts", "--act-order"),
-        *("--no-certificate", "--resume", "--threads", "--json", "-h,"),
+        *("--method", "--group", "--trunk-width", "--drop-experts", "--drop-score", "--drop-counts"),
+        *("--adjust-top-k", "--act-order", "--no-certificate", "--resume", "--threads", "--json", "-h,"),
     ]
 
 

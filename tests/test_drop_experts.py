@@ -133,7 +133,7 @@ def ids_file(tmp_path_factory):
 
 def dropped(model, out, ids_file, share, **options) -> Bundle:
     options = {"bits": 8, "calibration": ids_file, "tokens": 512, "threads": 1, **options}
-    return compress(model, out, drop_experts=share, **options)
+    return compress(model, out, drop_experts=share, **{"drop_counts": "equal", **options})
 
 
 @pytest.mark.parametrize("method", ["pmq", "uniform"])
@@ -201,6 +201,23 @@ def test_bits_are_those_of_the_experts_that_stay(golden, tmp_path, ids_file):
     bundle = dropped(golden["qwen3_moe"][0], tmp_path / "new.emoe", ids_file, 0.5, bits=6)
     assert 5.5 < bundle.bits_per_weight <= 6
     assert bundle.table["certificate"]["bundle"]["bits_per_weight"] == pytest.approx(bundle.bits_per_weight)
+
+
+def test_in_the_program_every_layer_and_group_keeps_what_its_router_needs(golden, tmp_path, ids_file):
+    directory = golden["deepseek_v3"][0]
+    bundle = dropped(directory, tmp_path / "new.emoe", ids_file, 0.25, drop_counts="sensitivity")
+    config, router = bundle.config, bundle.config.router
+    assert bundle.config.expert_count == whole_count(directory) - int(0.25 * whole_count(directory))
+    size = config.experts // router.groups
+    for layer in config.moe_layers:
+        in_group = np.bincount(np.array(config.kept[layer]) // size, minlength=router.groups)
+        assert np.sort(in_group)[: router.top_groups].sum() >= config.top_k
+    with pytest.raises(ValueError, match=r"^dropping 90% of the experts leaves \d+, the router needs \d+$"):
+        dropped(directory, tmp_path / "few.emoe", ids_file, 0.9, drop_counts="sensitivity")
+
+
+def whole_count(directory) -> int:
+    return load_config(directory).expert_count
 
 
 def test_with_a_size_what_was_dropped_leaves_more_bits_for_the_rest(golden, tmp_path, ids_file):

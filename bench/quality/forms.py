@@ -115,7 +115,7 @@ def methods(study: Study, bits: float) -> list[Form]:
     config = study.config
     one = targets.uniform_packing(config, bits, targets.groups(targets.Options(method="uniform"), config))
     pmq = {"method": "pmq", "bits": bits}
-    fewer = {"method": "pmq", "bits": bits / (1 - DROPPED), "drop_experts": DROPPED}
+    fewer = {"method": "pmq", "bits": bits / (1 - DROPPED), "drop_experts": DROPPED, "drop_counts": "equal"}
     forms = [
         Form("rtn", bits, {"method": "rtn", "width": one.widths[0], "group": one.group}),
         Form("uniform", bits, {"method": "uniform", "bits": bits}),

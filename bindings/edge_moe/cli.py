@@ -126,7 +126,7 @@ def compress(
     trunk_width: options.TrunkWidth = None,
     drop_experts: options.DropExperts = 0.0,
     drop_score: options.DropScore = options.DropScores.mixture,
-    drop_counts: options.DropCounts = options.DropCountsBy.equal,
+    drop_counts: options.DropCounts = options.DropCountsBy.sensitivity,
     adjust_top_k: options.AdjustTopK = False,
     act_order: options.ActOrder = False,
     no_certificate: options.NoCertificate = False,

@@ -150,11 +150,11 @@ DropExperts = _option(
 )
 DropScore = _option(
     DropScores, "--drop-score", metavar="NAME", shown=True, section=_HOW,
-    help="Which: lowest mixture, weight, frequency or mean-weight.",
+    help="Which, with equal counts: lowest mixture, weight, frequency or mean-weight.",
 )  # fmt: skip
 DropCounts = _option(
     DropCountsBy, "--drop-counts", metavar="NAME", shown=True, section=_HOW,
-    help="How many: equal in every layer, or by sensitivity.",
+    help="Equal in every layer, or by sensitivity: those missed least in all layers.",
 )  # fmt: skip
 AdjustTopK = _option(
     bool, "--adjust-top-k", section=_HOW, help="With --drop-experts: fewer experts a token, where that is nearer."
