@@ -134,7 +134,7 @@ def test_killed_wherever_a_file_gets_its_name(model, options, tmp_path, changes)
 
 
 @pytest.mark.parametrize(
-    "file", ["identity.json", "measure-0000.npz", "measure-0002.x", "gain.json", "round-0001.json", "round-0002.json"]
+    "file", ["identity.json", "measure-0000.npz", "measure-0002.source", "gain.json", "round-0001.json", "round-0002.json"]
 )
 def test_killed_as_soon_as_a_file_is_there(model, options, tmp_path, whole, file):
     out = tmp_path / "new.emoe"
@@ -270,7 +270,7 @@ def test_an_identity_that_is_damaged_is_refused(model, options, out, content):
 
 
 def test_state_that_was_cut_is_refused(model, options, out):
-    (state,) = out.with_name("new.emoe.work").glob("measure-*.x")
+    (state,) = out.with_name("new.emoe.work").glob("measure-*.source")
     size = state.stat().st_size
     os.truncate(state, size - 4)
     message = refused(ValueError, model, out, resume=True, **options)
