@@ -134,7 +134,8 @@ def test_killed_wherever_a_file_gets_its_name(model, options, tmp_path, changes)
 
 
 @pytest.mark.parametrize(
-    "file", ["identity.json", "measure-0000.npz", "measure-0002.source", "gain.json", "round-0001.json", "round-0002.json"]
+    "file",
+    ["identity.json", "measure-0000.npz", "measure-0002.source", "gain.json", "round-0001.json", "round-0002.json"],
 )
 def test_killed_as_soon_as_a_file_is_there(model, options, tmp_path, whole, file):
     out = tmp_path / "new.emoe"

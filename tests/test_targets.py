@@ -1,10 +1,12 @@
 """Targets: bad ones are refused by name, and bundles made for a size, for memory or for paging keep to it."""
 
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,9 +99,22 @@ def options(tmp_path_factory) -> dict:
     return {"calibration": file, "tokens": 512, "threads": 1, "certificate": False}
 
 
-def refused(model, out, error=ValueError, **options) -> str:
+@pytest.fixture(scope="module")
+def process():
+    """One that does nothing but compress: with `ram`, what this one has loaded would count."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def alone(process):
+    """compress() in that process."""
+    return lambda model, out, **options: process.submit(compress, model, out, **options).result()
+
+
+def refused(model, out, error=ValueError, how=compress, **options) -> str:
     with pytest.raises(error) as caught:
-        compress(model, out, **options)
+        how(model, out, **options)
     assert not out.exists()
     return str(caught.value)
 
@@ -215,11 +230,13 @@ def test_a_size_is_kept_and_made_use_of(model, tmp_path, options, method, share)
 
 
 @pytest.mark.parametrize("method", ["pmq", "rtn"])
-def test_the_least_memory_that_is_named_can_be_had_and_runs(model, tmp_path, options, method):
+def test_the_least_memory_that_is_named_can_be_had_and_runs(alone, model, tmp_path, options, method):
     options = {**options, "method": method, "context": CONTEXT}
-    least = least_of(refused(model, tmp_path / "small.emoe", ram=1, **options))
-    assert refused(model, tmp_path / "small.emoe", ram=least - 1, **options).startswith(f"ram is {least - 1:,} bytes, ")
-    bundle = compress(model, tmp_path / "least.emoe", ram=least, **options)
+    least = least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=1, **options))
+    assert refused(model, tmp_path / "small.emoe", how=alone, ram=least - 1, **options).startswith(
+        f"ram is {least - 1:,} bytes, "
+    )
+    bundle = alone(model, tmp_path / "least.emoe", ram=least, **options)
     record = 12_288 if method == "rtn" else 8192  # in groups of 64 or 128
     assert {expert.nbytes for expert in bundle.experts.values()} == {record}
     assert planned(bundle.path, least)["resident_bytes"] <= least + NOISE
@@ -228,11 +245,11 @@ def test_the_least_memory_that_is_named_can_be_had_and_runs(model, tmp_path, opt
     assert plan["experts_bytes"] == 16 * record
 
 
-def test_more_memory_is_made_use_of(model, tmp_path, options):
+def test_more_memory_is_made_use_of(alone, model, tmp_path, options):
     options = {**options, "context": CONTEXT}
-    least = least_of(refused(model, tmp_path / "small.emoe", ram=1, **options))
+    least = least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=1, **options))
     for more in (70_000, 200_000):
-        bundle = compress(model, tmp_path / f"{more}.emoe", ram=least + more, **options)
+        bundle = alone(model, tmp_path / f"{more}.emoe", ram=least + more, **options)
         grown = bundle.expert_bytes - 16 * 8192
         grown += sum(
             tensor.rows * tensor.cols * (tensor.width - 4) // 8 for tensor in bundle.trunk if tensor.width < 16
@@ -240,15 +257,18 @@ def test_more_memory_is_made_use_of(model, tmp_path, options):
         assert 0.8 * more < grown <= more
 
 
-def test_all_of_a_large_bundle_is_in_memory_at_its_cap_and_not_below_it(tmp_path):
+def test_all_of_a_large_bundle_is_in_memory_at_its_cap_and_not_below_it(alone, tmp_path):
     """Where a bit more for every expert is 2 MB, so that what two processes differ by does not hide it."""
     model = write_random(
         tmp_path / "model", hidden_size=256, moe_intermediate_size=512, num_experts=20, num_key_value_heads=1
     )
     options = {"method": "rtn", "context": CONTEXT, "threads": 1}
-    least, step = least_of(refused(model, tmp_path / "small.emoe", ram=1, **options)), 40 * 3 * 256 * 512 // 8
+    least, step = (
+        least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=1, **options)),
+        40 * 3 * 256 * 512 // 8,
+    )
     ram = least + 3 * step + step // 2
-    bundle = compress(model, tmp_path / "new.emoe", ram=ram, **options)
+    bundle = alone(model, tmp_path / "new.emoe", ram=ram, **options)
     assert {expert.widths for expert in bundle.experts.values()} == {(4, 4, 4)}
     assert ram - 2 * step - NOISE < planned(bundle.path, ram)["resident_bytes"] <= ram + NOISE
     assert not planned(bundle.path, ram - 2 * step - NOISE)["resident"]
@@ -262,13 +282,13 @@ def test_all_of_a_large_bundle_is_in_memory_at_its_cap_and_not_below_it(tmp_path
     assert "MemoryError: a cap of" in less.stderr
 
 
-def test_the_tables_of_many_experts_are_counted(tmp_path):
+def test_the_tables_of_many_experts_are_counted(alone, tmp_path):
     model = write_random(
         tmp_path / "model", fused=True, hidden_size=32, moe_intermediate_size=32, num_experts=1000, head_dim=32
     )
     options = {"method": "rtn", "context": CONTEXT, "threads": 1}
-    ram = least_of(refused(model, tmp_path / "small.emoe", ram=1, **options))
-    bundle = compress(model, tmp_path / "new.emoe", ram=ram, **options)
+    ram = least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=1, **options))
+    bundle = alone(model, tmp_path / "new.emoe", ram=ram, **options)
     assert planned(bundle.path, ram)["resident_bytes"] <= ram + NOISE
 
 
@@ -290,14 +310,24 @@ def test_hot_experts_are_the_fewest_that_answer_nine_uses_in_ten(frequency, want
     assert hot_experts(np.array(frequency, float)).astype(int).tolist() == want
 
 
-def other_bytes(model: Path, bundle: Bundle) -> int:
-    """What a run takes beside experts and trunk, as compress() saw it, and the trunk's tensors."""
+def rest_bytes(model: Path) -> int:
+    """What a run takes beside experts and trunk, as compress() in this process sees it."""
     o = Options(ram=1, context=CONTEXT, paged=True)
     with Checkpoint(model) as checkpoint:
-        rest = targets.running_bytes(checkpoint, o, {}) + READERS * READER_BYTES
-    for t in bundle.trunk:
-        rest += t.rows * t.cols * t.width // 8 + (4 * t.rows * t.cols // t.group if t.width < 16 else 0)
-    return rest
+        return targets.running_bytes(checkpoint, o, {}) + READERS * READER_BYTES
+
+
+@pytest.fixture
+def other_bytes(process, model):
+    """other_bytes(bundle) is what a run takes beside experts, as compress() saw it."""
+    rest = process.submit(rest_bytes, model).result()
+    return lambda bundle: (
+        rest
+        + sum(
+            t.rows * t.cols * t.width // 8 + (4 * t.rows * t.cols // t.group if t.width < 16 else 0)
+            for t in bundle.trunk
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -311,17 +341,17 @@ def measured(model, options, tmp_path_factory) -> tuple[np.ndarray, Bundle]:
 
 @pytest.mark.parametrize(("method", "each"), [("pmq", 26_000), ("uniform", 21_000)])  # bytes, of three bits and a half
 def test_a_paged_bundle_keeps_its_hot_experts_in_the_room_and_reads_no_more(
-    model, tmp_path, options, measured, method, each
+    alone, other_bytes, model, tmp_path, options, measured, method, each
 ):
     frequency, narrow = measured
     hot = hot_experts(frequency)
     assert 0 < hot.sum() < 16
-    ram = other_bytes(model, narrow) + each * int(hot.sum())
+    ram = other_bytes(narrow) + each * int(hot.sum())
     options = {**options, "method": method, "context": CONTEXT, "trunk_width": 4}
-    bundle = compress(model, tmp_path / "new.emoe", ram=ram, paged=True, **options)
+    bundle = alone(model, tmp_path / "new.emoe", ram=ram, paged=True, **options)
     np.testing.assert_array_equal([expert.frequency for expert in bundle.experts.values()], frequency)
     nbytes = np.array([expert.nbytes for expert in bundle.experts.values()])
-    room = ram - other_bytes(model, bundle)
+    room = ram - other_bytes(bundle)
     assert room == each * hot.sum()
     assert nbytes[hot].sum() <= room
     assert (nbytes * frequency)[~hot].sum() <= each * frequency[~hot].sum()
@@ -331,21 +361,23 @@ def test_a_paged_bundle_keeps_its_hot_experts_in_the_room_and_reads_no_more(
         assert set(nbytes) == {20_480}  # three bits
 
 
-def test_a_paged_bundle_takes_a_trunk_that_leaves_the_experts_room(model, tmp_path, options, measured):
+def test_a_paged_bundle_takes_a_trunk_that_leaves_the_experts_room(
+    alone, other_bytes, model, tmp_path, options, measured
+):
     """With the widths of the trunk chosen by measuring."""
     frequency, narrow = measured
     hot = hot_experts(frequency)
-    ram = other_bytes(model, narrow) + 9000 * int(hot.sum())  # at one bit, beside four bits of the trunk
-    bundle = compress(model, tmp_path / "new.emoe", ram=ram, context=CONTEXT, paged=True, **options)
+    ram = other_bytes(narrow) + 9000 * int(hot.sum())  # at one bit, beside four bits of the trunk
+    bundle = alone(model, tmp_path / "new.emoe", ram=ram, context=CONTEXT, paged=True, **options)
     nbytes = np.array([expert.nbytes for expert in bundle.experts.values()])
-    assert nbytes[hot].sum() <= ram - other_bytes(model, bundle)
+    assert nbytes[hot].sum() <= ram - other_bytes(bundle)
 
 
-def test_a_paged_bundle_for_too_little_memory_is_refused_with_a_cap_that_works(model, tmp_path, options):
+def test_a_paged_bundle_for_too_little_memory_is_refused_with_a_cap_that_works(alone, model, tmp_path, options):
     options = {**options, "context": CONTEXT, "paged": True}
     ram = 2**30
-    message = refused(model, tmp_path / "small.emoe", ram=ram, **options)
+    message = refused(model, tmp_path / "small.emoe", how=alone, ram=ram, **options)
     assert message.startswith(f"ram is {ram:,} bytes, expected ")
     least = int(re.findall(r"[\d,]{5,}", message)[1].replace(",", ""))
     shutil.rmtree(tmp_path / "small.emoe.work", ignore_errors=True)
-    compress(model, tmp_path / "least.emoe", ram=least, **options)
+    alone(model, tmp_path / "least.emoe", ram=least, **options)
