@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_moe.compressor.sensitivity import Measures
-from edge_moe.compressor.writer import Packing
-from edge_moe.runtime.bundle import record_alignment, record_bytes
+from edge_moe.compressor.writer import Packing, record_bytes_of
 from edge_moe.runtime.config import ModelConfig
 
 MC_WIDTHS = (1, 2, 3)
@@ -68,7 +67,7 @@ def mixed(
     options = packings(measures.choices) if options is None else options
     limits = []
     if paging is not None:
-        options = [option for option in options if _bytes(config, option) <= paging.record_bytes]
+        options = [option for option in options if record_bytes_of(config, option) <= paging.record_bytes]
     cost, sizes = _priced(config, measures, options, unit)
     if paging is not None:
         limits = [(sizes * paging.hot[:, None], paging.hot_bytes)]
@@ -104,35 +103,31 @@ def dropped(
 def unit_of(config: ModelConfig, measures: Measures, bits: float) -> Packing:
     """The packing with one width, of those measured, that is nearest to `bits` true bits a weight."""
     fitting = [packing for packing in packings(measures.choices) if len(set(packing.widths)) == 1]
-    return min(fitting, key=lambda p: abs(8 * _bytes(config, p) / config.expert_weights - bits))
+    return min(fitting, key=lambda p: abs(8 * record_bytes_of(config, p) / config.expert_weights - bits))
 
 
 def _priced(config: ModelConfig, measures: Measures, options: list[Packing], unit: Packing):
     """(experts, options, domains + 1) cost in each domain's total at `unit`, and (experts, options) bytes."""
     cost = packing_costs(measures, options) / _total(measures, unit)
-    return cost, np.tile([float(_bytes(config, option)) for option in options], (len(cost), 1))
+    return cost, np.tile([float(record_bytes_of(config, option)) for option in options], (len(cost), 1))
 
 
 def _total(measures: Measures, unit: Packing) -> np.ndarray:
     return np.maximum(packing_costs(measures, [unit])[:, 0].sum(axis=0), 1e-30)
 
 
-def _bytes(config: ModelConfig, packing: Packing) -> int:
-    return record_bytes(config, packing.widths, packing.group, record_alignment(config))
-
-
 def curves(config: ModelConfig, measures: Measures) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each expert of the model, in order: nats and bytes of each packing that pmq chooses from."""
     options = packings(measures.choices)
     cost = packing_costs(measures, options)[:, :, :-1].mean(axis=-1)
-    sizes = np.array([_bytes(config, option) for option in options], np.float64)
+    sizes = np.array([record_bytes_of(config, option) for option in options], np.float64)
     return [(nats, sizes) for nats in cost]
 
 
 def published(config: ModelConfig, measures: Measures, budget: float, method: str, group: int) -> list[Packing]:
     """mc and mc-release: as mixed(), a program a layer, in nominal bits that keep the true ones within the budget."""
     count = config.expert_count
-    true = [8 * _bytes(config, Packing((w,) * 3, group)) / config.expert_weights for w in MC_WIDTHS]
+    true = [8 * record_bytes_of(config, Packing((w,) * 3, group)) / config.expert_weights for w in MC_WIDTHS]
     overhead = max(bits - width for bits, width in zip(true, MC_WIDTHS, strict=True))
     nominal = 8 * budget / (config.expert_weights * count) - overhead
     at = [measures.choices.index((width, group)) for width in MC_WIDTHS]

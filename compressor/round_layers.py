@@ -17,9 +17,8 @@ from edge_moe.compressor.gptq import SWEEPS, Curvature, gptq
 from edge_moe.compressor.quantise import dequantise, quantise
 from edge_moe.compressor.sensitivity import curvature_of, fitting_rows, with_nearest
 from edge_moe.compressor.streams import Stream
-from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
+from edge_moe.compressor.writer import BundleWriter, Packing, Quantised, record_bytes_of
 from edge_moe.runtime import reference
-from edge_moe.runtime.bundle import record_alignment, record_bytes
 from edge_moe.runtime.config import ModelConfig
 
 
@@ -229,10 +228,6 @@ class Rounding:
         target = reference.expert(config, clean, *matrices) + track.lacking.take(rows)
         pack(matrices[2], target, inner, curvature_of(inner, counts, order_group), packing.widths[2])
         return packed
-
-
-def record_bytes_of(config: ModelConfig, packing: Packing) -> int:
-    return record_bytes(config, packing.widths, packing.group, record_alignment(config))
 
 
 def cut_router(config: ModelConfig, name: str, tensor: np.ndarray) -> np.ndarray:

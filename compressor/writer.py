@@ -322,3 +322,8 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def record_bytes_of(config: ModelConfig, packing: Packing) -> int:
+    """Bytes of one expert's record in a new bundle, padding included."""
+    return record_bytes(config, packing.widths, packing.group, record_alignment(config))

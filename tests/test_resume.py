@@ -116,6 +116,14 @@ def killed_after(steps: int, model, out, options) -> None:
         kill(child)
 
 
+def killed_at(file: str, model, out, options) -> None:
+    """Kill a run from outside as soon as a file is in its work directory."""
+    with start(model, out, options) as child:
+        while not (out.with_name(out.name + ".work") / file).exists():
+            assert child.poll() is None, child.stderr.read()
+        kill(child)
+
+
 # ---- killed
 
 
@@ -135,14 +143,11 @@ def test_killed_wherever_a_file_gets_its_name(model, options, tmp_path, changes)
 
 @pytest.mark.parametrize(
     "file",
-    ["identity.json", "measure-0000.npz", "measure-0002.source", "gain.json", "round-0001.json", "round-0002.json"],
+    ["identity.json", "measure-0000.npz", "measure-0001.source", "gain.json", "round-0001.json", "round-0002.json"],
 )
 def test_killed_as_soon_as_a_file_is_there(model, options, tmp_path, whole, file):
     out = tmp_path / "new.emoe"
-    with start(model, out, options) as child:
-        while not (tmp_path / "new.emoe.work" / file).exists():
-            assert child.poll() is None, child.stderr.read()
-        kill(child)
+    killed_at(file, model, out, options)
     assert hashes(compress(model, out, resume=True, **options).path) == whole
     assert [left.name for left in tmp_path.iterdir()] == ["new.emoe"]
 
@@ -158,10 +163,7 @@ def test_killed_again_and_again_at_random(model, options, tmp_path, whole):
 
 def test_a_resumed_run_does_not_repeat_the_layers_that_were_done(model, options, tmp_path):
     out = tmp_path / "new.emoe"
-    with start(model, out, options) as child:
-        while not (tmp_path / "new.emoe.work" / "round-0000.json").exists():
-            assert child.poll() is None, child.stderr.read()
-        kill(child)
+    killed_at("round-0000.json", model, out, options)
     seen = []
     compress(model, out, resume=True, progress=lambda *now: seen.append(now), **options)
     assert {step for step, _, _ in seen} == {"round"}
@@ -281,10 +283,7 @@ def test_state_that_was_cut_is_refused(model, options, out):
 def test_a_bundle_that_was_lost_meanwhile_is_not_taken_for_whole(model, options, tmp_path):
     """Records that the journal says are written, in a file that is not there any more."""
     out = tmp_path / "new.emoe"
-    with start(model, out, options) as child:
-        while not (tmp_path / "new.emoe.work" / "round-0000.json").exists():
-            assert child.poll() is None, child.stderr.read()
-        kill(child)
+    killed_at("round-0000.json", model, out, options)
     shutil.rmtree(tmp_path / "new.emoe.partial")
     for _ in range(2):
         message = refused(ValueError, model, out, resume=True, **options)

@@ -15,7 +15,8 @@ import numpy as np
 
 from edge_moe import bench
 from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate
-from edge_moe.compressor.calibrate import STDLIB_BYTES, load_calibration, stdlib_files
+from edge_moe.bench.texts import held_out_modules
+from edge_moe.compressor.calibrate import load_calibration
 from edge_moe.compressor.pipeline import compress
 from edge_moe.report import certificate_text, describe_bundle, size, spread_text, table
 from edge_moe.runtime.config import load_config
@@ -67,7 +68,7 @@ def _save_text(directory: Path) -> dict:
     tokenizer, files = Tokenizer(MODEL), {"calibration": "stdlib.npy", "held_out": "stdlib-held-out.npy"}
     paths = {name: directory / file for name, file in files.items()}
     np.save(paths["calibration"], load_calibration(tokenizer, load_config(MODEL), [], CALIBRATION_TOKENS, SEED).ids)
-    np.save(paths["held_out"], held_out_ids(tokenizer))
+    np.save(paths["held_out"], held_out_modules(tokenizer, SEED, WINDOWS, CONTEXT))
     return {name: (path,) for name, path in paths.items()} | {"tokens": CALIBRATION_TOKENS, "seed": SEED}
 
 
@@ -83,23 +84,9 @@ def _score(paths: dict[str, Path], progress) -> dict[str, dict]:
         for name, path in paths.items():
             runtime = stack.enter_context(Runtime(path, context=CONTEXT, logits_rows=LOGITS_ROWS))
             reference = reference or runtime.logits
-            ids = held_out_ids(runtime.tokenizer)
+            ids = held_out_modules(runtime.tokenizer, SEED, WINDOWS, CONTEXT)
             results[name] = evaluate(runtime, ids, context=CONTEXT, against=reference, progress=_named(progress, name))
     return results
-
-
-def held_out_ids(tokenizer) -> list[int]:
-    """Token ids of modules that calibration did not read, in windows spread evenly over them."""
-    files, read = stdlib_files(SEED), 0
-    texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
-    left = []
-    for text in texts:
-        if read >= STDLIB_BYTES:
-            left.append(text)
-        read += len(text)
-    ids = np.array(tokenizer.encode("\n".join(left or texts[-1:])))
-    starts = np.linspace(0, len(ids) - CONTEXT, min(WINDOWS, len(ids) // CONTEXT), dtype=np.int64)
-    return np.concatenate([ids[start : start + CONTEXT] for start in starts]).tolist()
 
 
 def _run_under_cap(bundle: Path) -> dict:
