@@ -439,6 +439,27 @@ def test_the_command_writes_the_report_and_goes_on_with_what_is_kept(tmp_path):
     assert (tmp_path / "r.md").read_text() == first.stdout
 
 
+def test_a_killed_report_leaves_no_worker(tmp_path):
+    given = ["--text", TEXTS[0], "--tokens", 300, "--context", 128, "--calibration-tokens", 8192, "--bits", 2.5]
+    given += ["--processes", 2, "--parts", "methods", "--methods", "uniform", "rtn", "--work", tmp_path]
+    command = [sys.executable, "-m", "edge_moe.bench.quality", *map(str, given)]
+    report = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (left := workers_of(report.pid)) and report.poll() is None:
+        pass
+    report.kill()
+    report.wait()
+    assert left
+    while any(Path(f"/proc/{worker}").exists() for worker in left):  # else this does not end
+        pass
+
+
+def workers_of(pid: int) -> list[int]:
+    """Processes that a process has started and that are at work."""
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    children = [int(child) for child in file.read_text().split()] if file.exists() else []
+    return [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
 def test_cost_is_of_the_choices_that_pmq_weighs(study):
     from edge_moe.bench.quality import cost
 

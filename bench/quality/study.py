@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -129,7 +130,7 @@ def run(study: Study, forms: list, processes: int, tell: Callable[[str], None]) 
     left = {form.key: form for form in forms if study.result(form.key) is None}
     waiting, count, done = list(left.values()), len(left), 0
     measuring, running = set(), {}  # measures that are being made; futures and their forms
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         try:
             while waiting or running:
                 for form in list(waiting):
@@ -146,6 +147,16 @@ def run(study: Study, forms: list, processes: int, tell: Callable[[str], None]) 
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def end_with_parent() -> None:
+    """A worker whose parent was killed would finish its row, and wait for ever for the next."""
+
+    def end() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 @contextmanager

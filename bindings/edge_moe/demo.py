@@ -8,13 +8,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from edge_moe import bench
-from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate
+from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate, windows
 from edge_moe.bench.texts import held_out_modules
 from edge_moe.compressor.calibrate import load_calibration
 from edge_moe.compressor.pipeline import compress
@@ -78,14 +77,18 @@ def _named(progress, name: str):
 
 def _score(paths: dict[str, Path], progress) -> dict[str, dict]:
     """evaluate()'s result of every bundle, against the first's predictions."""
-    results = {}
-    with ExitStack() as stack:
-        reference = None
-        for name, path in paths.items():
-            runtime = stack.enter_context(Runtime(path, context=CONTEXT, logits_rows=LOGITS_ROWS))
-            reference = reference or runtime.logits
+    results, reference = {}, {}  # reference: the first's logits by window
+
+    def against(window: np.ndarray) -> np.ndarray:
+        return reference[window.tobytes()]
+
+    for name, path in paths.items():
+        with Runtime(path, context=CONTEXT, logits_rows=LOGITS_ROWS) as runtime:
             ids = held_out_modules(runtime.tokenizer, SEED, WINDOWS, CONTEXT)
-            results[name] = evaluate(runtime, ids, context=CONTEXT, against=reference, progress=_named(progress, name))
+            if not reference:
+                reference.update({window.tobytes(): runtime.logits(window) for window in windows(ids, CONTEXT)})
+            tell = _named(progress, name)
+            results[name] = evaluate(runtime, ids, context=CONTEXT, against=against, progress=tell)
     return results
 
 
