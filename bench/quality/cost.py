@@ -30,13 +30,13 @@ def whole_run(study: Study) -> dict:
     for left in (out, *(out.with_name(out.name + suffix) for suffix in (".work", ".partial"))):
         shutil.rmtree(left, ignore_errors=True)
     busy = os.getloadavg()[0]
-    began, cpu = time.monotonic(), time.process_time()
+    began, cpu, before = time.monotonic(), time.process_time(), stolen()
 
     def tell(step: str, done: int, of: int) -> None:
         if not steps or steps[-1][0] != step:
             steps.append((step, time.monotonic() - began))
 
-    options = {"calibration": study.calibration, "tokens": study.calibration_tokens, "trunk_width": study.trunk_width}
+    options = {"calibration": study.calibration, "tokens": study.calibration_tokens}
     bits = compress(study.model, out, progress=tell, **options).bits_per_weight
     seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu
     shutil.rmtree(out)
@@ -48,8 +48,15 @@ def whole_run(study: Study) -> dict:
         "bits": bits,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
+        "stolen": stolen() - before,
         "steps": {"text": steps[0][1], **{step: end - at for (step, at), end in zip(steps, ends, strict=True)}},
     }
+
+
+def stolen() -> float:
+    """Seconds that a hypervisor kept from this machine's cores, since it started; 0 where that is not known."""
+    file = Path("/proc/stat")
+    return int(file.read_text().split()[8]) / os.sysconf("SC_CLK_TCK") if file.exists() else 0.0
 
 
 def by_size(study: Study, sizes=SIZES) -> list[dict]:
