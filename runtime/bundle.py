@@ -22,6 +22,7 @@ import numpy as np
 
 from edge_moe import _core
 from edge_moe.runtime.config import ModelConfig, load_config, read_json, trunk_shapes
+from edge_moe.runtime.pruning import Pruning, read_pruning
 from edge_moe.runtime.tensorfile import Stored, read_header
 
 REMEDY = "copy the bundle again"
@@ -71,6 +72,7 @@ class Bundle:
     trunk_checksum: int
     files: tuple[Path, ...]  # of the experts
     experts: dict[tuple[int, int], Expert]  # by layer and expert, in that order
+    pruning: Pruning | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "Bundle":
@@ -90,7 +92,8 @@ class Bundle:
         trunk, trunk_bytes, trunk_checksum = _read_trunk(path, config, table, read)
         files, experts = _read_experts(path, config, table, read)
         table["experts"].pop("records")  # they are in `experts` now; thousands of dictionaries weigh megabytes
-        return cls(path, config, table, trunk, trunk_bytes, trunk_checksum, files, experts)
+        pruning = read_pruning(path, config, table)
+        return cls(path, config, table, trunk, trunk_bytes, trunk_checksum, files, experts, pruning)
 
     @property
     def expert_bytes(self) -> int:

@@ -163,6 +163,37 @@ def route(config: ModelConfig, weights, layer: int, h, xp=np):
     return chosen, routing_weights * config.router.scale
 
 
+def keep_first(config: ModelConfig, chosen, routing_weights, kept):
+    """Take away all but the first `kept` (rows,) experts of each row: (chosen, weights), as route() gives them.
+
+    Where the model renormalises, the weights that stay are scaled to the sum of all.
+    """
+    stays = np.arange(chosen.shape[1]) < np.asarray(kept)[:, None]
+    weights = np.where(stays, routing_weights, 0).astype(np.float32)
+    if config.router.renormalise:
+        weights *= routing_weights.sum(-1, keepdims=True) / np.maximum(weights.sum(-1, keepdims=True), 1e-20)
+    return np.where(stays, chosen, -1), weights
+
+
+def kept_by_ratio(routing_weights, threshold: float):
+    """How many experts of each row, (rows,), weigh at least `threshold` times the heaviest."""
+    return (routing_weights >= threshold * routing_weights[:, :1]).sum(-1)
+
+
+def kept_by_share(routing_weights, threshold: float):
+    """The least number of experts of each row, (rows,), whose weights reach `threshold` of the sum of all."""
+    before = np.cumsum(routing_weights, -1) - routing_weights
+    return np.maximum((before < threshold * routing_weights.sum(-1, keepdims=True)).sum(-1), 1)
+
+
+def kept_by_router(mask_router, h, routing_weights, price: float):
+    """How many experts of each row, (rows,), score best. mask_router: (top_k, dim + top_k + 1); h: (rows, dim)."""
+    rows, top_k = routing_weights.shape
+    inputs = np.concatenate([h, routing_weights / routing_weights.sum(-1, keepdims=True), np.ones((rows, 1))], -1)
+    scores = inputs @ mask_router.T - price * np.arange(1, top_k + 1)
+    return top_k - np.argmax(scores[:, ::-1], -1)  # of equals, the larger
+
+
 def router_scores(config: ModelConfig, weights, layer: int, h, xp=np):
     """The score of each expert of a layer for each row, (rows, experts)."""
     logits = h @ _array(weights.trunk(f"layers.{layer}.router"), xp).T

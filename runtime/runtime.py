@@ -18,6 +18,7 @@ from edge_moe import _core
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.plan import READERS, Plan, engine_config, make_plan, resolve_ram
+from edge_moe.runtime.pruning import OFF, PruneRule, prune_rule, read_mask_routers
 from edge_moe.runtime.sampling import Sampler
 from edge_moe.runtime.tokenizer import Detokenizer, Tokenizer
 
@@ -53,7 +54,9 @@ class Runtime:
 
     bundle: path of NAME.emoe. ram: the cap on this process's peak memory, "8GB", "8GiB", bytes or "auto" (80 % of
     what is free). context: tokens the KV cache holds, by default 4096 or the model's own if shorter. device: "auto"
-    or "cpu". threads: of computation, by default those the process may use. prune: "off" or "bundle".
+    or "cpu". threads: of computation, by default those the process may use. prune: which of its experts a token may
+    leave out where a call does not say: "off"; a share of expert uses, as 0.2; "bundle", what the bundle was made
+    for, and by default so, where it was calibrated; "odp", "share" or "otp", a rule by name, as "otp:0.2" with a share.
     logits_rows: rows of logits that one step may return; generate() needs one.
 
     Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
@@ -68,7 +71,7 @@ class Runtime:
         context: int | None = None,
         device: str = "auto",
         threads: int | None = None,
-        prune: float | str = "bundle",
+        prune: float | str | None = None,
         *,
         logits_rows: int = 1,
         kernels: str = "",
@@ -79,10 +82,11 @@ class Runtime:
             raise ValueError(f"threads is {threads}, expected 1 to 1024")
         if logits_rows < 1:
             raise ValueError(f"logits_rows is {logits_rows}, expected at least 1")
-        _check_prune(prune)
         peak_before = _core.peak_bytes()
         self.bundle = Bundle.open(bundle)
         self.config = self.bundle.config
+        self._prune = prune_rule(self.bundle.pruning, prune, self.bundle.path)
+        mask_routers = read_mask_routers(self.bundle.path, self.config, self.bundle.table)
         context = min(DEFAULT_CONTEXT, self.config.context) if context is None else context
         if not 1 <= context <= self.config.context:
             raise ValueError(f"context is {context}, expected 1 to {self.config.context}, the model's own")
@@ -94,7 +98,7 @@ class Runtime:
         ram_bytes = resolve_ram(ram)
         self.plan: Plan = make_plan(
             self.config,
-            trunk_bytes=self.bundle.trunk_bytes,
+            trunk_bytes=self.bundle.trunk_bytes + sum(8 * len(values) for values in mask_routers),
             all_experts_bytes=self.bundle.expert_bytes,
             slot_bytes=max(expert.nbytes for expert in self.bundle.experts.values()),
             ram_bytes=ram_bytes,
@@ -119,10 +123,12 @@ class Runtime:
                 self.plan.slots,
                 READERS,
                 kernels,
+                mask_routers,
             )
         except RuntimeError as error:  # the core's word for a damaged file
             raise ValueError(str(error)) from None
         self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
+        self._cached_by: PruneRule = OFF  # how they were computed
         self._lock = threading.Lock()
         self._holder: int | None = None  # the thread that has the lock
 
@@ -169,17 +175,20 @@ class Runtime:
         (not part of the text) or a full context. Raises ValueError for an empty prompt or one longer than the
         context.
         """
-        _check_prune(prune if prune is not None else "bundle")
+        rule = self._prune if prune is None else prune_rule(self.bundle.pruning, prune, self.bundle.path)
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
         sampler = Sampler(temperature, top_p, seed)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         if stops and self.tokenizer is None:
             raise ValueError(f"{self.bundle.path}: this bundle has no tokenizer; stop strings need one")
-        return self._stream(self._prompt_ids(prompt), max_tokens, sampler, stops)
+        return self._stream(self._prompt_ids(prompt), max_tokens, sampler, stops, rule)
 
-    def _stream(self, ids: list[int], max_tokens: int, sampler: Sampler, stops: list[str]) -> Iterator[Generation]:
+    def _stream(
+        self, ids: list[int], max_tokens: int, sampler: Sampler, stops: list[str], rule: PruneRule
+    ) -> Iterator[Generation]:
         with self._turn():
+            self._use(rule)
             account = _Account(self, len(ids))
             logits = self._prefill(ids, account)
             text = _Text(self.tokenizer, stops)
@@ -209,6 +218,7 @@ class Runtime:
         """logits() in blocks of at most `logits_rows` rows, for a caller who needs no more than that at once."""
         ids = self._prompt_ids(np.asarray(token_ids).reshape(-1))
         with self._turn():
+            self._use(self._prune)
             self._rewind(0)
             for at in range(0, len(ids), self.logits_rows):
                 yield self._step(ids[at : at + self.logits_rows], ALL)
@@ -276,6 +286,16 @@ class Runtime:
         if not np.isfinite(logits).all():
             raise ValueError(f"{self.bundle.path}: logits are not finite; compress the model again")
         return logits
+
+    def _use(self, rule: PruneRule) -> None:
+        """Prune by a rule from now on; keys and values that another rule gave are forgotten.
+
+        So are those of a rule that protects tokens: which these are depends on the whole prompt.
+        """
+        if rule != self._cached_by or rule.protect:
+            self._rewind(0)
+        self._open().set_prune(rule.rule, list(rule.threshold), rule.price, rule.protect)
+        self._cached_by = rule
 
     def _rewind(self, position: int) -> None:
         engine = self._open()
@@ -352,11 +372,6 @@ class _Account:
             bytes_read=used["bytes_read"],
             experts_used=used["experts_used"] / max(used["moe_tokens"], 1),
             top_k=runtime.config.top_k,
-            dropped_routing_weight=0.0,
+            dropped_routing_weight=used["dropped_weight"] / max(used["moe_tokens"], 1),
             device=runtime.device,
         )
-
-
-def _check_prune(prune: float | str) -> None:
-    if prune not in ("off", "bundle"):
-        raise ValueError(f"prune is {prune!r}, but no bundle of this version is calibrated for it; use off or bundle")

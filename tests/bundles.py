@@ -8,15 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 import edge_moe.bench
 from edge_moe import _core
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.quantise import dequantise, quantise, trunk_packing
 from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
+from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, table_checksum, verify
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.plan import engine_config
+from edge_moe.runtime.pruning import MASK_FILE
 from edge_moe.runtime.runtime import Runtime
 
 REFERENCE = Path(edge_moe.bench.__file__).parent / "reference_moe"
@@ -183,3 +186,64 @@ def run_python(code: str, *arguments) -> subprocess.CompletedProcess:
     child = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     return child
+
+
+class Pruned:
+    """A model by runtime/reference.py, whose tokens leave out experts; and an account of them."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint, self.config = checkpoint, checkpoint.config
+        self.used = self.pairs = 0
+        self.dropped = 0.0  # share of routing weight, summed over tokens and layers
+
+    @property
+    def cut(self) -> float:
+        return 1 - self.used / self.pairs
+
+    def logits(self, ids, kept) -> np.ndarray:
+        """kept(layer, h, routing weights) -> how many experts each row keeps."""
+        config, weights = self.config, self.checkpoint
+        x = reference.embed(config, weights, np.asarray(ids)[None])
+        for layer in range(config.layers):
+            x = x + reference.attention_block(config, weights, layer, x)
+            h = reference.mlp_input(config, weights, layer, x)
+            if layer in config.dense_layers:
+                y = reference.dense_block(config, weights, layer, h)
+            else:
+                chosen, routing = reference.route(config, weights, layer, h)
+                counts = kept(layer, h, routing)
+                self.pairs += chosen.size
+                self.used += int(counts.sum())
+                stays = np.arange(chosen.shape[1]) < counts[:, None]
+                self.dropped += float((np.where(stays, 0, routing).sum(-1) / routing.sum(-1)).sum())
+                chosen, routing = reference.keep_first(config, chosen, routing, counts)
+                y = reference.experts(config, weights, layer, h, chosen, routing)
+                if config.shared_hidden:
+                    y = y + reference.shared_expert(config, weights, layer, h)
+            x = x + y.reshape(x.shape)
+        return reference.head(config, weights, x)[0]
+
+
+def prunable(out: Path, source: Path, mask_routers: dict[int, np.ndarray], **pruning) -> Path:
+    """A lossless bundle with mask routers, by layer, and one point of each rule."""
+    checkpoint = Checkpoint(source)
+    layers = len(checkpoint.config.moe_layers)
+    write_lossless(out, source, checkpoint.config, checkpoint)
+    save_file({f"layers.{layer}.mask_router": its for layer, its in mask_routers.items()}, out / MASK_FILE)
+    data = (out / MASK_FILE).read_bytes()
+    table = json.loads((out / "bundle.json").read_text())
+    table["pruning"] = {
+        "default": "otp",
+        "cut": 0.2,
+        "rules": {
+            "otp": {"cuts": [0.1, 0.3], "prices": [0.1, 0.5]},
+            "share": {"cuts": [0.1, 0.3], "thresholds": [[0.9] * layers, [0.5] * layers]},
+            "odp": {"cuts": [0.2], "thresholds": [[0.5] * layers], "protect": 0.02},
+        },
+        "mask_routers": {"bytes": len(data), "crc32c": f"{_core.crc32c(data, 0):08x}"},
+        "certificate": [],
+        **pruning,
+    }
+    table["checksum"] = table_checksum(table)
+    (out / "bundle.json").write_text(json.dumps(table))
+    return out

@@ -241,7 +241,7 @@ def generate(
     top_p: options.TopP = 1.0,
     seed: options.SamplingSeed = None,
     threads: options.Threads = None,
-    prune: options.Prune = "bundle",
+    prune: options.Prune = None,
     stop: options.Stop = None,
     json_output: options.Json = False,
 ) -> None:
@@ -285,7 +285,7 @@ def chat(
     top_p: options.TopPIfAny = None,
     seed: options.SamplingSeed = None,
     threads: options.Threads = None,
-    prune: options.Prune = "bundle",
+    prune: options.Prune = None,
 ) -> None:
     """Talk with a model.
 
@@ -307,7 +307,7 @@ def evaluate(
     against: options.Against = None,
     context: options.Window = 256,
     tokens: options.TextTokens = None,
-    prune: options.Prune = "bundle",
+    prune: options.Prune = None,
     ram: options.Ram = "auto",
     threads: options.Threads = None,
     json_output: options.Json = False,

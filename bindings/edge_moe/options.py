@@ -78,8 +78,10 @@ Ram = _option(
 Context = _option(int | None, "--context", metavar="N", help="Tokens to hold [default: 4096 or the model's own].")
 Threads = _option(int | None, "--threads", metavar="N", help="Threads of computation [default: all cores].")
 Prune = _option(
-    str, "--prune", metavar="off|bundle", shown=True, help="Leave out experts that a token hardly needs, as calibrated."
-)
+    str | None, "--prune", metavar="off|bundle|SHARE|RULE",
+    help="Leave out experts that a token hardly needs: a share of their uses, as 0.2, or odp, share or otp "
+    "[default: bundle, where it is calibrated].",
+)  # fmt: skip
 
 # Of generate and chat
 Prompt = _option(str | None, "-p", "--prompt", metavar="TEXT", help="The text to go on from; - reads stdin.")
@@ -225,9 +227,9 @@ def keep_experts_of(text: str | None) -> int | float | None:
         ) from None
 
 
-def prune_of(text: str) -> float | str:
-    """off, bundle, or a share of routing weight."""
+def prune_of(text: str | None) -> float | str | None:
+    """off, bundle, a rule's name, or a share of expert uses."""
     try:
-        return float(text)
+        return text and float(text)
     except ValueError:
         return text

@@ -56,7 +56,31 @@ void Engine::attention(int layer, int tokens) {
                     cached(values_, layer, kv_head), begin, end, c.head_dim, c.softmax_scale,
                     s_.scores + size_t(thread) * c.context, s_.attended + size_t(t) * q_dim + head * c.head_dim);
   });
+  if (prune_.protect > 0 && tokens > 1) received_attention(layer, tokens);
   attention_output(layer, tokens);
+}
+
+// How much attention each of the chunk's tokens receives from those at and after it in the chunk, by head. Done anew,
+// head by head, so that sums have one order; it is only for prompts whose tokens are protected from pruning.
+void Engine::received_attention(int layer, int tokens) {
+  const EngineConfig& c = config_;
+  pool_.run(c.heads, [&](int head, int thread) {
+    const int kv_head = head / (c.heads / c.kv_heads);
+    float *received = s_.received + size_t(head) * c.chunk, *scores = s_.scores + size_t(thread) * c.context;
+    std::fill_n(received, tokens, 0.0f);
+    for (int t = 0; t < tokens; ++t) {
+      const int end = position_ + t + 1, begin = c.sliding_window ? std::max(0, end - c.sliding_window) : 0;
+      const float* q = s_.q + (size_t(t) * c.heads + head) * c.head_dim;
+      for (int at = begin; at < end; ++at) {
+        const float* k = cached(keys_, layer, kv_head) + size_t(at) * c.head_dim;
+        float dot = 0;
+        for (int i = 0; i < c.head_dim; ++i) dot += q[i] * k[i];
+        scores[at] = dot * c.softmax_scale;
+      }
+      kernels_.softmax(scores + begin, end - begin);
+      for (int at = std::max(begin, position_); at < end; ++at) received[at - position_] += scores[at];
+    }
+  });
 }
 
 void Engine::attention_norm(int layer, int tokens) {

@@ -2,6 +2,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 
@@ -19,7 +20,7 @@ EngineMemory engine_memory(const EngineConfig& c) {
 }
 
 Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int slots, int readers,
-               const Kernels& kernels)
+               const Kernels& kernels, std::vector<std::vector<float>> mask_routers)
     : config_(config),
       kernels_(kernels),
       trunk_(std::move(trunk)),
@@ -44,6 +45,7 @@ Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int s
   for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(layer));
   first_record_.resize(c.layers);
   std::exclusive_scan(c.experts.begin(), c.experts.end(), first_record_.begin(), 0);
+  if (!mask_routers.empty()) load_mask_routers(mask_routers);
   jobs_.reserve(most(c.experts) + 1);
   pending_.reserve(most(c.experts));
   tasks_.reserve(4096);
@@ -79,6 +81,43 @@ LayerWeights Engine::layer_weights(int layer) const {
   if (c.shared_hidden) w.shared = {matrix("shared.gate"), matrix("shared.up"), matrix("shared.down")};
   w.shared_router = trunk_.matrix_if_any(prefix + "shared_router");
   return w;
+}
+
+void Engine::load_mask_routers(const std::vector<std::vector<float>>& mask_routers) {
+  const EngineConfig& c = config_;
+  auto bytes_of = [&](int layer) { return align_up(size_t(c.top_k[layer]) * c.dim * sizeof(float), kPartAlignment); };
+  size_t bytes = 0, at = 0;
+  for (int layer = 0; layer < c.layers; ++layer) bytes += 2 * bytes_of(layer);
+  mask_arena_ = Arena(bytes);
+  for (int layer = 0; layer < c.layers; ++layer) {
+    MaskRouter router;
+    const int top_k = c.top_k[layer], row = c.dim + top_k + 1;
+    if (!mask_routers[layer].empty()) {
+      float* of_input = reinterpret_cast<float*>(mask_arena_.data() + at);
+      float* of_weights = reinterpret_cast<float*>(mask_arena_.data() + at + bytes_of(layer));
+      for (int k = 0; k < top_k; ++k) {
+        const float* from = mask_routers[layer].data() + size_t(k) * row;
+        std::copy(from, from + c.dim, of_input + size_t(k) * c.dim);
+        std::copy(from + c.dim, from + row, of_weights + size_t(k) * (top_k + 1));
+      }
+      router.of_input.codes = mask_arena_.data() + at;
+      router.of_input.rows = top_k, router.of_input.cols = c.dim, router.of_input.width = 32;
+      router.of_weights = of_weights;
+    }
+    at += 2 * bytes_of(layer);
+    mask_routers_.push_back(router);
+  }
+}
+
+void Engine::set_prune(PruneRule rule) {
+  const bool by_threshold = rule.kind == Prune::kRatio || rule.kind == Prune::kShare;
+  if (by_threshold && rule.threshold.size() != size_t(config_.layers))
+    throw std::invalid_argument("pruning needs one threshold a layer");
+  if (rule.kind == Prune::kLearned && mask_routers_.empty())
+    throw std::invalid_argument("pruning by mask routers needs a bundle that has them");
+  if (rule.protect > 0 && config_.kv_rank)
+    throw std::invalid_argument("tokens are not protected by the attention they receive over a latent");
+  prune_ = std::move(rule);
 }
 
 std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want) {
@@ -133,6 +172,7 @@ void Engine::route_tokens(int layer, int tokens) {
     route(kernels_, rule, s_.router_logits + size_t(t) * experts, experts, top_k,
           s_.group_scores + size_t(thread) * 2 * c.groups, s_.routed + t * top_k, s_.routing_weights + t * top_k);
   });
+  if (prune_.kind != Prune::kOff) prune_tokens(layer, tokens);
   const int places = tokens * top_k;  // some may be empty: -1
   std::fill(s_.first_pair, s_.first_pair + experts + 1, 0);
   for (int i = 0; i < places; ++i)
@@ -148,6 +188,41 @@ void Engine::route_tokens(int layer, int tokens) {
   }
   for (int expert = experts; expert > 0; --expert) s_.first_pair[expert] = s_.first_pair[expert - 1];
   s_.first_pair[0] = 0;
+}
+
+// Takes away experts of routed and routing_weights by the request's rule.
+void Engine::prune_tokens(int layer, int tokens) {
+  const EngineConfig& c = config_;
+  const int top_k = c.top_k[layer];
+  const bool learned = prune_.kind == Prune::kLearned, protect = prune_.protect > 0 && tokens > 1;
+  const MaskRouter router = learned ? mask_routers_[layer] : MaskRouter{};
+  const float threshold = learned ? 0.0f : prune_.threshold[layer];
+  if (learned && !router) return;
+  if (learned) {
+    Activations x;
+    x.values = s_.normed, x.count = tokens, x.cols = c.dim;
+    matmul(router.of_input, x, s_.mask_scores);
+  }
+  if (protect) {
+    pool_.run(tokens, [&](int t, int) {
+      double norm = 0, received = 0;
+      for (int i = 0; i < c.dim; ++i) norm += std::abs(s_.normed[size_t(t) * c.dim + i]);
+      for (int head = 0; head < c.heads; ++head) received += s_.received[size_t(head) * c.chunk + t];
+      s_.importance[t] = float(norm * received / c.heads / (tokens - t));
+    });
+    protect_most(s_.importance, tokens, prune_.protect, s_.by_importance, s_.protects);
+  }
+  pool_.run(tokens, [&](int t, int) {
+    int32_t* ids = s_.routed + t * top_k;
+    float* weights = s_.routing_weights + t * top_k;
+    int kept = top_k;
+    if (prune_.kind == Prune::kRatio) kept = kept_by_ratio(weights, top_k, threshold);
+    if (prune_.kind == Prune::kShare) kept = kept_by_share(weights, top_k, threshold);
+    if (learned) kept = kept_by_router(router, s_.mask_scores + t * top_k, weights, top_k, prune_.price);
+    if (protect && s_.protects[t]) kept = top_k;
+    s_.dropped[t] = keep_first(kept, top_k, c.renormalise, ids, weights);
+  });
+  for (int t = 0; t < tokens; ++t) stats_.dropped_weight += s_.dropped[t];
 }
 
 void Engine::experts(int layer, int tokens) {

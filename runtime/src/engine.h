@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "expert_cache.h"
+#include "prune.h"
 #include "router.h"
 #include "scratch.h"
 #include "threads.h"
@@ -69,6 +70,7 @@ struct EngineStats {
   uint64_t tokens = 0;        // through forward()
   uint64_t experts_used = 0;  // (token, layer, expert) triples computed
   uint64_t moe_tokens = 0;    // (token, layer) pairs routed
+  double dropped_weight = 0;  // share of routing weight that pruning took away, summed over those pairs
 };
 
 struct LayerWeights {
@@ -86,13 +88,18 @@ struct LayerWeights {
 
 class Engine {
  public:
-  Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int slots, int readers, const Kernels& kernels);
+  // mask_routers: float32, of each layer (top_k, dim + top_k + 1), or empty; for Prune::kLearned.
+  Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int slots, int readers, const Kernels& kernels,
+         std::vector<std::vector<float>> mask_routers = {});
 
   enum class Want { kNothing, kLast, kAll };
 
   // Run `tokens` (at most `chunk`, each below vocab) at positions [position(), ...) and return the logits wanted:
   // (rows, vocab), valid until the next call. On an error the position is what it was before.
   std::span<const float> forward(std::span<const int32_t> tokens, Want want);
+
+  // Which experts tokens keep from now on. What is in the KV cache stays as it was computed.
+  void set_prune(PruneRule rule);
 
   int position() const { return position_; }
   void rewind(int position);  // forget positions from `position` on
@@ -117,12 +124,15 @@ class Engine {
   };
 
   LayerWeights layer_weights(int layer) const;
+  void load_mask_routers(const std::vector<std::vector<float>>& mask_routers);
   void attention(int layer, int tokens);
   void latent_attention(int layer, int tokens);
   void attend_latent(int layer, int first_token, int tokens, int first_head, int heads, int thread);
   void attention_norm(int layer, int tokens);
   void attention_output(int layer, int tokens);
+  void received_attention(int layer, int tokens);
   void route_tokens(int layer, int tokens);
+  void prune_tokens(int layer, int tokens);
   void experts(int layer, int tokens);
   void run_jobs(float* out);
   void add_to_residual(const float* out, int tokens);
@@ -142,6 +152,9 @@ class Engine {
   Matrix embedding_, head_;
   const float* output_norm_;
   std::vector<LayerWeights> layers_;
+  PruneRule prune_;
+  std::vector<MaskRouter> mask_routers_;  // (layers,), or none
+  Arena mask_arena_;
   std::vector<int> first_record_;  // (layers,): the store's number of a layer's expert 0
   Arena kv_arena_, scratch_arena_;
   float *keys_, *values_;  // (layers, kv_heads, context, head_dim); over latents keys_ alone (layers, context, cached)

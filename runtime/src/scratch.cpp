@@ -81,6 +81,12 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   carver.carve(s.logits, size_t(c.logits_rows) * c.vocab);
   carver.carve(s.cos, size_t(c.context) * (c.rope_dim / 2));
   carver.carve(s.sin, size_t(c.context) * (c.rope_dim / 2));
+  carver.carve(s.mask_scores, pairs);
+  carver.carve(s.dropped, chunk);
+  carver.carve(s.received, c.kv_rank ? 0 : chunk * c.heads);
+  carver.carve(s.importance, chunk);
+  carver.carve(s.by_importance, chunk);
+  carver.carve(s.protects, chunk);
   carver.carve(s.normed_q, chunk, c.dim);
   carver.carve(s.attended_q, chunk, attended);
   carver.carve(s.hidden_q, pairs, widest);

@@ -29,6 +29,11 @@ struct Scratch {
   float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
   float* logits;                                   // (logits_rows, vocab)
   float *cos, *sin;                                // (context, rope_dim/2)
+  float* mask_scores;                              // (chunk, top_k)
+  float* dropped;                                  // (chunk,): share of a token's routing weight that pruning drops
+  float *received, *importance;                    // (heads, chunk), (chunk,): attention from the chunk's tokens
+  int32_t* by_importance;                          // (chunk,)
+  uint8_t* protects;                               // (chunk,): 1 for a token that pruning leaves alone
   QuantisedBuffer normed_q, attended_q, hidden_q;
 
   // Attention over a latent alone, which has kLatentQueries rows of scores a thread; `cached` is kv_rank + rope_dim.

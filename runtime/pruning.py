@@ -1,0 +1,187 @@
+"""Pruning as a bundle offers it and a request asks for it: rules, their calibrated curves, the mask routers.
+
+bundle.json's `pruning` has, for each rule by name, the cuts (share of expert uses left out) that were calibrated and
+what the rule needs for each: `thresholds`, one a layer with experts, or a `price` of an expert in the mask routers'
+scores. Between two cuts both are interpolated. What the rules do is in src/prune.h and reference.py.
+"""
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe import _core
+from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.tensorfile import read_header
+
+MASK_FILE = "mask-routers.safetensors"
+RULES = {"odp": "ratio", "share": "share", "otp": "learned"}  # names in bundle.json, and the engine's
+REMEDY = "copy the bundle again"
+
+
+@dataclass(frozen=True, slots=True)
+class PruneRule:
+    """What one request asks of the engine."""
+
+    rule: str = "off"  # off, ratio, share or learned
+    threshold: tuple[float, ...] = ()  # by layer, for ratio and share
+    price: float = 0.0  # of an expert, for learned
+    protect: float = 0.0  # share of a prompt's tokens, those that receive most attention, that keep all experts
+
+
+OFF = PruneRule()
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One rule's settings by cut, ascending."""
+
+    cuts: tuple[float, ...]
+    settings: np.ndarray  # (cuts, layers with experts) thresholds, or (cuts, 1) prices
+    protect: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """What a bundle was calibrated for."""
+
+    config: ModelConfig
+    path: Path
+    curves: dict[str, Curve]
+    default: str  # the rule that a plain number means
+    cut: float  # what "bundle" means
+    certificate: list
+
+    def rule(self, prune: float | str) -> PruneRule:
+        """bundle, a cut, a rule's name (at the bundle's cut, or its nearest), or NAME:CUT. Raises ValueError."""
+        name, cut = self._asked_for(prune)
+        curve = self.curves[name]
+        low, high = curve.cuts[0], curve.cuts[-1]
+        if cut is None:
+            cut = min(max(self.cut, low), high)
+        if not low <= cut <= high:
+            reach = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+            raise ValueError(f"{self.path}: prune is {cut:g}, but {name} is calibrated for {reach} of expert uses")
+        at = bisect_left(curve.cuts, cut)
+        settings = curve.settings[at]
+        if curve.cuts[at] != cut:
+            part = (cut - curve.cuts[at - 1]) / (curve.cuts[at] - curve.cuts[at - 1])
+            settings = (1 - part) * curve.settings[at - 1] + part * settings
+        if RULES[name] == "learned":
+            return PruneRule("learned", price=float(settings[0]))
+        threshold = dict(zip(self.config.moe_layers, settings.tolist(), strict=True))
+        by_layer = tuple(threshold.get(layer, 0.0) for layer in range(self.config.layers))
+        return PruneRule(RULES[name], by_layer, protect=curve.protect)
+
+    def _asked_for(self, prune: float | str) -> tuple[str, float | None]:
+        name, cut = self.default, prune
+        if isinstance(prune, str):
+            name, _, text = prune.partition(":")
+            name = self.default if prune == "bundle" else name
+            try:
+                cut = float(text) if text else None
+            except ValueError:
+                cut = math.nan
+        if name not in self.curves or (cut is not None and not math.isfinite(cut)):
+            raise ValueError(
+                f"prune is {prune!r}, expected off, bundle, a share of expert uses as 0.2, or one of "
+                f"{', '.join(self.curves)}, which may be followed by a share as {self.default}:0.2"
+            )
+        return name, cut
+
+
+def prune_rule(pruning: Pruning | None, prune: float | str | None, path: Path) -> PruneRule:
+    """The rule for a request. None: what the bundle was made for, which is off where it was not calibrated."""
+    if prune == "off" or (prune is None and pruning is None):
+        return OFF
+    if pruning is None:
+        raise ValueError(f"{path}: prune is {prune!r}, but this bundle is not calibrated for pruning; use off")
+    return pruning.rule("bundle" if prune is None else prune)
+
+
+def read_pruning(path: Path, config: ModelConfig, table: dict) -> Pruning | None:
+    """bundle.json's `pruning`, checked. Raises ValueError for what cannot be."""
+    entry = table.get("pruning")
+    if entry is None:
+        return None
+    where = path / "bundle.json"
+
+    def bad(what: str) -> ValueError:
+        return ValueError(f"{where}: pruning {what}; {REMEDY}")
+
+    if not isinstance(entry, dict) or not isinstance(entry.get("rules"), dict) or not entry["rules"]:
+        raise bad("has no rules")
+    curves = {}
+    for name, its in entry["rules"].items():
+        if name not in RULES or not isinstance(its, dict):
+            raise bad(f"has a rule {name!r}, expected some of {', '.join(RULES)}")
+        learned = RULES[name] == "learned"
+        cuts = its.get("cuts")
+        if not _numbers(cuts) or not all(a < b for a, b in zip([0, *cuts], [*cuts, 1], strict=True)):
+            raise bad(f"has cuts of {name} that do not rise from 0 to 1")
+        values = its.get("prices" if learned else "thresholds")
+        rows = [[value] for value in values] if learned and isinstance(values, list) else values
+        layers = 1 if learned else len(config.moe_layers)
+        if not isinstance(rows, list) or len(rows) != len(cuts):
+            raise bad(f"has not one setting of {name} for each of its {len(cuts)} cuts")
+        if not all(_numbers(row) for row in rows):
+            raise bad(f"has settings of {name} that are no finite numbers")
+        if any(len(row) != layers for row in rows):
+            raise bad(f"has thresholds of {name} for other than the {layers} layers with experts")
+        if not learned and not all(0 <= value <= 1 for row in rows for value in row):
+            raise bad(f"has thresholds of {name} outside 0 to 1")
+        protect = its.get("protect", 0.0)
+        if not _numbers([protect]) or not 0 <= protect <= 1:
+            raise bad(f"protects a share of {protect!r}, expected 0 to 1")
+        curves[name] = Curve(tuple(cuts), np.array(rows, np.float64), protect)
+    default, cut = entry.get("default"), entry.get("cut")
+    if default not in curves:
+        raise bad(f"has a default rule {default!r} that is not among its rules")
+    if not _numbers([cut]) or not 0 < cut < 1:
+        raise bad(f"has a cut of {cut!r}, expected a share of expert uses")
+    if any(RULES[name] == "learned" for name in curves) and not isinstance(entry.get("mask_routers"), dict):
+        raise bad("has a learned rule, but no mask_routers")
+    return Pruning(config, path, curves, default, float(cut), entry.get("certificate") or [])
+
+
+def read_mask_routers(path: Path, config: ModelConfig, table: dict) -> list[list[float]]:
+    """Of each layer the values of (top_k, dim + top_k + 1), empty for a layer without experts; [] where there are none.
+
+    Raises ValueError for a damaged file or one of other shapes.
+    """
+    entry = (table.get("pruning") or {}).get("mask_routers")
+    if entry is None:
+        return []
+    file = path / MASK_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, but bundle.json lists it; {REMEDY}")
+    data = file.read_bytes()
+    if len(data) != entry.get("bytes") or f"{_core.crc32c(data, 0):08x}" != entry.get("crc32c"):
+        raise ValueError(f"{file}: does not match its checksum; {REMEDY}")
+    stored, found = read_header(file, REMEDY), []
+    for layer in range(config.layers):
+        if layer in config.dense_layers:
+            found.append([])
+            continue
+        top_k, name = config.top_k_of(layer), f"layers.{layer}.mask_router"
+        shape, part = (top_k, config.dim + top_k + 1), stored.get(name)
+        if part is None or part.dtype != "F32" or part.shape != shape:
+            shown = "missing" if part is None else f"{part.dtype} {part.shape}"
+            raise ValueError(f"{file}: {name} is {shown}, expected F32 {shape}; {REMEDY}")
+        values = np.frombuffer(data, "<f4", math.prod(shape), part.offset)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{file}: {name} has values that are not finite; {REMEDY}")
+        found.append(values.tolist())
+    return found
+
+
+def _numbers(values) -> bool:
+    return (
+        isinstance(values, list)
+        and bool(values)
+        and all(
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+        )
+    )

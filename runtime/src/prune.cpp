@@ -1,0 +1,60 @@
+// The rules of pruning; see prune.h.
+#include "prune.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace edge_moe {
+
+int kept_by_ratio(const float* weights, int top_k, float threshold) {
+  const float least = threshold * weights[0];
+  int kept = 1;
+  while (kept < top_k && weights[kept] >= least) ++kept;
+  return kept;
+}
+
+int kept_by_share(const float* weights, int top_k, float threshold) {
+  const float least = threshold * std::accumulate(weights, weights + top_k, 0.0f);
+  float before = weights[0];
+  int kept = 1;
+  for (; kept < top_k && before < least; ++kept) before += weights[kept];
+  return kept;
+}
+
+int kept_by_router(const MaskRouter& router, const float* scores, const float* weights, int top_k, float price) {
+  const float sum = std::accumulate(weights, weights + top_k, 0.0f);
+  int best = top_k;
+  float best_score = 0;
+  for (int kept = top_k; kept > 0; --kept) {  // of equals, the larger
+    const float* row = router.of_weights + (kept - 1) * (top_k + 1);
+    float score = scores[kept - 1] + row[top_k];
+    for (int k = 0; k < top_k; ++k) score += row[k] * (weights[k] / sum);
+    score -= price * float(kept);
+    if (kept == top_k || score > best_score) best = kept, best_score = score;
+  }
+  return best;
+}
+
+float keep_first(int kept, int top_k, bool renormalise, int32_t* ids, float* weights) {
+  const float all = std::accumulate(weights, weights + top_k, 0.0f);
+  const float left = std::accumulate(weights, weights + kept, 0.0f);
+  std::fill(ids + kept, ids + top_k, -1);
+  std::fill(weights + kept, weights + top_k, 0.0f);
+  if (!(left < all)) return 0;
+  if (renormalise)
+    for (int k = 0; k < kept; ++k) weights[k] *= all / left;
+  return 1 - left / all;
+}
+
+void protect_most(const float* importance, int tokens, float share, int32_t* order, uint8_t* protects) {
+  const int count = std::min(tokens, int(std::ceil(double(share) * tokens)));
+  std::iota(order, order + tokens, 0);
+  std::partial_sort(order, order + count, order + tokens, [&](int a, int b) {
+    return importance[a] != importance[b] ? importance[a] > importance[b] : a < b;
+  });
+  std::fill(protects, protects + tokens, 0);
+  for (int i = 0; i < count; ++i) protects[order[i]] = 1;
+}
+
+}  // namespace edge_moe
