@@ -17,7 +17,8 @@ from edge_moe.runtime.config import ModelConfig
 from edge_moe.runtime.tensorfile import read_header
 
 MASK_FILE = "mask-routers.safetensors"
-RULES = {"odp": "ratio", "share": "share", "otp": "learned"}  # names in bundle.json, and the engine's
+RULES = {"odp": "ratio", "share": "share", "otp": "otp", "ours": "ours"}  # names in bundle.json, and the engine's
+LEARNED = ("otp", "ours")  # rules with mask routers
 REMEDY = "copy the bundle again"
 
 
@@ -25,9 +26,9 @@ REMEDY = "copy the bundle again"
 class PruneRule:
     """What one request asks of the engine."""
 
-    rule: str = "off"  # off, ratio, share or learned
+    rule: str = "off"  # off, ratio, share, otp or ours
     threshold: tuple[float, ...] = ()  # by layer, for ratio and share
-    price: float = 0.0  # of an expert, for learned
+    price: float = 0.0  # of an expert, for otp and ours
     protect: float = 0.0  # share of a prompt's tokens, those that receive most attention, that keep all experts
 
 
@@ -69,8 +70,8 @@ class Pruning:
         if curve.cuts[at] != cut:
             part = (cut - curve.cuts[at - 1]) / (curve.cuts[at] - curve.cuts[at - 1])
             settings = (1 - part) * curve.settings[at - 1] + part * settings
-        if RULES[name] == "learned":
-            return PruneRule("learned", price=float(settings[0]))
+        if name in LEARNED:
+            return PruneRule(name, price=float(settings[0]))
         threshold = dict(zip(self.config.moe_layers, settings.tolist(), strict=True))
         by_layer = tuple(threshold.get(layer, 0.0) for layer in range(self.config.layers))
         return PruneRule(RULES[name], by_layer, protect=curve.protect)
@@ -117,7 +118,7 @@ def read_pruning(path: Path, config: ModelConfig, table: dict) -> Pruning | None
     for name, its in entry["rules"].items():
         if name not in RULES or not isinstance(its, dict):
             raise bad(f"has a rule {name!r}, expected some of {', '.join(RULES)}")
-        learned = RULES[name] == "learned"
+        learned = name in LEARNED
         cuts = its.get("cuts")
         if not _numbers(cuts) or not all(a < b for a, b in zip([0, *cuts], [*cuts, 1], strict=True)):
             raise bad(f"has cuts of {name} that do not rise from 0 to 1")
@@ -141,40 +142,44 @@ def read_pruning(path: Path, config: ModelConfig, table: dict) -> Pruning | None
         raise bad(f"has a default rule {default!r} that is not among its rules")
     if not _numbers([cut]) or not 0 < cut < 1:
         raise bad(f"has a cut of {cut!r}, expected a share of expert uses")
-    if any(RULES[name] == "learned" for name in curves) and not isinstance(entry.get("mask_routers"), dict):
+    if set(LEARNED) & curves.keys() and not isinstance(entry.get("mask_routers"), dict):
         raise bad("has a learned rule, but no mask_routers")
     return Pruning(config, path, curves, default, float(cut), entry.get("certificate") or [])
 
 
-def read_mask_routers(path: Path, config: ModelConfig, table: dict) -> list[list[float]]:
-    """Of each layer the values of (top_k, dim + top_k + 1), empty for a layer without experts; [] where there are none.
+def read_mask_routers(path: Path, pruning: Pruning | None, table: dict) -> dict[str, list[list[float]]]:
+    """By rule, of each layer the values of (top_k, dim + 2 top_k + 1), empty for a layer without experts.
 
     Raises ValueError for a damaged file or one of other shapes.
     """
-    entry = (table.get("pruning") or {}).get("mask_routers")
-    if entry is None:
-        return []
-    file = path / MASK_FILE
+    rules = [name for name in LEARNED if pruning and name in pruning.curves]
+    if not rules:
+        return {}
+    config, entry, file = pruning.config, table["pruning"]["mask_routers"], path / MASK_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, but bundle.json lists it; {REMEDY}")
     data = file.read_bytes()
     if len(data) != entry.get("bytes") or f"{_core.crc32c(data, 0):08x}" != entry.get("crc32c"):
         raise ValueError(f"{file}: does not match its checksum; {REMEDY}")
-    stored, found = read_header(file, REMEDY), []
-    for layer in range(config.layers):
-        if layer in config.dense_layers:
-            found.append([])
-            continue
-        top_k, name = config.top_k_of(layer), f"layers.{layer}.mask_router"
-        shape, part = (top_k, config.dim + top_k + 1), stored.get(name)
-        if part is None or part.dtype != "F32" or part.shape != shape:
-            shown = "missing" if part is None else f"{part.dtype} {part.shape}"
-            raise ValueError(f"{file}: {name} is {shown}, expected F32 {shape}; {REMEDY}")
-        values = np.frombuffer(data, "<f4", math.prod(shape), part.offset)
-        if not np.isfinite(values).all():
-            raise ValueError(f"{file}: {name} has values that are not finite; {REMEDY}")
-        found.append(values.tolist())
+    stored, found = read_header(file, REMEDY), {name: [[]] * config.layers for name in rules}
+    for rule, layers in found.items():
+        for layer in config.moe_layers:
+            name = f"layers.{layer}.{rule}"
+            shape, part = mask_router_shape(config, layer), stored.get(name)
+            if part is None or part.dtype != "F32" or part.shape != shape:
+                shown = "missing" if part is None else f"{part.dtype} {part.shape}"
+                raise ValueError(f"{file}: {name} is {shown}, expected F32 {shape}; {REMEDY}")
+            values = np.frombuffer(data, "<f4", math.prod(shape), part.offset)
+            if not np.isfinite(values).all():
+                raise ValueError(f"{file}: {name} has values that are not finite; {REMEDY}")
+            layers[layer] = values.tolist()
     return found
+
+
+def mask_router_shape(config: ModelConfig, layer: int) -> tuple[int, int]:
+    """A row for each count of experts; columns for x, logarithms of the weights' shares, these, and 1."""
+    top_k = config.top_k_of(layer)
+    return top_k, config.dim + 2 * top_k + 1
 
 
 def _numbers(values) -> bool:

@@ -186,12 +186,22 @@ def kept_by_share(routing_weights, threshold: float):
     return np.maximum((before < threshold * routing_weights.sum(-1, keepdims=True)).sum(-1), 1)
 
 
-def kept_by_router(mask_router, h, routing_weights, price: float):
-    """How many experts of each row, (rows,), score best. mask_router: (top_k, dim + top_k + 1); h: (rows, dim)."""
-    rows, top_k = routing_weights.shape
-    inputs = np.concatenate([h, routing_weights / routing_weights.sum(-1, keepdims=True), np.ones((rows, 1))], -1)
-    scores = inputs @ mask_router.T - price * np.arange(1, top_k + 1)
-    return top_k - np.argmax(scores[:, ::-1], -1)  # of equals, the larger
+def mask_inputs(h, routing_weights):
+    """What a mask router sees of each row, (rows, dim + 2 top_k + 1): h, log shares of the weights, shares, 1."""
+    share = np.maximum(routing_weights / routing_weights.sum(-1, keepdims=True), 1e-6)
+    return np.concatenate([h, np.log(share), share, np.ones((len(h), 1))], -1).astype(np.float32)
+
+
+def kept_by_router(mask_router, h, routing_weights, price: float, losses: bool):
+    """How many experts of each row, (rows,), a mask router (top_k, dim + 2 top_k + 1) keeps: those of best score or,
+    with `losses`, whose rows are their logarithms, of the least loss. price: of an expert. h: (rows, dim)."""
+    top_k = routing_weights.shape[1]
+    values = mask_inputs(h, routing_weights) @ mask_router.T
+    if losses:
+        values = -np.exp(np.minimum(values, 80))
+        values[:, -1] = 0  # all experts lose nothing
+    values = values - price * np.arange(1, top_k + 1)
+    return top_k - np.argmax(values[:, ::-1], -1)  # of equals, the larger
 
 
 def router_scores(config: ModelConfig, weights, layer: int, h, xp=np):

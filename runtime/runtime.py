@@ -86,7 +86,7 @@ class Runtime:
         self.bundle = Bundle.open(bundle)
         self.config = self.bundle.config
         self._prune = prune_rule(self.bundle.pruning, prune, self.bundle.path)
-        mask_routers = read_mask_routers(self.bundle.path, self.config, self.bundle.table)
+        mask_routers = read_mask_routers(self.bundle.path, self.bundle.pruning, self.bundle.table)
         context = min(DEFAULT_CONTEXT, self.config.context) if context is None else context
         if not 1 <= context <= self.config.context:
             raise ValueError(f"context is {context}, expected 1 to {self.config.context}, the model's own")
@@ -98,7 +98,7 @@ class Runtime:
         ram_bytes = resolve_ram(ram)
         self.plan: Plan = make_plan(
             self.config,
-            trunk_bytes=self.bundle.trunk_bytes + sum(8 * len(values) for values in mask_routers),
+            trunk_bytes=self.bundle.trunk_bytes + _mask_bytes(mask_routers),
             all_experts_bytes=self.bundle.expert_bytes,
             slot_bytes=max(expert.nbytes for expert in self.bundle.experts.values()),
             ram_bytes=ram_bytes,
@@ -123,7 +123,7 @@ class Runtime:
                 self.plan.slots,
                 READERS,
                 kernels,
-                mask_routers,
+                **mask_routers,
             )
         except RuntimeError as error:  # the core's word for a damaged file
             raise ValueError(str(error)) from None
@@ -301,6 +301,12 @@ class Runtime:
         engine = self._open()
         del self._cached[position:]  # first: after an interrupt it may be shorter than the KV cache, never longer
         engine.rewind(position)
+
+
+def _mask_bytes(mask_routers: dict[str, list[list[float]]]) -> int:
+    """What the engine keeps of them, each piece aligned."""
+    layers = [values for rule in mask_routers.values() for values in rule]
+    return sum(4 * len(values) + 2 * _core.PART_ALIGNMENT for values in layers)
 
 
 class _Text:

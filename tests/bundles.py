@@ -224,19 +224,20 @@ class Pruned:
         return reference.head(config, weights, x)[0]
 
 
-def prunable(out: Path, source: Path, mask_routers: dict[int, np.ndarray], **pruning) -> Path:
-    """A lossless bundle with mask routers, by layer, and one point of each rule."""
+def prunable(out: Path, source: Path, mask_routers: dict[str, np.ndarray], **pruning) -> Path:
+    """A lossless bundle with mask routers, by name, and a curve of each rule."""
     checkpoint = Checkpoint(source)
     layers = len(checkpoint.config.moe_layers)
     write_lossless(out, source, checkpoint.config, checkpoint)
-    save_file({f"layers.{layer}.mask_router": its for layer, its in mask_routers.items()}, out / MASK_FILE)
+    save_file(mask_routers, out / MASK_FILE)
     data = (out / MASK_FILE).read_bytes()
     table = json.loads((out / "bundle.json").read_text())
     table["pruning"] = {
-        "default": "otp",
+        "default": "ours",
         "cut": 0.2,
         "rules": {
             "otp": {"cuts": [0.1, 0.3], "prices": [0.1, 0.5]},
+            "ours": {"cuts": [0.1, 0.3], "prices": [0.1, 0.5]},
             "share": {"cuts": [0.1, 0.3], "thresholds": [[0.9] * layers, [0.5] * layers]},
             "odp": {"cuts": [0.2], "thresholds": [[0.5] * layers], "protect": 0.02},
         },

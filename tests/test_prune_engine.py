@@ -6,39 +6,43 @@ from bundles import Pruned, prunable
 
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.runtime import reference
-from edge_moe.runtime.pruning import PruneRule
+from edge_moe.runtime.pruning import LEARNED, PruneRule, mask_router_shape
 from edge_moe.runtime.runtime import Runtime
 
 ARCHITECTURES = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
 
 
-def mask_routers_of(config, seed=0) -> dict[int, np.ndarray]:
-    """Random ones, by layer with experts, that like each count of experts now and then."""
+def mask_routers_of(config, seed=0) -> dict[str, np.ndarray]:
+    """Random ones, by layer and rule, that like each count of experts now and then."""
     rng = np.random.default_rng(seed)
-    shapes = {layer: (config.top_k_of(layer), config.dim + config.top_k_of(layer) + 1) for layer in config.moe_layers}
-    return {layer: rng.standard_normal(shape).astype(np.float32) * 0.3 for layer, shape in shapes.items()}
+    return {
+        f"layers.{layer}.{rule}": rng.standard_normal(mask_router_shape(config, layer)).astype(np.float32) * 0.3
+        for layer in config.moe_layers
+        for rule in LEARNED
+    }
 
 
 def rule_of(kind: str, config) -> PruneRule:
     rng = np.random.default_rng(1)
-    low, high = {"ratio": (0.5, 1.0), "share": (0.3, 0.9), "learned": (0, 0)}[kind]
-    threshold = tuple(rng.uniform(low, high, config.layers).tolist()) if kind != "learned" else ()
-    return PruneRule(kind, threshold, price=0.2 if kind == "learned" else 0.0)
+    low, high = {"ratio": (0.5, 1.0), "share": (0.3, 0.9)}.get(kind, (0, 0))
+    threshold = () if kind in LEARNED else tuple(rng.uniform(low, high, config.layers).tolist())
+    return PruneRule(kind, threshold, price=0.2 if kind in LEARNED else 0.0)
 
 
 def kept_of(rule: PruneRule, mask_routers):
     """(layer, h, routing weights) -> experts kept of each row, by runtime/reference.py."""
 
     def kept(layer, h, weights):
-        if rule.rule == "learned":
-            return reference.kept_by_router(mask_routers[layer], h, weights, rule.price)
+        if rule.rule in LEARNED:
+            router = mask_routers[f"layers.{layer}.{rule.rule}"]
+            return reference.kept_by_router(router, h, weights, rule.price, rule.rule == "ours")
         how = reference.kept_by_ratio if rule.rule == "ratio" else reference.kept_by_share
         return how(weights, np.float32(rule.threshold[layer]))
 
     return kept
 
 
-@pytest.mark.parametrize("kind", ["ratio", "share", "learned"])
+@pytest.mark.parametrize("kind", ["ratio", "share", "otp", "ours"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_are_those_of_the_reference_pruned_alike(golden, tmp_path, architecture, kind):
     directory, ids, whole = golden[architecture]

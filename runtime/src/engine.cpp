@@ -20,7 +20,7 @@ EngineMemory engine_memory(const EngineConfig& c) {
 }
 
 Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int slots, int readers,
-               const Kernels& kernels, std::vector<std::vector<float>> mask_routers)
+               const Kernels& kernels, const MaskRouters& otp, const MaskRouters& ours)
     : config_(config),
       kernels_(kernels),
       trunk_(std::move(trunk)),
@@ -45,7 +45,8 @@ Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int s
   for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(layer));
   first_record_.resize(c.layers);
   std::exclusive_scan(c.experts.begin(), c.experts.end(), first_record_.begin(), 0);
-  if (!mask_routers.empty()) load_mask_routers(mask_routers);
+  otp_ = load_mask_routers(otp, otp_arena_);
+  ours_ = load_mask_routers(ours, ours_arena_);
   jobs_.reserve(most(c.experts) + 1);
   pending_.reserve(most(c.experts));
   tasks_.reserve(4096);
@@ -83,37 +84,38 @@ LayerWeights Engine::layer_weights(int layer) const {
   return w;
 }
 
-void Engine::load_mask_routers(const std::vector<std::vector<float>>& mask_routers) {
+std::vector<MaskRouter> Engine::load_mask_routers(const MaskRouters& from, Arena& arena) const {
   const EngineConfig& c = config_;
-  auto bytes_of = [&](int layer) { return align_up(size_t(c.top_k[layer]) * c.dim * sizeof(float), kPartAlignment); };
+  if (from.empty()) return {};
+  auto room = [&](size_t values) { return align_up(values * sizeof(float), kPartAlignment); };
   size_t bytes = 0, at = 0;
-  for (int layer = 0; layer < c.layers; ++layer) bytes += 2 * bytes_of(layer);
-  mask_arena_ = Arena(bytes);
+  for (size_t top_k : c.top_k) bytes += room(top_k * c.dim) + room(top_k * (2 * top_k + 1));
+  arena = Arena(bytes);
+  std::vector<MaskRouter> routers(c.layers);
   for (int layer = 0; layer < c.layers; ++layer) {
-    MaskRouter router;
-    const int top_k = c.top_k[layer], row = c.dim + top_k + 1;
-    if (!mask_routers[layer].empty()) {
-      float* of_input = reinterpret_cast<float*>(mask_arena_.data() + at);
-      float* of_weights = reinterpret_cast<float*>(mask_arena_.data() + at + bytes_of(layer));
-      for (int k = 0; k < top_k; ++k) {
-        const float* from = mask_routers[layer].data() + size_t(k) * row;
-        std::copy(from, from + c.dim, of_input + size_t(k) * c.dim);
-        std::copy(from + c.dim, from + row, of_weights + size_t(k) * (top_k + 1));
-      }
-      router.of_input.codes = mask_arena_.data() + at;
-      router.of_input.rows = top_k, router.of_input.cols = c.dim, router.of_input.width = 32;
-      router.of_weights = of_weights;
+    if (from[layer].empty()) continue;
+    const size_t top_k = c.top_k[layer], dim = c.dim, others = 2 * top_k + 1;
+    float* of_input = reinterpret_cast<float*>(arena.data() + at);
+    float* of_weights = reinterpret_cast<float*>(arena.data() + at + room(top_k * dim));
+    for (size_t k = 0; k < top_k; ++k) {
+      const float* row = from[layer].data() + k * (dim + others);
+      std::copy_n(row, dim, of_input + k * dim);
+      std::copy_n(row + dim, others, of_weights + k * others);
     }
-    at += 2 * bytes_of(layer);
-    mask_routers_.push_back(router);
+    Matrix& matrix = routers[layer].of_input;
+    matrix.codes = arena.data() + at;
+    matrix.rows = int(top_k), matrix.cols = int(dim), matrix.width = 32;
+    routers[layer].of_weights = of_weights;
+    at += room(top_k * dim) + room(top_k * others);
   }
+  return routers;
 }
 
 void Engine::set_prune(PruneRule rule) {
   const bool by_threshold = rule.kind == Prune::kRatio || rule.kind == Prune::kShare;
   if (by_threshold && rule.threshold.size() != size_t(config_.layers))
     throw std::invalid_argument("pruning needs one threshold a layer");
-  if (rule.kind == Prune::kLearned && mask_routers_.empty())
+  if ((rule.kind == Prune::kOtp && otp_.empty()) || (rule.kind == Prune::kOurs && ours_.empty()))
     throw std::invalid_argument("pruning by mask routers needs a bundle that has them");
   if (rule.protect > 0 && config_.kv_rank)
     throw std::invalid_argument("tokens are not protected by the attention they receive over a latent");
@@ -194,9 +196,10 @@ void Engine::route_tokens(int layer, int tokens) {
 void Engine::prune_tokens(int layer, int tokens) {
   const EngineConfig& c = config_;
   const int top_k = c.top_k[layer];
-  const bool learned = prune_.kind == Prune::kLearned, protect = prune_.protect > 0 && tokens > 1;
-  const MaskRouter router = learned ? mask_routers_[layer] : MaskRouter{};
+  const bool losses = prune_.kind == Prune::kOurs, learned = losses || prune_.kind == Prune::kOtp;
+  const bool protect = prune_.protect > 0 && tokens > 1;
   const float threshold = learned ? 0.0f : prune_.threshold[layer];
+  const MaskRouter router = !learned ? MaskRouter{} : losses ? ours_[layer] : otp_[layer];
   if (learned && !router) return;
   if (learned) {
     Activations x;
@@ -218,7 +221,7 @@ void Engine::prune_tokens(int layer, int tokens) {
     int kept = top_k;
     if (prune_.kind == Prune::kRatio) kept = kept_by_ratio(weights, top_k, threshold);
     if (prune_.kind == Prune::kShare) kept = kept_by_share(weights, top_k, threshold);
-    if (learned) kept = kept_by_router(router, s_.mask_scores + t * top_k, weights, top_k, prune_.price);
+    if (learned) kept = kept_by_router(router, losses, s_.mask_scores + t * top_k, weights, top_k, prune_.price);
     if (protect && s_.protects[t]) kept = top_k;
     s_.dropped[t] = keep_first(kept, top_k, c.renormalise, ids, weights);
   });

@@ -88,9 +88,11 @@ struct LayerWeights {
 
 class Engine {
  public:
-  // mask_routers: float32, of each layer (top_k, dim + top_k + 1), or empty; for Prune::kLearned.
+  // The mask routers of a rule: of each layer (top_k, dim + 2 * top_k + 1) values, or none; no layers: there are none.
+  using MaskRouters = std::vector<std::vector<float>>;
+
   Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int slots, int readers, const Kernels& kernels,
-         std::vector<std::vector<float>> mask_routers = {});
+         const MaskRouters& otp = {}, const MaskRouters& ours = {});
 
   enum class Want { kNothing, kLast, kAll };
 
@@ -124,7 +126,7 @@ class Engine {
   };
 
   LayerWeights layer_weights(int layer) const;
-  void load_mask_routers(const std::vector<std::vector<float>>& mask_routers);
+  std::vector<MaskRouter> load_mask_routers(const MaskRouters& from, Arena& arena) const;
   void attention(int layer, int tokens);
   void latent_attention(int layer, int tokens);
   void attend_latent(int layer, int first_token, int tokens, int first_head, int heads, int thread);
@@ -153,9 +155,9 @@ class Engine {
   const float* output_norm_;
   std::vector<LayerWeights> layers_;
   PruneRule prune_;
-  std::vector<MaskRouter> mask_routers_;  // (layers,), or none
-  Arena mask_arena_;
-  std::vector<int> first_record_;  // (layers,): the store's number of a layer's expert 0
+  Arena otp_arena_, ours_arena_;
+  std::vector<MaskRouter> otp_, ours_;  // (layers,), or none
+  std::vector<int> first_record_;       // (layers,): the store's number of a layer's expert 0
   Arena kv_arena_, scratch_arena_;
   float *keys_, *values_;  // (layers, kv_heads, context, head_dim); over latents keys_ alone (layers, context, cached)
   Scratch s_;

@@ -7,6 +7,13 @@
 
 namespace edge_moe {
 
+namespace {
+
+constexpr float kLeastShare = 1e-6f;  // whose logarithm a mask router sees
+constexpr double kMostLogLoss = 80;   // exp of it is a float
+
+}  // namespace
+
 int kept_by_ratio(const float* weights, int top_k, float threshold) {
   const float least = threshold * weights[0];
   int kept = 1;
@@ -22,17 +29,22 @@ int kept_by_share(const float* weights, int top_k, float threshold) {
   return kept;
 }
 
-int kept_by_router(const MaskRouter& router, const float* scores, const float* weights, int top_k, float price) {
+int kept_by_router(const MaskRouter& router, bool losses, float* values, const float* weights, int top_k, float price) {
   const float sum = std::accumulate(weights, weights + top_k, 0.0f);
-  int best = top_k;
-  float best_score = 0;
-  for (int kept = top_k; kept > 0; --kept) {  // of equals, the larger
-    const float* row = router.of_weights + (kept - 1) * (top_k + 1);
-    float score = scores[kept - 1] + row[top_k];
-    for (int k = 0; k < top_k; ++k) score += row[k] * (weights[k] / sum);
-    score -= price * float(kept);
-    if (kept == top_k || score > best_score) best = kept, best_score = score;
+  for (int kept = 1; kept <= top_k; ++kept) {
+    const float* row = router.of_weights + (kept - 1) * (2 * top_k + 1);
+    float value = values[kept - 1] + row[2 * top_k];
+    for (int k = 0; k < top_k; ++k) {
+      const float share = std::max(weights[k] / sum, kLeastShare);
+      // in double: libm's float functions differ between machines in the last bit, which a rounded double all but hides
+      value += row[k] * float(std::log(double(share))) + row[top_k + k] * share;
+    }
+    if (losses) value = kept == top_k ? 0.0f : -float(std::exp(std::min(double(value), kMostLogLoss)));
+    values[kept - 1] = value - price * float(kept);
   }
+  int best = top_k;
+  for (int kept = top_k - 1; kept > 0; --kept)  // of equals, the larger
+    if (values[kept - 1] > values[best - 1]) best = kept;
   return best;
 }
 
