@@ -1,0 +1,98 @@
+"""The backward pass of runtime/reference.py's MLP path, for calibration: what a change of a layer does to predictions.
+
+A gradient is that of a log-likelihood with respect to the residual stream. It goes back through experts, routers,
+shared experts, dense layers and norms, and past attention unchanged: the influence of a token on later ones is left
+out. Arrays: g (samples, rows, dim), one gradient for each label that was drawn.
+"""
+
+import numpy as np
+
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig
+
+
+def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, random) -> np.ndarray:
+    """Gradients, (samples, rows, dim), of the log-likelihood of labels drawn from the model's own predictions.
+
+    x: (rows, dim), the stream after the last layer. Their mean square in a direction is the curvature of the KL
+    divergence in it (the Fisher information).
+    """
+    head = weights.trunk("embedding" if config.tied_head else "head")
+    p = reference.softmax(reference.head(config, weights, x))
+    ends, rows = np.cumsum(p, axis=-1), np.arange(len(x))
+    g = np.empty((samples, *x.shape), np.float32)
+    for sample in range(samples):
+        drawn = random.random(len(x), np.float32)[:, None] * ends[:, -1:]
+        labels = np.minimum((ends < drawn).sum(axis=-1), config.vocab - 1)
+        slope = -p
+        slope[rows, labels] += 1
+        g[sample] = norm_backward(x, weights.trunk("output_norm"), config.norm_eps, slope @ head)
+    return g
+
+
+def norm_backward(x, weight, eps: float, g):
+    """Through reference.rms_norm: x (rows, dim), g (..., rows, dim)."""
+    inverse = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps)
+    g = g * weight
+    return inverse * (g - x * (np.square(inverse) * np.mean(g * x, axis=-1, keepdims=True)))
+
+
+def mlp_backward(config: ModelConfig, h, matrices, g):
+    """Through reference.expert: its output (rows, dim), and the gradient (samples, rows, dim) at h (rows, dim)."""
+    w_gate, w_up, w_down = matrices
+    gate, up = h @ w_gate.T, h @ w_up.T
+    act, slope = activation(config, gate)
+    inner = g @ w_down
+    return (act * up) @ w_down.T, (inner * (up * slope)) @ w_gate + (inner * act) @ w_up
+
+
+def activation(config: ModelConfig, x):
+    """The activation and its derivative."""
+    if config.activation == "silu":
+        sigmoid = reference.sigmoid(x)
+        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+    inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x**3)
+    tanh = np.tanh(inner)
+    slope = np.float32(np.sqrt(2 / np.pi)) * (1 + np.float32(3 * 0.044715) * np.square(x))
+    return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - np.square(tanh)) * slope
+
+
+def router_backward(config: ModelConfig, router, scores, chosen, weights, g_weights):
+    """The gradient (samples, rows, dim) at h, of g_weights (samples, rows, top_k) at the routing weights.
+
+    router: (experts, dim); scores: (rows, experts); chosen, weights: (rows, top_k), as reference.route() gives them.
+    """
+    rule, there = config.router, chosen >= 0
+    its = np.take_along_axis(scores, chosen.clip(0), axis=-1) * there
+    if rule.renormalise:
+        mean = (g_weights * weights).sum(axis=-1, keepdims=True) / rule.scale
+        g_its = (g_weights - mean) * rule.scale / (its.sum(axis=-1, keepdims=True) + 1e-20)
+    else:
+        g_its = g_weights * rule.scale
+    g_scores = np.zeros((len(g_weights), *scores.shape), np.float32)
+    rows, place = np.nonzero(there)
+    g_scores[:, rows, chosen[rows, place]] = g_its[:, rows, place]
+    if rule.score == "softmax":
+        g_logits = scores * (g_scores - (g_scores * scores).sum(axis=-1, keepdims=True))
+    else:
+        g_logits = g_scores * scores * (1 - scores)
+    return g_logits @ router
+
+
+def shared_backward(config: ModelConfig, weights, layer: int, h, g):
+    """The gradient at h of the shared expert's output."""
+    prefix = f"layers.{layer}.shared"
+    matrices = [weights.trunk(f"{prefix}.{part}") for part in ("gate", "up", "down")]
+    if not config.shared_gate:
+        return mlp_backward(config, h, matrices, g)[1]
+    row = weights.trunk(f"{prefix}_router")  # (1, dim)
+    gate = reference.sigmoid(h @ row.T)  # (rows, 1)
+    y, back = mlp_backward(config, h, matrices, g * gate)
+    return back + (g * y).sum(axis=-1, keepdims=True) * gate * (1 - gate) * row
+
+
+def dense_backward(config: ModelConfig, weights, layer: int, h, g):
+    """The gradient at h of a dense layer's MLP."""
+    return mlp_backward(
+        config, h, [weights.trunk(f"layers.{layer}.dense.{part}") for part in ("gate", "up", "down")], g
+    )[1]
