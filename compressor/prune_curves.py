@@ -1,0 +1,87 @@
+"""From losses to settings: what each rule of pruning needs for each cut, and which layers it spares."""
+
+import numpy as np
+
+from edge_moe.compressor.prune import LayerLosses
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig
+
+CUTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+SHARES = np.linspace(0.02, 1, 99)  # thresholds of the share rule that are tried
+PROTECTED = 0.02  # of a prompt's tokens, in the Mixture Compressor's rule
+STEPS = 60  # of a bisection
+
+
+def reachable(config: ModelConfig) -> list[float]:
+    """The cuts that a model's top_k allows, each token keeping one expert."""
+    most = 1 - len(config.moe_layers) / sum(config.top_k_of(layer) for layer in config.moe_layers)
+    return [cut for cut in CUTS if cut < 0.95 * most]
+
+
+def kept_at(values: np.ndarray, price: float) -> np.ndarray:
+    """Experts each row keeps, (rows,): the least of expected losses (rows, top_k) and price; of equals the most."""
+    top_k = values.shape[1]
+    return top_k - np.argmin((values + price * np.arange(1, top_k + 1))[:, ::-1], axis=-1)
+
+
+def cut_of(kept: list[np.ndarray], layers: dict[int, LayerLosses]) -> float:
+    """Share of expert uses left out."""
+    return 1 - sum(its.sum() for its in kept) / sum(layer.losses.size for layer in layers.values())
+
+
+def prices(layers: dict[int, LayerLosses], cuts: list[float]) -> list[float]:
+    """The price of an expert at which mask routers of `ours` cut so much of these tokens, for each cut."""
+    found = []
+    for cut in cuts:
+        low, high = 1e-12, 1e3
+        for _ in range(STEPS):
+            price = np.sqrt(low * high)
+            reached = cut_of([kept_at(layer.expected, price) for layer in layers.values()], layers)
+            low, high = (low, price) if reached > cut else (price, high)
+        found.append(float(np.sqrt(low * high)))
+    return found
+
+
+def share_thresholds(layers: dict[int, LayerLosses], cuts: list[float]) -> list[list[float]]:
+    """Thresholds of the share rule, by cut and layer: those that lose least in all layers together."""
+    kept, losses = [], []  # (layers, SHARES) means
+    for layer in layers.values():
+        counts = [reference.kept_by_share(layer.share, threshold) for threshold in SHARES]
+        rows = np.arange(len(layer.share))
+        kept.append([its.mean() / layer.share.shape[1] for its in counts])
+        losses.append([layer.losses[rows, its - 1].mean() for its in counts])
+    kept, losses = np.array(kept), np.array(losses)
+
+    def at_price(price: float) -> np.ndarray:
+        return np.argmin(losses + price * kept, axis=1)
+
+    found, every = [], np.arange(len(kept))
+    for cut in cuts:
+        low, high = 1e-9, 1e6
+        for _ in range(STEPS):
+            price = np.sqrt(low * high)
+            reached = 1 - kept[every, at_price(price)].mean()
+            low, high = (low, price) if reached > cut else (price, high)
+        found.append(SHARES[at_price(np.sqrt(low * high))].tolist())
+    return found
+
+
+def median_ratios(layers: dict[int, LayerLosses]) -> tuple[list[float], list[list[float]]]:
+    """The Mixture Compressor's rule for a top_k of 2: (cuts, thresholds by cut and layer).
+
+    A layer's threshold is the median of the second weight over the first, which drops half of the second experts. One
+    layer after another is pruned, those that lose least first.
+    """
+    losses = []
+    for layer in layers.values():
+        ratio = layer.share[:, 1] / layer.share[:, 0]
+        threshold = float(np.median(ratio))
+        drops = ratio < threshold
+        losses.append((float((layer.losses[:, 0] * drops).mean()), float(drops.mean()) / 2, threshold))
+    order = sorted(range(len(losses)), key=lambda i: losses[i][0])
+    cuts, thresholds = [], []
+    for count in range(1, len(order) + 1):
+        pruned = order[:count]
+        cuts.append(sum(losses[i][1] for i in pruned) / len(losses))
+        thresholds.append([losses[i][2] if i in pruned else 0.0 for i in range(len(losses))])
+    return cuts, thresholds
