@@ -5,6 +5,7 @@ context, tgN feeds N tokens one at a time. A test has one warm-up run, then `rep
 the runs before left in memory. Random tokens have no topic, so under a cap they hit fewer experts than text does.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,6 +34,8 @@ class Measurement:
     ram_bytes: int  # the cap
     resident: bool  # every expert in memory
     test: str  # pp512, tg128
+    prune: str
+    experts_used: float  # a token and layer
     tps_mean: float
     tps_sd: float
     repeats: int
@@ -62,9 +65,12 @@ def bench(
     repeats: int = 5,
     threads: int | None = None,
     seed: int = 0,
+    prune: list[float | str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """Measure a bundle; prompt or generate 0 leaves that test out, and both are cut to the model's context.
+
+    prune: as for Runtime, a row for each; none: off, and bundle where it is calibrated.
 
     Raises ValueError for counts below 0 or nothing to do, and what Runtime raises.
     """
@@ -72,13 +78,19 @@ def bench(
         raise ValueError(
             f"prompt {prompt}, generate {generate}, repeats {repeats}: expected at least one test and one repeat"
         )
-    longest = Bundle.open(bundle).config.context
+    opened = Bundle.open(bundle)
+    longest, prune = opened.config.context, prune or ["off", *(["bundle"] if opened.pruning else [])]
     prompt, generate = min(prompt, longest), min(generate, longest)
     machine = machine_bandwidth(bundle, threads or default_threads())
     with Runtime(bundle, ram, max(prompt, generate), threads=threads) as runtime:
         ids = np.random.default_rng(seed).integers(0, runtime.config.vocab, max(prompt, generate)).tolist()
         tests = [(f"pp{prompt}", _prompt_run, prompt), (f"tg{generate}", _generate_run, generate)]
-        rows = [_measure(runtime, name, run, ids[:count], repeats, progress) for name, run, count in tests if count > 0]
+        rows = [
+            _measure(runtime, name, functools.partial(run, prune=how), ids[:count], repeats, how, progress)
+            for name, run, count in tests
+            for how in prune
+            if count > 0
+        ]
         return Report(rows, machine["memory_gbps"], machine["disk_gbps"], runtime.plan.as_dict())
 
 
@@ -104,7 +116,7 @@ def bench_synthetic(
         return bench(out, **options)
 
 
-def _measure(runtime: Runtime, name: str, run, ids: list[int], repeats: int, progress) -> Measurement:
+def _measure(runtime: Runtime, name: str, run, ids: list[int], repeats: int, prune, progress) -> Measurement:
     seconds = []
     run(runtime, ids)
     before = runtime.stats
@@ -128,6 +140,8 @@ def _measure(runtime: Runtime, name: str, run, ids: list[int], repeats: int, pro
         ram_bytes=runtime.plan.ram_bytes,
         resident=runtime.plan.resident,
         test=name,
+        prune=str(prune),
+        experts_used=used["experts_used"] / max(used["moe_tokens"], 1),
         tps_mean=float(tps.mean()),
         tps_sd=float(tps.std(ddof=1)) if repeats > 1 else 0.0,
         repeats=repeats,
@@ -138,16 +152,16 @@ def _measure(runtime: Runtime, name: str, run, ids: list[int], repeats: int, pro
     )
 
 
-def _prompt_run(runtime: Runtime, ids: list[int]) -> None:
+def _prompt_run(runtime: Runtime, ids: list[int], prune) -> None:
     runtime.reset()
-    runtime.generate(ids, 1)
+    runtime.generate(ids, 1, prune=prune)
 
 
-def _generate_run(runtime: Runtime, ids: list[int]) -> None:
+def _generate_run(runtime: Runtime, ids: list[int], prune) -> None:
     """Each call finds all but its last token in the KV cache and computes that one."""
     runtime.reset()
     for count in range(1, len(ids) + 1):
-        runtime.generate(ids[:count], 1)
+        runtime.generate(ids[:count], 1, prune=prune)
 
 
 def _weight_bytes(bundle: Bundle, used: dict) -> float:

@@ -43,14 +43,19 @@ void check_config(const EngineConfig& c) {
 }
 
 // records (experts of all layers, 8): file, offset, bytes, checksum, widths of gate, up and down, group.
-void check_mask_routers(const EngineConfig& c, const std::vector<std::vector<float>>& mask_routers) {
-  if (mask_routers.empty()) return;
-  expect(mask_routers.size() == size_t(c.layers), "mask_routers must have one entry a layer");
+using MaskArrays = std::vector<ArrayIn<float, 1>>;
+
+Engine::MaskRouters mask_routers(const EngineConfig& c, const MaskArrays& arrays) {
+  if (arrays.empty()) return {};
+  expect(arrays.size() == size_t(c.layers), "mask routers must have one entry a layer");
+  Engine::MaskRouters routers;
   for (int layer = 0; layer < c.layers; ++layer) {
     const size_t top_k = c.top_k[layer], values = top_k * (c.dim + 2 * top_k + 1);
-    expect(mask_routers[layer].empty() || (top_k && mask_routers[layer].size() == values),
+    routers.emplace_back(arrays[layer].data(), arrays[layer].shape(0));
+    expect(routers.back().empty() || (top_k && routers.back().size() == values),
            "a mask router must have top_k rows of dim + 2 * top_k + 1 values");
   }
+  return routers;
 }
 
 std::vector<Record> make_records(const EngineConfig& c, ArrayIn<int64_t, 2> rows, ArrayIn<float, 1> frequency) {
@@ -134,24 +139,23 @@ void bind_runtime(nb::module_& m) {
           [](Engine* self, const EngineConfig& config, const std::string& trunk_path, uint64_t trunk_bytes,
              uint32_t trunk_checksum, const std::vector<TensorRow>& tensors, const std::vector<std::string>& files,
              ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency, bool mapped, int slots, int readers,
-             const std::string& kernels, const Engine::MaskRouters& otp, const Engine::MaskRouters& ours) {
+             const std::string& kernels, const MaskArrays& otp, const MaskArrays& loss) {
             check_config(config);
-            check_mask_routers(config, otp);
-            check_mask_routers(config, ours);
             new (self) Engine(config, Trunk(trunk_path, trunk_bytes, trunk_checksum, trunk_tensors(tensors)),
                               ExpertStore(files, make_records(config, records, frequency), mapped), slots, readers,
-                              kernels.empty() ? best_kernels() : find_kernels(kernels), otp, ours);
+                              kernels.empty() ? best_kernels() : find_kernels(kernels), mask_routers(config, otp),
+                              mask_routers(config, loss));
           },
           nb::arg("config"), nb::arg("trunk_path"), nb::arg("trunk_bytes"), nb::arg("trunk_checksum"),
           nb::arg("tensors"), nb::arg("files"), nb::arg("records"), nb::arg("frequency"), nb::arg("mapped"),
           nb::arg("slots"), nb::arg("readers"), nb::arg("kernels") = "", nb::arg("otp") = nb::list(),
-          nb::arg("ours") = nb::list(),
+          nb::arg("loss") = nb::list(),
           "tensors: (name, rows, cols, width, group, codes, scales, biases) with offsets into the trunk file.\n"
           "records: int64 (experts of all layers, 8), layer by layer: file, offset, bytes, checksum, widths of gate,\n"
           "up, down, group.\n"
           "frequency: float32 (experts of all layers,), use of each expert during calibration.\n"
-          "otp, ours: mask routers of a rule: of each layer (top_k, dim + 2 * top_k + 1) values; no layers: there are "
-          "none.\n\n"
+          "otp, loss: mask routers of a rule: of each layer float32 (top_k * (dim + 2 * top_k + 1),), empty for one\n"
+          "without experts; no layers: there are none.\n\n"
           "Raises RuntimeError for a bundle that is damaged and OSError for one that cannot be read.")
       .def(
           "forward",
@@ -174,13 +178,13 @@ void bind_runtime(nb::module_& m) {
                                                         {"ratio", Prune::kRatio},
                                                         {"share", Prune::kShare},
                                                         {"otp", Prune::kOtp},
-                                                        {"ours", Prune::kOurs}};
-            expect(rules.count(rule), "rule must be off, ratio, share, otp or ours");
+                                                        {"loss", Prune::kLoss}};
+            expect(rules.count(rule), "rule must be off, ratio, share, otp or loss");
             self.set_prune({rules.at(rule), std::move(threshold), price, protect});
           },
           nb::arg("rule"), nb::arg("threshold") = nb::list(), nb::arg("price") = 0.0f, nb::arg("protect") = 0.0f,
           "Which experts tokens keep from now on; see prune.h. threshold: one a layer, for ratio and share. price: of\n"
-          "an expert, for otp and ours. protect: share of a prompt's tokens that keep all.")
+          "an expert, for otp and loss. protect: share of a prompt's tokens that keep all.")
       .def_prop_ro("position", &Engine::position)
       .def("rewind", &Engine::rewind, nb::arg("position"), "Forget the positions from `position` on.")
       .def_prop_ro("kernels", &Engine::kernels_name)

@@ -8,6 +8,7 @@ from edge_moe import _core
 from edge_moe.compressor.quantise import dequantise
 from edge_moe.compressor.writer import Quantised
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle
+from edge_moe.runtime.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,17 +17,25 @@ class BundleWeights:
 
     bundle: Bundle
 
+    @property
+    def config(self) -> ModelConfig:
+        return self.bundle.config
+
     def trunk(self, name: str) -> np.ndarray:
         tensor = next(one for one in self.bundle.trunk if one.name == name)
         file, shape = self.bundle.path / TRUNK_FILE, (tensor.rows, tensor.cols)
-        dtype = {32: np.float32, 16: np.uint16}.get(tensor.width, np.uint32)
-        words = tensor.cols * tensor.width // 32 if tensor.width < 16 else tensor.cols
-        packed = [np.fromfile(file, dtype, tensor.rows * words, offset=tensor.codes).reshape(tensor.rows, words)]
-        if tensor.width < 16:
-            groups = tensor.cols // tensor.group
-            for offset in (tensor.scales, tensor.biases):
-                packed.append(np.fromfile(file, np.uint16, tensor.rows * groups, offset=offset).reshape(-1, groups))
-        values = dequantise(Quantised(*packed), tensor.width, tensor.cols).reshape(shape)
+        if tensor.width == 32:
+            values = np.fromfile(file, np.float32, tensor.rows * tensor.cols, offset=tensor.codes).reshape(shape)
+        else:
+            groups = tensor.cols // tensor.group if tensor.width < 16 else 0
+            sizes = (tensor.cols * tensor.width // 8, 2 * groups, 2 * groups)  # bytes of a row
+            offsets = (tensor.codes, tensor.scales, tensor.biases)
+            parts = [
+                np.fromfile(file, np.uint8, tensor.rows * size, offset=at).reshape(tensor.rows, size)
+                for at, size in zip(offsets, sizes, strict=True)
+                if size
+            ]
+            values = unpacked(parts, tensor.width, tensor.cols)
         return values[0] if name.endswith(("norm", "bias")) else values
 
     def expert(self, layer: int, number: int) -> tuple[np.ndarray, ...]:
@@ -38,9 +47,14 @@ class BundleWeights:
         for (rows, cols), width, (codes, size, scales, scales_size, biases) in zip(
             ((hidden, dim), (hidden, dim), (dim, hidden)), its.widths, np.reshape(parts, (3, 5)).tolist(), strict=True
         ):
-            dtype = np.uint16 if width == 16 else np.uint32
-            packed = [record[codes : codes + size].view(dtype).reshape(rows, -1)]
-            if width < 16:
-                packed += [record[at : at + scales_size].view(np.uint16).reshape(rows, -1) for at in (scales, biases)]
-            matrices.append(dequantise(Quantised(*packed), width, cols))
+            ends = ((codes, size), (scales, scales_size), (biases, scales_size))
+            packed = [record[at : at + count].reshape(rows, -1) for at, count in ends[: 1 if width == 16 else 3]]
+            matrices.append(unpacked(packed, width, cols))
         return tuple(matrices)
+
+
+def unpacked(parts: list[np.ndarray], width: int, cols: int) -> np.ndarray:
+    """float32 (rows, cols) of codes, scales and biases as bytes, (rows, bytes) each; at width 16 codes alone."""
+    if width == 16:
+        return dequantise(Quantised(parts[0].view(np.uint16)), width, cols)
+    return dequantise(Quantised(parts[0], *(part.view(np.uint16) for part in parts[1:])), width, cols)

@@ -1,174 +1,205 @@
-"""Calibrating pruning: how many of its experts a token needs, learned from what leaving some out does to predictions.
+"""calibrate_pruning(): what a bundle needs to leave out experts that a token hardly needs, and what that costs.
 
-The loss of keeping the first r experts of a token in one layer is expected KL divergence to second order: with e the
-change of the layer's output and g the gradient of the log-likelihood of a label drawn from the model's predictions, the
-mean of (g . e)^2 / 2 over labels. e is a sum over the experts, so g . (each expert's weighted output) is all that is
-kept of a token. A mask router predicts the logarithm of that loss from the token (`ours`): a gamma regression with a
-log link, fitted by reweighting, since losses of a few labels are right on average and scattered like chi squares.
-A price of an expert, the same in every layer, then cuts where least is lost.
+Losses are measured on calibration text (prune_losses.py), mask routers are trained on them (mask_routers.py), settings
+found for a set of cuts (prune_curves.py); then the engine scores the bundle on held-out text at each cut, against
+itself unpruned. The bundle is whole at every moment: while mask routers change, it has no calibration.
 """
 
-from dataclasses import dataclass
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from edge_moe.compressor import adjoint, forward
+from edge_moe import _core
+from edge_moe.compressor import prune_curves
+from edge_moe.compressor.bundle_weights import BundleWeights
+from edge_moe.compressor.calibrate import load_calibration
+from edge_moe.compressor.mask_routers import fit_losses, train_otp
+from edge_moe.compressor.prune_losses import SAMPLES, collect
 from edge_moe.compressor.streams import Stream
+from edge_moe.devices.probe import default_threads
 from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.bundle import Bundle, table_checksum
+from edge_moe.runtime.plan import resolve_ram
+from edge_moe.runtime.pruning import LEARNED, MASK_FILE, RULES
+from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.score import Score
+from edge_moe.runtime.tensorfile import make_header
+from edge_moe.runtime.tokenizer import Tokenizer
 
-SAMPLES = 8  # labels drawn for each token
-ROUNDS = 12  # of the regression
-RIDGE = 30.0  # on the regression's coefficients of inputs with unit variance
-MOST_RESIDUAL = 8.0  # of a token in a round of the regression, of its own expected loss
-
-
-@dataclass(slots=True)
-class LayerLosses:
-    """One layer of the calibration text, a row for each token."""
-
-    share: np.ndarray  # (rows, top_k) of the sum of routing weights, heaviest first
-    losses: np.ndarray  # (rows, top_k) nats when only the first 1, 2, ... experts are kept; the last is 0
-    router: np.ndarray  # (top_k, dim + 2 top_k + 1), of `ours`
-    expected: np.ndarray  # (rows, top_k) losses as the router expects them
+DEFAULT_TOKENS = 32_768
+DEFAULT_CUT = 0.2
+DEFAULT_RULES = ("loss", "otp", "share", "odp")
+APART, APART_TOKENS = 5, 64  # one run of so many tokens in five is for finding prices
+LOGITS_ROWS = 32
 
 
-def losses_of(config: ModelConfig, weights: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Loss of keeping the first 1, 2, ..., top_k experts of each row, (rows, top_k), in nats.
+def calibrate_pruning(
+    bundle: str | Path,
+    *,
+    cut: float = DEFAULT_CUT,
+    rules: tuple[str, ...] = DEFAULT_RULES,
+    calibration: tuple = (),
+    held_out: tuple = (),
+    tokens: int = DEFAULT_TOKENS,
+    seed: int = 0,
+    ram: int | str = "auto",
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Bundle:
+    """Calibrate a bundle for pruning, or calibrate it again, and open it.
 
-    weights: (rows, top_k). q: (samples, rows, top_k), each expert's weighted output along each gradient.
+    cut: share of expert uses that a run leaves out where it is not told otherwise. rules: of loss, otp, share and odp;
+    the first is what a plain cut means and what the certificate is of. calibration, held_out: text files, or .npy of
+    token ids; none: as for compress(). tokens: to calibrate on. ram: most memory for hidden states and for the engine;
+    hidden states beyond half of it are in files beside the bundle. progress(step, done, of) is called as work goes on.
+
+    Raises ValueError for bad options, for a bundle whose tokens have one expert each and for a cut that the calibrated
+    ones do not reach, OSError for the disk.
     """
-    kept = np.cumsum(weights, axis=-1)
-    found = []
-    for count in range(1, weights.shape[1] + 1):
-        stays = np.zeros_like(weights)
-        scale = kept[:, -1] / np.maximum(kept[:, count - 1], 1e-20) if config.router.renormalise else 1.0
-        stays[:, :count] = np.broadcast_to(scale, len(weights))[:, None]
-        found.append(np.square((q * (1 - stays)).sum(-1)).mean(0) / 2)
-    return np.stack(found, axis=-1)
+    opened, tell = Bundle.open(bundle), progress or (lambda step, done, of: None)
+    config, path = opened.config, opened.path
+    if not rules or not set(rules) <= set(RULES):
+        raise ValueError(f"rules are {', '.join(rules) or 'none'}, expected some of {', '.join(RULES)}")
+    if tokens < 256:
+        raise ValueError(f"tokens is {tokens}, expected at least 256")
+    wanted = prune_curves.reachable(config)
+    if not wanted:
+        raise ValueError(f"{path}: tokens have {config.top_k} expert each, none can be left out")
+    if not wanted[0] <= cut <= wanted[-1]:
+        raise ValueError(f"cut is {cut:g}, expected {wanted[0]:g} to {wanted[-1]:g} of expert uses")
+    tokenizer = Tokenizer(path) if (path / "tokenizer.json").is_file() else None
+    files = ([Path(file) for file in its] for its in (calibration, held_out))
+    text = load_calibration(tokenizer, config, next(files), tokens, seed, next(files))
+    threads = threads or default_threads()
+    with ExitStack() as stack:
+        stack.enter_context(threadpool_limits(1))
+        new_stream = _streams(stack, path, resolve_ram(ram), text.ids.size, config)
+        weights = BundleWeights(opened)
+        found = collect(config, weights, text.ids, new_stream, threads, seed, lambda done, of: tell("losses", done, of))
+        apart = np.arange(text.ids.size) // APART_TOKENS % APART == 0
+        table, routers = _settings(config, weights, found, rules, wanted, apart, seed, tell)
+    table |= {
+        "default": rules[0],
+        "cut": cut,
+        "calibration": {**text.provenance, "seed": seed, "samples": SAMPLES},
+        "certificate": None,
+    }
+    _store(opened, table, routers)
+    table["certificate"] = certify(path, rules[0], text, ram, threads, tell)
+    _store(opened, table, None)
+    return Bundle.open(path)
 
 
-def fit_losses(inputs: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """A mask router of `ours`, (top_k, columns): the logarithm of each count's mean loss as a linear form.
+def _streams(stack: ExitStack, path: Path, ram: int, rows: int, config):
+    """new_stream(name, rows): in memory where all fit in half of it."""
+    alive = (config.layers + 3 + 2 * SAMPLES) * rows * config.dim * 4
+    directory, count = None, iter(range(1_000_000))
+    if alive > ram / 2:
+        beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.prune-")
+        directory = Path(stack.enter_context(beside))
 
-    inputs: (rows, columns), the last of them 1. losses: (rows, top_k), the last of which is not fitted.
+    def new_stream(name: str, its: int) -> Stream:
+        stream = Stream(its, config.dim, directory and directory / f"{next(count)}-{name}")
+        stack.callback(stream.close)
+        return stream
+
+    return new_stream
+
+
+def _settings(config, weights, found: dict, rules, wanted, apart: np.ndarray, seed: int, tell) -> tuple[dict, dict]:
+    """bundle.json's `rules`, and the mask routers by tensor name.
+
+    apart: (rows,) whether a token is for finding prices. Mask routers are trained on the others: on tokens that they
+    know, they are surer of themselves, and a price would cut more.
     """
-    mean, deviation = inputs.mean(0, dtype=np.float64), inputs.std(0, dtype=np.float64) + 1e-6
-    mean[-1], deviation[-1] = 0, 1
-    x = (inputs - mean) / deviation
-    pull = np.full(x.shape[1], RIDGE)
-    pull[-1] = 0
-    inverse = np.linalg.inv(x.T @ x + np.diag(pull + 1e-9))
-    router = np.zeros((losses.shape[1], x.shape[1]))
-    for row, its in zip(router[:-1], losses.T, strict=False):
-        row[-1] = np.log(its.mean() + 1e-12)
-        for _ in range(ROUNDS):
-            residual = its / np.exp(np.clip(x @ row, -30, 10)) - 1
-            row += 0.7 * (inverse @ (x.T @ np.clip(residual, -1, MOST_RESIDUAL) - pull * row))
-    router /= deviation
-    router[:, -1] -= router @ mean
-    return router.astype(np.float32)
+    learned = [rule for rule in LEARNED if rule in rules]
+    its, values, routers, total = {}, {rule: [] for rule in LEARNED}, {}, (1 + ("otp" in rules)) * len(found)
+    for done, (layer, of_layer) in enumerate(found.items() if learned else (), start=1):
+        inputs = of_layer.inputs(config, weights, layer)
+        routers[layer, "loss"] = fit_losses(inputs[~apart], of_layer.losses[~apart])
+        expected = np.exp(np.minimum(inputs[apart] @ routers[layer, "loss"].T, 80))
+        expected[:, -1] = 0
+        values["loss"].append(expected)
+        tell("mask routers", done, total)
+    if "otp" in rules:
+        least, *_, most = prune_curves.prices(values["loss"], wanted)
+        for done, (layer, of_layer) in enumerate(found.items(), start=1):
+            inputs = of_layer.inputs(config, weights, layer)
+            routers[layer, "otp"] = train_otp(inputs[~apart], of_layer.losses[~apart], (least, most), seed)
+            values["otp"].append(-inputs[apart] @ routers[layer, "otp"].T)
+            tell("mask routers", len(found) + done, total)
+    for rule in rules:
+        if rule in LEARNED:
+            its[rule] = {"cuts": wanted, "prices": prune_curves.prices(values[rule], wanted)}
+        elif rule == "odp" and all(config.top_k_of(layer) == 2 for layer in found):
+            cuts, thresholds = prune_curves.median_ratios(found)
+            its[rule] = {"cuts": cuts, "thresholds": thresholds, "protect": prune_curves.PROTECTED}
+        else:
+            kept_by = reference.kept_by_ratio if rule == "odp" else reference.kept_by_share
+            cuts, thresholds = prune_curves.thresholds(found, kept_by, wanted)
+            protect = {"protect": prune_curves.PROTECTED} if rule == "odp" else {}
+            its[rule] = {"cuts": cuts, "thresholds": thresholds, **protect}
+    names = {f"layers.{layer}.{rule}": router for (layer, rule), router in routers.items() if rule in rules}
+    return {"rules": its}, names
 
 
-def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: int, seed: int, tell) -> dict:
-    """LayerLosses of each layer with experts, of tokens ids (sequences, tokens). tell(layers done, of) as it goes."""
-    tokens, total = ids.shape[1], 2 * config.layers
-    x = new_stream("input", ids.size)
-    forward.embed(config, weights, ids, x)
-    attended, routings = [], []
-    for layer in range(config.layers):
-        a, y = new_stream(f"attended-{layer}", x.rows), new_stream("output", x.rows)
-        forward.attention(config, weights, layer, x, tokens, a)
-        forward.common_mlp(config, weights, layer, a, y)
-        routings.append(None)
-        if layer not in config.dense_layers:
-            routings[-1] = forward.route(config, weights, layer, a)
-            _add_experts(config, weights, layer, a, y, routings[-1], workers)
-        attended.append(a)
-        x.close()
-        x = y
-        tell(layer + 1, total)
-    found, g = {}, new_stream("gradient", SAMPLES * x.rows)
-    random = np.random.default_rng(seed)
-    for start, stop in x.blocks():
-        blocks = adjoint.head_backward(config, forward.Held(weights), x.read(start, stop), SAMPLES, random)
-        for sample, block in enumerate(blocks):
-            g.write(sample * x.rows + start, block)
-    x.close()
-    for layer in reversed(range(config.layers)):
-        back = new_stream("gradient", g.rows)
-        q = _layer_backward(config, weights, layer, attended[layer], routings[layer], g, back, workers)
-        if q is not None:
-            found[layer] = _fitted(config, weights, layer, attended[layer], routings[layer], q)
-        attended[layer].close()
-        g.close()
-        g = back
-        tell(2 * config.layers - layer, total)
-    g.close()
-    return dict(sorted(found.items()))
+def certify(path: Path, rule: str, text, ram, threads: int, tell) -> list[dict]:
+    """How far the bundle at each calibrated cut is from itself unpruned, on held-out text; for bundle.json."""
+    found, context = [], text.held_out.shape[1]
+    with Runtime(path, ram, context, threads=threads, prune="off", logits_rows=LOGITS_ROWS) as runtime:
+        curve = runtime.bundle.pruning.curves[rule]
+        scores, used = [Score() for _ in (0, *curve.cuts)], np.zeros(1 + len(curve.cuts), np.int64)
+        for done, window in enumerate(text.held_out, start=1):
+            whole = runtime.logits(window)[:-1]
+            scores[0].add(whole, window[1:])
+            for at, cut in enumerate(curve.cuts, start=1):
+                before = runtime.stats["experts_used"]
+                scores[at].add(runtime.logits(window, prune=f"{rule}:{cut}")[:-1], window[1:], whole)
+                used[at] += runtime.stats["experts_used"] - before
+            tell("certificate", done, len(text.held_out))
+        base = scores[0].result()["perplexity"]
+        uses = text.held_out.size * sum(runtime.config.top_k_of(layer) for layer in runtime.config.moe_layers)
+        for cut, score, its in zip(curve.cuts, scores[1:], used[1:], strict=True):
+            result = score.result()
+            ratio = result.pop("perplexity") / base
+            row = {"cut": cut, "reached": 1 - int(its) / uses, "perplexity_ratio": ratio, **result}
+            found.append({key: float(f"{value:.6g}") for key, value in row.items()} | {"tokens": result["tokens"]})
+    return found
 
 
-def _add_experts(config, weights, layer: int, a: Stream, y: Stream, routing, workers: int) -> None:
-    norms = forward.Held(weights)
-
-    def one(expert: int):
-        rows, weight = routing.rows_of(expert)
-        return list(forward.expert_parts(config, norms, layer, a, weights.expert(layer, expert), rows, weight))
-
-    for parts in forward.in_order(workers, one, range(config.experts_of(layer))):
-        forward.add_all(y, parts)
-
-
-def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, back: Stream, workers: int):
-    """Bring the gradient at the layer's output, `g`, to its input, `back`; both (SAMPLES * rows, dim).
-
-    Returns (SAMPLES, rows, top_k), the gradient along each expert's weighted output; None for a dense layer.
-    """
-    rows, held = a.rows, forward.Held(weights)
-    norm = held.trunk(f"layers.{layer}.mlp_norm")
-    for start, stop in g.blocks():
-        back.write(start, g.read(start, stop))
-
-    def add(its: np.ndarray, g_h: np.ndarray) -> None:
-        """A gradient (SAMPLES, len(its), dim) at the normed input of some rows."""
-        through = adjoint.norm_backward(a.take(its), norm, config.norm_eps, g_h)
-        for sample, values in enumerate(through):
-            back.add(sample * rows + its, values)
-
-    def gradient(its: np.ndarray) -> np.ndarray:
-        return np.stack([g.take(sample * rows + its) for sample in range(SAMPLES)])
-
-    q = None if routing is None else np.zeros((SAMPLES, rows, routing.chosen.shape[1]), np.float32)
-    for expert in range(config.experts_of(layer)):
-        its, place = np.nonzero(routing.chosen == expert)
-        if len(its):
-            h, g_y = forward.expert_input(config, held, layer, a, its), gradient(its)
-            weight = routing.weights[its, place][:, None]
-            y, g_h = adjoint.mlp_backward(config, h, weights.expert(layer, expert), g_y * weight)
-            q[:, its, place] = (g_y * (y * weight)).sum(-1)
-            add(its, g_h)
-    for start, stop in a.blocks():
-        its = np.arange(start, stop)
-        h, g_y = forward.expert_input(config, held, layer, a, its), gradient(its)
-        if routing is None:
-            add(its, adjoint.dense_backward(config, held, layer, h, g_y))
-            continue
-        g_weights = q[:, its] / np.maximum(routing.weights[its], 1e-20)
-        chosen = routing.chosen[its], routing.weights[its]
-        router = held.trunk(f"layers.{layer}.router")
-        g_h = adjoint.router_backward(config, router, routing.scores[its], *chosen, g_weights)
-        if config.shared_hidden:
-            g_h += adjoint.shared_backward(config, held, layer, h, g_y)
-        add(its, g_h)
-    return q
+def _store(bundle: Bundle, pruning: dict, routers: dict | None) -> None:
+    """Put the calibration into the bundle; routers None: those that are there stay."""
+    file = bundle.path / "bundle.json"
+    table = json.loads(file.read_text(encoding="utf-8"))
+    if routers is not None:
+        if table["pruning"] is not None:
+            _write_table(file, table | {"pruning": None})
+        (bundle.path / MASK_FILE).unlink(missing_ok=True)
+        pruning.pop("mask_routers", None)
+    if routers:
+        header = make_header([(name, "F32", its.shape, its.nbytes) for name, its in routers.items()], 64)
+        data = b"".join([header, *(np.ascontiguousarray(its, "<f4").tobytes() for its in routers.values())])
+        _replace(bundle.path / MASK_FILE, data)
+        pruning["mask_routers"] = {"bytes": len(data), "crc32c": f"{_core.crc32c(data, 0):08x}"}
+    _write_table(file, table | {"pruning": pruning})
 
 
-def _fitted(config: ModelConfig, weights, layer: int, a: Stream, routing, q: np.ndarray) -> LayerLosses:
-    losses = losses_of(config, routing.weights, q)
-    h = forward.expert_input(config, forward.Held(weights), layer, a, np.arange(a.rows))
-    inputs = reference.mask_inputs(h, routing.weights)
-    router = fit_losses(inputs, losses)
-    expected = np.exp(np.minimum(inputs @ router.T, 80))
-    expected[:, -1] = 0
-    share = routing.weights / routing.weights.sum(-1, keepdims=True)
-    return LayerLosses(share, losses, router, expected)
+def _write_table(file: Path, table: dict) -> None:
+    table["checksum"] = table_checksum(table)
+    _replace(file, (json.dumps(table, indent=1) + "\n").encode())
+
+
+def _replace(file: Path, data: bytes) -> None:
+    """The file with this content, or as it was."""
+    new = file.with_name(file.name + ".new")
+    with open(new, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(new, file)

@@ -2,12 +2,11 @@
 
 import numpy as np
 
-from edge_moe.compressor.prune import LayerLosses
-from edge_moe.runtime import reference
+from edge_moe.compressor.prune_losses import LayerLosses
 from edge_moe.runtime.config import ModelConfig
 
 CUTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
-SHARES = np.linspace(0.02, 1, 99)  # thresholds of the share rule that are tried
+THRESHOLDS = np.linspace(0, 1, 101)  # that are tried
 PROTECTED = 0.02  # of a prompt's tokens, in the Mixture Compressor's rule
 STEPS = 60  # of a bisection
 
@@ -24,46 +23,48 @@ def kept_at(values: np.ndarray, price: float) -> np.ndarray:
     return top_k - np.argmin((values + price * np.arange(1, top_k + 1))[:, ::-1], axis=-1)
 
 
-def cut_of(kept: list[np.ndarray], layers: dict[int, LayerLosses]) -> float:
-    """Share of expert uses left out."""
-    return 1 - sum(its.sum() for its in kept) / sum(layer.losses.size for layer in layers.values())
+def cut_of(kept: list[np.ndarray], values: list[np.ndarray]) -> float:
+    """Share of expert uses left out: kept (rows,) of values (rows, top_k), by layer."""
+    return 1 - sum(its.sum() for its in kept) / sum(its.size for its in values)
 
 
-def prices(layers: dict[int, LayerLosses], cuts: list[float]) -> list[float]:
-    """The price of an expert at which mask routers of `ours` cut so much of these tokens, for each cut."""
+def prices(expected: list[np.ndarray], cuts: list[float]) -> list[float]:
+    """The price of an expert at which rows of expected losses (rows, top_k), by layer, keep as few as each cut says."""
     found = []
     for cut in cuts:
-        low, high = 1e-12, 1e3
+        low, high = 1e-12, 1e6
         for _ in range(STEPS):
             price = np.sqrt(low * high)
-            reached = cut_of([kept_at(layer.expected, price) for layer in layers.values()], layers)
+            reached = cut_of([kept_at(its, price) for its in expected], expected)
             low, high = (low, price) if reached > cut else (price, high)
         found.append(float(np.sqrt(low * high)))
     return found
 
 
-def share_thresholds(layers: dict[int, LayerLosses], cuts: list[float]) -> list[list[float]]:
-    """Thresholds of the share rule, by cut and layer: those that lose least in all layers together."""
-    kept, losses = [], []  # (layers, SHARES) means
+def thresholds(layers: dict[int, LayerLosses], kept_by, cuts: list[float]) -> tuple[list[float], list[list[float]]]:
+    """A rule, kept_by(weights, threshold), near some cuts: (cuts, thresholds by cut and layer) that lose least."""
+    kept, losses = [], []  # (layers, THRESHOLDS) means
     for layer in layers.values():
-        counts = [reference.kept_by_share(layer.share, threshold) for threshold in SHARES]
-        rows = np.arange(len(layer.share))
-        kept.append([its.mean() / layer.share.shape[1] for its in counts])
+        counts = [kept_by(layer.weights, threshold) for threshold in THRESHOLDS]
+        rows = np.arange(len(layer.weights))
+        kept.append([its.mean() for its in counts])
         losses.append([layer.losses[rows, its - 1].mean() for its in counts])
     kept, losses = np.array(kept), np.array(losses)
-
-    def at_price(price: float) -> np.ndarray:
-        return np.argmin(losses + price * kept, axis=1)
-
-    found, every = [], np.arange(len(kept))
+    every, most = np.arange(len(kept)), kept.max(axis=1).sum()
+    found = {}
     for cut in cuts:
-        low, high = 1e-9, 1e6
+        low, high = 1e-12, 1e6
         for _ in range(STEPS):
             price = np.sqrt(low * high)
-            reached = 1 - kept[every, at_price(price)].mean()
+            best = np.argmin(losses + price * kept, axis=1)
+            reached = 1 - kept[every, best].sum() / most
             low, high = (low, price) if reached > cut else (price, high)
-        found.append(SHARES[at_price(np.sqrt(low * high))].tolist())
-    return found
+            if 0 < reached < 1:
+                nearest = found.get(cut)
+                if nearest is None or abs(reached - cut) < abs(nearest[0] - cut):
+                    found[cut] = (float(reached), THRESHOLDS[best].tolist())
+    by_cut = dict(sorted(found.values(), key=lambda its: its[0]))
+    return list(by_cut), list(by_cut.values())
 
 
 def median_ratios(layers: dict[int, LayerLosses]) -> tuple[list[float], list[list[float]]]:

@@ -3,6 +3,7 @@
     config.json, tokenizer files    verbatim from the checkpoint
     bundle.json                     the table below; its own checksum last
     trunk.safetensors               all but the routed experts; one checksum for the file
+    mask-routers.safetensors        what learned pruning needs, where it was calibrated; see pruning.py
     experts-0000I-of-0000N.safetensors   one U8 tensor an expert, `layers.L.experts.E`; a checksum for each record
 
 A quantised trunk tensor NAME is NAME.codes (U32, as MLX packs), NAME.scales and NAME.biases (BF16). Writing is in
@@ -22,7 +23,7 @@ import numpy as np
 
 from edge_moe import _core
 from edge_moe.runtime.config import ModelConfig, load_config, read_json, trunk_shapes
-from edge_moe.runtime.pruning import Pruning, read_pruning
+from edge_moe.runtime.pruning import MASK_FILE, Pruning, read_mask_routers, read_pruning
 from edge_moe.runtime.tensorfile import Stored, read_header
 
 REMEDY = "copy the bundle again"
@@ -128,6 +129,8 @@ def verify(bundle: Bundle):
     if len(trunk) != bundle.trunk_bytes or _core.crc32c_array(trunk) != bundle.trunk_checksum:
         raise ValueError(f"{bundle.path / TRUNK_FILE}: does not match its checksum; {REMEDY}")
     yield TRUNK_FILE, len(trunk)
+    if read_mask_routers(bundle.path, bundle.pruning, bundle.table):
+        yield MASK_FILE, (bundle.path / MASK_FILE).stat().st_size
     for expert in bundle.experts.values():
         path = bundle.files[expert.file]
         record = np.fromfile(path, np.uint8, expert.nbytes, offset=expert.offset)

@@ -17,8 +17,8 @@ from edge_moe.runtime.config import ModelConfig
 from edge_moe.runtime.tensorfile import read_header
 
 MASK_FILE = "mask-routers.safetensors"
-RULES = {"odp": "ratio", "share": "share", "otp": "otp", "ours": "ours"}  # names in bundle.json, and the engine's
-LEARNED = ("otp", "ours")  # rules with mask routers
+RULES = {"odp": "ratio", "share": "share", "otp": "otp", "loss": "loss"}  # names in bundle.json, and the engine's
+LEARNED = ("otp", "loss")  # rules with mask routers
 REMEDY = "copy the bundle again"
 
 
@@ -26,9 +26,9 @@ REMEDY = "copy the bundle again"
 class PruneRule:
     """What one request asks of the engine."""
 
-    rule: str = "off"  # off, ratio, share, otp or ours
+    rule: str = "off"  # off, ratio, share, otp or loss
     threshold: tuple[float, ...] = ()  # by layer, for ratio and share
-    price: float = 0.0  # of an expert, for otp and ours
+    price: float = 0.0  # of an expert, for otp and loss
     protect: float = 0.0  # share of a prompt's tokens, those that receive most attention, that keep all experts
 
 
@@ -54,6 +54,11 @@ class Pruning:
     default: str  # the rule that a plain number means
     cut: float  # what "bundle" means
     certificate: list
+
+    def about(self) -> dict:
+        """What `inspect` shows."""
+        reach = {name: list(curve.cuts) for name, curve in self.curves.items()}
+        return {"default": self.default, "cut": self.cut, "rules": reach, "certificate": self.certificate}
 
     def rule(self, prune: float | str) -> PruneRule:
         """bundle, a cut, a rule's name (at the bundle's cut, or its nearest), or NAME:CUT. Raises ValueError."""
@@ -98,7 +103,10 @@ def prune_rule(pruning: Pruning | None, prune: float | str | None, path: Path) -
     if prune == "off" or (prune is None and pruning is None):
         return OFF
     if pruning is None:
-        raise ValueError(f"{path}: prune is {prune!r}, but this bundle is not calibrated for pruning; use off")
+        raise ValueError(
+            f"{path}: prune is {prune!r}, but this bundle is not calibrated for it; "
+            f"use off, or run `edge-moe prune {path}`"
+        )
     return pruning.rule("bundle" if prune is None else prune)
 
 
@@ -147,8 +155,8 @@ def read_pruning(path: Path, config: ModelConfig, table: dict) -> Pruning | None
     return Pruning(config, path, curves, default, float(cut), entry.get("certificate") or [])
 
 
-def read_mask_routers(path: Path, pruning: Pruning | None, table: dict) -> dict[str, list[list[float]]]:
-    """By rule, of each layer the values of (top_k, dim + 2 top_k + 1), empty for a layer without experts.
+def read_mask_routers(path: Path, pruning: Pruning | None, table: dict) -> dict[str, list[np.ndarray]]:
+    """By rule, of each layer float32 (top_k * (dim + 2 top_k + 1),), empty for a layer without experts.
 
     Raises ValueError for a damaged file or one of other shapes.
     """
@@ -161,7 +169,7 @@ def read_mask_routers(path: Path, pruning: Pruning | None, table: dict) -> dict[
     data = file.read_bytes()
     if len(data) != entry.get("bytes") or f"{_core.crc32c(data, 0):08x}" != entry.get("crc32c"):
         raise ValueError(f"{file}: does not match its checksum; {REMEDY}")
-    stored, found = read_header(file, REMEDY), {name: [[]] * config.layers for name in rules}
+    stored, found = read_header(file, REMEDY), {name: [np.zeros(0, np.float32)] * config.layers for name in rules}
     for rule, layers in found.items():
         for layer in config.moe_layers:
             name = f"layers.{layer}.{rule}"
@@ -172,7 +180,7 @@ def read_mask_routers(path: Path, pruning: Pruning | None, table: dict) -> dict[
             values = np.frombuffer(data, "<f4", math.prod(shape), part.offset)
             if not np.isfinite(values).all():
                 raise ValueError(f"{file}: {name} has values that are not finite; {REMEDY}")
-            layers[layer] = values.tolist()
+            layers[layer] = values
     return found
 
 

@@ -18,15 +18,17 @@ from edge_moe.runtime.rope import rope_frequency, rope_scale, softmax_scale
 EXP_MOST = np.float32(87)  # exp of it is the largest that float32 holds, nearly
 
 
-def forward(config: ModelConfig, weights, token_ids, xp=np):
+def forward(config: ModelConfig, weights, token_ids, xp=np, prune=None):
     """Logits (tokens, vocab) of one sequence (tokens,), or (sequences, tokens, vocab) of a batch of them.
 
+    prune: (layer, h, chosen, routing weights) -> these two (rows, top_k) after experts were taken away, -1 and 0 in
+    their place; keep_first() is one way.
     Raises ValueError for a token id outside the vocabulary.
     """
     token_ids = np.asarray(token_ids)
     x = embed(config, weights, np.atleast_2d(token_ids), xp)
     for index in range(config.layers):
-        x = layer(config, weights, index, x, xp)
+        x = layer(config, weights, index, x, xp, prune)
     logits = head(config, weights, x, xp)
     return logits if token_ids.ndim == 2 else logits[0]
 
@@ -39,12 +41,15 @@ def embed(config: ModelConfig, weights, token_ids, xp=np):
     return _array(weights.trunk("embedding")[token_ids], xp)
 
 
-def layer(config: ModelConfig, weights, layer: int, x, xp=np):
+def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None):
     """One layer: x (sequences, tokens, dim) in and out."""
     x = x + attention_block(config, weights, layer, x, xp)
     h = mlp_input(config, weights, layer, x, xp)  # (rows, dim)
-    block = dense_block if layer in config.dense_layers else moe_block
-    return x + block(config, weights, layer, h, xp).reshape(x.shape)
+    if layer in config.dense_layers:
+        y = dense_block(config, weights, layer, h, xp)
+    else:
+        y = moe_block(config, weights, layer, h, xp, prune)
+    return x + y.reshape(x.shape)
 
 
 def head(config: ModelConfig, weights, x, xp=np):
@@ -141,9 +146,11 @@ def mlp_input(config: ModelConfig, weights, layer: int, x, xp=np):
     return h.reshape(-1, x.shape[-1])
 
 
-def moe_block(config: ModelConfig, weights, layer: int, h, xp=np):
-    """What a layer's experts add, (rows, dim): route, experts, shared expert."""
+def moe_block(config: ModelConfig, weights, layer: int, h, xp=np, prune=None):
+    """What a layer's experts add, (rows, dim): route, prune, experts, shared expert."""
     chosen, routing_weights = route(config, weights, layer, h, xp)
+    if prune:
+        chosen, routing_weights = prune(layer, h, chosen, routing_weights)
     y = experts(config, weights, layer, h, chosen, routing_weights, xp)
     return y + shared_expert(config, weights, layer, h, xp) if config.shared_hidden else y
 
@@ -164,11 +171,15 @@ def route(config: ModelConfig, weights, layer: int, h, xp=np):
 
 
 def keep_first(config: ModelConfig, chosen, routing_weights, kept):
-    """Take away all but the first `kept` (rows,) experts of each row: (chosen, weights), as route() gives them.
+    """Take away all but the first `kept` (rows,) experts of each row; see keep()."""
+    return keep(config, chosen, routing_weights, np.arange(chosen.shape[1]) < np.asarray(kept)[:, None])
+
+
+def keep(config: ModelConfig, chosen, routing_weights, stays):
+    """Take away the experts where stays (rows, top_k) is False: (chosen, weights), as route() gives them.
 
     Where the model renormalises, the weights that stay are scaled to the sum of all.
     """
-    stays = np.arange(chosen.shape[1]) < np.asarray(kept)[:, None]
     weights = np.where(stays, routing_weights, 0).astype(np.float32)
     if config.router.renormalise:
         weights *= routing_weights.sum(-1, keepdims=True) / np.maximum(weights.sum(-1, keepdims=True), 1e-20)

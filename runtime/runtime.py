@@ -56,7 +56,8 @@ class Runtime:
     what is free). context: tokens the KV cache holds, by default 4096 or the model's own if shorter. device: "auto"
     or "cpu". threads: of computation, by default those the process may use. prune: which of its experts a token may
     leave out where a call does not say: "off"; a share of expert uses, as 0.2; "bundle", what the bundle was made
-    for, and by default so, where it was calibrated; "odp", "share" or "otp", a rule by name, as "otp:0.2" with a share.
+    for, and by default so, where it was calibrated; a rule by name ("loss", "otp", "share", "odp"), as "otp:0.2" with a
+    share. Rules that protect a prompt's important tokens (odp) depend on how long its chunks are.
     logits_rows: rows of logits that one step may return; generate() needs one.
 
     Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
@@ -175,7 +176,7 @@ class Runtime:
         (not part of the text) or a full context. Raises ValueError for an empty prompt or one longer than the
         context.
         """
-        rule = self._prune if prune is None else prune_rule(self.bundle.pruning, prune, self.bundle.path)
+        rule = self._rule(prune)
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
         sampler = Sampler(temperature, top_p, seed)
@@ -206,19 +207,20 @@ class Runtime:
                 yield account.piece(piece, [token], None)
                 logits = self._step([token], LAST)[0]
 
-    def logits(self, token_ids) -> np.ndarray:
+    def logits(self, token_ids, *, prune: float | str | None = None) -> np.ndarray:
         """Logits of every position of one sequence: token_ids (tokens,) -> float32 (tokens, vocab).
 
         The array is the caller's memory, outside the plan. Raises ValueError for an empty sequence, one longer than
         the context, or an id outside the vocabulary.
         """
-        return np.concatenate(list(self.logits_blocks(token_ids)))
+        return np.concatenate(list(self.logits_blocks(token_ids, prune=prune)))
 
-    def logits_blocks(self, token_ids) -> Iterator[np.ndarray]:
+    def logits_blocks(self, token_ids, *, prune: float | str | None = None) -> Iterator[np.ndarray]:
         """logits() in blocks of at most `logits_rows` rows, for a caller who needs no more than that at once."""
+        rule = self._rule(prune)
         ids = self._prompt_ids(np.asarray(token_ids).reshape(-1))
         with self._turn():
-            self._use(self._prune)
+            self._use(rule)
             self._rewind(0)
             for at in range(0, len(ids), self.logits_rows):
                 yield self._step(ids[at : at + self.logits_rows], ALL)
@@ -287,6 +289,9 @@ class Runtime:
             raise ValueError(f"{self.bundle.path}: logits are not finite; compress the model again")
         return logits
 
+    def _rule(self, prune: float | str | None) -> PruneRule:
+        return self._prune if prune is None else prune_rule(self.bundle.pruning, prune, self.bundle.path)
+
     def _use(self, rule: PruneRule) -> None:
         """Prune by a rule from now on; keys and values that another rule gave are forgotten.
 
@@ -303,7 +308,7 @@ class Runtime:
         engine.rewind(position)
 
 
-def _mask_bytes(mask_routers: dict[str, list[list[float]]]) -> int:
+def _mask_bytes(mask_routers: dict[str, list[np.ndarray]]) -> int:
     """What the engine keeps of them, each piece aligned."""
     layers = [values for rule in mask_routers.values() for values in rule]
     return sum(4 * len(values) + 2 * _core.PART_ALIGNMENT for values in layers)

@@ -12,9 +12,10 @@ from safetensors.numpy import save_file
 
 import edge_moe.bench
 from edge_moe import _core
+from edge_moe.compressor.bundle_weights import BundleWeights
 from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import dequantise, quantise, trunk_packing
-from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
+from edge_moe.compressor.quantise import quantise, trunk_packing
+from edge_moe.compressor.writer import BundleWriter, Packing
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, table_checksum, verify
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
@@ -67,35 +68,9 @@ def record_parts(bundle: Bundle, layer: int, index: int) -> list[list[np.ndarray
     return matrices
 
 
-class Unpacked:
-    """A bundle's weights as float32: what its codes, scales and biases stand for."""
-
-    def __init__(self, path: Path):
-        self.bundle = Bundle.open(path)
-        self.config = self.bundle.config
-
-    def trunk(self, name: str) -> np.ndarray:
-        t = next(tensor for tensor in self.bundle.trunk if tensor.name == name)
-        raw = np.fromfile(self.bundle.path / TRUNK_FILE, np.uint8)
-
-        def part(at: int, nbytes: int, dtype) -> np.ndarray:
-            return raw[at : at + nbytes].view(dtype).reshape(t.rows, -1)
-
-        if t.width == 32:
-            values = part(t.codes, 4 * t.rows * t.cols, np.float32)
-            return values[0] if t.rows == 1 and not name.endswith("router") else values
-        if t.width == 16:
-            return dequantise(Quantised(part(t.codes, 2 * t.rows * t.cols, np.uint16)), 16, t.cols)
-        pair = [part(at, 2 * t.rows * t.cols // t.group, np.uint16) for at in (t.scales, t.biases)]
-        return dequantise(Quantised(part(t.codes, t.rows * t.cols * t.width // 8, np.uint8), *pair), t.width, t.cols)
-
-    def expert(self, layer: int, index: int) -> tuple[np.ndarray, ...]:
-        c, widths = self.config, self.bundle.experts[layer, index].widths
-        parts = record_parts(self.bundle, layer, index)
-        return tuple(
-            dequantise(Quantised(*(its if width < 16 else [its[0].view(np.uint16)])), width, cols)
-            for its, width, cols in zip(parts, widths, (c.dim, c.dim, c.expert_hidden), strict=True)
-        )
+def weights_of(path: Path) -> BundleWeights:
+    """What a bundle's codes, scales and biases stand for."""
+    return BundleWeights(Bundle.open(path))
 
 
 def write_bundle(
@@ -128,10 +103,11 @@ def make_engine(
     context: int = 64,
     kernels: str = "",
     config: ModelConfig | None = None,
+    **mask_routers,
 ):
     """An Engine over a bundle with `slots` slots, or resident, that returns all rows of logits.
 
-    config: instead of the bundle's own, for another rule over the same shapes.
+    config: instead of the bundle's own, for another rule over the same shapes. mask_routers: otp or loss, by layer.
     """
     bundle = Bundle.open(path)
     records, frequency = bundle.record_table()
@@ -148,6 +124,7 @@ def make_engine(
         slots or 0,
         2,
         kernels,
+        **mask_routers,
     )
 
 
@@ -202,26 +179,16 @@ class Pruned:
 
     def logits(self, ids, kept) -> np.ndarray:
         """kept(layer, h, routing weights) -> how many experts each row keeps."""
-        config, weights = self.config, self.checkpoint
-        x = reference.embed(config, weights, np.asarray(ids)[None])
-        for layer in range(config.layers):
-            x = x + reference.attention_block(config, weights, layer, x)
-            h = reference.mlp_input(config, weights, layer, x)
-            if layer in config.dense_layers:
-                y = reference.dense_block(config, weights, layer, h)
-            else:
-                chosen, routing = reference.route(config, weights, layer, h)
-                counts = kept(layer, h, routing)
-                self.pairs += chosen.size
-                self.used += int(counts.sum())
-                stays = np.arange(chosen.shape[1]) < counts[:, None]
-                self.dropped += float((np.where(stays, 0, routing).sum(-1) / routing.sum(-1)).sum())
-                chosen, routing = reference.keep_first(config, chosen, routing, counts)
-                y = reference.experts(config, weights, layer, h, chosen, routing)
-                if config.shared_hidden:
-                    y = y + reference.shared_expert(config, weights, layer, h)
-            x = x + y.reshape(x.shape)
-        return reference.head(config, weights, x)[0]
+
+        def prune(layer, h, chosen, weights):
+            counts = kept(layer, h, weights)
+            self.pairs += chosen.size
+            self.used += int(counts.sum())
+            stays = np.arange(chosen.shape[1]) < counts[:, None]
+            self.dropped += float((np.where(stays, 0, weights).sum(-1) / weights.sum(-1)).sum())
+            return reference.keep_first(self.config, chosen, weights, counts)
+
+        return reference.forward(self.config, self.checkpoint, ids, prune=prune)
 
 
 def prunable(out: Path, source: Path, mask_routers: dict[str, np.ndarray], **pruning) -> Path:
@@ -233,11 +200,11 @@ def prunable(out: Path, source: Path, mask_routers: dict[str, np.ndarray], **pru
     data = (out / MASK_FILE).read_bytes()
     table = json.loads((out / "bundle.json").read_text())
     table["pruning"] = {
-        "default": "ours",
+        "default": "loss",
         "cut": 0.2,
         "rules": {
             "otp": {"cuts": [0.1, 0.3], "prices": [0.1, 0.5]},
-            "ours": {"cuts": [0.1, 0.3], "prices": [0.1, 0.5]},
+            "loss": {"cuts": [0.1, 0.3], "prices": [0.1, 0.5]},
             "share": {"cuts": [0.1, 0.3], "thresholds": [[0.9] * layers, [0.5] * layers]},
             "odp": {"cuts": [0.2], "thresholds": [[0.5] * layers], "protect": 0.02},
         },

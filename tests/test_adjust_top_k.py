@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import Kept, Unpacked, logits_of
+from bundles import Kept, logits_of, weights_of
 from golden_checkpoints import DROPPED
 from test_resume import hashes, kill, start
 
@@ -182,7 +182,7 @@ def test_a_bundle_chooses_as_many_as_was_found_best(golden, model, options, whol
     assert whole.table["top_k"] == [want[0], want[2]]  # of the layers with experts
     assert len(list(verify(whole))) == 1 + 2 * 4
     token_ids = golden["qwen2_moe"][1]
-    logits, weights = logits_of(whole.path, token_ids), Unpacked(whole.path)
+    logits, weights = logits_of(whole.path, token_ids), weights_of(whole.path)
 
     def distance(layer_top_k: tuple[int, ...]) -> float:
         its = reference.forward(replace(whole.config, layer_top_k=layer_top_k), weights, token_ids)

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from bundles import Unpacked
+from bundles import weights_of
 from golden_checkpoints import ARCHITECTURES
 
 from edge_moe.bench.evaluate import LOGITS_ROWS, checkpoint_logits, evaluate
@@ -139,7 +139,7 @@ def test_the_divergence_is_that_of_the_forward_pass(golden, tmp_path, texts):
     checkpoint, windows = Checkpoint(model), windows_of(texts[1], made.table["certificate"]["context"])
     clean, moved = (
         reference.forward(checkpoint.config, weights, windows)[:, :-1].astype(np.float64)
-        for weights in (checkpoint, Unpacked(made.path))
+        for weights in (checkpoint, weights_of(made.path))
     )
     clean, moved = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (clean, moved))
     kld = (np.exp(clean) * (clean - moved)).sum(-1)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import Kept, Unpacked, logits_of
+from bundles import Kept, logits_of, weights_of
 
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.drop_experts import drop, score
@@ -145,7 +145,7 @@ def test_a_bundle_has_the_experts_that_were_used_most(golden, tmp_path, ids_file
     whole = dropped(model, tmp_path / "whole.emoe", ids_file, 0.0, method="pmq")  # with every expert's frequency
     bundle = dropped(model, tmp_path / "new.emoe", ids_file, share, method=method, drop_score="frequency")
     assert bundle.table["method"].items() >= {"drop_score": "frequency", "drop_counts": "equal"}.items()
-    c, trunk, whole_trunk = bundle.config, Unpacked(bundle.path), {tensor.name for tensor in whole.trunk}
+    c, trunk, whole_trunk = bundle.config, weights_of(bundle.path), {tensor.name for tensor in whole.trunk}
     assert len(list(verify(bundle))) == 1 + c.expert_count
     for layer in c.moe_layers:
         frequency = [whole.experts[layer, expert].frequency for expert in range(c.experts)]

@@ -35,14 +35,14 @@ def kept_of(rule: PruneRule, mask_routers):
     def kept(layer, h, weights):
         if rule.rule in LEARNED:
             router = mask_routers[f"layers.{layer}.{rule.rule}"]
-            return reference.kept_by_router(router, h, weights, rule.price, rule.rule == "ours")
+            return reference.kept_by_router(router, h, weights, rule.price, rule.rule == "loss")
         how = reference.kept_by_ratio if rule.rule == "ratio" else reference.kept_by_share
         return how(weights, np.float32(rule.threshold[layer]))
 
     return kept
 
 
-@pytest.mark.parametrize("kind", ["ratio", "share", "otp", "ours"])
+@pytest.mark.parametrize("kind", ["ratio", "share", "otp", "loss"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_are_those_of_the_reference_pruned_alike(golden, tmp_path, architecture, kind):
     directory, ids, whole = golden[architecture]

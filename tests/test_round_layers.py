@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import Unpacked, logits_of
+from bundles import logits_of, weights_of
 from golden_checkpoints import ARCHITECTURES
 from test_sensitivity import Changed
 
@@ -104,7 +104,7 @@ def test_a_written_bundle_computes_what_its_track_did(golden, tmp_path, architec
     rounding = go_through(checkpoint, checkpoint, ids, (2, 3, 4), 6, out=out)
     assert len(list(verify(Bundle.open(out)))) > 1
     _, moved = heads(rounding)
-    want = reference.forward(checkpoint.config, Unpacked(out), ids).reshape(moved.shape)
+    want = reference.forward(checkpoint.config, weights_of(out), ids).reshape(moved.shape)
     np.testing.assert_allclose(moved, want, rtol=1e-4, atol=1e-4)
 
 
@@ -114,7 +114,7 @@ def test_an_expert_is_rounded_for_its_inputs_and_aims_at_what_is_lacking(golden,
     checkpoint = Checkpoint(golden[architecture][0])
     c, out, ids = checkpoint.config, tmp_path / "new.emoe", random_ids(checkpoint.config, sequences=12)
     go_through(checkpoint, checkpoint, ids, (2, 2, 3), 4, out=out)
-    made, layer = Unpacked(out), c.moe_layers[-1]
+    made, layer = weights_of(out), c.moe_layers[-1]
 
     def until_experts(weights):
         """The residual stream and the experts' input of that layer, both (rows, dim)."""
@@ -192,7 +192,7 @@ def test_an_expert_that_no_token_chooses_is_rounded_near_to_what_it_was(golden, 
     changes = {"embedding": checkpoint.trunk("embedding") + 4, "layers.0.router": router}
     weights, out = Changed(checkpoint, changes), tmp_path / "new.emoe"
     go_through(checkpoint, weights, random_ids(checkpoint.config), (4, 4, 4), 8, out=out)
-    for matrix, found in zip(checkpoint.expert(0, 2), Unpacked(out).expert(0, 2), strict=True):
+    for matrix, found in zip(checkpoint.expert(0, 2), weights_of(out).expert(0, 2), strict=True):
         assert np.square(found - matrix).mean() < 0.02 * np.square(matrix).mean()
 
 
@@ -201,7 +201,7 @@ def test_in_activation_order_the_error_is_no_larger_than_rtns(golden, bundle_of,
     ids = random_ids(checkpoint.config)
     out = tmp_path / "new.emoe"
     ordered = kld(go_through(checkpoint, checkpoint, ids, (3, 3, 3), 8, out=out, act_order=True))
-    plain = log_softmax(reference.forward(checkpoint.config, Unpacked(bundle_of("qwen3_moe", width=3)), ids))
+    plain = log_softmax(reference.forward(checkpoint.config, weights_of(bundle_of("qwen3_moe", width=3)), ids))
     clean = log_softmax(reference.forward(checkpoint.config, checkpoint, ids))
     assert ordered < 0.8 * (np.exp(clean) * (clean - plain)).sum(-1).mean()
     assert Bundle.open(out).nbytes == Bundle.open(bundle_of("qwen3_moe", width=3)).nbytes

@@ -90,7 +90,7 @@ def test_statistics_are_totals_since_loading(runtime):
     assert stats["experts_used"] == 6 * 4 * 4
     assert stats["expert_hits"] > 0
     assert stats.keys() == {
-        *("expert_hits", "expert_misses", "bytes_read", "tokens", "experts_used", "moe_tokens"),
+        *("expert_hits", "expert_misses", "bytes_read", "tokens", "experts_used", "moe_tokens", "dropped_weight"),
         *("ram_bytes", "peak_memory_bytes"),
     }
 
@@ -292,8 +292,6 @@ def test_numbers_that_are_no_token_ids_are_refused(runtime):
         ({"temperature": -1}, "temperature is -1, expected 0 or more"),
         ({"top_p": 0}, "top_p is 0, expected above 0 and at most 1"),
         ({"seed": -3}, "seed is -3, expected 0 or more"),
-        ({"prune": 0.2}, "prune is 0.2, but no bundle of this version is calibrated for it; use off or bundle"),
-        ({"prune": "on"}, "prune is 'on', but no bundle of this version is calibrated for it; use off or bundle"),
     ],
 )
 def test_an_option_out_of_range_is_refused_before_anything_runs(runtime, options, message):
@@ -312,7 +310,6 @@ def test_an_option_out_of_range_is_refused_before_anything_runs(runtime, options
         ({"threads": 0}, "threads is 0, expected 1 to 1024"),
         ({"threads": 5000}, "threads is 5000, expected 1 to 1024"),
         ({"device": "cuda"}, "device 'cuda' is not available here; use one of auto, cpu"),
-        ({"prune": 0.2}, "prune is 0.2, but no bundle of this version is calibrated for it; use off or bundle"),
         ({"logits_rows": 0}, "logits_rows is 0, expected at least 1"),
         ({"kernels": "sse9"}, "no kernel set 'sse9' on this machine"),
     ],

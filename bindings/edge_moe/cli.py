@@ -165,6 +165,38 @@ def compress(
         print(compressed_text(about))
 
 
+@command("prune")
+def prune(
+    bundle: options.Bundle,
+    cut: options.Cut = 0.2,
+    rule: options.Rules = None,
+    calibration: options.CalibrationFiles = None,
+    held_out: options.HeldOutFiles = None,
+    tokens: options.CalibrationTokens = 32_768,
+    seed: options.CalibrationSeed = 0,
+    ram: options.PruneRam = "auto",
+    threads: options.Threads = None,
+    json_output: options.Json = False,
+) -> None:
+    """Calibrate a bundle for leaving out experts.
+
+    It learns which of its experts a token hardly needs; these are then neither read nor computed. The weights stay as
+    they are, and --prune off runs them all.
+    """
+    from edge_moe.compressor.prune import DEFAULT_RULES, calibrate_pruning
+    from edge_moe.progress import progress_bar
+    from edge_moe.report import pruning_text
+
+    source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}
+    rules = tuple(rule or DEFAULT_RULES)
+    with progress_bar(quiet=json_output) as progress:
+        made = calibrate_pruning(bundle, cut=cut, rules=rules, ram=ram, threads=threads, progress=progress, **source)
+    if json_output:
+        _print_json(made.pruning.about())
+    else:
+        print(pruning_text(made.pruning.about()))
+
+
 @command("plan")
 def plan(
     model: options.ModelOrBundle,
@@ -348,6 +380,7 @@ def bench(
     ram: options.Ram = "auto",
     prompt: options.PromptTest = 512,
     generate: options.GenerateTest = 128,
+    prune: options.PruneTests = None,
     repeats: options.Repeats = 5,
     threads: options.Threads = None,
     output: options.Output = options.Format.md,
@@ -369,5 +402,6 @@ def bench(
         shapes = {"layers": layers, "width": 4 if width is None else width, "vocab": vocab}
         run = functools.partial(benchmark.bench_synthetic, synthetic, keep=keep, **shapes)
     with progress_bar() as progress:
-        report = run(ram=ram, prompt=prompt, generate=generate, repeats=repeats, threads=threads, progress=progress)
+        given = {"ram": ram, "prompt": prompt, "generate": generate, "repeats": repeats, "threads": threads}
+        report = run(**given, prune=prune and [options.prune_of(one) for one in prune], progress=progress)
     print(bench_text(report, output.value))

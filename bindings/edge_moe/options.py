@@ -79,7 +79,7 @@ Context = _option(int | None, "--context", metavar="N", help="Tokens to hold [de
 Threads = _option(int | None, "--threads", metavar="N", help="Threads of computation [default: all cores].")
 Prune = _option(
     str | None, "--prune", metavar="off|bundle|SHARE|RULE",
-    help="Leave out experts that a token hardly needs: a share of their uses, as 0.2, or odp, share or otp "
+    help="Leave out experts that a token hardly needs: a share of their uses, as 0.2, or loss, otp, share or odp "
     "[default: bundle, where it is calibrated].",
 )  # fmt: skip
 
@@ -165,6 +165,14 @@ ActOrder = _option(bool, "--act-order", section=_HOW, help="Round the inputs tha
 NoCertificate = _option(bool, "--no-certificate", section=_HOW, help="Do not compare with the source on held-out text.")
 Resume = _option(bool, "--resume", help="Go on with a run that was ended.")
 
+# Of prune
+Cut = _option(float, "--cut", metavar="SHARE", shown=True, help="Expert uses that a run without --prune leaves out.")
+Rules = _option(
+    list[str] | None, "--rule", metavar="NAME",
+    help="loss, otp, share or odp; repeatable, the first for plain cuts [default: all, loss first].",
+)  # fmt: skip
+PruneRam = _option(str, "--ram", metavar="SIZE", shown=True, help="Memory of hidden states and of runs, as 8GB.")
+
 # Of demo
 KeepBundles = _option(str | None, "--keep", metavar="DIR", help="Keep the bundles in DIR.")
 
@@ -195,6 +203,10 @@ Vocabulary = _option(int | None, "--vocab", metavar="N", help="Tokens of its voc
 KeepSynthetic = _option(str | None, "--keep", metavar="OUT", help="Keep the random bundle as OUT.")
 PromptTest = _option(int, "-p", "--prompt", metavar="N", shown=True, help="Tokens of the prompt test; 0: none.")
 GenerateTest = _option(int, "-n", "--generate", metavar="N", shown=True, help="Tokens of the generation test; 0: none.")
+PruneTests = _option(
+    list[str] | None, "--prune", metavar="off|bundle|SHARE|RULE",
+    help="Also measure it pruned; repeatable [default: off, and bundle where it is calibrated].",
+)  # fmt: skip
 Repeats = _option(int, "-r", "--repeats", metavar="N", shown=True, help="Timed runs of each test.")
 Output = _option(Format, "-o", "--output", shown=True, help="Table, one JSON object, or exact figures.")
 

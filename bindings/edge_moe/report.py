@@ -16,6 +16,8 @@ BENCH_COLUMNS = (  # of a benchmark's table: title, and the cell of a Measuremen
     ("threads", lambda row: str(row.threads)),
     ("ram cap", lambda row: size(row.ram_bytes)),
     ("test", lambda row: row.test),
+    ("prune", lambda row: row.prune),
+    ("experts", lambda row: f"{row.experts_used:.2f}"),
     ("t/s", lambda row: f"{row.tps_mean:.2f} ± {row.tps_sd:.2f}"),
     ("hits", lambda row: "resident" if row.resident else f"{row.hit_rate:.1%}"),
     ("MB read/token", lambda row: f"{row.read_bytes_per_token / 1e6:.2f}"),
@@ -31,7 +33,7 @@ PART_NAMES = {  # of sizes.Part
     "head": "output head",
     "float32": "norms and routers",
 }
-NUMERIC = ("size", "params", "threads", "ram cap", "t/s", "hits", "MB read/token", "GB/s", "peak")
+NUMERIC = ("size", "params", "threads", "ram cap", "experts", "t/s", "hits", "MB read/token", "GB/s", "peak")
 
 
 def size(count: float) -> str:
@@ -164,6 +166,7 @@ def describe_bundle(bundle) -> dict:
         "method": extra.get("method"),
         "calibration": extra.get("calibration"),
         "certificate": extra.get("certificate"),
+        "pruning": bundle.pruning and bundle.pruning.about(),
     }
 
 
@@ -198,7 +201,7 @@ def bundle_text(about: dict) -> str:
     parts = [table([[name, fact] for name, fact in facts.items()])]
     if "spread" in method:
         parts.append(spread_text(method, about["widths"]))
-    parts.append(certificate_text(about["certificate"]))
+    parts += [certificate_text(about["certificate"]), pruning_text(about["pruning"])]
     return "\n\n".join([*parts, *_widths_tables(about)])
 
 
@@ -269,6 +272,24 @@ def certificate_text(certificate: dict | None) -> str:
     )
 
 
+def pruning_text(pruning: dict | None) -> str:
+    """What pruning was calibrated for, and its certificate: each cut beside the bundle unpruned."""
+    if not pruning:
+        return "pruning: not calibrated"
+    reach = ", ".join(f"{name} {cuts[0]:.2f} to {cuts[-1]:.2f}" for name, cuts in pruning["rules"].items())
+    rows = [["pruning", "share cut", "perplexity", "KLD mean", "KLD p99", "same top token"]]
+    for its in pruning["certificate"]:
+        shown = (f"{its['reached']:.3f}", f"{its['perplexity_ratio'] - 1:+.2%}", f"{its['kld_mean']:.4f}")
+        rows.append(
+            [f"{pruning['default']}:{its['cut']:g}", *shown, f"{its['kld_p99']:.3f}", f"{its['top1_agreement']:.1%}"]
+        )
+    tokens = f" on {pruning['certificate'][0]['tokens']:,} held-out tokens" if pruning["certificate"] else ""
+    return (
+        f"{table(rows, right=(1, 2, 3, 4, 5))}\nshare of expert uses left out and what it costs against the bundle "
+        f"unpruned{tokens}\nrules and their cuts: {reach}; a run without --prune leaves out {pruning['cut']:g}"
+    )
+
+
 def needs_text(needs) -> str:
     """A Needs, in one line."""
     return (
@@ -295,11 +316,12 @@ def evaluation_text(result: dict, context: int) -> str:
 
 def statistics_text(g) -> str:
     """A Generation's account in three lines."""
-    lookups = g.expert_hits + g.expert_misses
+    lookups, weight = g.expert_hits + g.expert_misses, g.dropped_routing_weight
+    pruned = f", {weight:.1%} of routing weight dropped" if weight else ""
     return (
         f"prompt {g.prompt_tokens:,} tokens at {g.prompt_tps:,.1f} tok/s, "
         f"generated {g.generation_tokens:,} at {g.generation_tps:,.1f} tok/s ({g.finish_reason})\n"
-        f"experts {g.experts_used:.2f} of {g.top_k} per token and layer; hits {g.expert_hits:,}, misses "
+        f"experts {g.experts_used:.2f} of {g.top_k} per token and layer{pruned}; hits {g.expert_hits:,}, misses "
         f"{g.expert_misses:,} ({g.expert_hits / max(lookups, 1):.1%} hits), {g.bytes_read / 1e6:,.1f} MB read\n"
         f"memory {size(g.peak_memory_bytes)} peak, cap {size(g.ram_bytes)}; device {g.device}"
     )

@@ -20,7 +20,7 @@ EngineMemory engine_memory(const EngineConfig& c) {
 }
 
 Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int slots, int readers,
-               const Kernels& kernels, const MaskRouters& otp, const MaskRouters& ours)
+               const Kernels& kernels, const MaskRouters& otp, const MaskRouters& loss)
     : config_(config),
       kernels_(kernels),
       trunk_(std::move(trunk)),
@@ -46,7 +46,7 @@ Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int s
   first_record_.resize(c.layers);
   std::exclusive_scan(c.experts.begin(), c.experts.end(), first_record_.begin(), 0);
   otp_ = load_mask_routers(otp, otp_arena_);
-  ours_ = load_mask_routers(ours, ours_arena_);
+  loss_ = load_mask_routers(loss, loss_arena_);
   jobs_.reserve(most(c.experts) + 1);
   pending_.reserve(most(c.experts));
   tasks_.reserve(4096);
@@ -115,7 +115,7 @@ void Engine::set_prune(PruneRule rule) {
   const bool by_threshold = rule.kind == Prune::kRatio || rule.kind == Prune::kShare;
   if (by_threshold && rule.threshold.size() != size_t(config_.layers))
     throw std::invalid_argument("pruning needs one threshold a layer");
-  if ((rule.kind == Prune::kOtp && otp_.empty()) || (rule.kind == Prune::kOurs && ours_.empty()))
+  if ((rule.kind == Prune::kOtp && otp_.empty()) || (rule.kind == Prune::kLoss && loss_.empty()))
     throw std::invalid_argument("pruning by mask routers needs a bundle that has them");
   if (rule.protect > 0 && config_.kv_rank)
     throw std::invalid_argument("tokens are not protected by the attention they receive over a latent");
@@ -196,10 +196,10 @@ void Engine::route_tokens(int layer, int tokens) {
 void Engine::prune_tokens(int layer, int tokens) {
   const EngineConfig& c = config_;
   const int top_k = c.top_k[layer];
-  const bool losses = prune_.kind == Prune::kOurs, learned = losses || prune_.kind == Prune::kOtp;
+  const bool losses = prune_.kind == Prune::kLoss, learned = losses || prune_.kind == Prune::kOtp;
   const bool protect = prune_.protect > 0 && tokens > 1;
   const float threshold = learned ? 0.0f : prune_.threshold[layer];
-  const MaskRouter router = !learned ? MaskRouter{} : losses ? ours_[layer] : otp_[layer];
+  const MaskRouter router = !learned ? MaskRouter{} : losses ? loss_[layer] : otp_[layer];
   if (learned && !router) return;
   if (learned) {
     Activations x;

@@ -89,10 +89,10 @@ struct LayerWeights {
 class Engine {
  public:
   // The mask routers of a rule: of each layer (top_k, dim + 2 * top_k + 1) values, or none; no layers: there are none.
-  using MaskRouters = std::vector<std::vector<float>>;
+  using MaskRouters = std::vector<std::span<const float>>;
 
   Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int slots, int readers, const Kernels& kernels,
-         const MaskRouters& otp = {}, const MaskRouters& ours = {});
+         const MaskRouters& otp = {}, const MaskRouters& loss = {});
 
   enum class Want { kNothing, kLast, kAll };
 
@@ -155,8 +155,8 @@ class Engine {
   const float* output_norm_;
   std::vector<LayerWeights> layers_;
   PruneRule prune_;
-  Arena otp_arena_, ours_arena_;
-  std::vector<MaskRouter> otp_, ours_;  // (layers,), or none
+  Arena otp_arena_, loss_arena_;
+  std::vector<MaskRouter> otp_, loss_;  // (layers,), or none
   std::vector<int> first_record_;       // (layers,): the store's number of a layer's expert 0
   Arena kv_arena_, scratch_arena_;
   float *keys_, *values_;  // (layers, kv_heads, context, head_dim); over latents keys_ alone (layers, context, cached)

@@ -14,7 +14,7 @@ enum class Prune {
   kRatio,  // experts whose weight is at least threshold x the heaviest
   kShare,  // the fewest whose weights reach threshold x the weights' sum
   kOtp,    // the count with the best score, a count's price taken off
-  kOurs,   // the count with the least expected loss and price together
+  kLoss,   // the count with the least expected loss and price together
 };
 
 // What one request asks for.
