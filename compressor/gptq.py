@@ -18,6 +18,7 @@ from edge_moe.compressor.writer import Quantised
 
 DAMPING = 0.01  # of the mean diagonal, added to it
 SWEEPS = 2  # of refinement over all groups; a third gains under 1 %
+SPAN = 512  # columns that are done before the others hear of it: 0.85 of the time for 2048 and for 7168 columns
 ROUNDS = 2  # inside a group, each sweep
 
 
@@ -101,40 +102,54 @@ def gptq(
     if (most := max(-weights.min(), weights.max())) > MOST:
         raise ValueError(f"a weight of {most:.3g} is beyond {MOST:.0e}, which width {width} cannot hold; use bits 16")
     rows, cols = weights.shape
-    groups = [slice(first, first + group) for first in range(0, cols, group)]
+    spans = [slice(first, min(first + SPAN, cols)) for first in range(0, cols, SPAN)]
     codes = np.empty((rows, cols), np.uint8)
-    scales, biases = np.empty((2, rows, len(groups)), np.float32)
+    scales, biases = np.empty((2, rows, cols // group), np.float32)
+    moved = np.empty((rows, min(SPAN, cols)), np.float32)  # errors, then changes, of a span's columns
 
     if curvature.order is not None:
         weights = weights[:, curvature.order]
     left = weights.astype(np.float32)  # what each column is to be, errors of the columns before it moved in
-    for i, at in enumerate(groups):
-        codes[:, at], scales[:, i], biases[:, i], errors = _core.gptq_group(
-            np.ascontiguousarray(left[:, at]), width, np.ascontiguousarray(curvature.factor[at, at]), threads
-        )
-        if at.stop < cols:
-            left[:, at.stop :] -= errors @ curvature.factor[at, at.stop :]
+    for span in spans:
+        for i, at, inside in _groups(span, group):
+            codes[:, at], scales[:, i], biases[:, i], moved[:, inside] = _core.gptq_group(
+                np.ascontiguousarray(left[:, at]), width, np.ascontiguousarray(curvature.factor[at, at]), threads
+            )
+            rest = slice(at.stop, span.stop)
+            left[:, rest] -= moved[:, inside] @ curvature.factor[at, rest]
+        if span.stop < cols:
+            left[:, span.stop :] -= moved[:, : span.stop - span.start] @ curvature.factor[span, span.stop :]
 
     if sweeps:
         gradient = (weights - _unpack(codes, scales, biases, group)) @ curvature.moment
     for _ in range(sweeps):
-        for i, at in enumerate(groups):
-            codes[:, at], scales[:, i], biases[:, i], change = _core.refine_group(
-                np.ascontiguousarray(codes[:, at]),
-                np.ascontiguousarray(scales[:, i]),
-                np.ascontiguousarray(biases[:, i]),
-                width,
-                np.ascontiguousarray(gradient[:, at]),
-                np.ascontiguousarray(curvature.moment[at, at]),
-                ROUNDS,
-                threads,
-            )
-            gradient += change @ curvature.moment[at]
+        for span in spans:
+            for i, at, inside in _groups(span, group):
+                codes[:, at], scales[:, i], biases[:, i], moved[:, inside] = _core.refine_group(
+                    np.ascontiguousarray(codes[:, at]),
+                    np.ascontiguousarray(scales[:, i]),
+                    np.ascontiguousarray(biases[:, i]),
+                    width,
+                    np.ascontiguousarray(gradient[:, at]),
+                    np.ascontiguousarray(curvature.moment[at, at]),
+                    ROUNDS,
+                    threads,
+                )
+                gradient[:, span] += moved[:, inside] @ curvature.moment[at, span]
+            for others in (slice(0, span.start), slice(span.stop, cols)):
+                if others.start < others.stop:
+                    gradient[:, others] += moved[:, : span.stop - span.start] @ curvature.moment[span, others]
     if curvature.order is not None:
         codes[:, curvature.order] = codes.copy()
         places = curvature.order[::group] // group
         scales[:, places], biases[:, places] = scales.copy(), biases.copy()
     return Quantised(_core.pack_codes(codes, width), to_bfloat16(scales), to_bfloat16(biases))
+
+
+def _groups(span: slice, group: int):
+    """(number, columns, where these are in the span) of the groups of a span of columns."""
+    for first in range(span.start, span.stop, group):
+        yield first // group, slice(first, first + group), slice(first - span.start, first - span.start + group)
 
 
 def _unpack(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, group: int) -> np.ndarray:

@@ -78,6 +78,23 @@ def test_codes_are_those_of_the_definition(width, group):
     assert objective(weights, packed, width, h).sum() == pytest.approx(((e @ h) * e).sum(), rel=1e-3)
 
 
+@pytest.mark.parametrize("span", [128, 256])
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_spans_of_columns_change_the_order_of_sums_alone(span, sweeps, monkeypatch):
+    weights, curvature = gaussian(24, 640), Curvature.of(moment_of(inputs(640, 900)))
+    whole = gptq(weights, curvature, 3, 64, sweeps=sweeps)
+    monkeypatch.setattr("edge_moe.compressor.gptq.SPAN", 1024)
+    alone = gptq(weights, curvature, 3, 64, sweeps=sweeps)
+    monkeypatch.setattr("edge_moe.compressor.gptq.SPAN", span)
+    parts = gptq(weights, curvature, 3, 64, sweeps=sweeps)
+    want = codes_of(alone, 3, 640)
+    for packed in (whole, parts):
+        assert (codes_of(packed, 3, 640) == want).all(axis=1).mean() > 0.9
+        h = curvature.moment.astype(np.float64)
+        found, expected = (objective(weights, its, 3, h).sum() for its in (packed, alone))
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("group", _core.GROUPS)
 @pytest.mark.parametrize("width", PACKED)
 def test_the_first_group_has_the_scales_that_its_errors_call_for(width, group):
