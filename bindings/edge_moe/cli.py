@@ -189,12 +189,33 @@ def prune(
 
     source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}
     rules = tuple(rule or DEFAULT_RULES)
+    took = {}
     with progress_bar(quiet=json_output) as progress:
-        made = calibrate_pruning(bundle, cut=cut, rules=rules, ram=ram, threads=threads, progress=progress, **source)
+        given = {"cut": cut, "rules": rules, "ram": ram, "threads": threads, **source}
+        made = calibrate_pruning(bundle, progress=_timed(progress, took), **given)
     if json_output:
         _print_json(made.pruning.about())
     else:
         print(pruning_text(made.pruning.about()))
+        steps = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in took.items())
+        print(f"took {sum(took.values()):.0f} s: {steps}", file=sys.stderr)
+
+
+def _timed(progress, took: dict[str, float]):
+    """progress(step, done, of) that also adds up each step's seconds."""
+    import time
+
+    last = time.perf_counter()
+
+    def tell(step: str, done: int, of: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        took[step] = took.get(step, 0.0) + now - last
+        last = now
+        if progress:
+            progress(step, done, of)
+
+    return tell
 
 
 @command("plan")
