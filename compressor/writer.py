@@ -13,6 +13,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -88,6 +89,7 @@ class BundleWriter:
     _trunk_bytes: int = 0
     _trunk_header: bytes = b""
     _handles: dict = field(default_factory=dict)
+    _writing: Lock = field(default_factory=Lock)  # a place is sought and written to by one thread at a time
 
     def __enter__(self) -> "BundleWriter":
         self.out = Path(self.out)
@@ -118,14 +120,13 @@ class BundleWriter:
             raise OSError(f"{self.out}: the disk filled up while writing; make room or choose another disk") from None
 
     def write_trunk(self, name: str, tensor: Quantised) -> None:
-        """Write one trunk tensor, in any order."""
+        """Write one trunk tensor, in any order, from any thread."""
         handle = self._handle(TRUNK_FILE)
         for part, offset, nbytes in self._trunk_parts[name]:
             data = np.ascontiguousarray(getattr(tensor, part)).view(np.uint8).reshape(-1)
             if data.nbytes != nbytes:
                 raise AssertionError(f"{name}.{part} has {data.nbytes} bytes, planned {nbytes}")
-            handle.seek(offset)
-            handle.write(data.data)
+            self._write(handle, offset, data)
         self.trunk_written.add(name)
 
     def flush(self) -> None:
@@ -158,8 +159,12 @@ class BundleWriter:
                 record[biases : biases + scales_bytes] = matrix.biases.view(np.uint8).reshape(-1)
         self._checksums[layer, index] = _core.crc32c_array(record)
         handle = self._handle(self._files[file][0])
-        handle.seek(offset)
-        handle.write(record.data)
+        self._write(handle, offset, record)
+
+    def _write(self, handle, offset: int, data: np.ndarray) -> None:
+        with self._writing:
+            handle.seek(offset)
+            handle.write(data.data)
 
     def finish(self) -> None:
         """Write bundle.json, bring everything to disk and give the directory its real name."""

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from bundles import make_engine, run_engine
 from edge_moe.compressor import writer
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.quantise import quantise, trunk_packing
-from edge_moe.compressor.writer import BundleWriter, Packing
-from edge_moe.runtime.bundle import Bundle, record_bytes, verify
+from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
+from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, record_bytes, verify
 from edge_moe.runtime.config import load_config, trunk_shapes
 
 
@@ -70,6 +72,30 @@ def test_a_written_bundle_opens_and_its_checksums_hold(make_writer):
     assert len(list(verify(bundle))) == 17
     assert {expert.widths for expert in bundle.experts.values()} == {(2, 3, 4)}
     assert [file.name for file in w.out.parent.iterdir()] == ["new.emoe"]
+
+
+def test_threads_that_write_at_once_write_where_they_should(make_writer):
+    interval = sys.getswitchinterval()
+    with make_writer() as w:
+        fill(w)
+        norms = [name for name, packing in w.trunk.items() if packing.widths[0] == 32]
+        tensors = {n: Quantised(np.full(trunk_shapes(w.config)[n], i, np.float32)) for i, n in enumerate(norms)}
+        for name in norms:
+            w.write_trunk(name, tensors[name])
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(4) as pool:  # what lies between theirs is not written again
+                for written in [pool.submit(w.write_trunk, name, tensors[name]) for name in norms[::2] * 300]:
+                    written.result()
+        finally:
+            sys.setswitchinterval(interval)
+        w.finish()
+    bundle = Bundle.open(w.out)
+    assert len(norms) > 8
+    for tensor in bundle.trunk:
+        if tensor.name in tensors:
+            found = np.fromfile(bundle.path / TRUNK_FILE, np.float32, tensor.rows * tensor.cols, offset=tensor.codes)
+            np.testing.assert_array_equal(found, tensors[tensor.name].codes.reshape(-1), tensor.name)
 
 
 def test_experts_of_each_layer_are_those_of_the_config(make_writer):
