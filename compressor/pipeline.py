@@ -169,10 +169,9 @@ class Compression:
         widths = [width for width in _core.WIDTHS if width < 16]
         low = max((width for width in widths if true_bits(config, (width,) * 3, groups[0]) <= bits), default=1) - 2
         return [
-            (width, group)
-            for group in groups
+            (width, groups[0])
             for width in widths
-            if width >= low and (width == 1 or true_bits(config, (width,) * 3, group) <= 2 * bits)
+            if width >= low and (width == 1 or true_bits(config, (width,) * 3, groups[0]) <= 2 * bits)
         ]
 
     def expected_bits(self) -> float:

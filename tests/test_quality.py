@@ -131,6 +131,10 @@ def test_forms_share_measures_only_where_they_would_find_the_same(study):
     assert [form.options["tokens"] for form in other_text] == [512, 512 - 256]
     assert len({*names.values(), *(form.measures for form in other_text)}) == len(set(names.values())) + 2
     assert len({form.key for form in [*other_text, *forms.methods(study, 2.0)]}) == len(forms.methods(study, 2.0)) + 2
+    ablations = {f.name: f.measures for f in forms.ablations(replace(study, calibration=("a.txt",)), 2.0, 0)}
+    own = ("groups of 64", "calibrated on Python alone")
+    assert len({ablations["pmq"], *(ablations[name] for name in own)}) == 3
+    assert ablations["calibrated on Python alone, without the unseen column"] == ablations[own[1]]
 
 
 def test_mc_is_left_out_where_its_widths_cannot_spend_the_bits(study):
@@ -239,11 +243,8 @@ def test_without_domains_an_expert_of_a_rare_kind_of_text_counts_by_its_tokens()
     assert merged[0, 7] < np.median(merged)
 
 
-def test_ablations_of_the_options_leave_the_others():
+def test_an_ablation_of_the_options_leaves_the_others():
     measures = measures_of()
-    for group in (64, 128):
-        packings = forms.one_group(Run(), measures, BUDGET, UNIT, group)
-        assert {p.group for p in packings} == {group}
     alike = forms.without_projections(Run(), measures, BUDGET, UNIT)
     assert all(len(set(p.widths)) == 1 for p in alike)
     assert any(len(set(p.widths)) > 1 for p in pmq(Run(), measures, BUDGET, UNIT))

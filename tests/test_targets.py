@@ -237,7 +237,7 @@ def test_the_least_memory_that_is_named_can_be_had_and_runs(alone, model, tmp_pa
         f"ram is {least - 1:,} bytes, "
     )
     bundle = alone(model, tmp_path / "least.emoe", ram=least, **options)
-    record = 12_288 if method == "rtn" else 8192  # in groups of 64 or 128
+    record = 12_288 if method == "rtn" else 8192  # in groups of 64 and of 128
     assert {expert.nbytes for expert in bundle.experts.values()} == {record}
     assert planned(bundle.path, least)["resident_bytes"] <= least + NOISE
     plan = json.loads(run_python(RUN, bundle.path, least, CONTEXT).stdout)

@@ -64,12 +64,14 @@ class Form:
         name = "mc"
         if method == "pmq":
             name = f"pmq-{self.options['bits']:g}" if "bits" in self.options else f"pmq-whole-{self.bits:g}"
+            name += f"-group-{self.options['group']}" if "group" in self.options else ""
         return name + self._sample
 
     @property
     def _sample(self) -> str:
         """Of calibration text, where it is not the study's."""
-        return f"-of-{self.options['tokens']}-tokens" if "tokens" in self.options else ""
+        sample = f"-of-{self.options['tokens']}-tokens" if "tokens" in self.options else ""
+        return sample + ("-of-Python" if "calibration" in self.options else "")
 
     def measures_file(self, study: Study) -> Path:
         return study.work / f"measures-{self.measures}.pickle"
@@ -215,15 +217,20 @@ def ablations(study: Study, bits: float, repeat: int) -> list[Form]:
         "without domains": without_domains,
         "without the unseen column": without_unseen,
         "without widths by projection": without_projections,
-        **{f"groups of {group} alone": partial(one_group, group=group) for group in targets.MIXED_GROUPS},
     }
-    return [
+    forms = [
         Form("pmq", bits, pmq),
         *(Form(name, bits, pmq, rounding=how) for name, how in rounding.items()),
         *(Form(name, bits, pmq, how) for name, how in spending.items()),
+        Form("groups of 64", bits, pmq | {"group": 64}),
         Form("uniform", bits, pmq | {"method": "uniform"}),
         Form("with activation order", bits, pmq | {"act_order": True}),
     ]
+    if study.calibration:
+        code = pmq | {"calibration": ()}
+        forms.append(Form("calibrated on Python alone", bits, code))
+        forms.append(Form("calibrated on Python alone, without the unseen column", bits, code, without_unseen))
+    return forms
 
 
 def without_gain(run: Compression, measures: Measures, budget: float, unit: Packing) -> list[Packing]:
@@ -244,11 +251,6 @@ def without_domains(run: Compression, measures: Measures, budget: float, unit: P
 def without_unseen(run: Compression, measures: Measures, budget: float, unit: Packing) -> list[Packing]:
     seen = with_errors(measures, lambda measure: measure.errors[..., :-1], 1)
     return allocate.mixed(run.config, replace(seen, gain=measures.gain[:, :-1]), budget, unit)
-
-
-def one_group(run: Compression, measures: Measures, budget: float, unit: Packing, group: int) -> list[Packing]:
-    options = [option for option in allocate.packings(measures.choices) if option.group == group]
-    return allocate.mixed(run.config, measures, budget, unit, options=options)
 
 
 def without_projections(run: Compression, measures: Measures, budget: float, unit: Packing) -> list[Packing]:

@@ -197,12 +197,12 @@ ABLATION_NOTES = (
     "Each row is pmq with one part changed, on half as many tokens of the same calibration text as above; the samples "
     "are windows of it that lie elsewhere. / pmq: the mean of the samples' ratios, with the standard error over "
     f"windows and between samples. A row is worse or better than pmq where the ratio is over {SIGNIFICANT:g} of these "
-    "errors from 1. Texts: the ratio on each. Groups alone, widths, gain, domains and the unseen column change what is "
-    "chosen; the others how it is rounded. uniform: one width everywhere in place of a program. Activation order is "
-    "an option, off by default. Of the parts without a difference over all texts, kinds of text are there for the text "
-    "that is unlike the others: without them pmq would be above uniform on it. The unseen column is for calibration on "
-    "one kind of text alone, which this one is not. Its share of what is lacking and the track's inputs gain two or "
-    "three per cent in the mean, on four texts of five."
+    "errors from 1. Texts: the ratio on each. Widths, gain, domains and the unseen column change what is chosen; the "
+    "others how it is rounded. uniform: one width everywhere in place of a program. Activation order is an option, off "
+    "by default. Of the parts without a difference over all texts, kinds of text are there for the text that is unlike "
+    "the others: without them pmq would be above uniform on it. The unseen column is for calibration on one kind of "
+    "text alone: the last two rows, of which the second is to be compared with the first. Its share of what is lacking "
+    "and the track's inputs gain two or three per cent in the mean, on four texts of five."
 )
 
 
