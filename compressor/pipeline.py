@@ -37,6 +37,7 @@ from edge_moe.runtime.tokenizer import Tokenizer
 Progress = Callable[[str, int, int], None]  # (step, done, of)
 LARGE_EXPERT = 4_000_000  # weights from which each expert's result is kept, not only each layer's
 GAIN_LOGITS_BYTES = 64_000_000
+FINE_BELOW = 2.5  # true bits of an expert weight
 
 
 def compress(model: str | Path, out: str | Path, *, progress: Progress | None = None, **options) -> Bundle:
@@ -156,7 +157,9 @@ class Compression:
     def measured_choices(self) -> list[tuple[int, int]]:
         """(width, group) of a matrix that the method needs to know the cost of; none where nothing is chosen by it.
 
-        pmq leaves out widths that would take over twice the mean, or two below it: such have never been worth it.
+        pmq leaves out widths that would take over twice the mean, or two below it: such have never been worth it. Below
+        FINE_BELOW bits it may take groups of 64 too: without them KLD on the reference was 1.05 times as large at 1.6
+        bits, 1.02 at 2, and 1.01 (+- 0.015), 0.99, 1.01 at 2.5, 3.5, 4.5.
         """
         o, config = self.o, self.config
         groups = targets.groups(o, config)
@@ -169,9 +172,10 @@ class Compression:
         widths = [width for width in _core.WIDTHS if width < 16]
         low = max((width for width in widths if true_bits(config, (width,) * 3, groups[0]) <= bits), default=1) - 2
         return [
-            (width, groups[0])
+            (width, group)
+            for group in targets.groups(o, config, fine=bits < FINE_BELOW)
             for width in widths
-            if width >= low and (width == 1 or true_bits(config, (width,) * 3, groups[0]) <= 2 * bits)
+            if width >= low and (width == 1 or true_bits(config, (width,) * 3, group) <= 2 * bits)
         ]
 
     def expected_bits(self) -> float:

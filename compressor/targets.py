@@ -24,7 +24,7 @@ DEFAULT_BITS = 2.5
 DEFAULT_TOKENS = 49_152
 DEFAULT_GROUP = 64
 TRUNK_WIDTH = 8  # where it is not chosen by measuring
-MEASURED_GROUP = 128  # of methods that choose widths; free to take 64 too, pmq was no better: KLD 0.99 +- 0.015 of this
+MEASURED_GROUP = 128  # of methods that choose widths
 HIT_SHARE = 0.9  # of expert uses that a bundle made for paging finds in memory, by calibration's frequencies
 TABLE_BYTES = 600  # of bundle.json and headers for each tensor and expert, at the most
 OTHER_BYTES = 4_000  # of bundle.json for the certificate and the like
@@ -128,11 +128,16 @@ def _files(files) -> tuple[str, ...]:
     return (files,) if isinstance(files, str | Path) else tuple(files)
 
 
-def groups(o: Options, config: ModelConfig) -> list[int]:
-    """The groups that experts may have, for the method: as asked for, or those that fit its matrices."""
+def groups(o: Options, config: ModelConfig, fine: bool = False) -> list[int]:
+    """The groups that experts may have, for the method: as asked for, or those that fit its matrices.
+
+    fine: with those that pmq has for few bits alone.
+    """
     if o.group is not None:
         return [o.group]
     wanted = {"uniform": _core.GROUPS, "rtn": (DEFAULT_GROUP,)}.get(o.method, (MEASURED_GROUP,))
+    if fine and o.method == "pmq":
+        wanted = (DEFAULT_GROUP, MEASURED_GROUP)
     return sorted({largest_group(group, config.dim, config.expert_hidden) for group in wanted})
 
 
