@@ -84,7 +84,7 @@ def bench(
     machine = machine_bandwidth(bundle, threads or default_threads())
     with Runtime(bundle, ram, max(prompt, generate), threads=threads) as runtime:
         ids = np.random.default_rng(seed).integers(0, runtime.config.vocab, max(prompt, generate)).tolist()
-        tests = [(f"pp{prompt}", _prompt_run, prompt), (f"tg{generate}", _generate_run, generate)]
+        tests = [(f"pp{prompt}", _prompt_run, prompt), (f"tg{generate}", generate_run, generate)]
         rows = [
             _measure(runtime, name, functools.partial(run, prune=how), ids[:count], repeats, how, progress)
             for name, run, count in tests
@@ -157,8 +157,8 @@ def _prompt_run(runtime: Runtime, ids: list[int], prune) -> None:
     runtime.generate(ids, 1, prune=prune)
 
 
-def _generate_run(runtime: Runtime, ids: list[int], prune) -> None:
-    """Each call finds all but its last token in the KV cache and computes that one."""
+def generate_run(runtime: Runtime, ids: list[int], prune) -> None:
+    """Decode a text: each call finds all but its last token in the KV cache and computes that one."""
     runtime.reset()
     for count in range(1, len(ids) + 1):
         runtime.generate(ids[:count], 1, prune=prune)

@@ -13,8 +13,6 @@ from edge_moe.runtime import reference
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import Score
 
-LOGITS_ROWS = 32  # positions scored at once: bounds memory where the vocabulary is large; the plan counts them
-
 
 def windows(ids, context: int, tokens: int | None = None) -> Iterable[np.ndarray]:
     """Consecutive windows of the first `tokens` ids; a last one of a single token scores nothing and is left out."""
@@ -66,6 +64,19 @@ def checkpoint_logits(directory: str | Path):
 
     checkpoint = Cached(Checkpoint(directory))
     return lambda ids: reference.forward(checkpoint.config, checkpoint, ids)
+
+
+class Remembered:
+    """Logits of windows by `logits`, each window's kept: a reference that much is compared with."""
+
+    def __init__(self, logits):
+        self.logits, self._kept = logits, {}
+
+    def __call__(self, window: np.ndarray) -> np.ndarray:
+        key = np.asarray(window).tobytes()
+        if key not in self._kept:
+            self._kept[key] = self.logits(window)
+        return self._kept[key]
 
 
 class Cached:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_moe.bench.bench import generate_run
 from edge_moe.runtime.runtime import Runtime
 
 SETTINGS = ("off", "loss:0.2", "loss:0.35", "loss:0.5")
@@ -43,10 +44,8 @@ def measure(bundle: Path, ids: list[int], ram: str, plan: bool = False) -> dict:
         for turn in range(ROUNDS + 1):
             part = ids[(start := turn * TOKENS % (len(ids) - TOKENS)) : start + TOKENS]
             for setting in SETTINGS:
-                runtime.reset()
                 before, began = runtime.stats, time.perf_counter()
-                for count in range(1, len(part) + 1):  # all but the last token are in the KV cache
-                    runtime.generate(part[:count], 1, prune=setting)
+                generate_run(runtime, part, setting)
                 seconds, after = time.perf_counter() - began, runtime.stats
                 used = {key: after[key] - before[key] for key in ("bytes_read", "experts_used", "moe_tokens")}
                 if turn:  # the first warms up

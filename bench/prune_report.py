@@ -10,25 +10,28 @@ against its own bundle unpruned. Without texts it is of Python's standard librar
 import argparse
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from edge_moe import bench
-from edge_moe.bench.evaluate import LOGITS_ROWS, Cached, windows
+from edge_moe.bench.evaluate import Cached, Remembered, windows
 from edge_moe.bench.prune_paged import paged_table
+from edge_moe.bench.quality.cost import processor, stolen
 from edge_moe.bench.texts import held_out_modules
 from edge_moe.compressor.bundle_weights import BundleWeights
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.prune import calibrate_pruning
+from edge_moe.devices.probe import default_threads
+from edge_moe.progress import timed
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.pruning import read_mask_routers
 from edge_moe.runtime.runtime import Runtime
-from edge_moe.runtime.score import Score
+from edge_moe.runtime.score import LOGITS_ROWS, Score
 from edge_moe.runtime.tokenizer import Tokenizer
 
 CUTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
@@ -47,6 +50,8 @@ class Point:
     cut: float  # share of expert uses left out
     perplexity: float  # over that unpruned, less 1
     kld: float
+    asked: float | None = None
+    cuts: tuple[float, ...] = ()  # of each text
 
 
 def main() -> None:
@@ -61,10 +66,12 @@ def main() -> None:
         if not bundle.exists():
             tell(f"compressing to {bits:g} bits")
             compress(a.model, bundle, bits=bits, **({} if bits == 16 else calibration))
-        points = []
+        points, took = [], {}
         for seed in range(a.seeds if bits == 16 else 1):
             tell(f"{bits:g} bits: calibrating, seed {seed}")
-            calibrate_pruning(bundle, **calibration, seed=seed, tokens=a.calibration_tokens)
+            its, before = {}, stolen()
+            calibrate_pruning(bundle, **calibration, seed=seed, tokens=a.calibration_tokens, progress=timed(None, its))
+            took[seed] = its, stolen() - before
             for rule in NAMES if seed == 0 else ("loss", "otp"):
                 for cut in CUTS:
                     points += by_engine(bundle, rule, cut, texts)
@@ -73,7 +80,7 @@ def main() -> None:
             points += controls(a.model, texts, tell)
             plotted = points
         sections += [f"## Experts of {bits:g} bits", frontier_table(points), bars(points)]
-        sections += [entropy_text(bundle, texts)]
+        sections += [entropy_text(bundle, texts), reached_table(points, list(texts)), cost_text(took[0])]
     sections += ["## Under a cap", paged_table(a.work / f"bits-{a.bits[0]:g}.emoe", texts, tell)]
     report = "\n\n".join(sections) + "\n"
     if a.plot and plotted:
@@ -112,22 +119,9 @@ def texts_of(model: Path, files: list[Path], tokens: int) -> dict[str, np.ndarra
     return {file.stem: np.array(tokenizer.encode(file.read_text(encoding="utf-8"))[:tokens]) for file in files}
 
 
-class Unpruned:
-    """Logits of windows as the model gives them with all experts; kept, as every rule is compared with them."""
-
-    def __init__(self, logits):
-        self.logits, self.kept = logits, {}
-
-    def __call__(self, window: np.ndarray) -> np.ndarray:
-        key = window.tobytes()
-        if key not in self.kept:
-            self.kept[key] = self.logits(window)
-        return self.kept[key]
-
-
 def scored(method: str, texts: dict, logits, unpruned, account) -> Point:
-    """account(): (expert uses, of how many without pruning, layers times tokens), once all texts are scored."""
-    ratios, klds = [], []
+    """account(): (expert uses, of how many without pruning, layers times tokens), so far."""
+    ratios, klds, sums = [], [], [np.zeros(3)]
     for ids in texts.values():
         score, base = Score(), Score()
         for window in windows(ids, CONTEXT):
@@ -137,8 +131,11 @@ def scored(method: str, texts: dict, logits, unpruned, account) -> Point:
         result = score.result()
         ratios.append(np.log(result["perplexity"] / base.result()["perplexity"]))
         klds.append(result["kld_mean"])
-    uses, of, rows = account()
-    return Point(method, uses / rows, 1 - uses / of, float(np.exp(np.mean(ratios)) - 1), float(np.mean(klds)))
+        sums.append(np.array(account()))
+    uses, of, rows = sums[-1]
+    cuts = tuple(1 - its[0] / its[1] for its in np.diff(sums, axis=0))
+    change, kld = float(np.exp(np.mean(ratios)) - 1), float(np.mean(klds))
+    return Point(method, float(uses / rows), float(1 - uses / of), change, kld, cuts=cuts)
 
 
 UNPRUNED = {}  # by bundle
@@ -150,7 +147,7 @@ def by_engine(bundle: Path, rule: str, cut: float, texts: dict) -> list[Point]:
         curve = runtime.bundle.pruning.curves[rule]
         if not curve.cuts[0] <= cut <= curve.cuts[-1]:
             return []
-        unpruned = UNPRUNED.setdefault(bundle, Unpruned(runtime.logits))
+        unpruned = UNPRUNED.setdefault(bundle, Remembered(runtime.logits))
         unpruned.logits = runtime.logits
         for ids in texts.values():
             for window in windows(ids, CONTEXT):
@@ -164,7 +161,8 @@ def by_engine(bundle: Path, rule: str, cut: float, texts: dict) -> list[Point]:
             return used["experts_used"], of, used["moe_tokens"]
 
         # a step of the engine's is a chunk: rules that protect tokens see as many of a window as a prompt's would
-        return [scored(NAMES[rule], texts, partial(runtime.logits, prune=f"{rule}:{cut}"), unpruned, account)]
+        logits = partial(runtime.logits, prune=f"{rule}:{cut}")
+        return [replace(scored(NAMES[rule], texts, logits, unpruned, account), asked=cut)]
 
 
 # ---- what they are compared with
@@ -173,7 +171,7 @@ def by_engine(bundle: Path, rule: str, cut: float, texts: dict) -> list[Point]:
 def controls(model: Path, texts: dict, tell) -> list[Point]:
     with Checkpoint(model) as checkpoint:
         weights, config = Cached(checkpoint), checkpoint.config
-        unpruned = Unpruned(partial(reference.forward, config, weights))
+        unpruned = Remembered(partial(reference.forward, config, weights))
         random = np.random.default_rng(0)
         ways = [("smaller top_k", partial(fixed, count)) for count in range(1, config.top_k)]
         ways += [("top-p", partial(top_p, weights, share)) for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
@@ -328,6 +326,27 @@ def bars(points: list[Point]) -> str:
             worst = max(ratios, key=ratios.get)
             lines.append(f"- KLD of ours over that of {name}: at most {ratios[worst]:.2f} (at {worst:.0%} cut)")
     return "\n".join(lines)
+
+
+def reached_table(points: list[Point], texts: list[str]) -> str:
+    """What our cuts leave out of each text, by the first seed."""
+    first = {point.asked: point.cuts for point in reversed(points) if point.method == NAMES["loss"]}
+    lines = ["| asked | " + " | ".join(texts) + " |", "|---" * (1 + len(texts)) + "|"]
+    for asked, cuts in sorted(first.items()):
+        lines.append(f"| {asked:.0%} | " + " | ".join(f"{cut:.1%}" for cut in cuts) + " |")
+    return (
+        "A cut is a mean over text like that of calibration; of other text ours leaves out more or less:\n\n"
+        + "\n".join(lines)
+    )
+
+
+def cost_text(took: tuple[dict[str, float], float]) -> str:
+    steps, lost = took
+    return (
+        f"Calibrating took {sum(steps.values()):.0f} s on {default_threads()} threads ("
+        + ", ".join(f"{step} {seconds:.0f} s" for step, seconds in steps.items())
+        + f"; {processor()}); other machines on the same host took {lost:.0f} s of these cores meanwhile."
+    )
 
 
 def plot(points: list[Point], file: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.bench.evaluate import LOGITS_ROWS, checkpoint_logits, evaluate
+from edge_moe.bench.evaluate import checkpoint_logits, evaluate
 from edge_moe.compressor.calibrate import STDLIB_BYTES, stdlib_files
 from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.score import LOGITS_ROWS
 
 MEANS = ("kld_mean", "kld_p99", "top1_agreement", "experts_used")  # of the texts' own; perplexity is geometric
 

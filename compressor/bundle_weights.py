@@ -39,18 +39,23 @@ class BundleWeights:
         return values[0] if name.endswith(("norm", "bias")) else values
 
     def expert(self, layer: int, number: int) -> tuple[np.ndarray, ...]:
-        bundle, its = self.bundle, self.bundle.experts[layer, number]
-        dim, hidden = bundle.config.dim, bundle.config.expert_hidden
-        record = np.fromfile(bundle.files[its.file], np.uint8, its.nbytes, offset=its.offset)
-        _, parts = _core.record_layout(dim, hidden, list(its.widths), its.group)
+        dim, hidden = self.config.dim, self.config.expert_hidden
+        widths = self.bundle.experts[layer, number].widths
+        matrices = zip(self.parts(layer, number), widths, (dim, dim, hidden), strict=True)
+        return tuple(unpacked(parts, width, cols) for parts, width, cols in matrices)
+
+    def parts(self, layer: int, number: int) -> list[list[np.ndarray]]:
+        """gate, up and down as they lie in the file: codes, scales, biases (none at width 16), (rows, bytes) each."""
+        its, dim, hidden = self.bundle.experts[layer, number], self.config.dim, self.config.expert_hidden
+        record = np.fromfile(self.bundle.files[its.file], np.uint8, its.nbytes, offset=its.offset)
+        _, layout = _core.record_layout(dim, hidden, list(its.widths), its.group)
         matrices = []
-        for (rows, cols), width, (codes, size, scales, scales_size, biases) in zip(
-            ((hidden, dim), (hidden, dim), (dim, hidden)), its.widths, np.reshape(parts, (3, 5)).tolist(), strict=True
+        for rows, width, (codes, size, scales, scales_size, biases) in zip(
+            (hidden, hidden, dim), its.widths, np.reshape(layout, (3, 5)).tolist(), strict=True
         ):
             ends = ((codes, size), (scales, scales_size), (biases, scales_size))
-            packed = [record[at : at + count].reshape(rows, -1) for at, count in ends[: 1 if width == 16 else 3]]
-            matrices.append(unpacked(packed, width, cols))
-        return tuple(matrices)
+            matrices.append([record[at : at + n].reshape(rows, -1) for at, n in ends[: 1 if width == 16 else 3]])
+        return matrices
 
 
 def unpacked(parts: list[np.ndarray], width: int, cols: int) -> np.ndarray:

@@ -6,6 +6,7 @@ nothing is downloaded. Without held-out files the last eighth of each calibratio
 
 import hashlib
 import sysconfig
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from edge_moe.runtime.config import ModelConfig
 
+LEAST_TOKENS = 256
 SEQUENCE_TOKENS = 256  # of one calibration sequence, or the model's context if shorter
 STDLIB_BYTES = 4_000_000  # of the standard library that are read for calibration
 STDLIB = "Python standard library"
@@ -76,8 +78,18 @@ def domains_of(ids: np.ndarray, seed: int) -> np.ndarray:
     return np.unique(labels, return_inverse=True)[1]
 
 
+def paths_of(files: str | Path | Iterable) -> tuple[Path, ...]:
+    """One file's name or several, as options take them."""
+    return tuple(map(Path, (files,) if isinstance(files, str | Path) else files))
+
+
+def check_tokens(tokens: int) -> None:
+    if tokens < LEAST_TOKENS:
+        raise ValueError(f"tokens is {tokens}, expected at least {LEAST_TOKENS}")
+
+
 def load_calibration(
-    tokenizer, config: ModelConfig, files: list[Path], tokens: int, seed: int, held_out: list[Path] = ()
+    tokenizer, config: ModelConfig, files: Sequence[Path], tokens: int, seed: int, held_out: Sequence[Path] = ()
 ) -> Calibration:
     """Sequences of calibration tokens and of held-out ones, the same for the same arguments.
 

@@ -13,7 +13,7 @@ from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import ModelConfig, parse_config, read_json
 from edge_moe.runtime.plan import Plan, make_plan, resolve_ram
 from edge_moe.runtime.runtime import DEFAULT_CONTEXT
-from edge_moe.runtime.tokenizer import Tokenizer
+from edge_moe.runtime.tokenizer import tokenizer_of
 
 TABLE_BYTES, RECORD_BYTES = 2_000_000, 1_000  # of memory that reading bundle.json takes: 8 MB more for 12,000 experts
 
@@ -72,7 +72,7 @@ def estimate(
     context = min(DEFAULT_CONTEXT, config.context) if context is None else context
     if not 1 <= context <= config.context:
         raise ValueError(f"context is {context}, expected 1 to {config.context}, the model's own")
-    tokenizer = Tokenizer(path) if (path / "tokenizer.json").is_file() else None
+    tokenizer = tokenizer_of(path)
     plan_with = partial(
         make_plan,
         config,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_moe.compressor.files import write_whole
+
 IDENTITY, LOCK = "identity.json", "lock"
 
 
@@ -90,21 +92,7 @@ class Journal:
 
     def write(self, name: str, value) -> None:
         """Write a step's file: whole or not at all."""
-        partial = self.path(name + ".new")
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        self.commit(partial, name)
-
-    def commit(self, partial: Path, name: str) -> None:
-        """Give a file that is on disk its name."""
-        os.replace(partial, self.path(name))
-        handle = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        write_whole(self.path(name), lambda file: file.write(json.dumps(value, indent=1).encode()))
 
     def read(self, name: str):
         return json.loads(self.path(name).read_text(encoding="utf-8"))
@@ -113,12 +101,8 @@ class Journal:
         """The arrays of a step: compute()'s, once they are on disk, or those that a run before this one left."""
         file = self.path(name)
         if not file.is_file():
-            partial = self.path(name + ".new")
-            with open(partial, "wb") as handle:
-                np.savez(handle, **compute())
-                handle.flush()
-                os.fsync(handle.fileno())
-            self.commit(partial, name)
+            found = compute()
+            write_whole(file, lambda handle: np.savez(handle, **found))
         with np.load(file, allow_pickle=False) as saved:
             return {key: saved[key] for key in saved.files}
 

@@ -32,7 +32,7 @@ from edge_moe.compressor.writer import BundleWriter, Packing
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
-from edge_moe.runtime.tokenizer import Tokenizer
+from edge_moe.runtime.tokenizer import tokenizer_of
 
 Progress = Callable[[str, int, int], None]  # (step, done, of)
 LARGE_EXPERT = 4_000_000  # weights from which each expert's result is kept, not only each layer's
@@ -140,10 +140,9 @@ class Compression:
         }
 
     def load_calibration(self) -> None:
-        has_tokenizer = (self.checkpoint.directory / "tokenizer.json").is_file()
-        tokenizer = Tokenizer(self.checkpoint.directory) if has_tokenizer else None
-        files, held_out = ([Path(file) for file in its] for its in (self.o.calibration, self.o.held_out))
-        self.calibration = load_calibration(tokenizer, self.config, files, self.o.tokens, self.o.seed, held_out)
+        tokenizer = tokenizer_of(self.checkpoint.directory)
+        o = self.o
+        self.calibration = load_calibration(tokenizer, self.config, o.calibration, o.tokens, o.seed, o.held_out)
 
     def _steps(self) -> Bundle:
         if not self.o.calibrates:
@@ -224,8 +223,7 @@ class Compression:
             for form, stream in pass_.streams.items():
                 stream.save(j.path(f"{name}.{form}"))
             j.write(f"{name}.json", {form: stream.rows for form, stream in pass_.streams.items()})
-            save_measure(j.path(f"{name}.npz.new"), measures[-1])
-            j.commit(j.path(f"{name}.npz.new"), f"{name}.npz")
+            save_measure(j.path(f"{name}.npz"), measures[-1])
             for suffix in (*pass_.forms, "json"):
                 j.forget(f"measure-{layer - 1:04}.{suffix}")
             j.forget(f"measured-{layer:04}-*")

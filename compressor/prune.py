@@ -6,9 +6,8 @@ itself unpruned. The bundle is whole at every moment: while mask routers change,
 """
 
 import json
-import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,25 +17,26 @@ from threadpoolctl import threadpool_limits
 from edge_moe import _core
 from edge_moe.compressor import prune_curves
 from edge_moe.compressor.bundle_weights import BundleWeights
-from edge_moe.compressor.calibrate import load_calibration
+from edge_moe.compressor.calibrate import check_tokens, load_calibration, paths_of
+from edge_moe.compressor.files import write_whole
 from edge_moe.compressor.mask_routers import fit_losses, train_otp
 from edge_moe.compressor.prune_losses import SAMPLES, collect
 from edge_moe.compressor.streams import Stream
+from edge_moe.compressor.writer import table_bytes
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime import reference
-from edge_moe.runtime.bundle import Bundle, table_checksum
+from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.plan import resolve_ram
 from edge_moe.runtime.pruning import LEARNED, MASK_FILE, RULES
 from edge_moe.runtime.runtime import Runtime
-from edge_moe.runtime.score import Score
+from edge_moe.runtime.score import LOGITS_ROWS, Score
 from edge_moe.runtime.tensorfile import make_header
-from edge_moe.runtime.tokenizer import Tokenizer
+from edge_moe.runtime.tokenizer import tokenizer_of
 
 DEFAULT_TOKENS = 32_768
 DEFAULT_CUT = 0.2
 DEFAULT_RULES = ("loss", "otp", "share", "odp")
 APART, APART_TOKENS = 5, 64  # one run of so many tokens in five is for finding prices
-LOGITS_ROWS = 32
 
 
 def calibrate_pruning(
@@ -44,8 +44,8 @@ def calibrate_pruning(
     *,
     cut: float = DEFAULT_CUT,
     rules: tuple[str, ...] = DEFAULT_RULES,
-    calibration: tuple = (),
-    held_out: tuple = (),
+    calibration: str | Path | Sequence[str | Path] = (),
+    held_out: str | Path | Sequence[str | Path] = (),
     tokens: int = DEFAULT_TOKENS,
     seed: int = 0,
     ram: int | str = "auto",
@@ -66,16 +66,13 @@ def calibrate_pruning(
     config, path = opened.config, opened.path
     if not rules or not set(rules) <= set(RULES):
         raise ValueError(f"rules are {', '.join(rules) or 'none'}, expected some of {', '.join(RULES)}")
-    if tokens < 256:
-        raise ValueError(f"tokens is {tokens}, expected at least 256")
+    check_tokens(tokens)
     wanted = prune_curves.reachable(config)
     if not wanted:
         raise ValueError(f"{path}: tokens have {config.top_k} expert each, none can be left out")
     if not wanted[0] <= cut <= wanted[-1]:
         raise ValueError(f"cut is {cut:g}, expected {wanted[0]:g} to {wanted[-1]:g} of expert uses")
-    tokenizer = Tokenizer(path) if (path / "tokenizer.json").is_file() else None
-    files = ([Path(file) for file in its] for its in (calibration, held_out))
-    text = load_calibration(tokenizer, config, next(files), tokens, seed, next(files))
+    text = load_calibration(tokenizer_of(path), config, paths_of(calibration), tokens, seed, paths_of(held_out))
     threads = threads or default_threads()
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(1))
@@ -137,14 +134,15 @@ def _settings(config, weights, found: dict, rules, wanted, apart: np.ndarray, se
     for rule in rules:
         if rule in LEARNED:
             its[rule] = {"cuts": wanted, "prices": prune_curves.prices(values[rule], wanted)}
-        elif rule == "odp" and all(config.top_k_of(layer) == 2 for layer in found):
+            continue
+        if rule == "odp" and all(config.top_k_of(layer) == 2 for layer in found):
             cuts, thresholds = prune_curves.median_ratios(found)
-            its[rule] = {"cuts": cuts, "thresholds": thresholds, "protect": prune_curves.PROTECTED}
         else:
             kept_by = reference.kept_by_ratio if rule == "odp" else reference.kept_by_share
             cuts, thresholds = prune_curves.thresholds(found, kept_by, wanted)
-            protect = {"protect": prune_curves.PROTECTED} if rule == "odp" else {}
-            its[rule] = {"cuts": cuts, "thresholds": thresholds, **protect}
+        its[rule] = {"cuts": cuts, "thresholds": thresholds}
+        if rule == "odp" and config.latent is None:  # received attention is known where each token has keys of its own
+            its[rule]["protect"] = prune_curves.PROTECTED
     names = {f"layers.{layer}.{rule}": router for (layer, rule), router in routers.items() if rule in rules}
     return {"rules": its}, names
 
@@ -154,20 +152,19 @@ def certify(path: Path, rule: str, text, ram, threads: int, tell) -> list[dict]:
     found, context = [], text.held_out.shape[1]
     with Runtime(path, ram, context, threads=threads, prune="off", logits_rows=LOGITS_ROWS) as runtime:
         curve = runtime.bundle.pruning.curves[rule]
-        scores, used = [Score() for _ in (0, *curve.cuts)], np.zeros(1 + len(curve.cuts), np.int64)
+        base, scores, used = Score(), [Score() for _ in curve.cuts], np.zeros(len(curve.cuts), np.int64)
         for done, window in enumerate(text.held_out, start=1):
             whole = runtime.logits(window)[:-1]
-            scores[0].add(whole, window[1:])
-            for at, cut in enumerate(curve.cuts, start=1):
+            base.add(whole, window[1:])
+            for at, cut in enumerate(curve.cuts):
                 before = runtime.stats["experts_used"]
                 scores[at].add(runtime.logits(window, prune=f"{rule}:{cut}")[:-1], window[1:], whole)
                 used[at] += runtime.stats["experts_used"] - before
             tell("certificate", done, len(text.held_out))
-        base = scores[0].result()["perplexity"]
         uses = text.held_out.size * sum(runtime.config.top_k_of(layer) for layer in runtime.config.moe_layers)
-        for cut, score, its in zip(curve.cuts, scores[1:], used[1:], strict=True):
+        for cut, score, its in zip(curve.cuts, scores, used, strict=True):
             result = score.result()
-            ratio = result.pop("perplexity") / base
+            ratio = result.pop("perplexity") / base.result()["perplexity"]
             row = {"cut": cut, "reached": 1 - int(its) / uses, "perplexity_ratio": ratio, **result}
             found.append({key: float(f"{value:.6g}") for key, value in row.items()} | {"tokens": result["tokens"]})
     return found
@@ -185,21 +182,10 @@ def _store(bundle: Bundle, pruning: dict, routers: dict | None) -> None:
     if routers:
         header = make_header([(name, "F32", its.shape, its.nbytes) for name, its in routers.items()], 64)
         data = b"".join([header, *(np.ascontiguousarray(its, "<f4").tobytes() for its in routers.values())])
-        _replace(bundle.path / MASK_FILE, data)
+        write_whole(bundle.path / MASK_FILE, lambda handle: handle.write(data))
         pruning["mask_routers"] = {"bytes": len(data), "crc32c": f"{_core.crc32c(data, 0):08x}"}
     _write_table(file, table | {"pruning": pruning})
 
 
 def _write_table(file: Path, table: dict) -> None:
-    table["checksum"] = table_checksum(table)
-    _replace(file, (json.dumps(table, indent=1) + "\n").encode())
-
-
-def _replace(file: Path, data: bytes) -> None:
-    """The file with this content, or as it was."""
-    new = file.with_name(file.name + ".new")
-    with open(new, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(new, file)
+    write_whole(file, lambda handle: handle.write(table_bytes(table)))

@@ -1,5 +1,7 @@
 """From losses to settings: what each rule of pruning needs for each cut, and which layers it spares."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from edge_moe.compressor.prune_losses import LayerLosses
@@ -8,6 +10,7 @@ from edge_moe.runtime.config import ModelConfig
 CUTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 THRESHOLDS = np.linspace(0, 1, 101)  # that are tried
 PROTECTED = 0.02  # of a prompt's tokens, in the Mixture Compressor's rule
+PRICES = 1e-12, 1e6  # nats an expert, the range
 STEPS = 60  # of a bisection
 
 
@@ -30,15 +33,20 @@ def cut_of(kept: list[np.ndarray], values: list[np.ndarray]) -> float:
 
 def prices(expected: list[np.ndarray], cuts: list[float]) -> list[float]:
     """The price of an expert at which rows of expected losses (rows, top_k), by layer, keep as few as each cut says."""
-    found = []
-    for cut in cuts:
-        low, high = 1e-12, 1e6
-        for _ in range(STEPS):
-            price = np.sqrt(low * high)
-            reached = cut_of([kept_at(its, price) for its in expected], expected)
-            low, high = (low, price) if reached > cut else (price, high)
-        found.append(float(np.sqrt(low * high)))
-    return found
+
+    def reached(price: float) -> float:
+        return cut_of([kept_at(its, price) for its in expected], expected)
+
+    return [float(np.sqrt(np.prod(around(reached, cut)))) for cut in cuts]
+
+
+def around(reached: Callable[[float], float], cut: float) -> tuple[float, float]:
+    """Two prices, next to each other, between which what is reached, which rises with the price, passes a cut."""
+    low, high = PRICES
+    for _ in range(STEPS):
+        price = float(np.sqrt(low * high))
+        low, high = (low, price) if reached(price) > cut else (price, high)
+    return low, high
 
 
 def thresholds(layers: dict[int, LayerLosses], kept_by, cuts: list[float]) -> tuple[list[float], list[list[float]]]:
@@ -51,20 +59,19 @@ def thresholds(layers: dict[int, LayerLosses], kept_by, cuts: list[float]) -> tu
         losses.append([layer.losses[rows, its - 1].mean() for its in counts])
     kept, losses = np.array(kept), np.array(losses)
     every, most = np.arange(len(kept)), kept.max(axis=1).sum()
+
+    def best(price: float) -> np.ndarray:
+        return np.argmin(losses + price * kept, axis=1)
+
+    def reached(price: float) -> float:
+        return float(1 - kept[every, best(price)].sum() / most)
+
     found = {}
     for cut in cuts:
-        low, high = 1e-12, 1e6
-        for _ in range(STEPS):
-            price = np.sqrt(low * high)
-            best = np.argmin(losses + price * kept, axis=1)
-            reached = 1 - kept[every, best].sum() / most
-            low, high = (low, price) if reached > cut else (price, high)
-            if 0 < reached < 1:
-                nearest = found.get(cut)
-                if nearest is None or abs(reached - cut) < abs(nearest[0] - cut):
-                    found[cut] = (float(reached), THRESHOLDS[best].tolist())
-    by_cut = dict(sorted(found.values(), key=lambda its: its[0]))
-    return list(by_cut), list(by_cut.values())
+        if its := [price for price in around(reached, cut) if 0 < reached(price) < 1]:
+            price = min(its, key=lambda price: abs(reached(price) - cut))
+            found[reached(price)] = THRESHOLDS[best(price)].tolist()
+    return sorted(found), [found[its] for its in sorted(found)]
 
 
 def median_ratios(layers: dict[int, LayerLosses]) -> tuple[list[float], list[list[float]]]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from edge_moe.compressor import forward
 from edge_moe.compressor.calibrate import Calibration
+from edge_moe.compressor.files import write_whole
 from edge_moe.compressor.gptq import Curvature, damping_for, gptq
 from edge_moe.compressor.quantise import dequantise
 from edge_moe.compressor.streams import Stream
@@ -386,11 +387,8 @@ def sampled(rows: int) -> np.ndarray:
 
 def save_measure(path: Path, measure: LayerMeasure | None) -> None:
     """Write one layer's measure, whole or not at all."""
-    partial = path.with_name(path.name + ".new")
     arrays = {} if measure is None else {f.name: getattr(measure, f.name) for f in fields(LayerMeasure)}
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays)
-    partial.replace(path)
+    write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def load_measure(path: Path) -> LayerMeasure | None:

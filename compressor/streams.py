@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_moe.compressor.files import write_whole
+
 BLOCK_ROWS = 2048  # of a pass over all rows
 
 
@@ -72,12 +74,12 @@ class Stream:
 
     def save(self, path: Path) -> None:
         """Write everything to `path`, whole or not at all."""
-        partial = path.with_name(path.name + ".new")
-        with open(partial, "wb", buffering=0) as handle:
+
+        def write(handle) -> None:
             for start, stop in self.blocks():
                 handle.write(self.read(start, stop).data)
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
+
+        write_whole(path, write)
 
     def close(self) -> None:
         """Let go of memory or the file, which is removed."""

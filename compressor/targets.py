@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe import _core
+from edge_moe.compressor.calibrate import check_tokens, paths_of
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.drop_experts import SCORES
 from edge_moe.compressor.quantise import largest_group
@@ -41,8 +42,8 @@ class Options:
     context: int | None = None
     paged: bool = False
     method: str = "pmq"
-    calibration: tuple[str, ...] = ()
-    held_out: tuple[str, ...] = ()
+    calibration: tuple[Path, ...] = ()
+    held_out: tuple[Path, ...] = ()
     tokens: int = DEFAULT_TOKENS
     group: int | None = None
     trunk_width: int | None = None
@@ -79,8 +80,7 @@ def check(o: Options, config: ModelConfig) -> Options:
         if o.method not in ("uniform", "rtn"):
             raise ValueError(f"width is one width for all experts; method {o.method} chooses widths, give bits instead")
         _one_of("width", o.width, _core.WIDTHS)
-    if o.tokens < 256:
-        raise ValueError(f"tokens is {o.tokens}, expected at least 256")
+    check_tokens(o.tokens)
     if not 0 <= o.drop_experts < 1:
         raise ValueError(f"drop_experts is {o.drop_experts}, expected a share from 0 up to 1, as 0.25")
     if o.adjust_top_k and not o.drop_experts:
@@ -100,8 +100,8 @@ def check(o: Options, config: ModelConfig) -> Options:
         bits=bits,
         size=None if o.size is None else parse_bytes(o.size),
         ram=None if o.ram is None else parse_bytes(o.ram),
-        calibration=_files(o.calibration),
-        held_out=_files(o.held_out),
+        calibration=paths_of(o.calibration),
+        held_out=paths_of(o.held_out),
     )
     lossless = bits == 16 or o.width == 16
     fitting = o.group or DEFAULT_GROUP if lossless else largest_group(o.group or 128, config.dim, config.expert_hidden)
@@ -122,10 +122,6 @@ def _one_of(name: str, value, allowed) -> None:
     if value not in allowed:
         shown = ", ".join(str(one) for one in allowed if one is not None)
         raise ValueError(f"{name} is {value!r}, expected one of {shown}")
-
-
-def _files(files) -> tuple[str, ...]:
-    return (files,) if isinstance(files, str | Path) else tuple(files)
 
 
 def groups(o: Options, config: ModelConfig, fine: bool = False) -> list[int]:

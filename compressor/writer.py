@@ -18,6 +18,7 @@ from threading import Lock
 import numpy as np
 
 from edge_moe import __version__, _core
+from edge_moe.compressor.files import sync
 from edge_moe.runtime.bundle import (
     TRUNK_FILE,
     codec_of,
@@ -180,14 +181,12 @@ class BundleWriter:
                 copies[name] = hashlib.sha256((self._partial / name).read_bytes()).hexdigest()
         self._handle(TRUNK_FILE).flush()
         self._trunk_checksum = _file_checksum(self._partial / TRUNK_FILE)
-        table = self._table(copies)
-        table["checksum"] = table_checksum(table)
-        (self._partial / "bundle.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        (self._partial / "bundle.json").write_bytes(table_bytes(self._table(copies)))
         self.flush()
         for path in (*(self._partial / name for name in (*copies, "bundle.json")), self._partial):
-            _sync(path)
+            sync(path)
         os.rename(self._partial, self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
     def _lay_out(self) -> None:
         """Decide the files and where every record goes."""
@@ -313,20 +312,18 @@ class BundleWriter:
         return self._handles[name]
 
 
+def table_bytes(table: dict) -> bytes:
+    """The content of bundle.json, its checksum included."""
+    table = {**table, "checksum": table_checksum({k: v for k, v in table.items() if k != "checksum"})}
+    return (json.dumps(table, indent=1) + "\n").encode()
+
+
 def _file_checksum(path: Path) -> int:
     checksum = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 24):
             checksum = _core.crc32c(block, checksum)
     return checksum
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def record_bytes_of(config: ModelConfig, packing: Packing) -> int:

@@ -20,7 +20,7 @@ from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.plan import READERS, Plan, engine_config, make_plan, resolve_ram
 from edge_moe.runtime.pruning import OFF, PruneRule, prune_rule, read_mask_routers
 from edge_moe.runtime.sampling import Sampler
-from edge_moe.runtime.tokenizer import Detokenizer, Tokenizer
+from edge_moe.runtime.tokenizer import Detokenizer, Tokenizer, tokenizer_of
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
 DEVICES = ("auto", "cpu")
@@ -91,8 +91,7 @@ class Runtime:
         context = min(DEFAULT_CONTEXT, self.config.context) if context is None else context
         if not 1 <= context <= self.config.context:
             raise ValueError(f"context is {context}, expected 1 to {self.config.context}, the model's own")
-        has_tokenizer = (self.bundle.path / "tokenizer.json").is_file()
-        self.tokenizer = Tokenizer(self.bundle.path) if has_tokenizer else None
+        self.tokenizer = tokenizer_of(self.bundle.path)
         self.threads = threads or default_threads()
         self.logits_rows = min(logits_rows, context)
         self.device = "cpu"

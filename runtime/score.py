@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+LOGITS_ROWS = 32  # positions scored at once: bounds memory where the vocabulary is large; the plan counts them
+
 
 @dataclass(slots=True)
 class Score:

@@ -75,6 +75,11 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=special).ids
 
 
+def tokenizer_of(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a bundle or checkpoint directory, where it has one."""
+    return Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
+
+
 class Detokenizer:
     """Turns tokens into text one at a time, holding back what is not yet a whole character.
 

@@ -54,20 +54,6 @@ class Kept:
         return self.checkpoint.expert(layer, self.kept[layer][index])
 
 
-def record_parts(bundle: Bundle, layer: int, index: int) -> list[list[np.ndarray]]:
-    """Codes (bytes), scales and biases (bfloat16 bits) of gate, up and down, as they lie in the file."""
-    expert, c = bundle.experts[layer, index], bundle.config
-    record = np.fromfile(bundle.files[expert.file], np.uint8, expert.nbytes, offset=expert.offset)
-    _, parts = _core.record_layout(c.dim, c.expert_hidden, list(expert.widths), expert.group)
-    matrices = []
-    for rows, (codes, codes_bytes, scales, scales_bytes, biases) in zip(
-        (c.expert_hidden, c.expert_hidden, c.dim), np.reshape(parts, (3, 5)).tolist(), strict=True
-    ):
-        pair = [record[at : at + scales_bytes].view(np.uint16).reshape(rows, -1) for at in (scales, biases)]
-        matrices.append([record[codes : codes + codes_bytes].reshape(rows, -1), *pair])
-    return matrices
-
-
 def weights_of(path: Path) -> BundleWeights:
     """What a bundle's codes, scales and biases stand for."""
     return BundleWeights(Bundle.open(path))

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from bundles import REFERENCE, record_parts
+from bundles import REFERENCE, weights_of
 from golden_checkpoints import ARCHITECTURES
 
 from edge_moe import _core
@@ -100,12 +100,13 @@ def test_mlx_dequantises_records_as_they_lie_in_the_file(bundle_of, width):
     bundle = Bundle.open(bundle_of("reference", width=width))
     for layer, index in [(0, 0), (3, 15)]:
         group = bundle.experts[layer, index].group
-        for codes, scales, biases in record_parts(bundle, layer, index):
+        for codes, scales, biases in weights_of(bundle.path).parts(layer, index):
             cols = codes.shape[1] * 8 // width
-            floats = (mx.array(from_bfloat16(bits)) for bits in (scales, biases))
+            floats = (mx.array(from_bfloat16(bits.view(np.uint16))) for bits in (scales, biases))
             want = mx.dequantize(mx.array(codes.view(np.uint32)), *floats, group, width)
             np.testing.assert_array_equal(
-                _core.dequantise("scalar", codes, scales, biases, width, cols), np.array(want)
+                _core.dequantise("scalar", codes, scales.view(np.uint16), biases.view(np.uint16), width, cols),
+                np.array(want),
             )
 
 
@@ -125,7 +126,7 @@ def test_a_lossless_bundle_holds_the_checkpoint_bit_for_bit(bundle_of, golden, a
     bundle = Bundle.open(bundle_of(architecture, bits=16))
     checkpoint = Checkpoint(golden[architecture][0])
     for key in bundle.experts:
-        for (codes, *_), want in zip(record_parts(bundle, *key), checkpoint.expert(*key), strict=True):
+        for (codes, *_), want in zip(weights_of(bundle.path).parts(*key), checkpoint.expert(*key), strict=True):
             np.testing.assert_array_equal(codes.view(np.uint16), to_bfloat16(want))
     header = read_header(bundle.path / TRUNK_FILE)
     assert list(trunk_shapes(bundle.config)) == [tensor.name for tensor in bundle.trunk]
@@ -203,7 +204,7 @@ def test_a_bundle_without_some_experts_holds_the_others_under_new_numbers(droppe
         assert [np.flatnonzero((want == row).all(1)).tolist() for row in found] == [[e] for e in config.kept[layer]]
     for layer, index in bundle.experts:
         want = checkpoint.expert(layer, config.kept[layer][index])
-        for (codes, *_), weights in zip(record_parts(bundle, layer, index), want, strict=True):
+        for (codes, *_), weights in zip(weights_of(bundle.path).parts(layer, index), want, strict=True):
             np.testing.assert_array_equal(codes.view(np.uint16), to_bfloat16(weights))
     assert set(read_header(bundle.files[0])) == {f"layers.{layer}.experts.{index}" for layer, index in bundle.experts}
     assert sum(nbytes for _, nbytes in verify(bundle)) == bundle.nbytes

@@ -21,7 +21,7 @@ from bundles import (
 from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, dropped_logits
 
 from edge_moe import _core
-from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate
+from edge_moe.bench.evaluate import evaluate
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.quantise import trunk_packing
 from edge_moe.compressor.writer import Packing
@@ -29,6 +29,7 @@ from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.score import LOGITS_ROWS
 
 FAST_SETS = [name for name in _core.kernel_names() if name != "scalar"]
 

@@ -281,7 +281,7 @@ def test_the_same_text_gives_the_same_bytes_and_other_rules_take_their_place(
     assert use(path, [1, 2, 3]).shape == (3, CONFIG.vocab)
 
 
-@pytest.mark.parametrize("call", ["_replace", "_write_table", "certify"])
+@pytest.mark.parametrize("call", ["write_whole", "_write_table", "certify"])
 def test_an_interrupt_leaves_a_bundle_that_runs(pruned_bundle, stdlib_calibration, tmp_path, monkeypatch, call):
     """Each of the calls that store what was found is the last one in turn."""
     path = shutil.copytree(pruned_bundle[0], tmp_path / "bundle.emoe")

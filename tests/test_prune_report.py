@@ -5,6 +5,7 @@ import pytest
 from bundles import REFERENCE
 
 from edge_moe.bench import prune_report
+from edge_moe.bench.evaluate import Remembered
 from edge_moe.bench.prune_report import Counting, Point, at, bars, curves, frontier_table
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.runtime import reference
@@ -67,6 +68,29 @@ def test_seeds_are_apart_and_their_spread_is_shown():
     ours, top_p = frontier_table(points).splitlines()[2:]
     assert ours.startswith(f"| {OURS} | 0.0020 ± 0.0010 (+0.10%) | 0.0150 ± 0.0050 (+0.10%)")
     assert top_p.startswith("| top-p | 0.1000 (+0.10%)")
+
+
+def test_what_is_reached_is_of_the_first_seed_by_text():
+    points = [Point(OURS, 3, 0.2, 0, 0, asked, (asked + off, asked)) for off in (0.01, 0.1) for asked in (0.1, 0.2)]
+    points.append(Point("OTP", 3, 0.2, 0, 0, 0.1, (0.5, 0.5)))
+    lines = prune_report.reached_table(points, ["a", "b"]).splitlines()[2:]
+    assert lines == ["| asked | a | b |", "|---|---|---|", "| 10% | 11.0% | 10.0% |", "| 20% | 21.0% | 20.0% |"]
+
+
+def test_a_point_counts_each_text_alone(checkpoint):
+    texts, kept = {"a": IDS[:16], "b": IDS[16:32]}, iter((4, 2))
+    prune = Counting(CONFIG, lambda *given: prune_report.fixed(now, *given))
+
+    def logits(window):
+        nonlocal now
+        now = next(kept)
+        return reference.forward(CONFIG, checkpoint, window, prune=prune)
+
+    now = None
+    unpruned = Remembered(lambda window: reference.forward(CONFIG, checkpoint, window))
+    point = prune_report.scored("x", texts, logits, unpruned, prune.account)
+    assert (point.cuts, point.cut, point.used) == ((0, 0.5), 0.25, 3)
+    assert point.kld > 0.001
 
 
 def test_bars_are_met_or_missed_by_the_worst_seed():

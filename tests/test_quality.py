@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from bundles import REFERENCE
 
-from edge_moe.bench.evaluate import LOGITS_ROWS
 from edge_moe.bench.quality import forms, peers, report
 from edge_moe.bench.quality.forms import Form
 from edge_moe.bench.quality.study import make_and_score, open_study, run
@@ -30,6 +29,7 @@ from edge_moe.compressor.writer import Packing
 from edge_moe.runtime.bundle import Bundle, record_alignment, record_bytes
 from edge_moe.runtime.config import load_config
 from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.score import LOGITS_ROWS
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 TEXTS = [STDLIB / "subprocess.py", STDLIB / "heapq.py"]

@@ -26,7 +26,7 @@ from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
 from edge_moe.runtime.config import ModelConfig, load_config
 from edge_moe.runtime.runtime import Runtime
-from edge_moe.runtime.score import Score
+from edge_moe.runtime.score import LOGITS_ROWS, Score
 from edge_moe.runtime.tokenizer import Tokenizer
 
 SHOWS = ("__main__.py", "cost.py", "report.py")  # code that no row depends on
@@ -79,7 +79,7 @@ class Study:
         compress(self.model, source, bits=16)
         rows = sum(map(len, self.texts.values()))
         logits, at = np.lib.format.open_memmap(partial, "w+", np.float32, (rows, self.config.vocab)), 0
-        with Runtime(source, context=self.context, logits_rows=evaluate.LOGITS_ROWS, prune="off") as engine:
+        with Runtime(source, context=self.context, logits_rows=LOGITS_ROWS, prune="off") as engine:
             for ids in self.texts.values():
                 for start, window in enumerate(evaluate.windows(ids, self.context)):
                     first = at + start * self.context
@@ -92,7 +92,7 @@ class Study:
     def score(self, bundle: Path) -> dict:
         """evaluate_texts()' figures, the mean divergence of each window, and bits by the weights there once were."""
         reference, results, at = np.load(self.work / "reference.npy", mmap_mode="r"), {}, 0
-        with Runtime(bundle, context=self.context, logits_rows=evaluate.LOGITS_ROWS, threads=1) as engine:
+        with Runtime(bundle, context=self.context, logits_rows=LOGITS_ROWS, threads=1) as engine:
             for name, ids in self.texts.items():
                 score, against = Score(), replay(reference[at : at + len(ids)], self.context)
                 results[name] = evaluate.evaluate(engine, ids, context=self.context, against=against, score=score)

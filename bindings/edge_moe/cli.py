@@ -184,7 +184,7 @@ def prune(
     they are, and --prune off runs them all.
     """
     from edge_moe.compressor.prune import DEFAULT_RULES, calibrate_pruning
-    from edge_moe.progress import progress_bar
+    from edge_moe.progress import progress_bar, timed
     from edge_moe.report import pruning_text
 
     source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}
@@ -192,30 +192,13 @@ def prune(
     took = {}
     with progress_bar(quiet=json_output) as progress:
         given = {"cut": cut, "rules": rules, "ram": ram, "threads": threads, **source}
-        made = calibrate_pruning(bundle, progress=_timed(progress, took), **given)
+        made = calibrate_pruning(bundle, progress=timed(progress, took), **given)
     if json_output:
         _print_json(made.pruning.about())
     else:
         print(pruning_text(made.pruning.about()))
         steps = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in took.items())
         print(f"took {sum(took.values()):.0f} s: {steps}", file=sys.stderr)
-
-
-def _timed(progress, took: dict[str, float]):
-    """progress(step, done, of) that also adds up each step's seconds."""
-    import time
-
-    last = time.perf_counter()
-
-    def tell(step: str, done: int, of: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        took[step] = took.get(step, 0.0) + now - last
-        last = now
-        if progress:
-            progress(step, done, of)
-
-    return tell
 
 
 @command("plan")
@@ -372,12 +355,13 @@ def evaluate(
     """
     from contextlib import nullcontext
 
-    from edge_moe.bench import evaluate, texts
+    from edge_moe.bench import texts
     from edge_moe.progress import progress_bar
     from edge_moe.report import evaluation_text
     from edge_moe.runtime.runtime import Runtime
+    from edge_moe.runtime.score import LOGITS_ROWS
 
-    sizes = {"context": context, "threads": threads, "logits_rows": evaluate.LOGITS_ROWS}
+    sizes = {"context": context, "threads": threads, "logits_rows": LOGITS_ROWS}
     with (
         progress_bar(quiet=json_output) as progress,
         Runtime(bundle, ram, prune=options.prune_of(prune), **sizes) as runtime,

@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe import bench
-from edge_moe.bench.evaluate import LOGITS_ROWS, evaluate, windows
+from edge_moe.bench.evaluate import Remembered, evaluate, windows
 from edge_moe.bench.texts import held_out_modules
 from edge_moe.compressor.calibrate import load_calibration
 from edge_moe.compressor.pipeline import compress
 from edge_moe.report import certificate_text, describe_bundle, size, spread_text, table
 from edge_moe.runtime.config import load_config
 from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.score import LOGITS_ROWS
 from edge_moe.runtime.tokenizer import Tokenizer
 
 MODEL = Path(bench.__file__).parent / "reference_moe"
@@ -77,16 +78,14 @@ def _named(progress, name: str):
 
 def _score(paths: dict[str, Path], progress) -> dict[str, dict]:
     """evaluate()'s result of every bundle, against the first's predictions."""
-    results, reference = {}, {}  # reference: the first's logits by window
-
-    def against(window: np.ndarray) -> np.ndarray:
-        return reference[window.tobytes()]
-
+    results, against = {}, None
     for name, path in paths.items():
         with Runtime(path, context=CONTEXT, logits_rows=LOGITS_ROWS) as runtime:
             ids = held_out_modules(runtime.tokenizer, SEED, WINDOWS, CONTEXT)
-            if not reference:
-                reference.update({window.tobytes(): runtime.logits(window) for window in windows(ids, CONTEXT)})
+            if against is None:
+                against = Remembered(runtime.logits)
+                for window in windows(ids, CONTEXT):
+                    against(window)
             tell = _named(progress, name)
             results[name] = evaluate(runtime, ids, context=CONTEXT, against=against, progress=tell)
     return results
