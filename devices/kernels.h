@@ -1,8 +1,9 @@
 // The CPU kernels: what a layer of the model asks of an instruction set, as one table of functions.
 //
 // Every instruction set gives the same bits. So the order of each float operation is part of the contract, and
-// scalar.cpp is its definition: sums are kept in 16 lanes (lane = position modulo 16, or the four neighbours that
-// one integer dot product covers) and folded in halves at the end; a multiply-add is fused where the contract says
+// scalar.cpp is its definition. A product with a packed matrix is exact in integers over the inputs that share both
+// scales, and one running sum over these: instruction sets may add the integers up in any order. Other sums are kept in
+// 16 lanes (lane = position modulo 16) and folded in halves at the end. A multiply-add is fused where the contract says
 // fma and nowhere else. A row of a product never depends on the other rows or tokens of the call, so threads may
 // split rows and prompts may be cut into chunks without changing one bit.
 #pragma once
@@ -49,7 +50,8 @@ struct Kernels {
   const char* name;
 
   // y[t*y_stride + row] = matrix[row] . x[t] for rows [row_begin, row_end) and every token t.
-  // Width < 16: acc[j] = fma(float(dot4), scale_w*scale_x, acc[j]) over blocks, plus fma(bias, sum) over groups.
+  // Width < 16: for each group, sum = fma(bias, sum of inputs, sum), then for each of its blocks (a group of 32: for
+  // itself) sum = fma(float(integer dot), scale_w * scale_x, sum).
   void (*matmul)(const Matrix& matrix, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end);
 
   // Round one vector to int8 blocks and sum the blocks; see Activations.

@@ -1,5 +1,5 @@
-// Kernels of scalar.cpp for AVX2: half a block, 32 codes, is one register of bytes, and two multiply-adds of
-// it give eight lanes of the contract in order.
+// Kernels of scalar.cpp for AVX2: half a block, 32 codes of one row, is one register of bytes, and two multiply-adds of
+// it give eight partial sums, which are added across a tile's rows.
 #include <immintrin.h>
 
 #include <array>
@@ -14,7 +14,16 @@ namespace avx2 {
 
 constexpr int kRegister = 8;
 constexpr int kTileTokens = 2;
+constexpr int kTileRows = 8;
 
+using Vector = __m256;
+inline Vector load(const float* p) { return _mm256_load_ps(p); }
+inline void store(float* p, Vector v) { _mm256_store_ps(p, v); }
+inline Vector broadcast(float v) { return _mm256_set1_ps(v); }
+inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+
+#include "packed.inl"
 #include "tiles.inl"
 #include "vector_ops.inl"
 
@@ -63,7 +72,7 @@ inline __m256i unpack_fields(__m256i packed, int part) {
 // 32 codes from 4*Width bytes; reads no others.
 template <int Width>
 inline __m256i load_half(const uint8_t* p) {
-  if constexpr (Width == 8 || Width == kUnpacked) {
+  if constexpr (Width == 8) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   } else if constexpr (Width == 4) {
     const __m256i v = _mm256_cvtepu8_epi16(load_16(p));
@@ -87,12 +96,14 @@ inline __m256i load_half(const uint8_t* p) {
 }
 
 template <int Width>
-constexpr int kHalfBytes = Width == kUnpacked ? kHalf : kHalf / 8 * Width;
+constexpr int kHalfBytes = kHalf / 8 * Width;
 
 template <int Width>
-void unpack_row(const uint8_t* codes, int cols, uint8_t* out) {
-  for (int first = 0; first < cols; first += kHalf, codes += kHalfBytes<Width>)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + first), load_half<Width>(codes));
+inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
+  for (int r = 0; r < kTileRows; ++r)
+    for (int half = 0; half < 2; ++half)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * kBlock + half * kHalf),
+                         load_half<Width>(codes + r * stride + half * kHalfBytes<Width>));
 }
 
 // ---- products ----
@@ -101,12 +112,11 @@ inline __m256 load_bfloat16(const void* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
 }
 
-// Eight dot products of four neighbours. Pairs are summed in 16 bits: codes below 128 fit, width 8 is split
-// in two.
-template <int Width>
-inline __m256i dot_four(__m256i codes, __m256i x) {
+// Sums of pairs in 16 bits: codes up to 63 fit twice over. Wider ones are split in two.
+template <bool Wide>
+inline __m256i dot_half(__m256i codes, __m256i x) {
   const __m256i ones = _mm256_set1_epi16(1);
-  if constexpr (Width == 8) {
+  if constexpr (Wide) {
     const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi8(127)), high = _mm256_xor_si256(codes, low);
     return _mm256_add_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones),
                             _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones));
@@ -114,81 +124,59 @@ inline __m256i dot_four(__m256i codes, __m256i x) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones);
 }
 
-// Weight scale times activation scale for the two halves of each block from `chunk` to `end`.
-template <int Group>
-inline void multiply_scales(const uint16_t* scales, const float* x, int chunk, int end, int groups, float* even,
-                            float* odd) {
-  for (int block = chunk; block < end; ++block) {
-    even[block - chunk] = from_bfloat16(scales[block * kBlock / Group]) * x[block];
-    if (Group == 32 && 2 * block + 1 < groups) odd[block - chunk] = from_bfloat16(scales[2 * block + 1]) * x[block];
-  }
+template <bool Wide>
+inline __m256i dot_block(__m256i low, __m256i high, __m256i x_low, __m256i x_high) {
+  if constexpr (Wide) return _mm256_add_epi32(dot_half<true>(low, x_low), dot_half<true>(high, x_high));
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, x_low), _mm256_maddubs_epi16(high, x_high));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 
-// The bias lanes of one row and token, added to its two registers of sums and these to each other.
-inline __m256 add_biases(const uint16_t* biases, const float* x_sums, int groups, __m256 low, __m256 high) {
-  __m256 bias_low = _mm256_setzero_ps(), bias_high = _mm256_setzero_ps();
-  int group = 0;
-  for (; group + kLanes <= groups; group += kLanes) {
-    bias_low = _mm256_fmadd_ps(load_bfloat16(biases + group), _mm256_loadu_ps(x_sums + group), bias_low);
-    bias_high = _mm256_fmadd_ps(load_bfloat16(biases + group + 8), _mm256_loadu_ps(x_sums + group + 8), bias_high);
-  }
-  if (group < groups) {
-    alignas(32) float lanes[kLanes];
-    _mm256_store_ps(lanes, bias_low);
-    _mm256_store_ps(lanes + 8, bias_high);
-    for (int j = 0; group + j < groups; ++j)
-      lanes[j] = std::fma(from_bfloat16(biases[group + j]), x_sums[group + j], lanes[j]);
-    bias_low = _mm256_load_ps(lanes);
-    bias_high = _mm256_load_ps(lanes + 8);
-  }
-  return _mm256_add_ps(_mm256_add_ps(low, bias_low), _mm256_add_ps(high, bias_high));
+// Lane r is the sum of register r.
+inline Vector add_lanes(const __m256i (&rows)[kTileRows]) {
+  auto four = [&](int r) {
+    return _mm256_hadd_epi32(_mm256_hadd_epi32(rows[r], rows[r + 1]), _mm256_hadd_epi32(rows[r + 2], rows[r + 3]));
+  };
+  const __m256i a = four(0), b = four(4);
+  return _mm256_cvtepi32_ps(
+      _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31)));
 }
 
-template <int Width, int Group, int Tokens>
-[[gnu::flatten]] void tile(const TileRows& rows, const TileTokens& tokens, float* y) {
-  constexpr int kSums = kTileRows * Tokens;
-  const int blocks = (rows.cols + kBlock - 1) / kBlock, groups = rows.cols / Group;
-  float scales[2][kTileRows][Tokens][kChunk];  // of the first and of the second half of each block
-  __m256 sums[2][kSums];
-  for (auto& half : sums)
-    for (__m256& sum : half) sum = _mm256_setzero_ps();
+inline __m256i half_of(const void* p, int half) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint8_t*>(p) + half * kHalf));
+}
 
-  for (int chunk = 0; chunk < blocks; chunk += kChunk) {
-    const int end = chunk + kChunk < blocks ? chunk + kChunk : blocks;
-    for (int r = 0; r < kTileRows; ++r)
-      for (int t = 0; t < Tokens; ++t)
-        multiply_scales<Group>(rows.scales[r], tokens.scales[t], chunk, end, groups, scales[0][r][t], scales[1][r][t]);
-    // One half of the blocks and then the other: sixteen registers hold the sums of one.
-    for (int half = 0; half < 2; ++half) {
-      const auto& half_scales = scales[Group == 32 ? half : 0];
-      __m256 lanes[kSums];
-      unrolled<kSums>([&](auto i) { lanes[i] = sums[half][i]; });
-      for (int block = chunk; block < end && block * kBlock + half * kHalf < rows.cols; ++block) {
-        const int at = 2 * block + half;
-        __m256i x[Tokens];
-        unrolled<Tokens>(
-            [&](auto t) { x[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tokens.codes[t] + at * kHalf)); });
-        unrolled<kTileRows>([&](auto r) {
-          const uint8_t* p = rows.codes[r] + at * kHalfBytes<Width>;
-          if constexpr (Tokens == 1) _mm_prefetch(reinterpret_cast<const char*>(p + rows.ahead), _MM_HINT_T0);
-          const __m256i codes = load_half<Width>(p);
-          unrolled<Tokens>([&](auto t) {
-            const __m256 dots = _mm256_cvtepi32_ps(dot_four<Width>(codes, x[t]));
-            lanes[r * Tokens + t] =
-                _mm256_fmadd_ps(dots, _mm256_broadcast_ss(&half_scales[r][t][block - chunk]), lanes[r * Tokens + t]);
-          });
-        });
-      }
-      unrolled<kSums>([&](auto i) { sums[half][i] = lanes[i]; });
+// codes_of(row, half): 32 codes as bytes.
+template <bool Wide, int Parts, typename Codes>
+inline void dots_of(const Codes& codes_of, const int8_t* x, Vector (&dots)[Parts]) {
+  const __m256i x_low = half_of(x, 0), x_high = half_of(x, 1);
+  __m256i sums[Parts][kTileRows];
+  unrolled<kTileRows>([&](auto r) {
+    if constexpr (Parts == 1) {
+      sums[0][r] = dot_block<Wide>(codes_of(r, 0), codes_of(r, 1), x_low, x_high);
+    } else {
+      sums[0][r] = dot_half<Wide>(codes_of(r, 0), x_low);
+      sums[1][r] = dot_half<Wide>(codes_of(r, 1), x_high);
     }
-  }
+  });
+  unrolled<Parts>([&](auto part) { dots[part] = add_lanes(sums[part]); });
+}
 
-  for (int t = 0; t < Tokens; ++t) {
-    __m256 row[kTileRows];
-    for (int r = 0; r < kTileRows; ++r)
-      row[r] = add_biases(rows.biases[r], tokens.sums[t], groups, sums[0][r * Tokens + t], sums[1][r * Tokens + t]);
-    _mm_storeu_ps(y + t * kTileRows, fold_rows(row[0], row[1], row[2], row[3]));
-  }
+template <int Width, int Parts>
+inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* x, Vector (&dots)[Parts]) {
+  dots_of<(Width > 6), Parts>(
+      [&](int r, int half) { return load_half<Width>(codes + r * stride + half * kHalfBytes<Width>); }, x, dots);
+}
+
+template <int Tokens, int Parts, bool Wide>
+inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]) {
+  unrolled<Tokens>([&](auto t) {
+    dots_of<Wide, Parts>([&](int r, int half) { return half_of(bytes + r * kBlock, half); }, x[t] + at, dots[t]);
+  });
+}
+
+void columns(const uint16_t* values, int stride, int first, int count, float (*out)[kTileRows]) {
+  for (int g = 0; g < count; ++g)
+    for (int r = 0; r < kTileRows; ++r) out[g][r] = from_bfloat16(values[size_t(r) * stride + first + g]);
 }
 
 template <int Width>
@@ -204,11 +192,11 @@ inline __m256 load_floats(const uint8_t* row, int i) {
 }
 
 template <int Width, int Tokens>
-[[gnu::flatten]] void tile_float(const TileRows& rows, const TileTokens& tokens, float* y) {
+[[gnu::flatten]] void tile_float(const FloatRows& rows, const FloatTokens& tokens, float* y) {
   constexpr int kPair = 2 * Tokens;  // two rows at a time, for the number of registers
   const int whole = rows.cols / kLanes * kLanes;
-  __m256 halves[kTileRows][Tokens];
-  for (int first = 0; first < kTileRows; first += 2) {
+  __m256 halves[kFloatRows][Tokens];
+  for (int first = 0; first < kFloatRows; first += 2) {
     __m256 low[kPair], high[kPair];
     unrolled<kPair>([&](auto i) { low[i] = high[i] = _mm256_setzero_ps(); });
     for (int i = 0; i < whole; i += kLanes)
@@ -234,7 +222,7 @@ template <int Width, int Tokens>
     });
   }
   for (int t = 0; t < Tokens; ++t)
-    _mm_storeu_ps(y + t * kTileRows, fold_rows(halves[0][t], halves[1][t], halves[2][t], halves[3][t]));
+    _mm_storeu_ps(y + t * kFloatRows, fold_rows(halves[0][t], halves[1][t], halves[2][t], halves[3][t]));
 }
 
 // ---- activations to int8, and rows to floats ----
@@ -272,7 +260,7 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
       const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + block * kBlock + half * kHalf), in_order);
       alignas(32) int lanes[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), dot_four<kUnpacked>(_mm256_set1_epi8(1), in_order));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), dot_half<false>(_mm256_set1_epi8(1), in_order));
       sums[half] = lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
     }
     store_sums(block, top / 127.0f, sums, scales, sums32, sums64);

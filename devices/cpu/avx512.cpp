@@ -1,5 +1,5 @@
-// Kernels of scalar.cpp for AVX-512 with VBMI and VNNI: a block of 64 codes is one register, and one integer
-// dot product of it gives the sixteen lanes of the contract in order.
+// Kernels of scalar.cpp for AVX-512 with VBMI, VBMI2 and VNNI: a register of codes is eight neighbouring ones of eight
+// rows, and an integer dot product of it adds to two sums a row.
 #if defined(__GNUC__) && !defined(__clang__)
 // In gcc 12 its own headers warn in every intrinsic (gcc bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -19,101 +19,183 @@ namespace avx512 {
 
 constexpr int kRegister = 16;
 constexpr int kTileTokens = 4;
+constexpr int kTileRows = 16;
 
+using Vector = __m512;
+inline Vector load(const float* p) { return _mm512_load_ps(p); }
+inline void store(float* p, Vector v) { _mm512_store_ps(p, v); }
+inline Vector broadcast(float v) { return _mm512_set1_ps(v); }
+inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+
+#include "packed.inl"
 #include "tiles.inl"
 #include "vector_ops.inl"
 
 // ---- codes -> bytes ----
 
-// Code i of a block is in bits [i*Width, (i+1)*Width). Eight codes are Width whole bytes: vpermb brings these
-// to a quadword and vpmultishiftqb takes eight bits from each code's first bit on. Width 1 has all its bits
-// in every quadword already.
-template <int Width>
-constexpr std::array<uint8_t, 64> code_bytes() {
-  std::array<uint8_t, 64> index{};
-  for (int i = 0; i < 64; ++i) index[i] = uint8_t(i / 8 * Width + i % 8);
-  return index;
+inline __m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+
+inline __m512i lanes(__m128i a, __m128i b, __m128i c, __m128i d) {
+  const __m512i two = _mm512_inserti32x4(_mm512_castsi128_si512(a), b, 1);
+  return _mm512_inserti32x4(_mm512_inserti32x4(two, c, 2), d, 3);
 }
 
+// A block of eight rows is Width registers, of which register i has the i-th quadword of each row: loaded two at a
+// time, four rows to a register, then pairs of registers are interleaved.
 template <int Width>
-constexpr std::array<uint8_t, 64> code_bits() {
-  std::array<uint8_t, 64> first{};
-  for (int i = 0; i < 64; ++i) first[i] = uint8_t(Width == 1 ? i : i % 8 * Width);
-  return first;
-}
-
-template <int Width>
-alignas(64) constexpr std::array<uint8_t, 64> kCodeBytes = code_bytes<Width>();
-template <int Width>
-alignas(64) constexpr std::array<uint8_t, 64> kCodeBits = code_bits<Width>();
-
-template <int Width>
-inline __m512i unpack(__m512i packed) {
-  if constexpr (Width == 8 || Width == kUnpacked) {
-    return packed;
-  } else {
-    if constexpr (Width > 1) packed = _mm512_permutexvar_epi8(_mm512_load_si512(kCodeBytes<Width>.data()), packed);
-    packed = _mm512_multishift_epi64_epi8(_mm512_load_si512(kCodeBits<Width>.data()), packed);
-    return _mm512_and_si512(packed, _mm512_set1_epi8((1 << Width) - 1));
-  }
-}
-
-template <int Width>
-constexpr int kBlockBytes = Width == kUnpacked ? kBlock : kBlock / 8 * Width;
-
-// The bytes that load_block reads; a masked load costs a slot of the vector ports, a wide one does not.
-template <int Width>
-constexpr int kLoadBytes = Width == 3                 ? 32
-                           : Width == 5 || Width == 6 ? 64
-                                                      : kBlockBytes<Width>;
-
-template <int Width>
-inline __m512i load_block(const uint8_t* p) {
+[[gnu::always_inline]] inline void load_quadwords(const uint8_t* p, size_t stride, __m512i (&words)[Width]) {
+  const uint8_t* p4 = p + 4 * stride;
   if constexpr (Width == 1) {
-    int64_t bits;
-    std::memcpy(&bits, p, 8);
-    return unpack<Width>(_mm512_set1_epi64(bits));
-  } else if constexpr (kLoadBytes<Width> == 16) {
-    return unpack<Width>(_mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  } else if constexpr (kLoadBytes<Width> == 32) {
-    return unpack<Width>(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    auto two = [&](const uint8_t* row) {
+      const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
+      return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), reinterpret_cast<const double*>(row + stride)));
+    };
+    words[0] = lanes(two(p), two(p + 2 * stride), two(p4), two(p4 + 2 * stride));
   } else {
-    return unpack<Width>(_mm512_loadu_si512(p));
+    unrolled<(Width + 1) / 2>([&](auto i) {
+      constexpr int first = 2 * i + 2 <= Width ? 2 * i : Width - 2;  // of an odd number the last two overlap
+      auto four = [&](size_t at) {
+        return lanes(load_16(p + at), load_16(p + 2 * stride + at), load_16(p4 + at), load_16(p4 + 2 * stride + at));
+      };
+      const __m512i even = four(8 * first), odd = four(stride + 8 * first);
+      words[first] = _mm512_unpacklo_epi64(even, odd);
+      words[first + 1] = _mm512_unpackhi_epi64(even, odd);
+    });
   }
 }
 
-// The last blocks of a row, of 64 or 32 codes: nothing past them may be read.
-template <int Width>
-inline __m512i load_last(const uint8_t* p, int codes) {
-  const __mmask16 words = __mmask16((1u << (codes * kBlockBytes<Width> / (4 * kBlock))) - 1);
-  const __m512i packed = _mm512_maskz_loadu_epi32(words, p);
-  return unpack<Width>(Width == 1 ? _mm512_broadcastq_epi64(_mm512_castsi512_si128(packed)) : packed);
-}
-
-// Leading blocks of a row that load_block may read.
-template <int Width>
-inline int safe_blocks(int cols) {
-  const int spare = cols / 32 * (kBlockBytes<Width> / 2) - kLoadBytes<Width>;
-  return spare < 0 ? 0 : spare / kBlockBytes<Width> + 1;
-}
-
-template <int Width>
-void unpack_row(const uint8_t* codes, int cols, uint8_t* out) {
-  const int safe = safe_blocks<Width>(cols);
-  for (int block = 0; block * kBlock < cols; ++block) {
-    const uint8_t* p = codes + block * kBlockBytes<Width>;
-    const int count = cols - block * kBlock;
-    if (block < safe)
-      _mm512_storeu_si512(out + block * kBlock, load_block<Width>(p));
-    else if (count >= kBlock)
-      _mm512_storeu_si512(out + block * kBlock, load_last<Width>(p, kBlock));
-    else
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + block * kBlock),
-                          _mm512_castsi512_si256(load_last<Width>(p, count)));
+// Codes [8 Step, 8 Step + 8) of eight rows, a quadword each. They are Width whole bytes, of one quadword or two; a
+// multishift takes eight bits from each code's first bit on.
+template <int Width, int Step>
+[[gnu::always_inline]] inline __m512i codes_of(const __m512i* words) {
+  if constexpr (Width == 8) {
+    return words[Step];
+  } else {
+    constexpr int bit = Step * 8 * Width, word = bit / 64, low = bit % 64;
+    constexpr bool in_two = low + 8 * Width > 64;
+    constexpr int64_t kBits = 0x0706050403020100 * Width + 0x0101010101010101 * (in_two ? 0 : low);
+    __m512i bits = words[word];
+    if constexpr (in_two) bits = _mm512_shrdi_epi64(bits, words[word + 1], low);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(kBits), bits),
+                            _mm512_set1_epi8((1 << Width) - 1));
   }
+}
+
+// f(step, half, codes) for the eight steps of each half of a tile's rows.
+template <int Width, typename F>
+[[gnu::always_inline]] inline void for_codes(const uint8_t* codes, size_t stride, const F& f) {
+  unrolled<2>([&](auto half) {
+    __m512i words[Width];
+    load_quadwords<Width>(codes + 8 * half * stride, stride, words);
+    unrolled<8>([&](auto step) { f(step, half, codes_of<Width, step>(words)); });
+  });
+}
+
+template <int Width>
+inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
+  for_codes<Width>(codes, stride, [&](auto step, auto half, __m512i eight) {
+    _mm512_store_si512(out + (2 * step + half) * 64, eight);
+  });
 }
 
 // ---- products ----
+
+inline __m512i eight_inputs(const int8_t* x) {
+  int64_t value;
+  std::memcpy(&value, x, 8);
+  return _mm512_set1_epi64(value);
+}
+
+// Sixteen rows' sums of two registers with eight rows' pairs each.
+inline Vector add_pairs(__m512i low, __m512i high) {
+  const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return _mm512_cvtepi32_ps(
+      _mm512_add_epi32(_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high)));
+}
+
+// Codes of width 8 are bytes already: half a block of two rows is a register.
+template <int Parts>
+[[gnu::always_inline]] inline void block_dots_of_bytes(const uint8_t* codes, size_t stride, const int8_t* x,
+                                                       Vector (&dots)[Parts]) {
+  __m512i sums[Parts][8];
+  unrolled<2>([&](auto half) {
+    constexpr int part = half * (Parts - 1);
+    const __m256i inputs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * half));
+    const __m512i twice = _mm512_broadcast_i64x4(inputs);
+    unrolled<8>([&](auto i) {
+      const uint8_t* p = codes + (i + i / 4 * 4) * stride + 32 * half;  // rows 0-3 with 4-7, then 8-11 with 12-15
+      const __m512i row = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 4 * stride));
+      const __m512i so_far = half == 0 || Parts == 2 ? _mm512_setzero_si512() : sums[part][i];
+      sums[part][i] = _mm512_dpbusd_epi32(so_far, _mm512_inserti64x4(row, other, 1), twice);
+    });
+  });
+  unrolled<Parts>([&](auto part) {
+    __m512i fours[2];
+    unrolled<2>([&](auto i) {
+      auto two = [&](int at) {
+        const __m512i a = sums[part][at], b = sums[part][at + 1];
+        return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+      };
+      const __m512i a = two(4 * i), b = two(4 * i + 2);
+      fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    });
+    dots[part] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_shuffle_i64x2(fours[0], fours[1], 0x88),
+                                                     _mm512_shuffle_i64x2(fours[0], fours[1], 0xdd)));
+  });
+}
+
+template <int Width, int Parts>
+[[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* x,
+                                              Vector (&dots)[Parts]) {
+  if constexpr (Width == 8) return block_dots_of_bytes(codes, stride, x, dots);
+  __m512i sums[Parts][2];
+  unrolled<Parts>([&](auto part) { sums[part][0] = sums[part][1] = _mm512_setzero_si512(); });
+  for_codes<Width>(codes, stride, [&](auto step, auto half, __m512i eight) {
+    __m512i& sum = sums[step * Parts / 8][half];
+    sum = _mm512_dpbusd_epi32(sum, eight, eight_inputs(x + 8 * step));
+  });
+  unrolled<Parts>([&](auto part) { dots[part] = add_pairs(sums[part][0], sums[part][1]); });
+}
+
+template <int Tokens, int Parts, bool Wide>
+inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]) {
+  unrolled<Parts>([&](auto part) {
+    __m512i low[Tokens], high[Tokens];
+    unrolled<Tokens>([&](auto t) { low[t] = high[t] = _mm512_setzero_si512(); });
+    unrolled<8 / Parts>([&](auto i) {
+      constexpr int step = part * (8 / Parts) + i;
+      const __m512i low_codes = _mm512_load_si512(bytes + 128 * step);
+      const __m512i high_codes = _mm512_load_si512(bytes + 128 * step + 64);
+      unrolled<Tokens>([&](auto t) {
+        const __m512i inputs = eight_inputs(x[t] + at + 8 * step);
+        low[t] = _mm512_dpbusd_epi32(low[t], low_codes, inputs);
+        high[t] = _mm512_dpbusd_epi32(high[t], high_codes, inputs);
+      });
+    });
+    unrolled<Tokens>([&](auto t) { dots[t][part] = add_pairs(low[t], high[t]); });
+  });
+}
+
+// Eight values of sixteen rows at a time: pairs of them are transposed as doublewords, then taken apart.
+void columns(const uint16_t* values, int stride, int first, int count, float (*out)[kTileRows]) {
+  for (int g = 0; g < count; g += 8) {
+    const __mmask8 present = count - g >= 8 ? 0xff : __mmask8((1 << (count - g)) - 1);
+    auto row = [&](int r) { return _mm_maskz_loadu_epi16(present, values + size_t(r) * stride + first + g); };
+    __m512i rows[4];
+    unrolled<4>([&](auto i) { rows[i] = lanes(row(i), row(i + 4), row(i + 8), row(i + 12)); });
+    const __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    const __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    const __m512i pairs[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                              _mm512_unpackhi_epi64(b, d)};
+    unrolled<4>([&](auto i) {
+      _mm512_store_si512(out[g + 2 * i], _mm512_slli_epi32(pairs[i], 16));
+      _mm512_store_si512(out[g + 2 * i + 1], _mm512_and_si512(pairs[i], _mm512_set1_epi32(int(0xffff0000))));
+    });
+  }
+}
 
 inline __mmask16 first_lanes(int count) { return count >= kLanes ? __mmask16(-1) : __mmask16((1u << count) - 1); }
 
@@ -121,119 +203,34 @@ inline __m512 from_bfloat16(__m256i values) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
 }
 
-inline __m512 load_bfloat16(const void* p, int count) {
-  return from_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(count), p));
-}
-
 inline __m256 halves(__m512 lanes) {
   return _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
 }
 
-template <int Tokens>
-inline void store_tile(const __m512* sums, float* y) {
-  unrolled<Tokens>([&](auto t) {
-    _mm_storeu_ps(y + t * kTileRows, fold_rows(halves(sums[t]), halves(sums[Tokens + t]), halves(sums[2 * Tokens + t]),
-                                               halves(sums[3 * Tokens + t])));
-  });
-}
-
-// Weight scales of sixteen blocks; `odd` is the second group of a block, at group 32 only.
-template <int Group>
-inline void block_scales(const uint16_t* scales, int block, int blocks, int groups, __m512& even, __m512& odd) {
-  if constexpr (Group == 32) {
-    const int count = groups - 2 * block;
-    const __mmask32 present = count >= 32 ? __mmask32(-1) : (__mmask32(1) << count) - 1;
-    const __m512i pairs = _mm512_maskz_loadu_epi16(present, scales + 2 * block);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
-  } else if constexpr (Group == 64) {
-    even = load_bfloat16(scales + block, blocks - block);
-  } else {
-    const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    const int count = groups - block / 2;
-    even = _mm512_permutexvar_ps(twice, load_bfloat16(scales + block / 2, count < 8 ? count : 8));
-  }
-}
-
-template <int Width, int Group, int Tokens>
-[[gnu::flatten]] void tile(const TileRows& rows, const TileTokens& tokens, float* y) {
-  const int blocks = (rows.cols + kBlock - 1) / kBlock, groups = rows.cols / Group;
-  const int safe = safe_blocks<Width>(rows.cols);
-  alignas(64) float even[kTileRows][Tokens][kChunk], odd[Group == 32 ? kTileRows : 1][Tokens][kChunk];
-  __m512 sums[kTileRows * Tokens];
-  unrolled<kTileRows * Tokens>([&](auto i) { sums[i] = _mm512_setzero_ps(); });
-
-  for (int chunk = 0; chunk < blocks; chunk += kChunk) {
-    const int end = chunk + kChunk < blocks ? chunk + kChunk : blocks;
-    for (int r = 0; r < kTileRows; ++r) {
-      __m512 w_even, w_odd;
-      block_scales<Group>(rows.scales[r], chunk, blocks, groups, w_even, w_odd);
-      for (int t = 0; t < Tokens; ++t) {
-        const __m512 x = _mm512_maskz_loadu_ps(first_lanes(end - chunk), tokens.scales[t] + chunk);
-        _mm512_store_ps(even[r][t], _mm512_mul_ps(w_even, x));
-        if constexpr (Group == 32) _mm512_store_ps(odd[r][t], _mm512_mul_ps(w_odd, x));
-      }
-    }
-    auto add_block = [&](int block, auto load) {
-      __m512i x[Tokens];
-      unrolled<Tokens>([&](auto t) { x[t] = _mm512_loadu_si512(tokens.codes[t] + block * kBlock); });
-      unrolled<kTileRows>([&](auto r) {
-        const uint8_t* p = rows.codes[r] + block * kBlockBytes<Width>;
-        if constexpr (Tokens == 1) _mm_prefetch(reinterpret_cast<const char*>(p + rows.ahead), _MM_HINT_T0);
-        const __m512i codes = load(p);
-        unrolled<Tokens>([&](auto t) {
-          const __m512 dots = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x[t]));
-          __m512 scale = _mm512_set1_ps(even[r][t][block - chunk]);
-          if constexpr (Group == 32)
-            scale = _mm512_mask_broadcastss_ps(scale, 0xff00, _mm_load_ss(&odd[r][t][block - chunk]));
-          sums[r * Tokens + t] = _mm512_fmadd_ps(dots, scale, sums[r * Tokens + t]);
-        });
-      });
-    };
-    int block = chunk;
-    for (; block < end && block < safe; ++block) add_block(block, load_block<Width>);
-    for (; block < end; ++block)
-      add_block(block, [&](const uint8_t* p) {
-        return load_last<Width>(p, rows.cols - block * kBlock < kBlock ? 32 : kBlock);
-      });
-  }
-
-  unrolled<kTileRows>([&](auto r) {
-    __m512 bias_sums[Tokens];
-    unrolled<Tokens>([&](auto t) { bias_sums[t] = _mm512_setzero_ps(); });
-    for (int group = 0; group < groups; group += kLanes) {
-      const __m512 bias = load_bfloat16(rows.biases[r] + group, groups - group);
-      unrolled<Tokens>([&](auto t) {
-        const __m512 x = _mm512_maskz_loadu_ps(first_lanes(groups - group), tokens.sums[t] + group);
-        bias_sums[t] = _mm512_fmadd_ps(bias, x, bias_sums[t]);
-      });
-    }
-    unrolled<Tokens>([&](auto t) { sums[r * Tokens + t] = _mm512_add_ps(sums[r * Tokens + t], bias_sums[t]); });
-  });
-  store_tile<Tokens>(sums, y);
-}
-
 template <int Width, int Tokens>
-[[gnu::flatten]] void tile_float(const TileRows& rows, const TileTokens& tokens, float* y) {
+[[gnu::flatten]] void tile_float(const FloatRows& rows, const FloatTokens& tokens, float* y) {
   const int whole = rows.cols / kLanes * kLanes;
   const __mmask16 rest = first_lanes(rows.cols - whole);
-  __m512 sums[kTileRows * Tokens];
-  unrolled<kTileRows * Tokens>([&](auto i) { sums[i] = _mm512_setzero_ps(); });
-  auto add = [&](int i, __mmask16 lanes) {
+  __m512 sums[kFloatRows * Tokens];
+  unrolled<kFloatRows * Tokens>([&](auto i) { sums[i] = _mm512_setzero_ps(); });
+  auto add = [&](int i, __mmask16 present) {
     __m512 x[Tokens];
-    unrolled<Tokens>([&](auto t) { x[t] = _mm512_maskz_loadu_ps(lanes, tokens.values[t] + i); });
-    unrolled<kTileRows>([&](auto r) {
+    unrolled<Tokens>([&](auto t) { x[t] = _mm512_maskz_loadu_ps(present, tokens.values[t] + i); });
+    unrolled<kFloatRows>([&](auto r) {
       const uint8_t* p = rows.codes[r] + size_t(i) * (Width / 8);
       if constexpr (Tokens == 1) _mm_prefetch(reinterpret_cast<const char*>(p + rows.ahead), _MM_HINT_T0);
       const __m512 w =
-          Width == 16 ? from_bfloat16(_mm256_maskz_loadu_epi16(lanes, p)) : _mm512_maskz_loadu_ps(lanes, p);
+          Width == 16 ? from_bfloat16(_mm256_maskz_loadu_epi16(present, p)) : _mm512_maskz_loadu_ps(present, p);
       unrolled<Tokens>(
-          [&](auto t) { sums[r * Tokens + t] = _mm512_mask3_fmadd_ps(w, x[t], sums[r * Tokens + t], lanes); });
+          [&](auto t) { sums[r * Tokens + t] = _mm512_mask3_fmadd_ps(w, x[t], sums[r * Tokens + t], present); });
     });
   };
   for (int i = 0; i < whole; i += kLanes) add(i, __mmask16(-1));
   if (rest) add(whole, rest);
-  store_tile<Tokens>(sums, y);
+  unrolled<Tokens>([&](auto t) {
+    _mm_storeu_ps(y + t * kFloatRows, fold_rows(halves(sums[t]), halves(sums[Tokens + t]), halves(sums[2 * Tokens + t]),
+                                                halves(sums[3 * Tokens + t])));
+  });
 }
 
 // ---- activations to int8, and rows to floats ----
@@ -268,19 +265,19 @@ template <int Width>
 void dequantise_codes(const Matrix& m, int row, float* y) {
   const uint8_t* codes = m.codes + codes_bytes(row, m.cols, Width);
   const size_t groups = m.cols / m.group;
-  const int safe = safe_blocks<Width>(m.cols);
-  for (int first = 0; first < m.cols; first += kBlock) {
-    const int count = m.cols - first < kBlock ? 32 : kBlock, block = first / kBlock;
-    const uint8_t* p = codes + block * kBlockBytes<Width>;
-    alignas(64) uint8_t bytes[kBlock];
-    _mm512_store_si512(bytes, block < safe ? load_block<Width>(p) : load_last<Width>(p, count));
-    for (int i = 0; i < count; i += kLanes) {
+  for (int first = 0; first < m.cols; first += kBlock, codes += kBlock / 8 * Width) {
+    const int count = m.cols - first < kBlock ? 32 : kBlock;
+    uint8_t block[kBlock] = {};
+    std::memcpy(block, codes, size_t(count) / 8 * Width);
+    alignas(64) uint8_t bytes[16 * kBlock];  // of a tile whose rows are all this one
+    unpack_block<Width>(block, 0, bytes);
+    for (int i = 0; i < count; i += 8) {
       const size_t group = row * groups + (first + i) / m.group;
-      const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32(int(uint32_t(m.scales[group]) << 16)));
-      const __m512 bias = _mm512_castsi512_ps(_mm512_set1_epi32(int(uint32_t(m.biases[group]) << 16)));
-      const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes + i));
-      const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(values));
-      _mm512_storeu_ps(y + first + i, _mm512_add_ps(_mm512_mul_ps(scale, code), bias));
+      const __m256 scale = _mm256_castsi256_ps(_mm256_set1_epi32(int(uint32_t(m.scales[group]) << 16)));
+      const __m256 bias = _mm256_castsi256_ps(_mm256_set1_epi32(int(uint32_t(m.biases[group]) << 16)));
+      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i / 8 * 128));
+      const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
+      _mm256_storeu_ps(y + first + i, _mm256_add_ps(_mm256_mul_ps(scale, code), bias));
     }
   }
 }

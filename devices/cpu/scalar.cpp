@@ -31,20 +31,17 @@ float dot_quantised(const Matrix& m, int row, const Activations& x, int vector) 
   const int sums_stride = kind == 0 ? 2 * blocks : kind == 1 ? blocks : (blocks + 1) / 2;
   const float* x_sums = x.sums[kind] + size_t(vector) * sums_stride;
 
-  float lanes[kLanes] = {};
-  for (int block = 0; block < blocks; ++block)
-    for (int j = 0; j < kLanes; ++j) {
-      int first = block * kBlock + 4 * j;
-      if (first >= m.cols) break;
+  const int part = m.group < kBlock ? m.group : kBlock;  // inputs whose codes share both scales
+  float sum = 0.0f;
+  for (int group = 0; group < groups; ++group) {
+    sum = std::fma(from_bfloat16(biases[group]), x_sums[group], sum);
+    for (int first = group * m.group; first < (group + 1) * m.group; first += part) {
       int dot = 0;
-      for (int i = first; i < first + 4; ++i) dot += code_at(codes, i, m.width) * xq[i];
-      lanes[j] = std::fma(float(dot), from_bfloat16(scales[first / m.group]) * x_scales[block], lanes[j]);
+      for (int i = first; i < first + part; ++i) dot += code_at(codes, i, m.width) * xq[i];
+      sum = std::fma(float(dot), from_bfloat16(scales[group]) * x_scales[first / kBlock], sum);
     }
-  float bias_lanes[kLanes] = {};
-  for (int group = 0; group < groups; ++group)
-    bias_lanes[group % kLanes] = std::fma(from_bfloat16(biases[group]), x_sums[group], bias_lanes[group % kLanes]);
-  for (int j = 0; j < kLanes; ++j) lanes[j] = lanes[j] + bias_lanes[j];
-  return fold(lanes);
+  }
+  return sum;
 }
 
 float dot_float(const Matrix& m, int row, const Activations& x, int vector) {

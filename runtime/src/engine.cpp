@@ -118,8 +118,9 @@ void Engine::set_prune(PruneRule rule) {
   if ((rule.kind == Prune::kOtp && otp_.empty()) || (rule.kind == Prune::kLoss && loss_.empty()))
     throw std::invalid_argument("pruning by mask routers needs a bundle that has them");
   if (rule.protect > 0 && config_.kv_rank)
-    throw std::invalid_argument("this rule protects tokens by the attention they receive, which attention over a latent does not tell; "
-                                "choose another rule or calibrate the bundle again");
+    throw std::invalid_argument(
+        "this rule protects tokens by the attention they receive, which attention over a latent does not tell; "
+        "choose another rule or calibrate the bundle again");
   prune_ = std::move(rule);
 }
 

@@ -1,0 +1,227 @@
+// Products of packed matrices: a tile of kTileRows rows, one a lane, by one token or by several. What the instruction
+// sets share; scalar.cpp defines the result.
+//
+// Each cpu/*.cpp includes this file once inside its own namespace. Before, it sets kTileRows and defines Vector, a
+// register of kTileRows floats, with load, store, broadcast, multiply and fma; after, the templates declared here.
+// For one token codes are unpacked in registers, as its weights are read once. For more, blocks are unpacked to bytes
+// once, into a buffer that the first-level cache holds, and multiplied with every token.
+
+constexpr int kChunk = 16;  // blocks unpacked at a time
+constexpr int kTokens = 8;  // whose sums are in registers
+constexpr int kBatch = 64;  // tokens that blocks are unpacked for
+constexpr int kMostGroups = kChunk * kBlock / 32;
+
+// f(0), ..., f(N-1) with constants, so that an array of sums indexed by them lives in registers.
+template <int N, typename F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+  (std::make_integer_sequence<int, N>{});
+}
+
+// The first row of a tile; the others follow it.
+struct PackedRows {
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const uint16_t* biases;
+  size_t stride;  // bytes of a row's codes
+  int cols;
+};
+
+// Vectors of Activations.
+struct PackedTokens {
+  const int8_t* codes[kBatch];
+  const float* scales[kBatch];
+  const float* sums[kBatch];  // over the matrix's groups
+};
+
+// out[g][row] = the bfloat16 values [first, first + count) of each row, `stride` of them apart. Rounds count up to 8.
+// Not inlined: gcc then keeps what the loop over blocks needs in registers (decoding 2 and 4 bits: 1.10 and 1.16
+// times).
+[[gnu::noinline]] void columns(const uint16_t* values, int stride, int first, int count, float (*out)[kTileRows]);
+
+// The dot product of each row's block with one of a token: of all 64 inputs, or of both halves. Reads nothing past
+// the block.
+template <int Width, int Parts>
+[[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* x,
+                                              Vector (&dots)[Parts]);
+
+// The block's codes to bytes, kTileRows * kBlock of them in an order of the instruction set's own.
+template <int Width>
+inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out);
+
+// block_dots of bytes from unpack_block with several tokens. Wide: codes may be above 63.
+template <int Tokens, int Parts, bool Wide>
+inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]);
+
+// A weight group's blocks: one, two, or half of one.
+template <int Group>
+constexpr int kParts = Group == 32 ? 2 : 1;
+template <int Group>
+constexpr int kGroupBlocks = Group == 128 ? 2 : 1;
+
+// The codes of a block that is whole, or the last half of one padded with zeros in `tail`.
+template <int Width>
+inline const uint8_t* block_codes(const PackedRows& rows, int block, uint8_t* tail, size_t& stride) {
+  const uint8_t* codes = rows.codes + size_t(block) * (kBlock / 8 * Width);
+  if ((block + 1) * kBlock <= rows.cols) {
+    stride = rows.stride;
+    return codes;
+  }
+  std::memset(tail, 0, size_t(kTileRows) * kBlock);
+  for (int r = 0; r < kTileRows; ++r) std::memcpy(tail + r * kBlock, codes + r * rows.stride, kBlock / 16 * Width);
+  stride = kBlock;
+  return tail;
+}
+
+// Rows of the next tile come to the second-level cache while those of this one are computed: short rows side by side
+// are not what the processor fetches ahead by itself. From memory, 2 bits: 4.7 GB/s a thread without, 6.7 with.
+// always_inline: gcc takes a function that only fetches for one without effect, and drops its calls.
+template <int Width, int Group>
+[[gnu::always_inline]] inline void fetch_next(const PackedRows& rows, int block) {
+  constexpr int kLines = kTileRows * Width / 8;
+  const uint8_t* codes = rows.codes + kTileRows * rows.stride + size_t(block) * kLines * 64;
+  for (int i = 0; i < kLines; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + i * 64), _MM_HINT_T1);
+  const size_t at = size_t(kTileRows) * (rows.cols / Group + block * kBlock / Group);
+  _mm_prefetch(reinterpret_cast<const char*>(rows.scales + at), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char*>(rows.biases + at), _MM_HINT_T1);
+}
+
+template <int Width, int Group>
+void one_token(const PackedRows rows, const int8_t* x, const float* x_scales, const float* x_sums, float* y) {
+  constexpr int kGroups = kChunk * kBlock / Group;
+  alignas(64) float scales[kGroups][kTileRows], biases[kGroups][kTileRows];
+  alignas(64) uint8_t tail[Group == 32 ? kTileRows * kBlock : 1];
+  const int groups = rows.cols / Group;
+  Vector sum = broadcast(0.0f);
+  for (int first = 0; first < groups; first += kGroups) {
+    const int count = groups - first < kGroups ? groups - first : kGroups;
+    columns(rows.scales, groups, first, count, scales);
+    columns(rows.biases, groups, first, count, biases);
+    for (int g = 0; g < count; g += kParts<Group>) {
+      sum = fma(load(biases[g]), broadcast(x_sums[first + g]), sum);
+      for (int b = 0; b < kGroupBlocks<Group>; ++b) {
+        const int block = (first + g) / kParts<Group> * kGroupBlocks<Group> + b;
+        fetch_next<Width, Group>(rows, block);
+        size_t stride = rows.stride;
+        const uint8_t* codes = rows.codes + size_t(block) * (kBlock / 8 * Width);
+        if constexpr (Group == 32) codes = block_codes<Width>(rows, block, tail, stride);
+        Vector dots[kParts<Group>];
+        block_dots<Width, kParts<Group>>(codes, stride, x + block * kBlock, dots);
+        const Vector x_scale = broadcast(x_scales[block]);
+        sum = fma(dots[0], multiply(load(scales[g]), x_scale), sum);
+        if constexpr (Group == 32) {
+          if (g + 1 == count) break;
+          sum = fma(load(biases[g + 1]), broadcast(x_sums[first + g + 1]), sum);
+          sum = fma(dots[1], multiply(load(scales[g + 1]), x_scale), sum);
+        }
+      }
+    }
+  }
+  store(y, sum);
+}
+
+// Adds the products of a chunk of blocks to the sums of some tokens.
+template <int Group, int Tokens, bool Wide>
+[[gnu::flatten]] void some_tokens(const uint8_t* bytes, const float (*scales)[kTileRows],
+                                  const float (*biases)[kTileRows], int first_block, int first_group, int groups,
+                                  const PackedTokens& tokens, int token, float (*sums)[kTileRows]) {
+  const int8_t* const* x = tokens.codes + token;
+  Vector sum[Tokens];
+  unrolled<Tokens>([&](auto t) { sum[t] = load(sums[t]); });
+  for (int g = 0; g < groups; g += kParts<Group>)
+    for (int b = 0; b < kGroupBlocks<Group>; ++b) {
+      const int block = g / kParts<Group> * kGroupBlocks<Group> + b;
+      Vector dots[Tokens][kParts<Group>];
+      unpacked_dots<Tokens, kParts<Group>, Wide>(bytes + size_t(block) * kTileRows * kBlock, x,
+                                                 size_t(first_block + block) * kBlock, dots);
+      unrolled<kParts<Group>>([&](auto part) {
+        if (part && g + 1 >= groups) return;
+        const Vector scale = load(scales[g + part]), bias = load(biases[g + part]);
+        unrolled<Tokens>([&](auto t) {
+          if (b == 0) sum[t] = fma(bias, broadcast(tokens.sums[token + t][first_group + g + part]), sum[t]);
+          const Vector x_scale = broadcast(tokens.scales[token + t][first_block + block]);
+          sum[t] = fma(dots[t][part], multiply(scale, x_scale), sum[t]);
+        });
+      });
+    }
+  unrolled<Tokens>([&](auto t) { store(sums[t], sum[t]); });
+}
+
+template <int Width, int Group>
+void many_tokens(const PackedRows& rows, const PackedTokens& tokens, int count, float (*sums)[kTileRows]) {
+  alignas(64) uint8_t bytes[kChunk * kTileRows * kBlock], tail[kTileRows * kBlock];
+  alignas(64) float scales[kMostGroups][kTileRows], biases[kMostGroups][kTileRows];
+  const int blocks = (rows.cols + kBlock - 1) / kBlock, groups = rows.cols / Group;
+  std::memset(sums, 0, sizeof(*sums) * count);
+  for (int chunk = 0; chunk < blocks; chunk += kChunk) {
+    const int end = chunk + kChunk < blocks ? chunk + kChunk : blocks;
+    for (int block = chunk; block < end; ++block) {
+      size_t stride;
+      const uint8_t* codes = block_codes<Width>(rows, block, tail, stride);
+      unpack_block<Width>(codes, stride, bytes + size_t(block - chunk) * kTileRows * kBlock);
+    }
+    const int first = chunk * kBlock / Group, last = end * kBlock / Group < groups ? end * kBlock / Group : groups;
+    columns(rows.scales, groups, first, last - first, scales);
+    columns(rows.biases, groups, first, last - first, biases);
+    auto add = [&](auto step, int token) {
+      some_tokens<Group, step, (Width > 6)>(bytes, scales, biases, chunk, first, last - first, tokens, token,
+                                            sums + token);
+    };
+    int token = 0;
+    for (; token + kTokens <= count; token += kTokens) add(std::integral_constant<int, kTokens>{}, token);
+    for (; token + 2 <= count; token += 2) add(std::integral_constant<int, 2>{}, token);
+    for (; token < count; ++token) add(std::integral_constant<int, 1>{}, token);
+  }
+}
+
+template <int Width, int Group>
+void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
+  const int blocks = x.blocks(), groups = m.cols / Group;
+  const int kind = Group == 32 ? 0 : Group == 64 ? 1 : 2;
+  const int sums_stride = kind == 0 ? 2 * blocks : kind == 1 ? blocks : (blocks + 1) / 2;
+  alignas(64) float sums[kBatch][kTileRows];
+  for (int row = row_begin; row < row_end; row += kTileRows) {
+    // The last tile begins earlier, on rows of which nothing is stored.
+    const int first = row + kTileRows <= m.rows ? row : m.rows - kTileRows;
+    const int stored = row_end - row < kTileRows ? row_end - row : kTileRows;
+    const size_t at = size_t(first) * groups;
+    const PackedRows rows = {m.codes + codes_bytes(first, m.cols, Width), m.scales + at, m.biases + at,
+                             codes_bytes(1, m.cols, Width), m.cols};
+    for (int token = 0; token < x.count; token += kBatch) {
+      const int count = x.count - token < kBatch ? x.count - token : kBatch;
+      PackedTokens tokens;
+      for (int t = 0; t < count; ++t) {
+        const size_t vector = x.rows ? x.rows[token + t] : token + t;
+        tokens.codes[t] = x.codes + vector * blocks * kBlock;
+        tokens.scales[t] = x.scales + vector * blocks;
+        tokens.sums[t] = x.sums[kind] + vector * sums_stride;
+      }
+      if (count == 1)
+        one_token<Width, Group>(rows, tokens.codes[0], tokens.scales[0], tokens.sums[0], sums[0]);
+      else
+        many_tokens<Width, Group>(rows, tokens, count, sums);
+      for (int t = 0; t < count; ++t)
+        std::memcpy(y + (token + t) * y_stride + row, sums[t] + (row - first), size_t(stored) * sizeof(float));
+    }
+  }
+}
+
+template <int Width>
+void packed_by_group(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
+  if (m.rows < kTileRows) return kScalarKernels.matmul(m, x, y, y_stride, row_begin, row_end);
+  auto* product = m.group == 32   ? packed_matmul<Width, 32>
+                  : m.group == 64 ? packed_matmul<Width, 64>
+                                  : packed_matmul<Width, 128>;
+  product(m, x, y, y_stride, row_begin, row_end);
+}
+
+void packed(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
+  auto* product = m.width == 1   ? packed_by_group<1>
+                  : m.width == 2 ? packed_by_group<2>
+                  : m.width == 3 ? packed_by_group<3>
+                  : m.width == 4 ? packed_by_group<4>
+                  : m.width == 5 ? packed_by_group<5>
+                  : m.width == 6 ? packed_by_group<6>
+                                 : packed_by_group<8>;
+  product(m, x, y, y_stride, row_begin, row_end);
+}
