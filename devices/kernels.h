@@ -83,5 +83,6 @@ const Kernels* const* available_kernels(int* count);
 
 extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels, kAvx512Kernels;  // on x86-64 only
+extern const Kernels kNeonKernels;                  // on 64-bit Arm only
 
 }  // namespace edge_moe

@@ -1,7 +1,22 @@
 // Which kernel tables this machine can run: the only place that asks the processor what it is.
 #include "../kernels.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace edge_moe {
+
+#if defined(__aarch64__)
+static bool has_dot_product() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return true;  // every Apple processor that runs macOS
+#endif
+}
+#endif
 
 const Kernels* const* available_kernels(int* count) {
   static const Kernels* tables[3];
@@ -14,6 +29,8 @@ const Kernels* const* available_kernels(int* count) {
         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
       tables[n++] = &kAvx512Kernels;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables[n++] = &kAvx2Kernels;
+#elif defined(__aarch64__)
+    if (has_dot_product()) tables[n++] = &kNeonKernels;
 #endif
     tables[n++] = &kScalarKernels;
     return n;

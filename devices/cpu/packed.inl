@@ -53,6 +53,10 @@ inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out);
 template <int Tokens, int Parts, bool Wide>
 inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]);
 
+// One packed row as float32.
+template <int Width>
+void dequantise_codes(const Matrix& m, int row, float* y);
+
 // A weight group's blocks: one, two, or half of one.
 template <int Group>
 constexpr int kParts = Group == 32 ? 2 : 1;
@@ -80,10 +84,10 @@ template <int Width, int Group>
 [[gnu::always_inline]] inline void fetch_next(const PackedRows& rows, int block) {
   constexpr int kLines = kTileRows * Width / 8;
   const uint8_t* codes = rows.codes + kTileRows * rows.stride + size_t(block) * kLines * 64;
-  for (int i = 0; i < kLines; ++i) _mm_prefetch(reinterpret_cast<const char*>(codes + i * 64), _MM_HINT_T1);
+  for (int i = 0; i < kLines; ++i) __builtin_prefetch(codes + i * 64, 0, 2);
   const size_t at = size_t(kTileRows) * (rows.cols / Group + block * kBlock / Group);
-  _mm_prefetch(reinterpret_cast<const char*>(rows.scales + at), _MM_HINT_T1);
-  _mm_prefetch(reinterpret_cast<const char*>(rows.biases + at), _MM_HINT_T1);
+  __builtin_prefetch(rows.scales + at, 0, 2);
+  __builtin_prefetch(rows.biases + at, 0, 2);
 }
 
 template <int Width, int Group>
@@ -203,6 +207,27 @@ void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_str
       for (int t = 0; t < count; ++t)
         std::memcpy(y + (token + t) * y_stride + row, sums[t] + (row - first), size_t(stored) * sizeof(float));
     }
+  }
+}
+
+void dequantise_row(const Matrix& m, int row, float* y) {
+  switch (m.width) {
+    case 1:
+      return dequantise_codes<1>(m, row, y);
+    case 2:
+      return dequantise_codes<2>(m, row, y);
+    case 3:
+      return dequantise_codes<3>(m, row, y);
+    case 4:
+      return dequantise_codes<4>(m, row, y);
+    case 5:
+      return dequantise_codes<5>(m, row, y);
+    case 6:
+      return dequantise_codes<6>(m, row, y);
+    case 8:
+      return dequantise_codes<8>(m, row, y);
+    default:
+      return kScalarKernels.dequantise_row(m, row, y);
   }
 }
 

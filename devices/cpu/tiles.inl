@@ -1,8 +1,6 @@
-// Products of float matrices in tiles of a few rows by a few tokens, and rows as floats: what the x86 instruction
-// sets share.
+// Products of float matrices in tiles of a few rows by a few tokens: what the x86 instruction sets share.
 //
-// Each cpu/*.cpp includes this file and packed.inl once inside its own namespace, sets kTileTokens before and defines
-// `tile_float` and `dequantise_codes` after.
+// Each of these includes this file after packed.inl, sets kTileTokens before and defines `tile_float` after.
 
 constexpr int kFloatRows = 4;
 
@@ -22,10 +20,6 @@ struct FloatTokens {
 template <int Width, int Tokens>
 void tile_float(const FloatRows& rows, const FloatTokens& tokens, float* y);
 
-// One packed row as float32.
-template <int Width>
-void dequantise_codes(const Matrix& m, int row, float* y);
-
 // fold() of four rows at once, each as the sum of its two halves of eight lanes.
 inline __m128 fold_rows(__m256 a, __m256 b, __m256 c, __m256 d) {
   const __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
@@ -34,27 +28,6 @@ inline __m128 fold_rows(__m256 a, __m256 b, __m256 c, __m256 d) {
   const __m128 ac = _mm256_castps256_ps128(pairs), bd = _mm256_extractf128_ps(pairs, 1);
   const __m128 acbd = _mm_add_ps(_mm_shuffle_ps(ac, bd, 0x88), _mm_shuffle_ps(ac, bd, 0xdd));
   return _mm_shuffle_ps(acbd, acbd, 0xd8);
-}
-
-void dequantise_row(const Matrix& m, int row, float* y) {
-  switch (m.width) {
-    case 1:
-      return dequantise_codes<1>(m, row, y);
-    case 2:
-      return dequantise_codes<2>(m, row, y);
-    case 3:
-      return dequantise_codes<3>(m, row, y);
-    case 4:
-      return dequantise_codes<4>(m, row, y);
-    case 5:
-      return dequantise_codes<5>(m, row, y);
-    case 6:
-      return dequantise_codes<6>(m, row, y);
-    case 8:
-      return dequantise_codes<8>(m, row, y);
-    default:
-      return kScalarKernels.dequantise_row(m, row, y);
-  }
 }
 
 template <int Width>

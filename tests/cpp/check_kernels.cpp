@@ -1,0 +1,183 @@
+// Every kernel table of this binary that this machine can run against scalar.cpp, bit for bit, and a digest of what
+// scalar.cpp gives, which is the same on every processor. Weights end where memory does, so that reading on would
+// crash.
+//
+//     check_kernels    prints the tables' names, best first, and the digest; exits with 1 where one differs.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../../devices/kernels.h"
+
+using namespace edge_moe;
+
+static uint64_t state = 1, digest = 14695981039346656037ull;
+
+static uint32_t random_bits() {
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return uint32_t(state >> 32);
+}
+
+static float random_float() { return float(int32_t(random_bits())) / 2147483648.0f; }
+
+static std::vector<float> floats(size_t n) {
+  std::vector<float> values(n);
+  for (float& value : values) value = random_float();
+  return values;
+}
+
+static void add_to_digest(const std::vector<float>& values) {
+  for (float value : values) {
+    uint32_t bits = 0x7fc00000;  // processors differ in the sign of what is not a number
+    if (!std::isnan(value)) std::memcpy(&bits, &value, 4);
+    digest = (digest ^ bits) * 1099511628211ull;
+  }
+}
+
+static int failures = 0;
+
+static void compare(const char* table, const std::string& what, const std::vector<float>& got,
+                    const std::vector<float>& want) {
+  if (std::memcmp(got.data(), want.data(), want.size() * 4) == 0) return;
+  std::fprintf(stderr, "%s: %s is not scalar's\n", table, what.c_str());
+  ++failures;
+}
+
+// `bytes` random bytes before a page that may not be touched.
+struct Guarded {
+  explicit Guarded(size_t bytes) {
+    const size_t page = size_t(sysconf(_SC_PAGESIZE)), room = (bytes + page - 1) / page * page;
+    size = room + page;
+    area = static_cast<uint8_t*>(mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0));
+    if (area == MAP_FAILED || mprotect(area + room, page, PROT_NONE) != 0) std::abort();
+    data = area + room - bytes;
+    for (size_t i = 0; i < bytes; ++i) data[i] = uint8_t(random_bits());
+  }
+  ~Guarded() { munmap(area, size); }
+  uint8_t *area, *data;
+  size_t size;
+};
+
+struct Inputs {
+  Inputs(int count, int cols) : values(floats(size_t(count) * cols)) {
+    const int blocks = (cols + kBlock - 1) / kBlock;
+    codes.resize(size_t(count) * blocks * kBlock), scales.resize(size_t(count) * blocks);
+    for (int i = 0; i < 3; ++i)
+      sums[i].resize(size_t(count) * (i == 0 ? 2 * blocks : i == 1 ? blocks : (blocks + 1) / 2));
+    x.values = values.data(), x.codes = codes.data(), x.scales = scales.data(), x.count = count, x.cols = cols;
+    for (int i = 0; i < 3; ++i) x.sums[i] = sums[i].data();
+  }
+  void quantise(const Kernels& kernels) {
+    const int blocks = x.blocks();
+    for (size_t t = 0; t < size_t(x.count); ++t)
+      kernels.quantise(values.data() + t * x.cols, x.cols, codes.data() + t * blocks * kBlock,
+                       scales.data() + t * blocks, sums[0].data() + t * 2 * blocks, sums[1].data() + t * blocks,
+                       sums[2].data() + t * ((blocks + 1) / 2));
+  }
+  // Everything that quantise gives, as floats.
+  std::vector<float> all() const {
+    std::vector<float> found(codes.begin(), codes.end());
+    found.insert(found.end(), scales.begin(), scales.end());
+    for (const auto& of_groups : sums) found.insert(found.end(), of_groups.begin(), of_groups.end());
+    return found;
+  }
+  std::vector<float> values, scales, sums[3];
+  std::vector<int8_t> codes;
+  Activations x;
+};
+
+static void check_products(const Kernels& kernels, bool reference) {
+  for (int width : {1, 2, 3, 4, 5, 6, 8, 16, 32})
+    for (int group : {32, 64, 128})
+      for (int groups : {1, 3, 9, 40})
+        for (int rows : {1, 7, 50}) {
+          const int cols = width < 16 ? group * groups : 10 * groups + 7;
+          const Guarded codes(codes_bytes(rows, cols, width)), scales(4 * size_t(rows) * groups);
+          for (int i = 0; i < rows * groups; ++i) {  // no infinities, nor what is not a number
+            scales.data[4 * i + 1] = uint8_t(0x3c + random_bits() % 4 + random_bits() % 2 * 128);
+            scales.data[4 * i + 3] = uint8_t(0x3c + random_bits() % 4 + random_bits() % 2 * 128);
+          }
+          for (size_t i = 0; width >= 16 && i < codes_bytes(rows, cols, width); ++i)
+            if (i % (width / 8) == size_t(width / 8 - 1)) codes.data[i] = uint8_t(0x3c + random_bits() % 4);
+          Matrix m;
+          m.codes = codes.data, m.rows = rows, m.cols = cols, m.width = width, m.group = group;
+          m.scales = reinterpret_cast<const uint16_t*>(scales.data), m.biases = m.scales + size_t(rows) * groups;
+          Inputs inputs(70, cols);
+          inputs.quantise(kScalarKernels);
+          const std::string what = std::to_string(width) + " bits, group " + std::to_string(group) + ", " +
+                                   std::to_string(rows) + " x " + std::to_string(cols);
+          for (int tokens : {1, 2, 11, rows == 7 ? 70 : 3}) {
+            Activations x = inputs.x;
+            x.count = tokens;
+            std::vector<float> want(size_t(tokens) * rows), got(want.size());
+            kScalarKernels.matmul(m, x, want.data(), rows, 0, rows);
+            kernels.matmul(m, x, got.data(), rows, 0, rows / 3);
+            kernels.matmul(m, x, got.data(), rows, rows / 3, rows);
+            compare(kernels.name, what + ", " + std::to_string(tokens) + " tokens", got, want);
+            if (reference) add_to_digest(want);
+          }
+          std::vector<float> want(cols), got(cols);
+          kScalarKernels.dequantise_row(m, rows - 1, want.data());
+          kernels.dequantise_row(m, rows - 1, got.data());
+          compare(kernels.name, what + ", last row", got, want);
+          if (reference) add_to_digest(want);
+        }
+}
+
+static void check_vectors(const Kernels& kernels, bool reference) {
+  auto both = [&](const std::string& what, auto call) {
+    std::vector<float> want = call(kScalarKernels);
+    compare(kernels.name, what, call(kernels), want);
+    if (reference) add_to_digest(want);
+  };
+  for (int n : {1, 5, 16, 33, 100, 256, 1000}) {
+    const std::string of = " of " + std::to_string(n);
+    std::vector<float> a = floats(n), b = floats(n), q = floats(n), k = floats(size_t(n) * 37),
+                       v = floats(size_t(n) * 37);
+    for (float& value : a) value *= 20;
+    both("quantise" + of, [&](const Kernels& its) {
+      Inputs inputs(1, n);
+      inputs.values = a;
+      if (n > 20) inputs.values[3] = INFINITY, inputs.values[17] = NAN;
+      inputs.x.values = inputs.values.data();
+      inputs.quantise(its);
+      return inputs.all();
+    });
+    auto in_place = [&](auto call) {
+      return [&, call](const Kernels& its) {
+        std::vector<float> y = a;
+        call(its, y.data());
+        return y;
+      };
+    };
+    both("rms_norm" + of, in_place([&](const Kernels& its, float* y) { its.rms_norm(y, b.data(), 1e-6f, y, n); }));
+    both("silu" + of, in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, 0); }));
+    both("gelu" + of, in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, 1); }));
+    both("softmax" + of, in_place([&](const Kernels& its, float* y) { its.softmax(y, n); }));
+    both("add_scaled" + of, in_place([&](const Kernels& its, float* y) { its.add_scaled(y, b.data(), 0.3f, n); }));
+    for (int begin : {0, 5})
+      both("attend" + of, [&](const Kernels& its) {
+        std::vector<float> scores(37), out(n);
+        its.attend(q.data(), k.data(), v.data(), begin, 37, n, 0.2f, scores.data(), out.data());
+        return out;
+      });
+  }
+}
+
+int main() {
+  int count;
+  const Kernels* const* tables = available_kernels(&count);
+  for (int i = 0; i < count; ++i) {
+    state = 1;
+    check_products(*tables[i], i == 0);
+    check_vectors(*tables[i], i == 0);
+    std::printf("%s ", tables[i]->name);
+  }
+  std::printf("%016llx\n", static_cast<unsigned long long>(digest));
+  return failures ? 1 : 0;
+}
