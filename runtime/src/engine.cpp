@@ -10,6 +10,11 @@
 
 namespace edge_moe {
 
+// Tokens after which a use counts half in the choice of who is evicted. On the reference model, decoding text with
+// slots for 20, 30, 50 and 70 % of its experts: 35, 53, 79 and 94 % hits; with 512 tokens 30, 46, 72 and 90; with 4,
+// 34, 50, 77 and 93; by recency alone 13, 49, 73 and 92.
+static constexpr int kHalfLife = 32;
+
 EngineMemory engine_memory(const EngineConfig& c) {
   Scratch unused;
   EngineMemory memory;
@@ -25,7 +30,7 @@ Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int s
       kernels_(kernels),
       trunk_(std::move(trunk)),
       store_(std::move(store)),
-      cache_(store_, slots, readers),
+      cache_(store_, slots, readers, double(kHalfLife) * config.layers),
       pool_(config.threads) {
   const EngineConfig& c = config_;
   const EngineMemory memory = engine_memory(c);

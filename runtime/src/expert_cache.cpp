@@ -7,7 +7,8 @@
 
 namespace edge_moe {
 
-ExpertCache::ExpertCache(ExpertStore& store, int slots, int readers) : store_(store) {
+ExpertCache::ExpertCache(ExpertStore& store, int slots, int readers, double half_life)
+    : store_(store), half_life_(half_life) {
   const size_t records = store.records().size();
   slot_of_.assign(records, -1);
   used_at_.assign(records, 0);
@@ -90,7 +91,7 @@ void ExpertCache::release(int record) {
 
 // A record's uses, fading with the layers computed since the last one.
 double ExpertCache::score(int record) const {
-  return uses_[record] * std::exp2(-double(clock_ - used_at_[record]) / kHalfLife);
+  return uses_[record] * std::exp2(-double(clock_ - used_at_[record]) / half_life_);
 }
 
 // An empty slot, else the unpinned one whose record has the lowest score; -1 when every slot is pinned or loading.

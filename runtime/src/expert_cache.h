@@ -1,9 +1,10 @@
 // The slots: which records are in memory, who may be evicted, and the reader threads that fill them.
 //
-// Eviction is LFRU: every use adds one to a record's score and scores halve every kHalfLife layers computed, so
+// Eviction is LFRU: every use adds one to a record's score and scores halve every half_life layers computed, so
 // frequency decides and recency breaks it. Layers run in order, and plain LRU would evict exactly the record that is
 // needed soonest. Scores outlive eviction and start from the calibration frequencies. An acquired record is pinned
-// until it is released: a slot being read or computed on is never a victim.
+// until it is released: a slot being read or computed on is never a victim. How it compares with other policies on
+// recorded text, and how long a half-life is best: bench/cache_policies.py.
 #pragma once
 
 #include <condition_variable>
@@ -24,8 +25,8 @@ struct CacheStats {
 
 class ExpertCache {
  public:
-  // With a mapped store there are no slots: every acquire is a hit.
-  ExpertCache(ExpertStore& store, int slots, int readers);
+  // With a mapped store there are no slots: every acquire is a hit. half_life: in layers computed.
+  ExpertCache(ExpertStore& store, int slots, int readers, double half_life);
   ~ExpertCache();
   ExpertCache(const ExpertCache&) = delete;
 
@@ -57,14 +58,13 @@ class ExpertCache {
     int pins = 0;
     std::exception_ptr error;
   };
-  static constexpr double kHalfLife = 2048;  // layers computed
-
   double score(int record) const;
   int victim() const;
   void read_requests();
   uint8_t* slot_bytes(int slot) const { return arena_.data() + size_t(slot) * slot_size_; }
 
   ExpertStore& store_;
+  const double half_life_;
   size_t slot_size_ = 0;
   Arena arena_;
   std::vector<Slot> slots_;

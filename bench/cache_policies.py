@@ -1,0 +1,196 @@
+"""How often experts are in memory when they are needed, by what decides who leaves: simulated over recorded text.
+
+    python -m edge_moe.bench.cache_policies --text A.txt B.txt > policies.md
+
+The router's choices are recorded token by token, as in decoding; each policy then runs over the same record with the
+same number of slots. LFRU is the runtime's own (runtime/src/expert_cache.h), reproduced hit by hit. Belady's optimum
+knows the future: no policy can be above it. Without texts they are of Python's standard library.
+"""
+
+import argparse
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe import bench
+from edge_moe.bench.evaluate import Cached, windows
+from edge_moe.bench.prune_report import texts_of
+from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig
+
+CONTEXT = 256
+HALF_LIFE = 32  # tokens, as in runtime/src/engine.cpp
+SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # of all experts that have a slot
+
+Trace = list[list[int]]  # by token and layer in order: the experts needed at once, numbered over all layers
+
+
+def record(config: ModelConfig, weights, ids: np.ndarray) -> Trace:
+    """What tokens (in windows of CONTEXT) need, one token after another."""
+    steps, first = [], np.cumsum([0, *(config.experts_of(layer) for layer in config.moe_layers)])
+    offset = dict(zip(config.moe_layers, first, strict=False))
+    for window in windows(ids, CONTEXT):
+        chosen = {}
+
+        def keep(layer: int, h, its, weights, chosen=chosen):
+            chosen[layer] = np.sort(its, axis=1) + offset[layer]
+            return its, weights
+
+        reference.forward(config, weights, window, prune=keep)
+        steps += [chosen[layer][t].tolist() for t in range(len(window)) for layer in config.moe_layers]
+    return steps
+
+
+# ---- policies: score(expert, now) -> the one with the least leaves
+
+
+@dataclass
+class LFRU:
+    """Uses, halved every half_life steps; the calibrated frequencies are the first."""
+
+    frequency: np.ndarray
+    half_life: float
+    used_at: dict = field(default_factory=dict)
+    uses: dict = field(default_factory=dict)
+
+    def score(self, expert: int, now: int) -> float:
+        fading = 2.0 ** (-(now - self.used_at.get(expert, 0)) / self.half_life)
+        return self.uses.get(expert, float(self.frequency[expert])) * fading
+
+    def use(self, expert: int, now: int) -> None:
+        self.uses[expert] = self.score(expert, now) + 1
+        self.used_at[expert] = now
+
+
+@dataclass
+class LRU:
+    used_at: dict = field(default_factory=dict)
+
+    def score(self, expert: int, now: int) -> float:
+        return self.used_at[expert]
+
+    def use(self, expert: int, now: int) -> None:
+        self.used_at[expert] = now
+
+
+@dataclass
+class LFU:
+    uses: dict = field(default_factory=dict)
+
+    def score(self, expert: int, now: int) -> float:
+        return self.uses[expert]
+
+    def use(self, expert: int, now: int) -> None:
+        self.uses[expert] = self.uses.get(expert, 0) + 1
+
+
+@dataclass
+class Static(LRU):
+    """The most frequent by calibration stay for good; the slots of one step are the others'."""
+
+    pinned: frozenset = frozenset()
+
+    def score(self, expert: int, now: int) -> float:
+        return float("inf") if expert in self.pinned else self.used_at[expert]
+
+
+@dataclass
+class Belady:
+    """Who is needed last, or never again, leaves."""
+
+    trace: Trace
+    steps: dict = field(default_factory=dict)  # of each expert
+
+    def __post_init__(self) -> None:
+        for now, needed in enumerate(self.trace):
+            for expert in needed:
+                self.steps.setdefault(expert, []).append(now)
+
+    def score(self, expert: int, now: int) -> float:
+        after = bisect_right(self.steps[expert], now)
+        return -self.steps[expert][after] if after < len(self.steps[expert]) else -float("inf")
+
+    def use(self, expert: int, now: int) -> None:
+        pass
+
+
+def hits(trace: Trace, slots: int, policy) -> int:
+    """Uses that find their expert in memory. What a step needs is not evicted for the rest of it."""
+    there, found = [], 0  # experts by slot
+    for now, needed in enumerate(trace):
+        held = [expert for expert in needed if expert in there]
+        for expert in held + [expert for expert in needed if expert not in there]:
+            if expert in there:
+                found += 1
+            elif len(there) < slots:
+                there.append(expert)
+            else:
+                at = min(
+                    (slot for slot in range(slots) if there[slot] not in needed),
+                    key=lambda slot: policy.score(there[slot], now),
+                )
+                there[at] = expert
+            policy.use(expert, now)
+    return found
+
+
+def policies(trace: Trace, slots: int, frequency: np.ndarray, config: ModelConfig) -> dict:
+    """By name. frequency: of each expert in calibration."""
+    step = max(map(config.top_k_of, config.moe_layers))  # the most experts of one
+    pinned = frozenset(np.argsort(-frequency, kind="stable")[: slots - step].tolist())
+    return {
+        "LRU": LRU(),
+        "LFU": LFU(),
+        "static pins": Static(pinned=pinned),
+        **{f"LFRU, half-life {tokens}": LFRU(frequency, tokens * len(config.moe_layers)) for tokens in (4, 512)},
+        "LFRU (the runtime's)": LFRU(frequency, HALF_LIFE * len(config.moe_layers)),
+        "Belady's optimum": Belady(trace),
+    }
+
+
+def table(trace: Trace, frequency: np.ndarray, config: ModelConfig) -> str:
+    uses, columns = sum(map(len, trace)), [round(share * len(frequency)) for share in SHARES]
+    rows = {}
+    for slots in columns:
+        for name, policy in policies(trace, slots, frequency, config).items():
+            rows.setdefault(name, []).append(hits(trace, slots, policy) / uses)
+    head = "| policy | " + " | ".join(f"{slots} slots, {slots / len(frequency):.0%}" for slots in columns) + " |"
+    lines = [head, "|---" * (1 + len(columns)) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{rate:.1%}" for rate in rates) + " |" for name, rates in rows.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, default=Path(bench.__file__).parent / "reference_moe", help="checkpoint")
+    add("--text", type=Path, nargs="+", default=[], help="files; by default modules of the standard library")
+    add("--tokens", type=int, default=2048, help="of each text, its first")
+    a = parser.parse_args()
+    texts = texts_of(a.model, a.text, 2 * a.tokens)
+    with Checkpoint(a.model) as checkpoint:
+        config, weights = checkpoint.config, Cached(checkpoint)
+        # calibration is the second half of every text, what is decoded the first
+        traces = [record(config, weights, np.concatenate([ids[part] for ids in texts.values()])) for part in halves(a)]
+    decoded, calibrated = traces
+    experts = sum(config.experts_of(layer) for layer in config.moe_layers)
+    counts = np.bincount(np.concatenate(calibrated), minlength=experts)
+    frequency = counts / (len(calibrated) / len(config.moe_layers))
+    tokens = len(decoded) // len(config.moe_layers)
+    print(
+        f"# Hit rates by policy\n\n{a.model.name}: {experts} experts of the same size, {tokens:,} tokens of "
+        f"{', '.join(texts)} decoded one after another; frequencies for LFRU and the pins are of as many other tokens "
+        f"of the same texts. Half-lives are in tokens; the runtime's is {HALF_LIFE}.\n\n"
+        + table(decoded, frequency, config)
+    )
+
+
+def halves(a: argparse.Namespace) -> tuple[slice, slice]:
+    return slice(0, a.tokens), slice(a.tokens, None)
+
+
+if __name__ == "__main__":
+    main()
