@@ -8,12 +8,12 @@ peak memory is its own. The last rows run the 4-bit bundle under caps that hold 
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from edge_moe.bench.conditions import processor
 from edge_moe.bench.synthetic import make_synthetic
 
 CONFIG = Path(__file__).parent / "configs" / "qwen3-30b-a3b.json"
@@ -78,14 +78,6 @@ def cells(width: int, cap: str, report: dict) -> list[str]:
 def disk(rows) -> str:
     found = [report["disk_gbps"] for _, _, report in rows if report["disk_gbps"]]
     return f"{min(found):.2f} to {max(found):.2f} GB/s" if found else "an unknown speed (the file system has none)"
-
-
-def processor() -> str:
-    """The processor's name where the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -17,16 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe import bench
+from edge_moe.bench.conditions import processor, stolen, timed
 from edge_moe.bench.evaluate import Cached, Remembered, windows
 from edge_moe.bench.prune_paged import paged_table
-from edge_moe.bench.quality.cost import processor, stolen
 from edge_moe.bench.texts import held_out_modules
 from edge_moe.compressor.bundle_weights import BundleWeights
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.prune import calibrate_pruning
 from edge_moe.devices.probe import default_threads
-from edge_moe.progress import timed
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.pruning import read_mask_routers

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from edge_moe.bench.cpu_report import processor
+from edge_moe.bench.conditions import processor, stolen
 from edge_moe.bench.quality.study import Study
 from edge_moe.compressor import targets
 from edge_moe.compressor.checkpoint import Checkpoint
@@ -51,12 +51,6 @@ def whole_run(study: Study) -> dict:
         "stolen": stolen() - before,
         "steps": {"text": steps[0][1], **{step: end - at for (step, at), end in zip(steps, ends, strict=True)}},
     }
-
-
-def stolen() -> float:
-    """Seconds that a hypervisor kept from this machine's cores, since it started; 0 where that is not known."""
-    file = Path("/proc/stat")
-    return int(file.read_text().split()[8]) / os.sysconf("SC_CLK_TCK") if file.exists() else 0.0
 
 
 def by_size(study: Study, sizes=SIZES) -> list[dict]:

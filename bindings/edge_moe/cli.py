@@ -183,8 +183,9 @@ def prune(
     It learns which of its experts a token hardly needs; these are then neither read nor computed. The weights stay as
     they are, and --prune off runs them all.
     """
+    from edge_moe.bench.conditions import timed
     from edge_moe.compressor.prune import DEFAULT_RULES, calibrate_pruning
-    from edge_moe.progress import progress_bar, timed
+    from edge_moe.progress import progress_bar
     from edge_moe.report import pruning_text
 
     source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}

@@ -1,4 +1,4 @@
-"""How far work is: a bar on stderr, for people, none when stderr is not a terminal; and what each step took."""
+"""A progress bar on stderr, for people: there is none when stderr is not a terminal."""
 
 import sys
 import time
@@ -31,18 +31,3 @@ def progress_bar(quiet: bool = False):
             bar.update(tasks[step], completed=done, total=of, refresh=refresh)
 
         yield show
-
-
-def timed(progress, took: dict[str, float]):
-    """progress(step, done, of), which may be None, that also adds up each step's seconds in `took`."""
-    last = time.perf_counter()
-
-    def tell(step: str, done: int, of: int) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        took[step] = took.get(step, 0.0) + now - last
-        last = now
-        if progress:
-            progress(step, done, of)
-
-    return tell

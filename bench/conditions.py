@@ -1,0 +1,35 @@
+"""Under which conditions something was timed: the processor, what other machines took of it, and time by step."""
+
+import os
+import platform
+import time
+from pathlib import Path
+
+
+def processor() -> str:
+    """The processor's name where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def stolen() -> float:
+    """Seconds that a hypervisor kept from this machine's cores, since it started; 0 where that is not known."""
+    file = Path("/proc/stat")
+    return int(file.read_text().split()[8]) / os.sysconf("SC_CLK_TCK") if file.exists() else 0.0
+
+
+def timed(progress, took: dict[str, float]):
+    """progress(step, done, of), which may be None, that also adds up each step's seconds in `took`."""
+    last = time.perf_counter()
+
+    def tell(step: str, done: int, of: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        took[step] = took.get(step, 0.0) + now - last
+        last = now
+        if progress:
+            progress(step, done, of)
+
+    return tell
