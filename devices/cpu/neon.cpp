@@ -88,8 +88,10 @@ template <int Width, int Piece>
 template <int Width>
 inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
   for (int r = 0; r < kTileRows; ++r)
-    unrolled<kPieces>(
-        [&](auto piece) { vst1q_u8(out + r * kBlock + 16 * piece, sixteen<Width, piece>(codes + r * stride)); });
+    unrolled<kPieces>([&](auto piece) {
+      const uint8x16_t bytes = sixteen<Width, piece>(codes + r * stride);
+      vst1q_u8(out + r * kBlock + 16 * piece, bytes);
+    });
 }
 
 // ---- products ----
@@ -230,7 +232,10 @@ void dequantise_codes(const Matrix& m, int row, float* y) {
     const int count = m.cols - first < kBlock ? 32 : kBlock;
     uint8_t block[kBlock] = {}, bytes[kBlock];
     std::memcpy(block, codes, size_t(count) / 8 * Width);
-    unrolled<kPieces>([&](auto piece) { vst1q_u8(bytes + 16 * piece, sixteen<Width, piece>(block)); });
+    unrolled<kPieces>([&](auto piece) {
+      const uint8x16_t its = sixteen<Width, piece>(block);
+      vst1q_u8(bytes + 16 * piece, its);
+    });
     for (int i = 0; i < count; ++i) {
       const size_t group = row * groups + (first + i) / m.group;
       y[first + i] = from_bfloat16(m.scales[group]) * float(bytes[i]) + from_bfloat16(m.biases[group]);

@@ -82,9 +82,9 @@ inline const uint8_t* block_codes(const PackedRows& rows, int block, uint8_t* ta
 // always_inline: gcc takes a function that only fetches for one without effect, and drops its calls.
 template <int Width, int Group>
 [[gnu::always_inline]] inline void fetch_next(const PackedRows& rows, int block) {
-  constexpr int kLines = kTileRows * Width / 8;
-  const uint8_t* codes = rows.codes + kTileRows * rows.stride + size_t(block) * kLines * 64;
-  for (int i = 0; i < kLines; ++i) __builtin_prefetch(codes + i * 64, 0, 2);
+  constexpr int kBytes = kTileRows * kBlock / 8 * Width;
+  const uint8_t* codes = rows.codes + kTileRows * rows.stride + size_t(block) * kBytes;
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(codes + i, 0, 2);
   const size_t at = size_t(kTileRows) * (rows.cols / Group + block * kBlock / Group);
   __builtin_prefetch(rows.scales + at, 0, 2);
   __builtin_prefetch(rows.biases + at, 0, 2);
