@@ -212,7 +212,7 @@ def test_what_is_left_out_is_filled_in(model):
     assert check(Options(width=3, method="uniform"), config).bits is None
     o = check(Options(ram="2GB", context=100, calibration="a.txt", held_out=["b.txt"]), config)
     assert (o.bits, o.size, o.ram) == (None, None, 2_000_000_000)
-    assert (o.calibration, o.held_out) == (("a.txt",), ("b.txt",))
+    assert (o.calibration, o.held_out) == ((Path("a.txt"),), (Path("b.txt"),))
     assert check(Options(size="1MiB", ram="2GB"), config).size == 2**20
     assert check(Options(bits=4, group=128), replace(config, expert_hidden=96)).group == 32  # the largest that fits
 
