@@ -174,8 +174,8 @@ def main() -> None:
     with Checkpoint(a.model) as checkpoint:
         config, weights = checkpoint.config, Cached(checkpoint)
         # calibration is the second half of every text, what is decoded the first
-        traces = [record(config, weights, np.concatenate([ids[part] for ids in texts.values()])) for part in halves(a)]
-    decoded, calibrated = traces
+        decoded = record(config, weights, np.concatenate([ids[: a.tokens] for ids in texts.values()]))
+        calibrated = record(config, weights, np.concatenate([ids[a.tokens :] for ids in texts.values()]))
     experts = sum(config.experts_of(layer) for layer in config.moe_layers)
     counts = np.bincount(np.concatenate(calibrated), minlength=experts)
     frequency = counts / (len(calibrated) / len(config.moe_layers))
@@ -186,10 +186,6 @@ def main() -> None:
         f"of the same texts. Half-lives are in tokens; the runtime's is {HALF_LIFE}.\n\n"
         + table(decoded, frequency, config)
     )
-
-
-def halves(a: argparse.Namespace) -> tuple[slice, slice]:
-    return slice(0, a.tokens), slice(a.tokens, None)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,11 @@ class Remembered:
             self._kept[key] = self.logits(window)
         return self._kept[key]
 
+    def remember(self, windows: Iterable[np.ndarray]) -> None:
+        """Ask now, for when `logits` cannot be asked any more."""
+        for window in windows:
+            self(window)
+
 
 class Cached:
     """A checkpoint's tensors, each read once and kept: for models that fit in memory."""

@@ -149,8 +149,7 @@ def by_engine(bundle: Path, rule: str, cut: float, texts: dict) -> list[Point]:
         unpruned = UNPRUNED.setdefault(bundle, Remembered(runtime.logits))
         unpruned.logits = runtime.logits
         for ids in texts.values():
-            for window in windows(ids, CONTEXT):
-                unpruned(window)
+            unpruned.remember(windows(ids, CONTEXT))
         before, config = runtime.stats, runtime.config
 
         def account():

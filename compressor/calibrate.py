@@ -14,7 +14,7 @@ import numpy as np
 
 from edge_moe.runtime.config import ModelConfig
 
-LEAST_TOKENS = 256
+LEAST_TOKENS = 256  # of calibration text
 SEQUENCE_TOKENS = 256  # of one calibration sequence, or the model's context if shorter
 STDLIB_BYTES = 4_000_000  # of the standard library that are read for calibration
 STDLIB = "Python standard library"

@@ -314,8 +314,7 @@ class BundleWriter:
 
 def table_bytes(table: dict) -> bytes:
     """The content of bundle.json, its checksum included."""
-    table = {**table, "checksum": table_checksum({k: v for k, v in table.items() if k != "checksum"})}
-    return (json.dumps(table, indent=1) + "\n").encode()
+    return (json.dumps({**table, "checksum": table_checksum(table)}, indent=1) + "\n").encode()
 
 
 def _file_checksum(path: Path) -> int:

@@ -43,6 +43,13 @@ struct Activations {
   int cols = 0;
 
   int blocks() const { return (cols + kBlock - 1) / kBlock; }
+
+  // A vector's sums over groups of 32, 64 or 128.
+  const float* group_sums(int group, size_t vector) const {
+    if (group == 32) return sums[0] + vector * 2 * blocks();
+    if (group == 64) return sums[1] + vector * blocks();
+    return sums[2] + vector * ((blocks() + 1) / 2);
+  }
 };
 
 // Output strides are in floats. All sizes are in elements.

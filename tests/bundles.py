@@ -15,9 +15,9 @@ from edge_moe import _core
 from edge_moe.compressor.bundle_weights import BundleWeights
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.quantise import quantise, trunk_packing
-from edge_moe.compressor.writer import BundleWriter, Packing
+from edge_moe.compressor.writer import BundleWriter, Packing, table_bytes
 from edge_moe.runtime import reference
-from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, table_checksum, verify
+from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, verify
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.plan import engine_config
 from edge_moe.runtime.pruning import MASK_FILE
@@ -125,8 +125,7 @@ def edit_table(path: Path, change: Callable[[dict], None]) -> None:
     """Change bundle.json and make its checksum right again, so that what lies behind the checksum is reached."""
     table = json.loads((path / "bundle.json").read_text())
     change(table)
-    table["checksum"] = table_checksum(table)
-    (path / "bundle.json").write_text(json.dumps(table))
+    (path / "bundle.json").write_bytes(table_bytes(table))
 
 
 def edit_copy(path: Path, name: str, content: bytes) -> None:
@@ -198,6 +197,5 @@ def prunable(out: Path, source: Path, mask_routers: dict[str, np.ndarray], **pru
         "certificate": [],
         **pruning,
     }
-    table["checksum"] = table_checksum(table)
-    (out / "bundle.json").write_text(json.dumps(table))
+    (out / "bundle.json").write_bytes(table_bytes(table))
     return out

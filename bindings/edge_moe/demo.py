@@ -84,8 +84,7 @@ def _score(paths: dict[str, Path], progress) -> dict[str, dict]:
             ids = held_out_modules(runtime.tokenizer, SEED, WINDOWS, CONTEXT)
             if against is None:
                 against = Remembered(runtime.logits)
-                for window in windows(ids, CONTEXT):
-                    against(window)
+                against.remember(windows(ids, CONTEXT))
             tell = _named(progress, name)
             results[name] = evaluate(runtime, ids, context=CONTEXT, against=against, progress=tell)
     return results

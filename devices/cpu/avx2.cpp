@@ -23,9 +23,10 @@ inline Vector broadcast(float v) { return _mm256_set1_ps(v); }
 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
+#include "vector_ops.inl"
+// these use it
 #include "packed.inl"
 #include "tiles.inl"
-#include "vector_ops.inl"
 
 constexpr int kHalf = kBlock / 2;
 
@@ -99,11 +100,15 @@ template <int Width>
 constexpr int kHalfBytes = kHalf / 8 * Width;
 
 template <int Width>
+inline void unpack_in_order(const uint8_t* codes, uint8_t* out) {
+  for (int half = 0; half < 2; ++half)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + half * kHalf),
+                        load_half<Width>(codes + half * kHalfBytes<Width>));
+}
+
+template <int Width>
 inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
-  for (int r = 0; r < kTileRows; ++r)
-    for (int half = 0; half < 2; ++half)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(out + r * kBlock + half * kHalf),
-                         load_half<Width>(codes + r * stride + half * kHalfBytes<Width>));
+  for (int r = 0; r < kTileRows; ++r) unpack_in_order<Width>(codes + r * stride, out + r * kBlock);
 }
 
 // ---- products ----
@@ -175,8 +180,7 @@ inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t a
 }
 
 void columns(const uint16_t* values, int stride, int first, int count, float (*out)[kTileRows]) {
-  for (int g = 0; g < count; ++g)
-    for (int r = 0; r < kTileRows; ++r) out[g][r] = from_bfloat16(values[size_t(r) * stride + first + g]);
+  plain_columns(values, stride, first, count, out);
 }
 
 template <int Width>
@@ -232,13 +236,8 @@ inline __m256 absolute(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f)
 void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64, float* sums128) {
   const int blocks = (cols + kBlock - 1) / kBlock;
   for (int block = 0; block < blocks; ++block) {
-    const int count = cols - block * kBlock;
-    const float* in = x + block * kBlock;
-    float padded[kBlock] = {};
-    if (count < kBlock) {
-      std::memcpy(padded, in, size_t(count) * 4);
-      in = padded;
-    }
+    float padded[kBlock];
+    const float* in = block_inputs(x, cols, block, padded);
     alignas(32) float tops[8];
     __m256 top_lanes = _mm256_setzero_ps();
     for (int i = 0; i < kBlock; i += 8)  // max keeps the second operand when the first is not a number
@@ -266,23 +265,6 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
     store_sums(block, top / 127.0f, sums, scales, sums32, sums64);
   }
   pair_sums(blocks, sums64, sums128);
-}
-
-template <int Width>
-void dequantise_codes(const Matrix& m, int row, float* y) {
-  const uint8_t* codes = m.codes + codes_bytes(row, m.cols, Width);
-  const size_t groups = m.cols / m.group;
-  for (int first = 0; first < m.cols; first += kHalf, codes += kHalfBytes<Width>) {
-    const size_t group = row * groups + first / m.group;
-    const __m256 scale = _mm256_set1_ps(from_bfloat16(m.scales[group]));
-    const __m256 bias = _mm256_set1_ps(from_bfloat16(m.biases[group]));
-    alignas(32) uint8_t bytes[kHalf];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), load_half<Width>(codes));
-    for (int i = 0; i < kHalf; i += 8) {
-      const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(load_8(bytes + i)));
-      _mm256_storeu_ps(y + first + i, _mm256_add_ps(_mm256_mul_ps(scale, code), bias));
-    }
-  }
 }
 
 }  // namespace avx2

@@ -28,9 +28,10 @@ inline Vector broadcast(float v) { return _mm512_set1_ps(v); }
 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 
+#include "vector_ops.inl"
+// these use it
 #include "packed.inl"
 #include "tiles.inl"
-#include "vector_ops.inl"
 
 // ---- codes -> bytes ----
 
@@ -96,6 +97,13 @@ template <int Width>
 inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
   for_codes<Width>(codes, stride, [&](auto step, auto half, __m512i eight) {
     _mm512_store_si512(out + (2 * step + half) * 64, eight);
+  });
+}
+
+template <int Width>
+inline void unpack_in_order(const uint8_t* codes, uint8_t* out) {  // of a tile whose rows are all this one, the first
+  for_codes<Width>(codes, 0, [&](auto step, auto half, __m512i eight) {
+    if (half == 0) _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 8 * step), _mm512_castsi512_si128(eight));
   });
 }
 
@@ -259,27 +267,6 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
     store_sums(block, top / 127.0f, sums, scales, sums32, sums64);
   }
   pair_sums(blocks, sums64, sums128);
-}
-
-template <int Width>
-void dequantise_codes(const Matrix& m, int row, float* y) {
-  const uint8_t* codes = m.codes + codes_bytes(row, m.cols, Width);
-  const size_t groups = m.cols / m.group;
-  for (int first = 0; first < m.cols; first += kBlock, codes += kBlock / 8 * Width) {
-    const int count = m.cols - first < kBlock ? 32 : kBlock;
-    uint8_t block[kBlock] = {};
-    std::memcpy(block, codes, size_t(count) / 8 * Width);
-    alignas(64) uint8_t bytes[16 * kBlock];  // of a tile whose rows are all this one
-    unpack_block<Width>(block, 0, bytes);
-    for (int i = 0; i < count; i += 8) {
-      const size_t group = row * groups + (first + i) / m.group;
-      const __m256 scale = _mm256_castsi256_ps(_mm256_set1_epi32(int(uint32_t(m.scales[group]) << 16)));
-      const __m256 bias = _mm256_castsi256_ps(_mm256_set1_epi32(int(uint32_t(m.biases[group]) << 16)));
-      const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i / 8 * 128));
-      const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
-      _mm256_storeu_ps(y + first + i, _mm256_add_ps(_mm256_mul_ps(scale, code), bias));
-    }
-  }
 }
 
 }  // namespace avx512

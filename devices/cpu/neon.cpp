@@ -22,8 +22,9 @@ inline Vector broadcast(float v) { return vdupq_n_f32(v); }
 inline Vector multiply(Vector a, Vector b) { return vmulq_f32(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 
-#include "packed.inl"
 #include "vector_ops.inl"
+// these use it
+#include "packed.inl"
 
 // ---- codes -> bytes ----
 
@@ -86,12 +87,16 @@ template <int Width, int Piece>
 }
 
 template <int Width>
+inline void unpack_in_order(const uint8_t* codes, uint8_t* out) {
+  unrolled<kPieces>([&](auto piece) {
+    const uint8x16_t bytes = sixteen<Width, piece>(codes);
+    vst1q_u8(out + 16 * piece, bytes);
+  });
+}
+
+template <int Width>
 inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
-  for (int r = 0; r < kTileRows; ++r)
-    unrolled<kPieces>([&](auto piece) {
-      const uint8x16_t bytes = sixteen<Width, piece>(codes + r * stride);
-      vst1q_u8(out + r * kBlock + 16 * piece, bytes);
-    });
+  for (int r = 0; r < kTileRows; ++r) unpack_in_order<Width>(codes + r * stride, out + r * kBlock);
 }
 
 // ---- products ----
@@ -147,8 +152,7 @@ inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t a
 }
 
 void columns(const uint16_t* values, int stride, int first, int count, float (*out)[kTileRows]) {
-  for (int g = 0; g < count; ++g)
-    for (int r = 0; r < kTileRows; ++r) out[g][r] = from_bfloat16(values[size_t(r) * stride + first + g]);
+  plain_columns(values, stride, first, count, out);
 }
 
 template <int Width>
@@ -194,13 +198,8 @@ void matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, in
 void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64, float* sums128) {
   const int blocks = (cols + kBlock - 1) / kBlock;
   for (int block = 0; block < blocks; ++block) {
-    const int count = cols - block * kBlock;
-    const float* in = x + block * kBlock;
-    float padded[kBlock] = {};
-    if (count < kBlock) {
-      std::memcpy(padded, in, size_t(count) * 4);
-      in = padded;
-    }
+    float padded[kBlock];
+    const float* in = block_inputs(x, cols, block, padded);
     float32x4_t tops = vdupq_n_f32(0);
     for (int i = 0; i < kBlock; i += 4) tops = vmaxnmq_f32(tops, vabsq_f32(vld1q_f32(in + i)));  // of numbers
     const float top = vmaxvq_f32(tops), inverse = top > 0.0f ? 127.0f / top : 0.0f;
@@ -222,25 +221,6 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
     store_sums(block, top / 127.0f, sums, scales, sums32, sums64);
   }
   pair_sums(blocks, sums64, sums128);
-}
-
-template <int Width>
-void dequantise_codes(const Matrix& m, int row, float* y) {
-  const uint8_t* codes = m.codes + codes_bytes(row, m.cols, Width);
-  const size_t groups = m.cols / m.group;
-  for (int first = 0; first < m.cols; first += kBlock, codes += kBlock / 8 * Width) {
-    const int count = m.cols - first < kBlock ? 32 : kBlock;
-    uint8_t block[kBlock] = {}, bytes[kBlock];
-    std::memcpy(block, codes, size_t(count) / 8 * Width);
-    unrolled<kPieces>([&](auto piece) {
-      const uint8x16_t its = sixteen<Width, piece>(block);
-      vst1q_u8(bytes + 16 * piece, its);
-    });
-    for (int i = 0; i < count; ++i) {
-      const size_t group = row * groups + (first + i) / m.group;
-      y[first + i] = from_bfloat16(m.scales[group]) * float(bytes[i]) + from_bfloat16(m.biases[group]);
-    }
-  }
 }
 
 }  // namespace neon

@@ -1,10 +1,10 @@
 // Products of packed matrices: a tile of kTileRows rows, one a lane, by one token or by several. What the instruction
 // sets share; scalar.cpp defines the result.
 //
-// Each cpu/*.cpp includes this file once inside its own namespace. Before, it sets kTileRows and defines Vector, a
-// register of kTileRows floats, with load, store, broadcast, multiply and fma; after, the templates declared here.
-// For one token codes are unpacked in registers, as its weights are read once. For more, blocks are unpacked to bytes
-// once, into a buffer that the first-level cache holds, and multiplied with every token.
+// Each cpu/*.cpp includes this file after vector_ops.inl, inside its own namespace. Before, it sets kTileRows and
+// defines Vector, a register of kTileRows floats, with load, store, broadcast, multiply and fma; after, the templates
+// declared here. For one token codes are unpacked in registers, as its weights are read once. For more, blocks are
+// unpacked to bytes once, into a buffer that the first-level cache holds, and multiplied with every token.
 
 constexpr int kChunk = 16;  // blocks unpacked at a time
 constexpr int kTokens = 8;  // whose sums are in registers
@@ -53,9 +53,15 @@ inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out);
 template <int Tokens, int Parts, bool Wide>
 inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]);
 
-// One packed row as float32.
+// The 64 codes of one row's block to bytes, in order.
 template <int Width>
-void dequantise_codes(const Matrix& m, int row, float* y);
+inline void unpack_in_order(const uint8_t* codes, uint8_t* out);
+
+// columns() value by value.
+inline void plain_columns(const uint16_t* values, int stride, int first, int count, float (*out)[kTileRows]) {
+  for (int g = 0; g < count; ++g)
+    for (int r = 0; r < kTileRows; ++r) out[g][r] = from_bfloat16(values[size_t(r) * stride + first + g]);
+}
 
 // A weight group's blocks: one, two, or half of one.
 template <int Group>
@@ -181,8 +187,6 @@ void many_tokens(const PackedRows& rows, const PackedTokens& tokens, int count, 
 template <int Width, int Group>
 void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
   const int blocks = x.blocks(), groups = m.cols / Group;
-  const int kind = Group == 32 ? 0 : Group == 64 ? 1 : 2;
-  const int sums_stride = kind == 0 ? 2 * blocks : kind == 1 ? blocks : (blocks + 1) / 2;
   alignas(64) float sums[kBatch][kTileRows];
   for (int row = row_begin; row < row_end; row += kTileRows) {
     // The last tile begins earlier, on rows of which nothing is stored.
@@ -198,7 +202,7 @@ void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_str
         const size_t vector = x.rows ? x.rows[token + t] : token + t;
         tokens.codes[t] = x.codes + vector * blocks * kBlock;
         tokens.scales[t] = x.scales + vector * blocks;
-        tokens.sums[t] = x.sums[kind] + vector * sums_stride;
+        tokens.sums[t] = x.group_sums(Group, vector);
       }
       if (count == 1)
         one_token<Width, Group>(rows, tokens.codes[0], tokens.scales[0], tokens.sums[0], sums[0]);
@@ -206,6 +210,22 @@ void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_str
         many_tokens<Width, Group>(rows, tokens, count, sums);
       for (int t = 0; t < count; ++t)
         std::memcpy(y + (token + t) * y_stride + row, sums[t] + (row - first), size_t(stored) * sizeof(float));
+    }
+  }
+}
+
+template <int Width>
+void dequantise_codes(const Matrix& m, int row, float* y) {
+  const uint8_t* codes = m.codes + codes_bytes(row, m.cols, Width);
+  const size_t groups = m.cols / m.group;
+  for (int first = 0; first < m.cols; first += kBlock, codes += kBlock / 8 * Width) {
+    const int count = m.cols - first < kBlock ? 32 : kBlock;
+    uint8_t block[kBlock] = {}, bytes[kBlock];
+    std::memcpy(block, codes, size_t(count) / 8 * Width);
+    unpack_in_order<Width>(block, bytes);
+    for (int i = 0; i < count; ++i) {
+      const size_t group = row * groups + (first + i) / m.group;
+      y[first + i] = from_bfloat16(m.scales[group]) * float(bytes[i]) + from_bfloat16(m.biases[group]);
     }
   }
 }

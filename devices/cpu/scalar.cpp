@@ -27,9 +27,7 @@ float dot_quantised(const Matrix& m, int row, const Activations& x, int vector) 
   const uint16_t* biases = m.biases + size_t(row) * groups;
   const int8_t* xq = x.codes + size_t(vector) * blocks * kBlock;
   const float* x_scales = x.scales + size_t(vector) * blocks;
-  const int kind = m.group == 32 ? 0 : m.group == 64 ? 1 : 2;
-  const int sums_stride = kind == 0 ? 2 * blocks : kind == 1 ? blocks : (blocks + 1) / 2;
-  const float* x_sums = x.sums[kind] + size_t(vector) * sums_stride;
+  const float* x_sums = x.group_sums(m.group, vector);
 
   const int part = m.group < kBlock ? m.group : kBlock;  // inputs whose codes share both scales
   float sum = 0.0f;

@@ -172,6 +172,16 @@ void attend(const float* q, const float* k, const float* v, int begin, int end, 
     add_scaled(out, v + size_t(position) * head_dim, scores[position] * inverse, head_dim);
 }
 
+// The beginning of quantise() for one block: its inputs, padded with zeros where there are fewer.
+inline const float* block_inputs(const float* x, int cols, int block, float* padded) {
+  const float* in = x + block * kBlock;
+  const int count = cols - block * kBlock;
+  if (count >= kBlock) return in;
+  std::memset(padded, 0, kBlock * sizeof(float));
+  std::memcpy(padded, in, size_t(count) * sizeof(float));
+  return padded;
+}
+
 // The end of quantise(): a block's scale, and the sums of its codes that a weight group's bias is multiplied by.
 // sums: of the codes of each half.
 inline void store_sums(int block, float scale, const int* sums, float* scales, float* sums32, float* sums64) {
