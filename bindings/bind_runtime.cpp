@@ -138,21 +138,22 @@ void bind_runtime(nb::module_& m) {
           "__init__",
           [](Engine* self, const EngineConfig& config, const std::string& trunk_path, uint64_t trunk_bytes,
              uint32_t trunk_checksum, const std::vector<TensorRow>& tensors, const std::vector<std::string>& files,
-             ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency, bool mapped, int slots, int readers,
+             ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency, bool mapped, uint64_t slot_bytes, int readers,
              const std::string& kernels, const MaskArrays& otp, const MaskArrays& loss) {
             check_config(config);
             new (self) Engine(config, Trunk(trunk_path, trunk_bytes, trunk_checksum, trunk_tensors(tensors)),
-                              ExpertStore(files, make_records(config, records, frequency), mapped), slots, readers,
+                              ExpertStore(files, make_records(config, records, frequency), mapped), slot_bytes, readers,
                               kernels.empty() ? best_kernels() : find_kernels(kernels), mask_routers(config, otp),
                               mask_routers(config, loss));
           },
           nb::arg("config"), nb::arg("trunk_path"), nb::arg("trunk_bytes"), nb::arg("trunk_checksum"),
           nb::arg("tensors"), nb::arg("files"), nb::arg("records"), nb::arg("frequency"), nb::arg("mapped"),
-          nb::arg("slots"), nb::arg("readers"), nb::arg("kernels") = "", nb::arg("otp") = nb::list(),
+          nb::arg("slot_bytes"), nb::arg("readers"), nb::arg("kernels") = "", nb::arg("otp") = nb::list(),
           nb::arg("loss") = nb::list(),
           "tensors: (name, rows, cols, width, group, codes, scales, biases) with offsets into the trunk file.\n"
           "records: int64 (experts of all layers, 8), layer by layer: file, offset, bytes, checksum, widths of gate,\n"
           "up, down, group.\n"
+          "slot_bytes: memory for records where they are not mapped.\n"
           "frequency: float32 (experts of all layers,), use of each expert during calibration.\n"
           "otp, loss: mask routers of a rule: of each layer float32 (top_k * (dim + 2 * top_k + 1),), empty for one\n"
           "without experts; no layers: there are none.\n\n"
@@ -195,6 +196,7 @@ void bind_runtime(nb::module_& m) {
             const CacheStats cache = self.cache().stats();
             const EngineStats stats = self.stats();
             nb::dict d;
+            d["records_held"] = self.cache().records_held();
             d["expert_hits"] = cache.hits;
             d["expert_misses"] = cache.misses;
             d["bytes_read"] = cache.bytes_read;
@@ -204,7 +206,8 @@ void bind_runtime(nb::module_& m) {
             d["dropped_weight"] = stats.dropped_weight;
             return d;
           },
-          "Totals since construction: expert_hits, expert_misses, bytes_read, tokens, experts_used (token, layer and\n"
+          "records_held: in slots now. Totals since construction: expert_hits, expert_misses, bytes_read, tokens, "
+          "experts_used (token, layer and\n"
           "expert triples), moe_tokens (token and layer pairs), dropped_weight (share of routing weight, summed over\n"
           "those pairs).");
 

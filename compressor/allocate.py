@@ -45,16 +45,13 @@ def packing_costs(measures: Measures, options: list[Packing]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Paging:
-    """A cap below the bundle's size. Bits tend to go to the experts that are used most, which are those to keep.
-
-    While slots are all as large as the largest expert, `record_bytes` makes `hot_bytes` hold by itself.
-    """
+    """A cap below the bundle's size. Bits tend to go to the experts that are used most, which are those to keep."""
 
     hot: np.ndarray  # (experts of all layers,) those that are to stay in memory
     hot_bytes: float  # what they may take
     frequency: np.ndarray  # (experts of all layers,) uses a token
     missed_bytes: float  # of the others, expected to be read for a token, at the most
-    record_bytes: float  # of the largest expert, at the most: a slot of the engine's cache is as large
+    record_bytes: float  # of the largest expert, at the most: as many as a token uses in a layer fit at once
 
 
 def mixed(

@@ -106,5 +106,6 @@ class Choosing:
         if not self.o.paged:
             return None
         hot, each = targets.hot_experts(self.frequency), budget / len(self.frequency)
-        missed = each * float(self.frequency[~hot].sum())
-        return allocate.Paging(hot, each * np.count_nonzero(hot), self.frequency, missed, each)
+        room, missed = each * np.count_nonzero(hot), each * float(self.frequency[~hot].sum())
+        most_used = max(self.config.top_k_of(layer) for layer in self.config.moe_layers)
+        return allocate.Paging(hot, room, self.frequency, missed, max(each, room / most_used))

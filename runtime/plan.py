@@ -31,10 +31,10 @@ class Plan:
     scratch_bytes: int
     io_buffers_bytes: int
     interpreter_bytes: int
-    slot_bytes: int  # of one slot: the largest record
-    slots: int  # 0 when resident
+    slot_bytes: int  # of the largest slot: the largest record
+    slots: int  # about: how many records of mean size; 0 when resident
     resident: bool  # every expert is in memory, through the memory map
-    experts_bytes: int  # in memory: all records, or the slots
+    experts_bytes: int  # in memory: all records, or room for slots
     all_experts_bytes: int  # on disk
     floor_bytes: int
     resident_bytes: int  # the cap from which on every expert is resident
@@ -133,9 +133,9 @@ def make_plan(
 
     Every expert resident beats a long prefill chunk; when paging, the chunk takes at most an eighth of what the
     slots could have. loading_bytes: the process's peak while its tokenizer was read; a cap below that is broken
-    already, whatever is free by now. Raises MemoryError below the floor (a slot for each expert that a token uses in
-    one layer, or all experts where they take less), naming it, unless `refuse` is off (then there are fewer slots
-    than work).
+    already, whatever is free by now. Raises MemoryError below the floor (room for as many of the largest records as a
+    token uses in one layer, or for all experts where they take less), naming it, unless `refuse` is off (then there is
+    less than works).
     """
     least_slots = max(config.top_k_of(layer) for layer in config.moe_layers)
     interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
@@ -144,7 +144,7 @@ def make_plan(
         kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads)
         fixed = trunk_bytes + kv_cache + scratch + interpreter_bytes
         io_buffers = 0 if resident else READERS * READER_BYTES
-        slots = 0 if resident else max(0, min((ram_bytes - fixed - io_buffers) // slot_bytes, config.expert_count))
+        experts = all_experts_bytes if resident else max(0, min(ram_bytes - fixed - io_buffers, all_experts_bytes))
         return Plan(
             ram_bytes=ram_bytes,
             context=context,
@@ -155,9 +155,9 @@ def make_plan(
             io_buffers_bytes=io_buffers,
             interpreter_bytes=interpreter_bytes,
             slot_bytes=slot_bytes,
-            slots=slots,
+            slots=0 if resident else experts * config.expert_count // all_experts_bytes,
             resident=resident,
-            experts_bytes=all_experts_bytes if resident else slots * slot_bytes,
+            experts_bytes=experts,
             all_experts_bytes=all_experts_bytes,
             floor_bytes=fixed + READERS * READER_BYTES + least_slots * slot_bytes,
             resident_bytes=fixed + all_experts_bytes,
@@ -181,7 +181,7 @@ def make_plan(
     for chunk in chunks:
         candidate = plan(chunk, False)
         room = ram_bytes - candidate.total_bytes + candidate.experts_bytes + candidate.scratch_bytes
-        if candidate.slots >= least_slots and candidate.scratch_bytes * 8 <= room:
+        if candidate.experts_bytes >= least_slots * slot_bytes and candidate.scratch_bytes * 8 <= room:
             return replace(candidate, **limits)
     return smallest
 

@@ -120,7 +120,7 @@ class Runtime:
                 records,
                 frequency,
                 self.plan.resident,
-                self.plan.slots,
+                self.plan.experts_bytes,
                 READERS,
                 kernels,
                 **mask_routers,

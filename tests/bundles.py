@@ -83,7 +83,7 @@ def write_lossless(out: Path, source: Path, config: ModelConfig, weights) -> Pat
 def make_engine(
     path: Path,
     *,
-    slots: int | None = None,
+    slots: float | None = None,
     threads: int = 1,
     chunk: int = 32,
     context: int = 64,
@@ -91,7 +91,7 @@ def make_engine(
     config: ModelConfig | None = None,
     **mask_routers,
 ):
-    """An Engine over a bundle with `slots` slots, or resident, that returns all rows of logits.
+    """An Engine with memory for `slots` of a bundle's largest records, or resident, that returns all rows of logits.
 
     config: instead of the bundle's own, for another rule over the same shapes. mask_routers: otp or loss, by layer.
     """
@@ -107,7 +107,7 @@ def make_engine(
         records,
         frequency,
         slots is None,
-        slots or 0,
+        int((slots or 0) * max(expert.nbytes for expert in bundle.experts.values())),
         2,
         kernels,
         **mask_routers,

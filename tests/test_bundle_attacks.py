@@ -46,10 +46,10 @@ def first_record(path, at=(0, 0)):
 
 
 def paged_runtime(path) -> Runtime:
-    """A Runtime with fewer slots than experts: 4 MB of cap above the floor, which the process's own moves by less."""
+    """A Runtime with fewer slots than experts: 2 MB of cap above the floor, which the process's own moves by less."""
     with Runtime(path, "8GB", 64, threads=1) as runtime:
         plan = runtime.plan
-    cap = (plan.floor_bytes + plan.resident_bytes) // 2
+    cap = (3 * plan.floor_bytes + plan.resident_bytes) // 4
     runtime = Runtime(path, cap, 64, threads=1)
     assert not runtime.plan.resident
     return runtime

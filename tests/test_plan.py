@@ -19,7 +19,7 @@ SIZES = {"trunk_bytes": 2_000_000, "all_experts_bytes": RECORDS * SLOT, "slot_by
 
 
 def plan(ram_bytes: int, context: int = 512, **options):
-    return make_plan(CONFIG, ram_bytes=ram_bytes, context=context, interpreter_bytes=40_000_000, **SIZES, **options)
+    return make_plan(CONFIG, ram_bytes=ram_bytes, context=context, interpreter_bytes=40_000_000, **SIZES | options)
 
 
 # ---- sizes
@@ -85,7 +85,8 @@ def test_a_plan_never_exceeds_its_cap_and_works_from_the_floor_up(cap, context, 
     assert max(min(rows, context), min(16, context)) <= p.chunk <= context
     kv_cache, scratch = _core.engine_memory(engine_config(CONFIG, context, p.chunk, min(rows, context), threads))
     assert (p.kv_cache_bytes, p.scratch_bytes) == (kv_cache, scratch)
-    assert p.experts_bytes == (RECORDS * SLOT if p.resident else p.slots * SLOT)
+    assert p.resident or p.total_bytes == min(p.ram_bytes, p.total_bytes - p.experts_bytes + RECORDS * SLOT)
+    assert p.experts_bytes // SLOT == (RECORDS if p.resident else p.slots)
 
 
 def test_more_memory_never_means_fewer_slots_or_shorter_steps():
@@ -106,6 +107,13 @@ def test_every_expert_in_memory_comes_before_long_steps():
     assert plan(10**9).chunk == 512
 
 
+def test_slots_are_as_large_as_their_records():
+    alike, mixed = plan(59_500_000), plan(59_500_000, all_experts_bytes=RECORDS * SLOT // 2)
+    assert not alike.resident and mixed.experts_bytes == alike.experts_bytes
+    assert mixed.slots in (2 * alike.slots, 2 * alike.slots + 1)
+    assert mixed.floor_bytes == alike.floor_bytes
+
+
 def test_where_all_experts_take_less_than_slots_the_floor_is_all_of_them():
     sizes = {**SIZES, "all_experts_bytes": 3 * SLOT}  # one large record and many small ones
     options = {"context": 64, "interpreter_bytes": 40_000_000}
@@ -122,7 +130,7 @@ def test_only_experts_that_are_there_count():
     assert config.expert_count == 29
     p = make_plan(config, ram_bytes=10**9, all_experts_bytes=29 * SLOT, **options)
     assert (p.resident, p.experts_bytes) == (True, 29 * SLOT)
-    assert make_plan(config, ram_bytes=10**9, all_experts_bytes=10**12, **options).slots == 29
+    assert 26 <= make_plan(config, ram_bytes=p.resident_bytes - 1, all_experts_bytes=29 * SLOT, **options).slots < 29
 
     # the floor: what is needed anyway, the readers' stacks, and a slot for each of layer 1's three
     p = make_plan(config, ram_bytes=1, refuse=False, all_experts_bytes=29 * SLOT, **options)

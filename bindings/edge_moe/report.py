@@ -90,7 +90,7 @@ def plan_text(plan) -> str:
         experts = "every expert in memory"
     else:
         share = plan.experts_bytes / plan.all_experts_bytes
-        experts = f"{plan.slots} slots of {size(plan.slot_bytes)}: {share:.0%} of {size(plan.all_experts_bytes)}"
+        experts = f"slots for about {plan.slots}: {share:.0%} of {size(plan.all_experts_bytes)}"
     rows = [
         ["purpose", "bytes", ""],
         ["trunk", size(plan.trunk_bytes), "all weights but the routed experts"],

@@ -24,13 +24,13 @@ EngineMemory engine_memory(const EngineConfig& c) {
   return memory;
 }
 
-Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int slots, int readers,
+Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, size_t slot_bytes, int readers,
                const Kernels& kernels, const MaskRouters& otp, const MaskRouters& loss)
     : config_(config),
       kernels_(kernels),
       trunk_(std::move(trunk)),
       store_(std::move(store)),
-      cache_(store_, slots, readers, double(kHalfLife) * config.layers),
+      cache_(store_, slot_bytes, readers, double(kHalfLife) * config.layers),
       pool_(config.threads) {
   const EngineConfig& c = config_;
   const EngineMemory memory = engine_memory(c);

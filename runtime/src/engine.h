@@ -91,8 +91,8 @@ class Engine {
   // The mask routers of a rule: of each layer (top_k, dim + 2 * top_k + 1) values, or none; no layers: there are none.
   using MaskRouters = std::vector<std::span<const float>>;
 
-  Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, int slots, int readers, const Kernels& kernels,
-         const MaskRouters& otp = {}, const MaskRouters& loss = {});
+  Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, size_t slot_bytes, int readers,
+         const Kernels& kernels, const MaskRouters& otp = {}, const MaskRouters& loss = {});
 
   enum class Want { kNothing, kLast, kAll };
 

@@ -1,13 +1,15 @@
 // Slots, eviction and reader threads; see expert_cache.h.
 #include "expert_cache.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
+#include <stdexcept>
+#include <utility>
 
 namespace edge_moe {
 
-ExpertCache::ExpertCache(ExpertStore& store, int slots, int readers, double half_life)
+ExpertCache::ExpertCache(ExpertStore& store, size_t bytes, int readers, double half_life)
     : store_(store), half_life_(half_life) {
   const size_t records = store.records().size();
   slot_of_.assign(records, -1);
@@ -16,9 +18,13 @@ ExpertCache::ExpertCache(ExpertStore& store, int slots, int readers, double half
   for (size_t i = 0; i < records; ++i) uses_[i] = store.records()[i].frequency;
   if (store.mapped()) return;
 
-  slot_size_ = store.largest_record();
-  arena_ = Arena(slot_size_ * slots);
-  slots_.resize(slots);
+  bytes = bytes / kSmallAlignment * kSmallAlignment;
+  if (bytes < store.largest_record()) throw std::invalid_argument("the slots must hold the largest record");
+  arena_ = Arena(bytes);
+  // As many as can ever be: each record at most once, and free memory before each and at the end.
+  slots_.resize(2 * std::min(records, bytes / store.smallest_record()) + 1);
+  slots_[0].bytes = bytes;
+  for (int i = int(slots_.size()) - 1; i > 0; --i) unused_.push_back(i);
   for (int i = 0; i < readers; ++i) readers_.emplace_back([this] { read_requests(); });
 }
 
@@ -44,10 +50,9 @@ ExpertCache::Acquired ExpertCache::acquire(int record) {
     result = slots_[slot].state == State::kReady ? Acquired::kHit : Acquired::kLoading;
     ++stats_.hits;
   } else {
-    slot = victim();
+    slot = make_slot(store_.records()[record].padded);
     if (slot < 0) return Acquired::kNoSlot;
-    if (slots_[slot].record >= 0) slot_of_[slots_[slot].record] = -1;
-    slots_[slot] = {record, State::kLoading, 1, nullptr};
+    slots_[slot].record = record, slots_[slot].state = State::kLoading, slots_[slot].pins = 1;
     slot_of_[record] = slot;
     queue_.push_back(slot);
     ++stats_.misses;
@@ -85,8 +90,7 @@ void ExpertCache::release(int record) {
   std::lock_guard lock(mutex_);
   Slot& slot = slots_[slot_of_[record]];
   if (--slot.pins > 0 || slot.state != State::kFailed) return;
-  slot_of_[record] = -1;  // a failed read is tried again the next time it is wanted
-  slot = {};
+  free_slot(slot_of_[record]);  // a failed read is tried again the next time it is wanted
 }
 
 // A record's uses, fading with the layers computed since the last one.
@@ -94,17 +98,68 @@ double ExpertCache::score(int record) const {
   return uses_[record] * std::exp2(-double(clock_ - used_at_[record]) / half_life_);
 }
 
-// An empty slot, else the unpinned one whose record has the lowest score; -1 when every slot is pinned or loading.
-int ExpertCache::victim() const {
+bool ExpertCache::evictable(const Slot& slot) const {
+  return slot.state == State::kFree || (slot.state == State::kReady && slot.pins == 0);
+}
+
+// Where the neighbours begin that have so many bytes and the lowest sum of scores; -1 when too much is pinned or
+// loading. Of records of one size a window is a slot or two, so each is added up anew.
+int ExpertCache::cheapest(size_t bytes) const {
   int best = -1;
   double lowest = std::numeric_limits<double>::infinity();
-  for (int i = 0; i < int(slots_.size()); ++i) {
-    const Slot& slot = slots_[i];
-    if (slot.state == State::kEmpty) return i;
-    if (slot.pins > 0 || slot.state != State::kReady) continue;
-    if (double value = score(slot.record); value < lowest) lowest = value, best = i;
+  for (int first = 0; first >= 0 && lowest > 0; first = slots_[first].next) {
+    size_t room = 0;
+    double sum = 0;
+    for (int slot = first; slot >= 0 && room < bytes && evictable(slots_[slot]); slot = slots_[slot].next) {
+      room += slots_[slot].bytes;
+      if (slots_[slot].record >= 0) sum += score(slots_[slot].record);
+    }
+    if (room >= bytes && sum < lowest) lowest = sum, best = first;
   }
   return best;
+}
+
+// A slot of so many bytes, for which others were evicted; -1 when too much is pinned or loading.
+int ExpertCache::make_slot(size_t bytes) {
+  const int first = cheapest(bytes);
+  if (first < 0) return -1;
+  Slot& slot = slots_[first];
+  if (slot.record >= 0) slot_of_[slot.record] = -1;
+  slot.record = -1, slot.state = State::kFree;
+  while (slot.bytes < bytes || joins(slot)) absorb_next(slot);
+  if (slot.bytes > bytes) {
+    const int rest = unused_.back();
+    unused_.pop_back();
+    slots_[rest].offset = slot.offset + bytes, slots_[rest].bytes = slot.bytes - bytes;
+    slots_[rest].next = std::exchange(slot.next, rest);
+    slot.bytes = bytes;
+  }
+  return first;
+}
+
+// Is it followed by free memory? Then that becomes part of it: free memory is in one piece between two slots.
+bool ExpertCache::joins(const Slot& slot) const { return slot.next >= 0 && slots_[slot.next].state == State::kFree; }
+
+void ExpertCache::absorb_next(Slot& slot) {
+  const int at = slot.next;
+  Slot& next = slots_[at];
+  if (next.record >= 0) slot_of_[next.record] = -1;
+  slot.next = next.next;
+  slot.bytes += next.bytes;
+  next = {};
+  unused_.push_back(at);
+}
+
+void ExpertCache::free_slot(int failed) {
+  slot_of_[slots_[failed].record] = -1;
+  slots_[failed].record = -1, slots_[failed].state = State::kFree, slots_[failed].error = nullptr;
+  for (int slot = 0; slot >= 0; slot = slots_[slot].next)
+    while (slots_[slot].state == State::kFree && joins(slots_[slot])) absorb_next(slots_[slot]);
+}
+
+int ExpertCache::records_held() const {
+  std::lock_guard lock(mutex_);
+  return int(std::count_if(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.record >= 0; }));
 }
 
 void ExpertCache::read_requests() {
@@ -125,10 +180,7 @@ void ExpertCache::read_requests() {
     lock.lock();
     slots_[slot].error = error;
     slots_[slot].state = error ? State::kFailed : State::kReady;
-    if (error && slots_[slot].pins == 0) {
-      slot_of_[record] = -1;
-      slots_[slot] = {};
-    }
+    if (error && slots_[slot].pins == 0) free_slot(slot);
     ++ended_;
     landed_.notify_one();
   }

@@ -1,5 +1,9 @@
 // The slots: which records are in memory, who may be evicted, and the reader threads that fill them.
 //
+// A slot is as large as its record: slots lie side by side in one block of memory, so narrow records waste nothing
+// beside wide ones. A record that comes takes the place of those neighbours that are wanted least together, free
+// memory between them included; what is left over is free memory again.
+//
 // Eviction is LFRU: every use adds one to a record's score and scores halve every half_life layers computed, so
 // frequency decides and recency breaks it. Layers run in order, and plain LRU would evict exactly the record that is
 // needed soonest. Scores outlive eviction and start from the calibration frequencies. An acquired record is pinned
@@ -25,14 +29,15 @@ struct CacheStats {
 
 class ExpertCache {
  public:
-  // With a mapped store there are no slots: every acquire is a hit. half_life: in layers computed.
-  ExpertCache(ExpertStore& store, int slots, int readers, double half_life);
+  // bytes: of all slots together, at least one largest record. With a mapped store there are none: every acquire is a
+  // hit. half_life: in layers computed.
+  ExpertCache(ExpertStore& store, size_t bytes, int readers, double half_life);
   ~ExpertCache();
   ExpertCache(const ExpertCache&) = delete;
 
   enum class Acquired { kHit, kLoading, kNoSlot };
 
-  // Pin a record, starting its read if it is not in memory; kNoSlot when every slot is pinned.
+  // Pin a record, starting its read if it is not in memory; kNoSlot when too much is pinned.
   Acquired acquire(int record);
 
   // Is the record in a slot (or mapped) now? Does not pin.
@@ -48,26 +53,34 @@ class ExpertCache {
   void tick() { ++clock_; }  // a layer was computed
 
   CacheStats stats() const { return stats_; }
-  int slots() const { return int(slots_.size()); }
+  int records_held() const;  // in slots now
 
  private:
-  enum class State { kEmpty, kLoading, kReady, kFailed };
+  enum class State { kFree, kLoading, kReady, kFailed };
+
+  // A slot, or free memory between two. Both neighbours are by index; the first is slots_[0] for good.
   struct Slot {
+    size_t offset = 0, bytes = 0;
     int record = -1;
-    State state = State::kEmpty;
-    int pins = 0;
+    State state = State::kFree;
+    int pins = 0, next = -1;
     std::exception_ptr error;
   };
+  bool evictable(const Slot& slot) const;
   double score(int record) const;
-  int victim() const;
+  int make_slot(size_t bytes);
+  int cheapest(size_t bytes) const;
+  bool joins(const Slot& slot) const;
+  void absorb_next(Slot& slot);
+  void free_slot(int failed);
   void read_requests();
-  uint8_t* slot_bytes(int slot) const { return arena_.data() + size_t(slot) * slot_size_; }
+  uint8_t* slot_bytes(int slot) const { return arena_.data() + slots_[slot].offset; }
 
   ExpertStore& store_;
   const double half_life_;
-  size_t slot_size_ = 0;
   Arena arena_;
-  std::vector<Slot> slots_;
+  std::vector<Slot> slots_;        // in no order; a list from slots_[0] on by `next` is in that of memory
+  std::vector<int> unused_;        // places in slots_
   std::vector<int> slot_of_;       // by record; -1: not in memory
   std::vector<double> uses_;       // by record: score when last used
   std::vector<uint64_t> used_at_;  // by record: clock when last used

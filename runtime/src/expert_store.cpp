@@ -45,6 +45,12 @@ size_t ExpertStore::largest_record() const {
   return largest;
 }
 
+size_t ExpertStore::smallest_record() const {
+  size_t smallest = largest_record();
+  for (const Record& record : records_) smallest = std::min<size_t>(smallest, record.padded);
+  return smallest;
+}
+
 void ExpertStore::read(int record, uint8_t* out) const {
   const Record& r = records_[record];
   read_exactly(*files_[r.file], r.offset, out, r.padded);

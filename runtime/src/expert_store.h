@@ -39,8 +39,9 @@ class ExpertStore {
 
   const std::vector<Record>& records() const { return records_; }
   bool mapped() const { return !maps_.empty(); }
-  bool direct() const;  // every file is read past the page cache
-  size_t largest_record() const;
+  bool direct() const;            // every file is read past the page cache
+  size_t largest_record() const;  // bytes; of no records 0
+  size_t smallest_record() const;
 
   // Fill `out` (padded bytes, 4096-byte aligned) with a record and verify it. Thread safe.
   void read(int record, uint8_t* out) const;

@@ -1,0 +1,59 @@
+"""The slots: as large as their records, whatever comes and goes, with the bits of every expert in memory."""
+
+import numpy as np
+import pytest
+from bundles import REFERENCE, make_engine, run_engine, write_bundle
+
+from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.quantise import trunk_packing
+from edge_moe.compressor.writer import Packing
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.config import trunk_shapes
+
+WIDTHS = (1, 2, 8, 3, 1)  # of experts, in turn: records of four sizes
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    checkpoint = Checkpoint(REFERENCE)
+    config = checkpoint.config
+    keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts)]
+    experts = {key: Packing((WIDTHS[i % len(WIDTHS)],) * 3, 64) for i, key in enumerate(keys)}
+    out = tmp_path_factory.mktemp("cache") / "mixed.emoe"
+    return write_bundle(out, REFERENCE, config, checkpoint, trunk_packing(trunk_shapes(config), 8, 64), experts)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return np.random.default_rng(5).integers(0, 4096, 300)
+
+
+def test_records_of_several_sizes_share_memory_and_change_no_bit(bundle, ids):
+    sizes = sorted(expert.nbytes for expert in Bundle.open(bundle).experts.values())
+    want = run_engine(make_engine(bundle, context=300), ids)
+    for slots in (1, 2, 4, 8, 13):
+        engine = make_engine(bundle, context=300, slots=slots, threads=2)
+        for chunk in (1, 32, 3):
+            got = run_engine(engine, ids, chunk)
+            np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+            held = engine.counters["records_held"]
+            assert sum(sizes[:held]) <= slots * sizes[-1]  # at least so much do they take
+            assert held >= slots
+        assert held > slots
+
+
+def test_what_is_wanted_often_stays_whatever_its_size(bundle, ids):
+    """A text again, with room for what it uses: nothing is read the second time, and nothing twice the first."""
+    opened = Bundle.open(bundle)
+    engine = make_engine(bundle, context=300, slots=len(opened.experts))
+    run_engine(engine, ids)
+    first = engine.counters
+    run_engine(engine, ids)
+    assert engine.counters["bytes_read"] == first["bytes_read"] <= opened.expert_bytes
+    assert engine.counters["records_held"] == first["expert_misses"] <= len(opened.experts)
+
+
+def test_less_than_the_largest_record_is_refused(bundle):
+    make_engine(bundle, slots=1)
+    with pytest.raises(ValueError, match="the slots must hold the largest record"):
+        make_engine(bundle, slots=0.9)
