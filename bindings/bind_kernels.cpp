@@ -6,6 +6,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
+#include "../devices/half.h"
 #include "../devices/kernels.h"
 #include "arrays.h"
 
@@ -188,24 +191,65 @@ void bind_kernels(nb::module_& m) {
       "softmax",
       [](const std::string& kernels, ArrayIn<float, 1> x) {
         std::vector<float> y(x.data(), x.data() + x.shape(0));
-        find_kernels(kernels).softmax(y.data(), int(y.size()));
+        find_kernels(kernels).softmax(y.data(), 0, int(y.size()));
         return to_numpy(std::move(y), {x.shape(0)});
       },
       nb::arg("kernels"), nb::arg("x"), "softmax of one vector.");
 
   m.def(
       "attend",
-      [](const std::string& kernels, ArrayIn<float, 1> q, ArrayIn<float, 2> k, ArrayIn<float, 2> v, int begin,
-         float scale) {
-        const int head_dim = int(q.shape(0)), end = int(k.shape(0));
-        expect(int(k.shape(1)) == head_dim && v.shape(0) == k.shape(0) && v.shape(1) == k.shape(1),
-               "k and v must be (positions, head_dim)");
+      [](const std::string& kernels, ArrayIn<float, 2> q, ArrayIn<float, 2> k, ArrayIn<float, 2> v, int begin,
+         float scale, bool half) {
+        const Kernels& its = find_kernels(kernels);
+        const int queries = int(q.shape(0)), head_dim = int(q.shape(1)), end = int(k.shape(0)), n = int(v.shape(1));
+        expect(int(k.shape(1)) == head_dim && int(v.shape(0)) == end, "k and v must be of as many positions");
         expect(begin >= 0 && begin < end, "begin must be a position");
-        std::vector<float> out(head_dim), scores(end);
-        find_kernels(kernels).attend(q.data(), k.data(), v.data(), begin, end, head_dim, scale, scores.data(),
-                                     out.data());
-        return to_numpy(std::move(out), {q.shape(0)});
+        const size_t positions = align_up(end, kKeyBlock);
+        std::vector<float> keys(positions * head_dim), scores(queries * positions), out(size_t(queries) * n);
+        for (size_t i = 0; i < size_t(end) * head_dim; ++i) {
+          const size_t at = i / head_dim, d = i % head_dim;
+          keys[(at / kKeyBlock * head_dim + d) * kKeyBlock + at % kKeyBlock] = k.data()[i];
+        }
+        auto halves_of = [](const float* from, size_t count) {
+          std::vector<uint16_t> halves(count);
+          std::transform(from, from + count, halves.begin(), float_to_half);
+          return halves;
+        };
+        const std::vector<uint16_t> half_keys = halves_of(keys.data(), keys.size());
+        const std::vector<uint16_t> half_values = halves_of(v.data(), size_t(end) * n);
+        KeyValues cache{keys.data(), v.data(), size_t(n), half};
+        if (half) cache.keys = half_keys.data(), cache.values = half_values.data();
+        std::vector<const float*> q_rows;
+        std::vector<float*> out_rows;
+        for (int i = 0; i < queries; ++i) {
+          q_rows.push_back(q.data() + size_t(i) * head_dim);
+          out_rows.push_back(out.data() + size_t(i) * n);
+        }
+        its.attend_scores(q_rows.data(), queries, cache, begin, end, head_dim, scale, scores.data(), positions);
+        for (int i = 0; i < queries; ++i) its.softmax(scores.data() + i * positions, begin, end);
+        its.attend_values(scores.data(), positions, queries, cache, begin, end, n, out_rows.data());
+        return to_numpy(std::move(out), {size_t(queries), size_t(n)});
       },
       nb::arg("kernels"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("begin"), nb::arg("scale"),
-      "One query (head_dim,) over keys and values (positions, head_dim) from `begin` on.");
+      nb::arg("half") = false,
+      "Queries (queries, head_dim) over keys (positions, head_dim) and values (positions, n) from `begin` on; half: "
+      "keys\n"
+      "and values are rounded to half precision.");
+
+  m.def(
+      "to_half",
+      [](ArrayIn<float, 1> x) {
+        std::vector<uint16_t> halves(x.shape(0));
+        std::transform(x.data(), x.data() + x.shape(0), halves.begin(), float_to_half);
+        return to_numpy(std::move(halves), {x.shape(0)});
+      },
+      nb::arg("x"), "The bits of float32 values as half precision.");
+  m.def(
+      "from_half",
+      [](const std::string& kernels, ArrayIn<uint16_t, 1> x) {
+        std::vector<float> y(x.shape(0));
+        find_kernels(kernels).widen(x.data(), y.data(), int(y.size()));
+        return to_numpy(std::move(y), {x.shape(0)});
+      },
+      nb::arg("kernels"), nb::arg("x"), "The float32 values of half-precision bits.");
 }

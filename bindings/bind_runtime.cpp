@@ -120,6 +120,7 @@ void bind_runtime(nb::module_& m) {
       .def_rw("top_groups", &EngineConfig::top_groups)
       .def_rw("expert_groups", &EngineConfig::expert_groups)
       .def_rw("context", &EngineConfig::context)
+      .def_rw("half_cache", &EngineConfig::half_cache)
       .def_rw("chunk", &EngineConfig::chunk)
       .def_rw("logits_rows", &EngineConfig::logits_rows)
       .def_rw("threads", &EngineConfig::threads);
@@ -132,6 +133,11 @@ void bind_runtime(nb::module_& m) {
         return std::make_tuple(memory.kv_cache, memory.scratch);
       },
       nb::arg("config"), "Bytes an Engine of this configuration allocates: (kv_cache, scratch).");
+
+  nb::class_<PrefetchGate>(m, "PrefetchGate", "Whether reading ahead pays; see prefetch.h.")
+      .def(nb::init<>())
+      .def("open", &PrefetchGate::open, nb::arg("read_ahead"), nb::arg("used"),
+           "Asked once a token, with both totals so far.");
 
   nb::class_<Engine>(m, "Engine", "The forward pass over a bundle; everything is allocated on construction.")
       .def(
@@ -186,6 +192,8 @@ void bind_runtime(nb::module_& m) {
           nb::arg("rule"), nb::arg("threshold") = nb::list(), nb::arg("price") = 0.0f, nb::arg("protect") = 0.0f,
           "Which experts tokens keep from now on; see prune.h. threshold: one a layer, for ratio and share. price: of\n"
           "an expert, for otp and loss. protect: share of a prompt's tokens that keep all.")
+      .def("set_prefetch", &Engine::set_prefetch, nb::arg("on"),
+           "Whether idle readers may read experts ahead of the next layer; it changes no result.")
       .def_prop_ro("position", &Engine::position)
       .def("rewind", &Engine::rewind, nb::arg("position"), "Forget the positions from `position` on.")
       .def_prop_ro("kernels", &Engine::kernels_name)
@@ -200,13 +208,17 @@ void bind_runtime(nb::module_& m) {
             d["expert_hits"] = cache.hits;
             d["expert_misses"] = cache.misses;
             d["bytes_read"] = cache.bytes_read;
+            d["read_ahead"] = cache.read_ahead;
+            d["read_ahead_used"] = cache.read_ahead_used;
             d["tokens"] = stats.tokens;
             d["experts_used"] = stats.experts_used;
             d["moe_tokens"] = stats.moe_tokens;
             d["dropped_weight"] = stats.dropped_weight;
             return d;
           },
-          "records_held: in slots now. Totals since construction: expert_hits, expert_misses, bytes_read, tokens, "
+          "records_held: in slots now. Totals since construction: expert_hits, expert_misses, bytes_read, read_ahead "
+          "(records, and\n"
+          "of them read_ahead_used), tokens, "
           "experts_used (token, layer and\n"
           "expert triples), moe_tokens (token and layer pairs), dropped_weight (share of routing weight, summed over\n"
           "those pairs).");

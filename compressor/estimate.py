@@ -11,7 +11,7 @@ from edge_moe.compressor.sizes import EDGES, RECIPES, Part, Sizes, packed_sizes,
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import ModelConfig, parse_config, read_json
-from edge_moe.runtime.plan import Plan, make_plan, resolve_ram
+from edge_moe.runtime.plan import KV_TYPES, Plan, make_plan, resolve_ram
 from edge_moe.runtime.runtime import DEFAULT_CONTEXT
 from edge_moe.runtime.tokenizer import tokenizer_of
 
@@ -49,6 +49,7 @@ def estimate(
     keep_experts: int | float | None = None,
     recipe: str | None = None,
     threads: int | None = None,
+    kv: str = KV_TYPES[0],
 ) -> Estimate:
     """The plan of a bundle, a checkpoint's directory or a config.json; a plan below its floor is returned, not refused.
 
@@ -83,6 +84,7 @@ def estimate(
         interpreter_bytes=_core.resident_bytes()
         + (0 if is_bundle else TABLE_BYTES + RECORD_BYTES * config.expert_count),
         threads=threads or default_threads(),
+        kv=kv,
         refuse=False,
     )
     del tokenizer  # counted

@@ -15,8 +15,9 @@
 
 namespace edge_moe {
 
-inline constexpr int kBlock = 64;  // inputs that share one activation scale
-inline constexpr int kLanes = 16;  // partial sums of every float reduction
+inline constexpr int kBlock = 64;     // inputs that share one activation scale
+inline constexpr int kLanes = 16;     // partial sums of every float reduction
+inline constexpr int kKeyBlock = 16;  // positions of the KV cache whose keys lie together
 
 // A weight matrix (rows, cols) as format.h lays it out.
 struct Matrix {
@@ -52,6 +53,14 @@ struct Activations {
   }
 };
 
+// One KV head's cache. Keys lie in blocks of kKeyBlock positions, (blocks, head_dim, kKeyBlock), so that a register of
+// them is one dimension of as many positions; values as (positions, stride).
+struct KeyValues {
+  const void *keys, *values;
+  size_t stride;  // in values
+  bool half;      // half precision, else floats
+};
+
 // Output strides are in floats. All sizes are in elements.
 struct Kernels {
   const char* name;
@@ -71,15 +80,24 @@ struct Kernels {
   // gate = activation(gate) * up; activation: 0 silu, 1 gelu (tanh form)
   void (*gate_up)(float* gate, const float* up, int n, int activation);
 
-  // One query head over cached positions [begin, end): softmax(q.k * scale) . v. `scores` holds end floats.
-  void (*attend)(const float* q, const float* k, const float* v, int begin, int end, int head_dim, float scale,
-                 float* scores, float* out);
+  // scores[query*scores_stride + position] = scale * q[query] . key, for the positions of all key blocks that [begin,
+  // end) touches; scores must reach so far. One sum over head_dim: sum = fma(q, key, sum).
+  void (*attend_scores)(const float* const* q, int queries, const KeyValues& cache, int begin, int end, int head_dim,
+                        float scale, float* scores, size_t scores_stride);
+
+  // out[query] += the weighted sum of values [begin, end), n floats: out = fma(weight, value, out), position by
+  // position.
+  void (*attend_values)(const float* weights, size_t weights_stride, int queries, const KeyValues& cache, int begin,
+                        int end, int n, float* const* out);
+
+  // y = halves as floats
+  void (*widen)(const uint16_t* halves, float* y, int n);
 
   // y += weight * x
   void (*add_scaled)(float* y, const float* x, float weight, int n);
 
-  // x = softmax(x)
-  void (*softmax)(float* x, int n);
+  // x = softmax(x) over [begin, end)
+  void (*softmax)(float* x, int begin, int end);
 
   // One row of a matrix as float32.
   void (*dequantise_row)(const Matrix& matrix, int row, float* y);

@@ -13,6 +13,7 @@ READERS = 4  # threads that fetch records
 READER_BYTES = 64 * 1024  # touched stack of a reader
 INTERPRETER_SPARE = 12_000_000  # what Python may still come to need: token lists, text, sampling
 LOGIT_BYTES = 64  # that sampling or scoring may hold for each logit of a step: float64 copies, an order, a sum
+KV_TYPES = ("float16", "float32")  # that the KV cache is kept in
 AUTO_SHARE = 0.8  # of free memory that ram="auto" takes
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -78,9 +79,11 @@ def resolve_ram(ram: int | str) -> int:
 
 
 def engine_config(
-    config: ModelConfig, context: int, chunk: int, logits_rows: int = 1, threads: int = 1
+    config: ModelConfig, context: int, chunk: int, logits_rows: int = 1, threads: int = 1, kv: str = KV_TYPES[0]
 ) -> _core.EngineConfig:
     """The core's form of a model's configuration and one run's sizes."""
+    if kv not in KV_TYPES:
+        raise ValueError(f"kv is {kv!r}, expected one of {', '.join(KV_TYPES)}")
     c, latent, router = _core.EngineConfig(), config.latent, config.router
     for name in (
         *("layers", "dim", "vocab", "heads", "kv_heads", "head_dim", "rope_dim", "expert_hidden"),
@@ -105,14 +108,15 @@ def engine_config(
     if router.groups > 1:
         c.expert_groups = [config.groups_of(layer) for layer in range(config.layers)]
     c.context, c.chunk, c.logits_rows, c.threads = context, chunk, logits_rows, threads
+    c.half_cache = kv == "float16"
     return c
 
 
 def engine_memory(
-    config: ModelConfig, context: int, chunk: int, logits_rows: int = 1, threads: int = 1
+    config: ModelConfig, context: int, chunk: int, logits_rows: int = 1, threads: int = 1, kv: str = KV_TYPES[0]
 ) -> tuple[int, int]:
     """Bytes of the KV cache and of the scratch memory."""
-    return _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads))
+    return _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads, kv))
 
 
 def make_plan(
@@ -127,6 +131,7 @@ def make_plan(
     loading_bytes: int = 0,
     logits_rows: int = 1,
     threads: int = 1,
+    kv: str = KV_TYPES[0],
     refuse: bool = True,
 ) -> Plan:
     """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, then experts from what is left.
@@ -141,7 +146,7 @@ def make_plan(
     interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
 
     def plan(chunk: int, resident: bool) -> Plan:
-        kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads)
+        kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads, kv)
         fixed = trunk_bytes + kv_cache + scratch + interpreter_bytes
         io_buffers = 0 if resident else READERS * READER_BYTES
         experts = all_experts_bytes if resident else max(0, min(ram_bytes - fixed - io_buffers, all_experts_bytes))

@@ -17,7 +17,7 @@ import numpy as np
 from edge_moe import _core
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.plan import READERS, Plan, engine_config, make_plan, resolve_ram
+from edge_moe.runtime.plan import KV_TYPES, READERS, Plan, engine_config, make_plan, resolve_ram
 from edge_moe.runtime.pruning import OFF, PruneRule, prune_rule, read_mask_routers
 from edge_moe.runtime.sampling import Sampler
 from edge_moe.runtime.tokenizer import Detokenizer, Tokenizer, tokenizer_of
@@ -58,7 +58,8 @@ class Runtime:
     leave out where a call does not say: "off"; a share of expert uses, as 0.2; "bundle", what the bundle was made
     for, and by default so, where it was calibrated; a rule by name ("loss", "otp", "share", "odp"), as "otp:0.2" with a
     share. Rules that protect a prompt's important tokens (odp) depend on how long its chunks are.
-    logits_rows: rows of logits that one step may return; generate() needs one.
+    logits_rows: rows of logits that one step may return; generate() needs one. kv: what keys and values are kept in,
+    "float16" or "float32", which takes twice the memory.
 
     Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
     cap below the floor, naming the floor. One call runs at a time; other threads wait, and a stream is one call until
@@ -75,6 +76,7 @@ class Runtime:
         prune: float | str | None = None,
         *,
         logits_rows: int = 1,
+        kv: str = KV_TYPES[0],
         kernels: str = "",
     ):
         if device not in DEVICES:
@@ -107,11 +109,12 @@ class Runtime:
             loading_bytes=peak if (peak := _core.peak_bytes()) > peak_before else 0,
             logits_rows=self.logits_rows,
             threads=self.threads,
+            kv=kv,
         )
         records, frequency = self.bundle.record_table()
         try:
             self._engine = _core.Engine(
-                engine_config(self.config, context, self.plan.chunk, self.logits_rows, self.threads),
+                engine_config(self.config, context, self.plan.chunk, self.logits_rows, self.threads, kv),
                 str(self.bundle.path / "trunk.safetensors"),
                 self.bundle.trunk_bytes,
                 self.bundle.trunk_checksum,

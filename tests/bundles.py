@@ -28,7 +28,8 @@ NOTHING, LAST, ALL = 0, 1, 2  # rows of logits that Engine.forward returns
 
 
 def logits_of(path: Path, ids, **options) -> np.ndarray:
-    with Runtime(path, context=len(ids), prune="off", **options) as runtime:
+    """Of every position, from keys and values in full precision, with whatever else a Runtime takes."""
+    with Runtime(path, context=len(ids), prune="off", **{"kv": "float32", **options}) as runtime:
         return runtime.logits(ids)
 
 
@@ -88,6 +89,7 @@ def make_engine(
     chunk: int = 32,
     context: int = 64,
     kernels: str = "",
+    kv: str = "float32",
     config: ModelConfig | None = None,
     **mask_routers,
 ):
@@ -98,7 +100,7 @@ def make_engine(
     bundle = Bundle.open(path)
     records, frequency = bundle.record_table()
     return _core.Engine(
-        engine_config(config or bundle.config, context, chunk, logits_rows=chunk, threads=threads),
+        engine_config(config or bundle.config, context, chunk, logits_rows=chunk, threads=threads, kv=kv),
         str(path / TRUNK_FILE),
         bundle.trunk_bytes,
         bundle.trunk_checksum,

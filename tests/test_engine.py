@@ -28,6 +28,7 @@ from edge_moe.compressor.writer import Packing
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.plan import KV_TYPES
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS
 
@@ -74,6 +75,16 @@ def test_eight_bits_predict_what_sixteen_do(bundle_of, stdlib_ids):
     assert result["tokens"] == 1020
     assert result["top1_agreement"] >= 0.98
     assert result["kld_mean"] <= 1e-3
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_cache_of_halves_changes_little(golden, tmp_path, name):
+    directory, ids, want = golden[name]
+    checkpoint = Checkpoint(directory)
+    path = write_lossless(tmp_path / "lossless.emoe", directory, checkpoint.config, checkpoint)
+    miss = np.abs(logits_of(path, ids, kv="float16") - want)
+    # Halves are within 2^-11; a router may fall the other way at single tokens of these random models.
+    assert 1e-5 < np.median(miss) < 2e-3 * want.std()
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "o", "embedding"])
@@ -133,16 +144,17 @@ def test_a_fresh_checkpoint_gives_the_logits_of_transformers_without_some_expert
 # ---- G2: where experts come from, threads and chunks change nothing
 
 
+@pytest.mark.parametrize("kv", KV_TYPES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_paged_equals_resident_for_any_slots_threads_and_chunks(mixed, golden, architecture):
+def test_paged_equals_resident_for_any_slots_threads_and_chunks(mixed, golden, architecture, kv):
     path, ids = mixed(architecture), golden[architecture][1]
     bundle = Bundle.open(path)
     assert len({expert.widths for expert in bundle.experts.values()}) > 1
-    want = run_engine(make_engine(path), ids)
+    want = run_engine(make_engine(path, kv=kv), ids)
     top_k, records = bundle.config.top_k, len(bundle.experts)
     for slots in (None, top_k, top_k + 1, records // 2, records):
         for threads in (1, 2, 3):
-            engine = make_engine(path, slots=slots, threads=threads)
+            engine = make_engine(path, slots=slots, threads=threads, kv=kv)
             for chunk in (1, 7, 32):
                 assert same_bits(run_engine(engine, ids, chunk), want), (slots, threads, chunk)
             assert (engine.counters["expert_misses"] > 0) == (slots is not None)

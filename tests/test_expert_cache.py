@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from bundles import REFERENCE, make_engine, run_engine, write_bundle
 
+from edge_moe import _core
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.quantise import trunk_packing
 from edge_moe.compressor.writer import Packing
@@ -57,3 +58,42 @@ def test_less_than_the_largest_record_is_refused(bundle):
     make_engine(bundle, slots=1)
     with pytest.raises(ValueError, match="the slots must hold the largest record"):
         make_engine(bundle, slots=0.9)
+
+
+# ---- reading ahead
+
+
+def test_reading_ahead_changes_no_bit_and_is_accounted_for(bundle, ids):
+    sizes = [expert.nbytes for expert in Bundle.open(bundle).experts.values()]
+    want, seen = run_engine(make_engine(bundle, context=300), ids), 0
+    for slots in (1, 3, 8):
+        for on in (False, True):
+            engine = make_engine(bundle, context=300, slots=slots, threads=2)
+            engine.set_prefetch(on)
+            got = run_engine(engine, ids, 1)
+            np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+            counters = engine.counters
+            reads = counters["expert_misses"] + counters["read_ahead"]
+            assert reads * min(sizes) <= counters["bytes_read"] <= reads * max(sizes)
+            assert counters["read_ahead_used"] <= counters["read_ahead"]
+            assert on or counters["read_ahead"] == 0
+            seen += counters["read_ahead"]
+    assert seen > 0
+
+
+def test_a_prompt_reads_nothing_ahead(bundle, ids):
+    engine = make_engine(bundle, context=300, slots=4)
+    run_engine(engine, ids, 32)
+    run_engine(engine, ids[:64], 32)
+    assert engine.counters["read_ahead"] == 0
+
+
+def test_reading_ahead_stops_where_less_than_half_is_used_and_is_tried_again():
+    gate = _core.PrefetchGate()
+    assert all(gate.open(0, 0) for _ in range(50))
+    assert gate.open(63, 0)  # too few to judge by
+    assert gate.open(64, 32)
+    opened = [gate.open(128, 63) for _ in range(512)]  # 31 of 64
+    assert opened[:150] == [False] * 150
+    assert sum(opened) == 16
+    assert gate.open(1000, 63 + 500)

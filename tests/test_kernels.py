@@ -278,18 +278,46 @@ def test_vector_kernels_are_near_numpy_and_equal_scalar(n):
         assert all(same_bits(call(name), got) for name in FAST_SETS)
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 100, 128])
-def test_attention_is_near_numpy_and_equals_scalar(head_dim):
+def test_attention_is_near_numpy_and_equals_scalar(head_dim, half):
     rng = np.random.default_rng(head_dim)
-    q, scale = rng.standard_normal(head_dim).astype(np.float32), head_dim**-0.5
-    for begin, end in [(0, 1), (0, 5), (0, 16), (3, 14), (3, 50), (17, 130), (129, 130)]:
-        k, v = rng.standard_normal((2, end, head_dim)).astype(np.float32)
-        got = _core.attend("scalar", q, k, v, begin, scale)
-        scores = k[begin:].astype(np.float64) @ q * scale
-        weights = np.exp(scores - scores.max())
-        want = weights / weights.sum() @ v[begin:]
-        assert np.allclose(got, want, atol=1e-5)  # float32 sums of numbers near one
-        assert all(same_bits(_core.attend(name, q, k, v, begin, scale), got) for name in FAST_SETS)
+    scale = head_dim**-0.5
+    for queries in (1, 2, 3, 8, 13):
+        for begin, end in [(0, 1), (0, 5), (0, 16), (3, 14), (3, 50), (17, 130), (129, 130)]:
+            q = rng.standard_normal((queries, head_dim)).astype(np.float32)
+            k, v = rng.standard_normal((2, end, head_dim)).astype(np.float32)
+            got = _core.attend("scalar", q, k, v, begin, scale, half)
+            if half:
+                k, v = k.astype(np.float16), v.astype(np.float16)
+            scores = q.astype(np.float64) @ k[begin:].astype(np.float64).T * scale
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            want = weights / weights.sum(-1, keepdims=True) @ v[begin:]
+            assert np.allclose(got, want, atol=1e-5)  # float32 sums of numbers near one
+            assert all(same_bits(_core.attend(name, q, k, v, begin, scale, half), got) for name in FAST_SETS)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_half_is_the_float_that_numpy_says(name):
+    halves = np.arange(65536, dtype=np.uint16)
+    want = halves.view(np.float16).astype(np.float32)
+    got = _core.from_half(name, halves)
+    np.testing.assert_array_equal(got, want)
+    assert np.array_equal(np.signbit(got), np.signbit(want))
+
+
+def test_floats_round_to_halves_as_numpy_rounds_them():
+    rng = np.random.default_rng(0)
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)].astype(np.float32)
+    between = (np.sort(every)[1:] + np.sort(every)[:-1]) / 2  # ties
+    bits = rng.integers(0, 2**32, 200_000, np.uint32).view(np.float32)
+    edges = np.float32([65504, 65519.99, 65520, 1e30, np.inf, -np.inf, 0, -0.0, 2**-24, 2**-25, 2**-25 * 1.0001, 6e-5])
+    values = np.concatenate([every, between, np.nextafter(between, 0), np.nextafter(between, 1), bits, edges])
+    values = values[~np.isnan(values)]
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(_core.to_half(values), values.astype(np.float16).view(np.uint16))
+    assert np.isnan(_core.to_half(np.float32([np.nan])).view(np.float16)).all()
 
 
 # ---- memory ----

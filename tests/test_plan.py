@@ -108,7 +108,7 @@ def test_every_expert_in_memory_comes_before_long_steps():
 
 
 def test_slots_are_as_large_as_their_records():
-    alike, mixed = plan(59_500_000), plan(59_500_000, all_experts_bytes=RECORDS * SLOT // 2)
+    alike, mixed = plan(58_500_000), plan(58_500_000, all_experts_bytes=RECORDS * SLOT // 2)
     assert not alike.resident and mixed.experts_bytes == alike.experts_bytes
     assert mixed.slots in (2 * alike.slots, 2 * alike.slots + 1)
     assert mixed.floor_bytes == alike.floor_bytes
@@ -187,7 +187,7 @@ def test_a_cap_below_the_floor_is_refused_with_one_that_works():
     p = plan(1, refuse=False)
     named = -(-p.floor_bytes // 1_000_000)
     assert str(caught.value) == (
-        f"a cap of 48 MB is below the floor of {named} MB (trunk 2, KV cache 2, interpreter 52, scratch 0 MB, "
+        f"a cap of 48 MB is below the floor of {named} MB (trunk 2, KV cache 1, interpreter 52, scratch 0 MB, "
         "the rest for slots); raise the cap, or lower the context (512 tokens) or the widths"
     )
     assert plan(named * 1_000_000).slots >= 4

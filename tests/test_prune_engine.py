@@ -51,7 +51,9 @@ def test_logits_are_those_of_the_reference_pruned_alike(golden, tmp_path, archit
     rule, pruned = rule_of(kind, config), Pruned(checkpoint)
     want = pruned.logits(ids, kept_of(rule, masks))
     assert 0.1 < pruned.cut < 0.9 or architecture == "mixtral"
-    with Runtime(prunable(tmp_path / "new.emoe", directory, masks), context=len(ids), threads=2) as runtime:
+    with Runtime(
+        prunable(tmp_path / "new.emoe", directory, masks), context=len(ids), threads=2, kv="float32"
+    ) as runtime:
         runtime._prune = rule
         got = runtime.logits(ids)
         counted = runtime.stats

@@ -91,7 +91,7 @@ def test_statistics_are_totals_since_loading(runtime):
     assert stats["expert_hits"] > 0
     assert stats.keys() == {
         *("expert_hits", "expert_misses", "bytes_read", "tokens", "experts_used", "moe_tokens", "dropped_weight"),
-        *("records_held", "ram_bytes", "peak_memory_bytes"),
+        *("records_held", "read_ahead", "read_ahead_used", "ram_bytes", "peak_memory_bytes"),
     }
 
 

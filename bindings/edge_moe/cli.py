@@ -207,6 +207,7 @@ def plan(
     model: options.ModelOrBundle,
     ram: options.Ram = "auto",
     context: options.Context = None,
+    kv: options.Kv = options.KvType.float16,
     width: options.PlanWidth = None,
     widths: options.PlanWidths = None,
     trunk_width: options.PlanTrunkWidth = None,
@@ -226,7 +227,7 @@ def plan(
 
     bits = {"width": width, "widths": options.widths_of(widths), "trunk_width": trunk_width}
     model_as = {"keep_experts": options.keep_experts_of(keep_experts), "recipe": recipe and recipe.value}
-    result = estimate(model, ram, context=context, threads=threads, **bits, **model_as)
+    result = estimate(model, ram, context=context, threads=threads, kv=kv.value, **bits, **model_as)
     if json_output:
         _print_json(result.as_dict())
     else:
@@ -274,6 +275,7 @@ def generate(
     max_tokens: options.MaxTokens = 64,
     ram: options.Ram = "auto",
     context: options.Context = None,
+    kv: options.Kv = options.KvType.float16,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     seed: options.SamplingSeed = None,
@@ -289,7 +291,7 @@ def generate(
     from edge_moe.runtime.runtime import Runtime
 
     start = options.token_ids_of(tokens) if prompt is None else sys.stdin.read() if prompt == "-" else prompt
-    with Runtime(bundle, ram, context, threads=threads, prune=options.prune_of(prune)) as runtime:
+    with Runtime(bundle, ram, context, threads=threads, prune=options.prune_of(prune), kv=kv.value) as runtime:
         pieces = runtime.stream(start, max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
         generation = _print_pieces(pieces, ids=prompt is None, quiet=json_output)
     if json_output:
@@ -318,6 +320,7 @@ def chat(
     max_tokens: options.MaxTokens = 512,
     ram: options.Ram = "auto",
     context: options.Context = None,
+    kv: options.Kv = options.KvType.float16,
     temperature: options.TemperatureIfAny = None,
     top_p: options.TopPIfAny = None,
     seed: options.SamplingSeed = None,
@@ -331,7 +334,7 @@ def chat(
     from edge_moe import chat
     from edge_moe.runtime.runtime import Runtime
 
-    with Runtime(bundle, ram, context, threads=threads, prune=options.prune_of(prune)) as runtime:
+    with Runtime(bundle, ram, context, threads=threads, prune=options.prune_of(prune), kv=kv.value) as runtime:
         given = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
         given = {key: value for key, value in given.items() if value is not None}
         chat.chat(runtime, {**chat.sampling_defaults(runtime.bundle.path), **given})

@@ -33,6 +33,11 @@ class Format(str, Enum):
     csv = "csv"
 
 
+class KvType(str, Enum):
+    float16 = "float16"
+    float32 = "float32"
+
+
 class Recipe(str, Enum):
     collaborative = "collaborative"
 
@@ -76,6 +81,7 @@ Ram = _option(
     str, "--ram", metavar="SIZE", shown=True, help="Cap on all memory, as 8GB or 8GiB; auto: 80 % of what is free."
 )
 Context = _option(int | None, "--context", metavar="N", help="Tokens to hold [default: 4096 or the model's own].")
+Kv = _option(KvType, "--kv", shown=True, help="What the KV cache is kept in; float32 takes twice the memory.")
 Threads = _option(int | None, "--threads", metavar="N", help="Threads of computation [default: all cores].")
 Prune = _option(
     str | None, "--prune", metavar="off|bundle|SHARE|RULE",

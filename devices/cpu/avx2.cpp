@@ -7,6 +7,7 @@
 #include <cstring>
 #include <utility>
 
+#include "../half.h"
 #include "../kernels.h"
 
 namespace edge_moe {
@@ -22,10 +23,15 @@ inline void store(float* p, Vector v) { _mm256_store_ps(p, v); }
 inline Vector broadcast(float v) { return _mm256_set1_ps(v); }
 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vector load_cached(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 
 #include "vector_ops.inl"
 // these use it
 #include "packed.inl"
+// and this uses both
+#include "attend.inl"
 #include "tiles.inl"
 
 constexpr int kHalf = kBlock / 2;
@@ -269,7 +275,8 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
 
 }  // namespace avx2
 
-const Kernels kAvx2Kernels = {"avx2",       avx2::matmul,     avx2::quantise, avx2::rms_norm,      avx2::gate_up,
-                              avx2::attend, avx2::add_scaled, avx2::softmax,  avx2::dequantise_row};
+const Kernels kAvx2Kernels = {"avx2",           avx2::matmul,        avx2::quantise,      avx2::rms_norm,
+                              avx2::gate_up,    avx2::attend_scores, avx2::attend_values, avx2::widen,
+                              avx2::add_scaled, avx2::softmax,       avx2::dequantise_row};
 
 }  // namespace edge_moe

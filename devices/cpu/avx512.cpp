@@ -12,6 +12,7 @@
 #include <cstring>
 #include <utility>
 
+#include "../half.h"
 #include "../kernels.h"
 
 namespace edge_moe {
@@ -27,10 +28,15 @@ inline void store(float* p, Vector v) { _mm512_store_ps(p, v); }
 inline Vector broadcast(float v) { return _mm512_set1_ps(v); }
 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vector load_cached(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 
 #include "vector_ops.inl"
 // these use it
 #include "packed.inl"
+// and this uses both
+#include "attend.inl"
 #include "tiles.inl"
 
 // ---- codes -> bytes ----
@@ -271,8 +277,8 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
 
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {"avx512",           avx512::matmul,  avx512::quantise,
-                                avx512::rms_norm,   avx512::gate_up, avx512::attend,
-                                avx512::add_scaled, avx512::softmax, avx512::dequantise_row};
+const Kernels kAvx512Kernels = {"avx512",           avx512::matmul,        avx512::quantise,      avx512::rms_norm,
+                                avx512::gate_up,    avx512::attend_scores, avx512::attend_values, avx512::widen,
+                                avx512::add_scaled, avx512::softmax,       avx512::dequantise_row};
 
 }  // namespace edge_moe

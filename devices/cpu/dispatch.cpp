@@ -28,7 +28,8 @@ const Kernels* const* available_kernels(int* count) {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni"))
       tables[n++] = &kAvx512Kernels;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables[n++] = &kAvx2Kernels;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+      tables[n++] = &kAvx2Kernels;
 #elif defined(__aarch64__)
     if (has_dot_product()) tables[n++] = &kNeonKernels;
 #endif

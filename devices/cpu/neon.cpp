@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "../half.h"
 #include "../kernels.h"
 
 namespace edge_moe {
@@ -21,10 +22,13 @@ inline void store(float* p, Vector v) { vst1q_f32(p, v); }
 inline Vector broadcast(float v) { return vdupq_n_f32(v); }
 inline Vector multiply(Vector a, Vector b) { return vmulq_f32(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
+inline Vector load_cached(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
 #include "vector_ops.inl"
 // these use it
 #include "packed.inl"
+// and this uses both
+#include "attend.inl"
 
 // ---- codes -> bytes ----
 
@@ -225,7 +229,8 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
 
 }  // namespace neon
 
-const Kernels kNeonKernels = {"neon",       neon::matmul,     neon::quantise, neon::rms_norm,      neon::gate_up,
-                              neon::attend, neon::add_scaled, neon::softmax,  neon::dequantise_row};
+const Kernels kNeonKernels = {"neon",           neon::matmul,        neon::quantise,      neon::rms_norm,
+                              neon::gate_up,    neon::attend_scores, neon::attend_values, neon::widen,
+                              neon::add_scaled, neon::softmax,       neon::dequantise_row};
 
 }  // namespace edge_moe

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../half.h"
 #include "../kernels.h"
 
 namespace edge_moe {
@@ -102,10 +103,49 @@ void dequantise_row(const Matrix& m, int row, float* y) {
   }
 }
 
+template <typename T>
+float score_at(const float* q, const T* keys, int position, int head_dim) {
+  const T* key = keys + size_t(position / kKeyBlock) * head_dim * kKeyBlock + position % kKeyBlock;
+  float sum = 0.0f;
+  for (int d = 0; d < head_dim; ++d) sum = std::fma(q[d], as_float(key[size_t(d) * kKeyBlock]), sum);
+  return sum;
+}
+
+void attend_scores(const float* const* q, int queries, const KeyValues& cache, int begin, int end, int head_dim,
+                   float scale, float* scores, size_t scores_stride) {
+  const int first = begin / kKeyBlock * kKeyBlock, last = (end + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+  for (int query = 0; query < queries; ++query)
+    for (int at = first; at < last; ++at)
+      scores[query * scores_stride + at] =
+          scale * (cache.half ? score_at(q[query], static_cast<const uint16_t*>(cache.keys), at, head_dim)
+                              : score_at(q[query], static_cast<const float*>(cache.keys), at, head_dim));
+}
+
+template <typename T>
+void add_values(const T* values, float weight, float* out, int n) {
+  for (int i = 0; i < n; ++i) out[i] = std::fma(weight, as_float(values[i]), out[i]);
+}
+
+void attend_values(const float* weights, size_t weights_stride, int queries, const KeyValues& cache, int begin, int end,
+                   int n, float* const* out) {
+  for (int query = 0; query < queries; ++query)
+    for (int at = begin; at < end; ++at) {
+      const float weight = weights[query * weights_stride + at];
+      if (cache.half)
+        add_values(static_cast<const uint16_t*>(cache.values) + at * cache.stride, weight, out[query], n);
+      else
+        add_values(static_cast<const float*>(cache.values) + at * cache.stride, weight, out[query], n);
+    }
+}
+
+void widen(const uint16_t* halves, float* y, int n) {
+  for (int i = 0; i < n; ++i) y[i] = half_to_float(halves[i]);
+}
+
 }  // namespace scalar
 
-const Kernels kScalarKernels = {"scalar",           scalar::matmul,  scalar::quantise,
-                                scalar::rms_norm,   scalar::gate_up, scalar::attend,
-                                scalar::add_scaled, scalar::softmax, scalar::dequantise_row};
+const Kernels kScalarKernels = {"scalar",           scalar::matmul,        scalar::quantise,      scalar::rms_norm,
+                                scalar::gate_up,    scalar::attend_scores, scalar::attend_values, scalar::widen,
+                                scalar::add_scaled, scalar::softmax,       scalar::dequantise_row};
 
 }  // namespace edge_moe

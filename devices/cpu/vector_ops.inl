@@ -132,45 +132,17 @@ inline float exponentiate(float* x, int begin, int end) {
   return fold(lanes);
 }
 
-void softmax(float* x, int n) {
-  float inverse = 1.0f / exponentiate(x, 0, n);
-  for (int i = 0; i < n; ++i) x[i] = x[i] * inverse;
+void softmax(float* x, int begin, int end) {
+  const float inverse = 1.0f / exponentiate(x, begin, end);
+  for (int i = begin; i < end; ++i) x[i] = x[i] * inverse;
 }
 
 void add_scaled(float* y, const float* x, float weight, int n) {
   for (int i = 0; i < n; ++i) y[i] = y[i] + weight * x[i];
 }
 
-// q . key for Keys neighbouring keys; their independent sums hide each other's latency.
-template <int Keys>
-inline void dot_keys(const float* q, const float* k, int head_dim, float scale, float* scores) {
-  const int whole = head_dim / kLanes * kLanes;
-  Lanes lanes[Keys] = {};
-  for (int i = 0; i < whole; i += kLanes)
-    for (int key = 0; key < Keys; ++key) add_products(lanes[key], q + i, k + size_t(key) * head_dim + i);
-  for (int key = 0; whole < head_dim && key < Keys; ++key)
-    add_last_products(lanes[key], q + whole, k + size_t(key) * head_dim + whole, head_dim - whole);
-  for (int key = 0; key < Keys; ++key) scores[key] = fold(lanes[key]) * scale;
-}
-
-void attend(const float* q, const float* k, const float* v, int begin, int end, int head_dim, float scale,
-            float* scores, float* __restrict out) {
-  int position = begin;
-  for (; position + 4 <= end; position += 4)
-    dot_keys<4>(q, k + size_t(position) * head_dim, head_dim, scale, scores + position);
-  for (; position < end; ++position)
-    dot_keys<1>(q, k + size_t(position) * head_dim, head_dim, scale, scores + position);
-  const float inverse = 1.0f / exponentiate(scores, begin, end);
-  for (int i = 0; i < head_dim; ++i) out[i] = 0.0f;
-  for (position = begin; position + 4 <= end; position += 4) {  // as four calls of add_scaled
-    const float *v0 = v + size_t(position) * head_dim, *v1 = v0 + head_dim, *v2 = v1 + head_dim, *v3 = v2 + head_dim;
-    const float w0 = scores[position] * inverse, w1 = scores[position + 1] * inverse;
-    const float w2 = scores[position + 2] * inverse, w3 = scores[position + 3] * inverse;
-    for (int i = 0; i < head_dim; ++i) out[i] = (((out[i] + w0 * v0[i]) + w1 * v1[i]) + w2 * v2[i]) + w3 * v3[i];
-  }
-  for (; position < end; ++position)
-    add_scaled(out, v + size_t(position) * head_dim, scores[position] * inverse, head_dim);
-}
+inline float as_float(float value) { return value; }
+inline float as_float(uint16_t half) { return half_to_float(half); }
 
 // The beginning of quantise() for one block: its inputs, padded with zeros where there are fewer.
 inline const float* block_inputs(const float* x, int cols, int block, float* padded) {

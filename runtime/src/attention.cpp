@@ -1,7 +1,12 @@
 // Attention with keys and values for each KV head; attention over a latent is in latent_attention.cpp.
+//
+// A task takes up to kHeadQueries queries of one KV head through its cache together: the heads that share it, of one
+// token in decode and of a few in prefill, so that what comes from far memory comes once for all of them.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
+#include "../../devices/half.h"
 #include "engine.h"
 #include "rope.h"
 
@@ -30,34 +35,93 @@ void Engine::attention(int layer, int tokens) {
     for (int i = 0; weight && i < n; i += step) kernels_.rms_norm(vector + i, weight, c.norm_eps, vector + i, step);
   };
 
-  // norms of q and k, rope, and into the KV cache
-  pool_.run(tokens, [&](int t, int) {
-    float *q = s_.q + size_t(t) * q_dim, *k = s_.k + size_t(t) * kv_dim, *v = s_.v + size_t(t) * kv_dim;
-    add_bias(q, q_dim, w.q_bias), add_bias(k, kv_dim, w.k_bias), add_bias(v, kv_dim, w.v_bias);
-    norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
-    clip(q, q_dim), clip(k, kv_dim), clip(v, kv_dim);
-    const size_t position = position_ + t;
-    const float *cos = s_.cos + position * half, *sin = s_.sin + position * half;
-    for (int head = 0; head < c.heads; ++head) rotate(q + head * c.head_dim, cos, sin, half, false);
-    for (int head = 0; head < c.kv_heads; ++head) {
-      rotate(k + head * c.head_dim, cos, sin, half, false);
-      const size_t at = position * c.head_dim, bytes = c.head_dim * sizeof(float);
-      std::memcpy(cached(keys_, layer, head) + at, k + head * c.head_dim, bytes);
-      std::memcpy(cached(values_, layer, head) + at, v + head * c.head_dim, bytes);
+  // norms of q and k, rope, and into the KV cache; one task the tokens that share key blocks
+  const int first_block = position_ / kKeyBlock, last_block = (position_ + tokens - 1) / kKeyBlock;
+  pool_.run(last_block - first_block + 1, [&](int task, int) {
+    const int begin = std::max((first_block + task) * kKeyBlock - position_, 0);
+    const int end = std::min((first_block + task + 1) * kKeyBlock - position_, tokens);
+    for (int t = begin; t < end; ++t) {
+      float *q = s_.q + size_t(t) * q_dim, *k = s_.k + size_t(t) * kv_dim, *v = s_.v + size_t(t) * kv_dim;
+      add_bias(q, q_dim, w.q_bias), add_bias(k, kv_dim, w.k_bias), add_bias(v, kv_dim, w.v_bias);
+      norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
+      clip(q, q_dim), clip(k, kv_dim), clip(v, kv_dim);
+      const int position = position_ + t;
+      const float *cos = s_.cos + size_t(position) * half, *sin = s_.sin + size_t(position) * half;
+      for (int head = 0; head < c.heads; ++head) rotate(q + head * c.head_dim, cos, sin, half, false);
+      for (int head = 0; head < c.kv_heads; ++head) {
+        float *key = k + head * c.head_dim, *value = v + head * c.head_dim;
+        rotate(key, cos, sin, half, false);
+        c.half_cache ? store<uint16_t>(layer, head, position, key, value)
+                     : store<float>(layer, head, position, key, value);
+      }
     }
   });
 
-  // attention, one task a token and head
-  pool_.run(tokens * c.heads, [&](int task, int thread) {
-    const int t = task / c.heads, head = task % c.heads, kv_head = head / (c.heads / c.kv_heads);
-    const int end = position_ + t + 1;
-    const int begin = c.sliding_window ? std::max(0, end - c.sliding_window) : 0;
-    kernels_.attend(s_.q + size_t(t) * q_dim + head * c.head_dim, cached(keys_, layer, kv_head),
-                    cached(values_, layer, kv_head), begin, end, c.head_dim, c.softmax_scale,
-                    s_.scores + size_t(thread) * c.context, s_.attended + size_t(t) * q_dim + head * c.head_dim);
+  // attention, one task some heads that share a KV head, for some tokens
+  const int shared_by = c.heads / c.kv_heads;
+  const int tokens_a_task = std::clamp(kHeadQueries / shared_by, 1, tokens), tiles = (tokens - 1) / tokens_a_task + 1;
+  const int most_heads = c.kv_heads * tiles < pool_.threads() ? c.heads * tiles / pool_.threads() : shared_by;
+  const int heads_a_task = std::clamp(most_heads, 1, std::min(shared_by, kHeadQueries));
+  const int parts = (shared_by - 1) / heads_a_task + 1;
+  pool_.run(tiles * c.kv_heads * parts, [&](int task, int thread) {
+    const int token = task % tiles * tokens_a_task, kv_head = task / tiles / parts;
+    const int in_group = task / tiles % parts * heads_a_task;
+    attend(layer, token, std::min(tokens_a_task, tokens - token), kv_head * shared_by + in_group,
+           std::min(heads_a_task, shared_by - in_group), thread);
   });
   if (prune_.protect > 0 && tokens > 1) received_attention(layer, tokens);
   attention_output(layer, tokens);
+}
+
+// Attention of some heads, which share a KV head, for some tokens of the chunk: from q to attended.
+void Engine::attend(int layer, int first_token, int tokens, int first_head, int heads, int thread) {
+  const EngineConfig& c = config_;
+  const size_t stride = c.key_positions();
+  const int queries = heads * tokens;
+  float* scores = s_.scores + size_t(thread) * kHeadQueries * stride;
+  const KeyValues cache = cached(layer, first_head / (c.heads / c.kv_heads));
+  const float* q[kHeadQueries];
+  float* out[kHeadQueries];
+  for (int query = 0; query < queries; ++query) {
+    const size_t row = size_t(first_token + query / heads) * c.heads + first_head + query % heads;
+    q[query] = s_.q + row * c.head_dim;
+    out[query] = s_.attended + row * c.head_dim;
+    std::fill_n(out[query], c.head_dim, 0.0f);
+  }
+  const auto end_of = [&](int token) { return position_ + first_token + token + 1; };
+  const auto begin_of = [&](int token) { return c.sliding_window ? std::max(0, end_of(token) - c.sliding_window) : 0; };
+  kernels_.attend_scores(q, queries, cache, begin_of(0), end_of(tokens - 1), c.head_dim, c.softmax_scale, scores,
+                         stride);
+  for (int query = 0; query < queries; ++query)
+    kernels_.softmax(scores + query * stride, begin_of(query / heads), end_of(query / heads));
+
+  // what all tokens see, together, between what the first ones alone and the last ones alone see
+  const int begin = begin_of(tokens - 1), end = std::max(begin, end_of(0));
+  auto values = [&](int token, int from, int to) {
+    if (from < to)
+      kernels_.attend_values(scores + token * heads * stride, stride, heads, cache, from, to, c.head_dim,
+                             out + token * heads);
+  };
+  for (int token = 0; token < tokens; ++token) values(token, begin_of(token), std::min(begin, end_of(token)));
+  if (begin < end) kernels_.attend_values(scores, stride, queries, cache, begin, end, c.head_dim, out);
+  for (int token = 0; token < tokens; ++token) values(token, end, end_of(token));
+}
+
+// A token's key and value of one KV head into the cache.
+template <typename T>
+void Engine::store(int layer, int head, int position, const float* key, const float* value) {
+  const KeyValues cache = cached(layer, head);
+  auto stored = [](float x) {
+    if constexpr (std::is_same_v<T, uint16_t>)
+      return float_to_half(x);
+    else
+      return x;
+  };
+  const size_t dim = config_.head_dim;
+  T* keys = static_cast<T*>(const_cast<void*>(cache.keys)) + position / kKeyBlock * dim * kKeyBlock;
+  T* values = static_cast<T*>(const_cast<void*>(cache.values)) + position * dim;
+  for (size_t i = 0; i < dim; ++i) keys[i * kKeyBlock + position % kKeyBlock] = stored(key[i]);
+  for (size_t i = 0; i < dim; ++i) values[i] = stored(value[i]);
 }
 
 // How much attention each of the chunk's tokens receives from those at and after it in the chunk, by head. Done anew,
@@ -65,19 +129,15 @@ void Engine::attention(int layer, int tokens) {
 void Engine::received_attention(int layer, int tokens) {
   const EngineConfig& c = config_;
   pool_.run(c.heads, [&](int head, int thread) {
-    const int kv_head = head / (c.heads / c.kv_heads);
-    float *received = s_.received + size_t(head) * c.chunk, *scores = s_.scores + size_t(thread) * c.context;
+    const KeyValues cache = cached(layer, head / (c.heads / c.kv_heads));
+    float* received = s_.received + size_t(head) * c.chunk;
+    float* scores = s_.scores + size_t(thread) * kHeadQueries * c.key_positions();
     std::fill_n(received, tokens, 0.0f);
     for (int t = 0; t < tokens; ++t) {
       const int end = position_ + t + 1, begin = c.sliding_window ? std::max(0, end - c.sliding_window) : 0;
       const float* q = s_.q + (size_t(t) * c.heads + head) * c.head_dim;
-      for (int at = begin; at < end; ++at) {
-        const float* k = cached(keys_, layer, kv_head) + size_t(at) * c.head_dim;
-        float dot = 0;
-        for (int i = 0; i < c.head_dim; ++i) dot += q[i] * k[i];
-        scores[at] = dot * c.softmax_scale;
-      }
-      kernels_.softmax(scores + begin, end - begin);
+      kernels_.attend_scores(&q, 1, cache, begin, end, c.head_dim, c.softmax_scale, scores, 0);
+      kernels_.softmax(scores, begin, end);
       for (int at = std::max(begin, position_); at < end; ++at) received[at - position_] += scores[at];
     }
   });
@@ -98,8 +158,10 @@ void Engine::attention_output(int layer, int tokens) {
   add_to_residual(s_.normed, tokens);
 }
 
-float* Engine::cached(float* cache, int layer, int head) const {
-  return cache + (size_t(layer) * config_.kv_heads + head) * config_.context * config_.head_dim;
+KeyValues Engine::cached(int layer, int head) const {
+  const size_t bytes = config_.key_positions() * config_.head_dim * (config_.half_cache ? 2 : 4);
+  const size_t at = (size_t(layer) * config_.kv_heads + head) * bytes;
+  return {keys_ + at, values_ + at, size_t(config_.head_dim), config_.half_cache};
 }
 
 }  // namespace edge_moe

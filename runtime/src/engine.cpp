@@ -2,9 +2,9 @@
 #include "engine.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "rope.h"
 
@@ -19,7 +19,7 @@ EngineMemory engine_memory(const EngineConfig& c) {
   Scratch unused;
   EngineMemory memory;
   const size_t a_token = c.kv_rank ? c.latent_cached() : 2 * c.kv_heads * c.head_dim;
-  memory.kv_cache = size_t(c.layers) * c.context * a_token * sizeof(float);
+  memory.kv_cache = size_t(c.layers) * c.key_positions() * a_token * (c.half_cache ? sizeof(uint16_t) : sizeof(float));
   memory.scratch = carve_scratch(c, unused, nullptr);
   return memory;
 }
@@ -37,8 +37,8 @@ Engine::Engine(const EngineConfig& config, Trunk trunk, ExpertStore store, size_
   kv_arena_ = Arena(memory.kv_cache);
   scratch_arena_ = Arena(memory.scratch);
   carve_scratch(c, s_, scratch_arena_.data());
-  keys_ = reinterpret_cast<float*>(kv_arena_.data());
-  values_ = keys_ + memory.kv_cache / sizeof(float) / 2;
+  keys_ = kv_arena_.data();
+  values_ = keys_ + memory.kv_cache / 2;
 
   fill_rope(c.rope_frequency, c.rope_scale, c.context, s_.cos, s_.sin);
   std::iota(s_.all_tokens, s_.all_tokens + c.chunk, 0);
@@ -142,6 +142,8 @@ std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want) 
   // embed
   for (int t = 0; t < tokens; ++t) kernels_.dequantise_row(embedding_, ids[t], s_.x + size_t(t) * c.dim);
 
+  const CacheStats cache = cache_.stats();
+  prefetch_ = tokens == 1 && !store_.mapped() && may_prefetch_ && gate_.open(cache.read_ahead, cache.read_ahead_used);
   for (int layer = 0; layer < c.layers; ++layer) {
     if (c.kv_rank)
       latent_attention(layer, tokens);
@@ -167,74 +169,6 @@ void Engine::rewind(int position) {
   position_ = position;
 }
 
-// Router logits -> routed, routing_weights; then (token, k) pairs sorted by expert: pair_of, pair_token, first_pair.
-void Engine::route_tokens(int layer, int tokens) {
-  const EngineConfig& c = config_;
-  const int experts = c.experts[layer], top_k = c.top_k[layer];
-  Activations x;
-  x.values = s_.normed, x.count = tokens, x.cols = c.dim;
-  matmul(layers_[layer].router, x, s_.router_logits);
-  RouterRule rule{c.sigmoid_score, c.renormalise, c.router_scale, c.groups, c.top_groups, c.group_top2sum};
-  rule.bias = layers_[layer].router_bias;
-  rule.group_of = c.groups > 1 ? c.expert_groups[layer].data() : nullptr;
-  pool_.run(tokens, [&](int t, int thread) {
-    route(kernels_, rule, s_.router_logits + size_t(t) * experts, experts, top_k,
-          s_.group_scores + size_t(thread) * 2 * c.groups, s_.routed + t * top_k, s_.routing_weights + t * top_k);
-  });
-  if (prune_.kind != Prune::kOff) prune_tokens(layer, tokens);
-  const int places = tokens * top_k;  // some may be empty: -1
-  std::fill(s_.first_pair, s_.first_pair + experts + 1, 0);
-  for (int i = 0; i < places; ++i)
-    if (s_.routed[i] >= 0) ++s_.first_pair[s_.routed[i] + 1];
-  std::partial_sum(s_.first_pair, s_.first_pair + experts + 1, s_.first_pair);
-  stats_.moe_tokens += tokens;
-  stats_.experts_used += s_.first_pair[experts];
-  for (int i = 0; i < places; ++i) {
-    if (s_.routed[i] < 0) continue;
-    const int pair = s_.first_pair[s_.routed[i]]++;
-    s_.pair_of[i] = pair;
-    s_.pair_token[pair] = i / top_k;
-  }
-  for (int expert = experts; expert > 0; --expert) s_.first_pair[expert] = s_.first_pair[expert - 1];
-  s_.first_pair[0] = 0;
-}
-
-// Takes away experts of routed and routing_weights by the request's rule.
-void Engine::prune_tokens(int layer, int tokens) {
-  const EngineConfig& c = config_;
-  const int top_k = c.top_k[layer];
-  const bool losses = prune_.kind == Prune::kLoss, learned = losses || prune_.kind == Prune::kOtp;
-  const bool protect = prune_.protect > 0 && tokens > 1;
-  const float threshold = learned ? 0.0f : prune_.threshold[layer];
-  const MaskRouter router = !learned ? MaskRouter{} : losses ? loss_[layer] : otp_[layer];
-  if (learned && !router) return;
-  if (learned) {
-    Activations x;
-    x.values = s_.normed, x.count = tokens, x.cols = c.dim;
-    matmul(router.of_input, x, s_.mask_scores);
-  }
-  if (protect) {
-    pool_.run(tokens, [&](int t, int) {
-      double norm = 0, received = 0;
-      for (int i = 0; i < c.dim; ++i) norm += std::abs(s_.normed[size_t(t) * c.dim + i]);
-      for (int head = 0; head < c.heads; ++head) received += s_.received[size_t(head) * c.chunk + t];
-      s_.importance[t] = float(norm * received / c.heads / (tokens - t));
-    });
-    protect_most(s_.importance, tokens, prune_.protect, s_.by_importance, s_.protects);
-  }
-  pool_.run(tokens, [&](int t, int) {
-    int32_t* ids = s_.routed + t * top_k;
-    float* weights = s_.routing_weights + t * top_k;
-    int kept = top_k;
-    if (prune_.kind == Prune::kRatio) kept = kept_by_ratio(weights, top_k, threshold);
-    if (prune_.kind == Prune::kShare) kept = kept_by_share(weights, top_k, threshold);
-    if (learned) kept = kept_by_router(router, losses, s_.mask_scores + t * top_k, weights, top_k, prune_.price);
-    if (protect && s_.protects[t]) kept = top_k;
-    s_.dropped[t] = keep_first(kept, top_k, c.renormalise, ids, weights);
-  });
-  for (int t = 0; t < tokens; ++t) stats_.dropped_weight += s_.dropped[t];
-}
-
 void Engine::experts(int layer, int tokens) {
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
@@ -258,17 +192,20 @@ void Engine::experts(int layer, int tokens) {
   route_tokens(layer, tokens);
 
   // experts, expert-major: those in memory are pinned first and computed while readers fetch the others
+  cache_.read_ahead({});  // what was not begun comes too late
   pending_.clear();
-  for (int pass = 0; pass < 2; ++pass)
-    for (int e = 0; e < experts; ++e)
-      if (s_.first_pair[e + 1] > s_.first_pair[e] && cache_.holds(first_record + e) == (pass == 0))
-        pending_.push_back(e);
+  for (int e = 0; e < experts; ++e)
+    if (s_.first_pair[e + 1] > s_.first_pair[e]) pending_.push_back(e);
+  // Asked once for each: a read ahead that fails meanwhile would change the answer.
+  std::partition(pending_.begin(), pending_.end(), [&](int e) { return cache_.holds(first_record + e); });
   size_t acquired = 0, computed = 0;  // of pending_: [0, computed) done, [computed, acquired) pinned
+  bool ahead = prefetch_;
   try {
     while (computed < pending_.size()) {
       while (acquired < pending_.size() &&
              cache_.acquire(first_record + pending_[acquired]) != ExpertCache::Acquired::kNoSlot)
         ++acquired;
+      if (std::exchange(ahead, false)) prefetch_next(layer);
       jobs_.clear();
       for (size_t i = computed; i < acquired; ++i) {
         const int e = pending_[i], record = first_record + e, first = s_.first_pair[e];

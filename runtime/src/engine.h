@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "expert_cache.h"
+#include "prefetch.h"
 #include "prune.h"
 #include "router.h"
 #include "scratch.h"
@@ -43,6 +44,7 @@ struct EngineConfig {
   bool rope_interleaved = false;
   float latent_norm_eps = 1e-6f;
   int latent_cached() const { return kv_rank + rope_dim; }
+  size_t key_positions() const { return align_up(context, kKeyBlock); }
 
   // The router's rule; see RouterRule.
   bool sigmoid_score = false, renormalise = false, group_top2sum = false;
@@ -50,9 +52,10 @@ struct EngineConfig {
   int groups = 1, top_groups = 1;
   std::vector<std::vector<int>> expert_groups;  // (layers, experts): the group of each; empty where there is one
 
-  int context = 0;      // positions in the KV cache
-  int chunk = 0;        // most tokens of one forward()
-  int logits_rows = 1;  // most rows of logits of one forward()
+  int context = 0;         // positions in the KV cache
+  bool half_cache = true;  // keys and values, or latents, in half precision, else floats
+  int chunk = 0;           // most tokens of one forward()
+  int logits_rows = 1;     // most rows of logits of one forward()
   int threads = 1;
 };
 
@@ -100,6 +103,9 @@ class Engine {
   // (rows, vocab), valid until the next call. On an error the position is what it was before.
   std::span<const float> forward(std::span<const int32_t> tokens, Want want);
 
+  // Reading ahead of the next layer while one is computed, where it pays; off or on, results are the same.
+  void set_prefetch(bool on) { may_prefetch_ = on; }
+
   // Which experts tokens keep from now on. What is in the KV cache stays as it was computed.
   void set_prune(PruneRule rule);
 
@@ -128,6 +134,7 @@ class Engine {
   LayerWeights layer_weights(int layer) const;
   std::vector<MaskRouter> load_mask_routers(const MaskRouters& from, Arena& arena) const;
   void attention(int layer, int tokens);
+  void attend(int layer, int first_token, int tokens, int first_head, int heads, int thread);
   void latent_attention(int layer, int tokens);
   void attend_latent(int layer, int first_token, int tokens, int first_head, int heads, int thread);
   void attention_norm(int layer, int tokens);
@@ -136,14 +143,18 @@ class Engine {
   void route_tokens(int layer, int tokens);
   void prune_tokens(int layer, int tokens);
   void experts(int layer, int tokens);
+  void prefetch_next(int layer);
+  RouterRule router_rule(int layer) const;
   void run_jobs(float* out);
   void add_to_residual(const float* out, int tokens);
   void matmul(const Matrix& matrix, const Activations& x, float* y);
   Activations prepare(const float* values, int count, int cols, const QuantisedBuffer& into, bool quantised);
   void quantise_vector(const float* values, int cols, const QuantisedBuffer& into, int vector);
   void add_tasks(const Job& job, const Matrix* matrix, int count, int piece);
-  float* cached(float* cache, int layer, int head) const;
-  float* cached_latents(int layer) const;
+  KeyValues cached(int layer, int head) const;
+  template <typename T>
+  void store(int layer, int head, int position, const float* key, const float* value);
+  uint8_t* cached_latents(int layer) const;
 
   EngineConfig config_;
   const Kernels& kernels_;
@@ -159,9 +170,12 @@ class Engine {
   std::vector<MaskRouter> otp_, loss_;  // (layers,), or none
   std::vector<int> first_record_;       // (layers,): the store's number of a layer's expert 0
   Arena kv_arena_, scratch_arena_;
-  float *keys_, *values_;  // (layers, kv_heads, context, head_dim); over latents keys_ alone (layers, context, cached)
+  uint8_t *keys_,
+      *values_;  // (layers, kv_heads), each as KeyValues; over latents keys_ alone (layers, context, cached)
   Scratch s_;
   int position_ = 0;
+  bool may_prefetch_ = true, prefetch_ = false;  // allowed; for this token
+  PrefetchGate gate_;
   EngineStats stats_;
   std::vector<Job> jobs_;
   std::vector<Task> tasks_;

@@ -22,6 +22,7 @@ ExpertCache::ExpertCache(ExpertStore& store, size_t bytes, int readers, double h
   if (bytes < store.largest_record()) throw std::invalid_argument("the slots must hold the largest record");
   arena_ = Arena(bytes);
   // As many as can ever be: each record at most once, and free memory before each and at the end.
+  ahead_.reserve(records);
   slots_.resize(2 * std::min(records, bytes / store.smallest_record()) + 1);
   slots_[0].bytes = bytes;
   for (int i = int(slots_.size()) - 1; i > 0; --i) unused_.push_back(i);
@@ -38,15 +39,16 @@ ExpertCache::~ExpertCache() {
 }
 
 ExpertCache::Acquired ExpertCache::acquire(int record) {
-  const double now = score(record) + 1.0;
+  std::lock_guard lock(mutex_);
   if (store_.mapped()) {
     ++stats_.hits;
     return Acquired::kHit;
   }
-  std::lock_guard lock(mutex_);
+  const double now = score(record) + 1.0;
   Acquired result;
   if (int slot = slot_of_[record]; slot >= 0) {
     ++slots_[slot].pins;
+    stats_.read_ahead_used += std::exchange(slots_[slot].ahead, false);
     result = slots_[slot].state == State::kReady ? Acquired::kHit : Acquired::kLoading;
     ++stats_.hits;
   } else {
@@ -63,6 +65,13 @@ ExpertCache::Acquired ExpertCache::acquire(int record) {
   uses_[record] = now;
   used_at_[record] = clock_;
   return result;
+}
+
+void ExpertCache::read_ahead(std::span<const int32_t> records) {
+  if (store_.mapped()) return;
+  std::lock_guard lock(mutex_);
+  ahead_.assign(records.rbegin(), records.rend());
+  for (size_t i = 0; i < records.size(); ++i) requested_.notify_one();
 }
 
 bool ExpertCache::holds(int record) const {
@@ -91,6 +100,11 @@ void ExpertCache::release(int record) {
   Slot& slot = slots_[slot_of_[record]];
   if (--slot.pins > 0 || slot.state != State::kFailed) return;
   free_slot(slot_of_[record]);  // a failed read is tried again the next time it is wanted
+}
+
+void ExpertCache::tick() {
+  std::lock_guard lock(mutex_);
+  ++clock_;
 }
 
 // A record's uses, fading with the layers computed since the last one.
@@ -125,7 +139,7 @@ int ExpertCache::make_slot(size_t bytes) {
   if (first < 0) return -1;
   Slot& slot = slots_[first];
   if (slot.record >= 0) slot_of_[slot.record] = -1;
-  slot.record = -1, slot.state = State::kFree;
+  slot.record = -1, slot.state = State::kFree, slot.ahead = false;
   while (slot.bytes < bytes || joins(slot)) absorb_next(slot);
   if (slot.bytes > bytes) {
     const int rest = unused_.back();
@@ -152,9 +166,15 @@ void ExpertCache::absorb_next(Slot& slot) {
 
 void ExpertCache::free_slot(int failed) {
   slot_of_[slots_[failed].record] = -1;
-  slots_[failed].record = -1, slots_[failed].state = State::kFree, slots_[failed].error = nullptr;
+  slots_[failed].record = -1, slots_[failed].state = State::kFree, slots_[failed].ahead = false;
+  slots_[failed].error = nullptr;
   for (int slot = 0; slot >= 0; slot = slots_[slot].next)
     while (slots_[slot].state == State::kFree && joins(slots_[slot])) absorb_next(slots_[slot]);
+}
+
+CacheStats ExpertCache::stats() const {
+  std::lock_guard lock(mutex_);
+  return stats_;
 }
 
 int ExpertCache::records_held() const {
@@ -162,13 +182,33 @@ int ExpertCache::records_held() const {
   return int(std::count_if(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.record >= 0; }));
 }
 
-void ExpertCache::read_requests() {
-  std::unique_lock lock(mutex_);
-  for (;;) {
-    requested_.wait(lock, [this] { return stop_ || !queue_.empty(); });
-    if (stop_) return;
+// A slot to fill: one that was asked for, else one for a record to read ahead; -1 when there is nothing to do.
+int ExpertCache::next_request() {
+  if (!queue_.empty()) {
     const int slot = queue_.front();
     queue_.pop_front();
+    return slot;
+  }
+  while (!ahead_.empty()) {
+    const int record = ahead_.back();
+    ahead_.pop_back();
+    if (slot_of_[record] >= 0) continue;
+    const int slot = make_slot(store_.records()[record].padded);
+    if (slot < 0) continue;
+    slots_[slot].record = record, slots_[slot].state = State::kLoading, slots_[slot].ahead = true;
+    slot_of_[record] = slot;
+    ++stats_.read_ahead;
+    stats_.bytes_read += store_.records()[record].padded;
+    return slot;
+  }
+  return -1;
+}
+
+void ExpertCache::read_requests() {
+  std::unique_lock lock(mutex_);
+  for (int slot = -1;;) {
+    requested_.wait(lock, [&] { return stop_ || (slot = next_request()) >= 0; });
+    if (stop_) return;
     const int record = slots_[slot].record;
     lock.unlock();
     std::exception_ptr error;

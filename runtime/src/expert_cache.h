@@ -16,6 +16,7 @@
 #include <deque>
 #include <exception>
 #include <mutex>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -25,6 +26,7 @@ namespace edge_moe {
 
 struct CacheStats {
   uint64_t hits = 0, misses = 0, bytes_read = 0;
+  uint64_t read_ahead = 0, read_ahead_used = 0;  // records: read before they were asked for, and then asked for
 };
 
 class ExpertCache {
@@ -40,6 +42,10 @@ class ExpertCache {
   // Pin a record, starting its read if it is not in memory; kNoSlot when too much is pinned.
   Acquired acquire(int record);
 
+  // Records that may be asked for soon, most likely first, instead of those named before. A reader with nothing else to
+  // do reads one that is not in memory; it is not pinned.
+  void read_ahead(std::span<const int32_t> records);
+
   // Is the record in a slot (or mapped) now? Does not pin.
   bool holds(int record) const;
 
@@ -50,9 +56,9 @@ class ExpertCache {
   void wait();
 
   void release(int record);
-  void tick() { ++clock_; }  // a layer was computed
+  void tick();  // a layer was computed
 
-  CacheStats stats() const { return stats_; }
+  CacheStats stats() const;
   int records_held() const;  // in slots now
 
  private:
@@ -63,6 +69,7 @@ class ExpertCache {
     size_t offset = 0, bytes = 0;
     int record = -1;
     State state = State::kFree;
+    bool ahead = false;  // read ahead, and not asked for yet
     int pins = 0, next = -1;
     std::exception_ptr error;
   };
@@ -73,6 +80,7 @@ class ExpertCache {
   bool joins(const Slot& slot) const;
   void absorb_next(Slot& slot);
   void free_slot(int failed);
+  int next_request();
   void read_requests();
   uint8_t* slot_bytes(int slot) const { return arena_.data() + slots_[slot].offset; }
 
@@ -85,12 +93,13 @@ class ExpertCache {
   std::vector<double> uses_;       // by record: score when last used
   std::vector<uint64_t> used_at_;  // by record: clock when last used
   uint64_t clock_ = 0;
-  CacheStats stats_;
 
   // Shared with the readers, under mutex_: slots' states, the queue, and the count of reads that ended.
   mutable std::mutex mutex_;
   std::condition_variable requested_, landed_;
-  std::deque<int> queue_;  // slots to fill
+  std::deque<int> queue_;       // slots to fill
+  std::vector<int32_t> ahead_;  // records to read when the queue is empty, the next one last
+  CacheStats stats_;
   uint64_t ended_ = 0, seen_ = 0;
   bool stop_ = false;
   std::vector<std::thread> readers_;

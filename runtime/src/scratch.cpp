@@ -54,7 +54,7 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   const size_t chunk = c.chunk, threads = c.threads, pairs = chunk * most(c.top_k), experts = most(c.experts);
   const size_t q_dim = size_t(c.heads) * c.head_dim, attended = size_t(c.heads) * c.v_dim;
   const size_t kv_dim = c.kv_rank ? c.latent_cached() : size_t(c.kv_heads) * c.head_dim;
-  const size_t queries = threads * (c.kv_rank ? kLatentQueries : 1);  // in attention at once
+  const size_t queries = threads * (c.kv_rank ? kLatentQueries : kHeadQueries);  // in attention at once
   const size_t widest = std::max({c.expert_hidden, c.shared_hidden, c.dense_hidden});
   const size_t hidden = std::max({pairs * c.expert_hidden, chunk * c.shared_hidden, chunk * c.dense_hidden});
   Carver carver(base);
@@ -64,7 +64,7 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   carver.carve(s.k, chunk * kv_dim);
   carver.carve(s.v, c.kv_rank ? 0 : chunk * kv_dim);
   carver.carve(s.attended, chunk * attended);
-  carver.carve(s.scores, queries * c.context);
+  carver.carve(s.scores, queries * c.key_positions());
   carver.carve(s.router_logits, chunk * experts);
   carver.carve(s.routing_weights, pairs);
   carver.carve(s.group_scores, c.groups > 1 ? threads * 2 * c.groups : 0);
@@ -87,6 +87,10 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   carver.carve(s.importance, chunk);
   carver.carve(s.by_importance, chunk);
   carver.carve(s.protects, chunk);
+  carver.carve(s.ahead_normed, c.dim);
+  carver.carve(s.ahead_logits, experts);
+  carver.carve(s.ahead_weights, most(c.top_k));
+  carver.carve(s.ahead_ids, most(c.top_k));
   carver.carve(s.normed_q, chunk, c.dim);
   carver.carve(s.attended_q, chunk, attended);
   carver.carve(s.hidden_q, pairs, widest);
@@ -94,7 +98,7 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
     carver.carve(s.q_latent, chunk * c.q_rank);
     carver.carve(s.absorbed, queries * c.latent_cached());
     carver.carve(s.mixed, queries * c.kv_rank);
-    carver.carve(s.rows, threads * kLatentRows * c.kv_rank);
+    carver.carve(s.rows, threads * kLatentRows * c.latent_cached());
     carver.carve(s.q_latent_q, chunk, c.q_rank);
     carver.carve(s.mixed_q, queries, c.kv_rank);
   }

@@ -10,6 +10,7 @@ namespace edge_moe {
 
 struct EngineConfig;
 
+inline constexpr int kHeadQueries = 16;    // that one thread takes over a KV head's cache at a time
 inline constexpr int kLatentQueries = 16;  // that one thread takes over the latents at a time
 inline constexpr int kLatentRows = 8;      // latents, or rows of kv_b as floats, that it does so with
 
@@ -21,7 +22,7 @@ struct QuantisedBuffer {
 
 struct Scratch {
   float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
-  float* scores;                                   // (threads, context)
+  float* scores;                                   // (threads, queries at a time, context in whole key blocks)
   float *router_logits, *routing_weights;          // (chunk, experts), (chunk, top_k): the most of any layer
   float* group_scores;                             // (threads, 2, groups)
   int32_t *routed, *pair_of, *pair_token;          // (chunk, top_k): expert ids; pair of (token, k); token of a pair
@@ -34,12 +35,14 @@ struct Scratch {
   float *received, *importance;                    // (heads, chunk), (chunk,): attention from the chunk's tokens
   int32_t* by_importance;                          // (chunk,)
   uint8_t* protects;                               // (chunk,): 1 for a token that pruning leaves alone
+  float *ahead_normed, *ahead_logits, *ahead_weights;  // of the next layer for one token: (dim,), (experts,), (top_k,)
+  int32_t* ahead_ids;                                  // (top_k,)
   QuantisedBuffer normed_q, attended_q, hidden_q;
 
-  // Attention over a latent alone, which has kLatentQueries rows of scores a thread; `cached` is kv_rank + rope_dim.
+  // Attention over a latent alone; `cached` is kv_rank + rope_dim.
   float* q_latent;          // (chunk, q_rank)
   float *absorbed, *mixed;  // (threads, kLatentQueries, cached), (threads, kLatentQueries, kv_rank)
-  float* rows;              // (threads, kLatentRows, kv_rank)
+  float* rows;              // (threads, kLatentRows, cached)
   QuantisedBuffer q_latent_q, mixed_q;
 };
 

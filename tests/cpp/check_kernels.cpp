@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../../devices/half.h"
 #include "../../devices/kernels.h"
 
 using namespace edge_moe;
@@ -137,8 +138,7 @@ static void check_vectors(const Kernels& kernels, bool reference) {
   };
   for (int n : {1, 5, 16, 33, 100, 256, 1000}) {
     const std::string of = " of " + std::to_string(n);
-    std::vector<float> a = floats(n), b = floats(n), q = floats(n), k = floats(size_t(n) * 37),
-                       v = floats(size_t(n) * 37);
+    std::vector<float> a = floats(n), b = floats(n), q = floats(n);
     for (float& value : a) value *= 20;
     both("quantise" + of, [&](const Kernels& its) {
       Inputs inputs(1, n);
@@ -158,14 +158,30 @@ static void check_vectors(const Kernels& kernels, bool reference) {
     both("rms_norm" + of, in_place([&](const Kernels& its, float* y) { its.rms_norm(y, b.data(), 1e-6f, y, n); }));
     both("silu" + of, in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, 0); }));
     both("gelu" + of, in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, 1); }));
-    both("softmax" + of, in_place([&](const Kernels& its, float* y) { its.softmax(y, n); }));
+    both("softmax" + of, in_place([&](const Kernels& its, float* y) { its.softmax(y, 0, n); }));
     both("add_scaled" + of, in_place([&](const Kernels& its, float* y) { its.add_scaled(y, b.data(), 0.3f, n); }));
-    for (int begin : {0, 5})
-      both("attend" + of, [&](const Kernels& its) {
-        std::vector<float> scores(37), out(n);
-        its.attend(q.data(), k.data(), v.data(), begin, 37, n, 0.2f, scores.data(), out.data());
-        return out;
-      });
+    std::vector<uint16_t> halves(48 * size_t(n));
+    for (uint16_t& half : halves) half = float_to_half(floats(1)[0]);
+    std::vector<float> keys = floats(48 * size_t(n)), values = floats(48 * size_t(n));
+    for (int queries : {1, 3, 7, 13})
+      for (bool half : {false, true})
+        both("attention of " + std::to_string(queries) + of, [&](const Kernels& its) {
+          KeyValues cache{keys.data(), values.data(), size_t(n), half};
+          if (half) cache.keys = cache.values = halves.data();
+          std::vector<float> out(size_t(queries) * n), scores(size_t(queries) * 48);
+          std::vector<const float*> q_rows(queries, q.data());
+          std::vector<float*> out_rows;
+          for (int i = 0; i < queries; ++i) out_rows.push_back(out.data() + size_t(i) * n);
+          its.attend_scores(q_rows.data(), queries, cache, 5, 37, n, 0.2f, scores.data(), 48);
+          for (int i = 0; i < queries; ++i) its.softmax(scores.data() + size_t(i) * 48, 5 + i % 3, 37);
+          its.attend_values(scores.data(), 48, queries, cache, 7, 37, n, out_rows.data());
+          return out;
+        });
+    both("widen" + of, [&](const Kernels& its) {
+      std::vector<float> y(n);
+      its.widen(halves.data(), y.data(), n);
+      return y;
+    });
   }
 }
 

@@ -1,0 +1,146 @@
+// Attention's products with the KV cache: queries with keys, weights with values. What the instruction sets share;
+// scalar.cpp defines the result.
+//
+// Each cpu/*.cpp includes this file after packed.inl and vector_ops.inl, inside its own namespace, and defines
+// load_cached(const uint16_t*) before. A tile is eight queries, or fewer by as many more positions, so that as many
+// sums are in registers and each key and value that is loaded is used eight times where so many queries share it.
+
+constexpr int kTileQueries = 8;
+constexpr int kValueRows = 64;  // values of a pass over the queries: those of 128 floats fill the first-level cache
+
+inline Vector load_cached(const float* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Queries times Blocks key blocks.
+template <typename T, int Queries, int Blocks>
+inline void tile_scores(const float* const* q, const T* keys, int head_dim, float scale, float* const* scores) {
+  for (int part = 0; part < kKeyBlock; part += kTileRows) {
+    Vector sums[Blocks][Queries];
+    unrolled<Blocks * Queries>([&](auto i) { sums[i / Queries][i % Queries] = broadcast(0.0f); });
+    const T* key = keys + part;
+    for (int d = 0; d < head_dim; ++d, key += kKeyBlock) {
+      Vector at[Blocks];
+      unrolled<Blocks>([&](auto b) { at[b] = load_cached(key + size_t(b) * head_dim * kKeyBlock); });
+      unrolled<Queries>([&](auto i) {
+        const Vector value = broadcast(q[i][d]);
+        unrolled<Blocks>([&](auto b) { sums[b][i] = fma(value, at[b], sums[b][i]); });
+      });
+    }
+    unrolled<Blocks * Queries>([&](auto i) {
+      const Vector score = multiply(sums[i / Queries][i % Queries], broadcast(scale));
+      std::memcpy(scores[i % Queries] + i / Queries * kKeyBlock + part, &score, sizeof score);
+    });
+  }
+}
+
+// All blocks in [begin, end), for so many queries.
+template <typename T, int Queries>
+void block_scores(const float* const* q, const T* keys, int begin, int end, int head_dim, float scale, float* scores,
+                  size_t scores_stride) {
+  constexpr int kBlocks = kTileQueries / Queries;
+  int block = begin;
+  auto tile = [&](auto blocks) {
+    float* out[Queries];
+    for (int i = 0; i < Queries; ++i) out[i] = scores + i * scores_stride + size_t(block) * kKeyBlock;
+    tile_scores<T, Queries, blocks>(q, keys + size_t(block) * head_dim * kKeyBlock, head_dim, scale, out);
+    block += blocks;
+  };
+  while (block + kBlocks <= end) tile(std::integral_constant<int, kBlocks>{});
+  while (block < end) tile(std::integral_constant<int, 1>{});
+}
+
+template <typename T>
+void all_scores(const float* const* q, int queries, const T* keys, int begin, int end, int head_dim, float scale,
+                float* scores, size_t scores_stride) {
+  for (int at = 0; at < queries;) {
+    auto some = [&](auto count) {
+      block_scores<T, count>(q + at, keys, begin, end, head_dim, scale, scores + at * scores_stride, scores_stride);
+      at += count;
+    };
+    if (queries - at >= 8)
+      some(std::integral_constant<int, 8>{});
+    else if (queries - at >= 4)
+      some(std::integral_constant<int, 4>{});
+    else if (queries - at >= 2)
+      some(std::integral_constant<int, 2>{});
+    else
+      some(std::integral_constant<int, 1>{});
+  }
+}
+
+void attend_scores(const float* const* q, int queries, const KeyValues& cache, int begin, int end, int head_dim,
+                   float scale, float* scores, size_t scores_stride) {
+  const int first = begin / kKeyBlock, last = (end + kKeyBlock - 1) / kKeyBlock;
+  if (cache.half)
+    all_scores(q, queries, static_cast<const uint16_t*>(cache.keys), first, last, head_dim, scale, scores,
+               scores_stride);
+  else
+    all_scores(q, queries, static_cast<const float*>(cache.keys), first, last, head_dim, scale, scores, scores_stride);
+}
+
+// Some rows of values, for so many queries; n of the values.
+template <typename T, int Queries>
+void row_values(const float* weights, size_t weights_stride, const T* values, size_t stride, int rows, int n,
+                float* const* out) {
+  int i = 0;
+  for (; i + kTileRows <= n; i += kTileRows) {
+    Vector sums[Queries];
+    unrolled<Queries>([&](auto query) { sums[query] = load_cached(out[query] + i); });
+    for (int row = 0; row < rows; ++row) {
+      const Vector value = load_cached(values + row * stride + i);
+      unrolled<Queries>(
+          [&](auto query) { sums[query] = fma(broadcast(weights[query * weights_stride + row]), value, sums[query]); });
+    }
+    unrolled<Queries>([&](auto query) { std::memcpy(out[query] + i, &sums[query], sizeof(Vector)); });
+  }
+  for (; i < n; ++i)
+    for (int query = 0; query < Queries; ++query)
+      for (int row = 0; row < rows; ++row)
+        out[query][i] =
+            std::fma(weights[query * weights_stride + row], as_float(values[row * stride + i]), out[query][i]);
+}
+
+template <typename T>
+void all_values(const float* weights, size_t weights_stride, int queries, const T* values, size_t stride, int begin,
+                int end, int n, float* const* out) {
+  for (int row = begin; row < end; row += kValueRows) {
+    const int rows = end - row < kValueRows ? end - row : kValueRows;
+    for (int at = 0; at < queries;) {
+      auto some = [&](auto count) {
+        row_values<T, count>(weights + at * weights_stride + row, weights_stride, values + row * stride, stride, rows,
+                             n, out + at);
+        at += count;
+      };
+      if (queries - at >= 8)
+        some(std::integral_constant<int, 8>{});
+      else if (queries - at >= 4)
+        some(std::integral_constant<int, 4>{});
+      else if (queries - at >= 2)
+        some(std::integral_constant<int, 2>{});
+      else
+        some(std::integral_constant<int, 1>{});
+    }
+  }
+}
+
+void attend_values(const float* weights, size_t weights_stride, int queries, const KeyValues& cache, int begin, int end,
+                   int n, float* const* out) {
+  if (cache.half)
+    all_values(weights, weights_stride, queries, static_cast<const uint16_t*>(cache.values), cache.stride, begin, end,
+               n, out);
+  else
+    all_values(weights, weights_stride, queries, static_cast<const float*>(cache.values), cache.stride, begin, end, n,
+               out);
+}
+
+void widen(const uint16_t* halves, float* y, int n) {
+  int i = 0;
+  for (; i + kTileRows <= n; i += kTileRows) {
+    const Vector values = load_cached(halves + i);
+    std::memcpy(y + i, &values, sizeof values);
+  }
+  for (; i < n; ++i) y[i] = half_to_float(halves[i]);
+}
