@@ -1,23 +1,24 @@
 """llama-bench's table for a bundle under a cap: prompt tokens a second, generated tokens a second, and their price.
 
-Both tests feed random token ids of a fixed seed, as llama-bench does: ppN reads a prompt of N tokens into an empty
-context, tgN feeds N tokens one at a time. A test has one warm-up run, then `repeats` timed ones with the experts that
-the runs before left in memory. Random tokens have no topic, so under a cap they hit fewer experts than text does.
+Both tests feed random token ids of a fixed seed, as llama-bench does: ppN reads a prompt of N tokens, tgN feeds N
+tokens one at a time, into an empty context or behind the tokens of a depth, which are read before the clock starts. A
+test has one warm-up run, then `repeats` timed ones with the experts that the runs before left in memory. Random tokens
+have no topic, so under a cap they hit fewer experts than text does.
 """
 
-import functools
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edge_moe.bench.bandwidth import machine_bandwidth
-from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes
-from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.plan import Plan
+from edge_moe.runtime.runtime import LAST, NOTHING, Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,12 @@ class Measurement:
     device: str
     threads: int
     ram_bytes: int  # the cap
+    slots: int  # about: how many experts of mean size they hold; 0 when resident
     resident: bool  # every expert in memory
-    test: str  # pp512, tg128
+    holds_working_set: bool  # all experts that one token uses fit in memory at once
+    test: str  # pp512, tg128 @ d4096
+    tokens: int  # that a timed run computed
+    depth: int  # tokens in the context before them
     prune: str
     experts_used: float  # a token and layer
     tps_mean: float
@@ -56,42 +61,22 @@ class Report:
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
 
-def bench(
-    bundle: str | Path,
-    *,
-    ram: int | str = "auto",
-    prompt: int = 512,
-    generate: int = 128,
-    repeats: int = 5,
-    threads: int | None = None,
-    seed: int = 0,
-    prune: list[float | str] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Report:
-    """Measure a bundle; prompt or generate 0 leaves that test out, and both are cut to the model's context.
+@dataclass(frozen=True, slots=True)
+class Test:
+    kind: str  # pp | tg
+    tokens: int
+    depth: int
 
-    prune: as for Runtime, a row for each; none: off, and bundle where it is calibrated.
+    @property
+    def name(self) -> str:
+        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
 
-    Raises ValueError for counts below 0 or nothing to do, and what Runtime raises.
-    """
-    if prompt < 0 or generate < 0 or repeats < 1 or prompt + generate == 0:
-        raise ValueError(
-            f"prompt {prompt}, generate {generate}, repeats {repeats}: expected at least one test and one repeat"
-        )
-    opened = Bundle.open(bundle)
-    longest, prune = opened.config.context, prune or ["off", *(["bundle"] if opened.pruning else [])]
-    prompt, generate = min(prompt, longest), min(generate, longest)
-    machine = machine_bandwidth(bundle, threads or default_threads())
-    with Runtime(bundle, ram, max(prompt, generate), threads=threads) as runtime:
-        ids = np.random.default_rng(seed).integers(0, runtime.config.vocab, max(prompt, generate)).tolist()
-        tests = [(f"pp{prompt}", _prompt_run, prompt), (f"tg{generate}", generate_run, generate)]
-        rows = [
-            _measure(runtime, name, functools.partial(run, prune=how), ids[:count], repeats, how, progress)
-            for name, run, count in tests
-            for how in prune
-            if count > 0
-        ]
-        return Report(rows, machine["memory_gbps"], machine["disk_gbps"], runtime.plan.as_dict())
+
+def bench(bundle: str | Path, **options) -> Report:
+    """Measure a bundle and the machine; options as for measure(), which says what is raised."""
+    rows, plan = measure(bundle, **options)
+    machine = machine_bandwidth(bundle, rows[0].threads)
+    return Report(rows, machine["memory_gbps"], machine["disk_gbps"], plan.as_dict())
 
 
 def bench_synthetic(
@@ -101,9 +86,13 @@ def bench_synthetic(
     width: int = 4,
     vocab: int | None = None,
     keep: str | Path | None = None,
+    run: Callable = bench,
     **options,
-) -> Report:
-    """Measure a random bundle of a config's shapes; see make_synthetic() and bench(). keep: leave the bundle there."""
+):
+    """Measure a random bundle of a config's shapes; see make_synthetic(). keep: leave the bundle there.
+
+    run: bench() or sweep(), which gets the options and whose result is returned.
+    """
     import tempfile
 
     from edge_moe.bench.synthetic import make_in_child
@@ -113,22 +102,81 @@ def bench_synthetic(
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(keep) if keep else Path(temporary) / (name + (f"-{layers}L" if layers else "") + ".emoe")
         make_in_child(temporary, config, out, layers, width, vocab)
-        return bench(out, **options)
+        return run(out, **options)
 
 
-def _measure(runtime: Runtime, name: str, run, ids: list[int], repeats: int, prune, progress) -> Measurement:
-    seconds = []
-    run(runtime, ids)
-    before = runtime.stats
-    for done in range(repeats):
-        began = time.perf_counter()
-        run(runtime, ids)
-        seconds.append(time.perf_counter() - began)
+def measure(
+    bundle: str | Path,
+    *,
+    ram: int | str = "auto",
+    prompt: int = 512,
+    generate: int = 128,
+    depths: Sequence[int] = (0,),
+    repeats: int = 5,
+    threads: int | None = None,
+    seed: int = 0,
+    prune: list[float | str] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[list[Measurement], Plan]:
+    """A row for each test, depth and pruning, and the plan under which they ran.
+
+    prompt, generate: tokens of either test, cut to the model's context; 0 leaves the test out. depths: tokens that are
+    in the context already, a row of each test for each; the KV cache is as long as the deepest needs. prune: as for
+    Runtime, a row for each; none: off, and bundle where it is calibrated.
+
+    Raises ValueError for counts below 0, nothing to do or a depth beyond the model's context, and what Runtime raises.
+    """
+    opened = Bundle.open(bundle)
+    tests = _tests(opened, prompt, generate, depths, repeats)
+    prune = prune or ["off", *(["bundle"] if opened.pruning else [])]
+    context = max(test.depth + test.tokens for test in tests)
+    with Runtime(bundle, ram, context, threads=threads) as runtime:
+        ids = np.random.default_rng(seed).integers(0, runtime.config.vocab, context).tolist()
+        rows = [_measure(runtime, test, ids, repeats, how, progress) for test in tests for how in prune]
+        return rows, runtime.plan
+
+
+def generate_run(runtime: Runtime, ids: list[int], prune) -> None:
+    """Decode a text from an empty context: its tokens one by one, each with its logits."""
+    _hold(runtime, [], prune)
+    _compute(runtime, ids, 1)
+
+
+def _tests(bundle: Bundle, prompt: int, generate: int, depths: Sequence[int], repeats: int) -> list[Test]:
+    if prompt < 0 or generate < 0 or repeats < 1 or prompt + generate == 0:
+        raise ValueError(
+            f"prompt {prompt}, generate {generate}, repeats {repeats}: expected at least one test and one repeat"
+        )
+    if not depths or min(depths) < 0:
+        raise ValueError(f"depths are {list(depths)}, expected numbers of tokens from 0 up")
+    longest, asked = bundle.config.context, max(prompt, generate)
+    for depth in depths:
+        if depth and depth + asked > longest:
+            raise ValueError(
+                f"{bundle.path}: {asked:,} tokens at depth {depth:,} do not fit the model's context of {longest:,}; "
+                "lower the depth or the tests' tokens"
+            )
+    counts = {kind: min(count, longest) for kind, count in (("pp", prompt), ("tg", generate)) if count}
+    return [Test(kind, count, depth) for depth in dict.fromkeys(depths) for kind, count in counts.items()]
+
+
+def _measure(runtime: Runtime, test: Test, ids: list[int], repeats: int, prune, progress) -> Measurement:
+    seconds, used = [], Counter()
+    before, timed = ids[: test.depth], ids[test.depth : test.depth + test.tokens]
+    step = 1 if test.kind == "tg" else runtime.plan.chunk
+    for run in range(repeats + 1):
+        _hold(runtime, before, prune)
+        stats, began = runtime.stats, time.perf_counter()
+        _compute(runtime, timed, step)
+        ended = time.perf_counter()
+        if run == 0:  # warm-up
+            continue
+        seconds.append(ended - began)
+        used.update({key: value - stats[key] for key, value in runtime.stats.items()})
         if progress:
-            progress(name, done + 1, repeats)
-    stats, bundle = runtime.stats, runtime.bundle
-    used = {key: stats[key] - before[key] for key in before}
-    tps = len(ids) / np.array(seconds)
+            progress(test.name, run, repeats)
+    bundle, plan = runtime.bundle, runtime.plan
+    tps = test.tokens / np.array(seconds)
     return Measurement(
         model=bundle.path.name.removesuffix(".emoe"),
         architecture=runtime.config.architecture,
@@ -137,31 +185,41 @@ def _measure(runtime: Runtime, name: str, run, ids: list[int], repeats: int, pru
         bits_per_weight=bundle.bits_per_weight,
         device=runtime.device,
         threads=runtime.threads,
-        ram_bytes=runtime.plan.ram_bytes,
-        resident=runtime.plan.resident,
-        test=name,
+        ram_bytes=plan.ram_bytes,
+        slots=plan.slots,
+        resident=plan.resident,
+        holds_working_set=plan.holds_working_set,
+        test=test.name,
+        tokens=used["tokens"] // repeats,
+        depth=test.depth,
         prune=str(prune),
         experts_used=used["experts_used"] / max(used["moe_tokens"], 1),
         tps_mean=float(tps.mean()),
         tps_sd=float(tps.std(ddof=1)) if repeats > 1 else 0.0,
         repeats=repeats,
         hit_rate=used["expert_hits"] / max(used["expert_hits"] + used["expert_misses"], 1),
-        read_bytes_per_token=used["bytes_read"] / (repeats * len(ids)),
-        weights_gbps=_weight_bytes(bundle, used) * float(tps.mean()) / 1e9 if name.startswith("tg") else None,
-        peak_memory_bytes=stats["peak_memory_bytes"],
+        read_bytes_per_token=used["bytes_read"] / (repeats * test.tokens),
+        weights_gbps=_weight_bytes(bundle, used) * float(tps.mean()) / 1e9 if test.kind == "tg" else None,
+        peak_memory_bytes=runtime.stats["peak_memory_bytes"],
     )
 
 
-def _prompt_run(runtime: Runtime, ids: list[int], prune) -> None:
-    runtime.reset()
-    runtime.generate(ids, 1, prune=prune)
+def _hold(runtime: Runtime, ids: list[int], prune) -> None:
+    """Leave exactly `ids` in the KV cache; what it holds of the run before is not computed again."""
+    runtime._use(runtime._rule(prune))
+    if runtime._cached[: len(ids)] != ids:
+        runtime._rewind(0)
+        _compute(runtime, ids, runtime.plan.chunk)
+    runtime._rewind(len(ids))
 
 
-def generate_run(runtime: Runtime, ids: list[int], prune) -> None:
-    """Decode a text: each call finds all but its last token in the KV cache and computes that one."""
-    runtime.reset()
-    for count in range(1, len(ids) + 1):
-        runtime.generate(ids[:count], 1, prune=prune)
+def _compute(runtime: Runtime, ids: list[int], step: int) -> None:
+    """Run tokens behind those in the KV cache, `step` at a time, with the logits that generating them would need.
+
+    Without generate()'s search for what is in the KV cache already: at a depth it would take longer than a token.
+    """
+    for at in range(0, len(ids), step):
+        runtime._step(ids[at : at + step], LAST if step == 1 or at + step >= len(ids) else NOTHING)
 
 
 def _weight_bytes(bundle: Bundle, used: dict) -> float:

@@ -8,21 +8,18 @@ written as soon as it is drawn; no checkpoint is involved.
 
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from edge_moe import _core
+from edge_moe.bench.child import answer, call
 from edge_moe.compressor.quantise import largest_group, to_bfloat16, trunk_packing
 from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import parse_config, read_json, trunk_shapes
 
-ERRORS = {kind.__name__: kind for kind in (ValueError, MemoryError, FileExistsError, FileNotFoundError)}
 TRUNK_WIDTH = 8
 GROUP = 64
 
@@ -75,16 +72,9 @@ def make_in_child(
 
     What it leaves when it is killed lies in the directory `temporary`.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "edge_moe.bench.synthetic",
-        json.dumps([str(config), str(out), layers, width, vocab]),
-    ]
-    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": temporary})
-    if child.returncode:
-        kind, _, message = child.stdout.strip().partition(": ")
-        raise ERRORS.get(kind, OSError)(message or "writing the random bundle was killed; it may need more memory")
+    shapes = {"layers": layers, "width": width, "vocab": vocab}
+    killed = "writing the random bundle was killed; it may need more memory"
+    call("edge_moe.bench.synthetic", {"config": str(config), "out": str(out), **shapes}, killed, TMPDIR=temporary)
 
 
 def _raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
@@ -132,9 +122,9 @@ def _random_bytes(random: np.random.Generator, count: int) -> np.ndarray:
     return random.integers(0, 2**64, -(-count // 8), np.uint64).view(np.uint8)[:count]
 
 
+def _make(**arguments) -> None:
+    make_synthetic(**arguments)
+
+
 if __name__ == "__main__":
-    try:
-        make_synthetic(*json.loads(sys.argv[1]))
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"{type(error).__name__}: {error}")
-        sys.exit(1)
+    answer(_make)

@@ -14,6 +14,7 @@ READER_BYTES = 64 * 1024  # touched stack of a reader
 INTERPRETER_SPARE = 12_000_000  # what Python may still come to need: token lists, text, sampling
 LOGIT_BYTES = 64  # that sampling or scoring may hold for each logit of a step: float64 copies, an order, a sum
 KV_TYPES = ("float16", "float32")  # that the KV cache is kept in
+SCRATCH_PART = 8  # when paging, a step's scratch takes at most one part in so many of what slots could have
 AUTO_SHARE = 0.8  # of free memory that ram="auto" takes
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -39,6 +40,8 @@ class Plan:
     all_experts_bytes: int  # on disk
     floor_bytes: int
     resident_bytes: int  # the cap from which on every expert is resident
+    working_set_experts: int  # that one token uses in all layers together
+    working_set_bytes: int  # of so many records of mean size
 
     @property
     def total_bytes(self) -> int:
@@ -51,8 +54,33 @@ class Plan:
             + self.experts_bytes
         )
 
+    @property
+    def holds_working_set(self) -> bool:
+        """Whether all experts that one token uses, of mean size, fit in memory at once; else it reads from storage."""
+        return self.experts_bytes >= self.working_set_bytes
+
+    @property
+    def working_set_cap_bytes(self) -> int:
+        """A cap from which on they fit: the knee of speed over the cap."""
+        experts = self.working_set_bytes
+        scratch = max(self.scratch_bytes, math.ceil(experts / (SCRATCH_PART - 1)))  # of a longer step, where it fits
+        fixed = self.trunk_bytes + self.kv_cache_bytes + self.interpreter_bytes + READERS * READER_BYTES
+        return min(max(fixed + scratch + experts, self.floor_bytes), self.resident_bytes)
+
     def as_dict(self) -> dict:
-        return {**asdict(self), "total_bytes": self.total_bytes}
+        return {
+            **asdict(self),
+            "total_bytes": self.total_bytes,
+            "working_set_cap_bytes": self.working_set_cap_bytes,
+        }
+
+
+class BelowFloor(MemoryError):
+    """A cap under which nothing works. `plan` has its floor, counted as the process that was refused is."""
+
+    def __init__(self, plan: Plan):
+        super().__init__(refusal(plan))
+        self.plan = plan
 
 
 def parse_bytes(size: int | str) -> int:
@@ -138,10 +166,11 @@ def make_plan(
 
     Every expert resident beats a long prefill chunk; when paging, the chunk takes at most an eighth of what the
     slots could have. loading_bytes: the process's peak while its tokenizer was read; a cap below that is broken
-    already, whatever is free by now. Raises MemoryError below the floor (room for as many of the largest records as a
+    already, whatever is free by now. Raises BelowFloor below the floor (room for as many of the largest records as a
     token uses in one layer, or for all experts where they take less), naming it, unless `refuse` is off (then there is
     less than works).
     """
+    working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
     least_slots = max(config.top_k_of(layer) for layer in config.moe_layers)
     interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
 
@@ -166,6 +195,8 @@ def make_plan(
             all_experts_bytes=all_experts_bytes,
             floor_bytes=fixed + READERS * READER_BYTES + least_slots * slot_bytes,
             resident_bytes=fixed + all_experts_bytes,
+            working_set_experts=working_set,
+            working_set_bytes=round(working_set * all_experts_bytes / config.expert_count),
         )
 
     rows = min(logits_rows, context)
@@ -178,7 +209,7 @@ def make_plan(
     smallest = replace(smallest, **limits)
     if ram_bytes < floor_bytes:
         if refuse:
-            raise MemoryError(refusal(smallest))
+            raise BelowFloor(smallest)
         return smallest
     for chunk in chunks:
         if (candidate := plan(chunk, True)).total_bytes <= ram_bytes:
@@ -186,7 +217,7 @@ def make_plan(
     for chunk in chunks:
         candidate = plan(chunk, False)
         room = ram_bytes - candidate.total_bytes + candidate.experts_bytes + candidate.scratch_bytes
-        if candidate.experts_bytes >= least_slots * slot_bytes and candidate.scratch_bytes * 8 <= room:
+        if candidate.experts_bytes >= least_slots * slot_bytes and candidate.scratch_bytes * SCRATCH_PART <= room:
             return replace(candidate, **limits)
     return smallest
 

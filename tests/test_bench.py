@@ -6,13 +6,19 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from bundles import prunable
+from test_prune_engine import mask_routers_of
 
 from edge_moe.bench.bandwidth import machine_bandwidth
-from edge_moe.bench.bench import bench, bench_synthetic
+from edge_moe.bench.bench import _compute, _hold, bench, bench_synthetic, measure
 from edge_moe.bench.synthetic import make_synthetic
-from edge_moe.report import bench_csv, bench_markdown, bench_text, size
+from edge_moe.bench_text import bench_csv, bench_markdown, bench_text
+from edge_moe.report import size
 from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.config import load_config
+from edge_moe.runtime.runtime import Runtime
 
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -49,6 +55,64 @@ def report(bundle):
 
 def test_tests_are_cut_to_the_context_and_named_by_their_tokens(report):
     assert [row.test for row in report.rows] == ["pp64", "tg16"]
+
+
+def test_rows_at_a_depth_are_named_by_it_and_compute_the_tests_tokens_alone(bundle):
+    rows, plan = measure(bundle, ram="1GB", prompt=24, generate=5, depths=[0, 32, 40, 32], repeats=2, threads=1)
+    assert [row.test for row in rows] == ["pp24", "tg5", "pp24 @ d32", "tg5 @ d32", "pp24 @ d40", "tg5 @ d40"]
+    assert [row.tokens for row in rows] == [24, 5] * 3  # as the engine counted them while the clock ran
+    assert [row.depth for row in rows] == [0, 0, 32, 32, 40, 40]
+    assert all(row.experts_used == 2 for row in rows)
+    assert plan.context == 64  # the deepest test fits
+
+
+def test_a_depth_is_computed_once_and_a_test_behind_it_gives_what_generating_would(bundle):
+    ids = np.random.default_rng(1).integers(0, 512, 60).tolist()
+    with Runtime(bundle, "1GB", 64, threads=1) as runtime:
+        want = runtime.generate(ids, 4).tokens
+        runtime.reset()
+        _hold(runtime, ids[:40], "off")
+        before = runtime.stats["tokens"]
+        for end, step in ((50, 1), (50, 16), (60, 1)):
+            _compute(runtime, ids[40:end], step)
+            _hold(runtime, ids[:40], "off")
+        assert runtime.stats["tokens"] - before == 10 + 10 + 20  # nothing of the depth
+        _compute(runtime, ids[40:], 16)
+        before = runtime.stats["tokens"]
+        assert runtime.generate(ids + want[:1], 3).tokens == want[1:]
+        assert runtime.stats["tokens"] - before == 3
+
+
+def test_a_rule_that_protects_tokens_computes_no_more_than_the_tests_tokens(golden, tmp_path):
+    source = golden["olmoe"][0]
+    routers = mask_routers_of(load_config(source))
+    path = prunable(tmp_path / "odp.emoe", source, routers)
+    rows, _ = measure(path, ram="1GB", prompt=16, generate=4, depths=[8], repeats=2, threads=1, prune=["odp:0.2"])
+    assert [row.tokens for row in rows] == [16, 4]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"prompt": 40, "generate": 0, "depths": [0, 32]},
+            "40 tokens at depth 32 do not fit the model's context of 64; ",
+        ),
+        ({"prompt": 0, "generate": 8, "depths": [57]}, "8 tokens at depth 57 do not fit the model's context of 64; "),
+        ({"depths": [1]}, "512 tokens at depth 1 do not fit the model's context of 64; "),
+    ],
+)
+def test_a_depth_that_the_context_does_not_hold_is_refused(bundle, options, message):
+    with pytest.raises(ValueError) as error:
+        bench(bundle, **options)
+    assert str(error.value) == f"{bundle}: {message}lower the depth or the tests' tokens"
+
+
+@pytest.mark.parametrize("depths", [[], [-1], [0, -4]])
+def test_a_depth_below_0_is_refused(bundle, depths):
+    with pytest.raises(ValueError) as error:
+        bench(bundle, depths=depths)
+    assert str(error.value) == f"depths are {depths}, expected numbers of tokens from 0 up"
 
 
 def test_a_resident_run_reads_nothing(report):

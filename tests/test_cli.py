@@ -252,7 +252,9 @@ def test_inspect_and_verify_describe_a_bundle(bundle):
 
 def test_a_plan_of_a_bundle_is_the_one_that_generate_has(bundle):
     plan = object_of("plan", bundle, "--ram", "1GB", "--context", "256")
-    assert set(plan) == {field.name for field in fields(Plan)} | {"total_bytes"}
+    assert set(plan) == {field.name for field in fields(Plan)} | {"total_bytes", "working_set_cap_bytes"}
+    assert plan["working_set_experts"] == 16
+    assert plan["working_set_bytes"] == plan["all_experts_bytes"] // 4
     assert plan["resident"] and plan["context"] == 256
     assert (
         object_of("generate", bundle, "-p", "a", "--ram", plan["floor_bytes"], "--context", "256")["expert_misses"] > 0
@@ -300,7 +302,7 @@ def test_a_plan_from_a_config_names_each_part_and_the_largest_context():
 
     result = object_of(*model, "--width", "1", "--widths", "down=2,edge_down=3", "--trunk-width", "4")
     assert set(result) - {field.name for field in fields(Plan)} == {
-        "total_bytes", "parts", "largest_context", "largest_resident_context",
+        "total_bytes", "working_set_cap_bytes", "parts", "largest_context", "largest_resident_context",
     }  # fmt: skip
     assert result["largest_context"] == 163840
     assert sum(part["bytes"] for part in result["parts"]) == result["trunk_bytes"] + result["all_experts_bytes"]

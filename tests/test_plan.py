@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_moe import _core
+from edge_moe.report import plan_text
 from edge_moe.runtime.config import load_config
 from edge_moe.runtime.plan import engine_config, make_plan, parse_bytes, resolve_ram
 from edge_moe.runtime.runtime import Runtime
@@ -164,6 +165,73 @@ def test_the_engine_refuses_layers_that_cannot_be(changes, message):
         setattr(c, name, values)
     with pytest.raises(ValueError, match=message):
         _core.engine_memory(c)
+
+
+# ---- a token's working set
+
+
+def test_a_working_set_is_top_k_records_of_mean_size_in_every_layer():
+    p = plan(10**9)
+    assert p.working_set_experts == 4 * 4  # layers of top 4
+    assert p.working_set_bytes == 16 * SLOT
+    kept = (tuple(range(16)), (1, 5, 9), tuple(range(0, 16, 2)), (0, 1))
+    config = replace(CONFIG, kept=kept, layer_top_k=(2, 3, 1, 2))
+    sizes = {"trunk_bytes": 2_000_000, "slot_bytes": SLOT, "all_experts_bytes": 29 * 100_000 + 7}
+    p = make_plan(config, ram_bytes=10**9, context=512, interpreter_bytes=40_000_000, **sizes)
+    assert p.working_set_experts == 2 + 3 + 1 + 2
+    assert p.working_set_bytes == 800_002  # 8/29 of 2,900,007, rounded
+
+
+def test_layers_without_experts_are_no_part_of_a_working_set():
+    p = make_plan(
+        replace(CONFIG, dense_layers=(0, 1), dense_hidden=512),
+        ram_bytes=10**9, context=512, interpreter_bytes=40_000_000, **SIZES,
+    )  # fmt: skip
+    assert p.working_set_experts == 2 * 4
+
+
+def test_a_plan_knows_whether_its_slots_hold_a_working_set():
+    floor = plan(1, refuse=False).floor_bytes
+    for extra in range(0, 9_000_000, 100_000):
+        p = plan(floor + extra)
+        assert p.holds_working_set == (p.resident or p.slots >= 16)
+    mixed = plan(floor + 5 * SLOT, all_experts_bytes=RECORDS * SLOT // 2)
+    assert mixed.working_set_bytes == 8 * SLOT and mixed.holds_working_set  # 16 of half the largest's size
+    assert not plan(floor).holds_working_set and plan(10**9).holds_working_set
+
+
+@given(
+    cap=st.integers(1, 80_000_000),
+    context=st.integers(1, 1024),
+    rows=st.integers(1, 64),
+    more=st.integers(0, 10**7),
+    mean=st.integers(SLOT // 8, SLOT),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_the_cap_that_a_plan_names_holds_a_working_set_and_so_does_every_larger_one(cap, context, rows, more, mean):
+    options = {"logits_rows": min(rows, context), "all_experts_bytes": RECORDS * mean}
+    named = plan(cap, context, refuse=False, **options).working_set_cap_bytes
+    assert plan(named, context, **options).holds_working_set
+    assert plan(named + more, context, **options).holds_working_set
+
+
+def test_the_cap_named_is_not_far_above_the_least():
+    p = plan(1, refuse=False)
+    least = p.floor_bytes + 12 * SLOT  # the floor has 4 of the 16 slots
+    assert least <= p.working_set_cap_bytes <= least + 16 * SLOT / 7
+
+
+def test_slots_below_a_working_set_are_a_warning_that_names_a_cap():
+    p = plan(plan(1, refuse=False).floor_bytes + 3 * SLOT)
+    cap = p.working_set_cap_bytes
+    text = plan_text(p)
+    assert "working set      1.8 MB  the 16 experts that one token uses\n" in text
+    assert text.endswith(
+        "\n\nwarning: slots for about 7 experts do not hold a token's working set of 16,\n"
+        f"so every token reads from storage; a cap of {cap / 1e6:.1f} MB holds it"
+    )
+    for quiet in (plan(cap), plan(10**9), plan(1, refuse=False)):
+        assert "warning" not in plan_text(quiet)
 
 
 def test_a_plan_as_a_dictionary_has_its_total():

@@ -223,7 +223,7 @@ def plan(
     """
     from edge_moe.compressor.estimate import estimate
     from edge_moe.report import estimate_text
-    from edge_moe.runtime.plan import refusal
+    from edge_moe.runtime.plan import BelowFloor
 
     bits = {"width": width, "widths": options.widths_of(widths), "trunk_width": trunk_width}
     model_as = {"keep_experts": options.keep_experts_of(keep_experts), "recipe": recipe and recipe.value}
@@ -233,7 +233,7 @@ def plan(
     else:
         print(estimate_text(result))
     if result.plan.ram_bytes < result.plan.floor_bytes:
-        raise MemoryError(refusal(result.plan))
+        raise BelowFloor(result.plan)
 
 
 @command("inspect")
@@ -381,36 +381,44 @@ def evaluate(
 @command("bench")
 def bench(
     bundle: options.BundleIfAny = None,
+    prompt: options.PromptTest = 512,
+    generate: options.GenerateTest = 128,
+    depth: options.Depths = None,
+    prune: options.PruneTests = None,
+    repeats: options.Repeats = 5,
+    sweep_ram: options.SweepRam = None,
     synthetic: options.Synthetic = None,
     layers: options.Layers = None,
     width: options.SyntheticWidth = None,
     vocab: options.Vocabulary = None,
     keep: options.KeepSynthetic = None,
     ram: options.Ram = "auto",
-    prompt: options.PromptTest = 512,
-    generate: options.GenerateTest = 128,
-    prune: options.PruneTests = None,
-    repeats: options.Repeats = 5,
     threads: options.Threads = None,
     output: options.Output = options.Format.md,
 ) -> None:
     """Measure speed as llama-bench does.
 
-    Of a BUNDLE, or of random weights with the shapes of any config.json (--synthetic), beside the machine's own limits.
+    Of a BUNDLE, or of random weights with the shapes of any config.json (--synthetic), beside the machine's own
+    limits; or at several caps (--sweep-ram).
     """
     if (bundle is None) == (synthetic is None):
         raise typer.BadParameter("give either a BUNDLE or --synthetic CONFIG")
     if bundle and any(value is not None for value in (layers, width, vocab, keep)):
         raise typer.BadParameter("--layers, --width, --vocab and --keep belong to --synthetic")
     from edge_moe.bench import bench as benchmark
+    from edge_moe.bench_text import bench_text
     from edge_moe.progress import progress_bar
-    from edge_moe.report import bench_text
 
-    run = functools.partial(benchmark.bench, bundle)
+    given = {"ram": ram, "prompt": prompt, "generate": generate, "repeats": repeats, "threads": threads}
+    given |= {"depths": options.depths_of(depth), "prune": prune and [options.prune_of(one) for one in prune]}
+    run = benchmark.bench
+    if sweep_ram is not None:
+        from edge_moe.bench.sweep import sweep
+
+        run = functools.partial(sweep, caps=sweep_ram)
     if synthetic:
         shapes = {"layers": layers, "width": 4 if width is None else width, "vocab": vocab}
-        run = functools.partial(benchmark.bench_synthetic, synthetic, keep=keep, **shapes)
+        run, bundle = functools.partial(benchmark.bench_synthetic, run=run, keep=keep, **shapes), synthetic
     with progress_bar() as progress:
-        given = {"ram": ram, "prompt": prompt, "generate": generate, "repeats": repeats, "threads": threads}
-        report = run(**given, prune=prune and [options.prune_of(one) for one in prune], progress=progress)
+        report = run(bundle, progress=progress, **given)
     print(bench_text(report, output.value))

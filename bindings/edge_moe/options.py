@@ -6,6 +6,9 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+SWEEP_CAPS = 6
+WITHOUT_VALUE = {"--sweep-ram": str(SWEEP_CAPS)}  # options that need no number, and what they then mean
+
 
 class Method(str, Enum):
     pmq = "pmq"
@@ -55,8 +58,16 @@ def _option(kind, *names: str, help: str, metavar: str | None = None, shown: boo
 class SectionedCommand(TyperCommand):
     """A command whose help has its options in sections, in the order in which they first appear; the rest at the end.
 
-    Plain text: typer's own panels would import rich for every command.
+    Plain text: typer's own panels would import rich for every command. An option of WITHOUT_VALUE may stand alone.
     """
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        given = []
+        for argument, following in zip(args, [*args[1:], ""], strict=True):
+            given.append(argument)
+            if argument in WITHOUT_VALUE and not following.isdigit():
+                given.append(WITHOUT_VALUE[argument])
+        return super().parse_args(ctx, given)
 
     def format_options(self, ctx, formatter) -> None:
         sections = {}
@@ -202,18 +213,40 @@ Window = _option(int, "--context", metavar="N", shown=True, help="Tokens of a wi
 TextTokens = _option(int | None, "--tokens", metavar="N", help="Score the first N tokens of each text [default: all].")
 
 # Of bench
-Synthetic = _option(str | None, "--synthetic", metavar="CONFIG", help="Random weights of this config.json's shapes.")
-Layers = _option(int | None, "--layers", metavar="N", help="Layers of the random model [default: the config's].")
-SyntheticWidth = _option(int | None, "--width", metavar="B", help="Bits of the random model's experts [default: 4].")
-Vocabulary = _option(int | None, "--vocab", metavar="N", help="Tokens of its vocabulary [default: the config's].")
-KeepSynthetic = _option(str | None, "--keep", metavar="OUT", help="Keep the random bundle as OUT.")
-PromptTest = _option(int, "-p", "--prompt", metavar="N", shown=True, help="Tokens of the prompt test; 0: none.")
-GenerateTest = _option(int, "-n", "--generate", metavar="N", shown=True, help="Tokens of the generation test; 0: none.")
+_TESTS, _RANDOM = "Tests", "Instead of a BUNDLE"
+PromptTest = _option(
+    int, "-p", "--prompt", metavar="N", shown=True, section=_TESTS, help="Tokens of the prompt test; 0: none."
+)
+GenerateTest = _option(
+    int, "-n", "--generate", metavar="N", shown=True, section=_TESTS, help="Tokens of the generation test; 0: none."
+)
+Depths = _option(
+    list[str] | None, "-d", "--depth", metavar="N", section=_TESTS,
+    help="Tokens in the context before either test; repeatable, or as 0,4096 [default: 0].",
+)  # fmt: skip
 PruneTests = _option(
-    list[str] | None, "--prune", metavar="off|bundle|SHARE|RULE",
+    list[str] | None, "--prune", metavar="off|bundle|SHARE|RULE", section=_TESTS,
     help="Also measure it pruned; repeatable [default: off, and bundle where it is calibrated].",
 )  # fmt: skip
-Repeats = _option(int, "-r", "--repeats", metavar="N", shown=True, help="Timed runs of each test.")
+Repeats = _option(int, "-r", "--repeats", metavar="N", shown=True, section=_TESTS, help="Timed runs of each test.")
+SweepRam = _option(
+    int | None, "--sweep-ram", metavar="[N]", section=_TESTS,
+    help=f"Run the tests at N caps, from the smallest that works to every expert in memory or to --ram, and find the "
+    f"knee; N is {SWEEP_CAPS} where it is left out.",
+)  # fmt: skip
+Synthetic = _option(
+    str | None, "--synthetic", metavar="CONFIG", section=_RANDOM, help="Random weights of this config.json's shapes."
+)
+Layers = _option(
+    int | None, "--layers", metavar="N", section=_RANDOM, help="Layers of the random model [default: the config's]."
+)
+SyntheticWidth = _option(
+    int | None, "--width", metavar="B", section=_RANDOM, help="Bits of the random model's experts [default: 4]."
+)
+Vocabulary = _option(
+    int | None, "--vocab", metavar="N", section=_RANDOM, help="Tokens of its vocabulary [default: the config's]."
+)
+KeepSynthetic = _option(str | None, "--keep", metavar="OUT", section=_RANDOM, help="Keep the random bundle as OUT.")
 Output = _option(Format, "-o", "--output", shown=True, help="Table, one JSON object, or exact figures.")
 
 
@@ -225,6 +258,14 @@ def token_ids_of(text: str) -> list[int]:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError:
         raise ValueError(f"tokens {text!r} are not whole numbers with commas between them") from None
+
+
+def depths_of(texts: list[str] | None) -> list[int]:
+    """Each text one depth or several with commas between."""
+    try:
+        return [int(depth) for text in texts or ["0"] for depth in text.split(",")]
+    except ValueError:
+        raise ValueError(f"depth {','.join(texts)!r} is not a number of tokens, or several as 0,4096") from None
 
 
 def widths_of(text: str | None) -> dict[str, int] | None:

@@ -1,29 +1,12 @@
-"""What the command line shows: sizes, tables, the plan, a bundle, statistics and benchmark rows as plain text.
+"""What the command line shows: sizes, tables, the plan, a bundle and statistics as plain text.
 
 Imports nothing heavy: `edge-moe generate` uses it, and its memory counts under the cap.
 """
 
-import json
 from collections import Counter
 
 from edge_moe.runtime.config import trunk_shapes
 
-BENCH_COLUMNS = (  # of a benchmark's table: title, and the cell of a Measurement
-    ("model", lambda row: f"{row.model} ({row.architecture}, {row.bits_per_weight:.2f} bits)"),
-    ("size", lambda row: size(row.size_bytes)),
-    ("params", lambda row: f"{row.params / 1e9:.2f} B" if row.params >= 1e9 else f"{row.params / 1e6:.1f} M"),
-    ("device", lambda row: row.device),
-    ("threads", lambda row: str(row.threads)),
-    ("ram cap", lambda row: size(row.ram_bytes)),
-    ("test", lambda row: row.test),
-    ("prune", lambda row: row.prune),
-    ("experts", lambda row: f"{row.experts_used:.2f}"),
-    ("t/s", lambda row: f"{row.tps_mean:.2f} ± {row.tps_sd:.2f}"),
-    ("hits", lambda row: "resident" if row.resident else f"{row.hit_rate:.1%}"),
-    ("MB read/token", lambda row: f"{row.read_bytes_per_token / 1e6:.2f}"),
-    ("GB/s", lambda row: "" if row.weights_gbps is None else f"{row.weights_gbps:.2f}"),
-    ("peak", lambda row: size(row.peak_memory_bytes)),
-)
 STDLIB_NOTE = "calibrated on Python source; for other kinds of text pass --calibration FILE"
 DROP_COUNTS = {"equal": "as many in every layer", "sensitivity": "more where it costs less"}
 PART_NAMES = {  # of sizes.Part
@@ -33,7 +16,6 @@ PART_NAMES = {  # of sizes.Part
     "head": "output head",
     "float32": "norms and routers",
 }
-NUMERIC = ("size", "params", "threads", "ram cap", "experts", "t/s", "hits", "MB read/token", "GB/s", "peak")
 
 
 def size(count: float) -> str:
@@ -102,9 +84,20 @@ def plan_text(plan) -> str:
         ["total", size(plan.total_bytes), f"of a cap of {size(plan.ram_bytes)}"],
         ["", "", ""],
         ["floor", size(plan.floor_bytes), "the smallest cap that works"],
+        ["working set", size(plan.working_set_bytes), f"the {plan.working_set_experts:,} experts that one token uses"],
         ["resident from", size(plan.resident_bytes), "the cap from which nothing is paged"],
     ]
-    return table(rows, right=(1,))
+    return table(rows, right=(1,)) + _working_set_warning(plan)
+
+
+def _working_set_warning(plan) -> str:
+    if plan.holds_working_set or plan.ram_bytes < plan.floor_bytes:
+        return ""
+    cap = size(plan.working_set_cap_bytes)
+    return (
+        f"\n\nwarning: slots for about {plan.slots:,} experts do not hold a token's working set of "
+        f"{plan.working_set_experts:,},\nso every token reads from storage; a cap of {cap} holds it"
+    )
 
 
 def widths_name(widths: tuple[int, int, int]) -> str:
@@ -325,47 +318,3 @@ def statistics_text(g) -> str:
         f"{g.expert_misses:,} ({g.expert_hits / max(lookups, 1):.1%} hits), {g.bytes_read / 1e6:,.1f} MB read\n"
         f"memory {size(g.peak_memory_bytes)} peak, cap {size(g.ram_bytes)}; device {g.device}"
     )
-
-
-def bench_text(report, form: str) -> str:
-    """A benchmark's Report as md, json or csv."""
-    if form == "json":
-        return json.dumps(report.as_dict())
-    return bench_csv(report) if form == "csv" else bench_markdown(report)
-
-
-def bench_markdown(report) -> str:
-    """A benchmark's Report as llama-bench prints it, and the machine's own limits below."""
-    titles = [title for title, _ in BENCH_COLUMNS]
-    rows = [titles, *([cell(row) for _, cell in BENCH_COLUMNS] for row in report.rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
-    rule = [
-        "-" * (width - 1) + ":" if title in NUMERIC else "-" * width
-        for title, width in zip(titles, widths, strict=True)
-    ]
-    lines = []
-    for row in (rows[0], rule, *rows[1:]):
-        cells = [
-            cell.rjust(width) if title in NUMERIC else cell.ljust(width)
-            for title, cell, width in zip(titles, row, widths, strict=True)
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    disk = "not measured (no unbuffered reads here)" if report.disk_gbps is None else f"{report.disk_gbps:.2f} GB/s"
-    threads = report.rows[0].threads
-    return (
-        "\n".join(lines)
-        + f"\n\nthis machine: memory reads {report.memory_gbps:.1f} GB/s on {threads} threads, unbuffered reads of the "
-        f"bundle {disk}"
-    )
-
-
-def bench_csv(report) -> str:
-    """A benchmark's rows in exact figures."""
-    import csv
-    import io
-
-    rows, out = report.as_dict()["rows"], io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue().rstrip("\n")

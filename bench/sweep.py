@@ -1,0 +1,99 @@
+"""Speed over the cap: a bundle measured at several caps, from its floor to every expert in memory, and the knee.
+
+Each cap is a process of its own, because peak memory is a process's. The floor is that of such a process, which the
+first of them tells: what it imports counts, so the plan of another would be off. Below the knee the slots cannot hold
+the experts that one token uses in all layers, so every token reads from storage, whatever is evicted.
+
+    python -m edge_moe.bench.sweep JSON     # one cap, for sweep() alone
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from edge_moe.bench.bench import Measurement, measure
+from edge_moe.bench.child import answer, call
+from edge_moe.devices.probe import default_threads
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.plan import CHUNKS, BelowFloor, Plan, engine_memory, resolve_ram
+
+CAPS = 6
+MARGIN = 1_000_000  # by so much does one start of the interpreter differ from the next, and more
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Rows of every cap, the lowest cap first; caps in bytes."""
+
+    rows: list[Measurement]
+    floor_bytes: int
+    knee_bytes: int  # from here on the slots hold a token's working set
+    resident_bytes: int
+    working_set_experts: int
+    working_set_bytes: int
+
+    def as_dict(self) -> dict:
+        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+
+
+def sweep(
+    bundle: str | Path,
+    *,
+    ram: int | str = "auto",
+    caps: int = CAPS,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options,
+) -> Sweep:
+    """Measure a bundle at `caps` caps, evenly spaced from its floor to where every expert is in memory, or to `ram`.
+
+    At the last of them prompts go in the longest steps, too. options: as for measure(), prompt to prune. Raises
+    ValueError for fewer than two caps, MemoryError for a `ram` below the floor, and what measure() raises.
+    """
+    if caps < 2:
+        raise ValueError(f"a sweep of {caps} caps is none, expected at least 2")
+    given = {"bundle": str(bundle), **options}
+    least = Plan(**_at(1, given)["refused"])
+    lowest, highest = least.floor_bytes + MARGIN, min(_whole_bytes(bundle, least, options), resolve_ram(ram))
+    if highest < lowest:
+        raise BelowFloor(replace(least, ram_bytes=highest, floor_bytes=lowest))
+    rows = []
+    for step in range(caps):
+        measured = _at(lowest + (highest - lowest) * step // (caps - 1), given)
+        if "refused" in measured:  # its process started larger than the first one
+            measured = _at(measured["refused"]["floor_bytes"] + MARGIN, given)
+        rows += [Measurement(**row) for row in measured["rows"]]
+        if progress:
+            progress("caps", step + 1, caps)
+    return Sweep(
+        rows=rows,
+        floor_bytes=least.floor_bytes,
+        knee_bytes=least.working_set_cap_bytes,
+        resident_bytes=least.resident_bytes,
+        working_set_experts=least.working_set_experts,
+        working_set_bytes=least.working_set_bytes,
+    )
+
+
+def _whole_bytes(bundle: str | Path, least: Plan, options: dict) -> int:
+    """The cap with which every expert is in memory and a step of prefill is as long as it can be."""
+    threads, step = options.get("threads") or default_threads(), min(CHUNKS[0], least.context)
+    _, scratch = engine_memory(Bundle.open(bundle).config, least.context, step, threads=threads)
+    return least.resident_bytes + scratch - least.scratch_bytes + MARGIN
+
+
+def _at(cap: int, given: dict) -> dict:
+    killed = f"measuring at a cap of {cap / 1e6:,.0f} MB was killed; the machine may have less memory than that"
+    return call("edge_moe.bench.sweep", {"ram": cap, **given}, killed)
+
+
+def _measure(bundle: str, ram: int, **options) -> dict:
+    """In the child: the rows at one cap, or the plan that says from where on there are any."""
+    try:
+        rows, _ = measure(bundle, ram=ram, **options)
+    except BelowFloor as refused:
+        return {"refused": asdict(refused.plan)}
+    return {"rows": [asdict(row) for row in rows]}
+
+
+if __name__ == "__main__":
+    answer(_measure)
