@@ -62,10 +62,10 @@ class SectionedCommand(TyperCommand):
     """
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        given = []
-        for argument, following in zip(args, [*args[1:], ""], strict=True):
+        given, own = [], {name for parameter in self.params for name in parameter.opts}
+        for at, argument in enumerate(args):
             given.append(argument)
-            if argument in WITHOUT_VALUE and not following.isdigit():
+            if argument in WITHOUT_VALUE.keys() & own and not "".join(args[at + 1 : at + 2]).isdigit():
                 given.append(WITHOUT_VALUE[argument])
         return super().parse_args(ctx, given)
 

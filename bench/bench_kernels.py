@@ -1,0 +1,65 @@
+"""How fast one thread multiplies by a packed matrix: decoding (one token, out of memory) and prefill (32 tokens).
+
+A matrix for decoding is larger than any cache, so its figure is bytes a second from memory; prefill computes, so its
+matrix may be in the cache. Rounding the tokens to int8 is part of either. Rows of the results are compared with the
+scalar kernels', bit for bit.
+"""
+
+import numpy as np
+import pytest
+
+from edge_moe import _core
+
+KERNELS = _core.kernel_names()[0]  # the best of this machine
+FORMATS = [*((width, 64) for width in _core.WIDTHS if width < 16), (2, 128)]
+NAMES = [f"{width} bits, group {group}" for width, group in FORMATS]
+every_format = pytest.mark.parametrize("width, group", FORMATS, ids=NAMES)
+DECODE_BYTES = 1 << 29  # codes, scales and biases; beyond caches, of which the largest have 0.3 GB
+PREFILL_WEIGHTS = 1 << 24
+COLS = 4096
+CHECKED_ROWS = 16
+
+
+@pytest.fixture(scope="module")
+def noise(small) -> np.ndarray:
+    """Random bytes for the largest matrix."""
+    words = np.random.default_rng(0).integers(0, 2**64, (1 << 20 if small else DECODE_BYTES) // 8, np.uint64)
+    return words.view(np.uint8)
+
+
+@pytest.mark.benchmark(group="matmul, 1 token, from memory")
+@every_format
+def test_decode(benchmark, noise, width, group):
+    row_bytes = COLS * width // 8 + 4 * COLS // group
+    _multiply(benchmark, noise, len(noise) // row_bytes, 1, width, group)
+
+
+@pytest.mark.benchmark(group="matmul, 32 tokens")
+@every_format
+def test_prefill(benchmark, noise, small, width, group):
+    _multiply(benchmark, noise, 64 if small else PREFILL_WEIGHTS // COLS, 32, width, group)
+
+
+def _multiply(benchmark, noise: np.ndarray, rows: int, tokens: int, width: int, group: int) -> None:
+    """Time x (tokens, COLS) times a matrix (rows, COLS)."""
+    codes = noise[: rows * COLS * width // 8].reshape(rows, -1)
+    random = np.random.default_rng(width)
+    scales, biases = (_bfloat16(random, (rows, COLS // group)) for _ in range(2))
+    x = random.standard_normal((tokens, COLS), np.float32)
+
+    y = benchmark(_core.matmul, KERNELS, codes, scales, biases, width, x)
+
+    some = np.linspace(0, rows - 1, CHECKED_ROWS).astype(int)
+    want = _core.matmul("scalar", codes[some], scales[some], biases[some], width, x)
+    assert np.array_equal(y[:, some], want)
+    nbytes = codes.nbytes + scales.nbytes + biases.nbytes
+    benchmark.extra_info |= {"kernels": KERNELS, "threads": 1, "tokens": tokens, "bytes": nbytes}
+    if benchmark.stats:  # none when nothing is timed
+        seconds = benchmark.stats.stats.median
+        benchmark.extra_info |= {"gbps": nbytes / seconds / 1e9, "gmacs": rows * COLS * tokens / seconds / 1e9}
+
+
+def _bfloat16(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Random signs and mantissas around 1/64, as bits."""
+    bits = random.integers(0, 2**16, shape, np.uint16)
+    return (bits & 0x807F) | np.uint16(121 << 7)
