@@ -20,7 +20,6 @@ from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import parse_config, read_json, trunk_shapes
 
-TRUNK_WIDTH = 8
 GROUP = 64
 
 
@@ -31,23 +30,25 @@ def make_synthetic(
     width: int = 4,
     vocab: int | None = None,
     seed: int = 0,
+    trunk_width: int = 8,
 ) -> Bundle:
     """Write a random bundle with the shapes of `config` (a config.json or the directory it is in), and open it.
 
-    layers, vocab: instead of the config's own. width: bits of every expert weight; the trunk has 8. The same
-    arguments give the same bytes. Raises ValueError for a config that is not supported, FileExistsError when `out`
+    layers, vocab: instead of the config's own. width: bits of every expert weight; trunk_width: of attention, embedding
+    and head. The same arguments give the same bytes. Raises ValueError for a config that is not supported, FileExistsError when `out`
     is there.
     """
-    if width not in _core.WIDTHS:
-        raise ValueError(f"width is {width}, expected one of {', '.join(map(str, _core.WIDTHS))}")
-    raw = _raw_config(Path(config), layers, vocab)
+    for name, bits in (("width", width), ("trunk_width", trunk_width)):
+        if bits not in _core.WIDTHS:
+            raise ValueError(f"{name} is {bits}, expected one of {', '.join(map(str, _core.WIDTHS))}")
+    raw = raw_config(Path(config), layers, vocab)
     model = parse_config(raw, where=str(config))
     group = largest_group(GROUP, model.dim, model.expert_hidden)
     if group is None and width < 16:
         raise ValueError(
             f"{config}: experts are {model.expert_hidden} x {model.dim}, not multiples of 32; use width 16"
         )
-    trunk = trunk_packing(trunk_shapes(model), TRUNK_WIDTH, GROUP)
+    trunk = trunk_packing(trunk_shapes(model), trunk_width, GROUP)
     packing = Packing((width,) * 3, group or GROUP)
     experts = {(layer, index): packing for layer in model.moe_layers for index in range(model.experts)}
     shapes = ((model.expert_hidden, model.dim), (model.expert_hidden, model.dim), (model.dim, model.expert_hidden))
@@ -77,7 +78,7 @@ def make_in_child(
     call("edge_moe.bench.synthetic", {"config": str(config), "out": str(out), **shapes}, killed, TMPDIR=temporary)
 
 
-def _raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
+def raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
     """The config's keys with the changes applied, and without end tokens: random text would meet one by chance."""
     raw = read_json(path / "config.json" if path.is_dir() else path)
     for key, value, low in (("num_hidden_layers", layers, 1), ("vocab_size", vocab, 2)):
@@ -107,17 +108,17 @@ def _matrix(
     deviation = deviation or 1 / math.sqrt(cols)
     if width == 16:  # random sign and mantissa, one exponent
         exponent = 126 + round(math.log2(deviation))
-        bits = _random_bytes(random, 2 * rows * cols).view(np.uint16)
+        bits = random_bytes(random, 2 * rows * cols).view(np.uint16)
         return Quantised((bits & 0x807F) | np.uint16(exponent << 7))
     levels = 2**width
     scale = 2.0 ** round(math.log2(deviation / math.sqrt((levels**2 - 1) / 12)))  # the root: deviation of codes
     groups = (rows, cols // group)
     scales = np.full(groups, to_bfloat16(np.float32([scale]))[0])
     biases = np.full(groups, to_bfloat16(np.float32([-scale * (levels - 1) / 2]))[0])
-    return Quantised(_random_bytes(random, rows * cols * width // 8), scales, biases)
+    return Quantised(random_bytes(random, rows * cols * width // 8), scales, biases)
 
 
-def _random_bytes(random: np.random.Generator, count: int) -> np.ndarray:
+def random_bytes(random: np.random.Generator, count: int) -> np.ndarray:
     """uint8 (count,); whole words are five times as quick as Generator.bytes."""
     return random.integers(0, 2**64, -(-count // 8), np.uint64).view(np.uint8)[:count]
 

@@ -1,0 +1,208 @@
+"""Which tensor types llama-quantize chooses for a Mixture-of-Experts model, and a GGUF file of random blocks in them.
+
+llama.cpp's counterpart of synthetic.py: the same shapes, random codes, no checkpoint. The choice of types is that of
+llama.cpp's llama-quant.cpp (2026-11) without an importance matrix, for models with experts, but not 8 of them, and at
+least 4 heads to a KV head. Blocks are written as the file holds them, a tensor at a time.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe.bench.synthetic import random_bytes, raw_config
+from edge_moe.runtime.config import ModelConfig, parse_config
+
+SAMPLE = 4096  # blocks whose deviation is measured
+
+
+@dataclass(frozen=True, slots=True)
+class BlockType:
+    """How a tensor type packs its weights: a scale (float16), for some a minimum (float16), the rest random."""
+
+    weights: int  # in a block; a row is a multiple of it
+    nbytes: int
+    scale_at: int  # byte of the block
+    minimum_at: int | None = None
+    minimum: float = 0.0  # times the scale: what makes uniform codes zero-mean
+
+
+BLOCKS = {
+    "Q2_K": BlockType(256, 84, 80, 82, 1.5),
+    "Q3_K": BlockType(256, 110, 108),
+    "Q4_K": BlockType(256, 144, 0, 2, 7.5),
+    "Q6_K": BlockType(256, 210, 208),
+    "Q4_0": BlockType(32, 18, 0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """The types of one kind of file, by the part of the tensor's name."""
+
+    file_type: int  # llama_ftype
+    usual: str
+    special: dict[str, str] = field(default_factory=dict)
+    wide: dict[str, str] = field(default_factory=dict)  # instead, in the layers that get more bits
+
+
+MIXES = {
+    "Q2_K": Mix(10, "Q2_K", {"attn_v": "Q4_K", "attn_output": "Q3_K", "ffn_down_exps": "Q3_K"}),
+    "Q4_0": Mix(2, "Q4_0"),
+    "Q4_K_M": Mix(15, "Q4_K", wide={"attn_v": "Q6_K", "ffn_down_exps": "Q6_K"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    name: str
+    shape: tuple[int, ...]  # inputs last
+    type: str  # of BLOCKS, or F32
+
+    @property
+    def nbytes(self) -> int:
+        count = math.prod(self.shape)
+        return 4 * count if self.type == "F32" else count // BLOCKS[self.type].weights * BLOCKS[self.type].nbytes
+
+
+def tensors(model: ModelConfig, mix: str) -> list[Tensor]:
+    """Every tensor of a model as a file of type `mix` has it, in the file's order.
+
+    Raises ValueError for a mix that is not known and for models whose types other rules choose.
+    """
+    if mix not in MIXES:
+        raise ValueError(f"type {mix!r} is not known here; use one of {', '.join(MIXES)}")
+    if model.architecture != "qwen3_moe" or model.experts == 8 or model.heads < 4 * model.kv_heads:
+        raise ValueError(
+            f"{model.architecture}, {model.experts} experts, {model.heads} heads, {model.kv_heads} KV heads: the types "
+            "are known for qwen3_moe with at least 4 heads to a KV head and not 8 experts"
+        )
+    if model.dense_layers or any(n % 256 for n in (model.dim, model.heads * model.head_dim, model.expert_hidden)):
+        raise ValueError("the types are known where all layers have experts and rows are multiples of 256 inputs")
+    dim, hidden, experts = model.dim, model.expert_hidden, model.experts
+    q_rows, kv_rows = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    shapes = {"token_embd": (model.vocab, dim)}
+    for layer in range(model.layers):
+        parts = {
+            "attn_norm": (dim,),
+            "attn_q": (q_rows, dim),
+            "attn_q_norm": (model.head_dim,),
+            "attn_k": (kv_rows, dim),
+            "attn_k_norm": (model.head_dim,),
+            "attn_v": (kv_rows, dim),
+            "attn_output": (dim, q_rows),
+            "ffn_norm": (dim,),
+            "ffn_gate_inp": (experts, dim),
+            "ffn_gate_exps": (experts, hidden, dim),
+            "ffn_up_exps": (experts, hidden, dim),
+            "ffn_down_exps": (experts, dim, hidden),
+        }
+        shapes |= {f"blk.{layer}.{part}": shape for part, shape in parts.items()}
+    shapes |= {"output_norm": (dim,)} | ({} if model.tied_head else {"output": (model.vocab, dim)})
+    return [Tensor(f"{name}.weight", shape, _type(name, shape, model, mix)) for name, shape in shapes.items()]
+
+
+def bytes_per_token(model: ModelConfig, mix: str) -> float:
+    """Bytes of weights that one token is computed with: all but the embedding's other rows and experts not chosen."""
+    total = 0.0
+    for tensor in tensors(model, mix):
+        if "_exps" in tensor.name:
+            total += tensor.nbytes * model.top_k / model.experts
+        elif tensor.name != "token_embd.weight" or model.tied_head:
+            total += tensor.nbytes
+    return total
+
+
+def make_gguf(
+    config: str | Path, out: str | Path, mix: str, layers: int | None = None, vocab: int | None = None, seed: int = 0
+) -> ModelConfig:
+    """Write a random GGUF file with the shapes of `config` (as make_synthetic takes it) and return those.
+
+    layers, vocab: instead of the config's own. The file has no tokenizer. Raises ValueError as tensors() does, and
+    ImportError without the package gguf.
+    """
+    import gguf
+
+    raw = raw_config(Path(config), layers, vocab)
+    model = parse_config(raw, where=str(config))
+    contents = tensors(model, mix)
+    writer = gguf.GGUFWriter(out, "qwen3moe")
+    writer.add_file_type(MIXES[mix].file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_tokenizer_model("none")
+    writer.add_vocab_size(model.vocab)
+    writer.add_context_length(model.context)
+    writer.add_embedding_length(model.dim)
+    writer.add_block_count(model.layers)
+    writer.add_feed_forward_length(raw["intermediate_size"])
+    writer.add_head_count(model.heads)
+    writer.add_head_count_kv(model.kv_heads)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_layer_norm_rms_eps(model.norm_eps)
+    writer.add_rope_freq_base(model.rope_theta)
+    writer.add_expert_count(model.experts)
+    writer.add_expert_used_count(model.top_k)
+    writer.add_expert_feed_forward_length(model.expert_hidden)
+    for tensor in contents:
+        kind = gguf.GGMLQuantizationType[tensor.type]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    deviations = {kind: _deviation(kind) for kind in {tensor.type for tensor in contents} - {"F32"}}
+    for number, tensor in enumerate(contents):
+        random = np.random.Generator(np.random.SFC64([seed, number]))
+        writer.write_tensor_data(_random_tensor(random, tensor, deviations))
+    writer.close()
+    return model
+
+
+def _type(name: str, shape: tuple[int, ...], model: ModelConfig, mix: str) -> str:
+    """Norms and routers are float32, the head is of 6 bits, and the rest as the mix says."""
+    part = name.rpartition(".")[2]
+    if len(shape) == 1 or part == "ffn_gate_inp":
+        return "F32"
+    if part == ("token_embd" if model.tied_head else "output"):
+        return "Q6_K"
+    its = MIXES[mix]
+    if part in its.wide and int(name.split(".")[1]) in set(_wide_layers(model.layers)):
+        return its.wide[part]
+    return its.special.get(part, its.usual)
+
+
+def _wide_layers(layers: int) -> Iterator[int]:
+    """The layers that "M" mixes give more bits: the first and the last eighth, and every third of the others."""
+    eighth = layers // 8
+    return (n for n in range(layers) if n < eighth or n >= 7 * layers // 8 or (n - eighth) % 3 == 2)
+
+
+def _random_tensor(random: np.random.Generator, tensor: Tensor, deviations: dict[str, float]) -> np.ndarray:
+    """Norms of one, a router that spreads tokens evenly, and matrices with a deviation of 1/sqrt(inputs)."""
+    if len(tensor.shape) == 1:
+        return np.ones(tensor.shape, np.float32)
+    deviation = 1.0 if tensor.name == "token_embd.weight" else 1 / math.sqrt(tensor.shape[-1])
+    if tensor.type == "F32":
+        return random.standard_normal(tensor.shape, np.float32) * np.float32(deviation)
+    return _blocks(random, tensor.type, tensor.nbytes, deviation / deviations[tensor.type])
+
+
+def _blocks(random: np.random.Generator, kind: str, nbytes: int, scale: float) -> np.ndarray:
+    """uint8 (blocks, bytes of a block): random codes under one scale."""
+    block = BLOCKS[kind]
+    data = random_bytes(random, nbytes).reshape(-1, block.nbytes)
+    data[:, block.scale_at : block.scale_at + 2] = np.float16([scale]).view(np.uint8)
+    if block.minimum_at is not None:
+        data[:, block.minimum_at : block.minimum_at + 2] = np.float16([scale * block.minimum]).view(np.uint8)
+    return data
+
+
+def _deviation(kind: str) -> float:
+    """The standard deviation of the weights of random blocks whose scale is 1."""
+    import gguf
+
+    random = np.random.Generator(np.random.SFC64(0))
+    sample = _blocks(random, kind, SAMPLE * BLOCKS[kind].nbytes, 1.0)
+    return float(gguf.quants.dequantize(sample, gguf.GGMLQuantizationType[kind]).std())
