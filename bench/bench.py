@@ -136,10 +136,16 @@ def measure(
         return rows, runtime.plan
 
 
+def prompt_run(runtime: Runtime, ids: list[int], prune) -> None:
+    """Read a prompt into an empty context."""
+    hold(runtime, [], prune)
+    compute(runtime, ids, runtime.plan.chunk)
+
+
 def generate_run(runtime: Runtime, ids: list[int], prune) -> None:
     """Decode a text from an empty context: its tokens one by one, each with its logits."""
-    _hold(runtime, [], prune)
-    _compute(runtime, ids, 1)
+    hold(runtime, [], prune)
+    compute(runtime, ids, 1)
 
 
 def _tests(bundle: Bundle, prompt: int, generate: int, depths: Sequence[int], repeats: int) -> list[Test]:
@@ -165,9 +171,9 @@ def _measure(runtime: Runtime, test: Test, ids: list[int], repeats: int, prune, 
     before, timed = ids[: test.depth], ids[test.depth : test.depth + test.tokens]
     step = 1 if test.kind == "tg" else runtime.plan.chunk
     for run in range(repeats + 1):
-        _hold(runtime, before, prune)
+        hold(runtime, before, prune)
         stats, began = runtime.stats, time.perf_counter()
-        _compute(runtime, timed, step)
+        compute(runtime, timed, step)
         ended = time.perf_counter()
         if run == 0:  # warm-up
             continue
@@ -199,21 +205,21 @@ def _measure(runtime: Runtime, test: Test, ids: list[int], repeats: int, prune, 
         repeats=repeats,
         hit_rate=used["expert_hits"] / max(used["expert_hits"] + used["expert_misses"], 1),
         read_bytes_per_token=used["bytes_read"] / (repeats * test.tokens),
-        weights_gbps=_weight_bytes(bundle, used) * float(tps.mean()) / 1e9 if test.kind == "tg" else None,
+        weights_gbps=weight_bytes(bundle, used) * float(tps.mean()) / 1e9 if test.kind == "tg" else None,
         peak_memory_bytes=runtime.stats["peak_memory_bytes"],
     )
 
 
-def _hold(runtime: Runtime, ids: list[int], prune) -> None:
+def hold(runtime: Runtime, ids: list[int], prune) -> None:
     """Leave exactly `ids` in the KV cache; what it holds of the run before is not computed again."""
     runtime._use(runtime._rule(prune))
     if runtime._cached[: len(ids)] != ids:
         runtime._rewind(0)
-        _compute(runtime, ids, runtime.plan.chunk)
+        compute(runtime, ids, runtime.plan.chunk)
     runtime._rewind(len(ids))
 
 
-def _compute(runtime: Runtime, ids: list[int], step: int) -> None:
+def compute(runtime: Runtime, ids: list[int], step: int) -> None:
     """Run tokens behind those in the KV cache, `step` at a time, with the logits that generating them would need.
 
     Without generate()'s search for what is in the KV cache already: at a depth it would take longer than a token.
@@ -222,7 +228,7 @@ def _compute(runtime: Runtime, ids: list[int], step: int) -> None:
         runtime._step(ids[at : at + step], LAST if step == 1 or at + step >= len(ids) else NOTHING)
 
 
-def _weight_bytes(bundle: Bundle, used: dict) -> float:
+def weight_bytes(bundle: Bundle, used: dict) -> float:
     """Bytes of weights that one generated token is computed with: trunk, one row of the embedding, its experts."""
     shapes = trunk_shapes(bundle.config)
     embedding = next(t for t in bundle.trunk if t.name == "embedding")

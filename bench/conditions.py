@@ -20,6 +20,24 @@ def stolen() -> float:
     return int(file.read_text().split()[8]) / os.sysconf("SC_CLK_TCK") if file.exists() else 0.0
 
 
+def busy_seconds() -> float:
+    """Seconds that all cores together were busy or kept by a hypervisor, since the system started; 0 if not known."""
+    file = Path("/proc/stat")
+    if not file.exists():
+        return 0.0
+    user, nice, system, _, _, interrupts, soft, kept = map(int, file.read_text().split()[1:9])
+    return (user + nice + system + interrupts + soft + kept) / os.sysconf("SC_CLK_TCK")
+
+
+def process_seconds(pid: int) -> float:
+    """Seconds of all cores that a process has used; 0 where that is not known."""
+    file = Path(f"/proc/{pid}/stat")
+    if not file.exists():
+        return 0.0
+    user, system = file.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def timed(progress, took: dict[str, float]):
     """progress(step, done, of), which may be None, that also adds up each step's seconds in `took`."""
     last = time.perf_counter()

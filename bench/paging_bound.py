@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe.bench.bandwidth import disk_read_gbps
-from edge_moe.bench.bench import _compute, _hold
+from edge_moe.bench.bench import generate_run
 from edge_moe.bench.child import answer, call
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.plan import READERS
@@ -72,9 +72,8 @@ def _measure(bundle: str, cap: int) -> dict:
         ids = np.random.default_rng(0).integers(0, runtime.config.vocab, (ROUNDS + 1, TOKENS)).tolist()
         tps, read, disk, used = [], [], [], []
         for number, tokens in enumerate(ids):
-            _hold(runtime, [], None)
             before, began = runtime.stats, time.perf_counter()
-            _compute(runtime, tokens, 1)
+            generate_run(runtime, tokens, None)
             seconds = time.perf_counter() - began
             if number == 0:  # warm-up
                 continue

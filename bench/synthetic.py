@@ -35,8 +35,8 @@ def make_synthetic(
     """Write a random bundle with the shapes of `config` (a config.json or the directory it is in), and open it.
 
     layers, vocab: instead of the config's own. width: bits of every expert weight; trunk_width: of attention, embedding
-    and head. The same arguments give the same bytes. Raises ValueError for a config that is not supported, FileExistsError when `out`
-    is there.
+    and head. The same arguments give the same bytes. Raises ValueError for a config that is not supported,
+    FileExistsError when `out` is there.
     """
     for name, bits in (("width", width), ("trunk_width", trunk_width)):
         if bits not in _core.WIDTHS:

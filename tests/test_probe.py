@@ -88,7 +88,7 @@ def test_files_that_cannot_be_understood_are_passed_over(tmp_path, room, content
 
 
 def test_a_real_cgroup_limits_the_automatic_cap():
-    directory, _ = cgroup.make(400_000_000)
+    group = cgroup.make(400_000_000)
     code = """
 import json
 from edge_moe import _core
@@ -102,10 +102,10 @@ print(json.dumps([memory_limit_bytes(_core.free_bytes()), resolve_ram("auto")]))
             capture_output=True,
             text=True,
             check=True,
-            preexec_fn=lambda: (directory / "cgroup.procs").write_text(str(os.getpid())),
+            preexec_fn=group.join,
         )
     finally:
-        directory.rmdir()
+        group.remove()
     left, cap = json.loads(child.stdout)
     assert 200_000_000 < left < 400_000_000
     assert 0.8 * left < cap < 400_000_000  # the process's own memory is counted in
