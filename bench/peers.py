@@ -13,9 +13,11 @@ LLAMA_CPP_LIB_PATH names the directory of another build for llama_cpp to load.
 """
 
 import argparse
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
+import mmap
 import os
 import statistics
 import sys
@@ -25,6 +27,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from edge_moe.bench import cgroup
 from edge_moe.bench.bandwidth import memory_read_gbps
@@ -46,6 +50,7 @@ QUIET = 0.15  # share of the cores that others may have in a turn, a hypervisor'
 TRIES = 4  # times the rounds
 WAIT_S = 10.0  # for the machine to be quiet, before a turn
 LOOK_S = 0.5
+FORGET_TRIES = 20
 PAGED_TESTS = (("tg", 8),)
 MLX_TESTS = (("pp", 16), ("tg", 4))  # MLX's CPU backend is a correctness path
 MLX_ROUNDS = 2
@@ -176,11 +181,13 @@ def run_rounds(
     tests: tuple[tuple[str, int], ...],
     rounds: int,
     limit_bytes: int | None = None,
+    quiet: float = QUIET,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
     """Load every model, warm up, and let them take turns; a row for each model and test.
 
-    The first model is the peer that ratios are of. limit_bytes: of a memory cgroup for each. Tokens differ by turn.
+    The first model is the peer that ratios are of. limit_bytes: of a memory cgroup for each. quiet: the share of the
+    cores with others from which on a turn is taken again. Tokens differ by turn.
     """
     turns = {test: [] for test in tests}
     with ExitStack() as stack:
@@ -190,7 +197,7 @@ def run_rounds(
         children = [stack.enter_context(Child(model, group)) for model, group in zip(models, groups, strict=True)]
         for number in range(TRIES * rounds + 1):
             for test, its in turns.items():
-                if sum(turn.others < QUIET for turn in its) < rounds:
+                if sum(turn.others <= quiet for turn in its) < rounds:
                     turn = take_turn(children, test, number)
                     its += [turn] if number else []  # the first warms up
                     tell(f"{kind} {test[0]}{test[1]}: turn {number}, {turn.others:.0%} of the cores with others")
@@ -237,23 +244,20 @@ def run_paged(kind: str, models: list[Model], tell: Callable[[str], None] = lamb
     limit = int(models[0].file_bytes / PAGED_SHARE) // 10_000_000 * 10_000_000
     peer = replace(models[0], label=f"{kind}, mmap, no repacking", options={"repack": False})
     ours = [replace(model, options={"ram": limit}) for model in models[1:]]
-    rows = []
     tell(f"{kind}: in a cgroup of {limit / 1e6:.0f} MB")
     for model in models:
         forget(Path(model.path))
+    # Reads take the time here, and others' share has the kernel's own work for them in it.
+    rows = run_rounds(kind, [peer, *ours], PAGED_TESTS, PAGED_ROUNDS, limit, quiet=1.0, tell=tell)
     group = cgroup.make(limit)
     try:
         Child(models[0], group).close()
     except OSError:
         repacked = replace(models[0], label=f"{kind}, default")
-        rows = [
-            _row(kind, repacked, f"{test}{count}", limit, group.peak_bytes, [], [], 0.0) for test, count in PAGED_TESTS
-        ]
+        rows += [_row(kind, repacked, f"{name}{n}", limit, group.peak_bytes, [], [], 0.0) for name, n in PAGED_TESTS]
     finally:
         group.remove()
-    for model in models:
-        forget(Path(model.path))
-    return rows + run_rounds(kind, [peer, *ours], PAGED_TESTS, PAGED_ROUNDS, limit, tell)
+    return rows
 
 
 def run_mlx(models: list[Model], tell: Callable[[str], None] = lambda line: None) -> list[Row]:
@@ -264,14 +268,33 @@ def run_mlx(models: list[Model], tell: Callable[[str], None] = lambda line: None
 
 
 def forget(path: Path) -> None:
-    """Take a file, or those of a directory, out of the page cache."""
+    """Take a file, or those of a directory, out of the page cache: what is in it is charged to no later cgroup.
+
+    Raises OSError when some of it stays, as it does while a process has it mapped.
+    """
     for file in [path] if path.is_file() else path.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)  # pages that are not written yet stay
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
+        with open(file, "rb") as opened:
+            for _ in range(FORGET_TRIES):
+                os.fsync(opened)  # pages that are not written yet stay
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                if not (left := cached_share(opened.fileno())):
+                    break
+                time.sleep(LOOK_S)  # the memory of a process that was killed is freed behind it
+            else:
+                raise OSError(f"{file}: {left:.0%} of it stays in the page cache; end what uses it")
+
+
+def cached_share(handle: int) -> float:
+    """How much of a file the page cache holds."""
+    with mmap.mmap(handle, 0, access=mmap.ACCESS_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        held = np.zeros(-(-view.nbytes // mmap.PAGESIZE), np.uint8)
+        pages = [ctypes.c_void_p(array.ctypes.data) for array in (view, held)]
+        code = ctypes.CDLL(None, use_errno=True).mincore(pages[0], ctypes.c_size_t(view.nbytes), pages[1])
+        del view  # else the map cannot be closed
+    if code:
+        raise OSError(ctypes.get_errno(), "mincore failed")
+    return float((held & 1).mean())
 
 
 def markdown(report: Report) -> str:
