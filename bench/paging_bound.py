@@ -52,7 +52,9 @@ def paging_bound(bundle: str | Path) -> list[AtCap]:
 def _row(its: dict, compute: float) -> AtCap:
     """compute: seconds of a token that reads nothing."""
     bounds = [compute + read / (gbps * 1e9) for read, gbps in zip(its["read"], its["disk_gbps"], strict=True)]
-    share = statistics.median(tps * bound for tps, bound in zip(its["tps"], bounds, strict=True)) if its["slots"] else None
+    share = (
+        statistics.median(tps * bound for tps, bound in zip(its["tps"], bounds, strict=True)) if its["slots"] else None
+    )
     return AtCap(
         **{key: its[key] for key in ("ram_bytes", "slots", "hit_rate", "peak_memory_bytes", "tps", "disk_gbps")},
         read_bytes_per_token=statistics.mean(its["read"]),

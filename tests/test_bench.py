@@ -12,7 +12,7 @@ from bundles import prunable
 from test_prune_engine import mask_routers_of
 
 from edge_moe.bench.bandwidth import machine_bandwidth
-from edge_moe.bench.bench import _compute, _hold, bench, bench_synthetic, measure
+from edge_moe.bench.bench import bench, bench_synthetic, compute, hold, measure
 from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.bench_text import bench_csv, bench_markdown, bench_text
 from edge_moe.report import size
@@ -71,13 +71,13 @@ def test_a_depth_is_computed_once_and_a_test_behind_it_gives_what_generating_wou
     with Runtime(bundle, "1GB", 64, threads=1) as runtime:
         want = runtime.generate(ids, 4).tokens
         runtime.reset()
-        _hold(runtime, ids[:40], "off")
+        hold(runtime, ids[:40], "off")
         before = runtime.stats["tokens"]
         for end, step in ((50, 1), (50, 16), (60, 1)):
-            _compute(runtime, ids[40:end], step)
-            _hold(runtime, ids[:40], "off")
+            compute(runtime, ids[40:end], step)
+            hold(runtime, ids[:40], "off")
         assert runtime.stats["tokens"] - before == 10 + 10 + 20  # nothing of the depth
-        _compute(runtime, ids[40:], 16)
+        compute(runtime, ids[40:], 16)
         before = runtime.stats["tokens"]
         assert runtime.generate(ids + want[:1], 3).tokens == want[1:]
         assert runtime.stats["tokens"] - before == 3
