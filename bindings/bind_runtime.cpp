@@ -4,6 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cerrno>
 #include <cstring>
 #include <map>
 #include <numeric>
@@ -27,6 +28,7 @@ std::vector<TrunkTensor> trunk_tensors(const std::vector<TensorRow>& rows) {
 
 void check_config(const EngineConfig& c) {
   const size_t layers = c.layers;
+  expect(c.threads >= 1, "threads must be at least 1");
   expect(c.experts.size() == layers && c.top_k.size() == layers, "experts and top_k must have one value a layer");
   for (size_t i = 0; i < layers; ++i)
     expect(c.top_k[i] <= c.experts[i] && c.top_k[i] >= (c.experts[i] > 0), "top_k must be 1 to a layer's experts");
@@ -77,6 +79,18 @@ std::vector<Record> make_records(const EngineConfig& c, ArrayIn<int64_t, 2> rows
   return records;
 }
 
+ReadFault read_fault(const std::string& kind, int64_t after, int64_t times, uint64_t value) {
+  const std::map<std::string, std::pair<FaultKind, uint64_t>> kinds = {{"error", {FaultKind::kError, EIO}},
+                                                                       {"end", {FaultKind::kEnd, 0}},
+                                                                       {"short", {FaultKind::kShort, 4096}},
+                                                                       {"flip", {FaultKind::kFlip, 0}},
+                                                                       {"slow", {FaultKind::kSlow, 50'000'000}}};
+  expect(kinds.count(kind), "kind must be error, end, short, flip or slow");
+  ReadFault fault{kinds.at(kind).first};
+  fault.after = after, fault.times = times, fault.value = value ? value : kinds.at(kind).second;
+  return fault;
+}
+
 const Kernels& best_kernels() {
   int count;
   return *available_kernels(&count)[0];
@@ -85,6 +99,14 @@ const Kernels& best_kernels() {
 }  // namespace
 
 void bind_runtime(nb::module_& m) {
+  nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const SystemError& error) {
+      PyErr_SetString(PyExc_OSError, error.what());
+    }
+  });
+
   nb::class_<EngineConfig>(m, "EngineConfig", "Shapes and rules of a model and the sizes of one run; see engine.h.")
       .def(nb::init<>())
       .def_rw("layers", &EngineConfig::layers)
@@ -198,6 +220,23 @@ void bind_runtime(nb::module_& m) {
       .def("rewind", &Engine::rewind, nb::arg("position"), "Forget the positions from `position` on.")
       .def_prop_ro("kernels", &Engine::kernels_name)
       .def_prop_ro("direct", [](const Engine& self) { return self.store().direct(); })
+      .def(
+          "inject",
+          [](Engine& self, const std::string& kind, int record, int64_t after, int64_t times, uint64_t value) {
+            expect(!self.store().mapped(), "a resident engine reads no records");
+            expect(record >= -1 && record < int(self.store().records().size()), "no such record");
+            self.store().inject(read_fault(kind, after, times, value), record);
+          },
+          nb::arg("kind"), nb::arg("record") = -1, nb::arg("after") = 0, nb::arg("times") = -1, nb::arg("value") = 0,
+          "For tests: make reads of a record (-1: of any) go wrong, after `after` good ones, `times` times (-1: for\n"
+          "good). kind: \"error\", with the errno `value` (EIO); \"end\", as at the end of the file; \"short\", at "
+          "most\n"
+          "`value` bytes at once (4096); \"flip\", a bit of byte `value`; \"slow\", `value` bytes a second (50 MB). A\n"
+          "read is one pread. Several calls add up. May be called from any thread during forward().")
+      .def(
+          "clear_faults", [](Engine& self) { self.store().clear_faults(); },
+          "Undo inject(); reads that are being slowed down go on at once.")
+      .def_prop_ro("faults_met", [](const Engine& self) { return self.store().faults_met(); })
       .def_prop_ro(
           "counters",
           [](const Engine& self) {

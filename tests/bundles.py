@@ -123,6 +123,16 @@ def run_engine(engine, ids, chunk: int = 32) -> np.ndarray:
     return np.concatenate([engine.forward(np.asarray(part, np.int32), ALL) for part in parts])
 
 
+def paged_runtime(path: Path, threads: int = 1) -> Runtime:
+    """A Runtime of 64 tokens with slots for about half of the experts: its cap is some MB above the floor, which moves
+    by less from one look to the next."""
+    with Runtime(path, "8GB", 64, threads=threads) as runtime:
+        plan = runtime.plan
+    runtime = Runtime(path, (plan.floor_bytes + plan.resident_bytes) // 2, 64, threads=threads)
+    assert not runtime.plan.resident
+    return runtime
+
+
 def edit_table(path: Path, change: Callable[[dict], None]) -> None:
     """Change bundle.json and make its checksum right again, so that what lies behind the checksum is reached."""
     table = json.loads((path / "bundle.json").read_text())

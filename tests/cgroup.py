@@ -18,8 +18,8 @@ def make(limit_bytes: int) -> Cgroup:
         pytest.skip(str(error))
 
 
-def run_json(arguments: list, limit_bytes: int) -> tuple[dict, int]:
-    """`edge-moe ARGUMENTS --json` in a cgroup; its object and the most memory that the kernel counted."""
+def run(arguments: list, limit_bytes: int) -> tuple[subprocess.CompletedProcess, int]:
+    """`edge-moe ARGUMENTS --json` in a cgroup, and the most memory that the kernel counted."""
     group = make(limit_bytes)
     try:
         child = subprocess.run(
@@ -28,7 +28,13 @@ def run_json(arguments: list, limit_bytes: int) -> tuple[dict, int]:
             text=True,
             preexec_fn=group.join,
         )
-        assert child.returncode == 0, f"exit code {child.returncode} (-9: killed at the limit): {child.stderr}"
-        return json.loads(child.stdout), group.peak_bytes
+        return child, group.peak_bytes
     finally:
         group.remove()
+
+
+def run_json(arguments: list, limit_bytes: int) -> tuple[dict, int]:
+    """As run(), but the object that the command prints."""
+    child, peak = run(arguments, limit_bytes)
+    assert child.returncode == 0, f"exit code {child.returncode} (-9: killed at the limit): {child.stderr}"
+    return json.loads(child.stdout), peak

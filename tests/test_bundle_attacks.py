@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from bundles import edit_copy, edit_table, flip, logits_of, use
+from bundles import edit_copy, edit_table, flip, logits_of, paged_runtime, use
 
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, verify
 from edge_moe.runtime.runtime import Runtime
@@ -43,16 +43,6 @@ def header_bytes(file) -> int:
 def first_record(path, at=(0, 0)):
     bundle = Bundle.open(path)
     return bundle.files[0], bundle.experts[at]
-
-
-def paged_runtime(path) -> Runtime:
-    """A Runtime with fewer slots than experts: 2 MB of cap above the floor, which the process's own moves by less."""
-    with Runtime(path, "8GB", 64, threads=1) as runtime:
-        plan = runtime.plan
-    cap = (3 * plan.floor_bytes + plan.resident_bytes) // 4
-    runtime = Runtime(path, cap, 64, threads=1)
-    assert not runtime.plan.resident
-    return runtime
 
 
 # ---- cut short, and missing

@@ -1,6 +1,7 @@
 """The cap holds: in a cgroup that kills above it, at caps from the floor up, with the same tokens as without."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -58,6 +59,25 @@ def test_a_run_stays_below_its_cap_and_says_the_same(bundle, plan, uncapped, sha
     assert answer["expert_misses"] > 0
     assert answer["bytes_read"] > 0
     assert answer["tokens"] == uncapped["tokens"]
+
+
+@pytest.mark.parametrize("share", [0.7, 0.85])
+def test_the_automatic_cap_of_a_cgroup_below_the_floor_is_refused_and_the_floor_named(bundle, plan, share):
+    limit = int(share * plan["floor_bytes"])
+    child, _ = cgroup.run(["generate", bundle, *ARGUMENTS, "--ram", "auto"], limit_bytes=limit)
+    message = r"edge-moe: error: a cap of (\d+) MB is below the floor of (\d+) MB \(.*\); raise the cap, or lower .*\n"
+    found = re.fullmatch(message, child.stderr)
+    assert (child.returncode, child.stdout) == (1, "")
+    assert int(found[1]) < int(found[2])
+    assert abs(int(found[2]) * 1_000_000 - plan["floor_bytes"]) < 4_000_000  # the process's own size moves by less
+
+
+def test_the_automatic_cap_of_a_cgroup_above_the_floor_works(bundle, plan, uncapped):
+    limit = int(1.5 * plan["floor_bytes"])
+    answer, counted = cgroup.run_json(["generate", bundle, *ARGUMENTS, "--ram", "auto"], limit_bytes=limit)
+    assert answer["tokens"] == uncapped["tokens"]
+    assert answer["peak_memory_bytes"] <= answer["ram_bytes"] < limit
+    assert counted <= limit
 
 
 def test_with_room_for_all_experts_nothing_is_paged(plan, uncapped):

@@ -159,6 +159,7 @@ std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want) 
     kernels_.rms_norm(last + size_t(t) * c.dim, output_norm_, c.norm_eps, s_.normed + size_t(t) * c.dim, c.dim);
   });
   if (rows) matmul(head_, prepare(s_.normed, rows, c.dim, s_.normed_q, head_.width < 16), s_.logits);
+  store_.end_use();
   position_ += tokens;
   stats_.tokens += tokens;
   return {s_.logits, size_t(rows) * c.vocab};

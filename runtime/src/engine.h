@@ -115,6 +115,7 @@ class Engine {
   const EngineConfig& config() const { return config_; }
   const ExpertCache& cache() const { return cache_; }
   const ExpertStore& store() const { return store_; }
+  ExpertStore& store() { return store_; }
   EngineStats stats() const { return stats_; }
   const char* kernels_name() const { return kernels_.name; }
 

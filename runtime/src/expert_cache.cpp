@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "threads.h"
+
 namespace edge_moe {
 
 ExpertCache::ExpertCache(ExpertStore& store, size_t bytes, int readers, double half_life)
@@ -26,10 +28,13 @@ ExpertCache::ExpertCache(ExpertStore& store, size_t bytes, int readers, double h
   slots_.resize(2 * std::min(records, bytes / store.smallest_record()) + 1);
   slots_[0].bytes = bytes;
   for (int i = int(slots_.size()) - 1; i > 0; --i) unused_.push_back(i);
-  for (int i = 0; i < readers; ++i) readers_.emplace_back([this] { read_requests(); });
+  start_threads(
+      readers_, readers, [this](int) { read_requests(); }, [this] { stop(); });
 }
 
-ExpertCache::~ExpertCache() {
+ExpertCache::~ExpertCache() { stop(); }
+
+void ExpertCache::stop() {
   {
     std::lock_guard lock(mutex_);
     stop_ = true;

@@ -82,6 +82,7 @@ class ExpertCache {
   void free_slot(int failed);
   int next_request();
   void read_requests();
+  void stop();
   uint8_t* slot_bytes(int slot) const { return arena_.data() + slots_[slot].offset; }
 
   ExpertStore& store_;

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "../../devices/checksum.h"
+#include "map_guard.h"
 
 namespace edge_moe {
 
@@ -31,8 +32,11 @@ ExpertStore::ExpertStore(const std::vector<std::string>& paths, std::vector<Reco
       throw std::runtime_error(file.path + ": expert " + std::to_string(record.expert) + " of layer " +
                                std::to_string(record.layer) + " does not lie inside the file; copy the bundle again");
   }
-  if (mapped)
-    for (const auto& file : files_) maps_.emplace_back(*file);
+  if (!mapped) return;
+  for (const auto& file : files_) {
+    maps_.emplace_back(*file);
+    stamps_.push_back(file->stamp());
+  }
 }
 
 bool ExpertStore::direct() const {
@@ -58,14 +62,63 @@ void ExpertStore::read(int record, uint8_t* out) const {
 }
 
 const uint8_t* ExpertStore::map(int record) {
+  if (!in_use_) begin_use();
   const Record& r = records_[record];
   const uint8_t* bytes = maps_[r.file].data() + r.offset;
-  if (!verified_[record]) {
+  if (verified_[record]) return bytes;
+  try {
     verify(r, bytes);
-    verified_[record] = true;
+  } catch (...) {
+    in_use_ = false;
+    check_unchanged(r.file);  // says more than that the checksum is wrong
+    throw;
   }
+  verified_[record] = true;
   return bytes;
 }
+
+// What was verified holds for as long as nobody writes to the file.
+void ExpertStore::begin_use() {
+  guard_maps();
+  for (int file = 0; file < int(files_.size()); ++file) {
+    const FileStamp now = files_[file]->stamp();
+    if (now == stamps_[file] && !maps_[file].lost()) continue;
+    if (maps_[file].lost()) maps_[file].map_again(*files_[file]);
+    for (size_t i = 0; i < records_.size(); ++i)
+      if (records_[i].file == file) verified_[i] = false;
+    stamps_[file] = now;
+  }
+  in_use_ = true;
+}
+
+void ExpertStore::end_use() {
+  if (!in_use_) return;
+  in_use_ = false;
+  for (int file = 0; file < int(files_.size()); ++file) check_unchanged(file);
+}
+
+void ExpertStore::check_unchanged(int file) const {
+  const FileStamp now = files_[file]->stamp();
+  const std::string& path = files_[file]->path;
+  if (now.bytes < files_[file]->bytes)
+    throw std::runtime_error(path + ": was cut short while in use; copy the bundle again");
+  if (maps_[file].lost()) throw std::runtime_error(path + ": could not be read while in use; " + kTryAgain);
+  if (now != stamps_[file]) throw std::runtime_error(path + ": was written to while in use; " + kTryAgain);
+}
+
+void ExpertStore::inject(ReadFault fault, int record) {
+  if (record >= 0) {
+    const Record& r = records_.at(record);
+    fault.descriptor = files_[r.file]->descriptor;
+    fault.begin = r.offset, fault.end = r.offset + r.padded;
+  }
+  faults_->add(fault);
+  for (const auto& file : files_) file->faults.store(faults_.get(), std::memory_order_release);
+}
+
+void ExpertStore::clear_faults() { faults_->clear(); }
+
+uint64_t ExpertStore::faults_met() const { return faults_->met(); }
 
 void ExpertStore::verify(const Record& record, const uint8_t* bytes) const {
   if (crc32c(bytes, record.padded) != record.checksum)

@@ -11,6 +11,7 @@
 #include "../../devices/format.h"
 #include "../../devices/kernels.h"
 #include "os.h"
+#include "read_fault.h"
 
 namespace edge_moe {
 
@@ -33,7 +34,7 @@ ExpertWeights expert_weights(const Record& record, const uint8_t* bytes);
 
 class ExpertStore {
  public:
-  // `mapped`: records are served by map(), else by read(). Throws std::system_error when a file cannot be opened and
+  // `mapped`: records are served by map(), else by read(). Throws SystemError when a file cannot be opened and
   // std::runtime_error when a record lies outside its file.
   ExpertStore(const std::vector<std::string>& paths, std::vector<Record> records, bool mapped);
 
@@ -46,16 +47,30 @@ class ExpertStore {
   // Fill `out` (padded bytes, 4096-byte aligned) with a record and verify it. Thread safe.
   void read(int record, uint8_t* out) const;
 
-  // The record in the memory map, verified on its first use. Not thread safe.
+  // The record in the memory map, verified on its first use and again after its file was written to. Not thread safe.
   const uint8_t* map(int record);
 
+  // To be called after the last use of bytes of map() and before its result is given out: throws when they may have
+  // been others meanwhile, because a file was cut short, written to or not readable. Not thread safe.
+  void end_use();
+
+  // For tests: reads go wrong as the fault says, of one record, or of all where `record` is -1. Thread safe.
+  void inject(ReadFault fault, int record);
+  void clear_faults();
+  uint64_t faults_met() const;
+
  private:
+  void begin_use();
+  void check_unchanged(int file) const;
   void verify(const Record& record, const uint8_t* bytes) const;
 
   std::vector<std::unique_ptr<File>> files_;
   std::vector<FileMap> maps_;
   std::vector<Record> records_;
-  std::vector<bool> verified_;  // of mapped records
+  std::vector<bool> verified_;     // of mapped records
+  std::vector<FileStamp> stamps_;  // of mapped files, when the use began
+  bool in_use_ = false;            // map() has been called since the last end_use()
+  std::unique_ptr<ReadFaults> faults_ = std::make_unique<ReadFaults>();
 };
 
 }  // namespace edge_moe

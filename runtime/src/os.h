@@ -2,24 +2,44 @@
 // os_linux.cpp and os_macos.cpp have the same functions; the build picks one.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 namespace edge_moe {
 
+class ReadFaults;
+struct GuardedRange;
+
+// What the system refused to do, and its reason: "WHAT: REASON", then "; ADVICE" where there is one. OSError in Python.
+struct SystemError : std::runtime_error {
+  SystemError(const std::string& what, int error, const std::string& advice = "");
+};
+
+// By what a program can tell that another one has written to a file.
+struct FileStamp {
+  uint64_t bytes = 0;
+  int64_t modified_ns = 0;
+  bool operator==(const FileStamp&) const = default;
+};
+
 // A file opened for reading past the page cache; `direct` is false where the file system refused and reads are
-// buffered. Throws std::system_error.
+// buffered. Throws SystemError, and std::runtime_error for what is no regular file.
 struct File {
   explicit File(const std::string& path);
   ~File();
   File(const File&) = delete;
   File& operator=(const File&) = delete;
 
+  FileStamp stamp() const;  // now
+
   std::string path;
   int descriptor = -1;
   bool direct = false;
-  uint64_t bytes = 0;
+  uint64_t bytes = 0;                        // when it was opened
+  std::atomic<ReadFaults*> faults{nullptr};  // of its reads; null: none
 };
 
 // Zeroed memory from the system, page aligned; pages count only once touched.
@@ -39,7 +59,8 @@ class Arena {
   size_t bytes_ = 0;
 };
 
-// A whole file mapped for reading.
+// A whole file mapped for reading. Where a page cannot be read, because the file was cut short or its disk fails, there
+// are zeros from that page on, and the map is lost.
 class FileMap {
  public:
   explicit FileMap(const File& file);
@@ -48,14 +69,20 @@ class FileMap {
   FileMap& operator=(FileMap&&) = delete;
 
   const uint8_t* data() const { return data_; }
+  bool lost() const;
+  void map_again(const File& file);  // a lost one, at the same place
 
  private:
   uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
+  GuardedRange* guarded_ = nullptr;
 };
 
-// Fill `out` from `offset`. With `file.direct`, all three must be multiples of 4096. Throws std::system_error when
-// the system reports an error and std::runtime_error when the file ends early.
+// What to do about a file of a bundle that cannot be read now but may be later.
+inline constexpr const char* kTryAgain = "try again, and copy the bundle again if that does not help";
+
+// Fill `out` from `offset`. With `file.direct`, all three must be multiples of 4096. Throws SystemError when the system
+// reports an error and std::runtime_error when the file ends early.
 void read_exactly(const File& file, uint64_t offset, uint8_t* out, size_t bytes);
 
 // The same for the end of a file, at any offset and length (fewer than 4096 bytes).

@@ -8,11 +8,15 @@
 
 namespace edge_moe {
 
+int64_t modified_ns(const struct stat& info) {
+  return int64_t(info.st_mtim.tv_sec) * 1'000'000'000 + info.st_mtim.tv_nsec;
+}
+
 File::File(const std::string& path) : path(path) {
   descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
   direct = descriptor >= 0;
   if (!direct) descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);  // tmpfs and some network file systems
-  if (descriptor < 0) fail(path);
+  if (descriptor < 0) throw SystemError(path, errno);
   bytes = regular_file_bytes(*this);
 }
 

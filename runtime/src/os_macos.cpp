@@ -6,9 +6,13 @@
 
 namespace edge_moe {
 
+int64_t modified_ns(const struct stat& info) {
+  return int64_t(info.st_mtimespec.tv_sec) * 1'000'000'000 + info.st_mtimespec.tv_nsec;
+}
+
 File::File(const std::string& path) : path(path) {
   descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) fail(path);
+  if (descriptor < 0) throw SystemError(path, errno);
   direct = fcntl(descriptor, F_NOCACHE, 1) == 0;
   bytes = regular_file_bytes(*this);
 }

@@ -8,23 +8,33 @@
 #include <cerrno>
 #include <cstring>
 #include <new>
-#include <stdexcept>
 #include <system_error>
 #include <utility>
 
+#include "../../devices/format.h"
+#include "map_guard.h"
 #include "os.h"
+#include "read_fault.h"
 
 namespace edge_moe {
 
-[[noreturn]] inline void fail(const std::string& what) {
-  throw std::system_error(errno, std::generic_category(), what);
+static int64_t modified_ns(const struct stat& info);  // each os_*.cpp has its own
+
+SystemError::SystemError(const std::string& what, int error, const std::string& advice)
+    : std::runtime_error(what + ": " + std::generic_category().message(error) + (advice.empty() ? "" : "; " + advice)) {
 }
 
 inline uint64_t regular_file_bytes(const File& file) {
   struct stat info;
-  if (fstat(file.descriptor, &info) != 0) fail(file.path);
+  if (fstat(file.descriptor, &info) != 0) throw SystemError(file.path, errno);
   if (!S_ISREG(info.st_mode)) throw std::runtime_error(file.path + ": not a regular file");
   return uint64_t(info.st_size);
+}
+
+FileStamp File::stamp() const {
+  struct stat info;
+  if (fstat(descriptor, &info) != 0) throw SystemError(path, errno, kTryAgain);
+  return {uint64_t(info.st_size), modified_ns(info)};
 }
 
 File::~File() {
@@ -51,24 +61,47 @@ Arena& Arena::operator=(Arena&& other) noexcept {
 FileMap::FileMap(const File& file) : bytes_(file.bytes) {
   if (bytes_ == 0) throw std::runtime_error(file.path + ": empty file");
   void* memory = mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, file.descriptor, 0);
-  if (memory == MAP_FAILED) fail(file.path);
+  if (memory == MAP_FAILED) throw SystemError(file.path, errno);
   data_ = static_cast<uint8_t*>(memory);
+  guarded_ = guard(data_, bytes_);
 }
 FileMap::~FileMap() {
-  if (data_) munmap(data_, bytes_);
+  if (!data_) return;
+  unguard(guarded_);
+  munmap(data_, bytes_);
 }
 FileMap::FileMap(FileMap&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)),
+      guarded_(std::exchange(other.guarded_, nullptr)) {}
 
-// pread until `bytes` have come or the file ends; returns how many came.
+bool FileMap::lost() const { return is_lost(guarded_); }
+
+void FileMap::map_again(const File& file) {
+  if (mmap(data_, bytes_, PROT_READ, MAP_SHARED | MAP_FIXED, file.descriptor, 0) != data_)
+    throw SystemError(file.path, errno, kTryAgain);
+  set_found(guarded_);
+}
+
+inline ssize_t read_once(const File& file, uint64_t offset, uint8_t* out, size_t bytes) {
+  ReadFaults* faults = file.faults.load(std::memory_order_acquire);
+  if (faults) return faults->pread(file.descriptor, out, bytes, offset);
+  return pread(file.descriptor, out, bytes, off_t(offset));
+}
+
+// pread until `bytes` have come or the file ends; returns how many came. After a short read a direct file goes on at a
+// whole block; less than one of what should be more is its end.
 inline size_t read_some(const File& file, uint64_t offset, uint8_t* out, size_t bytes) {
   size_t done = 0;
   while (done < bytes) {
-    ssize_t got = pread(file.descriptor, out + done, bytes - done, off_t(offset + done));
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) fail(file.path + ": cannot read at byte " + std::to_string(offset + done));
-    if (got == 0) break;
-    done += size_t(got);
+    const ssize_t result = read_once(file, offset + done, out + done, bytes - done);
+    if (result < 0 && errno == EINTR) continue;
+    if (result < 0)
+      throw SystemError(file.path + ": cannot read at byte " + std::to_string(offset + done), errno, kTryAgain);
+    const size_t got = size_t(result), blocks = got / kSmallAlignment * kSmallAlignment;
+    const bool ended = got == 0 || (file.direct && blocks == 0);
+    done += ended || !file.direct || done + got == bytes ? got : blocks;
+    if (ended) break;
   }
   return done;
 }

@@ -2,6 +2,9 @@
 #include "threads.h"
 
 #include <stdexcept>
+#include <system_error>
+
+#include "os.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,12 +24,29 @@ static inline void pause_thread() {
 #endif
 }
 
-ThreadPool::ThreadPool(int threads) {
-  if (threads < 1) throw std::invalid_argument("threads must be at least 1");
-  for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+void start_threads(std::vector<std::thread>& threads, int count, const std::function<void(int)>& work,
+                   const std::function<void()>& stop) {
+  try {
+    for (int i = 0; i < count; ++i) threads.emplace_back(work, i);
+  } catch (const std::system_error& error) {
+    stop();
+    throw SystemError("cannot start " + std::to_string(count) + " threads", error.code().value(),
+                      "lower threads, or raise what this process may use");
+  } catch (...) {
+    stop();
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::ThreadPool(int threads) {
+  if (threads < 1) throw std::invalid_argument("threads must be at least 1");
+  start_threads(
+      workers_, threads - 1, [this](int i) { work(i + 1); }, [this] { stop(); });
+}
+
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   stop_ = true;
   signal_.fetch_add(1);
   signal_.notify_all();

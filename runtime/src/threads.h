@@ -8,14 +8,20 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <thread>
 #include <vector>
 
 namespace edge_moe {
 
+// Start `count` threads of work(number). Where the system refuses one, stop(), which has to end and join those before
+// it, is called and SystemError thrown.
+void start_threads(std::vector<std::thread>& threads, int count, const std::function<void(int)>& work,
+                   const std::function<void()>& stop);
+
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);
+  explicit ThreadPool(int threads);  // throws SystemError when the system refuses that many
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
 
@@ -34,6 +40,7 @@ class ThreadPool {
 
  private:
   using Call = void (*)(void*, int, int);
+  void stop();
   void start(int count, Call call, void* task);
   bool claim_and_run(int thread);
   void work(int thread);
