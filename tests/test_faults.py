@@ -173,6 +173,21 @@ def test_records_that_still_load_when_another_fails_are_waited_for(small, logits
     np.testing.assert_array_equal(in_time(run_engine, engine, IDS), logits)
 
 
+@pytest.mark.parametrize("kind", ["error", "end", "flip"])
+def test_a_read_that_a_failed_call_left_behind_fails_no_other_call(small, logits, kind):
+    _, _, failing = record_of(small, 0, 0)
+    _, _, left = record_of(small, 0, 1)
+    engine = make_engine(small, slots=4)
+    engine.inject("slow", record=failing, times=1, value=40_000)  # 0.1 s
+    engine.inject("error", record=failing, times=1)
+    engine.inject("slow", record=left, times=1, value=8_000)  # 0.5 s
+    engine.inject(kind, record=left, times=1)
+    with pytest.raises(OSError, match="Input/output error"):
+        run_engine(engine, IDS)
+    np.testing.assert_array_equal(in_time(run_engine, engine, IDS), logits)
+    assert engine.faults_met == 2
+
+
 def test_threads_that_wait_for_their_turn_get_it_when_the_one_before_fails(runtime, answer):
     runtime._engine.inject("slow", value=1_000_000, times=1)  # 0.1 s
     runtime._engine.inject("error", after=1, times=1)

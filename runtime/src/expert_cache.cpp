@@ -52,14 +52,15 @@ ExpertCache::Acquired ExpertCache::acquire(int record) {
   const double now = score(record) + 1.0;
   Acquired result;
   if (int slot = slot_of_[record]; slot >= 0) {
-    ++slots_[slot].pins;
+    if (slots_[slot].pins++ == 0) slots_[slot].left = slots_[slot].state == State::kLoading;
     stats_.read_ahead_used += std::exchange(slots_[slot].ahead, false);
     result = slots_[slot].state == State::kReady ? Acquired::kHit : Acquired::kLoading;
     ++stats_.hits;
   } else {
     slot = make_slot(store_.records()[record].padded);
     if (slot < 0) return Acquired::kNoSlot;
-    slots_[slot].record = record, slots_[slot].state = State::kLoading, slots_[slot].pins = 1;
+    slots_[slot].record = record, slots_[slot].state = State::kLoading, slots_[slot].pins = 1,
+    slots_[slot].left = false;
     slot_of_[record] = slot;
     queue_.push_back(slot);
     ++stats_.misses;
@@ -201,6 +202,7 @@ int ExpertCache::next_request() {
     const int slot = make_slot(store_.records()[record].padded);
     if (slot < 0) continue;
     slots_[slot].record = record, slots_[slot].state = State::kLoading, slots_[slot].ahead = true;
+    slots_[slot].left = false;
     slot_of_[record] = slot;
     ++stats_.read_ahead;
     stats_.bytes_read += store_.records()[record].padded;
@@ -223,6 +225,11 @@ void ExpertCache::read_requests() {
       error = std::current_exception();
     }
     lock.lock();
+    if (error && slots_[slot].left && slots_[slot].pins > 0) {  // whoever wants it now has not tried yet
+      slots_[slot].left = false;
+      queue_.push_back(slot);
+      continue;
+    }
     slots_[slot].error = error;
     slots_[slot].state = error ? State::kFailed : State::kReady;
     if (error && slots_[slot].pins == 0) free_slot(slot);

@@ -72,6 +72,7 @@ class ExpertCache {
     bool ahead = false;  // read ahead, and not asked for yet
     int pins = 0, next = -1;
     std::exception_ptr error;
+    bool left = false;  // its read began for a call that failed, or ahead, and not for who wants it now
   };
   bool evictable(const Slot& slot) const;
   double score(int record) const;

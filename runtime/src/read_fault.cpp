@@ -32,7 +32,8 @@ ssize_t ReadFaults::pread(int descriptor, uint8_t* out, size_t bytes, uint64_t o
   size_t most = bytes;
   std::vector<uint64_t> flips;
   double bytes_per_s = 0;
-  bool wrong = false;
+  bool wrong = false, ended = false;
+  int error = 0;
   for (ReadFault& fault : faults_) {
     const bool meant = fault.descriptor < 0 || fault.descriptor == descriptor;
     if (!meant || offset < fault.begin || offset >= fault.end || fault.times == 0) continue;
@@ -45,10 +46,11 @@ ssize_t ReadFaults::pread(int descriptor, uint8_t* out, size_t bytes, uint64_t o
     wrong = true;
     switch (fault.kind) {
       case FaultKind::kError:
-        errno = int(fault.value);
-        return -1;
+        error = int(fault.value);
+        break;
       case FaultKind::kEnd:
-        return 0;
+        ended = true;
+        break;
       case FaultKind::kShort:
         most = std::min<size_t>(most, fault.value);
         break;
@@ -66,6 +68,11 @@ ssize_t ReadFaults::pread(int descriptor, uint8_t* out, size_t bytes, uint64_t o
   }
   lock.unlock();
 
+  if (error) {
+    errno = error;
+    return -1;
+  }
+  if (ended) return 0;
   const ssize_t got = ::pread(descriptor, out, bytes, off_t(offset));
   if (got <= 0) return got;
   const size_t given = std::min(size_t(got), most);
