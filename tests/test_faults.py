@@ -277,6 +277,7 @@ INTERRUPTED = """
 import os, signal, sys, threading
 sys.path.insert(0, sys.argv[2])
 from bundles import paged_runtime
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 with paged_runtime(sys.argv[1]) as runtime:
     engine, prompt = runtime._engine, sys.argv[3]
     want = runtime.generate(prompt, 16).tokens
