@@ -182,6 +182,7 @@ def _measure(runtime: Runtime, test: Test, ids: list[int], repeats: int, prune, 
         if progress:
             progress(test.name, run, repeats)
     bundle, plan = runtime.bundle, runtime.plan
+    weights = weight_bytes(bundle, used["experts_used"] / max(used["tokens"], 1))
     tps = test.tokens / np.array(seconds)
     return Measurement(
         model=bundle.path.name.removesuffix(".emoe"),
@@ -205,7 +206,7 @@ def _measure(runtime: Runtime, test: Test, ids: list[int], repeats: int, prune, 
         repeats=repeats,
         hit_rate=used["expert_hits"] / max(used["expert_hits"] + used["expert_misses"], 1),
         read_bytes_per_token=used["bytes_read"] / (repeats * test.tokens),
-        weights_gbps=weight_bytes(bundle, used) * float(tps.mean()) / 1e9 if test.kind == "tg" else None,
+        weights_gbps=weights * float(tps.mean()) / 1e9 if test.kind == "tg" else None,
         peak_memory_bytes=runtime.stats["peak_memory_bytes"],
     )
 
@@ -228,13 +229,13 @@ def compute(runtime: Runtime, ids: list[int], step: int) -> None:
         runtime._step(ids[at : at + step], LAST if step == 1 or at + step >= len(ids) else NOTHING)
 
 
-def weight_bytes(bundle: Bundle, used: dict) -> float:
-    """Bytes of weights that one generated token is computed with: trunk, one row of the embedding, its experts."""
+def weight_bytes(bundle: Bundle, experts: float) -> float:
+    """Bytes of weights that a generated token is computed with: trunk, one row of the embedding, so many experts."""
     shapes = trunk_shapes(bundle.config)
     embedding = next(t for t in bundle.trunk if t.name == "embedding")
     rest = 0 if "head" not in shapes else _tensor_bytes(embedding)
     record = bundle.expert_bytes / len(bundle.experts)
-    return bundle.trunk_bytes - rest + used["experts_used"] / max(used["tokens"], 1) * record
+    return bundle.trunk_bytes - rest + experts * record
 
 
 def _tensor_bytes(tensor) -> int:

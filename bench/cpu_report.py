@@ -1,84 +1,184 @@
-"""The README's speed table, measured again: random bundles with Qwen3-30B-A3B's layer shapes at several widths.
+"""The CPU's speed, measured again: bench/reports/cpu.md by one command.
 
-    python -m edge_moe.bench.cpu_report [--repeats 5] > report.md
+    python -m edge_moe.bench.cpu_report [--quick] > bench/reports/cpu.md
 
-Four layers and 4,096 tokens of vocabulary keep a bundle near 1 GB. Every row is a process of its own, so that its
-peak memory is its own. The last rows run the 4-bit bundle under caps that hold only part of it.
+Random bundles with Qwen3-30B-A3B's layer shapes and 4,096 tokens of vocabulary: speed by width, beside llama.cpp where
+the extra `peers` is installed, under caps beside what the disk allows, and as context, layers and experts grow. Every
+row is a process of its own, so that its peak memory is its own. It takes about a quarter of an hour and 4 GB of disk.
 """
 
 import argparse
+import importlib.util
 import json
-import subprocess
+import os
+import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from edge_moe.bench.conditions import processor
+from edge_moe.bench import peers
+from edge_moe.bench.bandwidth import machine_bandwidth
+from edge_moe.bench.bench import Measurement
+from edge_moe.bench.child import answer, call
+from edge_moe.bench.conditions import processor, stolen
+from edge_moe.bench.paging_bound import ROUNDS, TOKENS, paging_bound
 from edge_moe.bench.synthetic import make_synthetic
+from edge_moe.devices.probe import default_threads
 
 CONFIG = Path(__file__).parent / "configs" / "qwen3-30b-a3b.json"
-WIDTHS = (2, 3, 4, 8)
-PAGED_WIDTH = 4
-CAPS = ("400MB", "800MB")
-COLUMNS = (
-    "width",
-    "bundle",
-    "cap",
-    "pp128 tok/s",
-    "tg32 tok/s",
-    "GB/s of weights",
-    "hit rate",
-    "MB read/token",
-    "peak",
-)
+VOCAB, LAYERS = 4096, 4
+BUNDLES = ((2, 4), (2, 8), (3, 8), (4, 4), (4, 8), (8, 8))  # widths of experts and trunk
+PAGED = (4, 8)
+DEPTHS = (0, 128, 512, 1024, 2048, 4096, 8192)
+MORE_LAYERS, MORE_EXPERTS = (2, 4, 8, 12), (32, 64, 128, 256)
+TESTS = {"prompt": 128, "generate": 32}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    rows = []
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, and llama.cpp with 4 layers alone")
+    quick = parser.parse_args().quick
+    began = stolen()
     with tempfile.TemporaryDirectory() as directory:
-        for width in WIDTHS:
-            bundle = make_synthetic(CONFIG, Path(directory) / f"{width}.emoe", layers=4, width=width, vocab=4096).path
-            caps = ("8GB", *CAPS) if width == PAGED_WIDTH else ("8GB",)
-            rows += [(width, cap, measure(bundle, cap, repeats)) for cap in caps]
-    first = rows[0][2]
-    print(f"{processor()}, {first['rows'][0]['threads']} threads; means and deviations of {repeats} runs.")
-    print(f"Memory reads at {first['memory_gbps']:.1f} GB/s, unbuffered reads of records at {disk(rows)}.\n")
-    print("| " + " | ".join(COLUMNS) + " |")
-    print("|" + "---|" * len(COLUMNS))
-    for width, cap, report in rows:
-        print("| " + " | ".join(cells(width, cap, report)) + " |")
+        sections = [
+            by_width(Path(directory), 2 if quick else 5),
+            *beside_peers(quick),
+            under_caps(Path(directory)),
+            growth(Path(directory), 2 if quick else 3),
+        ]
+    taken = f"A hypervisor kept {stolen() - began:.0f} s from its cores meanwhile."
+    print("# Speed on the CPU\n\n" + f"{processor()}, {default_threads()} threads. {taken}\n\n" + "\n\n".join(sections))
 
 
-def measure(bundle: Path, cap: str, repeats: int) -> dict:
-    command = [sys.executable, "-m", "edge_moe", "bench", bundle, "--ram", cap, "-p", "128", "-n", "32"]
-    child = subprocess.run(
-        [*map(str, command), "-r", str(repeats), "-o", "json"], stdout=subprocess.PIPE, text=True, check=True
+def by_width(directory: Path, repeats: int) -> str:
+    """Tokens a second by the widths of experts and trunk, everything in memory."""
+    rows, machine = [], None
+    for experts, trunk in BUNDLES:
+        bundle = made(directory, width=experts, trunk_width=trunk)
+        prompt, generated = measured(bundle, repeats)
+        rows.append(
+            [f"{experts}", f"{trunk}", gigabytes(generated.size_bytes), speed(prompt), speed(generated)]
+            + [f"{generated.weights_gbps:.1f}", f"{generated.peak_memory_bytes / 1e6:.0f} MB"]
+        )
+        machine = machine or machine_bandwidth(bundle, default_threads())
+        if (experts, trunk) != PAGED:
+            remove(bundle)
+    titles = ["width", "trunk", "bundle", "pp128 tok/s", "tg32 tok/s", "GB/s of weights", "peak"]
+    return (
+        "## By width\n\n"
+        f"Four layers, every expert in memory; memory reads at {machine['memory_gbps']:.1f} GB/s on all threads. Means "
+        f"and deviations of {repeats} runs.\n\n" + table(titles, rows)
     )
-    return json.loads(child.stdout)
 
 
-def cells(width: int, cap: str, report: dict) -> list[str]:
-    prompt, generate = report["rows"]
-    return [
-        str(width),
-        f"{generate['size_bytes'] / 1e9:.2f} GB",
-        "none needed" if generate["resident"] else cap,
-        f"{prompt['tps_mean']:.0f} ± {prompt['tps_sd']:.0f}",
-        f"{generate['tps_mean']:.1f} ± {generate['tps_sd']:.1f}",
-        f"{generate['weights_gbps']:.1f}",
-        f"{generate['hit_rate']:.1%}",
-        f"{generate['read_bytes_per_token'] / 1e6:.1f}",
-        f"{generate['peak_memory_bytes'] / 1e6:.0f} MB",
-    ]
+def beside_peers(quick: bool) -> list[str]:
+    """Ours and llama.cpp's in turns, where it is installed."""
+    if missing := [name for name in peers.NEEDED if importlib.util.find_spec(name) is None]:
+        return [f"## Beside llama.cpp\n\nNot measured: {', '.join(missing)} not installed (extra `peers`)."]
+    sections, build = [], "\n\nllama.cpp's own library was built again, without the fault that bench/peers.py names."
+    for layers, types in ((4, list(peers.WIDTHS)), *([] if quick else [(12, ["Q2_K", "Q4_0"])])):
+        report = peers.compare(types, layers=layers, rounds=3 if quick else 5, tell=tell)
+        sections.append(f"## Beside llama.cpp, {layers} layers\n\n" + peers.markdown(report))
+        if "LLAMA_CPP_LIB_PATH" in os.environ:
+            sections[-1] += build
+    return sections
 
 
-def disk(rows) -> str:
-    found = [report["disk_gbps"] for _, _, report in rows if report["disk_gbps"]]
-    return f"{min(found):.2f} to {max(found):.2f} GB/s" if found else "an unknown speed (the file system has none)"
+def under_caps(directory: Path) -> str:
+    """Decoding under caps beside what the disk allows."""
+    tell("caps")
+    rows = []
+    for its in paging_bound(made(directory, width=PAGED[0], trunk_width=PAGED[1])):
+        rows.append(
+            [f"{its.ram_bytes / 1e6:.0f} MB", str(its.slots) if its.slots else "resident", f"{its.hit_rate:.0%}"]
+            + [f"{its.read_bytes_per_token / 1e6:.1f}", f"{statistics.median(its.tps):.1f}"]
+            + [f"{statistics.median(its.disk_gbps):.2f}", f"{its.share:.2f}" if its.share else ""]
+            + [f"{its.peak_memory_bytes / 1e6:.0f} MB"]
+        )
+    titles = ["cap", "slots", "hits", "MB read/token", "tok/s", "disk GB/s", "of the bound", "peak"]
+    return (
+        f"## Under a cap\n\nWidth {PAGED[0]}, from the floor to every expert in memory; {ROUNDS} rounds of {TOKENS} "
+        "tokens. The bound is 1 / (compute + missed bytes / bandwidth of the disk): compute of the last row, the "
+        "bandwidth of unbuffered reads between the rounds. Above 1, reading was done while computing. Random weights "
+        "route almost evenly, the hardest case for a cache; for recorded text see "
+        "[cache_policies.md](cache_policies.md).\n\n" + table(titles, rows)
+    )
+
+
+def growth(directory: Path, repeats: int) -> str:
+    """Tokens a second as context, layers and experts grow."""
+    bundle = made(directory, width=PAGED[0], trunk_width=PAGED[1])
+    depths = measured(bundle, repeats, depths=DEPTHS)
+    remove(bundle)
+    rows = [["context", f"{depth:,}", *map(speed, depths[2 * i : 2 * i + 2])] for i, depth in enumerate(DEPTHS)]
+    for layers in MORE_LAYERS:
+        rows.append(["layers", str(layers), *map(speed, once(directory, repeats, layers=layers))])
+    for experts in MORE_EXPERTS:
+        rows.append(["experts", str(experts), *map(speed, once(directory, repeats, experts=experts))])
+    return (
+        f"## As work grows\n\nWidth {PAGED[0]}, every expert in memory. Context: tokens before those measured; "
+        f"means and deviations of {repeats} runs.\n\n" + table(["what", "", "pp128 tok/s", "tg32 tok/s"], rows)
+    )
+
+
+def once(directory: Path, repeats: int, **shape) -> list[Measurement]:
+    bundle = made(directory, width=PAGED[0], trunk_width=PAGED[1], **shape)
+    try:
+        return measured(bundle, repeats)
+    finally:
+        remove(bundle)
+
+
+def made(directory: Path, layers: int = LAYERS, experts: int | None = None, **widths) -> Path:
+    """A random bundle of these shapes, which stays until it is removed."""
+    config = CONFIG
+    if experts:
+        config = directory / "config.json"
+        config.write_text(json.dumps({**json.loads(CONFIG.read_text()), "num_experts": experts}))
+    out = directory / f"{layers}-{experts}-{'-'.join(map(str, widths.values()))}.emoe"
+    if not out.exists():
+        tell(f"{out.stem}")
+        make_synthetic(config, out, layers=layers, vocab=VOCAB, **widths)
+    return out
+
+
+def remove(bundle: Path) -> None:
+    for file in bundle.iterdir():
+        file.unlink()
+    bundle.rmdir()
+
+
+def measured(bundle: Path, repeats: int, depths=(0,)) -> list[Measurement]:
+    """A row for each test and depth, in a process of its own."""
+    asked = {"bundle": str(bundle), "ram": "20GB", "repeats": repeats, "depths": depths, **TESTS}
+    return [Measurement(**row) for row in call("edge_moe.bench.cpu_report", asked, "measuring was killed")]
+
+
+def _measure(**asked) -> list[dict]:
+    from dataclasses import asdict
+
+    from edge_moe.bench.bench import measure
+
+    return [asdict(row) for row in measure(**asked)[0]]
+
+
+def speed(row: Measurement) -> str:
+    digits = 0 if row.tps_mean >= 200 else 1
+    return f"{row.tps_mean:.{digits}f} ± {row.tps_sd:.{digits}f}"
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    answer(_measure) if sys.argv[1:] and sys.argv[1].startswith("{") else main()
