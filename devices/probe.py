@@ -1,6 +1,7 @@
 """What this machine is: the memory a cgroup leaves to the process, and the threads it may use."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # (controller of /proc/self/cgroup, mount point under /sys/fs/cgroup, limit file, usage file, prefix of the keys of
@@ -17,17 +18,12 @@ def memory_limit_bytes(free_bytes: int, cgroups: str = "/proc/self/cgroup", moun
 
     Cached files count as room: a cgroup that has just copied a bundle is full of them, and they give way.
     """
-    room = free_bytes
-    for controller, path in _cgroups(Path(cgroups)):
-        for wanted, mount, limit_name, usage_name, prefix in CGROUP_FILES:
-            if wanted not in controller.split(","):
-                continue
-            for directory in _upwards(Path(mounts, mount), path):
-                limit, usage = _number(directory / limit_name), _number(directory / usage_name)
-                if limit is not None:
-                    used = max((usage or 0) - _cached_files(directory / "memory.stat", prefix), 0)
-                    room = min(room, max(limit - used, 0))
-    return room
+    return min([free_bytes, *(max(limit - used, 0) for limit, used in _limits(cgroups, mounts))])
+
+
+def cgroup_limit_bytes(cgroups: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup") -> int | None:
+    """The lowest limit of a cgroup of this process or one above it; None where there is none."""
+    return min((limit for limit, _ in _limits(cgroups, mounts)), default=None)
 
 
 def default_threads() -> int:
@@ -36,6 +32,18 @@ def default_threads() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:
         return os.cpu_count() or 1
+
+
+def _limits(cgroups: str, mounts: str) -> Iterator[tuple[int, int]]:
+    """(limit, bytes in use but for cached files) of each cgroup that has a limit."""
+    for controller, path in _cgroups(Path(cgroups)):
+        for wanted, mount, limit_name, usage_name, prefix in CGROUP_FILES:
+            if wanted not in controller.split(","):
+                continue
+            for directory in _upwards(Path(mounts, mount), path):
+                limit, usage = _number(directory / limit_name), _number(directory / usage_name)
+                if limit is not None:
+                    yield limit, max((usage or 0) - _cached_files(directory / "memory.stat", prefix), 0)
 
 
 def _cgroups(file: Path) -> list[tuple[str, str]]:

@@ -61,7 +61,7 @@ def test_a_run_stays_below_its_cap_and_says_the_same(bundle, plan, uncapped, sha
     assert answer["tokens"] == uncapped["tokens"]
 
 
-@pytest.mark.parametrize("share", [0.7, 0.85])
+@pytest.mark.parametrize("share", [0.7, 1.0])
 def test_the_automatic_cap_of_a_cgroup_below_the_floor_is_refused_and_the_floor_named(bundle, plan, share):
     limit = int(share * plan["floor_bytes"])
     child, _ = cgroup.run(["generate", bundle, *ARGUMENTS, "--ram", "auto"], limit_bytes=limit)

@@ -238,7 +238,13 @@ def test_a_random_file_decodes_in_llama_cpp_with_finite_logits(mix, small, tmp_p
     model = make_gguf(small, tmp_path / "small.gguf", mix)
     size = (tmp_path / "small.gguf").stat().st_size
     assert 0 < size - sum(tensor.nbytes for tensor in tensors(model, mix)) < 16384  # the header
-    engine = LlamaCpp(Model("llama.cpp", mix, str(tmp_path / "small.gguf"), size, 0, vocab=64, context=64, threads=1))
+    file = Model("llama.cpp", mix, str(tmp_path / "small.gguf"), size, 0, vocab=64, context=64, threads=1)
+    try:  # some builds end the process at their first prompt: see peers.py
+        with Child(file) as child:
+            child.run("pp", 4, 0)
+    except OSError as error:
+        pytest.skip(f"this build of llama.cpp does not run here: {error}")
+    engine = LlamaCpp(file)
     others = []
     for first in range(8):
         engine.prompt([first, 10 + first])

@@ -8,7 +8,7 @@ import sys
 import cgroup
 import pytest
 
-from edge_moe.devices.probe import default_threads, memory_limit_bytes
+from edge_moe.devices.probe import cgroup_limit_bytes, default_threads, memory_limit_bytes
 
 FREE = 10_000
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -51,6 +51,7 @@ def test_the_tightest_cgroup_on_the_way_up_decides(tmp_path, room, names, mount,
     assert room(line) == 2000
     group(top / "a/b", names, 1700, 500)
     assert room(line) == 1200
+    assert cgroup_limit_bytes(str(tmp_path / "cgroup"), str(tmp_path / "sys")) == 1700
 
 
 @pytest.mark.parametrize(("names", "line", "mount"), [(V1, "4:memory:/a", "memory"), (V2, "0::/a", "")])
@@ -60,6 +61,7 @@ def test_without_a_limit_there_is_what_is_free(tmp_path, room, names, line, moun
     assert room("1:name=systemd:/a", "not a line", "") == FREE
     assert room() == FREE
     assert memory_limit_bytes(FREE, str(tmp_path / "nowhere"), str(tmp_path)) == FREE
+    assert cgroup_limit_bytes(str(tmp_path / "nowhere"), str(tmp_path)) is None
 
 
 def test_a_container_that_sees_its_own_cgroup_as_the_mount_finds_its_limit(tmp_path, room):
