@@ -107,7 +107,7 @@ struct Kernels {
 const Kernels* const* available_kernels(int* count);
 
 extern const Kernels kScalarKernels;
-extern const Kernels kAvx2Kernels, kAvx512Kernels;  // on x86-64 only
-extern const Kernels kNeonKernels;                  // on 64-bit Arm only
+extern const Kernels kAvx2Kernels, kAvx512Kernels;    // on x86-64 only
+extern const Kernels kNeonKernels, kNeonI8mmKernels;  // on 64-bit Arm only
 
 }  // namespace edge_moe

@@ -4,6 +4,8 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace edge_moe {
@@ -14,6 +16,16 @@ static bool has_dot_product() {
   return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else
   return true;  // every Apple processor that runs macOS
+#endif
+}
+
+static bool has_matrix_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+#else
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, nullptr, 0) == 0 && has;
 #endif
 }
 #endif
@@ -31,6 +43,7 @@ const Kernels* const* available_kernels(int* count) {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
       tables[n++] = &kAvx2Kernels;
 #elif defined(__aarch64__)
+    if (has_dot_product() && has_matrix_products()) tables[n++] = &kNeonI8mmKernels;
     if (has_dot_product()) tables[n++] = &kNeonKernels;
 #endif
     tables[n++] = &kScalarKernels;

@@ -1,0 +1,23 @@
+// Kernels for 64-bit Arm with products of int8 matrices (Apple M2 and later, Jetson Thor).
+#include <arm_neon.h>
+
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "../half.h"
+#include "../kernels.h"
+
+namespace edge_moe {
+namespace neon_i8mm {
+
+#include "neon.inl"
+
+}  // namespace neon_i8mm
+
+const Kernels kNeonI8mmKernels = {
+    "neon_i8mm",           neon_i8mm::matmul,        neon_i8mm::quantise,      neon_i8mm::rms_norm,
+    neon_i8mm::gate_up,    neon_i8mm::attend_scores, neon_i8mm::attend_values, neon_i8mm::widen,
+    neon_i8mm::add_scaled, neon_i8mm::softmax,       neon_i8mm::dequantise_row};
+
+}  // namespace edge_moe
