@@ -124,7 +124,7 @@ def run_engine(engine, ids, chunk: int = 32) -> np.ndarray:
 
 
 def paged_runtime(path: Path, threads: int = 1) -> Runtime:
-    """A Runtime of 64 tokens with slots for about half of the experts.
+    """A Runtime of 64 tokens with slots for about a third of the experts.
 
     Its cap depends on this process's size, which moves: a second and third look find it at rest.
     """
@@ -132,7 +132,7 @@ def paged_runtime(path: Path, threads: int = 1) -> Runtime:
         with Runtime(path, "8GB", 64, threads=threads) as runtime:
             plan = runtime.plan
         try:
-            runtime = Runtime(path, (plan.floor_bytes + plan.resident_bytes) // 2, 64, threads=threads)
+            runtime = Runtime(path, (3 * plan.floor_bytes + plan.resident_bytes) // 4, 64, threads=threads)
         except MemoryError:
             continue
         if not runtime.plan.resident:

@@ -52,6 +52,7 @@ def test_lfru_is_the_engines(bundle_of, stdlib_ids):
     with Runtime(path, cap, 256, prune="off") as runtime:
         slots = runtime.plan.slots
         assert 8 < slots < 56
+        runtime._engine.set_prefetch(False)
         generate_run(runtime, ids, "off")
         found = runtime.stats
     with Checkpoint(REFERENCE) as checkpoint:

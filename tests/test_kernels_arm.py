@@ -28,7 +28,9 @@ def check_kernels(directory: Path, options: list[str], run: list[str]) -> tuple[
 @pytest.mark.skipif(QEMU is None, reason="needs qemu-user")
 def test_arm_gives_the_bits_of_this_machine(tmp_path):
     here = check_kernels(tmp_path / "here", [], [])
-    arm = check_kernels(tmp_path / "arm", [f"-DCMAKE_TOOLCHAIN_FILE={DEVICES / 'aarch64.cmake'}"], [QEMU, "-cpu", "max"])
+    arm = check_kernels(
+        tmp_path / "arm", [f"-DCMAKE_TOOLCHAIN_FILE={DEVICES / 'aarch64.cmake'}"], [QEMU, "-cpu", "max"]
+    )
     assert arm[0] == ["neon_i8mm", "neon", "scalar"]
     assert here[0][-1] == "scalar"
     assert arm[1] == here[1]
