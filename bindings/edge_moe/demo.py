@@ -91,13 +91,13 @@ def _score(paths: dict[str, Path], progress) -> dict[str, dict]:
 
 
 def _run_under_cap(bundle: Path) -> dict:
-    """Generate in a process of its own, with room for all of the experts and then for half of those above the floor."""
+    """Generate in a process of its own, with room for all of the experts and then at the floor that the plan names."""
     options = ["--context", str(CONTEXT)]
     plan = _child("plan", bundle, "--ram", "1GB", *options)
     floor, resident = plan["floor_bytes"], plan["resident_bytes"]
     arguments = ["-p", PROMPT, "-n", ANSWER_TOKENS, "--temp", 0.7, "--top-p", 0.9, "--seed", SEED, *options]
     free = _child("generate", bundle, "--ram", "1GB", *arguments)
-    capped = _child("generate", bundle, "--ram", str((floor + resident) // 2), *arguments)
+    capped = _child("generate", bundle, "--ram", str(floor), *arguments)
     return {
         "prompt": PROMPT,
         "floor_bytes": floor,
