@@ -14,6 +14,19 @@ inline Vector load_cached(const float* p) {
   return v;
 }
 
+// tile(count, at) for queries [at, at + count) of all of them, count a constant.
+template <typename Tile>
+inline void in_tiles(int queries, const Tile& tile) {
+  int at = 0;
+  auto all_of = [&](auto count) {
+    for (; at + count <= queries; at += count) tile(count, at);
+  };
+  all_of(std::integral_constant<int, kTileQueries>{});
+  all_of(std::integral_constant<int, 4>{});
+  all_of(std::integral_constant<int, 2>{});
+  all_of(std::integral_constant<int, 1>{});
+}
+
 // Queries times Blocks key blocks.
 template <typename T, int Queries, int Blocks>
 inline void tile_scores(const float* const* q, const T* keys, int head_dim, float scale, float* const* scores) {
@@ -55,20 +68,9 @@ void block_scores(const float* const* q, const T* keys, int begin, int end, int 
 template <typename T>
 void all_scores(const float* const* q, int queries, const T* keys, int begin, int end, int head_dim, float scale,
                 float* scores, size_t scores_stride) {
-  for (int at = 0; at < queries;) {
-    auto some = [&](auto count) {
-      block_scores<T, count>(q + at, keys, begin, end, head_dim, scale, scores + at * scores_stride, scores_stride);
-      at += count;
-    };
-    if (queries - at >= 8)
-      some(std::integral_constant<int, 8>{});
-    else if (queries - at >= 4)
-      some(std::integral_constant<int, 4>{});
-    else if (queries - at >= 2)
-      some(std::integral_constant<int, 2>{});
-    else
-      some(std::integral_constant<int, 1>{});
-  }
+  in_tiles(queries, [&](auto count, int at) {
+    block_scores<T, count>(q + at, keys, begin, end, head_dim, scale, scores + at * scores_stride, scores_stride);
+  });
 }
 
 void attend_scores(const float* const* q, int queries, const KeyValues& cache, int begin, int end, int head_dim,
@@ -108,21 +110,10 @@ void all_values(const float* weights, size_t weights_stride, int queries, const 
                 int end, int n, float* const* out) {
   for (int row = begin; row < end; row += kValueRows) {
     const int rows = end - row < kValueRows ? end - row : kValueRows;
-    for (int at = 0; at < queries;) {
-      auto some = [&](auto count) {
-        row_values<T, count>(weights + at * weights_stride + row, weights_stride, values + row * stride, stride, rows,
-                             n, out + at);
-        at += count;
-      };
-      if (queries - at >= 8)
-        some(std::integral_constant<int, 8>{});
-      else if (queries - at >= 4)
-        some(std::integral_constant<int, 4>{});
-      else if (queries - at >= 2)
-        some(std::integral_constant<int, 2>{});
-      else
-        some(std::integral_constant<int, 1>{});
-    }
+    in_tiles(queries, [&](auto count, int at) {
+      row_values<T, count>(weights + at * weights_stride + row, weights_stride, values + row * stride, stride, rows, n,
+                           out + at);
+    });
   }
 }
 
