@@ -376,6 +376,7 @@ def test_more_threads_than_cores_change_nothing(path, answer):
 
 REFUSED = """
 import os, resource, sys
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a fork's threads would take the stacks of NumPy's own
 sys.path.insert(0, sys.argv[2])
 from bundles import Path, make_engine
 path, threads = Path(sys.argv[1]), int(sys.argv[3])
