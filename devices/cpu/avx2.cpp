@@ -17,6 +17,9 @@ constexpr int kRegister = 8;
 constexpr int kTileTokens = 2;
 constexpr int kTileRows = 8;
 
+template <int Width, int Group>
+constexpr int kSpan = 1;
+
 using Vector = __m256;
 inline Vector load(const float* p) { return _mm256_load_ps(p); }
 inline void store(float* p, Vector v) { _mm256_store_ps(p, v); }

@@ -22,6 +22,11 @@ constexpr int kRegister = 16;
 constexpr int kTileTokens = 4;
 constexpr int kTileRows = 16;
 
+template <int Width, int Group>
+constexpr int kSpan = Width == 4                 ? 2
+                      : Width == 2 && Group > 32 ? 4
+                                                 : 1;
+
 using Vector = __m512;
 inline Vector load(const float* p) { return _mm512_load_ps(p); }
 inline void store(float* p, Vector v) { _mm512_store_ps(p, v); }
@@ -40,6 +45,8 @@ inline Vector load_cached(const uint16_t* p) {
 #include "tiles.inl"
 
 // ---- codes -> bytes ----
+
+inline __mmask16 first_lanes(int count) { return count >= kLanes ? __mmask16(-1) : __mmask16((1u << count) - 1); }
 
 inline __m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 
@@ -174,6 +181,51 @@ template <int Width, int Parts>
   unrolled<Parts>([&](auto part) { dots[part] = add_pairs(sums[part][0], sums[part][1]); });
 }
 
+// A register is 64 bytes of one row, whose codes are multiplied a plane at a time: sums are put in lanes of rows, not
+// codes. Against block_dots, from the second-level cache: 1.3 times as fast; a model's decoding 1.11 to 1.18 times at 4
+// bits, 1.01 to 1.07 at 2.
+template <int Width, int Parts>
+[[gnu::always_inline]] inline void span_dots(const uint8_t* codes, size_t stride, int left, const int8_t* x,
+                                             Vector (&dots)[Parts]) {
+  constexpr int kPlanes = 8 / Width;
+  const __m512i low = _mm512_set1_epi8((1 << Width) - 1);
+  const __mmask16 present = first_lanes(left * Width / 32);
+  __m512i inputs[kPlanes];
+  unrolled<kPlanes>([&](auto plane) { inputs[plane] = _mm512_load_si512(x + 64 * plane); });
+  auto of_row = [&](int row) {
+    const __m512i bits = _mm512_maskz_loadu_epi32(present, codes + row * stride);
+    __m512i sums = _mm512_setzero_si512();
+    unrolled<kPlanes>([&](auto plane) {
+      const __m512i shifted = plane ? _mm512_srli_epi16(bits, plane * Width) : bits;
+      sums = _mm512_dpbusd_epi32(sums, _mm512_and_si512(shifted, low), inputs[plane]);
+    });
+    return sums;
+  };
+  auto of_two = [&](int row) {
+    const __m512i a = of_row(row), b = of_row(row + 1);
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
+  __m512i fours[4];  // of four rows the sums of each quarter
+  unrolled<4>([&](auto i) {
+    const __m512i a = of_two(4 * i), b = of_two(4 * i + 2);
+    fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  });
+  auto even = [](__m512i a, __m512i b) { return _mm512_shuffle_i64x2(a, b, 0x88); };
+  auto odd = [](__m512i a, __m512i b) { return _mm512_shuffle_i64x2(a, b, 0xdd); };
+  const __m512i even_lanes[] = {even(fours[0], fours[1]), even(fours[2], fours[3])};
+  const __m512i odd_lanes[] = {odd(fours[0], fours[1]), odd(fours[2], fours[3])};
+  if constexpr (Parts == 2) {
+    const __m512i a = _mm512_add_epi32(even_lanes[0], odd_lanes[0]), b = _mm512_add_epi32(even_lanes[1], odd_lanes[1]);
+    dots[0] = _mm512_cvtepi32_ps(even(a, b));
+    dots[1] = _mm512_cvtepi32_ps(odd(a, b));
+  } else {
+    dots[0] = _mm512_cvtepi32_ps(even(even_lanes[0], even_lanes[1]));
+    dots[1] = _mm512_cvtepi32_ps(even(odd_lanes[0], odd_lanes[1]));
+    dots[2] = _mm512_cvtepi32_ps(odd(even_lanes[0], even_lanes[1]));
+    dots[3] = _mm512_cvtepi32_ps(odd(odd_lanes[0], odd_lanes[1]));
+  }
+}
+
 template <int Tokens, int Parts, bool Wide>
 inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]) {
   unrolled<Parts>([&](auto part) {
@@ -210,8 +262,6 @@ void columns(const uint16_t* values, int stride, int first, int count, float (*o
     });
   }
 }
-
-inline __mmask16 first_lanes(int count) { return count >= kLanes ? __mmask16(-1) : __mmask16((1u << count) - 1); }
 
 inline __m512 from_bfloat16(__m256i values) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));

@@ -8,6 +8,9 @@ constexpr int kRegister = 4;
 constexpr int kTileRows = 4;
 constexpr int kPieces = 4;  // registers of a block's codes
 
+template <int Width, int Group>
+constexpr int kSpan = 1;
+
 using Vector = float32x4_t;
 inline Vector load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, Vector v) { vst1q_f32(p, v); }

@@ -2,14 +2,16 @@
 // sets share; scalar.cpp defines the result.
 //
 // Each cpu/*.cpp includes this file after vector_ops.inl, inside its own namespace. Before, it sets kTileRows and
-// defines Vector, a register of kTileRows floats, with load, store, broadcast, multiply and fma; after, the templates
-// declared here. For one token codes are unpacked in registers, as its weights are read once. For more, blocks are
-// unpacked to bytes once, into a buffer that the first-level cache holds, and multiplied with every token.
+// kSpan<Width, Group>, the blocks that one token's products take together, and defines Vector, a register of kTileRows
+// floats, with load, store, broadcast, multiply and fma; after, the templates declared here. For one token codes are
+// unpacked in registers, as its weights are read once. For more, blocks are unpacked to bytes once, into a buffer that
+// the first-level cache holds, and multiplied with every token.
 
 constexpr int kChunk = 16;  // blocks unpacked at a time
 constexpr int kTokens = 8;  // whose sums are in registers
 constexpr int kBatch = 64;  // tokens that blocks are unpacked for
 constexpr int kMostGroups = kChunk * kBlock / 32;
+constexpr int kMostArranged = 1 << 15;  // inputs of a product that are put in another order
 
 // f(0), ..., f(N-1) with constants, so that an array of sums indexed by them lives in registers.
 template <int N, typename F>
@@ -44,6 +46,12 @@ struct PackedTokens {
 template <int Width, int Parts>
 [[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* x,
                                               Vector (&dots)[Parts]);
+
+// The same of kSpan blocks, whose inputs arrange() has put in order; `left` inputs are in the rows from here on, and
+// nothing past them is read.
+template <int Width, int Parts>
+[[gnu::always_inline]] inline void span_dots(const uint8_t* codes, size_t stride, int left, const int8_t* x,
+                                             Vector (&dots)[Parts]);
 
 // The block's codes to bytes, kTileRows * kBlock of them in an order of the instruction set's own.
 template <int Width>
@@ -96,35 +104,50 @@ template <int Width, int Group>
   __builtin_prefetch(rows.biases + at, 0, 2);
 }
 
+// The inputs of each span in the order of its codes: those of every byte's lowest code, then of the next. A last span
+// that is not whole is filled up with zeros.
+template <int Width, int Group>
+inline void arrange(const int8_t* x, int blocks, int8_t* out) {
+  constexpr int kPlanes = 8 / Width, kBytes = kSpan<Width, Group> * kBlock / kPlanes;
+  for (int block = 0; block < blocks; block += kSpan<Width, Group>) {
+    int8_t in[kPlanes * kBytes] = {};
+    std::memcpy(in, x + block * kBlock,
+                size_t(blocks - block < kSpan<Width, Group> ? blocks - block : kSpan<Width, Group>) * kBlock);
+    for (int plane = 0; plane < kPlanes; ++plane)
+      for (int i = 0; i < kBytes; ++i) out[block * kBlock + plane * kBytes + i] = in[i * kPlanes + plane];
+  }
+}
+
 template <int Width, int Group>
 void one_token(const PackedRows rows, const int8_t* x, const float* x_scales, const float* x_sums, float* y) {
-  constexpr int kGroups = kChunk * kBlock / Group;
+  constexpr int kGroups = kChunk * kBlock / Group, kDots = kSpan<Width, Group> * kParts<Group>;
   alignas(64) float scales[kGroups][kTileRows], biases[kGroups][kTileRows];
   alignas(64) uint8_t tail[Group == 32 ? kTileRows * kBlock : 1];
   const int groups = rows.cols / Group;
   Vector sum = broadcast(0.0f);
   for (int first = 0; first < groups; first += kGroups) {
-    const int count = groups - first < kGroups ? groups - first : kGroups;
+    const int count = groups - first < kGroups ? groups - first : kGroups, end = count * kGroupBlocks<Group>;
     columns(rows.scales, groups, first, count, scales);
     columns(rows.biases, groups, first, count, biases);
-    for (int g = 0; g < count; g += kParts<Group>) {
-      sum = fma(load(biases[g]), broadcast(x_sums[first + g]), sum);
-      for (int b = 0; b < kGroupBlocks<Group>; ++b) {
-        const int block = (first + g) / kParts<Group> * kGroupBlocks<Group> + b;
-        fetch_next<Width, Group>(rows, block);
+    for (int at = 0; at < end; at += kDots) {
+      const int block = (first * kGroupBlocks<Group> + at) / kParts<Group>;
+      const uint8_t* codes = rows.codes + size_t(block) * (kBlock / 8 * Width);
+      Vector dots[kDots];
+      for (int i = 0; i < kSpan<Width, Group>; ++i) fetch_next<Width, Group>(rows, block + i);
+      if constexpr (kSpan<Width, Group> != 1) {
+        span_dots<Width>(codes, rows.stride, rows.cols - block * kBlock, x + block * kBlock, dots);
+      } else {
         size_t stride = rows.stride;
-        const uint8_t* codes = rows.codes + size_t(block) * (kBlock / 8 * Width);
         if constexpr (Group == 32) codes = block_codes<Width>(rows, block, tail, stride);
-        Vector dots[kParts<Group>];
-        block_dots<Width, kParts<Group>>(codes, stride, x + block * kBlock, dots);
-        const Vector x_scale = broadcast(x_scales[block]);
-        sum = fma(dots[0], multiply(load(scales[g]), x_scale), sum);
-        if constexpr (Group == 32) {
-          if (g + 1 == count) break;
-          sum = fma(load(biases[g + 1]), broadcast(x_sums[first + g + 1]), sum);
-          sum = fma(dots[1], multiply(load(scales[g + 1]), x_scale), sum);
-        }
+        block_dots<Width>(codes, stride, x + block * kBlock, dots);
       }
+      unrolled<kDots>([&](auto i) {
+        if (i > 0 && at + i >= end) return;
+        const int group = (at + i) / kGroupBlocks<Group>;
+        if ((at + i) % kGroupBlocks<Group> == 0) sum = fma(load(biases[group]), broadcast(x_sums[first + group]), sum);
+        const Vector x_scale = broadcast(x_scales[block + i / kParts<Group>]);
+        sum = fma(dots[i], multiply(load(scales[group]), x_scale), sum);
+      });
     }
   }
   store(y, sum);
@@ -188,6 +211,11 @@ template <int Width, int Group>
 void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
   const int blocks = x.blocks(), groups = m.cols / Group;
   alignas(64) float sums[kBatch][kTileRows];
+  constexpr bool kArranged = kSpan < Width, Group >> 1;
+  alignas(64) int8_t arranged[kArranged ? kMostArranged : 1];
+  const bool one = x.count == 1 && (!kArranged || blocks + kSpan<Width, Group> <= kMostArranged / kBlock);
+  if (kArranged && one)
+    arrange<Width, Group>(x.codes + (x.rows ? x.rows[0] : 0) * size_t(blocks) * kBlock, blocks, arranged);
   for (int row = row_begin; row < row_end; row += kTileRows) {
     // The last tile begins earlier, on rows of which nothing is stored.
     const int first = row + kTileRows <= m.rows ? row : m.rows - kTileRows;
@@ -204,8 +232,9 @@ void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_str
         tokens.scales[t] = x.scales + vector * blocks;
         tokens.sums[t] = x.group_sums(Group, vector);
       }
-      if (count == 1)
-        one_token<Width, Group>(rows, tokens.codes[0], tokens.scales[0], tokens.sums[0], sums[0]);
+      if (one)
+        one_token<Width, Group>(rows, kArranged ? arranged : tokens.codes[0], tokens.scales[0], tokens.sums[0],
+                                sums[0]);
       else
         many_tokens<Width, Group>(rows, tokens, count, sums);
       for (int t = 0; t < count; ++t)
