@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from edge_moe import _core
+from edge_moe.bench.kernel_bandwidth import NOISE_BYTES, make_noise, random_matrix, row_bytes
 
 KERNELS = _core.kernel_names()[0]  # the best of this machine
 FORMATS = [*((width, 64) for width in _core.WIDTHS if width < 16), (2, 128)]
 NAMES = [f"{width} bits, group {group}" for width, group in FORMATS]
 every_format = pytest.mark.parametrize("width, group", FORMATS, ids=NAMES)
-DECODE_BYTES = 1 << 29  # codes, scales and biases; beyond caches, of which the largest have 0.3 GB
 PREFILL_WEIGHTS = 1 << 24
 COLS = 4096
 CHECKED_ROWS = 16
@@ -23,15 +23,13 @@ CHECKED_ROWS = 16
 @pytest.fixture(scope="module")
 def noise(small) -> np.ndarray:
     """Random bytes for the largest matrix."""
-    words = np.random.default_rng(0).integers(0, 2**64, (1 << 20 if small else DECODE_BYTES) // 8, np.uint64)
-    return words.view(np.uint8)
+    return make_noise(1 << 20 if small else NOISE_BYTES)
 
 
 @pytest.mark.benchmark(group="matmul, 1 token, from memory")
 @every_format
 def test_decode(benchmark, noise, width, group):
-    row_bytes = COLS * width // 8 + 4 * COLS // group
-    _multiply(benchmark, noise, len(noise) // row_bytes, 1, width, group)
+    _multiply(benchmark, noise, len(noise) // row_bytes(width, group, COLS), 1, width, group)
 
 
 @pytest.mark.benchmark(group="matmul, 32 tokens")
@@ -42,10 +40,8 @@ def test_prefill(benchmark, noise, small, width, group):
 
 def _multiply(benchmark, noise: np.ndarray, rows: int, tokens: int, width: int, group: int) -> None:
     """Time x (tokens, COLS) times a matrix (rows, COLS)."""
-    codes = noise[: rows * COLS * width // 8].reshape(rows, -1)
-    random = np.random.default_rng(width)
-    scales, biases = (_bfloat16(random, (rows, COLS // group)) for _ in range(2))
-    x = random.standard_normal((tokens, COLS), np.float32)
+    codes, scales, biases = random_matrix(noise, rows, width, group, COLS)
+    x = np.random.default_rng(tokens).standard_normal((tokens, COLS), np.float32)
 
     y = benchmark(_core.matmul, KERNELS, codes, scales, biases, width, x)
 
@@ -57,9 +53,3 @@ def _multiply(benchmark, noise: np.ndarray, rows: int, tokens: int, width: int, 
     if benchmark.stats:  # none when nothing is timed
         seconds = benchmark.stats.stats.median
         benchmark.extra_info |= {"gbps": nbytes / seconds / 1e9, "gmacs": rows * COLS * tokens / seconds / 1e9}
-
-
-def _bfloat16(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Random signs and mantissas around 1/64, as bits."""
-    bits = random.integers(0, 2**16, shape, np.uint16)
-    return (bits & 0x807F) | np.uint16(121 << 7)
