@@ -2,9 +2,10 @@
 
     python -m edge_moe.bench.cpu_report [--quick] > bench/reports/cpu.md
 
-Random bundles with Qwen3-30B-A3B's layer shapes and 4,096 tokens of vocabulary: speed by width, beside llama.cpp where
-the extra `peers` is installed, under caps beside what the disk allows, and as context, layers and experts grow. Every
-row is a process of its own, so that its peak memory is its own. It takes about a quarter of an hour and 4 GB of disk.
+Random bundles with Qwen3-30B-A3B's layer shapes and 4,096 tokens of vocabulary: speed by width, the kernels alone,
+beside llama.cpp where the extra `peers` is installed, under caps beside what the disk allows, and as context, layers
+and experts grow. Every row is a process of its own, so that its peak memory is its own. It takes about 25 minutes and
+8 GB of disk.
 """
 
 import argparse
@@ -16,11 +17,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from edge_moe import _core
 from edge_moe.bench import peers
 from edge_moe.bench.bandwidth import machine_bandwidth
 from edge_moe.bench.bench import Measurement
 from edge_moe.bench.child import answer, call
 from edge_moe.bench.conditions import processor, stolen
+from edge_moe.bench.kernel_bandwidth import COLS, GROUP, kernel_bandwidth
 from edge_moe.bench.paging_bound import ROUNDS, TOKENS, paging_bound
 from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.devices.probe import default_threads
@@ -42,6 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         sections = [
             by_width(Path(directory), 2 if quick else 5),
+            kernels_alone(),
             *beside_peers(quick),
             under_caps(Path(directory)),
             growth(Path(directory), 2 if quick else 3),
@@ -71,12 +75,29 @@ def by_width(directory: Path, repeats: int) -> str:
     )
 
 
+def kernels_alone() -> str:
+    """The kernels' share of the memory's bandwidth."""
+    tell("kernels")
+    counts = sorted({1, default_threads()})
+    found = [kernel_bandwidth(threads, _core.WIDTHS[:-1]) for threads in counts]
+    rows = [
+        [str(same[0].width)] + [cell for its in same for cell in (f"{its.gbps:.1f}", f"{its.share:.0%}")]
+        for same in zip(*found, strict=True)
+    ]
+    heads = [head for count in counts for head in (f"GB/s, {count} thread{'s' * (count > 1)}", "of reading alone")]
+    return (
+        f"## Kernels alone\n\nOne token times a matrix of 0.5 GB in groups of {GROUP}, {COLS} inputs a row, each "
+        "thread with rows of its own. Reading alone is NumPy's maximum of the same bytes, in the same rounds; medians.\n\n"
+        + table(["width", *heads], rows)
+    )
+
+
 def beside_peers(quick: bool) -> list[str]:
     """Ours and llama.cpp's in turns, where it is installed."""
     if missing := [name for name in peers.NEEDED if importlib.util.find_spec(name) is None]:
         return [f"## Beside llama.cpp\n\nNot measured: {', '.join(missing)} not installed (extra `peers`)."]
     sections, build = [], "\n\nllama.cpp's own library was built again, without the fault that bench/peers.py names."
-    for layers, types in ((4, list(peers.WIDTHS)), *([] if quick else [(12, ["Q2_K", "Q4_0"])])):
+    for layers, types in ((4, list(peers.WIDTHS)), *([] if quick else [(12, list(peers.WIDTHS))])):
         report = peers.compare(types, layers=layers, rounds=3 if quick else 5, tell=tell)
         sections.append(f"## Beside llama.cpp, {layers} layers\n\n" + peers.markdown(report))
         if "LLAMA_CPP_LIB_PATH" in os.environ:
