@@ -87,8 +87,8 @@ def kernels_alone() -> str:
     heads = [head for count in counts for head in (f"GB/s, {count} thread{'s' * (count > 1)}", "of reading alone")]
     return (
         f"## Kernels alone\n\nOne token times a matrix of 0.5 GB in groups of {GROUP}, {COLS} inputs a row, each "
-        "thread with rows of its own. Reading alone is NumPy's maximum of the same bytes, in the same rounds; medians.\n\n"
-        + table(["width", *heads], rows)
+        "thread with rows of its own. Reading alone is NumPy's maximum of the same bytes in the same round; "
+        "medians.\n\n" + table(["width", *heads], rows)
     )
 
 
