@@ -6,9 +6,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lane_math.h"
+
 namespace edge_moe {
 
-static inline float half_to_float(uint16_t half) {
+EDGE_MOE_BOTH static inline float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
   uint32_t bits;
   if (rest >= 0x7c00) {  // infinity and not-a-number
@@ -17,26 +19,26 @@ static inline float half_to_float(uint16_t half) {
     bits = (rest << 13) + ((127 - 15) << 23);
   } else {  // subnormal: so many times 2^-24
     const float value = float(rest) * 0x1p-24f;
-    std::memcpy(&bits, &value, 4);
+    memcpy(&bits, &value, 4);
   }
   bits |= sign;
   float value;
-  std::memcpy(&value, &bits, 4);
+  memcpy(&value, &bits, 4);
   return value;
 }
 
-static inline uint16_t float_to_half(float value) {
+EDGE_MOE_BOTH static inline uint16_t float_to_half(float value) {
   uint32_t bits;
-  std::memcpy(&bits, &value, 4);
+  memcpy(&bits, &value, 4);
   const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return sign | 0x7e00;
   if (bits >= 0x477ff000) return sign | 0x7c00;  // from halfway past the largest half, 65504
   if (bits < 0x38800000) {                       // below the smallest normal half: added to 0.5, rounded at 2^-24
     float sum;
-    std::memcpy(&sum, &bits, 4);
+    memcpy(&sum, &bits, 4);
     sum += 0.5f;
-    std::memcpy(&bits, &sum, 4);
+    memcpy(&bits, &sum, 4);
     return sign | uint16_t(bits - 0x3f000000);
   }
   bits -= (127 - 15) << 23;

@@ -14,6 +14,7 @@
 
 #include "../half.h"
 #include "../kernels.h"
+#include "../lane_math.h"
 
 namespace edge_moe {
 namespace avx512 {

@@ -7,6 +7,7 @@
 
 #include "../half.h"
 #include "../kernels.h"
+#include "../lane_math.h"
 
 namespace edge_moe {
 namespace neon {

@@ -4,6 +4,7 @@
 
 #include "../half.h"
 #include "../kernels.h"
+#include "../lane_math.h"
 
 namespace edge_moe {
 namespace scalar {
@@ -76,9 +77,7 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
     const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
     int sums[2] = {};
     for (int i = 0; i < kBlock; ++i) {
-      // Inputs that are not finite become code 0 here and are caught where logits are read.
-      float scaled = i < count ? in[i] * inverse : 0.0f;
-      int code = scaled >= -127.5f && scaled <= 127.5f ? int(std::nearbyint(scaled)) : 0;
+      const int code = i < count ? input_code(in[i], inverse) : 0;
       out[i] = int8_t(code);
       sums[i / 32] += code;
     }

@@ -10,13 +10,6 @@ struct Lanes {
   Register parts[kLanes / kRegister];
 };
 
-inline float from_bfloat16(uint16_t value) {
-  uint32_t bits = uint32_t(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
 // Lane j plus lane j + 8, then + 4, + 2 and + 1.
 inline float fold(const float* lanes) {
   typedef float Eight __attribute__((vector_size(32)));
@@ -62,29 +55,6 @@ inline void add_last_products(Lanes& lanes, const float* x, const float* y, int 
   add_products(lanes, padded[0], padded[1]);
 }
 
-// exp(x) to about 2 ulp: x = n*ln2 + r, a polynomial in r, n into the exponent. Own code because libm's
-// differs between machines. Results below 2^-126 flush to zero.
-inline float exp_lane(float x) {
-  x = x > 88.0f ? 88.0f : x;
-  float keep = x < -87.0f ? 0.0f : 1.0f;
-  x = x < -87.0f ? -87.0f : x;
-  float n = x * 1.44269504f + 12582912.0f;  // round to nearest by adding 1.5 * 2^23
-  n = n - 12582912.0f;
-  float r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  int32_t bits = (int32_t(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return p * power * keep;
-}
-
 void rms_norm(const float* x, const float* weight, float eps, float* y, int n) {
   Lanes lanes = {};
   const int whole = n / kLanes * kLanes;
@@ -95,14 +65,10 @@ void rms_norm(const float* x, const float* weight, float eps, float* y, int n) {
 }
 
 void gate_up(float* gate, const float* up, int n, int activation) {
-  if (activation == 0) {
-    for (int i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + exp_lane(-gate[i])) * up[i];
-  } else {
-    for (int i = 0; i < n; ++i) {  // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u))
-      float u = 0.7978845608f * (gate[i] + 0.044715f * gate[i] * gate[i] * gate[i]);
-      gate[i] = gate[i] / (1.0f + exp_lane(-2.0f * u)) * up[i];
-    }
-  }
+  if (activation == 0)
+    for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], 0);
+  else
+    for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], 1);
 }
 
 // In place; returns the sum of exp(x - max), with x[i] left as exp(x[i] - max).

@@ -1,0 +1,193 @@
+// Dot products of packed rows with one vector of int8 inputs, by a warp: the bits that cpu/scalar.cpp defines.
+//
+// A lane takes 64 neighbouring codes of each of the warp's rows, so that a warp reads a row's bytes side by side, and
+// multiplies them four at a time. What a row's blocks come to is put in shared memory; then a lane adds up one row, as
+// the order of float additions is part of the result.
+#pragma once
+
+#include "../kernels.h"
+#include "../lane_math.h"
+#include "simt.h"
+
+namespace edge_moe::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kWarpRows = 16;  // that a warp multiplies at a time
+constexpr int kBlockWords = kBlock / 4;
+constexpr int kDotStride = 2 * kWarp + 1;  // of a row's dots: two a block at most, and rows in banks of their own
+constexpr int kWarpDots = kWarpRows * kDotStride;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+// One input vector as Kernels::quantise leaves it; its sums over 128 inputs are made of those over 64.
+struct QuantisedVector {
+  const int8_t* codes;   // (blocks, 64)
+  const float* scales;   // (blocks,)
+  const float* sums[2];  // (blocks*2,), (blocks,)
+};
+
+// The word that four neighbouring codes of an odd width are spread from, a byte each.
+template <int Width>
+__device__ __forceinline__ uint32_t spread(uint32_t codes) {
+  constexpr uint32_t kTwo = (1u << 2 * Width) - 1, kOne = ((1u << Width) - 1) * 0x00010001u;
+  const uint32_t pairs = (codes & kTwo) | (codes << (16 - 2 * Width) & kTwo << 16);
+  return (pairs & kOne) | (pairs << (8 - Width) & kOne << 8);
+}
+
+// Codes of 1, 2, 4 and 8 bits are taken a plane of each word at a time, others four neighbours at a time.
+template <int Width>
+constexpr bool kByPlane = 8 % Width == 0;
+template <int Width>
+constexpr int kPlanes = kByPlane<Width> ? 8 / Width : 1;
+
+// Operand `which` of eight: four codes of 32 that lie in Width words, in the order of arranged().
+template <int Width>
+__device__ __forceinline__ uint32_t four_codes(const uint32_t* words, int which) {
+  if (kByPlane<Width>) {
+    constexpr uint32_t kMask = ((1u << Width) - 1) * 0x01010101u;
+    return words[which / kPlanes<Width>] >> which % kPlanes<Width> * Width & kMask;
+  }
+  const int bit = which * 4 * Width, word = bit / 32, low = bit % 32;
+  uint32_t codes = words[word] >> low;
+  if (low + 4 * Width > 32) codes |= words[word + 1] << (32 - low);
+  return spread<Width>(codes);
+}
+
+// Which of 32 inputs byte `byte` of operand `which` is multiplied by.
+template <int Width>
+__host__ __device__ constexpr int input_of(int which, int byte) {
+  return kByPlane<Width> ? which / kPlanes<Width> * (32 / Width) + byte * kPlanes<Width> + which % kPlanes<Width>
+                         : which * 4 + byte;
+}
+
+// A block's inputs in the order of its codes.
+template <int Width>
+__device__ __forceinline__ void arrange(const int8_t* codes, uint32_t (&inputs)[kBlockWords]) {
+  uint32_t in[kBlockWords];
+  EDGE_MOE_UNROLL
+  for (int i = 0; i < kBlockWords / 4; ++i) {
+    const uint4 four = reinterpret_cast<const uint4*>(codes)[i];
+    in[4 * i] = four.x, in[4 * i + 1] = four.y, in[4 * i + 2] = four.z, in[4 * i + 3] = four.w;
+  }
+  EDGE_MOE_UNROLL
+  for (int i = 0; i < kBlockWords; ++i) {
+    uint32_t word = 0;
+    EDGE_MOE_UNROLL
+    for (int byte = 0; byte < 4; ++byte) {
+      const int at = i / 8 * 32 + input_of<Width>(i % 8, byte);
+      word |= (in[at / 4] >> at % 4 * 8 & 0xff) << byte * 8;
+    }
+    inputs[i] = word;
+  }
+}
+
+// A block's codes, or the first half's when there is no second. Wide loads where every row begins at a whole block.
+template <int Width>
+__device__ __forceinline__ void load_block(const uint8_t* codes, bool aligned, bool whole,
+                                           uint32_t (&words)[2 * Width]) {
+  if (aligned && Width % 2 == 0) {
+    EDGE_MOE_UNROLL
+    for (int i = 0; i < Width / 2; ++i) {
+      const uint4 four = reinterpret_cast<const uint4*>(codes)[i];
+      words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+    }
+  } else if (aligned) {
+    EDGE_MOE_UNROLL
+    for (int i = 0; i < Width; ++i) {
+      const uint2 two = reinterpret_cast<const uint2*>(codes)[i];
+      words[2 * i] = two.x, words[2 * i + 1] = two.y;
+    }
+  } else {
+    EDGE_MOE_UNROLL
+    for (int i = 0; i < 2 * Width; ++i) words[i] = i < Width || whole ? reinterpret_cast<const uint32_t*>(codes)[i] : 0;
+  }
+}
+
+// The sum of a group's inputs, of which the vector has those of 32 and of 64.
+__device__ __forceinline__ float group_sum(const QuantisedVector& x, int group_size, int group, int blocks) {
+  if (group_size == 32) return x.sums[0][group];
+  if (group_size == 64) return x.sums[1][group];
+  return 2 * group + 1 < blocks ? x.sums[1][2 * group] + x.sums[1][2 * group + 1] : x.sums[1][2 * group];
+}
+
+// Add to a row's sum what its blocks [first, end) come to.
+__device__ __forceinline__ float add_blocks(const Matrix& m, int row, const QuantisedVector& x, const int* dots,
+                                            int first, int end, int blocks, float sum) {
+  const int groups = m.cols / m.group;
+  const uint16_t* scales = m.scales + size_t(row) * groups;
+  const uint16_t* biases = m.biases + size_t(row) * groups;
+  for (int block = first; block < end; ++block) {
+    const float x_scale = x.scales[block];
+    const int* dot = dots + 2 * (block - first);
+    if (m.group == 32) {
+      for (int half = 0; half < 2 && 2 * block + half < groups; ++half) {
+        const int group = 2 * block + half;
+        sum = fmaf(from_bfloat16(biases[group]), x.sums[0][group], sum);
+        sum = fmaf(float(dot[half]), from_bfloat16(scales[group]) * x_scale, sum);
+      }
+    } else {
+      const int group = block * kBlock / m.group;
+      if (block * kBlock % m.group == 0)
+        sum = fmaf(from_bfloat16(biases[group]), group_sum(x, m.group, group, blocks), sum);
+      sum = fmaf(float(dot[0] + dot[1]), from_bfloat16(scales[group]) * x_scale, sum);
+    }
+  }
+  return sum;
+}
+
+// Rows [first_row, first_row + kWarpRows) times x, by all lanes of a warp: lane i < kWarpRows gets row first_row + i's,
+// or that of the last row where there are fewer. dots: kWarpDots integers of shared memory of the warp's own.
+template <int Width>
+__device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVector& x, int* dots) {
+  const int lane = int(threadIdx.x) % kWarp, blocks = (m.cols + kBlock - 1) / kBlock;
+  const bool aligned = m.cols % kBlock == 0;
+  const size_t row_bytes = size_t(m.cols) / 8 * Width;
+  auto clamped = [&](int row) { return row < m.rows ? row : m.rows - 1; };
+  float sum = 0.0f;
+  for (int first = 0; first < blocks; first += kWarp) {
+    const int block = first + lane, end = first + kWarp < blocks ? first + kWarp : blocks;
+    if (block < blocks) {
+      const bool whole = (block + 1) * kBlock <= m.cols;
+      uint32_t inputs[kBlockWords];
+      arrange<Width>(x.codes + size_t(block) * kBlock, inputs);
+      EDGE_MOE_UNROLL_4
+      for (int r = 0; r < kWarpRows; ++r) {
+        uint32_t words[2 * Width];
+        load_block<Width>(m.codes + clamped(first_row + r) * row_bytes + size_t(block) * (kBlock / 8 * Width), aligned,
+                          whole, words);
+        int dot[2] = {0, 0};
+        EDGE_MOE_UNROLL
+        for (int i = 0; i < kBlockWords; ++i)
+          dot[i / 8] = dot_bytes(four_codes<Width>(words + i / 8 * Width, i % 8), inputs[i], dot[i / 8]);
+        dots[r * kDotStride + 2 * lane] = dot[0];
+        dots[r * kDotStride + 2 * lane + 1] = dot[1];
+      }
+    }
+    __syncwarp();
+    if (lane < kWarpRows)
+      sum = add_blocks(m, clamped(first_row + lane), x, dots + lane * kDotStride, first, end, blocks, sum);
+    __syncwarp();
+  }
+  return sum;
+}
+
+// The same for a matrix of any packed width.
+__device__ inline float warp_rows(const Matrix& m, int first_row, const QuantisedVector& x, int* dots) {
+  switch (m.width) {
+    case 1:
+      return warp_rows_of<1>(m, first_row, x, dots);
+    case 2:
+      return warp_rows_of<2>(m, first_row, x, dots);
+    case 3:
+      return warp_rows_of<3>(m, first_row, x, dots);
+    case 4:
+      return warp_rows_of<4>(m, first_row, x, dots);
+    case 5:
+      return warp_rows_of<5>(m, first_row, x, dots);
+    case 6:
+      return warp_rows_of<6>(m, first_row, x, dots);
+    default:
+      return warp_rows_of<8>(m, first_row, x, dots);
+  }
+}
+
+}  // namespace edge_moe::cuda

@@ -1,0 +1,67 @@
+// The arithmetic that every device shares: one value at a time, the same bits from a CPU's vectors and a CUDA kernel.
+//
+// Static: sources compiled for different instruction sets include this, and must not share what one of them made of it.
+// Compiled without contraction (-ffp-contract=off, -fmad=false).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define EDGE_MOE_BOTH __host__ __device__
+#else
+#define EDGE_MOE_BOTH
+#endif
+
+namespace edge_moe {
+
+EDGE_MOE_BOTH static inline float from_bfloat16(uint16_t value) {
+  const uint32_t bits = uint32_t(value) << 16;
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+// exp(x) to about 2 ulp: x = n*ln2 + r, a polynomial in r, n into the exponent. Own code because libm's
+// differs between machines. Results below 2^-126 flush to zero.
+EDGE_MOE_BOTH static inline float exp_lane(float x) {
+  x = x > 88.0f ? 88.0f : x;
+  float keep = x < -87.0f ? 0.0f : 1.0f;
+  x = x < -87.0f ? -87.0f : x;
+  float n = x * 1.44269504f + 12582912.0f;  // round to nearest by adding 1.5 * 2^23
+  n = n - 12582912.0f;
+  float r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  memcpy(&power, &bits, 4);
+  return p * power * keep;
+}
+
+// activation(gate) * up; activation: 0 silu, 1 gelu (tanh form)
+EDGE_MOE_BOTH static inline float gated(float gate, float up, int activation) {
+  if (activation == 0) return gate / (1.0f + exp_lane(-gate)) * up;
+  // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u))
+  const float u = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
+  return gate / (1.0f + exp_lane(-2.0f * u)) * up;
+}
+
+// The int8 code of an input; not finite: 0, which is caught where logits are read. inverse: 127 / the block's largest.
+EDGE_MOE_BOTH static inline int input_code(float input, float inverse) {
+  const float scaled = input * inverse;
+  if (!(scaled >= -127.5f && scaled <= 127.5f)) return 0;
+#if defined(__CUDA_ARCH__)
+  return __float2int_rn(scaled);
+#else
+  return int(__builtin_nearbyintf(scaled));
+#endif
+}
+
+}  // namespace edge_moe

@@ -1,0 +1,185 @@
+// The CUDA kernels, run by simt.h's stand-in for a GPU, against scalar.cpp, bit for bit. Buffers are as large as the
+// kernels may touch, for builds with an address sanitizer.
+//
+//     check_cuda    prints how many cases agreed; exits with 1 where one differs.
+#include <cstdio>
+#include <cstring>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "../../devices/cuda/decode.h"
+
+using namespace edge_moe;
+
+static uint64_t state = 1;
+static int failures = 0, cases = 0;
+
+static uint32_t random_bits() {
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return uint32_t(state >> 32);
+}
+
+static std::vector<float> floats(size_t n) {
+  std::vector<float> values(n);
+  for (float& value : values) value = float(int32_t(random_bits())) / 2147483648.0f;
+  return values;
+}
+
+template <typename T>
+static void compare(const std::string& what, const std::vector<T>& got, const std::vector<T>& want) {
+  ++cases;
+  if (got.size() == want.size() && std::memcmp(got.data(), want.data(), want.size() * sizeof(T)) == 0) return;
+  std::fprintf(stderr, "%s: not scalar's\n", what.c_str());
+  ++failures;
+}
+
+// A random matrix of a packed width.
+struct Packed {
+  Packed(int rows, int cols, int width, int group)
+      : codes(codes_bytes(rows, cols, width)), scales(size_t(rows) * (cols / group)), biases(scales.size()) {
+    for (uint8_t& code : codes) code = uint8_t(random_bits());
+    for (auto* values : {&scales, &biases})
+      for (uint16_t& value : *values) value = uint16_t((random_bits() & 0x80ff) | 0x3c00);
+    matrix.codes = codes.data(), matrix.scales = scales.data(), matrix.biases = biases.data();
+    matrix.rows = rows, matrix.cols = cols, matrix.width = width, matrix.group = group;
+  }
+  std::vector<uint8_t> codes;
+  std::vector<uint16_t> scales, biases;
+  Matrix matrix;
+};
+
+// Vectors and their int8 forms, by scalar.cpp and in the layout of the kernels, which lack only the sums over 128.
+struct Vectors {
+  Vectors(int count, int cols, std::vector<float> given = {})
+      : values(given.empty() ? floats(size_t(count) * cols) : std::move(given)), cols(cols) {
+    const size_t blocks = size_t(cols + kBlock - 1) / kBlock;
+    codes.resize(count * blocks * kBlock), scales.resize(count * blocks);
+    for (int i = 0; i < 3; ++i) sums[i].resize(count * (i == 0 ? 2 * blocks : i == 1 ? blocks : (blocks + 1) / 2));
+  }
+  void quantise() {
+    const size_t blocks = size_t(cols + kBlock - 1) / kBlock;
+    for (size_t t = 0; t * cols < values.size(); ++t)
+      kScalarKernels.quantise(&values[t * cols], cols, &codes[t * blocks * kBlock], &scales[t * blocks],
+                              &sums[0][t * 2 * blocks], &sums[1][t * blocks], &sums[2][t * ((blocks + 1) / 2)]);
+  }
+  Activations activations(int first, int count) {
+    const size_t blocks = size_t(cols + kBlock - 1) / kBlock, at = size_t(first);
+    Activations x;
+    x.values = &values[at * cols], x.codes = &codes[at * blocks * kBlock], x.scales = &scales[at * blocks];
+    x.sums[0] = &sums[0][at * 2 * blocks], x.sums[1] = &sums[1][at * blocks];
+    x.sums[2] = &sums[2][at * ((blocks + 1) / 2)];
+    x.count = count, x.cols = cols;
+    return x;
+  }
+  cuda::VectorBuffer buffer() { return {codes.data(), scales.data(), {sums[0].data(), sums[1].data()}, cols}; }
+  std::vector<float> values, scales, sums[3];
+  std::vector<int8_t> codes;
+  int cols;
+};
+
+static void check_quantise() {
+  for (int cols : {1, 31, 32, 64, 96, 100, 700, 2048})
+    for (int kind : {0, 1, 2}) {
+      Vectors want(3, cols), got(3, cols, want.values);
+      for (auto* vectors : {&want, &got}) {
+        if (kind == 1) std::fill(vectors->values.begin(), vectors->values.end(), 0.0f);
+        if (kind == 2) vectors->values[cols / 2] = INFINITY, vectors->values[cols - 1] = NAN;
+      }
+      want.quantise();
+      cuda::quantise(got.values.data(), 3, got.buffer(), nullptr);
+      const std::string what = "quantise " + std::to_string(cols) + ", kind " + std::to_string(kind);
+      compare(what + ", codes", got.codes, want.codes);
+      compare(what + ", scales", got.scales, want.scales);
+      compare(what + ", sums over 32", got.sums[0], want.sums[0]);
+      compare(what + ", sums over 64", got.sums[1], want.sums[1]);
+    }
+}
+
+static void check_product() {
+  for (int width : {1, 2, 3, 4, 5, 6, 8})
+    for (int group : {32, 64, 128})
+      for (int groups : {1, 3, 12, 70})
+        for (int rows : {1, 16, 65, 130}) {
+          if (groups == 70 && rows != 65) continue;
+          const int cols = group * groups, vectors = rows == 65 ? 1 : 2;
+          const Packed packed(rows, cols, width, group);
+          Vectors x(vectors, cols);
+          x.quantise();
+          std::vector<float> want(size_t(vectors) * rows), got(want.size());
+          kScalarKernels.matmul(packed.matrix, x.activations(0, vectors), want.data(), rows, 0, rows);
+          cuda::product(packed.matrix, x.buffer(), vectors, got.data(), nullptr);
+          compare(std::to_string(width) + " bits, group " + std::to_string(group) + ", " + std::to_string(rows) +
+                      " x " + std::to_string(cols),
+                  got, want);
+        }
+}
+
+// A layer's chosen experts, each with widths of its own, in two launches as when some have to be read first.
+static void check_experts(int dim, int hidden, int group, int count, int activation) {
+  const int widths[] = {2, 3, 4, 8, 1, 6, 5};
+  std::vector<Packed> matrices;
+  matrices.reserve(3 * count);
+  std::vector<cuda::ExpertJob> jobs;
+  const int vectors = 2;
+  for (int i = 0; i < count; ++i) {
+    for (int part = 0; part < 3; ++part) {
+      const bool is_down = part == 2;
+      matrices.emplace_back(is_down ? dim : hidden, is_down ? hidden : dim, widths[(i + part) % 7], group);
+    }
+    const size_t at = matrices.size() - 3;
+    jobs.push_back({matrices[at].matrix, matrices[at + 1].matrix, matrices[at + 2].matrix, i % vectors, count - 1 - i});
+  }
+  Vectors x(vectors, dim);
+  x.quantise();
+  std::vector<float> weights = floats(size_t(count)), residual = floats(size_t(dim)), want_x = residual;
+  std::vector<int> pair_of(count);
+  std::iota(pair_of.begin(), pair_of.end(), 0);
+  if (count > 2) pair_of[1] = -1;
+
+  Vectors hidden_want(count, hidden);
+  std::vector<float> want(size_t(count) * dim);
+  for (const cuda::ExpertJob& job : jobs) {
+    std::vector<float> up(static_cast<size_t>(hidden));
+    float* gate = &hidden_want.values[size_t(job.pair) * hidden];
+    const Activations input = x.activations(job.vector, 1);
+    kScalarKernels.matmul(job.gate, input, gate, hidden, 0, hidden);
+    kScalarKernels.matmul(job.up, input, up.data(), hidden, 0, hidden);
+    kScalarKernels.gate_up(gate, up.data(), hidden, activation);
+  }
+  hidden_want.quantise();
+  for (const cuda::ExpertJob& job : jobs)
+    kScalarKernels.matmul(job.down, hidden_want.activations(job.pair, 1), &want[size_t(job.pair) * dim], dim, 0, dim);
+  for (int k = 0; k < count; ++k)
+    if (pair_of[k] >= 0) kScalarKernels.add_scaled(want_x.data(), &want[size_t(pair_of[k]) * dim], weights[k], dim);
+
+  Vectors hidden_got(count, hidden);
+  std::vector<float> got(want.size(), NAN), got_x = residual;
+  const int first = count / 2;
+  for (auto [begin, end] : {std::pair{0, first}, std::pair{first, count}}) {
+    if (begin == end) continue;
+    cuda::gate_up(&jobs[begin], end - begin, hidden, x.buffer(), hidden_got.buffer(), activation, nullptr);
+    cuda::down(&jobs[begin], end - begin, hidden_got.buffer(), got.data(),
+               {got_x.data(), weights.data(), pair_of.data(), end == count ? count : 0, dim}, nullptr);
+  }
+  const std::string what = std::to_string(count) + " experts " + std::to_string(dim) + " x " + std::to_string(hidden) +
+                           ", group " + std::to_string(group) + ", activation " + std::to_string(activation);
+  compare(what + ", hidden", hidden_got.codes, hidden_want.codes);
+  compare(what + ", hidden's scales", hidden_got.scales, hidden_want.scales);
+  compare(what + ", down", got, want);
+  compare(what + ", sum", got_x, want_x);
+}
+
+int main() {
+  check_quantise();
+  check_product();
+  for (int group : {32, 64, 128})
+    for (int activation : {0, 1}) {
+      check_experts(256, 128, group, 8, activation);
+      check_experts(group, 3 * group, group, 1, activation);
+      check_experts(5 * group, group, group, 13, activation);
+    }
+  check_experts(2048, 768, 64, 8, 0);
+  std::printf("%d\n", cases);
+  return failures ? 1 : 0;
+}
