@@ -3,6 +3,7 @@
 
 #include "decode.h"
 #include "packed.cuh"
+#include "quantise.cuh"
 
 namespace edge_moe::cuda {
 
@@ -17,49 +18,15 @@ __device__ __forceinline__ int* dots_of_warp(uint8_t* shared) {
 }
 
 __device__ __forceinline__ QuantisedVector vector_of(const VectorBuffer& x, int vector) {
-  const size_t blocks = size_t(x.cols + kBlock - 1) / kBlock, v = size_t(vector);
+  const size_t blocks = x.blocks(), v = size_t(vector);
   return {x.codes + v * blocks * kBlock, x.scales + v * blocks, {x.sums[0] + v * blocks * 2, x.sums[1] + v * blocks}};
 }
 
-// The largest, or the sum, of all lanes' values.
-__device__ __forceinline__ float warp_top(float value) {
-  for (int apart = kWarp / 2; apart; apart /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, apart));
-  return value;
-}
-__device__ __forceinline__ int warp_sum(int value, int lanes) {
-  for (int apart = lanes / 2; apart; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
-  return value;
-}
-
-// A block of inputs to int8, by a warp: lane i has inputs i and i + 32, zeros past the end.
-__device__ __forceinline__ void quantise_block(const float (&in)[2], const VectorBuffer& into, int vector, int block) {
-  const int lane = int(threadIdx.x) % kWarp;
-  const size_t at = size_t(vector) * ((into.cols + kBlock - 1) / kBlock) + block;
-  const float top = warp_top(fmaxf(fmaxf(fabsf(in[0]), fabsf(in[1])), 0.0f));
-  const float inverse = top > 0.0f ? 127.0f / top : 0.0f, scale = top / 127.0f;
-  int sums[2];
-  for (int half = 0; half < 2; ++half) {
-    const int code = input_code(in[half], inverse);
-    into.codes[at * kBlock + half * kWarp + lane] = int8_t(code);
-    sums[half] = warp_sum(code, kWarp);
-  }
-  if (lane) return;
-  into.scales[at] = scale;
-  into.sums[0][2 * at] = scale * float(sums[0]);
-  into.sums[0][2 * at + 1] = scale * float(sums[1]);
-  into.sums[1][at] = scale * float(sums[0] + sums[1]);
-}
-
 EDGE_MOE_KERNEL(kThreads) quantise_kernel(const float* values, VectorBuffer into) {
-  const int lane = int(threadIdx.x) % kWarp, block = int(blockIdx.x * kWarps + threadIdx.x / kWarp);
+  const int block = int(blockIdx.x * kWarps + threadIdx.x / kWarp);
   if (block * kBlock >= into.cols) return;
-  const float* x = values + size_t(blockIdx.y) * into.cols;
-  float in[2];
-  for (int half = 0; half < 2; ++half) {
-    const int i = block * kBlock + half * kWarp + lane;
-    in[half] = i < into.cols ? x[i] : 0.0f;
-  }
-  quantise_block(in, into, int(blockIdx.y), block);
+  quantise_block(values + size_t(blockIdx.y) * into.cols + block * kBlock, into.cols - block * kBlock, into,
+                 blockIdx.y * into.blocks() + block);
 }
 
 EDGE_MOE_KERNEL(kThreads) product_kernel(Matrix m, VectorBuffer x, float* y) {
@@ -94,8 +61,7 @@ gate_up_kernel(const ExpertJob* jobs, VectorBuffer x, VectorBuffer hidden, int a
   if (lane < kWarpRows) values[warp * kWarpRows + lane] = value;
   __syncthreads();
   if (warp) return;
-  const float in[2] = {values[lane], values[kWarp + lane]};
-  quantise_block(in, hidden, job.pair, int(blockIdx.x));
+  quantise_block(values, kBlock, hidden, job.pair * hidden.blocks() + blockIdx.x);
 }
 
 // A block's warps take the same rows of down, each of an expert; then the token's experts are added in order of rank.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels.h"
+#include "../lane_math.h"
 #include "simt.h"
 
 namespace edge_moe::cuda {
@@ -12,6 +13,8 @@ struct VectorBuffer {
   float* scales;   // (vectors, blocks)
   float* sums[2];  // (vectors, blocks*2), (vectors, blocks)
   int cols;
+
+  EDGE_MOE_BOTH size_t blocks() const { return size_t(cols + kBlock - 1) / kBlock; }
 };
 
 // One expert on one token: inputs of vector `vector`; what it gives to row `pair` of `hidden` and of `down`.

@@ -5,18 +5,14 @@
 // the order of float additions is part of the result.
 #pragma once
 
-#include "../kernels.h"
-#include "../lane_math.h"
-#include "simt.h"
+#include "lanes.cuh"
 
 namespace edge_moe::cuda {
 
-constexpr int kWarp = 32;
 constexpr int kWarpRows = 16;  // that a warp multiplies at a time
 constexpr int kBlockWords = kBlock / 4;
 constexpr int kDotStride = 2 * kWarp + 1;  // of a row's dots: two a block at most, and rows in banks of their own
 constexpr int kWarpDots = kWarpRows * kDotStride;
-constexpr unsigned kAllLanes = 0xffffffff;
 
 // One input vector as Kernels::quantise leaves it; its sums over 128 inputs are made of those over 64.
 struct QuantisedVector {

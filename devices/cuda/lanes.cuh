@@ -1,0 +1,37 @@
+// What a warp's lanes do together: the largest and the sum of their values, and the sums over sixteen lanes that
+// kernels.h defines.
+#pragma once
+
+#include "../kernels.h"
+#include "../lane_math.h"
+#include "simt.h"
+
+namespace edge_moe::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+__device__ __forceinline__ float warp_top(float value) {
+  for (int apart = kWarp / 2; apart; apart /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, apart));
+  return value;
+}
+
+__device__ __forceinline__ int warp_sum(int value) {
+  for (int apart = kWarp / 2; apart; apart /= 2) value += __shfl_xor_sync(kAllLanes, value, apart);
+  return value;
+}
+
+// vector_ops.inl's fold() of the values of sixteen neighbouring lanes, to each of them.
+__device__ __forceinline__ float fold_lanes(float value) {
+  for (int apart = kLanes / 2; apart; apart /= 2) value = value + __shfl_xor_sync(kAllLanes, value, apart);
+  return value;
+}
+
+// 1 / sqrt(mean(x^2) + eps), by a whole warp, whose halves do the same.
+__device__ __forceinline__ float inverse_norm(const float* x, int n, float eps) {
+  float sum = 0.0f;
+  for (int i = int(threadIdx.x) % kLanes; i < n; i += kLanes) sum = sum + x[i] * x[i];
+  return 1.0f / sqrtf(fold_lanes(sum) / float(n) + eps);
+}
+
+}  // namespace edge_moe::cuda

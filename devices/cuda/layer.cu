@@ -1,0 +1,254 @@
+// Norms, embeddings, the router's products, rotary positions, the KV cache and attention; scalar.cpp has their bits.
+//
+// Sums have one order whatever the length of the context, so a long one is split over positions and dimensions, not
+// over parts of a sum.
+#include "../half.h"
+#include "lanes.cuh"
+#include "layer.h"
+#include "quantise.cuh"
+
+namespace edge_moe::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kHeadsAtOnce = 8;  // that share a key while it is in a register
+
+// ---- norms, embeddings, float products
+
+EDGE_MOE_KERNEL(kThreads)
+rms_norm_kernel(const float* x, const float* weight, float eps, int n, float* y, VectorBuffer into) {
+  EDGE_MOE_DYNAMIC_SHARED(shared);
+  float* values = reinterpret_cast<float*>(shared);
+  const float* from = x + size_t(blockIdx.x) * n;
+  for (int i = int(threadIdx.x); i < n; i += kThreads) values[i] = from[i];
+  __syncthreads();
+  const float inverse = inverse_norm(values, n, eps);  // every warp for itself
+  __syncthreads();
+  for (int i = int(threadIdx.x); i < n; i += kThreads) {
+    values[i] = values[i] * inverse * weight[i];
+    y[size_t(blockIdx.x) * n + i] = values[i];
+  }
+  if (!into.codes) return;
+  __syncthreads();
+  for (int block = int(threadIdx.x) / kWarp; block * kBlock < n; block += kWarps)
+    quantise_block(values + block * kBlock, n - block * kBlock, into, blockIdx.x * into.blocks() + block);
+}
+
+EDGE_MOE_KERNEL(kThreads) add_kernel(float* y, const float* x, size_t n) {
+  const size_t i = size_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) y[i] = y[i] + x[i];
+}
+
+EDGE_MOE_KERNEL(kThreads) embed_kernel(Matrix m, const int32_t* ids, float* y) {
+  const int i = int(blockIdx.x * kThreads + threadIdx.x);
+  if (i >= m.cols) return;
+  const size_t row = size_t(ids[blockIdx.y]), at = row * m.cols + i;
+  float value;
+  if (m.width == 32) {
+    value = reinterpret_cast<const float*>(m.codes)[at];
+  } else if (m.width == 16) {
+    value = from_bfloat16(reinterpret_cast<const uint16_t*>(m.codes)[at]);
+  } else {
+    const uint8_t* codes = m.codes + row * (size_t(m.cols) * m.width / 8);
+    const int bit = i * m.width, low = bit % 8;
+    int code = codes[bit / 8];
+    if (low + m.width > 8) code |= codes[bit / 8 + 1] << 8;
+    code = code >> low & ((1 << m.width) - 1);
+    const size_t group = row * (m.cols / m.group) + i / m.group;
+    value = from_bfloat16(m.scales[group]) * float(code) + from_bfloat16(m.biases[group]);
+  }
+  y[size_t(blockIdx.y) * m.cols + i] = value;
+}
+
+// Sixteen lanes take a row, so a warp two.
+EDGE_MOE_KERNEL(kThreads) float_product_kernel(Matrix m, const float* x, float* y) {
+  const int half = int(blockIdx.x * kThreads + threadIdx.x) / kLanes, row = half < m.rows ? half : m.rows - 1;
+  const float* values = x + size_t(blockIdx.y) * m.cols;
+  float sum = 0.0f;
+  if (m.width == 16) {
+    const uint16_t* weights = reinterpret_cast<const uint16_t*>(m.codes) + size_t(row) * m.cols;
+    for (int i = int(threadIdx.x) % kLanes; i < m.cols; i += kLanes)
+      sum = fmaf(from_bfloat16(weights[i]), values[i], sum);
+  } else {
+    const float* weights = reinterpret_cast<const float*>(m.codes) + size_t(row) * m.cols;
+    for (int i = int(threadIdx.x) % kLanes; i < m.cols; i += kLanes) sum = fmaf(weights[i], values[i], sum);
+  }
+  sum = fold_lanes(sum);
+  if (threadIdx.x % kLanes == 0 && half < m.rows) y[size_t(blockIdx.y) * m.rows + row] = sum;
+}
+
+// ---- keys and values
+
+__device__ __forceinline__ void put(void* to, bool half, size_t at, float value) {
+  if (half)
+    static_cast<uint16_t*>(to)[at] = float_to_half(value);
+  else
+    static_cast<float*>(to)[at] = value;
+}
+
+__device__ __forceinline__ float get(const void* from, bool half, size_t at) {
+  return half ? half_to_float(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
+}
+
+// A warp takes one head of one token: those of q, then those of k with their values.
+EDGE_MOE_KERNEL(kWarp) store_keys_kernel(Projections p, Heads heads, LayerCache cache, int position) {
+  const int lane = int(threadIdx.x), n = heads.head_dim, half = heads.rope_dim / 2;
+  const bool is_key = int(blockIdx.x) >= heads.heads;
+  const int head = is_key ? int(blockIdx.x) - heads.heads : int(blockIdx.x);
+  const size_t token = blockIdx.y, at = size_t(position) + token;
+  const size_t row = (token * (is_key ? heads.kv_heads : heads.heads) + head) * n;
+  float* x = (is_key ? p.k : p.q) + row;
+  const float* bias = is_key ? p.k_bias : p.q_bias;
+  const float* weight = is_key ? p.k_norm : p.q_norm;
+  auto limited = [&](float value) {
+    return heads.clip > 0 ? value < -heads.clip ? -heads.clip : heads.clip < value ? heads.clip : value : value;
+  };
+
+  if (bias)
+    for (int i = lane; i < n; i += kWarp) x[i] = x[i] + bias[head * n + i];
+  __syncwarp();
+  if (weight) {
+    const float inverse = inverse_norm(x, n, heads.norm_eps);
+    for (int i = lane; i < n; i += kWarp) x[i] = x[i] * inverse * weight[i];
+    __syncwarp();
+  }
+  for (int i = lane; i < n; i += kWarp) x[i] = limited(x[i]);
+  __syncwarp();
+  for (int i = lane; i < half; i += kWarp) {
+    const float cos = p.cos[at * half + i], sin = p.sin[at * half + i], a = x[i], b = x[i + half];
+    x[i] = a * cos - b * sin;
+    x[i + half] = b * cos + a * sin;
+  }
+  if (!is_key) return;
+  __syncwarp();
+  const size_t room = size_t(head) * cache.positions * n;
+  for (int i = lane; i < n; i += kWarp) {
+    float value = p.v[row + i];
+    if (p.v_bias) value = value + p.v_bias[head * n + i];
+    put(cache.keys, cache.half, room + (at / kKeyBlock * n + i) * kKeyBlock + at % kKeyBlock, x[i]);
+    put(cache.values, cache.half, room + at * n + i, limited(value));
+  }
+}
+
+// ---- attention
+
+__device__ __forceinline__ int first_seen(const Heads& heads, int end) {
+  return heads.sliding_window && end > heads.sliding_window ? end - heads.sliding_window : 0;
+}
+
+// A thread takes a position, for some heads of one KV head and one token.
+EDGE_MOE_KERNEL(kThreads)
+scores_kernel(const float* q, Heads heads, LayerCache cache, int position, float* scores) {
+  EDGE_MOE_DYNAMIC_SHARED(shared);
+  float* queries = reinterpret_cast<float*>(shared);  // (kHeadsAtOnce, head_dim)
+  const int n = heads.head_dim, shared_by = heads.heads / heads.kv_heads;
+  const int parts = (shared_by + kHeadsAtOnce - 1) / kHeadsAtOnce;
+  const int kv_head = int(blockIdx.y) / parts, first = int(blockIdx.y) % parts * kHeadsAtOnce;
+  const int count = shared_by - first < kHeadsAtOnce ? shared_by - first : kHeadsAtOnce;
+  const size_t token = blockIdx.z, first_row = token * heads.heads + kv_head * shared_by + first;
+  const int at = int(blockIdx.x) * kThreads + int(threadIdx.x), end = position + int(token) + 1;
+  if (int(blockIdx.x) * kThreads >= end || (int(blockIdx.x) + 1) * kThreads <= first_seen(heads, end)) return;
+  for (int i = int(threadIdx.x); i < kHeadsAtOnce * n; i += kThreads)
+    queries[i] = i / n < count ? q[first_row * n + i] : 0.0f;
+  __syncthreads();
+  if (at >= end) return;
+  const size_t key = size_t(kv_head) * cache.positions * n + size_t(at / kKeyBlock) * n * kKeyBlock + at % kKeyBlock;
+  float sums[kHeadsAtOnce] = {};
+  for (int d = 0; d < n; ++d) {
+    const float value = get(cache.keys, cache.half, key + size_t(d) * kKeyBlock);
+    EDGE_MOE_UNROLL
+    for (int head = 0; head < kHeadsAtOnce; ++head) sums[head] = fmaf(queries[head * n + d], value, sums[head]);
+  }
+  EDGE_MOE_UNROLL
+  for (int head = 0; head < kHeadsAtOnce; ++head)
+    if (head < count) scores[(first_row + head) * cache.positions + at] = heads.softmax_scale * sums[head];
+}
+
+// A block's threads take one head of one token.
+EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, int position, float* scores) {
+  __shared__ float of_warps[kWarps];
+  __shared__ float total;
+  float* x = scores + (size_t(blockIdx.y) * heads.heads + blockIdx.x) * positions;
+  const int end = position + int(blockIdx.y) + 1, begin = first_seen(heads, end), thread = int(threadIdx.x);
+  float top = x[begin];
+  for (int i = begin + thread; i < end; i += kThreads) top = x[i] > top ? x[i] : top;
+  top = warp_top(top);
+  if (thread % kWarp == 0) of_warps[thread / kWarp] = top;
+  __syncthreads();
+  for (int warp = 0; warp < kWarps; ++warp) top = of_warps[warp] > top ? of_warps[warp] : top;
+  for (int i = begin + thread; i < end; i += kThreads) x[i] = exp_lane(x[i] - top);
+  __syncthreads();
+  if (thread < kWarp) {  // lanes follow the absolute position
+    float sum = 0.0f;
+    for (int i = begin / kLanes * kLanes + thread % kLanes; i < end; i += kLanes)
+      if (i >= begin) sum = sum + x[i];
+    sum = fold_lanes(sum);
+    if (thread == 0) total = sum;
+  }
+  __syncthreads();
+  const float inverse = 1.0f / total;
+  for (int i = begin + thread; i < end; i += kThreads) x[i] = x[i] * inverse;
+}
+
+// A thread takes a dimension of one head of one token; positions are added one after the other.
+EDGE_MOE_KERNEL(kThreads)
+values_kernel(const float* weights, Heads heads, LayerCache cache, int position, float* attended) {
+  const int n = heads.head_dim, d = int(blockIdx.x * kThreads + threadIdx.x), head = int(blockIdx.y);
+  if (d >= n) return;
+  const size_t row = size_t(blockIdx.z) * heads.heads + head;
+  const int end = position + int(blockIdx.z) + 1;
+  const size_t room = size_t(head / (heads.heads / heads.kv_heads)) * cache.positions * n + d;
+  const float* weight = weights + row * cache.positions;
+  float sum = 0.0f;
+  EDGE_MOE_UNROLL_4
+  for (int at = first_seen(heads, end); at < end; ++at)
+    sum = fmaf(weight[at], get(cache.values, cache.half, room + size_t(at) * n), sum);
+  attended[row * n + d] = sum;
+}
+
+unsigned pieces(size_t count, int piece) { return unsigned((count + piece - 1) / piece); }
+
+}  // namespace
+
+void rms_norm(const float* x, const float* weight, float eps, int vectors, int n, float* y, const VectorBuffer& into,
+              Stream stream) {
+  EDGE_MOE_LAUNCH(rms_norm_kernel, dim3(unsigned(vectors)), dim3(kThreads), size_t(n) * sizeof(float), stream, x,
+                  weight, eps, n, y, into);
+}
+
+void add(float* y, const float* x, size_t n, Stream stream) {
+  EDGE_MOE_LAUNCH(add_kernel, dim3(pieces(n, kThreads)), dim3(kThreads), 0, stream, y, x, n);
+}
+
+void embed(const Matrix& matrix, const int32_t* ids, int count, float* y, Stream stream) {
+  EDGE_MOE_LAUNCH(embed_kernel, dim3(pieces(matrix.cols, kThreads), unsigned(count)), dim3(kThreads), 0, stream, matrix,
+                  ids, y);
+}
+
+void float_product(const Matrix& matrix, const float* x, int vectors, float* y, Stream stream) {
+  EDGE_MOE_LAUNCH(float_product_kernel, dim3(pieces(size_t(matrix.rows) * kLanes, kThreads), unsigned(vectors)),
+                  dim3(kThreads), 0, stream, matrix, x, y);
+}
+
+void store_keys(const Projections& p, const Heads& heads, const LayerCache& cache, int position, int tokens,
+                Stream stream) {
+  EDGE_MOE_LAUNCH(store_keys_kernel, dim3(unsigned(heads.heads + heads.kv_heads), unsigned(tokens)), dim3(kWarp), 0,
+                  stream, p, heads, cache, position);
+}
+
+void attend(const float* q, const Heads& heads, const LayerCache& cache, int position, int tokens, float* scores,
+            float* attended, Stream stream) {
+  const int parts = (heads.heads / heads.kv_heads + kHeadsAtOnce - 1) / kHeadsAtOnce;
+  const unsigned all = unsigned(tokens);
+  EDGE_MOE_LAUNCH(
+      scores_kernel, dim3(pieces(size_t(position) + tokens, kThreads), unsigned(heads.kv_heads * parts), all),
+      dim3(kThreads), size_t(kHeadsAtOnce) * heads.head_dim * sizeof(float), stream, q, heads, cache, position, scores);
+  EDGE_MOE_LAUNCH(softmax_kernel, dim3(unsigned(heads.heads), all), dim3(kThreads), 0, stream, heads, cache.positions,
+                  position, scores);
+  EDGE_MOE_LAUNCH(values_kernel, dim3(pieces(heads.head_dim, kThreads), unsigned(heads.heads), all), dim3(kThreads), 0,
+                  stream, scores, heads, cache, position, attended);
+}
+
+}  // namespace edge_moe::cuda

@@ -1,0 +1,80 @@
+// Random matrices and vectors, and a comparison bit by bit: what the checks of the CUDA kernels share.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../../devices/cuda/decode.h"
+
+using namespace edge_moe;
+
+void check_layer();  // check_cuda_layer.cpp
+
+inline uint64_t state = 1;
+inline int failures = 0, cases = 0;
+
+inline uint32_t random_bits() {
+  state = state * 6364136223846793005ull + 1442695040888963407ull;
+  return uint32_t(state >> 32);
+}
+
+inline std::vector<float> floats(size_t n) {
+  std::vector<float> values(n);
+  for (float& value : values) value = float(int32_t(random_bits())) / 2147483648.0f;
+  return values;
+}
+
+template <typename T>
+void compare(const std::string& what, const std::vector<T>& got, const std::vector<T>& want) {
+  ++cases;
+  if (got.size() == want.size() && std::memcmp(got.data(), want.data(), want.size() * sizeof(T)) == 0) return;
+  std::fprintf(stderr, "%s: not scalar's\n", what.c_str());
+  ++failures;
+}
+
+// A random matrix of a packed width.
+struct Packed {
+  Packed(int rows, int cols, int width, int group)
+      : codes(codes_bytes(rows, cols, width)), scales(size_t(rows) * (cols / group)), biases(scales.size()) {
+    for (uint8_t& code : codes) code = uint8_t(random_bits());
+    for (auto* values : {&scales, &biases})
+      for (uint16_t& value : *values) value = uint16_t((random_bits() & 0x80ff) | 0x3c00);
+    matrix.codes = codes.data(), matrix.scales = scales.data(), matrix.biases = biases.data();
+    matrix.rows = rows, matrix.cols = cols, matrix.width = width, matrix.group = group;
+  }
+  std::vector<uint8_t> codes;
+  std::vector<uint16_t> scales, biases;
+  Matrix matrix;
+};
+
+// Vectors and their int8 forms, by scalar.cpp and in the layout of the kernels, which lack only the sums over 128.
+struct Vectors {
+  Vectors(int count, int cols, std::vector<float> given = {})
+      : values(given.empty() ? floats(size_t(count) * cols) : std::move(given)), cols(cols) {
+    const size_t blocks = size_t(cols + kBlock - 1) / kBlock;
+    codes.resize(count * blocks * kBlock), scales.resize(count * blocks);
+    for (int i = 0; i < 3; ++i) sums[i].resize(count * (i == 0 ? 2 * blocks : i == 1 ? blocks : (blocks + 1) / 2));
+  }
+  void quantise() {
+    const size_t blocks = size_t(cols + kBlock - 1) / kBlock;
+    for (size_t t = 0; t * cols < values.size(); ++t)
+      kScalarKernels.quantise(&values[t * cols], cols, &codes[t * blocks * kBlock], &scales[t * blocks],
+                              &sums[0][t * 2 * blocks], &sums[1][t * blocks], &sums[2][t * ((blocks + 1) / 2)]);
+  }
+  Activations activations(int first, int count) {
+    const size_t blocks = size_t(cols + kBlock - 1) / kBlock, at = size_t(first);
+    Activations x;
+    x.values = &values[at * cols], x.codes = &codes[at * blocks * kBlock], x.scales = &scales[at * blocks];
+    x.sums[0] = &sums[0][at * 2 * blocks], x.sums[1] = &sums[1][at * blocks];
+    x.sums[2] = &sums[2][at * ((blocks + 1) / 2)];
+    x.count = count, x.cols = cols;
+    return x;
+  }
+  cuda::VectorBuffer buffer() { return {codes.data(), scales.data(), {sums[0].data(), sums[1].data()}, cols}; }
+  std::vector<float> values, scales, sums[3];
+  std::vector<int8_t> codes;
+  int cols;
+};
