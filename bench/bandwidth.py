@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ from edge_moe.runtime.plan import READERS
 MEMORY_BYTES = 1 << 29  # far beyond any cache
 DISK_BYTES = 1 << 28  # read at most
 DISK_SECONDS = 2.0
+BLOCK_BYTES = 1 << 21  # an expert of a few million weights
 REPEATS = 5
 F_NOCACHE = 48  # macOS, fcntl.h
 
@@ -53,25 +55,39 @@ def memory_read_gbps(threads: int) -> float:
 
 def disk_read_gbps(bundle: Bundle) -> float | None:
     """Records read in random order by as many threads as the Runtime has readers; None without unbuffered reads."""
-    experts = list(bundle.experts.values())
-    random.Random(0).shuffle(experts)
-    handles = [_open_unbuffered(path) for path in bundle.files]
+    return _read_gbps(bundle.files, [(expert.file, expert.offset, expert.nbytes) for expert in bundle.experts.values()])
+
+
+def directory_read_gbps(directory: Path) -> float | None:
+    """The same for blocks of a file that is written there for it and removed; None without unbuffered reads."""
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".edge-moe-") as file:
+        for _ in range(DISK_BYTES // BLOCK_BYTES):
+            file.write(os.urandom(BLOCK_BYTES))  # a disk may compress zeros
+        file.flush()
+        os.fsync(file.fileno())
+        return _read_gbps([Path(file.name)], [(0, at, BLOCK_BYTES) for at in range(0, DISK_BYTES, BLOCK_BYTES)])
+
+
+def _read_gbps(files: list[Path], reads: list[tuple[int, int, int]]) -> float | None:
+    """reads: (which file, offset, bytes), all multiples of a page."""
+    random.Random(0).shuffle(reads)
+    handles = [_open_unbuffered(path) for path in files]
     if None in handles:
         return None
-    block = max(expert.nbytes for expert in experts)
+    block = max(nbytes for _, _, nbytes in reads)
 
     def read(part) -> int:
         buffer, done = mmap.mmap(-1, block), 0  # page-aligned, as O_DIRECT wants it
-        for expert in part:
+        for file, offset, nbytes in part:
             if done * READERS >= DISK_BYTES or time.perf_counter() - began > DISK_SECONDS:
                 break
-            done += os.preadv(handles[expert.file], [memoryview(buffer)[: expert.nbytes]], expert.offset)
+            done += os.preadv(handles[file], [memoryview(buffer)[:nbytes]], offset)
         return done
 
     try:
         began = time.perf_counter()
         with ThreadPoolExecutor(READERS) as pool:
-            total = sum(pool.map(read, [experts[at::READERS] for at in range(READERS)]))
+            total = sum(pool.map(read, [reads[at::READERS] for at in range(READERS)]))
         return total / (time.perf_counter() - began) / 1e9
     except OSError:
         return None

@@ -16,7 +16,7 @@ from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.runtime.plan import Plan
 from edge_moe.runtime.runtime import Generation
 
-COMMANDS = ("demo", "compress", "prune", "plan", "inspect", "verify", "generate", "chat", "eval", "bench")
+COMMANDS = ("demo", "compress", "prune", "plan", "inspect", "verify", "generate", "chat", "eval", "bench", "doctor")
 CONFIGS = REFERENCE.parent / "configs"
 
 

@@ -422,3 +422,18 @@ def bench(
     with progress_bar() as progress:
         report = run(bundle, progress=progress, **given)
     print(bench_text(report, output.value))
+
+
+@command("doctor")
+def doctor(where: options.Where = ".", json_output: options.Json = False) -> None:
+    """Show what this machine has and how fast it is.
+
+    For a directory that is no bundle a file of 268 MB is written there, read and removed.
+    """
+    from edge_moe.doctor import examination_text, examine
+
+    found = examine(Path(where))
+    if json_output:
+        _print_json(found)
+    else:
+        print(examination_text(found))

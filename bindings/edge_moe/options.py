@@ -84,6 +84,7 @@ Bundle = _argument(str, "BUNDLE", "A bundle's directory, NAME.emoe.")
 BundleIfAny = _argument(str | None, "BUNDLE", "A bundle's directory, NAME.emoe.")
 Model = _argument(str, "MODEL", "A checkpoint's directory: config.json and safetensors files.")
 Out = _argument(str, "OUT", "The bundle to write, NAME.emoe.")
+Where = _argument(str, "WHERE", "A bundle, or the directory that will hold one [default: the current one].")
 ModelOrBundle = _argument(str, "MODEL|BUNDLE", "A bundle, a model's directory, or a config.json alone.")
 
 # Of most commands

@@ -32,6 +32,7 @@ rms_norm_kernel(const float* x, const float* weight, float eps, int n, float* y,
   }
   if (!into.codes) return;
   __syncthreads();
+  EDGE_MOE_NO_UNROLL
   for (int block = int(threadIdx.x) / kWarp; block * kBlock < n; block += kWarps)
     quantise_block(values + block * kBlock, n - block * kBlock, into, blockIdx.x * into.blocks() + block);
 }

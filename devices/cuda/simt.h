@@ -10,7 +10,7 @@
 
 #include <cuda_runtime.h>
 
-#define EDGE_MOE_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define EDGE_MOE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define EDGE_MOE_UNROLL _Pragma("unroll")
 #define EDGE_MOE_UNROLL_4 _Pragma("unroll 4")
 #define EDGE_MOE_NO_UNROLL _Pragma("unroll 1")

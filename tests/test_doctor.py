@@ -1,0 +1,117 @@
+"""`edge-moe doctor`: what it finds is what the system says, and a driver's answers are shown as they are."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from edge_moe import _core
+from edge_moe.bench.bandwidth import directory_read_gbps
+from edge_moe.devices import nvidia
+from edge_moe.devices.probe import default_threads
+from edge_moe.doctor import examination_text
+
+# A driver of two GPUs: a board that shares memory, and a card. It has the functions of cuda.h that are called.
+DRIVER = """
+#include <cstddef>
+#include <cstring>
+extern "C" {
+int cuInit(unsigned) { return FAILS; }
+int cuDriverGetVersion(int* version) { return *version = 12060, 0; }
+int cuDeviceGetCount(int* count) { return *count = 2, 0; }
+int cuDeviceGet(int* device, int number) { return *device = 40 + number, 0; }
+int cuDeviceGetName(char* name, int room, int device) {
+  return strncpy(name, device == 40 ? "Orin (nvgpu)" : "A card", room), 0;
+}
+int cuDeviceTotalMem_v2(size_t* bytes, int device) { return *bytes = device == 40 ? 65877884928 : 5000000000, 0; }
+int cuDeviceGetAttribute(int* value, int which, int device) {
+  return *value = which == 75 ? 8 : which == 76 ? 7 : which == 18 ? device == 40 : which == 16 ? 14 : -1, 0;
+}
+}
+"""
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "edge_moe", "doctor", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """A library that answers as a driver does; fails: with an error."""
+    if not (compiler := shutil.which("c++")):
+        pytest.skip("needs a compiler")
+    directory = tmp_path_factory.mktemp("driver")
+    source = directory / "driver.cpp"
+    source.write_text(DRIVER)
+
+    def build(fails: int) -> str:
+        library = directory / f"libcuda-{fails}.so.1"
+        subprocess.run([compiler, "-shared", "-fPIC", f"-DFAILS={fails}", source, "-o", library], check=True)
+        return str(library)
+
+    return build
+
+
+def test_a_drivers_gpus_are_found(driver):
+    found = nvidia.find_driver(driver(0))
+    assert found.version == "12.6"
+    assert found.gpus == [
+        nvidia.Gpu("Orin (nvgpu)", "8.7", True, 14, 65877884928),
+        nvidia.Gpu("A card", "8.7", False, 14, 5000000000),
+    ]
+
+
+def test_no_driver_or_one_that_fails_is_none(driver, tmp_path):
+    assert nvidia.find_driver(str(tmp_path / "libcuda.so.1")) is None
+    assert nvidia.find_driver(driver(100)) is None
+
+
+def test_json_is_what_the_system_says(tmp_path):
+    ran = run(tmp_path, "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["kernels"] == _core.kernel_names()
+    assert found["threads"] == default_threads()
+    assert found["memory_bytes"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < found["available_bytes"] <= found["memory_bytes"]
+    assert found["memory_gbps"] > 0
+    assert found["disk"]["path"] == str(tmp_path)
+    assert found["devices"] == ["cpu"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundles_records_are_what_is_read(bundle_of):
+    bundle = bundle_of("olmoe", width=4)
+    before = sorted(path.name for path in bundle.iterdir())
+    ran = run(bundle, "--json")
+    assert json.loads(ran.stdout)["disk"]["path"] == str(bundle)
+    assert sorted(path.name for path in bundle.iterdir()) == before
+
+
+def test_text_names_gpus_and_what_does_not_use_them_yet(driver):
+    found = json.loads(run("--json").stdout)
+    assert examination_text(found).splitlines()[-1].split() == ["runs", "on", "cpu"]
+    gpus = [vars(gpu) for gpu in nvidia.find_driver(driver(0)).gpus]
+    text = examination_text(found | {"cuda": {"driver": "12.6", "gpus": gpus, "nvcc": "12.6"}})
+    assert "Orin (nvgpu), compute capability 8.7, 14 multiprocessors, 65.88 GB shared with the processor" in text
+    assert "A card, compute capability 8.7, 14 multiprocessors, 5.00 GB of its own" in text
+    assert "driver for 12.6; toolkit 12.6" in text
+    assert "this version does not compute on a GPU yet" in text
+
+
+def test_where_nothing_can_be_written_is_one_line(tmp_path):
+    ran = run(tmp_path / "missing")
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    assert len(ran.stderr.splitlines()) == 1 and "missing" in ran.stderr
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs tmpfs")
+def test_a_file_system_in_memory_is_measured_or_refuses():
+    gbps = directory_read_gbps("/dev/shm")
+    assert gbps is None or gbps > 0
