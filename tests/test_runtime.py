@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from bundles import REFERENCE, edit_copy
 
+from edge_moe import _core
 from edge_moe.runtime.runtime import Generation, Runtime
 from edge_moe.runtime.tokenizer import Tokenizer
 
@@ -76,7 +77,7 @@ def test_the_account_has_the_fields_of_the_command_line(runtime):
     assert answer.prompt_tps > 0
     assert answer.generation_tps > 0
     assert answer.ram_bytes == 2_000_000_000
-    assert 0 < answer.peak_memory_bytes < 2_000_000_000
+    assert 0 < answer.peak_memory_bytes <= _core.peak_bytes()  # of this process, whatever it did before
     assert (answer.expert_hits > 0, answer.expert_misses, answer.bytes_read) == (True, 0, 0)
     assert (answer.experts_used, answer.top_k, answer.dropped_routing_weight, answer.device) == (4.0, 4, 0.0, "cpu")
 

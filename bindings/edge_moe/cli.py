@@ -331,6 +331,8 @@ def chat(
 
     Ctrl-C stops an answer and keeps the chat. A model without a chat template continues the text of the conversation.
     """
+    import signal
+
     from edge_moe import chat
     from edge_moe.runtime.runtime import Runtime
 
@@ -338,6 +340,7 @@ def chat(
         given = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
         given = {key: value for key, value in given.items() if value is not None}
         chat.chat(runtime, {**chat.sampling_defaults(runtime.bundle.path), **given})
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C more while the process ends is no error
 
 
 @command("eval")
