@@ -55,24 +55,28 @@ __host__ __device__ constexpr int input_of(int which, int byte) {
                          : which * 4 + byte;
 }
 
-// A block's inputs in the order of its codes.
+// 32 inputs in the order of the codes.
 template <int Width>
-__device__ __forceinline__ void arrange(const int8_t* codes, uint32_t (&inputs)[kBlockWords]) {
-  uint32_t in[kBlockWords];
+__device__ __forceinline__ void arrange(const uint32_t* in, uint32_t* inputs) {
   EDGE_MOE_UNROLL
-  for (int i = 0; i < kBlockWords / 4; ++i) {
-    const uint4 four = reinterpret_cast<const uint4*>(codes)[i];
-    in[4 * i] = four.x, in[4 * i + 1] = four.y, in[4 * i + 2] = four.z, in[4 * i + 3] = four.w;
-  }
-  EDGE_MOE_UNROLL
-  for (int i = 0; i < kBlockWords; ++i) {
+  for (int i = 0; i < 8; ++i) {
     uint32_t word = 0;
     EDGE_MOE_UNROLL
     for (int byte = 0; byte < 4; ++byte) {
-      const int at = i / 8 * 32 + input_of<Width>(i % 8, byte);
+      const int at = input_of<Width>(i, byte);
       word |= (in[at / 4] >> at % 4 * 8 & 0xff) << byte * 8;
     }
     inputs[i] = word;
+  }
+}
+
+// Four words at a time, from a multiple of 16 bytes.
+template <int Count>
+__device__ __forceinline__ void load_words(const void* from, uint32_t* words) {
+  EDGE_MOE_UNROLL
+  for (int i = 0; i < Count / 4; ++i) {
+    const uint4 four = static_cast<const uint4*>(from)[i];
+    words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
   }
 }
 
@@ -81,11 +85,7 @@ template <int Width>
 __device__ __forceinline__ void load_block(const uint8_t* codes, bool aligned, bool whole,
                                            uint32_t (&words)[2 * Width]) {
   if (aligned && Width % 2 == 0) {
-    EDGE_MOE_UNROLL
-    for (int i = 0; i < Width / 2; ++i) {
-      const uint4 four = reinterpret_cast<const uint4*>(codes)[i];
-      words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
-    }
+    load_words<2 * Width>(codes, words);
   } else if (aligned) {
     EDGE_MOE_UNROLL
     for (int i = 0; i < Width; ++i) {
@@ -143,8 +143,10 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
     const int block = first + lane, end = first + kWarp < blocks ? first + kWarp : blocks;
     if (block < blocks) {
       const bool whole = (block + 1) * kBlock <= m.cols;
-      uint32_t inputs[kBlockWords];
-      arrange<Width>(x.codes + size_t(block) * kBlock, inputs);
+      uint32_t in[kBlockWords], inputs[kBlockWords];
+      load_words<kBlockWords>(x.codes + size_t(block) * kBlock, in);
+      arrange<Width>(in, inputs);
+      arrange<Width>(in + kBlockWords / 2, inputs + kBlockWords / 2);
       EDGE_MOE_UNROLL_4
       for (int r = 0; r < kWarpRows; ++r) {
         uint32_t words[2 * Width];

@@ -30,6 +30,17 @@ __device__ __forceinline__ int dot_bytes(uint32_t codes, uint32_t inputs, int su
   return result;
 }
 
+// sums (16 x 8) += codes (16 x 32) . inputs (32 x 8), unsigned and signed bytes, by a warp. In PTX's order of
+// fragments: a lane has the codes of rows lane/4 and that + 8, from columns 4*(lane%4) and that + 16 on, the inputs of
+// column lane/4 from the same rows on, and the sums of its two rows in columns 2*(lane%4) and that + 1.
+__device__ __forceinline__ void multiply_tiles(const uint32_t (&codes)[4], const uint32_t (&inputs)[2],
+                                               int (&sums)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "r"(inputs[0]), "r"(inputs[1]));
+}
+
 }  // namespace edge_moe::cuda
 
 #else
@@ -77,6 +88,20 @@ using Stream = void*;
 inline int dot_bytes(uint32_t codes, uint32_t inputs, int sum) {
   for (int i = 0; i < 4; ++i) sum += int(codes >> 8 * i & 0xff) * int(int8_t(inputs >> 8 * i & 0xff));
   return sum;
+}
+
+inline void multiply_tiles(const uint32_t (&codes)[4], const uint32_t (&inputs)[2], int (&sums)[4]) {
+  static uint32_t of_warps[32][32][6];  // what every lane gives
+  const unsigned lane = simt::thread.x % 32;
+  auto& of_warp = of_warps[simt::thread.x / 32];
+  for (int i = 0; i < 6; ++i) of_warp[lane][i] = i < 4 ? codes[i] : inputs[i - 4];
+  simt::barrier_of_warp();
+  for (int i = 0; i < 4; ++i)
+    for (unsigned quarter = 0; quarter < 4; ++quarter)
+      for (int part = 0; part < 2; ++part)
+        sums[i] = dot_bytes(of_warp[lane / 4 * 4 + quarter][2 * part + i / 2],
+                            of_warp[(lane % 4 * 2 + unsigned(i) % 2) * 4 + quarter][4 + part], sums[i]);
+  simt::barrier_of_warp();
 }
 
 }  // namespace edge_moe::cuda

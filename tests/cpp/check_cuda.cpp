@@ -110,6 +110,7 @@ int main() {
     }
   check_experts(2048, 768, 64, 8, 0);
   check_layer();
+  check_prefill();
   std::printf("%d\n", cases);
   return failures ? 1 : 0;
 }

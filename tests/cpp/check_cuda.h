@@ -11,7 +11,8 @@
 
 using namespace edge_moe;
 
-void check_layer();  // check_cuda_layer.cpp
+void check_layer();    // check_cuda_layer.cpp
+void check_prefill();  // check_cuda_prefill.cpp
 
 inline uint64_t state = 1;
 inline int failures = 0, cases = 0;

@@ -1,0 +1,151 @@
+// Products of many tokens: codes and inputs are bytes, so tensor cores give the exact integers of scalar.cpp.
+//
+// A block takes 64 rows and 64 tokens. A block of 64 inputs at a time, its threads spread the rows' codes to bytes in
+// shared memory and put the tokens' inputs beside them in the same order; then every warp multiplies 16 rows by all
+// tokens and adds what its lanes have to their running sums, in the order of the inputs.
+#include "packed.cuh"
+#include "prefill.h"
+
+namespace edge_moe::cuda {
+
+namespace {
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kRows = 16 * kWarps;
+constexpr int kTokens = 64;
+constexpr int kTiles = kTokens / 8;   // of tokens
+constexpr int kStride = kBlock + 16;  // bytes of a row or token in shared memory: eight of them in banks of their own
+static_assert(kThreads == 2 * kRows && kThreads == 2 * kTokens);  // a thread spreads half a block of either
+
+struct alignas(16) Tiles {
+  uint8_t codes[kRows * kStride];
+  uint8_t inputs[kTokens * kStride];
+};
+
+// Half a block of one row's codes and of one token's inputs, eight words each.
+template <int Width>
+__device__ void spread_half(const uint8_t* codes, const int8_t* inputs, uint32_t* codes_to, uint32_t* inputs_to) {
+  uint32_t words[Width], in[8], arranged[8];
+  EDGE_MOE_UNROLL
+  for (int i = 0; i < Width; ++i) words[i] = reinterpret_cast<const uint32_t*>(codes)[i];
+  load_words<8>(inputs, in);
+  arrange<Width>(in, arranged);
+  EDGE_MOE_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    codes_to[i] = four_codes<Width>(words, i);
+    inputs_to[i] = arranged[i];
+  }
+}
+
+__device__ void spread_half_of(int width, const uint8_t* codes, const int8_t* inputs, uint32_t* codes_to,
+                               uint32_t* inputs_to) {
+  switch (width) {
+    case 1:
+      return spread_half<1>(codes, inputs, codes_to, inputs_to);
+    case 2:
+      return spread_half<2>(codes, inputs, codes_to, inputs_to);
+    case 3:
+      return spread_half<3>(codes, inputs, codes_to, inputs_to);
+    case 4:
+      return spread_half<4>(codes, inputs, codes_to, inputs_to);
+    case 5:
+      return spread_half<5>(codes, inputs, codes_to, inputs_to);
+    case 6:
+      return spread_half<6>(codes, inputs, codes_to, inputs_to);
+    default:
+      return spread_half<8>(codes, inputs, codes_to, inputs_to);
+  }
+}
+
+__device__ __forceinline__ uint32_t word_at(const uint8_t* tile, int line, int byte) {
+  return *reinterpret_cast<const uint32_t*>(tile + line * kStride + byte);
+}
+
+EDGE_MOE_KERNEL(kThreads) products_kernel(const ProductJob* jobs, VectorBuffer x, float* y) {
+  __shared__ Tiles tiles;
+  const ProductJob& job = jobs[blockIdx.z];
+  const Matrix& m = job.matrix;
+  const int first_row = int(blockIdx.x) * kRows, first_token = int(blockIdx.y) * kTokens;
+  if (first_token >= job.count) return;
+  const int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
+  const int blocks = int(x.blocks()), groups = m.cols / m.group;
+  auto vector = [&](int token) {
+    const int at = first_token + token < job.count ? first_token + token : job.count - 1;
+    return size_t(job.vectors ? job.vectors[at] : job.first_vector + at);
+  };
+  auto clamped = [&](int row) { return size_t(row < m.rows ? row : m.rows - 1); };
+
+  // what this thread spreads, and the two rows and sixteen tokens that it adds up
+  const int line = thread / 2, half = thread % 2;
+  const uint8_t* codes = m.codes + clamped(first_row + line) * (size_t(m.cols) / 8 * m.width);
+  const int8_t* inputs = x.codes + vector(line) * blocks * kBlock;
+  const int row = warp * 16 + lane / 4;
+  const size_t group_rows[2] = {clamped(first_row + row) * groups, clamped(first_row + row + 8) * groups};
+  float sums[kTiles][4] = {};
+
+  for (int block = 0; block < blocks; ++block) {
+    const int first = block * kBlock + half * 32;
+    __syncthreads();
+    if (first < m.cols)
+      spread_half_of(m.width, codes + size_t(first) / 8 * m.width, inputs + first,
+                     reinterpret_cast<uint32_t*>(tiles.codes + line * kStride + half * 32),
+                     reinterpret_cast<uint32_t*>(tiles.inputs + line * kStride + half * 32));
+    __syncthreads();
+    // Parts of the block whose products share both scales: its halves, or both together.
+    const int parts = m.group == 32 ? 2 : 1;
+    uint32_t row_codes[2][4];
+    EDGE_MOE_UNROLL
+    for (int i = 0; i < 8; ++i)
+      row_codes[i / 4][i % 4] = word_at(tiles.codes, row + i % 2 * 8, i / 4 * 32 + i % 4 / 2 * 16 + lane % 4 * 4);
+    for (int part = 0; part < parts; ++part) {
+      if (block * kBlock + part * 32 >= m.cols) break;
+      const int group = (block * kBlock + part * 32) / m.group;
+      const bool begins = (block * kBlock + part * 32) % m.group == 0;
+      float scales[2], biases[2];
+      EDGE_MOE_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        scales[i] = from_bfloat16(m.scales[group_rows[i] + group]);
+        biases[i] = from_bfloat16(m.biases[group_rows[i] + group]);
+      }
+      EDGE_MOE_UNROLL
+      for (int tile = 0; tile < kTiles; ++tile) {
+        int dots[4] = {};
+        EDGE_MOE_UNROLL
+        for (int of = 0; of < 2; ++of) {
+          if (parts == 2 && of != part) continue;
+          const int byte = of * 32 + lane % 4 * 4, token = tile * 8 + lane / 4;
+          const uint32_t words[2] = {word_at(tiles.inputs, token, byte), word_at(tiles.inputs, token, byte + 16)};
+          multiply_tiles(row_codes[of], words, dots);
+        }
+        EDGE_MOE_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const size_t at = vector(tile * 8 + lane % 4 * 2 + i % 2) * blocks;
+          float& sum = sums[tile][i];
+          if (begins) {
+            const QuantisedVector v = {nullptr, nullptr, {x.sums[0] + 2 * at, x.sums[1] + at}};
+            sum = fmaf(biases[i / 2], group_sum(v, m.group, group, blocks), sum);
+          }
+          sum = fmaf(float(dots[i]), scales[i / 2] * x.scales[at + block], sum);
+        }
+      }
+    }
+  }
+  EDGE_MOE_UNROLL
+  for (int tile = 0; tile < kTiles; ++tile) EDGE_MOE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int token = first_token + tile * 8 + lane % 4 * 2 + i % 2, to = first_row + row + i / 2 * 8;
+    if (token < job.count && to < m.rows) y[size_t(job.first_out + token) * m.rows + to] = sums[tile][i];
+  }
+}
+
+unsigned pieces(int count, int piece) { return unsigned((count + piece - 1) / piece); }
+
+}  // namespace
+
+void products(const ProductJob* jobs, int count, int rows, int most, const VectorBuffer& x, float* y, Stream stream) {
+  EDGE_MOE_LAUNCH(products_kernel, dim3(pieces(rows, kRows), pieces(most, kTokens), unsigned(count)), dim3(kThreads), 0,
+                  stream, jobs, x, y);
+}
+
+}  // namespace edge_moe::cuda
