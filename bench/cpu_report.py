@@ -97,8 +97,8 @@ def beside_peers(quick: bool) -> list[str]:
     if missing := [name for name in peers.NEEDED if importlib.util.find_spec(name) is None]:
         return [f"## Beside llama.cpp\n\nNot measured: {', '.join(missing)} not installed (extra `peers`)."]
     sections, build = [], "\n\nllama.cpp's own library was built again, without the fault that bench/peers.py names."
-    for layers, types in ((4, list(peers.WIDTHS)), *([] if quick else [(12, list(peers.WIDTHS))])):
-        report = peers.compare(types, layers=layers, rounds=3 if quick else 5, tell=tell)
+    for layers in (4,) if quick else (4, 12):
+        report = peers.compare(list(peers.WIDTHS), layers=layers, rounds=3 if quick else 5, tell=tell)
         sections.append(f"## Beside llama.cpp, {layers} layers\n\n" + peers.markdown(report))
         if "LLAMA_CPP_LIB_PATH" in os.environ:
             sections[-1] += build

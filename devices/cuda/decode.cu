@@ -87,8 +87,6 @@ down_kernel(const ExpertJob* jobs, int count, VectorBuffer hidden, float* down, 
 
 constexpr size_t kSharedOfWarp = kWarpDots * sizeof(int);
 
-unsigned pieces(int count, int piece) { return unsigned((count + piece - 1) / piece); }
-
 }  // namespace
 
 void quantise(const float* values, int vectors, const VectorBuffer& into, Stream stream) {

@@ -1,5 +1,5 @@
-// What a warp's lanes do together: the largest and the sum of their values, and the sums over sixteen lanes that
-// kernels.h defines.
+// How work is cut into blocks, and what a warp's lanes do together: the largest and the sum of their values, and the
+// sums over sixteen lanes that kernels.h defines.
 #pragma once
 
 #include "../kernels.h"
@@ -10,6 +10,9 @@ namespace edge_moe::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
+
+// Blocks of a launch that take `piece` of `count` each.
+inline unsigned pieces(size_t count, int piece) { return unsigned((count + piece - 1) / piece); }
 
 __device__ __forceinline__ float warp_top(float value) {
   for (int apart = kWarp / 2; apart; apart /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, apart));

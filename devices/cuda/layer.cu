@@ -209,8 +209,6 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, int position,
   attended[row * n + d] = sum;
 }
 
-unsigned pieces(size_t count, int piece) { return unsigned((count + piece - 1) / piece); }
-
 }  // namespace
 
 void rms_norm(const float* x, const float* weight, float eps, int vectors, int n, float* y, const VectorBuffer& into,

@@ -5,6 +5,8 @@
 // the order of float additions is part of the result.
 #pragma once
 
+#include <type_traits>
+
 #include "lanes.cuh"
 
 namespace edge_moe::cuda {
@@ -21,7 +23,7 @@ struct QuantisedVector {
   const float* sums[2];  // (blocks*2,), (blocks,)
 };
 
-// The word that four neighbouring codes of an odd width are spread from, a byte each.
+// The word that four neighbouring codes of 3, 5 or 6 bits are spread from, a byte each.
 template <int Width>
 __device__ __forceinline__ uint32_t spread(uint32_t codes) {
   constexpr uint32_t kTwo = (1u << 2 * Width) - 1, kOne = ((1u << Width) - 1) * 0x00010001u;
@@ -35,7 +37,7 @@ constexpr bool kByPlane = 8 % Width == 0;
 template <int Width>
 constexpr int kPlanes = kByPlane<Width> ? 8 / Width : 1;
 
-// Operand `which` of eight: four codes of 32 that lie in Width words, in the order of arranged().
+// Operand `which` of eight: four codes of 32 that lie in Width words, in the order of arrange().
 template <int Width>
 __device__ __forceinline__ uint32_t four_codes(const uint32_t* words, int which) {
   if (kByPlane<Width>) {
@@ -168,24 +170,30 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
   return sum;
 }
 
-// The same for a matrix of any packed width.
-__device__ inline float warp_rows(const Matrix& m, int first_row, const QuantisedVector& x, int* dots) {
-  switch (m.width) {
+// f(width) with a constant, for one of the packed widths.
+template <typename F>
+__device__ __forceinline__ auto with_width(int width, const F& f) {
+  switch (width) {
     case 1:
-      return warp_rows_of<1>(m, first_row, x, dots);
+      return f(std::integral_constant<int, 1>{});
     case 2:
-      return warp_rows_of<2>(m, first_row, x, dots);
+      return f(std::integral_constant<int, 2>{});
     case 3:
-      return warp_rows_of<3>(m, first_row, x, dots);
+      return f(std::integral_constant<int, 3>{});
     case 4:
-      return warp_rows_of<4>(m, first_row, x, dots);
+      return f(std::integral_constant<int, 4>{});
     case 5:
-      return warp_rows_of<5>(m, first_row, x, dots);
+      return f(std::integral_constant<int, 5>{});
     case 6:
-      return warp_rows_of<6>(m, first_row, x, dots);
+      return f(std::integral_constant<int, 6>{});
     default:
-      return warp_rows_of<8>(m, first_row, x, dots);
+      return f(std::integral_constant<int, 8>{});
   }
+}
+
+// warp_rows_of a matrix of any packed width.
+__device__ inline float warp_rows(const Matrix& m, int first_row, const QuantisedVector& x, int* dots) {
+  return with_width(m.width, [&](auto width) { return warp_rows_of<decltype(width)::value>(m, first_row, x, dots); });
 }
 
 }  // namespace edge_moe::cuda

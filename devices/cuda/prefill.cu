@@ -38,26 +38,6 @@ __device__ void spread_half(const uint8_t* codes, const int8_t* inputs, uint32_t
   }
 }
 
-__device__ void spread_half_of(int width, const uint8_t* codes, const int8_t* inputs, uint32_t* codes_to,
-                               uint32_t* inputs_to) {
-  switch (width) {
-    case 1:
-      return spread_half<1>(codes, inputs, codes_to, inputs_to);
-    case 2:
-      return spread_half<2>(codes, inputs, codes_to, inputs_to);
-    case 3:
-      return spread_half<3>(codes, inputs, codes_to, inputs_to);
-    case 4:
-      return spread_half<4>(codes, inputs, codes_to, inputs_to);
-    case 5:
-      return spread_half<5>(codes, inputs, codes_to, inputs_to);
-    case 6:
-      return spread_half<6>(codes, inputs, codes_to, inputs_to);
-    default:
-      return spread_half<8>(codes, inputs, codes_to, inputs_to);
-  }
-}
-
 __device__ __forceinline__ uint32_t word_at(const uint8_t* tile, int line, int byte) {
   return *reinterpret_cast<const uint32_t*>(tile + line * kStride + byte);
 }
@@ -88,9 +68,11 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(const ProductJob* jobs, VectorBuffer x
     const int first = block * kBlock + half * 32;
     __syncthreads();
     if (first < m.cols)
-      spread_half_of(m.width, codes + size_t(first) / 8 * m.width, inputs + first,
-                     reinterpret_cast<uint32_t*>(tiles.codes + line * kStride + half * 32),
-                     reinterpret_cast<uint32_t*>(tiles.inputs + line * kStride + half * 32));
+      with_width(m.width, [&](auto width) {
+        spread_half<decltype(width)::value>(codes + size_t(first) / 8 * m.width, inputs + first,
+                                            reinterpret_cast<uint32_t*>(tiles.codes + line * kStride + half * 32),
+                                            reinterpret_cast<uint32_t*>(tiles.inputs + line * kStride + half * 32));
+      });
     __syncthreads();
     // Parts of the block whose products share both scales: its halves, or both together.
     const int parts = m.group == 32 ? 2 : 1;
@@ -132,14 +114,14 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(const ProductJob* jobs, VectorBuffer x
     }
   }
   EDGE_MOE_UNROLL
-  for (int tile = 0; tile < kTiles; ++tile) EDGE_MOE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const int token = first_token + tile * 8 + lane % 4 * 2 + i % 2, to = first_row + row + i / 2 * 8;
-    if (token < job.count && to < m.rows) y[size_t(job.first_out + token) * m.rows + to] = sums[tile][i];
+  for (int tile = 0; tile < kTiles; ++tile) {
+    EDGE_MOE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int token = first_token + tile * 8 + lane % 4 * 2 + i % 2, to = first_row + row + i / 2 * 8;
+      if (token < job.count && to < m.rows) y[size_t(job.first_out + token) * m.rows + to] = sums[tile][i];
+    }
   }
 }
-
-unsigned pieces(int count, int piece) { return unsigned((count + piece - 1) / piece); }
 
 }  // namespace
 
