@@ -169,10 +169,11 @@ void bind_runtime(nb::module_& m) {
              ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency, bool mapped, uint64_t slot_bytes, int readers,
              const std::string& kernels, const MaskArrays& otp, const MaskArrays& loss) {
             check_config(config);
-            new (self) Engine(config, Trunk(trunk_path, trunk_bytes, trunk_checksum, trunk_tensors(tensors)),
-                              ExpertStore(files, make_records(config, records, frequency), mapped), slot_bytes, readers,
-                              kernels.empty() ? best_kernels() : find_kernels(kernels), mask_routers(config, otp),
-                              mask_routers(config, loss));
+            std::unique_ptr<Device> device = cpu_device(kernels.empty() ? best_kernels() : find_kernels(kernels));
+            Trunk trunk(trunk_path, trunk_bytes, trunk_checksum, trunk_tensors(tensors), *device);
+            ExpertStore store(files, make_records(config, records, frequency), mapped);
+            new (self) Engine(config, std::move(device), std::move(trunk), std::move(store), slot_bytes, readers,
+                              mask_routers(config, otp), mask_routers(config, loss));
           },
           nb::arg("config"), nb::arg("trunk_path"), nb::arg("trunk_bytes"), nb::arg("trunk_checksum"),
           nb::arg("tensors"), nb::arg("files"), nb::arg("records"), nb::arg("frequency"), nb::arg("mapped"),
@@ -218,7 +219,7 @@ void bind_runtime(nb::module_& m) {
            "Whether idle readers may read experts ahead of the next layer; it changes no result.")
       .def_prop_ro("position", &Engine::position)
       .def("rewind", &Engine::rewind, nb::arg("position"), "Forget the positions from `position` on.")
-      .def_prop_ro("kernels", &Engine::kernels_name)
+      .def_prop_ro("kernels", [](const Engine& self) { return self.device().name(); })
       .def_prop_ro("direct", [](const Engine& self) { return self.store().direct(); })
       .def(
           "inject",

@@ -7,12 +7,13 @@
 #include <type_traits>
 
 #include "../../devices/half.h"
-#include "engine.h"
+#include "cpu_math.h"
 #include "rope.h"
 
 namespace edge_moe {
 
-void Engine::attention(int layer, int tokens) {
+void CpuMath::attention(int layer, const Step& step, bool received) {
+  const auto [first_position, tokens] = step;
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
   const int q_dim = c.heads * c.head_dim, kv_dim = c.kv_heads * c.head_dim, half = c.rope_dim / 2;
@@ -36,16 +37,16 @@ void Engine::attention(int layer, int tokens) {
   };
 
   // norms of q and k, rope, and into the KV cache; one task the tokens that share key blocks
-  const int first_block = position_ / kKeyBlock, last_block = (position_ + tokens - 1) / kKeyBlock;
+  const int first_block = first_position / kKeyBlock, last_block = (first_position + tokens - 1) / kKeyBlock;
   pool_.run(last_block - first_block + 1, [&](int task, int) {
-    const int begin = std::max((first_block + task) * kKeyBlock - position_, 0);
-    const int end = std::min((first_block + task + 1) * kKeyBlock - position_, tokens);
+    const int begin = std::max((first_block + task) * kKeyBlock - first_position, 0);
+    const int end = std::min((first_block + task + 1) * kKeyBlock - first_position, tokens);
     for (int t = begin; t < end; ++t) {
       float *q = s_.q + size_t(t) * q_dim, *k = s_.k + size_t(t) * kv_dim, *v = s_.v + size_t(t) * kv_dim;
       add_bias(q, q_dim, w.q_bias), add_bias(k, kv_dim, w.k_bias), add_bias(v, kv_dim, w.v_bias);
       norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
       clip(q, q_dim), clip(k, kv_dim), clip(v, kv_dim);
-      const int position = position_ + t;
+      const int position = first_position + t;
       const float *cos = s_.cos + size_t(position) * half, *sin = s_.sin + size_t(position) * half;
       for (int head = 0; head < c.heads; ++head) rotate(q + head * c.head_dim, cos, sin, half, false);
       for (int head = 0; head < c.kv_heads; ++head) {
@@ -66,15 +67,15 @@ void Engine::attention(int layer, int tokens) {
   pool_.run(tiles * c.kv_heads * parts, [&](int task, int thread) {
     const int token = task % tiles * tokens_a_task, kv_head = task / tiles / parts;
     const int in_group = task / tiles % parts * heads_a_task;
-    attend(layer, token, std::min(tokens_a_task, tokens - token), kv_head * shared_by + in_group,
+    attend(layer, step, token, std::min(tokens_a_task, tokens - token), kv_head * shared_by + in_group,
            std::min(heads_a_task, shared_by - in_group), thread);
   });
-  if (prune_.protect > 0 && tokens > 1) received_attention(layer, tokens);
+  if (received) received_attention(layer, step);
   attention_output(layer, tokens);
 }
 
 // Attention of some heads, which share a KV head, for some tokens of the chunk: from q to attended.
-void Engine::attend(int layer, int first_token, int tokens, int first_head, int heads, int thread) {
+void CpuMath::attend(int layer, const Step& step, int first_token, int tokens, int first_head, int heads, int thread) {
   const EngineConfig& c = config_;
   const size_t stride = c.key_positions();
   const int queries = heads * tokens;
@@ -88,7 +89,7 @@ void Engine::attend(int layer, int first_token, int tokens, int first_head, int 
     out[query] = s_.attended + row * c.head_dim;
     std::fill_n(out[query], c.head_dim, 0.0f);
   }
-  const auto end_of = [&](int token) { return position_ + first_token + token + 1; };
+  const auto end_of = [&](int token) { return step.position + first_token + token + 1; };
   const auto begin_of = [&](int token) { return c.sliding_window ? std::max(0, end_of(token) - c.sliding_window) : 0; };
   kernels_.attend_scores(q, queries, cache, begin_of(0), end_of(tokens - 1), c.head_dim, c.softmax_scale, scores,
                          stride);
@@ -109,7 +110,7 @@ void Engine::attend(int layer, int first_token, int tokens, int first_head, int 
 
 // A token's key and value of one KV head into the cache.
 template <typename T>
-void Engine::store(int layer, int head, int position, const float* key, const float* value) {
+void CpuMath::store(int layer, int head, int position, const float* key, const float* value) {
   const KeyValues cache = cached(layer, head);
   auto stored = [](float x) {
     if constexpr (std::is_same_v<T, uint16_t>)
@@ -126,24 +127,24 @@ void Engine::store(int layer, int head, int position, const float* key, const fl
 
 // How much attention each of the chunk's tokens receives from those at and after it in the chunk, by head. Done anew,
 // head by head, so that sums have one order; it is only for prompts whose tokens are protected from pruning.
-void Engine::received_attention(int layer, int tokens) {
+void CpuMath::received_attention(int layer, const Step& step) {
   const EngineConfig& c = config_;
   pool_.run(c.heads, [&](int head, int thread) {
     const KeyValues cache = cached(layer, head / (c.heads / c.kv_heads));
     float* received = s_.received + size_t(head) * c.chunk;
     float* scores = s_.scores + size_t(thread) * kHeadQueries * c.key_positions();
-    std::fill_n(received, tokens, 0.0f);
-    for (int t = 0; t < tokens; ++t) {
-      const int end = position_ + t + 1, begin = c.sliding_window ? std::max(0, end - c.sliding_window) : 0;
+    std::fill_n(received, step.tokens, 0.0f);
+    for (int t = 0; t < step.tokens; ++t) {
+      const int end = step.position + t + 1, begin = c.sliding_window ? std::max(0, end - c.sliding_window) : 0;
       const float* q = s_.q + (size_t(t) * c.heads + head) * c.head_dim;
       kernels_.attend_scores(&q, 1, cache, begin, end, c.head_dim, c.softmax_scale, scores, 0);
       kernels_.softmax(scores, begin, end);
-      for (int at = std::max(begin, position_); at < end; ++at) received[at - position_] += scores[at];
+      for (int at = std::max(begin, step.position); at < end; ++at) received[at - step.position] += scores[at];
     }
   });
 }
 
-void Engine::attention_norm(int layer, int tokens) {
+void CpuMath::attention_norm(int layer, int tokens) {
   const size_t dim = config_.dim;
   const float* weight = layers_[layer].attention_norm;
   pool_.run(tokens, [&](int t, int) {
@@ -152,13 +153,13 @@ void Engine::attention_norm(int layer, int tokens) {
 }
 
 // Output projection and residual.
-void Engine::attention_output(int layer, int tokens) {
+void CpuMath::attention_output(int layer, int tokens) {
   const Matrix& o = layers_[layer].o;
   matmul(o, prepare(s_.attended, tokens, o.cols, s_.attended_q, o.width < 16), s_.normed);
   add_to_residual(s_.normed, tokens);
 }
 
-KeyValues Engine::cached(int layer, int head) const {
+KeyValues CpuMath::cached(int layer, int head) const {
   const size_t bytes = config_.key_positions() * config_.head_dim * (config_.half_cache ? 2 : 4);
   const size_t at = (size_t(layer) * config_.kv_heads + head) * bytes;
   return {keys_ + at, values_ + at, size_t(config_.head_dim), config_.half_cache};

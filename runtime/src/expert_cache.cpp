@@ -11,7 +11,7 @@
 
 namespace edge_moe {
 
-ExpertCache::ExpertCache(ExpertStore& store, size_t bytes, int readers, double half_life)
+ExpertCache::ExpertCache(ExpertStore& store, const Device& device, size_t bytes, int readers, double half_life)
     : store_(store), half_life_(half_life) {
   const size_t records = store.records().size();
   slot_of_.assign(records, -1);
@@ -22,14 +22,17 @@ ExpertCache::ExpertCache(ExpertStore& store, size_t bytes, int readers, double h
 
   bytes = bytes / kSmallAlignment * kSmallAlignment;
   if (bytes < store.largest_record()) throw std::invalid_argument("the slots must hold the largest record");
-  arena_ = Arena(bytes);
+  size_t all = 0;
+  for (const Record& record : store.records()) all += record.padded;
+  holds_all_ = bytes >= all;
+  memory_ = device.memory(bytes, readers, store.largest_record());
   // As many as can ever be: each record at most once, and free memory before each and at the end.
   ahead_.reserve(records);
   slots_.resize(2 * std::min(records, bytes / store.smallest_record()) + 1);
   slots_[0].bytes = bytes;
   for (int i = int(slots_.size()) - 1; i > 0; --i) unused_.push_back(i);
   start_threads(
-      readers_, readers, [this](int) { read_requests(); }, [this] { stop(); });
+      readers_, readers, [this](int reader) { read_requests(reader); }, [this] { stop(); });
 }
 
 ExpertCache::~ExpertCache() { stop(); }
@@ -91,7 +94,7 @@ const uint8_t* ExpertCache::bytes(int record) {
   std::lock_guard lock(mutex_);
   const int slot = slot_of_[record];
   if (slots_[slot].state == State::kFailed) std::rethrow_exception(slots_[slot].error);
-  return slots_[slot].state == State::kReady ? slot_bytes(slot) : nullptr;
+  return slots_[slot].state == State::kReady ? memory_->data() + slots_[slot].offset : nullptr;
 }
 
 void ExpertCache::wait() {
@@ -211,16 +214,17 @@ int ExpertCache::next_request() {
   return -1;
 }
 
-void ExpertCache::read_requests() {
+void ExpertCache::read_requests(int reader) {
   std::unique_lock lock(mutex_);
   for (int slot = -1;;) {
     requested_.wait(lock, [&] { return stop_ || (slot = next_request()) >= 0; });
     if (stop_) return;
     const int record = slots_[slot].record;
+    const size_t offset = slots_[slot].offset, bytes = slots_[slot].bytes;
     lock.unlock();
     std::exception_ptr error;
     try {
-      store_.read(record, slot_bytes(slot));
+      memory_->fill(reader, offset, bytes, [&](uint8_t* to) { store_.read(record, to); });
     } catch (...) {
       error = std::current_exception();
     }

@@ -15,11 +15,13 @@
 #include <cstdint>
 #include <deque>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <span>
 #include <thread>
 #include <vector>
 
+#include "device.h"
 #include "expert_store.h"
 
 namespace edge_moe {
@@ -33,7 +35,7 @@ class ExpertCache {
  public:
   // bytes: of all slots together, at least one largest record. With a mapped store there are none: every acquire is a
   // hit. half_life: in layers computed.
-  ExpertCache(ExpertStore& store, size_t bytes, int readers, double half_life);
+  ExpertCache(ExpertStore& store, const Device& device, size_t bytes, int readers, double half_life);
   ~ExpertCache();
   ExpertCache(const ExpertCache&) = delete;
 
@@ -59,7 +61,8 @@ class ExpertCache {
   void tick();  // a layer was computed
 
   CacheStats stats() const;
-  int records_held() const;  // in slots now
+  int records_held() const;                      // in slots now
+  bool holds_all() const { return holds_all_; }  // has memory for every record
 
  private:
   enum class State { kFree, kLoading, kReady, kFailed };
@@ -82,13 +85,13 @@ class ExpertCache {
   void absorb_next(Slot& slot);
   void free_slot(int failed);
   int next_request();
-  void read_requests();
+  void read_requests(int reader);
   void stop();
-  uint8_t* slot_bytes(int slot) const { return arena_.data() + slots_[slot].offset; }
 
   ExpertStore& store_;
   const double half_life_;
-  Arena arena_;
+  bool holds_all_ = true;
+  std::unique_ptr<DeviceMemory> memory_;
   std::vector<Slot> slots_;        // in no order; a list from slots_[0] on by `next` is in that of memory
   std::vector<int> unused_;        // places in slots_
   std::vector<int> slot_of_;       // by record; -1: not in memory

@@ -12,7 +12,7 @@
 #include <algorithm>
 
 #include "../../devices/half.h"
-#include "engine.h"
+#include "cpu_math.h"
 #include "rope.h"
 
 namespace edge_moe {
@@ -33,7 +33,8 @@ Matrix rows_of(const Matrix& m, int first, int count) {
 
 }  // namespace
 
-void Engine::latent_attention(int layer, int tokens) {
+void CpuMath::latent_attention(int layer, const Step& step) {
+  const int tokens = step.tokens;
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
   const int q_dim = c.heads * c.head_dim, nope_dim = c.head_dim - c.rope_dim, half = c.rope_dim / 2;
@@ -56,7 +57,7 @@ void Engine::latent_attention(int layer, int tokens) {
   // norm of the latent, rope, and into the KV cache
   pool_.run(tokens, [&](int t, int) {
     float *q = s_.q + size_t(t) * q_dim, *latent = s_.k + t * cached;
-    const size_t position = position_ + t;
+    const size_t position = step.position + t;
     const float *cos = s_.cos + position * half, *sin = s_.sin + position * half;
     for (int head = 0; head < c.heads; ++head)
       rotate(q + head * c.head_dim + nope_dim, cos, sin, half, c.rope_interleaved);
@@ -75,14 +76,15 @@ void Engine::latent_attention(int layer, int tokens) {
   const int tasks_a_head = (tokens + tokens_a_task - 1) / tokens_a_task;
   pool_.run((c.heads + heads_a_task - 1) / heads_a_task * tasks_a_head, [&](int task, int thread) {
     const int token = task % tasks_a_head * tokens_a_task, head = task / tasks_a_head * heads_a_task;
-    attend_latent(layer, token, std::min(tokens_a_task, tokens - token), head, std::min(heads_a_task, c.heads - head),
-                  thread);
+    attend_latent(layer, step, token, std::min(tokens_a_task, tokens - token), head,
+                  std::min(heads_a_task, c.heads - head), thread);
   });
   attention_output(layer, tokens);
 }
 
 // Attention of some heads for some tokens of the chunk: from q to attended.
-void Engine::attend_latent(int layer, int first_token, int tokens, int first_head, int heads, int thread) {
+void CpuMath::attend_latent(int layer, const Step& step, int first_token, int tokens, int first_head, int heads,
+                            int thread) {
   const EngineConfig& c = config_;
   const Matrix& kv_b = layers_[layer].kv_b;
   const int rank = c.kv_rank, nope_dim = c.head_dim - c.rope_dim, queries = heads * tokens;
@@ -113,7 +115,7 @@ void Engine::attend_latent(int layer, int first_token, int tokens, int first_hea
   }
 
   // attention: each query sees the positions up to its own
-  const int end = position_ + first_token + tokens;
+  const int end = step.position + first_token + tokens;
   auto end_of = [&](int query) { return end - tokens + query % tokens + 1; };
   auto latents_from = [&](int position, int count) -> const float* {
     if (!c.half_cache) return reinterpret_cast<const float*>(latents) + position * cached;
@@ -151,7 +153,7 @@ void Engine::attend_latent(int layer, int first_token, int tokens, int first_hea
   }
 }
 
-uint8_t* Engine::cached_latents(int layer) const {
+uint8_t* CpuMath::cached_latents(int layer) const {
   return keys_ + size_t(layer) * config_.key_positions() * config_.latent_cached() * (config_.half_cache ? 2 : 4);
 }
 

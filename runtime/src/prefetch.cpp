@@ -5,18 +5,12 @@
 namespace edge_moe {
 
 void Engine::prefetch_next(int layer) {
-  const EngineConfig& c = config_;
-  const int next = layer + 1;
-  if (next == c.layers || !c.experts[next]) return;
-  const LayerWeights& w = layers_[next];
-  kernels_.rms_norm(s_.x, w.mlp_norm, c.norm_eps, s_.ahead_normed, c.dim);
-  Activations x;
-  x.values = s_.ahead_normed, x.count = 1, x.cols = c.dim;
-  matmul(w.router, x, s_.ahead_logits);
-  route(kernels_, router_rule(next), s_.ahead_logits, c.experts[next], c.top_k[next], s_.group_scores, s_.ahead_ids,
-        s_.ahead_weights);
-  for (int i = 0; i < c.top_k[next]; ++i) s_.ahead_ids[i] += first_record_[next];
-  cache_.read_ahead({s_.ahead_ids, size_t(c.top_k[next])});
+  const int next = layer + 1, top_k = config_.top_k[next];
+  math_->ahead_logits(next, r_);
+  route(device_->host(), router_rule(next), r_.ahead_logits, config_.experts[next], top_k, r_.group_scores,
+        r_.ahead_ids, r_.ahead_weights);
+  for (int i = 0; i < top_k; ++i) r_.ahead_ids[i] += first_record_[next];
+  cache_.read_ahead({r_.ahead_ids, size_t(top_k)});
 }
 
 }  // namespace edge_moe

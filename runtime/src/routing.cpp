@@ -1,46 +1,72 @@
 // Which experts each token of a chunk uses: the router, what pruning takes away, and the pairs sorted by expert.
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 
+#include "carver.h"
 #include "engine.h"
 
 namespace edge_moe {
+
+size_t carve_routing(const EngineConfig& c, Routing& r, uint8_t* base) {
+  const size_t chunk = c.chunk, pairs = chunk * most(c.top_k), experts = most(c.experts);
+  Carver carver(base);
+  carver.carve(r.router_logits, chunk * experts);
+  carver.carve(r.routing_weights, pairs);
+  carver.carve(r.group_scores, c.groups > 1 ? size_t(c.threads) * 2 * c.groups : 0);
+  carver.carve(r.routed, pairs);
+  carver.carve(r.pair_of, pairs);
+  carver.carve(r.pair_token, pairs);
+  carver.carve(r.first_pair, experts + 1);
+  carver.carve(r.mask_scores, pairs);
+  carver.carve(r.dropped, chunk);
+  carver.carve(r.importance, chunk);
+  carver.carve(r.by_importance, chunk);
+  carver.carve(r.protects, chunk);
+  carver.carve(r.ahead_logits, experts);
+  carver.carve(r.ahead_weights, most(c.top_k));
+  carver.carve(r.ahead_ids, most(c.top_k));
+  return carver.used();
+}
+
+// The mask router that the request's rule asks; null where it asks none, or the layer has none.
+const MaskRouter* Engine::mask_router(int layer) const {
+  const bool losses = prune_.kind == Prune::kLoss;
+  if (!losses && prune_.kind != Prune::kOtp) return nullptr;
+  const MaskRouter& router = (losses ? loss_ : otp_)[layer];
+  return router ? &router : nullptr;
+}
 
 // Router logits -> routed, routing_weights; then (token, k) pairs sorted by expert: pair_of, pair_token, first_pair.
 void Engine::route_tokens(int layer, int tokens) {
   const EngineConfig& c = config_;
   const int experts = c.experts[layer], top_k = c.top_k[layer];
-  Activations x;
-  x.values = s_.normed, x.count = tokens, x.cols = c.dim;
-  matmul(layers_[layer].router, x, s_.router_logits);
   const RouterRule rule = router_rule(layer);
   pool_.run(tokens, [&](int t, int thread) {
-    route(kernels_, rule, s_.router_logits + size_t(t) * experts, experts, top_k,
-          s_.group_scores + size_t(thread) * 2 * c.groups, s_.routed + t * top_k, s_.routing_weights + t * top_k);
+    route(device_->host(), rule, r_.router_logits + size_t(t) * experts, experts, top_k,
+          r_.group_scores + size_t(thread) * 2 * c.groups, r_.routed + t * top_k, r_.routing_weights + t * top_k);
   });
   if (prune_.kind != Prune::kOff) prune_tokens(layer, tokens);
   const int places = tokens * top_k;  // some may be empty: -1
-  std::fill(s_.first_pair, s_.first_pair + experts + 1, 0);
+  std::fill(r_.first_pair, r_.first_pair + experts + 1, 0);
   for (int i = 0; i < places; ++i)
-    if (s_.routed[i] >= 0) ++s_.first_pair[s_.routed[i] + 1];
-  std::partial_sum(s_.first_pair, s_.first_pair + experts + 1, s_.first_pair);
+    if (r_.routed[i] >= 0) ++r_.first_pair[r_.routed[i] + 1];
+  std::partial_sum(r_.first_pair, r_.first_pair + experts + 1, r_.first_pair);
   stats_.moe_tokens += tokens;
-  stats_.experts_used += s_.first_pair[experts];
+  stats_.experts_used += r_.first_pair[experts];
   for (int i = 0; i < places; ++i) {
-    if (s_.routed[i] < 0) continue;
-    const int pair = s_.first_pair[s_.routed[i]]++;
-    s_.pair_of[i] = pair;
-    s_.pair_token[pair] = i / top_k;
+    if (r_.routed[i] < 0) continue;
+    const int pair = r_.first_pair[r_.routed[i]]++;
+    r_.pair_of[i] = pair;
+    r_.pair_token[pair] = i / top_k;
   }
-  for (int expert = experts; expert > 0; --expert) s_.first_pair[expert] = s_.first_pair[expert - 1];
-  s_.first_pair[0] = 0;
+  for (int expert = experts; expert > 0; --expert) r_.first_pair[expert] = r_.first_pair[expert - 1];
+  r_.first_pair[0] = 0;
 }
 
 RouterRule Engine::router_rule(int layer) const {
   const EngineConfig& c = config_;
   RouterRule rule{c.sigmoid_score, c.renormalise, c.router_scale, c.groups, c.top_groups, c.group_top2sum};
-  rule.bias = layers_[layer].router_bias;
+  rule.bias = router_bias_[layer].empty() ? nullptr : router_bias_[layer].data();
   rule.group_of = c.groups > 1 ? c.expert_groups[layer].data() : nullptr;
   return rule;
 }
@@ -50,35 +76,22 @@ void Engine::prune_tokens(int layer, int tokens) {
   const EngineConfig& c = config_;
   const int top_k = c.top_k[layer];
   const bool losses = prune_.kind == Prune::kLoss, learned = losses || prune_.kind == Prune::kOtp;
-  const bool protect = prune_.protect > 0 && tokens > 1;
+  const bool protect = protects(tokens);
   const float threshold = learned ? 0.0f : prune_.threshold[layer];
-  const MaskRouter router = !learned ? MaskRouter{} : losses ? loss_[layer] : otp_[layer];
+  const MaskRouter* router = mask_router(layer);
   if (learned && !router) return;
-  if (learned) {
-    Activations x;
-    x.values = s_.normed, x.count = tokens, x.cols = c.dim;
-    matmul(router.of_input, x, s_.mask_scores);
-  }
-  if (protect) {
-    pool_.run(tokens, [&](int t, int) {
-      double norm = 0, received = 0;
-      for (int i = 0; i < c.dim; ++i) norm += std::abs(s_.normed[size_t(t) * c.dim + i]);
-      for (int head = 0; head < c.heads; ++head) received += s_.received[size_t(head) * c.chunk + t];
-      s_.importance[t] = float(norm * received / c.heads / (tokens - t));
-    });
-    protect_most(s_.importance, tokens, prune_.protect, s_.by_importance, s_.protects);
-  }
+  if (protect) protect_most(r_.importance, tokens, prune_.protect, r_.by_importance, r_.protects);
   pool_.run(tokens, [&](int t, int) {
-    int32_t* ids = s_.routed + t * top_k;
-    float* weights = s_.routing_weights + t * top_k;
+    int32_t* ids = r_.routed + t * top_k;
+    float* weights = r_.routing_weights + t * top_k;
     int kept = top_k;
     if (prune_.kind == Prune::kRatio) kept = kept_by_ratio(weights, top_k, threshold);
     if (prune_.kind == Prune::kShare) kept = kept_by_share(weights, top_k, threshold);
-    if (learned) kept = kept_by_router(router, losses, s_.mask_scores + t * top_k, weights, top_k, prune_.price);
-    if (protect && s_.protects[t]) kept = top_k;
-    s_.dropped[t] = keep_first(kept, top_k, c.renormalise, ids, weights);
+    if (learned) kept = kept_by_router(*router, losses, r_.mask_scores + t * top_k, weights, top_k, prune_.price);
+    if (protect && r_.protects[t]) kept = top_k;
+    r_.dropped[t] = keep_first(kept, top_k, c.renormalise, ids, weights);
   });
-  for (int t = 0; t < tokens; ++t) stats_.dropped_weight += s_.dropped[t];
+  for (int t = 0; t < tokens; ++t) stats_.dropped_weight += r_.dropped[t];
 }
 
 }  // namespace edge_moe

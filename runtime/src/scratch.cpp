@@ -3,36 +3,21 @@
 
 #include <algorithm>
 
-#include "engine.h"
+#include "carver.h"
+#include "engine_config.h"
 
 namespace edge_moe {
 
 namespace {
 
-// Gives out consecutive aligned pieces of a block of memory; with none, only counts them.
-class Carver {
- public:
-  explicit Carver(uint8_t* base) : base_(base) {}
-
-  template <typename T>
-  void carve(T*& pointer, size_t count) {
-    pointer = reinterpret_cast<T*>(base_ + used_);
-    used_ = align_up(used_ + count * sizeof(T), kPartAlignment);
-  }
-  void carve(QuantisedBuffer& buffer, size_t vectors, size_t cols) {
-    const size_t blocks = (cols + kBlock - 1) / kBlock;
-    carve(buffer.codes, vectors * blocks * kBlock);
-    carve(buffer.scales, vectors * blocks);
-    carve(buffer.sums[0], vectors * blocks * 2);
-    carve(buffer.sums[1], vectors * blocks);
-    carve(buffer.sums[2], vectors * ((blocks + 1) / 2));
-  }
-  size_t used() const { return used_; }
-
- private:
-  uint8_t* base_;
-  size_t used_ = 0;
-};
+void carve(Carver& carver, QuantisedBuffer& buffer, size_t vectors, size_t cols) {
+  const size_t blocks = (cols + kBlock - 1) / kBlock;
+  carver.carve(buffer.codes, vectors * blocks * kBlock);
+  carver.carve(buffer.scales, vectors * blocks);
+  carver.carve(buffer.sums[0], vectors * blocks * 2);
+  carver.carve(buffer.sums[1], vectors * blocks);
+  carver.carve(buffer.sums[2], vectors * ((blocks + 1) / 2));
+}
 
 }  // namespace
 
@@ -51,7 +36,7 @@ Activations activations(const float* values, const QuantisedBuffer& quantised, i
 }
 
 size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
-  const size_t chunk = c.chunk, threads = c.threads, pairs = chunk * most(c.top_k), experts = most(c.experts);
+  const size_t chunk = c.chunk, threads = c.threads, pairs = chunk * most(c.top_k);
   const size_t q_dim = size_t(c.heads) * c.head_dim, attended = size_t(c.heads) * c.v_dim;
   const size_t kv_dim = c.kv_rank ? c.latent_cached() : size_t(c.kv_heads) * c.head_dim;
   const size_t queries = threads * (c.kv_rank ? kLatentQueries : kHeadQueries);  // in attention at once
@@ -65,14 +50,7 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   carver.carve(s.v, c.kv_rank ? 0 : chunk * kv_dim);
   carver.carve(s.attended, chunk * attended);
   carver.carve(s.scores, queries * c.key_positions());
-  carver.carve(s.router_logits, chunk * experts);
-  carver.carve(s.routing_weights, pairs);
-  carver.carve(s.group_scores, c.groups > 1 ? threads * 2 * c.groups : 0);
-  carver.carve(s.routed, pairs);
-  carver.carve(s.pair_of, pairs);
-  carver.carve(s.pair_token, pairs);
   carver.carve(s.all_tokens, chunk);
-  carver.carve(s.first_pair, experts + 1);
   carver.carve(s.gate, hidden);
   carver.carve(s.up, hidden);
   carver.carve(s.down, pairs * c.dim);
@@ -81,26 +59,18 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   carver.carve(s.logits, size_t(c.logits_rows) * c.vocab);
   carver.carve(s.cos, size_t(c.context) * (c.rope_dim / 2));
   carver.carve(s.sin, size_t(c.context) * (c.rope_dim / 2));
-  carver.carve(s.mask_scores, pairs);
-  carver.carve(s.dropped, chunk);
   carver.carve(s.received, c.kv_rank ? 0 : chunk * c.heads);
-  carver.carve(s.importance, chunk);
-  carver.carve(s.by_importance, chunk);
-  carver.carve(s.protects, chunk);
   carver.carve(s.ahead_normed, c.dim);
-  carver.carve(s.ahead_logits, experts);
-  carver.carve(s.ahead_weights, most(c.top_k));
-  carver.carve(s.ahead_ids, most(c.top_k));
-  carver.carve(s.normed_q, chunk, c.dim);
-  carver.carve(s.attended_q, chunk, attended);
-  carver.carve(s.hidden_q, pairs, widest);
+  carve(carver, s.normed_q, chunk, c.dim);
+  carve(carver, s.attended_q, chunk, attended);
+  carve(carver, s.hidden_q, pairs, widest);
   if (c.kv_rank) {
     carver.carve(s.q_latent, chunk * c.q_rank);
     carver.carve(s.absorbed, queries * c.latent_cached());
     carver.carve(s.mixed, queries * c.kv_rank);
     carver.carve(s.rows, threads * kLatentRows * c.latent_cached());
-    carver.carve(s.q_latent_q, chunk, c.q_rank);
-    carver.carve(s.mixed_q, queries, c.kv_rank);
+    carve(carver, s.q_latent_q, chunk, c.q_rank);
+    carve(carver, s.mixed_q, queries, c.kv_rank);
   }
   return carver.used();
 }

@@ -1,4 +1,4 @@
-// What one forward pass works in: named pieces of one block of memory, whose size the plan knows beforehand.
+// What the processor works in when it computes a model: named pieces of one block of memory.
 #pragma once
 
 #include <cstddef>
@@ -23,20 +23,12 @@ struct QuantisedBuffer {
 struct Scratch {
   float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
   float* scores;                                   // (threads, queries at a time, context in whole key blocks)
-  float *router_logits, *routing_weights;          // (chunk, experts), (chunk, top_k): the most of any layer
-  float* group_scores;                             // (threads, 2, groups)
-  int32_t *routed, *pair_of, *pair_token;          // (chunk, top_k): expert ids; pair of (token, k); token of a pair
-  int32_t *all_tokens, *first_pair;                // (chunk,); (experts+1,)
+  int32_t* all_tokens;                             // (chunk,)
   float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
   float* logits;                                   // (logits_rows, vocab)
   float *cos, *sin;                                // (context, rope_dim/2)
-  float* mask_scores;                              // (chunk, top_k)
-  float* dropped;                                  // (chunk,): share of a token's routing weight that pruning drops
-  float *received, *importance;                    // (heads, chunk), (chunk,): attention from the chunk's tokens
-  int32_t* by_importance;                          // (chunk,)
-  uint8_t* protects;                               // (chunk,): 1 for a token that pruning leaves alone
-  float *ahead_normed, *ahead_logits, *ahead_weights;  // of the next layer for one token: (dim,), (experts,), (top_k,)
-  int32_t* ahead_ids;                                  // (top_k,)
+  float* received;                                 // (heads, chunk): attention from the chunk's tokens
+  float* ahead_normed;                             // (dim,)
   QuantisedBuffer normed_q, attended_q, hidden_q;
 
   // Attention over a latent alone; `cached` is kv_rank + rope_dim.

@@ -1,32 +1,40 @@
 // The trunk in memory; see trunk.h.
 #include "trunk.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "../../devices/checksum.h"
+#include "os.h"
 
 namespace edge_moe {
 
-Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors)
+Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors,
+             const Device& device)
     : path_(path) {
   const File file(path);
   if (file.bytes != bytes)
     throw std::runtime_error(path + ": has " + std::to_string(file.bytes) + " bytes, expected " +
                              std::to_string(bytes) + "; copy the bundle again");
-  // A direct read wants whole blocks; only what the file has arrives, and the rest of the arena stays zero.
-  arena_ = Arena(align_up(bytes, kSmallAlignment) + kSmallAlignment);
-  const uint64_t whole = bytes / kSmallAlignment * kSmallAlignment;
+  // A direct read wants whole blocks; only what the file has arrives, and the rest of the memory is not used.
   constexpr uint64_t kStep = 8 << 20;
-  for (uint64_t at = 0; at < whole; at += kStep)
-    read_exactly(file, at, arena_.data() + at, std::min(kStep, whole - at));
-  read_tail(file, whole, arena_.data() + whole, bytes - whole);
-  if (crc32c(arena_.data(), bytes) != checksum)
-    throw std::runtime_error(path + ": does not match its checksum; copy the bundle again");
+  memory_ = device.memory(align_up(bytes, kSmallAlignment) + kSmallAlignment, 1, kStep);
+  const uint64_t whole = bytes / kSmallAlignment * kSmallAlignment;
+  uint32_t sum = 0;
+  for (uint64_t at = 0; at < bytes;) {
+    const uint64_t step = at < whole ? std::min(kStep, whole - at) : bytes - at;
+    memory_->fill(0, at, step, [&](uint8_t* to) {
+      at < whole ? read_exactly(file, at, to, step) : read_tail(file, at, to, step);
+      sum = crc32c(to, step, sum);
+    });
+    at += step;
+  }
+  if (sum != checksum) throw std::runtime_error(path + ": does not match its checksum; copy the bundle again");
   for (const TrunkTensor& t : tensors) {
     Matrix m;
-    m.codes = arena_.data() + t.codes;
-    m.scales = reinterpret_cast<const uint16_t*>(arena_.data() + t.scales);
-    m.biases = reinterpret_cast<const uint16_t*>(arena_.data() + t.biases);
+    m.codes = memory_->data() + t.codes;
+    m.scales = reinterpret_cast<const uint16_t*>(memory_->data() + t.scales);
+    m.biases = reinterpret_cast<const uint16_t*>(memory_->data() + t.biases);
     m.rows = t.rows, m.cols = t.cols, m.width = t.width, m.group = t.group;
     tensors_[t.name] = m;
   }
@@ -50,6 +58,15 @@ const float* Trunk::vector_if_any(const std::string& name, int length) const {
     throw std::runtime_error(path_ + ": tensor " + name + " is not " + std::to_string(length) +
                              " float32 values; compress the model again");
   return reinterpret_cast<const float*>(m.codes);
+}
+
+std::vector<float> Trunk::host_vector(const std::string& name, int length) const {
+  const float* values = vector_if_any(name, length);
+  std::vector<float> copy(values ? length : 0);
+  if (values)
+    memory_->copy_out(reinterpret_cast<const uint8_t*>(values) - memory_->data(), copy.size() * sizeof(float),
+                      copy.data());
+  return copy;
 }
 
 const float* Trunk::vector(const std::string& name, int length) const {

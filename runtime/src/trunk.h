@@ -1,12 +1,13 @@
-// The trunk in memory: trunk.safetensors read whole into one arena at load, and its tensors by name.
+// The trunk in a device's memory: trunk.safetensors read whole at load, and its tensors by name.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "../../devices/kernels.h"
-#include "os.h"
+#include "device.h"
 
 namespace edge_moe {
 
@@ -21,16 +22,21 @@ struct TrunkTensor {
 class Trunk {
  public:
   // Throws std::runtime_error when the file is not `bytes` long or does not match `checksum`.
-  Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors);
+  Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors,
+        const Device& device);
 
+  // Where the device finds them.
   Matrix matrix(const std::string& name) const;                    // throws std::runtime_error when it is missing
   Matrix matrix_if_any(const std::string& name) const;             // empty when it is missing
   const float* vector(const std::string& name, int length) const;  // float32 values, checked length
   const float* vector_if_any(const std::string& name, int length) const;  // null when it is missing
 
+  // A vector's values for the host; none when it is missing.
+  std::vector<float> host_vector(const std::string& name, int length) const;
+
  private:
   std::string path_;
-  Arena arena_;
+  std::unique_ptr<DeviceMemory> memory_;
   std::unordered_map<std::string, Matrix> tensors_;
 };
 

@@ -1,0 +1,230 @@
+// The layers on the processor: all but attention, which is in attention.cpp and latent_attention.cpp.
+#include "cpu_math.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "rope.h"
+#include "router.h"
+
+namespace edge_moe {
+
+namespace {
+
+class CpuDevice : public Device {
+ public:
+  explicit CpuDevice(const Kernels& kernels) : kernels_(kernels) {}
+  const char* name() const override { return kernels_.name; }
+  const Kernels& host() const override { return kernels_; }
+  std::unique_ptr<DeviceMemory> memory(size_t bytes, int, size_t) const override {
+    return std::make_unique<HostMemory>(bytes);
+  }
+  std::unique_ptr<LayerMath> math(const EngineConfig& config, const Trunk& trunk, ThreadPool& pool) const override {
+    return std::make_unique<CpuMath>(config, trunk, kernels_, pool);
+  }
+
+ private:
+  const Kernels& kernels_;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> cpu_device(const Kernels& kernels) { return std::make_unique<CpuDevice>(kernels); }
+
+EngineMemory cpu_memory(const EngineConfig& c) {
+  Scratch unused;
+  return {c.kv_cache_bytes(), carve_scratch(c, unused, nullptr)};
+}
+
+CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& kernels, ThreadPool& pool)
+    : config_(config), kernels_(kernels), pool_(pool), ends_(end_weights(config, trunk)) {
+  const EngineConfig& c = config_;
+  for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(c, trunk, layer));
+  const EngineMemory memory = cpu_memory(c);
+  kv_arena_ = Arena(memory.kv_cache);
+  scratch_arena_ = Arena(memory.scratch);
+  carve_scratch(c, s_, scratch_arena_.data());
+  keys_ = kv_arena_.data();
+  values_ = keys_ + memory.kv_cache / 2;
+  fill_rope(c.rope_frequency, c.rope_scale, c.context, s_.cos, s_.sin);
+  std::iota(s_.all_tokens, s_.all_tokens + c.chunk, 0);
+  tasks_.reserve(4096);
+}
+
+uint8_t* CpuMath::shared(size_t bytes) { return shared_.emplace_back(bytes).data(); }
+
+void CpuMath::embed(std::span<const int32_t> ids) {
+  for (size_t t = 0; t < ids.size(); ++t) kernels_.dequantise_row(ends_.embedding, ids[t], s_.x + t * config_.dim);
+}
+
+void CpuMath::any_attention(int layer, const Step& step, bool received) {
+  if (config_.kv_rank)
+    latent_attention(layer, step);
+  else
+    attention(layer, step, received);
+}
+
+void CpuMath::mlp_norm(int layer, int tokens) {
+  const EngineConfig& c = config_;
+  pool_.run(tokens, [&](int t, int) {
+    float* normed = s_.normed + size_t(t) * c.dim;
+    kernels_.rms_norm(s_.x + size_t(t) * c.dim, layers_[layer].mlp_norm, c.norm_eps, normed, c.dim);
+    quantise_vector(normed, c.dim, s_.normed_q, t);
+  });
+}
+
+void CpuMath::dense_layer(int layer, const Step& step) {
+  any_attention(layer, step, false);
+  mlp_norm(layer, step.tokens);
+  const ExpertJob job = {layers_[layer].dense, s_.all_tokens, step.tokens, 0, -1};
+  run_jobs({&job, 1}, s_.shared);
+  add_to_residual(s_.shared, step.tokens);
+}
+
+void CpuMath::to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) {
+  any_attention(layer, step, wants.importance);
+  mlp_norm(layer, step.tokens);
+  float_matmul(layers_[layer].router, s_.normed, step.tokens, r.router_logits);
+  if (wants.mask_router) float_matmul(*wants.mask_router, s_.normed, step.tokens, r.mask_scores);
+  if (wants.importance) importance(step, r.importance);
+}
+
+void CpuMath::importance(const Step& step, float* of_tokens) {
+  const EngineConfig& c = config_;
+  pool_.run(step.tokens, [&](int t, int) {
+    double norm = 0, received = 0;
+    for (int i = 0; i < c.dim; ++i) norm += std::abs(s_.normed[size_t(t) * c.dim + i]);
+    for (int head = 0; head < c.heads; ++head) received += s_.received[size_t(head) * c.chunk + t];
+    of_tokens[t] = float(norm * received / c.heads / (step.tokens - t));
+  });
+}
+
+void CpuMath::ahead_logits(int next_layer, const Routing& r) {
+  const EngineConfig& c = config_;
+  kernels_.rms_norm(s_.x, layers_[next_layer].mlp_norm, c.norm_eps, s_.ahead_normed, c.dim);
+  float_matmul(layers_[next_layer].router, s_.ahead_normed, 1, r.ahead_logits);
+}
+
+void CpuMath::experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) {
+  const EngineConfig& c = config_;
+  const int top_k = c.top_k[layer];
+  run_jobs(jobs, s_.down);
+  if (!last) return;
+  // in order of rank, whatever order they were computed in
+  pool_.run(step.tokens, [&](int t, int) {
+    for (int place = t * top_k; place < (t + 1) * top_k; ++place)
+      if (r.routed[place] >= 0)
+        kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.down + size_t(r.pair_of[place]) * c.dim,
+                            r.routing_weights[place], c.dim);
+  });
+  if (c.shared_hidden) shared_expert(layer, step.tokens);
+}
+
+void CpuMath::shared_expert(int layer, int tokens) {
+  const EngineConfig& c = config_;
+  const LayerWeights& w = layers_[layer];
+  if (w.shared_router) float_matmul(w.shared_router, s_.normed, tokens, s_.shared_gate);
+  const ExpertJob job = {w.shared, s_.all_tokens, tokens, 0, -1};
+  run_jobs({&job, 1}, s_.shared);
+  pool_.run(tokens, [&](int t, int) {
+    const float gate = w.shared_router ? sigmoid(s_.shared_gate[t]) : 1.0f;
+    kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.shared + size_t(t) * c.dim, gate, c.dim);
+  });
+}
+
+std::span<const float> CpuMath::logits(const Step& step, int rows) {
+  const EngineConfig& c = config_;
+  const float* last = s_.x + size_t(step.tokens - rows) * c.dim;
+  pool_.run(rows, [&](int t, int) {
+    kernels_.rms_norm(last + size_t(t) * c.dim, ends_.output_norm, c.norm_eps, s_.normed + size_t(t) * c.dim, c.dim);
+  });
+  const Matrix& head = ends_.head;
+  if (rows) matmul(head, prepare(s_.normed, rows, c.dim, s_.normed_q, head.width < 16), s_.logits);
+  return {s_.logits, size_t(rows) * c.vocab};
+}
+
+// Every job's gated MLP, in three passes over all of their rows at once: gate and up; activation; down.
+void CpuMath::run_jobs(std::span<const ExpertJob> jobs, float* out) {
+  const EngineConfig& c = config_;
+  const int hidden = jobs[0].weights.gate.rows;
+  const int total_rows = 2 * hidden * int(jobs.size());
+  auto inputs = [&](const ExpertJob& job, const float* values, const QuantisedBuffer& q, int cols, bool gathered) {
+    Activations x = activations(values, q, cols, gathered ? 0 : job.first, job.count);
+    x.rows = gathered ? job.tokens : nullptr;
+    return x;
+  };
+  // Rows of a task: some tasks a thread so that the last ones even out, whole vectors of rows.
+  auto rows_per_task = [&](int rows) { return std::clamp(rows / (pool_.threads() * 8) / 16 * 16, 16, 256); };
+
+  tasks_.clear();
+  for (const ExpertJob& job : jobs) {
+    add_tasks(job, &job.weights.gate, hidden, rows_per_task(total_rows));
+    add_tasks(job, &job.weights.up, hidden, rows_per_task(total_rows));
+  }
+  pool_.run(int(tasks_.size()), [&](int i, int) {
+    const Task& task = tasks_[i];
+    float* y = (task.matrix == &task.job->weights.gate ? s_.gate : s_.up) + size_t(task.job->first) * hidden;
+    kernels_.matmul(*task.matrix, inputs(*task.job, s_.normed, s_.normed_q, c.dim, true), y, hidden, task.begin,
+                    task.end);
+  });
+
+  tasks_.clear();
+  for (const ExpertJob& job : jobs) add_tasks(job, nullptr, job.count, 4);
+  pool_.run(int(tasks_.size()), [&](int i, int) {
+    const ExpertJob& job = *tasks_[i].job;
+    for (int pair = job.first + tasks_[i].begin; pair < job.first + tasks_[i].end; ++pair) {
+      float* gate = s_.gate + size_t(pair) * hidden;
+      kernels_.gate_up(gate, s_.up + size_t(pair) * hidden, hidden, c.activation);
+      if (job.weights.down.width < 16) quantise_vector(gate, hidden, s_.hidden_q, pair);
+    }
+  });
+
+  tasks_.clear();
+  for (const ExpertJob& job : jobs) add_tasks(job, &job.weights.down, c.dim, rows_per_task(int(jobs.size()) * c.dim));
+  pool_.run(int(tasks_.size()), [&](int i, int) {
+    const Task& task = tasks_[i];
+    kernels_.matmul(*task.matrix, inputs(*task.job, s_.gate, s_.hidden_q, hidden, false),
+                    out + size_t(task.job->first) * c.dim, c.dim, task.begin, task.end);
+  });
+}
+
+// [0, count) of a job in pieces: rows of a matrix, or pairs when there is none.
+void CpuMath::add_tasks(const ExpertJob& job, const Matrix* matrix, int count, int piece) {
+  for (int begin = 0; begin < count; begin += piece)
+    tasks_.push_back({&job, matrix, begin, std::min(begin + piece, count)});
+}
+
+// x += out, both (tokens, dim)
+void CpuMath::add_to_residual(const float* out, int tokens) {
+  const size_t dim = config_.dim;
+  pool_.run(tokens, [&](int t, int) { kernels_.add_scaled(s_.x + t * dim, out + t * dim, 1.0f, int(dim)); });
+}
+
+// y (tokens, rows) = x . matrix, rows split over threads
+void CpuMath::matmul(const Matrix& matrix, const Activations& x, float* y) {
+  const int rows = std::clamp(matrix.rows / (pool_.threads() * 8) / 16 * 16, 16, 1024);
+  pool_.run((matrix.rows + rows - 1) / rows, [&](int i, int) {
+    kernels_.matmul(matrix, x, y, matrix.rows, i * rows, std::min((i + 1) * rows, matrix.rows));
+  });
+}
+
+// The same with a matrix of floats.
+void CpuMath::float_matmul(const Matrix& matrix, const float* x, int count, float* y) {
+  Activations floats;
+  floats.values = x, floats.count = count, floats.cols = matrix.cols;
+  matmul(matrix, floats, y);
+}
+
+Activations CpuMath::prepare(const float* values, int count, int cols, const QuantisedBuffer& into, bool quantised) {
+  if (quantised) pool_.run(count, [&](int t, int) { quantise_vector(values + size_t(t) * cols, cols, into, t); });
+  return activations(values, into, cols, 0, count);
+}
+
+void CpuMath::quantise_vector(const float* values, int cols, const QuantisedBuffer& into, int vector) {
+  const size_t blocks = (cols + kBlock - 1) / kBlock, v = vector;
+  kernels_.quantise(values, cols, into.codes + v * blocks * kBlock, into.scales + v * blocks,
+                    into.sums[0] + v * blocks * 2, into.sums[1] + v * blocks, into.sums[2] + v * ((blocks + 1) / 2));
+}
+
+}  // namespace edge_moe

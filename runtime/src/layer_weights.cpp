@@ -1,0 +1,45 @@
+// A layer's part of the trunk, by name; see layer_weights.h.
+#include "layer_weights.h"
+
+#include <string>
+
+namespace edge_moe {
+
+LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer) {
+  const std::string prefix = "layers." + std::to_string(layer) + ".";
+  auto matrix = [&](const char* name) { return trunk.matrix(prefix + name); };
+  auto vector = [&](const char* name, int n) { return trunk.vector_if_any(prefix + name, n); };
+  const int q_dim = c.heads * c.head_dim, kv_dim = c.kv_heads * c.head_dim;
+  LayerWeights w{};
+  w.attention_norm = trunk.vector(prefix + "attention_norm", c.dim);
+  w.mlp_norm = trunk.vector(prefix + "mlp_norm", c.dim);
+  w.o = matrix("o");
+  if (c.kv_rank) {
+    w.kv_a = matrix("kv_a"), w.kv_b = matrix("kv_b");
+    w.kv_a_norm = trunk.vector(prefix + "kv_a_norm", c.kv_rank);
+    w.q = matrix(c.q_rank ? "q_b" : "q");
+    if (c.q_rank) w.q_a = matrix("q_a"), w.q_a_norm = trunk.vector(prefix + "q_a_norm", c.q_rank);
+  } else {
+    w.q = matrix("q"), w.k = matrix("k"), w.v = matrix("v");
+    w.q_bias = vector("q_bias", q_dim), w.k_bias = vector("k_bias", kv_dim), w.v_bias = vector("v_bias", kv_dim);
+    w.q_norm = vector("q_norm", c.qk_norm_full ? q_dim : c.head_dim);
+    w.k_norm = vector("k_norm", c.qk_norm_full ? kv_dim : c.head_dim);
+  }
+  if (!c.experts[layer]) {
+    w.dense = {matrix("dense.gate"), matrix("dense.up"), matrix("dense.down")};
+    return w;
+  }
+  w.router = matrix("router");
+  w.router_bias = vector("router_bias", c.experts[layer]);
+  if (c.shared_hidden) w.shared = {matrix("shared.gate"), matrix("shared.up"), matrix("shared.down")};
+  w.shared_router = trunk.matrix_if_any(prefix + "shared_router");
+  return w;
+}
+
+EndWeights end_weights(const EngineConfig& c, const Trunk& trunk) {
+  EndWeights w{trunk.matrix("embedding"), trunk.matrix_if_any("head"), trunk.vector("output_norm", c.dim)};
+  if (!w.head) w.head = w.embedding;
+  return w;
+}
+
+}  // namespace edge_moe
