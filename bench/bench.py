@@ -113,6 +113,7 @@ def measure(
     generate: int = 128,
     depths: Sequence[int] = (0,),
     repeats: int = 5,
+    device: str = "auto",
     threads: int | None = None,
     seed: int = 0,
     prune: list[float | str] | None = None,
@@ -130,7 +131,7 @@ def measure(
     tests = _tests(opened, prompt, generate, depths, repeats)
     prune = prune or ["off", *(["bundle"] if opened.pruning else [])]
     context = max(test.depth + test.tokens for test in tests)
-    with Runtime(bundle, ram, context, threads=threads) as runtime:
+    with Runtime(bundle, ram, context, device, threads) as runtime:
         ids = np.random.default_rng(seed).integers(0, runtime.config.vocab, context).tolist()
         rows = [_measure(runtime, test, ids, repeats, how, progress) for test in tests for how in prune]
         return rows, runtime.plan

@@ -15,6 +15,7 @@ from edge_moe.bench.bench import Measurement, measure
 from edge_moe.bench.child import answer, call
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.device import device_name
 from edge_moe.runtime.plan import CHUNKS, BelowFloor, Plan, engine_memory, resolve_ram
 
 CAPS = 6
@@ -77,7 +78,8 @@ def sweep(
 def _whole_bytes(bundle: str | Path, least: Plan, options: dict) -> int:
     """The cap with which every expert is in memory and a step of prefill is as long as it can be."""
     threads, step = options.get("threads") or default_threads(), min(CHUNKS[0], least.context)
-    _, scratch = engine_memory(Bundle.open(bundle).config, least.context, step, threads=threads)
+    device = device_name(options.get("device", "auto"))
+    _, scratch = engine_memory(Bundle.open(bundle).config, least.context, step, threads=threads, device=device)
     return least.resident_bytes + scratch - least.scratch_bytes + MARGIN
 
 

@@ -10,6 +10,8 @@
 #include <numeric>
 
 #include "../devices/checksum.h"
+#include "../devices/cuda/device.h"
+#include "../runtime/src/cuda_math.h"
 #include "../runtime/src/engine.h"
 #include "arrays.h"
 
@@ -149,12 +151,13 @@ void bind_runtime(nb::module_& m) {
 
   m.def(
       "engine_memory",
-      [](const EngineConfig& config) {
+      [](const EngineConfig& config, const std::string& device) {
         check_config(config);
-        EngineMemory memory = engine_memory(config);
+        EngineMemory memory = engine_memory(config, device == "cuda");
         return std::make_tuple(memory.kv_cache, memory.scratch);
       },
-      nb::arg("config"), "Bytes an Engine of this configuration allocates: (kv_cache, scratch).");
+      nb::arg("config"), nb::arg("device") = "cpu",
+      "Bytes an Engine of this configuration allocates: (kv_cache, scratch).");
 
   nb::class_<PrefetchGate>(m, "PrefetchGate", "Whether reading ahead pays; see prefetch.h.")
       .def(nb::init<>())
@@ -167,9 +170,13 @@ void bind_runtime(nb::module_& m) {
           [](Engine* self, const EngineConfig& config, const std::string& trunk_path, uint64_t trunk_bytes,
              uint32_t trunk_checksum, const std::vector<TensorRow>& tensors, const std::vector<std::string>& files,
              ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency, bool mapped, uint64_t slot_bytes, int readers,
-             const std::string& kernels, const MaskArrays& otp, const MaskArrays& loss) {
+             const std::string& kernels, const MaskArrays& otp, const MaskArrays& loss, const std::string& on,
+             bool graphs) {
             check_config(config);
-            std::unique_ptr<Device> device = cpu_device(kernels.empty() ? best_kernels() : find_kernels(kernels));
+            expect(on == "cpu" || on == "cuda", "device must be cpu or cuda");
+            const Kernels& host = kernels.empty() ? best_kernels() : find_kernels(kernels);
+            std::unique_ptr<Device> device = on == "cuda" ? cuda_device(host, graphs) : cpu_device(host);
+            expect(!mapped || device->reads_maps(), "this device reads no mapped records");
             Trunk trunk(trunk_path, trunk_bytes, trunk_checksum, trunk_tensors(tensors), *device);
             ExpertStore store(files, make_records(config, records, frequency), mapped);
             new (self) Engine(config, std::move(device), std::move(trunk), std::move(store), slot_bytes, readers,
@@ -178,14 +185,15 @@ void bind_runtime(nb::module_& m) {
           nb::arg("config"), nb::arg("trunk_path"), nb::arg("trunk_bytes"), nb::arg("trunk_checksum"),
           nb::arg("tensors"), nb::arg("files"), nb::arg("records"), nb::arg("frequency"), nb::arg("mapped"),
           nb::arg("slot_bytes"), nb::arg("readers"), nb::arg("kernels") = "", nb::arg("otp") = nb::list(),
-          nb::arg("loss") = nb::list(),
+          nb::arg("loss") = nb::list(), nb::arg("device") = "cpu", nb::arg("graphs") = true,
           "tensors: (name, rows, cols, width, group, codes, scales, biases) with offsets into the trunk file.\n"
           "records: int64 (experts of all layers, 8), layer by layer: file, offset, bytes, checksum, widths of gate,\n"
           "up, down, group.\n"
           "slot_bytes: memory for records where they are not mapped.\n"
           "frequency: float32 (experts of all layers,), use of each expert during calibration.\n"
           "otp, loss: mask routers of a rule: of each layer float32 (top_k * (dim + 2 * top_k + 1),), empty for one\n"
-          "without experts; no layers: there are none.\n\n"
+          "without experts; no layers: there are none.\n"
+          "device: cpu or cuda. graphs: launch what can be as CUDA graphs; it changes no result.\n\n"
           "Raises RuntimeError for a bundle that is damaged and OSError for one that cannot be read.")
       .def(
           "forward",
@@ -245,6 +253,7 @@ void bind_runtime(nb::module_& m) {
             const EngineStats stats = self.stats();
             nb::dict d;
             d["records_held"] = self.cache().records_held();
+            d["uncounted_bytes"] = self.device().uncounted_bytes();
             d["expert_hits"] = cache.hits;
             d["expert_misses"] = cache.misses;
             d["bytes_read"] = cache.bytes_read;
@@ -256,13 +265,31 @@ void bind_runtime(nb::module_& m) {
             d["dropped_weight"] = stats.dropped_weight;
             return d;
           },
-          "records_held: in slots now. Totals since construction: expert_hits, expert_misses, bytes_read, read_ahead "
+          "records_held: in slots now. uncounted_bytes: of memory on a GPU that peak_bytes() does not see. Totals "
+          "since construction: expert_hits, expert_misses, bytes_read, read_ahead "
           "(records, and\n"
           "of them read_ahead_used), tokens, "
           "experts_used (token, layer and\n"
           "expert triples), moe_tokens (token and layer pairs), dropped_weight (share of routing weight, summed over\n"
           "those pairs).");
 
+  m.def("cuda_build", &cuda::build, "Code for NVIDIA GPUs: \"cuda\", \"none\", or \"simulated\" for tests.");
+  m.def(
+      "cuda_gpu",
+      [] {
+        const cuda::Properties p = cuda::open();
+        nb::dict d;
+        d["name"] = p.name;
+        d["compute_capability"] = std::to_string(p.major) + "." + std::to_string(p.minor);
+        d["integrated"] = p.integrated;
+        d["multiprocessors"] = p.multiprocessors;
+        d["memory_bytes"] = p.memory;
+        d["free_bytes"] = p.free;
+        return d;
+      },
+      "The GPU that device cuda computes on, which is begun to be used, in bytes where it has them. Raises "
+      "RuntimeError\n"
+      "where there is none.");
   m.def("resident_bytes", &resident_bytes, "Memory of this process now, as the system counts it.");
   m.def("peak_bytes", &peak_bytes, "The most memory this process ever had (Linux VmHWM, macOS phys_footprint).");
   m.def("free_bytes", &free_bytes, "What the system could give to programs now, in bytes.");

@@ -11,6 +11,7 @@ from edge_moe.compressor.sizes import EDGES, RECIPES, Part, Sizes, packed_sizes,
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import ModelConfig, parse_config, read_json
+from edge_moe.runtime.device import Device, device_name
 from edge_moe.runtime.plan import KV_TYPES, Plan, make_plan, resolve_ram
 from edge_moe.runtime.runtime import DEFAULT_CONTEXT
 from edge_moe.runtime.tokenizer import tokenizer_of
@@ -48,15 +49,17 @@ def estimate(
     trunk_width: int | None = None,
     keep_experts: int | float | None = None,
     recipe: str | None = None,
+    device: str = "cpu",
     threads: int | None = None,
     kv: str = KV_TYPES[0],
 ) -> Estimate:
     """The plan of a bundle, a checkpoint's directory or a config.json; a plan below its floor is returned, not refused.
 
     Of what is not a bundle yet: width, trunk_width and widths are bits as widths_by_kind() takes them; recipe: instead,
-    a published mix by name; keep_experts: how many a layer keeps, or as a float their share. The interpreter counts
-    as it is in this process, with the tokenizer where there is one. Raises ValueError for bad options and what
-    reading the config or the bundle raises.
+    a published mix by name; keep_experts: how many a layer keeps, or as a float their share. device: where it would be
+    computed; a GPU is one that shares the processor's memory, and what its driver takes is not in the plan. The
+    interpreter counts as it is in this process, with the tokenizer where there is one. Raises ValueError for bad
+    options and what reading the config or the bundle raises.
     """
     path = Path(model)
     choices = {"width": width, "widths": widths, "trunk_width": trunk_width, "recipe": recipe}
@@ -85,6 +88,7 @@ def estimate(
         + (0 if is_bundle else TABLE_BYTES + RECORD_BYTES * config.expert_count),
         threads=threads or default_threads(),
         kv=kv,
+        device=Device(device_name(device)),
         refuse=False,
     )
     del tokenizer  # counted

@@ -4,6 +4,8 @@
 // Compiled without contraction (-ffp-contract=off, -fmad=false).
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -52,6 +54,9 @@ EDGE_MOE_BOTH static inline float gated(float gate, float up, int activation) {
   const float u = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
   return gate / (1.0f + exp_lane(-2.0f * u)) * up;
 }
+
+// In double: libm's float functions differ between machines in the last bit, which a rounded double all but hides.
+EDGE_MOE_BOTH static inline float sigmoid(float x) { return float(1.0 / (1.0 + exp(-double(x)))); }
 
 // The int8 code of an input; not finite: 0, which is caught where logits are read. inverse: 127 / the block's largest.
 EDGE_MOE_BOTH static inline int input_code(float input, float inverse) {

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from edge_moe import _core
 from edge_moe.devices.probe import cgroup_limit_bytes, memory_limit_bytes
 from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.device import Device
 from edge_moe.runtime.rope import rope_frequency, rope_scale, softmax_scale
 
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best first
@@ -16,6 +17,7 @@ LOGIT_BYTES = 64  # that sampling or scoring may hold for each logit of a step: 
 KV_TYPES = ("float16", "float32")  # that the KV cache is kept in
 SCRATCH_PART = 8  # when paging, a step's scratch takes at most one part in so many of what slots could have
 AUTO_SHARE = 0.8  # of free memory that ram="auto" takes
+CPU = Device()
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
@@ -143,10 +145,16 @@ def engine_config(
 
 
 def engine_memory(
-    config: ModelConfig, context: int, chunk: int, logits_rows: int = 1, threads: int = 1, kv: str = KV_TYPES[0]
+    config: ModelConfig,
+    context: int,
+    chunk: int,
+    logits_rows: int = 1,
+    threads: int = 1,
+    kv: str = KV_TYPES[0],
+    device: str = "cpu",
 ) -> tuple[int, int]:
     """Bytes of the KV cache and of the scratch memory."""
-    return _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads, kv))
+    return _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads, kv), device)
 
 
 def make_plan(
@@ -162,6 +170,7 @@ def make_plan(
     logits_rows: int = 1,
     threads: int = 1,
     kv: str = KV_TYPES[0],
+    device: Device = CPU,
     refuse: bool = True,
 ) -> Plan:
     """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, then experts from what is left.
@@ -175,11 +184,12 @@ def make_plan(
     working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
     least_slots = max(config.top_k_of(layer) for layer in config.moe_layers)
     interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
+    read_bytes = READERS * (READER_BYTES + (slot_bytes if device.staged else 0))
 
     def plan(chunk: int, resident: bool) -> Plan:
-        kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads, kv)
+        kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads, kv, device.name)
         fixed = trunk_bytes + kv_cache + scratch + interpreter_bytes
-        io_buffers = 0 if resident else READERS * READER_BYTES
+        io_buffers = 0 if resident and device.maps_records else read_bytes
         experts = all_experts_bytes if resident else max(0, min(ram_bytes - fixed - io_buffers, all_experts_bytes))
         return Plan(
             ram_bytes=ram_bytes,
@@ -195,8 +205,8 @@ def make_plan(
             resident=resident,
             experts_bytes=experts,
             all_experts_bytes=all_experts_bytes,
-            floor_bytes=fixed + READERS * READER_BYTES + least_slots * slot_bytes,
-            resident_bytes=fixed + all_experts_bytes,
+            floor_bytes=fixed + read_bytes + least_slots * slot_bytes,
+            resident_bytes=fixed + all_experts_bytes + (0 if device.maps_records else read_bytes),
             working_set_experts=working_set,
             working_set_bytes=round(working_set * all_experts_bytes / config.expert_count),
         )

@@ -17,13 +17,13 @@ import numpy as np
 from edge_moe import _core
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.device import find_device
 from edge_moe.runtime.plan import KV_TYPES, READERS, Plan, engine_config, make_plan, resolve_ram
 from edge_moe.runtime.pruning import OFF, PruneRule, prune_rule, read_mask_routers
 from edge_moe.runtime.sampling import Sampler
 from edge_moe.runtime.tokenizer import Detokenizer, Tokenizer, tokenizer_of
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
-DEVICES = ("auto", "cpu")
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
 
 
@@ -53,13 +53,13 @@ class Runtime:
     """A bundle ready to generate, inside a hard RAM cap; a context manager.
 
     bundle: path of NAME.emoe. ram: the cap on this process's peak memory, "8GB", "8GiB", bytes or "auto" (80 % of
-    what is free). context: tokens the KV cache holds, by default 4096 or the model's own if shorter. device: "auto"
-    or "cpu". threads: of computation, by default those the process may use. prune: which of its experts a token may
-    leave out where a call does not say: "off"; a share of expert uses, as 0.2; "bundle", what the bundle was made
-    for, and by default so, where it was calibrated; a rule by name ("loss", "otp", "share", "odp"), as "otp:0.2" with a
-    share. Rules that protect a prompt's important tokens (odp) depend on how long its chunks are.
-    logits_rows: rows of logits that one step may return; generate() needs one. kv: what keys and values are kept in,
-    "float16" or "float32", which takes twice the memory.
+    what is free). context: tokens the KV cache holds, by default 4096 or the model's own if shorter. device: "cpu",
+    "cuda", or "auto", a GPU where this build has code for one. threads: of computation, by default those the process
+    may use. prune: which of its experts a token may leave out where a call does not say: "off"; a share of expert uses,
+    as 0.2; "bundle", what the bundle was made for, and by default so, where it was calibrated; a rule by name ("loss",
+    "otp", "share", "odp"), as "otp:0.2" with a share. Rules that protect a prompt's important tokens (odp) depend on
+    how long its chunks are. logits_rows: rows of logits that one step may return; generate() needs one. kv: what keys
+    and values are kept in, "float16" or "float32", which takes twice the memory.
 
     Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
     cap below the floor, naming the floor. One call runs at a time; other threads wait, and a stream is one call until
@@ -79,8 +79,6 @@ class Runtime:
         kv: str = KV_TYPES[0],
         kernels: str = "",
     ):
-        if device not in DEVICES:
-            raise ValueError(f"device {device!r} is not available here; use one of {', '.join(DEVICES)}")
         if threads is not None and not 1 <= threads <= 1024:
             raise ValueError(f"threads is {threads}, expected 1 to 1024")
         if logits_rows < 1:
@@ -96,7 +94,8 @@ class Runtime:
         self.tokenizer = tokenizer_of(self.bundle.path)
         self.threads = threads or default_threads()
         self.logits_rows = min(logits_rows, context)
-        self.device = "cpu"
+        where = find_device(device)
+        self.device = where.name
         ram_bytes = resolve_ram(ram)
         self.plan: Plan = make_plan(
             self.config,
@@ -110,6 +109,7 @@ class Runtime:
             logits_rows=self.logits_rows,
             threads=self.threads,
             kv=kv,
+            device=where,
         )
         records, frequency = self.bundle.record_table()
         try:
@@ -122,10 +122,11 @@ class Runtime:
                 [str(path) for path in self.bundle.files],
                 records,
                 frequency,
-                self.plan.resident,
+                self.plan.resident and where.maps_records,
                 self.plan.experts_bytes,
                 READERS,
                 kernels,
+                device=where.name,
                 **mask_routers,
             )
         except RuntimeError as error:  # the core's word for a damaged file
@@ -149,7 +150,7 @@ class Runtime:
     def stats(self) -> dict:
         """Totals since loading, and the memory in use: counters of the engine, ram_bytes, peak_memory_bytes."""
         counters = dict(self._open().counters)
-        return {**counters, "ram_bytes": self.plan.ram_bytes, "peak_memory_bytes": _core.peak_bytes()}
+        return {**counters, "ram_bytes": self.plan.ram_bytes, "peak_memory_bytes": self._peak_bytes(counters)}
 
     def generate(self, prompt, max_tokens: int = 256, **options) -> Generation:
         """Complete a prompt and return the whole answer; options as for stream()."""
@@ -248,6 +249,10 @@ class Runtime:
         if self._engine is None:
             raise ValueError("this Runtime is closed")
         return self._engine
+
+    def _peak_bytes(self, counters: dict) -> int:
+        """The process's peak, and what it has on a GPU that is not part of that and never grows after loading."""
+        return _core.peak_bytes() + counters["uncounted_bytes"]
 
     def _prompt_ids(self, prompt) -> list[int]:
         if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], dict)):
@@ -379,7 +384,7 @@ class _Account:
             prompt_tps=self.prompt_tps,
             generation_tps=(self.count - 1) / seconds if self.count > 1 else 0.0,  # the first came with the prompt
             ram_bytes=runtime.plan.ram_bytes,
-            peak_memory_bytes=_core.peak_bytes(),
+            peak_memory_bytes=runtime._peak_bytes(counters),
             expert_hits=used["expert_hits"],
             expert_misses=used["expert_misses"],
             bytes_read=used["bytes_read"],

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import edge_moe.bench
 from edge_moe import _core
@@ -20,7 +21,7 @@ from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, verify
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.plan import engine_config
-from edge_moe.runtime.pruning import MASK_FILE
+from edge_moe.runtime.pruning import LEARNED, MASK_FILE, mask_router_shape
 from edge_moe.runtime.runtime import Runtime
 
 REFERENCE = Path(edge_moe.bench.__file__).parent / "reference_moe"
@@ -91,13 +92,16 @@ def make_engine(
     kernels: str = "",
     kv: str = "float32",
     config: ModelConfig | None = None,
-    **mask_routers,
+    device: str = "cpu",
+    **options,
 ):
     """An Engine with memory for `slots` of a bundle's largest records, or resident, that returns all rows of logits.
 
-    config: instead of the bundle's own, for another rule over the same shapes. mask_routers: otp or loss, by layer.
+    config: instead of the bundle's own, for another rule over the same shapes. options: otp or loss, mask routers by
+    layer; graphs.
     """
     bundle = Bundle.open(path)
+    largest = max(expert.nbytes for expert in bundle.experts.values())
     records, frequency = bundle.record_table()
     return _core.Engine(
         engine_config(config or bundle.config, context, chunk, logits_rows=chunk, threads=threads, kv=kv),
@@ -108,11 +112,12 @@ def make_engine(
         [str(file) for file in bundle.files],
         records,
         frequency,
-        slots is None,
-        int((slots or 0) * max(expert.nbytes for expert in bundle.experts.values())),
+        slots is None and device == "cpu",
+        bundle.expert_bytes if slots is None else int(slots * largest),
         2,
         kernels,
-        **mask_routers,
+        device=device,
+        **options,
     )
 
 
@@ -121,6 +126,10 @@ def run_engine(engine, ids, chunk: int = 32) -> np.ndarray:
     engine.rewind(0)
     parts = [ids[at : at + chunk] for at in range(0, len(ids), chunk)]
     return np.concatenate([engine.forward(np.asarray(part, np.int32), ALL) for part in parts])
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 def paged_runtime(path: Path, threads: int = 1) -> Runtime:
@@ -165,6 +174,8 @@ def flip(file: Path, at: int, mask: int = 0x10) -> None:
 
 def run_python(code: str, *arguments) -> subprocess.CompletedProcess:
     """Run Python in a process of its own; the test fails with its stderr when it does."""
+    if "EDGE_MOE_CORE" in os.environ:
+        code = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import other_core\n{code}"
     child = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     return child
@@ -219,3 +230,18 @@ def prunable(out: Path, source: Path, mask_routers: dict[str, np.ndarray], **pru
     }
     (out / "bundle.json").write_bytes(table_bytes(table))
     return out
+
+
+def routers_of(bundle, rule: str) -> list[np.ndarray]:
+    masks = load_file(bundle / MASK_FILE)
+    return [masks[f"layers.{layer}.{rule}"].reshape(-1) for layer in range(Bundle.open(bundle).config.layers)]
+
+
+def mask_routers_of(config, seed=0) -> dict[str, np.ndarray]:
+    """Random ones, by layer and rule, that like each count of experts now and then."""
+    rng = np.random.default_rng(seed)
+    return {
+        f"layers.{layer}.{rule}": rng.standard_normal(mask_router_shape(config, layer)).astype(np.float32) * 0.3
+        for layer in config.moe_layers
+        for rule in LEARNED
+    }

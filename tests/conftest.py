@@ -44,6 +44,21 @@ def bundle_of(golden, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def mixed(bundle_of, golden, tmp_path_factory):
+    """By architecture: a bundle whose experts have several widths, chosen by calibration on token ids."""
+    directory = tmp_path_factory.mktemp("calibration")
+
+    def make(architecture: str):
+        file = directory / f"{architecture}.npy"
+        if not file.exists():
+            vocab = golden[architecture][2].shape[1]
+            np.save(file, np.random.default_rng(3).integers(0, vocab, 1024))
+        return bundle_of(architecture, method="pmq", bits=8, calibration=str(file), tokens=512, trunk_width=6)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def dropped_of(golden, tmp_path_factory):
     """dropped_of("olmoe", (2, 3, 4)) is the path of a bundle without the experts of DROPPED, whose experts have these
     widths of gate, up and down in turn; each expert differs from the next. Not to be changed."""

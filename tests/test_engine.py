@@ -15,6 +15,7 @@ from bundles import (
     make_engine,
     run_engine,
     run_python,
+    same_bits,
     write_bundle,
     write_lossless,
 )
@@ -33,25 +34,6 @@ from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS
 
 FAST_SETS = [name for name in _core.kernel_names() if name != "scalar"]
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and np.array_equal(a.view(np.uint32), b.view(np.uint32))
-
-
-@pytest.fixture(scope="session")
-def mixed(bundle_of, golden, tmp_path_factory):
-    """By architecture: a bundle whose experts have several widths, chosen by calibration on token ids."""
-    directory = tmp_path_factory.mktemp("calibration")
-
-    def make(architecture: str):
-        file = directory / f"{architecture}.npy"
-        if not file.exists():
-            vocab = golden[architecture][2].shape[1]
-            np.save(file, np.random.default_rng(3).integers(0, vocab, 1024))
-        return bundle_of(architecture, method="pmq", bits=8, calibration=str(file), tokens=512, trunk_width=6)
-
-    return make
 
 
 # ---- G1: the same logits as transformers

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import LAST, logits_of, make_engine, run_engine, run_python, write_bundle, write_lossless
+from bundles import LAST, logits_of, make_engine, run_engine, run_python, same_bits, write_bundle, write_lossless
 from golden_checkpoints import write_checkpoint
 
 from edge_moe import _core
@@ -50,10 +50,6 @@ def random_bundle(tmp_path_factory):
     directory = tmp_path_factory.mktemp("latent")
     (directory / "config.json").write_text(json.dumps(CONFIG))
     return make_synthetic(directory, directory / "random.emoe", width=2).path
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 # ---- the same logits as transformers

@@ -2,24 +2,14 @@
 
 import numpy as np
 import pytest
-from bundles import Pruned, prunable
+from bundles import Pruned, mask_routers_of, prunable
 
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.runtime import reference
-from edge_moe.runtime.pruning import LEARNED, PruneRule, mask_router_shape
+from edge_moe.runtime.pruning import LEARNED, PruneRule
 from edge_moe.runtime.runtime import Runtime
 
 ARCHITECTURES = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
-
-
-def mask_routers_of(config, seed=0) -> dict[str, np.ndarray]:
-    """Random ones, by layer and rule, that like each count of experts now and then."""
-    rng = np.random.default_rng(seed)
-    return {
-        f"layers.{layer}.{rule}": rng.standard_normal(mask_router_shape(config, layer)).astype(np.float32) * 0.3
-        for layer in config.moe_layers
-        for rule in LEARNED
-    }
 
 
 def rule_of(kind: str, config) -> PruneRule:

@@ -7,10 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
-from bundles import edit_table, flip, logits_of, make_engine, prunable, run_engine
+from bundles import edit_table, flip, logits_of, make_engine, mask_routers_of, prunable, routers_of, run_engine
 from safetensors.numpy import load_file, save_file
 from test_cli import error_of, object_of, succeeds
-from test_prune_engine import mask_routers_of
 
 from edge_moe import _core
 from edge_moe.compressor.checkpoint import Checkpoint
@@ -125,11 +124,6 @@ def test_dropped_experts_are_not_read(bundle):
     assert read[1]["bytes_read"] < read[0]["bytes_read"]
     for counters in read:
         assert counters["expert_hits"] + counters["expert_misses"] == counters["experts_used"]
-
-
-def routers_of(bundle, rule: str) -> list[np.ndarray]:
-    masks = load_file(bundle / MASK_FILE)
-    return [masks[f"layers.{layer}.{rule}"].reshape(-1) for layer in range(Bundle.open(bundle).config.layers)]
 
 
 def test_protected_tokens_of_a_prompt_keep_their_experts(golden, tmp_path):

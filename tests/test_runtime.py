@@ -92,8 +92,9 @@ def test_statistics_are_totals_since_loading(runtime):
     assert stats["expert_hits"] > 0
     assert stats.keys() == {
         *("expert_hits", "expert_misses", "bytes_read", "tokens", "experts_used", "moe_tokens", "dropped_weight"),
-        *("records_held", "read_ahead", "read_ahead_used", "ram_bytes", "peak_memory_bytes"),
+        *("records_held", "read_ahead", "read_ahead_used", "ram_bytes", "peak_memory_bytes", "uncounted_bytes"),
     }
+    assert stats["uncounted_bytes"] == 0  # but on a GPU
 
 
 # ---- where an answer ends
@@ -310,7 +311,7 @@ def test_an_option_out_of_range_is_refused_before_anything_runs(runtime, options
         ({"context": 1025}, "context is 1025, expected 1 to 1024, the model's own"),
         ({"threads": 0}, "threads is 0, expected 1 to 1024"),
         ({"threads": 5000}, "threads is 5000, expected 1 to 1024"),
-        ({"device": "cuda"}, "device 'cuda' is not available here; use one of auto, cpu"),
+        ({"device": "gpu"}, "device is 'gpu', expected one of auto, cpu, cuda"),
         ({"logits_rows": 0}, "logits_rows is 0, expected at least 1"),
         ({"kernels": "sse9"}, "no kernel set 'sse9' on this machine"),
     ],

@@ -213,6 +213,7 @@ def plan(
     trunk_width: options.PlanTrunkWidth = None,
     keep_experts: options.KeepExperts = None,
     recipe: options.PlanRecipe = None,
+    device: options.PlanDevice = options.DeviceName.cpu,
     threads: options.Threads = None,
     json_output: options.Json = False,
 ) -> None:
@@ -227,7 +228,8 @@ def plan(
 
     bits = {"width": width, "widths": options.widths_of(widths), "trunk_width": trunk_width}
     model_as = {"keep_experts": options.keep_experts_of(keep_experts), "recipe": recipe and recipe.value}
-    result = estimate(model, ram, context=context, threads=threads, kv=kv.value, **bits, **model_as)
+    run = {"context": context, "device": device.value, "threads": threads, "kv": kv.value}
+    result = estimate(model, ram, **run, **bits, **model_as)
     if json_output:
         _print_json(result.as_dict())
     else:
@@ -279,6 +281,7 @@ def generate(
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
     seed: options.SamplingSeed = None,
+    device: options.Device = options.DeviceName.auto,
     threads: options.Threads = None,
     prune: options.Prune = None,
     stop: options.Stop = None,
@@ -291,7 +294,8 @@ def generate(
     from edge_moe.runtime.runtime import Runtime
 
     start = options.token_ids_of(tokens) if prompt is None else sys.stdin.read() if prompt == "-" else prompt
-    with Runtime(bundle, ram, context, threads=threads, prune=options.prune_of(prune), kv=kv.value) as runtime:
+    given = {"device": device.value, "threads": threads, "kv": kv.value}
+    with Runtime(bundle, ram, context, prune=options.prune_of(prune), **given) as runtime:
         pieces = runtime.stream(start, max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
         generation = _print_pieces(pieces, ids=prompt is None, quiet=json_output)
     if json_output:
@@ -324,6 +328,7 @@ def chat(
     temperature: options.TemperatureIfAny = None,
     top_p: options.TopPIfAny = None,
     seed: options.SamplingSeed = None,
+    device: options.Device = options.DeviceName.auto,
     threads: options.Threads = None,
     prune: options.Prune = None,
 ) -> None:
@@ -336,7 +341,8 @@ def chat(
     from edge_moe import chat
     from edge_moe.runtime.runtime import Runtime
 
-    with Runtime(bundle, ram, context, threads=threads, prune=options.prune_of(prune), kv=kv.value) as runtime:
+    given = {"device": device.value, "threads": threads, "kv": kv.value}
+    with Runtime(bundle, ram, context, prune=options.prune_of(prune), **given) as runtime:
         given = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
         given = {key: value for key, value in given.items() if value is not None}
         chat.chat(runtime, {**chat.sampling_defaults(runtime.bundle.path), **given})
@@ -352,6 +358,7 @@ def evaluate(
     tokens: options.TextTokens = None,
     prune: options.Prune = None,
     ram: options.Ram = "auto",
+    device: options.Device = options.DeviceName.auto,
     threads: options.Threads = None,
     json_output: options.Json = False,
 ) -> None:
@@ -368,7 +375,7 @@ def evaluate(
     from edge_moe.runtime.runtime import Runtime
     from edge_moe.runtime.score import LOGITS_ROWS
 
-    sizes = {"context": context, "threads": threads, "logits_rows": LOGITS_ROWS}
+    sizes = {"context": context, "device": device.value, "threads": threads, "logits_rows": LOGITS_ROWS}
     with (
         progress_bar(quiet=json_output) as progress,
         Runtime(bundle, ram, prune=options.prune_of(prune), **sizes) as runtime,
@@ -396,6 +403,7 @@ def bench(
     vocab: options.Vocabulary = None,
     keep: options.KeepSynthetic = None,
     ram: options.Ram = "auto",
+    device: options.Device = options.DeviceName.auto,
     threads: options.Threads = None,
     output: options.Output = options.Format.md,
 ) -> None:
@@ -412,7 +420,8 @@ def bench(
     from edge_moe.bench_text import bench_text
     from edge_moe.progress import progress_bar
 
-    given = {"ram": ram, "prompt": prompt, "generate": generate, "repeats": repeats, "threads": threads}
+    given = {"ram": ram, "prompt": prompt, "generate": generate, "repeats": repeats}
+    given |= {"device": device.value, "threads": threads}
     given |= {"depths": options.depths_of(depth), "prune": prune and [options.prune_of(one) for one in prune]}
     run = benchmark.bench
     if sweep_ram is not None:

@@ -41,6 +41,12 @@ class KvType(str, Enum):
     float32 = "float32"
 
 
+class DeviceName(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class Recipe(str, Enum):
     collaborative = "collaborative"
 
@@ -94,6 +100,11 @@ Ram = _option(
 )
 Context = _option(int | None, "--context", metavar="N", help="Tokens to hold [default: 4096 or the model's own].")
 Kv = _option(KvType, "--kv", shown=True, help="What the KV cache is kept in; float32 takes twice the memory.")
+Device = _option(
+    DeviceName, "--device", metavar="NAME", shown=True,
+    help="Where to compute: cpu, cuda, or auto, a GPU where this build has code for one.",
+)  # fmt: skip
+PlanDevice = _option(DeviceName, "--device", metavar="NAME", shown=True, help="Where it would compute: cpu or cuda.")
 Threads = _option(int | None, "--threads", metavar="N", help="Threads of computation [default: all cores].")
 Prune = _option(
     str | None, "--prune", metavar="off|bundle|SHARE|RULE",

@@ -1,11 +1,14 @@
-// Launches of the kernels that multiply one token, or a few one by one: see decode.cu. Pointers are the device's.
+// Launches of the kernels that multiply one token, or a few one by one: see decode.cu. Pointers are the device's; jobs
+// are read before a launch returns.
 #pragma once
 
 #include "../kernels.h"
 #include "../lane_math.h"
-#include "simt.h"
+#include "device.h"
 
 namespace edge_moe::cuda {
+
+inline constexpr int kMostPlaces = 32;  // experts of one token
 
 // Vectors rounded to int8 in blocks of 64, as Activations has them, but for sums over 128.
 struct VectorBuffer {
@@ -17,6 +20,22 @@ struct VectorBuffer {
   EDGE_MOE_BOTH size_t blocks() const { return size_t(cols + kBlock - 1) / kBlock; }
 };
 
+// A matrix on some vectors: y[t * stride + row] = matrix[row] . the vector of t, for t in [0, count).
+struct ProductJob {
+  Matrix matrix;
+  float* y;
+  size_t stride;
+  const int32_t* vectors;  // (count,): the vector of each; null: it is first + t * step
+  int first, step, count;
+
+  EDGE_MOE_BOTH size_t vector(int t) const { return size_t(vectors ? vectors[t] : first + t * step); }
+};
+
+// A whole matrix on vectors [0, count) to y (count, rows).
+inline ProductJob whole(const Matrix& matrix, int count, float* y) {
+  return {matrix, y, size_t(matrix.rows), nullptr, 0, 1, count};
+}
+
 // One expert on one token: inputs of vector `vector`; what it gives to row `pair` of `hidden` and of `down`.
 struct ExpertJob {
   Matrix gate, up, down;
@@ -27,16 +46,16 @@ struct ExpertJob {
 // leave x alone.
 struct RankedSum {
   float* x;
-  const float* weights;  // (places,)
-  const int* pair_of;    // (places,)
   int places, dim;
+  float weights[kMostPlaces];
+  int pairs[kMostPlaces];
 };
 
 // Vectors (vectors, into.cols) of floats to int8.
 void quantise(const float* values, int vectors, const VectorBuffer& into, Stream stream);
 
-// y (vectors, rows) = x . matrix, of a width below 16
-void product(const Matrix& matrix, const VectorBuffer& x, int vectors, float* y, Stream stream);
+// Jobs of widths below 16, token by token.
+void product(const ProductJob* jobs, int count, const VectorBuffer& x, Stream stream);
 
 // hidden[pair] = activation(gate . x) * (up . x), rounded to int8, of `count` experts with `rows` rows.
 void gate_up(const ExpertJob* jobs, int count, int rows, const VectorBuffer& x, const VectorBuffer& hidden,

@@ -14,6 +14,17 @@ constexpr unsigned kAllLanes = 0xffffffff;
 // Blocks of a launch that take `piece` of `count` each.
 inline unsigned pieces(size_t count, int piece) { return unsigned((count + piece - 1) / piece); }
 
+// Blocks for as many rows as the largest of some matrices has, for as many tokens as any has, for each.
+template <typename Jobs>
+dim3 grid_of(const Jobs& batch, int rows_a_block) {
+  int rows = 0, tokens = 0;
+  for (int i = 0; i < batch.count; ++i) {
+    rows = batch.jobs[i].matrix.rows > rows ? batch.jobs[i].matrix.rows : rows;
+    tokens = batch.jobs[i].count > tokens ? batch.jobs[i].count : tokens;
+  }
+  return dim3(pieces(size_t(rows), rows_a_block), unsigned(tokens), unsigned(batch.count));
+}
+
 __device__ __forceinline__ float warp_top(float value) {
   for (int apart = kWarp / 2; apart; apart /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, apart));
   return value;
@@ -33,6 +44,7 @@ __device__ __forceinline__ float fold_lanes(float value) {
 // 1 / sqrt(mean(x^2) + eps), by a whole warp, whose halves do the same.
 __device__ __forceinline__ float inverse_norm(const float* x, int n, float eps) {
   float sum = 0.0f;
+  EDGE_MOE_UNROLL_8
   for (int i = int(threadIdx.x) % kLanes; i < n; i += kLanes) sum = sum + x[i] * x[i];
   return 1.0f / sqrtf(fold_lanes(sum) / float(n) + eps);
 }

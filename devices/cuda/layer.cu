@@ -2,10 +2,11 @@
 //
 // Sums have one order whatever the length of the context, so a long one is split over positions and dimensions, not
 // over parts of a sum.
-#include "../half.h"
+#include "batch.h"
 #include "lanes.cuh"
 #include "layer.h"
 #include "quantise.cuh"
+#include "values.cuh"
 
 namespace edge_moe::cuda {
 
@@ -45,60 +46,77 @@ EDGE_MOE_KERNEL(kThreads) add_kernel(float* y, const float* x, size_t n) {
 EDGE_MOE_KERNEL(kThreads) embed_kernel(Matrix m, const int32_t* ids, float* y) {
   const int i = int(blockIdx.x * kThreads + threadIdx.x);
   if (i >= m.cols) return;
-  const size_t row = size_t(ids[blockIdx.y]), at = row * m.cols + i;
-  float value;
-  if (m.width == 32) {
-    value = reinterpret_cast<const float*>(m.codes)[at];
-  } else if (m.width == 16) {
-    value = from_bfloat16(reinterpret_cast<const uint16_t*>(m.codes)[at]);
-  } else {
-    const uint8_t* codes = m.codes + row * (size_t(m.cols) * m.width / 8);
-    const int bit = i * m.width, low = bit % 8;
-    int code = codes[bit / 8];
-    if (low + m.width > 8) code |= codes[bit / 8 + 1] << 8;
-    code = code >> low & ((1 << m.width) - 1);
-    const size_t group = row * (m.cols / m.group) + i / m.group;
-    value = from_bfloat16(m.scales[group]) * float(code) + from_bfloat16(m.biases[group]);
-  }
-  y[size_t(blockIdx.y) * m.cols + i] = value;
+  y[size_t(blockIdx.y) * m.cols + i] = weight_at(m, size_t(ids[blockIdx.y]), i);
 }
 
 // Sixteen lanes take a row, so a warp two.
-EDGE_MOE_KERNEL(kThreads) float_product_kernel(Matrix m, const float* x, float* y) {
+EDGE_MOE_KERNEL(kThreads) float_product_kernel(Batch<ProductJob> batch, const float* x) {
+  const ProductJob job = batch.jobs[blockIdx.z];
+  const Matrix m = job.matrix;
   const int half = int(blockIdx.x * kThreads + threadIdx.x) / kLanes, row = half < m.rows ? half : m.rows - 1;
-  const float* values = x + size_t(blockIdx.y) * m.cols;
+  const int t = int(blockIdx.y);
+  if (t >= job.count || int(blockIdx.x) * (kThreads / kLanes) >= m.rows) return;
+  const float* values = x + job.vector(t) * m.cols;
   float sum = 0.0f;
   if (m.width == 16) {
     const uint16_t* weights = reinterpret_cast<const uint16_t*>(m.codes) + size_t(row) * m.cols;
+    EDGE_MOE_UNROLL_8
     for (int i = int(threadIdx.x) % kLanes; i < m.cols; i += kLanes)
       sum = fmaf(from_bfloat16(weights[i]), values[i], sum);
   } else {
     const float* weights = reinterpret_cast<const float*>(m.codes) + size_t(row) * m.cols;
+    EDGE_MOE_UNROLL_8
     for (int i = int(threadIdx.x) % kLanes; i < m.cols; i += kLanes) sum = fmaf(weights[i], values[i], sum);
   }
   sum = fold_lanes(sum);
-  if (threadIdx.x % kLanes == 0 && half < m.rows) y[size_t(blockIdx.y) * m.rows + row] = sum;
+  if (threadIdx.x % kLanes == 0 && half < m.rows) job.y[t * job.stride + row] = sum;
+}
+
+EDGE_MOE_KERNEL(kThreads) add_bias_kernel(float* x, const float* bias, int n) {
+  const int i = int(blockIdx.x * kThreads + threadIdx.x);
+  if (i < n) x[size_t(blockIdx.y) * n + i] = x[size_t(blockIdx.y) * n + i] + bias[i];
+}
+
+// A warp takes a block of 64 values.
+EDGE_MOE_KERNEL(kThreads)
+activate_kernel(Batch<Rows> batch, float* gate, const float* up, int n, int activation, VectorBuffer into) {
+  const int block = int(blockIdx.x * kWarps + threadIdx.x / kWarp), first = block * kBlock;
+  if (first >= n || int(blockIdx.y) >= batch.jobs[blockIdx.z].count) return;
+  const size_t row = size_t(batch.jobs[blockIdx.z].first) + blockIdx.y, at = row * n + first;
+  const int count = n - first < kBlock ? n - first : kBlock;
+  for (int i = int(threadIdx.x) % kWarp; i < count; i += kWarp)
+    gate[at + i] = gated(gate[at + i], up[at + i], activation);
+  __syncwarp();
+  if (into.codes) quantise_block(gate + at, count, into, row * into.blocks() + block);
+}
+
+EDGE_MOE_KERNEL(kThreads)
+ranked_sum_kernel(float* x, const float* down, const float* weights, const int32_t* pairs, int places, int dim) {
+  const int i = int(blockIdx.x * kThreads + threadIdx.x);
+  if (i >= dim) return;
+  const size_t token = blockIdx.y;
+  float sum = x[token * dim + i];
+  for (size_t at = token * places; at < (token + 1) * places; ++at)
+    if (pairs[at] >= 0) sum = sum + weights[at] * down[size_t(pairs[at]) * dim + i];
+  x[token * dim + i] = sum;
+}
+
+EDGE_MOE_KERNEL(kThreads) add_gated_kernel(float* x, const float* y, const float* gates, int dim) {
+  const int i = int(blockIdx.x * kThreads + threadIdx.x);
+  if (i >= dim) return;
+  const size_t at = size_t(blockIdx.y) * dim + i;
+  x[at] = x[at] + (gates ? sigmoid(gates[blockIdx.y]) : 1.0f) * y[at];
 }
 
 // ---- keys and values
 
-__device__ __forceinline__ void put(void* to, bool half, size_t at, float value) {
-  if (half)
-    static_cast<uint16_t*>(to)[at] = float_to_half(value);
-  else
-    static_cast<float*>(to)[at] = value;
-}
-
-__device__ __forceinline__ float get(const void* from, bool half, size_t at) {
-  return half ? half_to_float(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
-}
-
 // A warp takes one head of one token: those of q, then those of k with their values.
-EDGE_MOE_KERNEL(kWarp) store_keys_kernel(Projections p, Heads heads, LayerCache cache, int position) {
+EDGE_MOE_KERNEL(kWarp)
+store_keys_kernel(Projections p, Heads heads, LayerCache cache, const int32_t* position) {
   const int lane = int(threadIdx.x), n = heads.head_dim, half = heads.rope_dim / 2;
   const bool is_key = int(blockIdx.x) >= heads.heads;
   const int head = is_key ? int(blockIdx.x) - heads.heads : int(blockIdx.x);
-  const size_t token = blockIdx.y, at = size_t(position) + token;
+  const size_t token = blockIdx.y, at = size_t(*position) + token;
   const size_t row = (token * (is_key ? heads.kv_heads : heads.heads) + head) * n;
   float* x = (is_key ? p.k : p.q) + row;
   const float* bias = is_key ? p.k_bias : p.q_bias;
@@ -141,22 +159,24 @@ __device__ __forceinline__ int first_seen(const Heads& heads, int end) {
 
 // A thread takes a position, for some heads of one KV head and one token.
 EDGE_MOE_KERNEL(kThreads)
-scores_kernel(const float* q, Heads heads, LayerCache cache, int position, float* scores) {
+scores_kernel(const float* q, Heads heads, LayerCache cache, Span span, float* scores) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
   float* queries = reinterpret_cast<float*>(shared);  // (kHeadsAtOnce, head_dim)
   const int n = heads.head_dim, shared_by = heads.heads / heads.kv_heads;
   const int parts = (shared_by + kHeadsAtOnce - 1) / kHeadsAtOnce;
   const int kv_head = int(blockIdx.y) / parts, first = int(blockIdx.y) % parts * kHeadsAtOnce;
   const int count = shared_by - first < kHeadsAtOnce ? shared_by - first : kHeadsAtOnce;
-  const size_t token = blockIdx.z, first_row = token * heads.heads + kv_head * shared_by + first;
-  const int at = int(blockIdx.x) * kThreads + int(threadIdx.x), end = position + int(token) + 1;
+  const size_t first_row = size_t(blockIdx.z) * heads.heads + kv_head * shared_by + first;
+  const size_t first_query = first_row + size_t(span.first) * heads.heads;
+  const int at = int(blockIdx.x) * kThreads + int(threadIdx.x), end = end_of(span, int(blockIdx.z));
   if (int(blockIdx.x) * kThreads >= end || (int(blockIdx.x) + 1) * kThreads <= first_seen(heads, end)) return;
   for (int i = int(threadIdx.x); i < kHeadsAtOnce * n; i += kThreads)
-    queries[i] = i / n < count ? q[first_row * n + i] : 0.0f;
+    queries[i] = i / n < count ? q[first_query * n + i] : 0.0f;
   __syncthreads();
   if (at >= end) return;
   const size_t key = size_t(kv_head) * cache.positions * n + size_t(at / kKeyBlock) * n * kKeyBlock + at % kKeyBlock;
   float sums[kHeadsAtOnce] = {};
+  EDGE_MOE_UNROLL_8
   for (int d = 0; d < n; ++d) {
     const float value = get(cache.keys, cache.half, key + size_t(d) * kKeyBlock);
     EDGE_MOE_UNROLL
@@ -168,11 +188,11 @@ scores_kernel(const float* q, Heads heads, LayerCache cache, int position, float
 }
 
 // A block's threads take one head of one token.
-EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, int position, float* scores) {
+EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span span, float* scores) {
   __shared__ float of_warps[kWarps];
   __shared__ float total;
   float* x = scores + (size_t(blockIdx.y) * heads.heads + blockIdx.x) * positions;
-  const int end = position + int(blockIdx.y) + 1, begin = first_seen(heads, end), thread = int(threadIdx.x);
+  const int end = end_of(span, int(blockIdx.y)), begin = first_seen(heads, end), thread = int(threadIdx.x);
   float top = x[begin];
   for (int i = begin + thread; i < end; i += kThreads) top = x[i] > top ? x[i] : top;
   top = warp_top(top);
@@ -195,18 +215,44 @@ EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, int posi
 
 // A thread takes a dimension of one head of one token; positions are added one after the other.
 EDGE_MOE_KERNEL(kThreads)
-values_kernel(const float* weights, Heads heads, LayerCache cache, int position, float* attended) {
+values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, float* attended) {
   const int n = heads.head_dim, d = int(blockIdx.x * kThreads + threadIdx.x), head = int(blockIdx.y);
   if (d >= n) return;
   const size_t row = size_t(blockIdx.z) * heads.heads + head;
-  const int end = position + int(blockIdx.z) + 1;
+  const int end = end_of(span, int(blockIdx.z));
   const size_t room = size_t(head / (heads.heads / heads.kv_heads)) * cache.positions * n + d;
   const float* weight = weights + row * cache.positions;
   float sum = 0.0f;
-  EDGE_MOE_UNROLL_4
+  EDGE_MOE_UNROLL_8
   for (int at = first_seen(heads, end); at < end; ++at)
     sum = fmaf(weight[at], get(cache.values, cache.half, room + size_t(at) * n), sum);
-  attended[row * n + d] = sum;
+  attended[(row + size_t(span.first) * heads.heads) * n + d] = sum;
+}
+
+// A thread takes a token of the pass and a head; tokens of the span are added one after the other.
+EDGE_MOE_KERNEL(kThreads)
+received_kernel(const float* scores, Heads heads, size_t positions, Span span, float* received, size_t stride) {
+  const int token = int(blockIdx.x * kThreads + threadIdx.x), head = int(blockIdx.y), at = *span.position + token;
+  if (token >= span.first + span.count) return;
+  float sum = token < span.first ? received[head * stride + token] : 0.0f;  // what earlier spans gave
+  for (int from = 0; from < span.count; ++from) {
+    const int end = end_of(span, from);
+    if (first_seen(heads, end) <= at && at < end)
+      sum = sum + scores[(size_t(from) * heads.heads + head) * positions + at];
+  }
+  received[head * stride + token] = sum;
+}
+
+// A thread takes a token: the sums are in double and have one order.
+EDGE_MOE_KERNEL(kWarp)
+importance_kernel(const float* normed, const float* received, size_t stride, int heads, int tokens, int dim,
+                  float* of_tokens) {
+  const int token = int(blockIdx.x * kWarp + threadIdx.x);
+  if (token >= tokens) return;
+  double norm = 0, sum = 0;
+  for (int i = 0; i < dim; ++i) norm += double(fabsf(normed[size_t(token) * dim + i]));
+  for (int head = 0; head < heads; ++head) sum += double(received[head * stride + token]);
+  of_tokens[token] = float(norm * sum / heads / (tokens - token));
 }
 
 }  // namespace
@@ -226,28 +272,71 @@ void embed(const Matrix& matrix, const int32_t* ids, int count, float* y, Stream
                   ids, y);
 }
 
-void float_product(const Matrix& matrix, const float* x, int vectors, float* y, Stream stream) {
-  EDGE_MOE_LAUNCH(float_product_kernel, dim3(pieces(size_t(matrix.rows) * kLanes, kThreads), unsigned(vectors)),
-                  dim3(kThreads), 0, stream, matrix, x, y);
+void float_product(const ProductJob* jobs, int count, const float* x, Stream stream) {
+  in_batches(jobs, count, [&](const Batch<ProductJob>& batch, bool) {
+    const dim3 grid = grid_of(batch, kThreads / kLanes);
+    if (grid.x && grid.y) EDGE_MOE_LAUNCH(float_product_kernel, grid, dim3(kThreads), 0, stream, batch, x);
+  });
 }
 
-void store_keys(const Projections& p, const Heads& heads, const LayerCache& cache, int position, int tokens,
-                Stream stream) {
-  EDGE_MOE_LAUNCH(store_keys_kernel, dim3(unsigned(heads.heads + heads.kv_heads), unsigned(tokens)), dim3(kWarp), 0,
-                  stream, p, heads, cache, position);
+void add_bias(float* x, const float* bias, int vectors, int n, Stream stream) {
+  EDGE_MOE_LAUNCH(add_bias_kernel, dim3(pieces(n, kThreads), unsigned(vectors)), dim3(kThreads), 0, stream, x, bias, n);
 }
 
-void attend(const float* q, const Heads& heads, const LayerCache& cache, int position, int tokens, float* scores,
+void activate(const Rows* rows, int count, float* gate, const float* up, int n, int activation,
+              const VectorBuffer& into, Stream stream) {
+  in_batches(rows, count, [&](const Batch<Rows>& batch, bool) {
+    int most = 0;
+    for (int i = 0; i < batch.count; ++i) most = std::max(most, batch.jobs[i].count);
+    if (most)
+      EDGE_MOE_LAUNCH(activate_kernel, dim3(pieces(n, kBlock * kWarps), unsigned(most), unsigned(batch.count)),
+                      dim3(kThreads), 0, stream, batch, gate, up, n, activation, into);
+  });
+}
+
+void ranked_sum(float* x, const float* down, const float* weights, const int32_t* pairs, int tokens, int places,
+                int dim, Stream stream) {
+  EDGE_MOE_LAUNCH(ranked_sum_kernel, dim3(pieces(dim, kThreads), unsigned(tokens)), dim3(kThreads), 0, stream, x, down,
+                  weights, pairs, places, dim);
+}
+
+void add_gated(float* x, const float* y, const float* gates, int tokens, int dim, Stream stream) {
+  EDGE_MOE_LAUNCH(add_gated_kernel, dim3(pieces(dim, kThreads), unsigned(tokens)), dim3(kThreads), 0, stream, x, y,
+                  gates, dim);
+}
+
+void store_keys(const Projections& p, const Heads& heads, const LayerCache& cache, const Span& span, Stream stream) {
+  EDGE_MOE_LAUNCH(store_keys_kernel, dim3(unsigned(heads.heads + heads.kv_heads), unsigned(span.count)), dim3(kWarp), 0,
+                  stream, p, heads, cache, span.position);
+}
+
+void softmax(const Heads& heads, size_t positions, const Span& span, float* scores, Stream stream) {
+  EDGE_MOE_LAUNCH(softmax_kernel, dim3(unsigned(heads.heads), unsigned(span.count)), dim3(kThreads), 0, stream, heads,
+                  positions, span, scores);
+}
+
+void attend(const float* q, const Heads& heads, const LayerCache& cache, const Span& span, float* scores,
             float* attended, Stream stream) {
   const int parts = (heads.heads / heads.kv_heads + kHeadsAtOnce - 1) / kHeadsAtOnce;
-  const unsigned all = unsigned(tokens);
-  EDGE_MOE_LAUNCH(
-      scores_kernel, dim3(pieces(size_t(position) + tokens, kThreads), unsigned(heads.kv_heads * parts), all),
-      dim3(kThreads), size_t(kHeadsAtOnce) * heads.head_dim * sizeof(float), stream, q, heads, cache, position, scores);
-  EDGE_MOE_LAUNCH(softmax_kernel, dim3(unsigned(heads.heads), all), dim3(kThreads), 0, stream, heads, cache.positions,
-                  position, scores);
+  const unsigned all = unsigned(span.count);
+  EDGE_MOE_LAUNCH(scores_kernel, dim3(pieces(size_t(span.most) + 1, kThreads), unsigned(heads.kv_heads * parts), all),
+                  dim3(kThreads), size_t(kHeadsAtOnce) * heads.head_dim * sizeof(float), stream, q, heads, cache, span,
+                  scores);
+  softmax(heads, cache.positions, span, scores, stream);
   EDGE_MOE_LAUNCH(values_kernel, dim3(pieces(heads.head_dim, kThreads), unsigned(heads.heads), all), dim3(kThreads), 0,
-                  stream, scores, heads, cache, position, attended);
+                  stream, scores, heads, cache, span, attended);
+}
+
+void add_received(const float* scores, const Heads& heads, size_t positions, const Span& span, float* received,
+                  size_t stride, Stream stream) {
+  EDGE_MOE_LAUNCH(received_kernel, dim3(pieces(span.first + span.count, kThreads), unsigned(heads.heads)),
+                  dim3(kThreads), 0, stream, scores, heads, positions, span, received, stride);
+}
+
+void importance(const float* normed, const float* received, size_t stride, int heads, int tokens, int dim,
+                float* of_tokens, Stream stream) {
+  EDGE_MOE_LAUNCH(importance_kernel, dim3(pieces(tokens, kWarp)), dim3(kWarp), 0, stream, normed, received, stride,
+                  heads, tokens, dim, of_tokens);
 }
 
 }  // namespace edge_moe::cuda

@@ -15,8 +15,27 @@ void add(float* y, const float* x, size_t n, Stream stream);
 // y (count, cols): rows ids[i] of a matrix of any width
 void embed(const Matrix& matrix, const int32_t* ids, int count, float* y, Stream stream);
 
-// y (vectors, rows) = x (vectors, cols) . matrix of bfloat16 or float32 (width 16 or 32)
-void float_product(const Matrix& matrix, const float* x, int vectors, float* y, Stream stream);
+// Jobs of bfloat16 or float32 matrices (width 16 or 32) on x (vectors, cols).
+void float_product(const ProductJob* jobs, int count, const float* x, Stream stream);
+
+// x (vectors, n) += bias (n,)
+void add_bias(float* x, const float* bias, int vectors, int n, Stream stream);
+
+// Some vectors: [first, first + count).
+struct Rows {
+  int first, count;
+};
+
+// gate (vectors, n) = activation(gate) * up, of some rows, and rounded to int8 where `into` has codes.
+void activate(const Rows* rows, int count, float* gate, const float* up, int n, int activation,
+              const VectorBuffer& into, Stream stream);
+
+// x (tokens, dim) += weights[t, k] * down[pairs[t, k]] for k in [0, places), in this order; a pair of -1 was pruned.
+void ranked_sum(float* x, const float* down, const float* weights, const int32_t* pairs, int tokens, int places,
+                int dim, Stream stream);
+
+// x (tokens, dim) += sigmoid(gates[t]) * y, or y alone where gates is null.
+void add_gated(float* x, const float* y, const float* gates, int tokens, int dim, Stream stream);
 
 // Keys and values of one layer, each KV head's as KeyValues has them, one after the other.
 struct LayerCache {
@@ -32,7 +51,14 @@ struct Heads {
   int sliding_window;
 };
 
-// Projections of the tokens at positions [position, position + tokens), which are changed in place; weights null: none.
+// Tokens [first, first + count) of a pass whose token 0 is at a position that the device's memory has, so that a graph
+// serves every position. `most`: no token is at a position above it.
+struct Span {
+  const int32_t* position;
+  int first, count, most;
+};
+
+// Projections of a pass's tokens, which are changed in place; weights null: none.
 struct Projections {
   float *q, *k, *v;                       // (tokens, heads * head_dim), (tokens, kv_heads * head_dim) twice
   const float *q_bias, *k_bias, *v_bias;  // as wide as those
@@ -41,12 +67,24 @@ struct Projections {
 };
 
 // Biases, norms, limits and turns of q and k; keys and values into the cache.
-void store_keys(const Projections& p, const Heads& heads, const LayerCache& cache, int position, int tokens,
-                Stream stream);
+void store_keys(const Projections& p, const Heads& heads, const LayerCache& cache, const Span& span, Stream stream);
 
-// attended (tokens, heads, head_dim) from q and the cache, which has the tokens' own keys already. scores: room for
-// (tokens, heads, cache.positions).
-void attend(const float* q, const Heads& heads, const LayerCache& cache, int position, int tokens, float* scores,
+// attended (tokens, heads, head_dim) of a span's tokens from q and the cache, which has their own keys already. scores:
+// room for (span.count, heads, cache.positions), and what the softmax makes of them on return.
+void attend(const float* q, const Heads& heads, const LayerCache& cache, const Span& span, float* scores,
             float* attended, Stream stream);
+
+// x = softmax(x) over the positions that each of a span's tokens sees, of scores (span.count, heads, positions).
+void softmax(const Heads& heads, size_t positions, const Span& span, float* scores, Stream stream);
+
+// received (heads, stride) += the attention that the pass's tokens receive from the span's, of whose scores attend()
+// has just made the softmax. It begins anew with the span of token 0.
+void add_received(const float* scores, const Heads& heads, size_t positions, const Span& span, float* received,
+                  size_t stride, Stream stream);
+
+// of_tokens (tokens,) = the sum of |normed| (tokens, dim) times the mean of what heads received, by those that could
+// give it.
+void importance(const float* normed, const float* received, size_t stride, int heads, int tokens, int dim,
+                float* of_tokens, Stream stream);
 
 }  // namespace edge_moe::cuda

@@ -3,6 +3,7 @@
 // A block takes 64 rows and 64 tokens. A block of 64 inputs at a time, its threads spread the rows' codes to bytes in
 // shared memory and put the tokens' inputs beside them in the same order; then every warp multiplies 16 rows by all
 // tokens and adds what its lanes have to their running sums, in the order of the inputs.
+#include "batch.h"
 #include "packed.cuh"
 #include "prefill.h"
 
@@ -42,24 +43,24 @@ __device__ __forceinline__ uint32_t word_at(const uint8_t* tile, int line, int b
   return *reinterpret_cast<const uint32_t*>(tile + line * kStride + byte);
 }
 
-EDGE_MOE_KERNEL(kThreads) products_kernel(const ProductJob* jobs, VectorBuffer x, float* y) {
+EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer x) {
   __shared__ Tiles tiles;
-  const ProductJob& job = jobs[blockIdx.z];
-  const Matrix& m = job.matrix;
+  __shared__ int vectors[kTokens];
+  const ProductJob job = batch.jobs[blockIdx.z];
+  const Matrix m = job.matrix;
   const int first_row = int(blockIdx.x) * kRows, first_token = int(blockIdx.y) * kTokens;
-  if (first_token >= job.count) return;
+  if (first_token >= job.count || first_row >= m.rows) return;
   const int thread = int(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int blocks = int(x.blocks()), groups = m.cols / m.group;
-  auto vector = [&](int token) {
-    const int at = first_token + token < job.count ? first_token + token : job.count - 1;
-    return size_t(job.vectors ? job.vectors[at] : job.first_vector + at);
-  };
+  if (thread < kTokens)
+    vectors[thread] = int(job.vector(first_token + thread < job.count ? first_token + thread : job.count - 1));
+  __syncthreads();
   auto clamped = [&](int row) { return size_t(row < m.rows ? row : m.rows - 1); };
 
   // what this thread spreads, and the two rows and sixteen tokens that it adds up
   const int line = thread / 2, half = thread % 2;
   const uint8_t* codes = m.codes + clamped(first_row + line) * (size_t(m.cols) / 8 * m.width);
-  const int8_t* inputs = x.codes + vector(line) * blocks * kBlock;
+  const int8_t* inputs = x.codes + size_t(vectors[line]) * blocks * kBlock;
   const int row = warp * 16 + lane / 4;
   const size_t group_rows[2] = {clamped(first_row + row) * groups, clamped(first_row + row + 8) * groups};
   float sums[kTiles][4] = {};
@@ -102,7 +103,7 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(const ProductJob* jobs, VectorBuffer x
         }
         EDGE_MOE_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const size_t at = vector(tile * 8 + lane % 4 * 2 + i % 2) * blocks;
+          const size_t at = size_t(vectors[tile * 8 + lane % 4 * 2 + i % 2]) * blocks;
           float& sum = sums[tile][i];
           if (begins) {
             const QuantisedVector v = {nullptr, nullptr, {x.sums[0] + 2 * at, x.sums[1] + at}};
@@ -118,16 +119,19 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(const ProductJob* jobs, VectorBuffer x
     EDGE_MOE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int token = first_token + tile * 8 + lane % 4 * 2 + i % 2, to = first_row + row + i / 2 * 8;
-      if (token < job.count && to < m.rows) y[size_t(job.first_out + token) * m.rows + to] = sums[tile][i];
+      if (token < job.count && to < m.rows) job.y[token * job.stride + to] = sums[tile][i];
     }
   }
 }
 
 }  // namespace
 
-void products(const ProductJob* jobs, int count, int rows, int most, const VectorBuffer& x, float* y, Stream stream) {
-  EDGE_MOE_LAUNCH(products_kernel, dim3(pieces(rows, kRows), pieces(most, kTokens), unsigned(count)), dim3(kThreads), 0,
-                  stream, jobs, x, y);
+void products(const ProductJob* jobs, int count, const VectorBuffer& x, Stream stream) {
+  in_batches(jobs, count, [&](const Batch<ProductJob>& batch, bool) {
+    dim3 grid = grid_of(batch, kRows);
+    grid.y = pieces(grid.y, kTokens);
+    if (grid.x && grid.y) EDGE_MOE_LAUNCH(products_kernel, grid, dim3(kThreads), 0, stream, batch, x);
+  });
 }
 
 }  // namespace edge_moe::cuda

@@ -1,6 +1,9 @@
-// The stand-in for a GPU of simt.h, on ucontext fibers.
+// The stand-in for a GPU of simt.h, on fibers that live from launch to launch: ucontext begins one, and longjmp changes
+// from one to the next, which asks nothing of the system (with ucontext alone a model takes over four times as long).
+#undef _FORTIFY_SOURCE  // its longjmp refuses other stacks
 #include "simt.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -20,33 +23,34 @@ constexpr unsigned kWarp = 32;
 enum class State { kReady, kAtWarp, kAtBlock, kDone };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<uint8_t[]> stack;
+  std::unique_ptr<uint8_t[]> stack;  // none: it was never begun
+  jmp_buf at;
   State state;
   uint64_t given;
 };
 
-std::vector<Fiber> fibers;
+std::vector<Fiber> fibers(1024);  // thread by thread of a block
+unsigned count;                   // of the block's
 std::vector<uint8_t> shared;
-ucontext_t scheduler;
+jmp_buf scheduler;
 unsigned running;
 const std::function<void()>* body;
 
-void run_fiber() {
-  (*body)();
-  fibers[running].state = State::kDone;
-  swapcontext(&fibers[running].context, &scheduler);
-}
-
 void give_way(State state) {
   fibers[running].state = state;
-  swapcontext(&fibers[running].context, &scheduler);
+  if (!_setjmp(fibers[running].at)) _longjmp(scheduler, 1);
+}
+
+void run_fiber() {
+  for (;;) {
+    (*body)();
+    give_way(State::kDone);
+  }
 }
 
 // Let go whoever waits at a barrier that all others have reached; false when nobody does. A thread that has ended
 // holds nobody up at the block's barrier, as on a GPU, but one that skips its warp's is a mistake.
 bool release() {
-  const unsigned count = unsigned(fibers.size());
   bool any = false;
   for (unsigned first = 0; first < count; first += kWarp) {
     const unsigned end = first + kWarp < count ? first + kWarp : count;
@@ -57,33 +61,37 @@ bool release() {
     any = true;
   }
   if (any) return true;
-  for (const Fiber& fiber : fibers)
-    if (fiber.state == State::kAtWarp) return false;
-  for (Fiber& fiber : fibers)
-    if (fiber.state == State::kAtBlock) fiber.state = State::kReady, any = true;
+  for (unsigned i = 0; i < count; ++i)
+    if (fibers[i].state == State::kAtWarp) return false;
+  for (unsigned i = 0; i < count; ++i)
+    if (fibers[i].state == State::kAtBlock) fibers[i].state = State::kReady, any = true;
   return any;
 }
 
-void begin(Fiber& fiber) {
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, run_fiber, 0);
-  fiber.state = State::kReady;
+void go_on(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.stack) _longjmp(fiber.at, 1);
+  static ucontext_t context, unused;
+  fiber.stack = std::make_unique_for_overwrite<uint8_t[]>(kStack);
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  swapcontext(&unused, &context);
 }
 
 void run_block() {
-  for (Fiber& fiber : fibers) begin(fiber);
+  for (unsigned i = 0; i < count; ++i) fibers[i].state = State::kReady;
   do {
-    for (running = 0; running < fibers.size(); ++running) {
+    for (running = 0; running < count; ++running) {
       if (fibers[running].state != State::kReady) continue;
       thread.x = running;
-      swapcontext(&scheduler, &fibers[running].context);
+      go_on(fibers[running]);
     }
   } while (release());
-  for (const Fiber& fiber : fibers)
-    if (fiber.state != State::kDone) {
+  for (unsigned i = 0; i < count; ++i)
+    if (fibers[i].state != State::kDone) {
       std::fprintf(stderr, "threads of a warp wait at different barriers\n");
       std::abort();
     }
@@ -104,8 +112,7 @@ uint64_t exchange(uint64_t value, int lane) {
 }
 
 void launch(Index grid, Index threads, size_t shared_bytes, const std::function<void()>& of_each) {
-  while (fibers.size() < threads.x) fibers.push_back({{}, std::make_unique<uint8_t[]>(kStack), State::kDone, 0});
-  fibers.resize(threads.x);
+  count = threads.x;
   shared.assign(shared_bytes, 0xcd);  // what a block finds there is of no use
   block_size = threads, grid_size = grid;
   body = &of_each;

@@ -1,10 +1,13 @@
 // What kernels are written in: CUDA itself under nvcc, and elsewhere a slow stand-in, so that their logic is tested on
 // machines without a GPU. The stand-in runs a launch's blocks one after the other and each block's threads as fibers
-// that give way at barriers and shuffles; tests alone include it so.
+// that give way at barriers and shuffles, and a stream's work as late as it may: when the host waits for it. Tests
+// alone build it so.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "device.h"
 
 #if defined(__CUDACC__)
 
@@ -13,15 +16,15 @@
 #define EDGE_MOE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define EDGE_MOE_UNROLL _Pragma("unroll")
 #define EDGE_MOE_UNROLL_4 _Pragma("unroll 4")
+#define EDGE_MOE_UNROLL_8 _Pragma("unroll 8")
 #define EDGE_MOE_NO_UNROLL _Pragma("unroll 1")
-#define EDGE_MOE_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
-  kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__)
+#define EDGE_MOE_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...)                   \
+  (kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
+   edge_moe::cuda::check_launch())
 // Shared memory of a size that the launch names.
 #define EDGE_MOE_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
 
 namespace edge_moe::cuda {
-
-using Stream = cudaStream_t;
 
 // sum + the dot product of four unsigned and four signed bytes
 __device__ __forceinline__ int dot_bytes(uint32_t codes, uint32_t inputs, int sum) {
@@ -58,9 +61,11 @@ __device__ __forceinline__ void multiply_tiles(const uint32_t (&codes)[4], const
 #define EDGE_MOE_KERNEL(threads) inline void
 #define EDGE_MOE_UNROLL
 #define EDGE_MOE_UNROLL_4
+#define EDGE_MOE_UNROLL_8
 #define EDGE_MOE_NO_UNROLL
 #define EDGE_MOE_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...) \
-  (void(stream), edge_moe::cuda::simt::launch(grid, threads, shared_bytes, [&] { kernel(__VA_ARGS__); }))
+  edge_moe::cuda::simt::put(                                              \
+      stream, [=] { edge_moe::cuda::simt::launch(grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); }); })
 #define EDGE_MOE_DYNAMIC_SHARED(name) uint8_t* const name = edge_moe::cuda::simt::dynamic_shared()
 
 namespace edge_moe::cuda {
@@ -78,12 +83,13 @@ void barrier_of_block();
 void barrier_of_warp();
 uint64_t exchange(uint64_t value, int lane);  // every lane of a warp gives a value and takes another lane's
 
+// Do `work` when someone waits for the stream, or at once where there is none.
+void put(Stream stream, std::function<void()> work);
+
 // Run body() as every thread of a grid.
 void launch(Index grid, Index threads, size_t shared_bytes, const std::function<void()>& body);
 
 }  // namespace simt
-
-using Stream = void*;
 
 inline int dot_bytes(uint32_t codes, uint32_t inputs, int sum) {
   for (int i = 0; i < 4; ++i) sum += int(codes >> 8 * i & 0xff) * int(int8_t(inputs >> 8 * i & 0xff));

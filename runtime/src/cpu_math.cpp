@@ -5,8 +5,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "../../devices/lane_math.h"
 #include "rope.h"
-#include "router.h"
 
 namespace edge_moe {
 
@@ -17,7 +17,7 @@ class CpuDevice : public Device {
   explicit CpuDevice(const Kernels& kernels) : kernels_(kernels) {}
   const char* name() const override { return kernels_.name; }
   const Kernels& host() const override { return kernels_; }
-  std::unique_ptr<DeviceMemory> memory(size_t bytes, int, size_t) const override {
+  std::unique_ptr<DeviceMemory> memory(size_t bytes, int, size_t, bool) const override {
     return std::make_unique<HostMemory>(bytes);
   }
   std::unique_ptr<LayerMath> math(const EngineConfig& config, const Trunk& trunk, ThreadPool& pool) const override {
@@ -47,14 +47,14 @@ CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& 
   carve_scratch(c, s_, scratch_arena_.data());
   keys_ = kv_arena_.data();
   values_ = keys_ + memory.kv_cache / 2;
-  fill_rope(c.rope_frequency, c.rope_scale, c.context, s_.cos, s_.sin);
+  fill_rope(c.rope_frequency, c.rope_scale, 0, c.context, s_.cos, s_.sin);
   std::iota(s_.all_tokens, s_.all_tokens + c.chunk, 0);
   tasks_.reserve(4096);
 }
 
 uint8_t* CpuMath::shared(size_t bytes) { return shared_.emplace_back(bytes).data(); }
 
-void CpuMath::embed(std::span<const int32_t> ids) {
+void CpuMath::begin(const Step&, std::span<const int32_t> ids) {
   for (size_t t = 0; t < ids.size(); ++t) kernels_.dequantise_row(ends_.embedding, ids[t], s_.x + t * config_.dim);
 }
 

@@ -20,7 +20,7 @@ class CpuMath : public LayerMath {
   CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& kernels, ThreadPool& pool);
 
   uint8_t* shared(size_t bytes) override;
-  void embed(std::span<const int32_t> ids) override;
+  void begin(const Step& step, std::span<const int32_t> ids) override;
   void dense_layer(int layer, const Step& step) override;
   void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) override;
   void ahead_logits(int next_layer, const Routing& r) override;

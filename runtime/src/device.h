@@ -27,6 +27,9 @@ class DeviceMemory {
   // Throws what `read` throws. Calls with different lanes may run at once.
   virtual void fill(int lane, size_t at, size_t bytes, const std::function<void(uint8_t*)>& read) = 0;
 
+  // No fill() comes any more: what only that needs may be given back.
+  virtual void filled() {}
+
   // `bytes` bytes from data() + at to the host's memory.
   virtual void copy_out(size_t at, size_t bytes, void* to) const = 0;
 };
@@ -40,15 +43,18 @@ class Device {
   // The host's kernels, for what the host does for any device: routing.
   virtual const Kernels& host() const = 0;
 
-  // `bytes` of memory, filled from `lanes` lanes at once by at most `piece` bytes each. Throws SystemError when there
-  // is no more.
-  virtual std::unique_ptr<DeviceMemory> memory(size_t bytes, int lanes, size_t piece) const = 0;
+  // `bytes` of memory, filled from `lanes` lanes at once by at most `piece` bytes each, again and again or once for
+  // all. Throws SystemError when there is no more.
+  virtual std::unique_ptr<DeviceMemory> memory(size_t bytes, int lanes, size_t piece, bool again) const = 0;
 
   // A model's arithmetic; the trunk is in this device's memory and outlives it.
   virtual std::unique_ptr<LayerMath> math(const EngineConfig& config, const Trunk& trunk, ThreadPool& pool) const = 0;
 
   // Bytes that were allocated through it and that the system does not count as this process's.
   virtual size_t uncounted_bytes() const { return 0; }
+
+  // Can it use records where they are mapped from their files?
+  virtual bool reads_maps() const { return true; }
 };
 
 std::unique_ptr<Device> cpu_device(const Kernels& kernels);

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cpu_math.h"
+#include "cuda_math.h"
 
 namespace edge_moe {
 
@@ -16,9 +17,9 @@ namespace edge_moe {
 // 34, 50, 77 and 93; by recency alone 13, 49, 73 and 92.
 static constexpr int kHalfLife = 32;
 
-EngineMemory engine_memory(const EngineConfig& c) {
+EngineMemory engine_memory(const EngineConfig& c, bool cuda) {
   Routing unused;
-  EngineMemory memory = cpu_memory(c);
+  EngineMemory memory = cuda ? cuda_memory(c) : cpu_memory(c);
   memory.scratch += carve_routing(c, unused, nullptr);
   return memory;
 }
@@ -101,7 +102,7 @@ std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want) 
   const Step step = {position_, tokens};
   std::span<const float> logits;
   try {
-    math_->embed(ids);
+    math_->begin(step, ids);
     layers(step);
     logits = math_->logits(step, rows);
     release_used();

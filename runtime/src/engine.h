@@ -21,7 +21,7 @@
 namespace edge_moe {
 
 // What an Engine of this configuration allocates on a device, beside the trunk and the slots.
-EngineMemory engine_memory(const EngineConfig& config);
+EngineMemory engine_memory(const EngineConfig& config, bool cuda);
 
 struct EngineStats {
   uint64_t tokens = 0;        // through forward()

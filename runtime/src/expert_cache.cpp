@@ -25,7 +25,7 @@ ExpertCache::ExpertCache(ExpertStore& store, const Device& device, size_t bytes,
   size_t all = 0;
   for (const Record& record : store.records()) all += record.padded;
   holds_all_ = bytes >= all;
-  memory_ = device.memory(bytes, readers, store.largest_record());
+  memory_ = device.memory(bytes, readers, store.largest_record(), true);
   // As many as can ever be: each record at most once, and free memory before each and at the end.
   ahead_.reserve(records);
   slots_.resize(2 * std::min(records, bytes / store.smallest_record()) + 1);

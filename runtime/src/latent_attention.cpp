@@ -17,22 +17,6 @@
 
 namespace edge_moe {
 
-namespace {
-
-// `count` rows of a matrix as one of their own.
-Matrix rows_of(const Matrix& m, int first, int count) {
-  Matrix rows = m;
-  rows.rows = count;
-  rows.codes += codes_bytes(first, m.cols, m.width);
-  if (m.width < 16) {
-    rows.scales += size_t(first) * (m.cols / m.group);
-    rows.biases += size_t(first) * (m.cols / m.group);
-  }
-  return rows;
-}
-
-}  // namespace
-
 void CpuMath::latent_attention(int layer, const Step& step) {
   const int tokens = step.tokens;
   const EngineConfig& c = config_;

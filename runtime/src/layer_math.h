@@ -58,7 +58,7 @@ class LayerMath {
   virtual uint8_t* shared(size_t bytes) = 0;
 
   // Begin a pass: the residual stream is the tokens' embeddings.
-  virtual void embed(std::span<const int32_t> ids) = 0;
+  virtual void begin(const Step& step, std::span<const int32_t> ids) = 0;
 
   // A layer without experts.
   virtual void dense_layer(int layer, const Step& step) = 0;

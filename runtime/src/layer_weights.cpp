@@ -42,4 +42,15 @@ EndWeights end_weights(const EngineConfig& c, const Trunk& trunk) {
   return w;
 }
 
+Matrix rows_of(const Matrix& m, int first, int count) {
+  Matrix rows = m;
+  rows.rows = count;
+  rows.codes += codes_bytes(first, m.cols, m.width);
+  if (m.width < 16) {
+    rows.scales += size_t(first) * (m.cols / m.group);
+    rows.biases += size_t(first) * (m.cols / m.group);
+  }
+  return rows;
+}
+
 }  // namespace edge_moe

@@ -30,4 +30,7 @@ struct EndWeights {
 };
 EndWeights end_weights(const EngineConfig& config, const Trunk& trunk);
 
+// `count` rows of a matrix as one of their own.
+Matrix rows_of(const Matrix& matrix, int first, int count);
+
 }  // namespace edge_moe

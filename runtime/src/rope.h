@@ -7,9 +7,10 @@
 
 namespace edge_moe {
 
-// cos, sin: (positions, frequencies), times scale. An angle is a float32 product, as transformers has it.
-inline void fill_rope(std::span<const float> frequency, float scale, int positions, float* cos, float* sin) {
-  for (int position = 0; position < positions; ++position)
+// cos, sin: (count, frequencies), of positions from `first` on, times scale. An angle is a float32 product, as
+// transformers has it.
+inline void fill_rope(std::span<const float> frequency, float scale, int first, int count, float* cos, float* sin) {
+  for (int position = first; position < first + count; ++position)
     for (size_t i = 0; i < frequency.size(); ++i) {
       const double angle = frequency[i] * float(position);
       *cos++ = float(std::cos(angle)) * scale;

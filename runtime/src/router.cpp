@@ -5,6 +5,8 @@
 #include <limits>
 #include <utility>
 
+#include "../../devices/lane_math.h"
+
 namespace edge_moe {
 
 namespace {

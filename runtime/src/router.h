@@ -1,7 +1,6 @@
 // From router logits to chosen experts and their routing weights.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "../../devices/kernels.h"
@@ -24,8 +23,5 @@ struct RouterRule {
 // group_scores: room for 2 * groups floats.
 void route(const Kernels& kernels, const RouterRule& rule, float* logits, int experts, int top_k, float* group_scores,
            int32_t* ids, float* weights);
-
-// In double: libm's float functions differ between machines in the last bit, which a rounded double all but hides.
-inline float sigmoid(float x) { return float(1.0 / (1.0 + std::exp(-double(x)))); }
 
 }  // namespace edge_moe

@@ -5,10 +5,9 @@
 #include <cstdint>
 
 #include "../../devices/kernels.h"
+#include "layer_scratch.h"
 
 namespace edge_moe {
-
-struct EngineConfig;
 
 inline constexpr int kHeadQueries = 16;    // that one thread takes over a KV head's cache at a time
 inline constexpr int kLatentQueries = 16;  // that one thread takes over the latents at a time
@@ -20,21 +19,12 @@ struct QuantisedBuffer {
   float *scales, *sums[3];
 };
 
-struct Scratch {
-  float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
-  float* scores;                                   // (threads, queries at a time, context in whole key blocks)
-  int32_t* all_tokens;                             // (chunk,)
-  float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
-  float* logits;                                   // (logits_rows, vocab)
-  float *cos, *sin;                                // (context, rope_dim/2)
-  float* received;                                 // (heads, chunk): attention from the chunk's tokens
-  float* ahead_normed;                             // (dim,)
+struct Scratch : LayerScratch {
+  int32_t* all_tokens;  // (chunk,)
   QuantisedBuffer normed_q, attended_q, hidden_q;
 
-  // Attention over a latent alone; `cached` is kv_rank + rope_dim.
-  float* q_latent;          // (chunk, q_rank)
-  float *absorbed, *mixed;  // (threads, kLatentQueries, cached), (threads, kLatentQueries, kv_rank)
-  float* rows;              // (threads, kLatentRows, cached)
+  // Attention over a latent alone.
+  float* rows;  // (threads, kLatentRows, kv_rank + rope_dim)
   QuantisedBuffer q_latent_q, mixed_q;
 };
 

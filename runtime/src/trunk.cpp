@@ -18,7 +18,7 @@ Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const s
                              std::to_string(bytes) + "; copy the bundle again");
   // A direct read wants whole blocks; only what the file has arrives, and the rest of the memory is not used.
   constexpr uint64_t kStep = 8 << 20;
-  memory_ = device.memory(align_up(bytes, kSmallAlignment) + kSmallAlignment, 1, kStep);
+  memory_ = device.memory(align_up(bytes, kSmallAlignment) + kSmallAlignment, 1, kStep, false);
   const uint64_t whole = bytes / kSmallAlignment * kSmallAlignment;
   uint32_t sum = 0;
   for (uint64_t at = 0; at < bytes;) {
@@ -29,6 +29,7 @@ Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const s
     });
     at += step;
   }
+  memory_->filled();
   if (sum != checksum) throw std::runtime_error(path + ": does not match its checksum; copy the bundle again");
   for (const TrunkTensor& t : tensors) {
     Matrix m;

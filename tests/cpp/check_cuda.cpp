@@ -1,9 +1,10 @@
-// The CUDA kernels, run by simt.h's stand-in for a GPU, against scalar.cpp, bit for bit. Buffers are as large as the
-// kernels may touch, for builds with an address sanitizer.
+// The CUDA kernels, run by a GPU or by simt.h's stand-in, against scalar.cpp, bit for bit. Buffers are as large as the
+// kernels may touch, for builds with an address sanitizer and for compute-sanitizer.
 //
 //     check_cuda    prints how many cases agreed; exits with 1 where one differs.
 #include "check_cuda.h"
 
+#include <algorithm>
 #include <numeric>
 #include <utility>
 
@@ -35,9 +36,10 @@ static void check_product() {
           const Packed packed(rows, cols, width, group);
           Vectors x(vectors, cols);
           x.quantise();
-          std::vector<float> want(size_t(vectors) * rows), got(want.size());
+          Floats want(size_t(vectors) * rows), got(want.size());
           kScalarKernels.matmul(packed.matrix, x.activations(0, vectors), want.data(), rows, 0, rows);
-          cuda::product(packed.matrix, x.buffer(), vectors, got.data(), nullptr);
+          const cuda::ProductJob job = cuda::whole(packed.matrix, vectors, got.data());
+          cuda::product(&job, 1, x.buffer(), nullptr);
           compare(std::to_string(width) + " bits, group " + std::to_string(group) + ", " + std::to_string(rows) +
                       " x " + std::to_string(cols),
                   got, want);
@@ -61,15 +63,15 @@ static void check_experts(int dim, int hidden, int group, int count, int activat
   }
   Vectors x(vectors, dim);
   x.quantise();
-  std::vector<float> weights = floats(size_t(count)), residual = floats(size_t(dim)), want_x = residual;
+  Floats weights = floats(size_t(count)), residual = floats(size_t(dim)), want_x = residual;
   std::vector<int> pair_of(count);
   std::iota(pair_of.begin(), pair_of.end(), 0);
   if (count > 2) pair_of[1] = -1;
 
   Vectors hidden_want(count, hidden);
-  std::vector<float> want(size_t(count) * dim);
+  Floats want(size_t(count) * dim);
   for (const cuda::ExpertJob& job : jobs) {
-    std::vector<float> up(static_cast<size_t>(hidden));
+    Floats up(static_cast<size_t>(hidden));
     float* gate = &hidden_want.values[size_t(job.pair) * hidden];
     const Activations input = x.activations(job.vector, 1);
     kScalarKernels.matmul(job.gate, input, gate, hidden, 0, hidden);
@@ -83,13 +85,15 @@ static void check_experts(int dim, int hidden, int group, int count, int activat
     if (pair_of[k] >= 0) kScalarKernels.add_scaled(want_x.data(), &want[size_t(pair_of[k]) * dim], weights[k], dim);
 
   Vectors hidden_got(count, hidden);
-  std::vector<float> got(want.size(), NAN), got_x = residual;
+  Floats got(want.size(), NAN), got_x = residual;
+  cuda::RankedSum none{nullptr, 0, dim, {}, {}}, sum{got_x.data(), count, dim, {}, {}};
+  std::copy(weights.begin(), weights.end(), sum.weights);
+  std::copy(pair_of.begin(), pair_of.end(), sum.pairs);
   const int first = count / 2;
   for (auto [begin, end] : {std::pair{0, first}, std::pair{first, count}}) {
     if (begin == end) continue;
     cuda::gate_up(&jobs[begin], end - begin, hidden, x.buffer(), hidden_got.buffer(), activation, nullptr);
-    cuda::down(&jobs[begin], end - begin, hidden_got.buffer(), got.data(),
-               {got_x.data(), weights.data(), pair_of.data(), end == count ? count : 0, dim}, nullptr);
+    cuda::down(&jobs[begin], end - begin, hidden_got.buffer(), got.data(), end == count ? sum : none, nullptr);
   }
   const std::string what = std::to_string(count) + " experts " + std::to_string(dim) + " x " + std::to_string(hidden) +
                            ", group " + std::to_string(group) + ", activation " + std::to_string(activation);
@@ -100,6 +104,7 @@ static void check_experts(int dim, int hidden, int group, int count, int activat
 }
 
 int main() {
+  cuda::open();
   check_quantise();
   check_product();
   for (int group : {32, 64, 128})
@@ -107,9 +112,11 @@ int main() {
       check_experts(256, 128, group, 8, activation);
       check_experts(group, 3 * group, group, 1, activation);
       check_experts(5 * group, group, group, 13, activation);
+      check_experts(group, group, group, 32, activation);
     }
   check_experts(2048, 768, 64, 8, 0);
   check_layer();
+  check_latent();
   check_prefill();
   std::printf("%d\n", cases);
   return failures ? 1 : 0;

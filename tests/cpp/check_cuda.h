@@ -1,4 +1,5 @@
-// Random matrices and vectors, and a comparison bit by bit: what the checks of the CUDA kernels share.
+// Random matrices and vectors, and a comparison bit by bit: what the checks of the CUDA kernels share. All are in
+// memory that both the processor and the GPU read.
 #pragma once
 
 #include <cmath>
@@ -12,7 +13,23 @@
 using namespace edge_moe;
 
 void check_layer();    // check_cuda_layer.cpp
+void check_latent();   // check_cuda_latent.cpp
 void check_prefill();  // check_cuda_prefill.cpp
+
+template <typename T>
+struct Shared {
+  using value_type = T;
+  Shared() = default;
+  template <typename Other>
+  Shared(const Shared<Other>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(cuda::allocate_shared(n * sizeof(T))); }
+  void deallocate(T* values, size_t) { cuda::release_shared(values); }
+  bool operator==(const Shared&) const { return true; }
+};
+
+template <typename T>
+using Values = std::vector<T, Shared<T>>;
+using Floats = Values<float>;
 
 inline uint64_t state = 1;
 inline int failures = 0, cases = 0;
@@ -22,14 +39,15 @@ inline uint32_t random_bits() {
   return uint32_t(state >> 32);
 }
 
-inline std::vector<float> floats(size_t n) {
-  std::vector<float> values(n);
+inline Floats floats(size_t n) {
+  Floats values(n);
   for (float& value : values) value = float(int32_t(random_bits())) / 2147483648.0f;
   return values;
 }
 
 template <typename T>
-void compare(const std::string& what, const std::vector<T>& got, const std::vector<T>& want) {
+void compare(const std::string& what, const Values<T>& got, const Values<T>& want) {
+  cuda::wait(nullptr);
   ++cases;
   if (got.size() == want.size() && std::memcmp(got.data(), want.data(), want.size() * sizeof(T)) == 0) return;
   std::fprintf(stderr, "%s: not scalar's\n", what.c_str());
@@ -46,14 +64,14 @@ struct Packed {
     matrix.codes = codes.data(), matrix.scales = scales.data(), matrix.biases = biases.data();
     matrix.rows = rows, matrix.cols = cols, matrix.width = width, matrix.group = group;
   }
-  std::vector<uint8_t> codes;
-  std::vector<uint16_t> scales, biases;
+  Values<uint8_t> codes;
+  Values<uint16_t> scales, biases;
   Matrix matrix;
 };
 
 // Vectors and their int8 forms, by scalar.cpp and in the layout of the kernels, which lack only the sums over 128.
 struct Vectors {
-  Vectors(int count, int cols, std::vector<float> given = {})
+  Vectors(int count, int cols, Floats given = {})
       : values(given.empty() ? floats(size_t(count) * cols) : std::move(given)), cols(cols) {
     const size_t blocks = size_t(cols + kBlock - 1) / kBlock;
     codes.resize(count * blocks * kBlock), scales.resize(count * blocks);
@@ -75,7 +93,7 @@ struct Vectors {
     return x;
   }
   cuda::VectorBuffer buffer() { return {codes.data(), scales.data(), {sums[0].data(), sums[1].data()}, cols}; }
-  std::vector<float> values, scales, sums[3];
-  std::vector<int8_t> codes;
+  Floats values, scales, sums[3];
+  Values<int8_t> codes;
   int cols;
 };

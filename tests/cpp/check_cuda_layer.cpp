@@ -1,4 +1,6 @@
-// Norms, embeddings, float products, the KV cache and attention against scalar.cpp.
+// Norms, embeddings, float products, sums of tokens, the KV cache and attention against scalar.cpp.
+#include <algorithm>
+
 #include "../../devices/cuda/layer.h"
 #include "../../devices/half.h"
 #include "../../runtime/src/rope.h"
@@ -12,7 +14,7 @@ void check_norm() {
   for (int n : {1, 15, 64, 100, 2048})
     for (bool quantised : {false, true}) {
       const int vectors = 2;
-      const std::vector<float> x = floats(size_t(vectors) * n), weight = floats(size_t(n));
+      const Floats x = floats(size_t(vectors) * n), weight = floats(size_t(n));
       Vectors want(vectors, n), got(vectors, n);
       for (int t = 0; t < vectors; ++t)
         kScalarKernels.rms_norm(&x[size_t(t) * n], weight.data(), 1e-5f, &want.values[size_t(t) * n], n);
@@ -29,8 +31,8 @@ void check_norm() {
 void check_floats() {
   for (int width : {1, 2, 3, 4, 5, 6, 8, 16, 32}) {
     const int rows = 21, cols = width < 16 ? 192 : 203, group = 64;
-    std::vector<float> values = floats(size_t(rows) * cols);
-    std::vector<uint16_t> halves(values.size());
+    Floats values = floats(size_t(rows) * cols);
+    Values<uint16_t> halves(values.size());
     for (uint16_t& half : halves) half = uint16_t((random_bits() & 0x80ff) | 0x3c00);
     Packed packed(rows, 192, width < 16 ? width : 8, group);
     Matrix m = packed.matrix;
@@ -38,23 +40,73 @@ void check_floats() {
       m.codes = width == 16 ? reinterpret_cast<uint8_t*>(halves.data()) : reinterpret_cast<uint8_t*>(values.data());
       m.width = width, m.cols = cols, m.scales = m.biases = nullptr;
     }
-    const std::vector<int32_t> ids = {20, 0, 7};
-    std::vector<float> want(ids.size() * cols), got(want.size());
+    const Values<int32_t> ids = {20, 0, 7};
+    Floats want(ids.size() * cols), got(want.size());
     for (size_t i = 0; i < ids.size(); ++i) kScalarKernels.dequantise_row(m, ids[i], &want[i * cols]);
     cuda::embed(m, ids.data(), int(ids.size()), got.data(), nullptr);
     compare("embedding of " + std::to_string(width) + " bits", got, want);
     if (width < 16) continue;
     Vectors x(3, cols);
-    std::vector<float> want_y(3 * rows), got_y(3 * rows);
+    Floats want_y(3 * rows), got_y(3 * rows);
     kScalarKernels.matmul(m, x.activations(0, 3), want_y.data(), rows, 0, rows);
-    cuda::float_product(m, x.values.data(), 3, got_y.data(), nullptr);
+    const cuda::ProductJob job = cuda::whole(m, 3, got_y.data());
+    cuda::float_product(&job, 1, x.values.data(), nullptr);
     compare("float product of " + std::to_string(width) + " bits", got_y, want_y);
   }
-  std::vector<float> want = floats(300), got = want;
-  const std::vector<float> x = floats(300);
+  Floats want = floats(300), got = want;
+  const Floats x = floats(300);
   kScalarKernels.add_scaled(want.data(), x.data(), 1.0f, 300);
   cuda::add(got.data(), x.data(), 300, nullptr);
   compare("add", got, want);
+}
+
+void check_importance(const Floats& received, size_t stride, int heads, int tokens) {
+  const int dim = 37;
+  const Floats normed = floats(size_t(tokens) * dim);
+  Floats want(static_cast<size_t>(tokens)), got(want.size());
+  for (int t = 0; t < tokens; ++t) {
+    double norm = 0, sum = 0;
+    for (int i = 0; i < dim; ++i) norm += std::fabs(normed[size_t(t) * dim + i]);
+    for (int head = 0; head < heads; ++head) sum += received[head * stride + t];
+    want[t] = float(norm * sum / heads / (tokens - t));
+  }
+  cuda::importance(normed.data(), received.data(), stride, heads, tokens, dim, got.data(), nullptr);
+  compare("importance", got, want);
+}
+
+// What a layer adds up of many tokens.
+void check_sums() {
+  const int tokens = 5, places = 3, dim = 130, hidden = 100;
+  const Floats down = floats(tokens * places * dim), weights = floats(tokens * places), gates = floats(tokens);
+  Values<int32_t> pairs(tokens * places);
+  for (int i = 0; i < tokens * places; ++i) pairs[i] = i % 4 == 3 ? -1 : (i * 7 + 2) % (tokens * places);
+  Floats want = floats(tokens * dim), got = want;
+  for (int i = 0; i < tokens * places; ++i)
+    if (pairs[i] >= 0) kScalarKernels.add_scaled(&want[i / places * dim], &down[pairs[i] * dim], weights[i], dim);
+  cuda::ranked_sum(got.data(), down.data(), weights.data(), pairs.data(), tokens, places, dim, nullptr);
+  compare("ranked sum", got, want);
+  for (const float* gate : {static_cast<const float*>(nullptr), gates.data()}) {
+    for (int t = 0; t < tokens; ++t)
+      kScalarKernels.add_scaled(&want[t * dim], &down[t * dim], gate ? sigmoid(gate[t]) : 1.0f, dim);
+    cuda::add_gated(got.data(), down.data(), gate, tokens, dim, nullptr);
+    compare("gated sum", got, want);
+  }
+  for (int activation : {0, 1}) {
+    const Floats up = floats(tokens * hidden);
+    Vectors want_h(tokens, hidden), got_h(tokens, hidden, want_h.values);
+    for (int t = 0; t < tokens; ++t)
+      kScalarKernels.gate_up(&want_h.values[t * hidden], &up[t * hidden], hidden, activation);
+    want_h.quantise();
+    const cuda::Rows parts[] = {{3, 2}, {0, 3}};
+    cuda::activate(parts, 2, got_h.values.data(), up.data(), hidden, activation, got_h.buffer(), nullptr);
+    compare("activated", got_h.values, want_h.values);
+    compare("activated, codes", got_h.codes, want_h.codes);
+    compare("activated, sums", got_h.sums[0], want_h.sums[0]);
+  }
+  const Floats bias = floats(size_t(dim));
+  for (int i = 0; i < tokens * dim; ++i) want[i] += bias[i % dim];
+  cuda::add_bias(got.data(), bias.data(), tokens, dim, nullptr);
+  compare("bias", got, want);
 }
 
 // attention.cpp's steps for one token and head, by the scalar kernels.
@@ -67,24 +119,23 @@ struct Shape {
 void check_attention(const Shape& s, int position, int tokens) {
   const int n = s.head_dim, q_dim = s.heads * n, kv_dim = s.kv_heads * n, turned = s.rope_dim / 2;
   const size_t room = align_up(position + tokens, kKeyBlock), value_bytes = s.half ? 2 : 4;
-  const std::vector<float> frequency = floats(size_t(turned)), q_bias = floats(q_dim), k_bias = floats(kv_dim),
-                           v_bias = floats(kv_dim), q_norm = floats(n), k_norm = floats(n);
-  std::vector<float> cos(room * turned), sin(room * turned);
-  fill_rope(frequency, 1.5f, int(room), cos.data(), sin.data());
+  const Floats frequency = floats(size_t(turned)), q_bias = floats(q_dim), k_bias = floats(kv_dim),
+               v_bias = floats(kv_dim), q_norm = floats(n), k_norm = floats(n);
+  Floats cos(room * turned), sin(room * turned);
+  fill_rope(frequency, 1.5f, 0, int(room), cos.data(), sin.data());
 
-  std::vector<uint8_t> keys(s.kv_heads * room * n * value_bytes), values(keys.size());
+  Values<uint8_t> keys(s.kv_heads * room * n * value_bytes), values(keys.size());
   for (auto* cache : {&keys, &values})
     for (size_t i = 0; i < cache->size(); i += value_bytes) {
       const float value = floats(1)[0];
       const uint16_t half = float_to_half(value);
       std::memcpy(&(*cache)[i], s.half ? static_cast<const void*>(&half) : &value, value_bytes);
     }
-  std::vector<float> q = floats(size_t(tokens) * q_dim), k = floats(size_t(tokens) * kv_dim),
-                     v = floats(size_t(tokens) * kv_dim);
-  std::vector<uint8_t> got_keys = keys, got_values = values;
-  std::vector<float> got_q = q, got_k = k, got_v = v, got(q.size()), want(q.size());
+  Floats q = floats(size_t(tokens) * q_dim), k = floats(size_t(tokens) * kv_dim), v = floats(size_t(tokens) * kv_dim);
+  Values<uint8_t> got_keys = keys, got_values = values;
+  Floats got_q = q, got_k = k, got_v = v, got(q.size()), want(q.size());
 
-  auto put = [&](std::vector<uint8_t>& cache, size_t at, float value) {
+  auto put = [&](Values<uint8_t>& cache, size_t at, float value) {
     const uint16_t half = float_to_half(value);
     std::memcpy(&cache[at * value_bytes], s.half ? static_cast<const void*>(&half) : &value, value_bytes);
   };
@@ -109,7 +160,8 @@ void check_attention(const Shape& s, int position, int tokens) {
       }
     }
   }
-  std::vector<float> scores(room);
+  const size_t stride = size_t(tokens) + 3;
+  Floats scores(room), received(s.heads * stride);
   for (int t = 0; t < tokens; ++t)
     for (int head = 0; head < s.heads; ++head) {
       const size_t cache = size_t(head / (s.heads / s.kv_heads)) * room * n * value_bytes;
@@ -120,6 +172,7 @@ void check_attention(const Shape& s, int position, int tokens) {
       kScalarKernels.attend_scores(&query, 1, kv, begin, end, n, 0.125f, scores.data(), 0);
       kScalarKernels.softmax(scores.data(), begin, end);
       kScalarKernels.attend_values(scores.data(), 0, 1, kv, begin, end, n, &out);
+      for (int of = std::max(begin - position, 0); of <= t; ++of) received[head * stride + of] += scores[position + of];
     }
 
   const cuda::Heads heads = {s.heads, s.kv_heads, n, s.rope_dim, 1e-6f, s.clip, 0.125f, s.window};
@@ -128,9 +181,15 @@ void check_attention(const Shape& s, int position, int tokens) {
   p.q = got_q.data(), p.k = got_k.data(), p.v = got_v.data(), p.cos = cos.data(), p.sin = sin.data();
   if (s.biased) p.q_bias = q_bias.data(), p.k_bias = k_bias.data(), p.v_bias = v_bias.data();
   if (s.normed) p.q_norm = q_norm.data(), p.k_norm = k_norm.data();
-  cuda::store_keys(p, heads, cache, position, tokens, nullptr);
-  std::vector<float> room_for_scores(size_t(tokens) * s.heads * room);
-  cuda::attend(got_q.data(), heads, cache, position, tokens, room_for_scores.data(), got.data(), nullptr);
+  const Values<int32_t> at = {position};
+  const auto span = [&](int first, int count) { return cuda::Span{at.data(), first, count, position + first + count}; };
+  cuda::store_keys(p, heads, cache, span(0, tokens), nullptr);
+  Floats room_for_scores(size_t(tokens) * s.heads * room), got_received(s.heads * stride, NAN);
+  for (int first = 0; first < tokens; first += 7) {  // as engines do that have no room for the scores of all
+    const cuda::Span some = span(first, std::min(7, tokens - first));
+    cuda::attend(got_q.data(), heads, cache, some, room_for_scores.data(), got.data(), nullptr);
+    cuda::add_received(room_for_scores.data(), heads, room, some, got_received.data(), stride, nullptr);
+  }
   const std::string what = std::to_string(s.heads) + " heads of " + std::to_string(n) + ", window " +
                            std::to_string(s.window) + ", " + std::to_string(tokens) + " tokens at " +
                            std::to_string(position) + (s.half ? ", halves" : ", floats");
@@ -138,6 +197,11 @@ void check_attention(const Shape& s, int position, int tokens) {
   compare(what + ", keys", got_keys, keys);
   compare(what + ", values", got_values, values);
   compare(what + ", attended", got, want);
+  cuda::wait(nullptr);
+  for (int head = 0; head < s.heads; ++head)  // beyond the tokens there is nothing
+    std::fill_n(&got_received[head * stride + tokens], stride - tokens, 0.0f);
+  compare(what + ", received", got_received, received);
+  check_importance(received, stride, s.heads, tokens);
 }
 
 }  // namespace
@@ -145,6 +209,7 @@ void check_attention(const Shape& s, int position, int tokens) {
 void check_layer() {
   check_norm();
   check_floats();
+  check_sums();
   for (bool half : {true, false})
     for (auto [position, tokens] : {std::pair{0, 1}, std::pair{5, 3}, std::pair{300, 1}, std::pair{130, 20}}) {
       check_attention({8, 2, 64, 64, 0, half, false, true, 0}, position, tokens);

@@ -1,0 +1,33 @@
+// Launches of attention over a latent: see latent.cu. Pointers are the device's.
+#pragma once
+
+#include "layer.h"
+
+namespace edge_moe::cuda {
+
+// See EngineConfig. A latent and its part with position are `cached` values.
+struct LatentHeads {
+  int heads, head_dim, rope_dim, v_dim, rank;
+  float norm_eps, softmax_scale;
+  bool interleaved;
+
+  EDGE_MOE_BOTH int cached() const { return rank + rope_dim; }
+  EDGE_MOE_BOTH int nope_dim() const { return head_dim - rope_dim; }
+};
+
+struct LatentCache {
+  void* latents;     // (positions, cached)
+  size_t positions;  // room, in whole key blocks
+  bool half;
+};
+
+// Turns of q (tokens, heads, head_dim); norm and turn of latents (tokens, cached), and these into the cache.
+void store_latents(float* q, float* latents, const float* norm, const float* cos, const float* sin,
+                   const LatentHeads& heads, const LatentCache& cache, const Span& span, Stream stream);
+
+// mixed (span.count, heads, rank): the sums of latents that each head of a span's tokens attends to, by keys that kv_b
+// makes of latents. absorbed, scores: room for (span.count, heads, cached) and (span.count, heads, cache.positions).
+void attend_latents(const float* q, const Matrix& kv_b, const LatentHeads& heads, const LatentCache& cache,
+                    const Span& span, float* absorbed, float* scores, float* mixed, Stream stream);
+
+}  // namespace edge_moe::cuda

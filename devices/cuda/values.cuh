@@ -1,0 +1,38 @@
+// Single values: of a matrix of any width, of the KV cache, and the positions that a token sees.
+#pragma once
+
+#include "../half.h"
+#include "lanes.cuh"
+#include "layer.h"
+
+namespace edge_moe::cuda {
+
+// Column i of a row.
+__device__ __forceinline__ float weight_at(const Matrix& m, size_t row, int i) {
+  const size_t at = row * m.cols + i;
+  if (m.width == 32) return reinterpret_cast<const float*>(m.codes)[at];
+  if (m.width == 16) return from_bfloat16(reinterpret_cast<const uint16_t*>(m.codes)[at]);
+  const uint8_t* codes = m.codes + row * (size_t(m.cols) * m.width / 8);
+  const int bit = i * m.width, low = bit % 8;
+  int code = codes[bit / 8];
+  if (low + m.width > 8) code |= codes[bit / 8 + 1] << 8;
+  code = code >> low & ((1 << m.width) - 1);
+  const size_t group = row * (m.cols / m.group) + i / m.group;
+  return from_bfloat16(m.scales[group]) * float(code) + from_bfloat16(m.biases[group]);
+}
+
+__device__ __forceinline__ void put(void* to, bool half, size_t at, float value) {
+  if (half)
+    static_cast<uint16_t*>(to)[at] = float_to_half(value);
+  else
+    static_cast<float*>(to)[at] = value;
+}
+
+__device__ __forceinline__ float get(const void* from, bool half, size_t at) {
+  return half ? half_to_float(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
+}
+
+// One past the last position that token `token` of a span sees.
+__device__ __forceinline__ int end_of(const Span& span, int token) { return *span.position + span.first + token + 1; }
+
+}  // namespace edge_moe::cuda

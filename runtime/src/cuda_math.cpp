@@ -1,0 +1,296 @@
+// The layers on a GPU: all but attention, which is in cuda_attention.cpp.
+#include "cuda_math.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "../../devices/cuda/prefill.h"
+#include "rope.h"
+
+namespace edge_moe {
+
+namespace {
+
+constexpr int kFewTokens = 2;        // are multiplied one by one
+constexpr int kLongestNorm = 12288;  // values that the norm's kernel keeps in 48 KiB
+constexpr int kFirstPositions = 256;
+
+class CudaDevice : public Device {
+ public:
+  CudaDevice(const Kernels& host, bool graphs) : host_(host), graphs_(graphs) {}
+  const char* name() const override { return "cuda"; }
+  const Kernels& host() const override { return host_; }
+  std::unique_ptr<DeviceMemory> memory(size_t bytes, int lanes, size_t piece, bool again) const override {
+    return memory_->filled(bytes, lanes, piece, again);
+  }
+  std::unique_ptr<LayerMath> math(const EngineConfig& config, const Trunk& trunk, ThreadPool&) const override {
+    return std::make_unique<CudaMath>(config, trunk, *memory_, graphs_);
+  }
+  size_t uncounted_bytes() const override { return memory_->uncounted; }
+  bool reads_maps() const override { return false; }
+
+ private:
+  const Kernels& host_;
+  const bool graphs_;
+  std::unique_ptr<CudaMemory> memory_ = std::make_unique<CudaMemory>();
+};
+
+bool packed(const ExpertWeights& w) { return w.gate.width < 16 && w.up.width < 16 && w.down.width < 16; }
+
+cuda::VectorBuffer of_length(cuda::VectorBuffer buffer, int cols) {
+  buffer.cols = cols;
+  return buffer;
+}
+
+}  // namespace
+
+std::unique_ptr<Device> cuda_device(const Kernels& host, bool graphs) {
+  return std::make_unique<CudaDevice>(host, graphs);
+}
+
+EngineMemory cuda_memory(const EngineConfig& c) {
+  CudaScratch scratch;
+  CudaShared shared;
+  return {c.kv_cache_bytes(), carve_cuda(c, scratch, nullptr) + carve_cuda(c, shared, nullptr)};
+}
+
+CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& memory, bool graphs)
+    : config_(config),
+      memory_(memory),
+      use_graphs_(graphs),
+      ends_(end_weights(config, trunk)),
+      kv_cache_(memory, config.kv_cache_bytes(), false),
+      scratch_(memory, carve_cuda(config, s_, nullptr), false),
+      shared_block_(memory, carve_cuda(config, host_, nullptr), true) {
+  const EngineConfig& c = config_;
+  if (std::max({c.dim, c.q_rank, c.qk_norm_full ? c.heads * c.head_dim : 0}) > kLongestNorm)
+    throw std::invalid_argument("this model's vectors are longer than the CUDA kernels take; use device cpu");
+  for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(c, trunk, layer));
+  carve_cuda(c, s_, scratch_.data());
+  carve_cuda(c, host_, shared_block_.data());
+  graphs_.resize(c.layers);
+  packed_.reserve(3 * most(c.experts)), floats_.reserve(3 * most(c.experts)), products_.reserve(3 * most(c.experts));
+  chosen_.reserve(most(c.experts)), rows_.reserve(most(c.experts));
+  stream_ = cuda::make_stream();
+  routed_ = cuda::make_event();
+
+  // angles of the positions, some at a time
+  const int half = c.rope_dim / 2, at_once = std::max(1, 65536 / std::max(1, half));
+  std::vector<float> cos(size_t(at_once) * half), sin(cos.size());
+  for (int first = 0; first < c.context && half; first += at_once) {
+    const int count = std::min(at_once, c.context - first);
+    const size_t at = size_t(first) * half, bytes = size_t(count) * half * sizeof(float);
+    fill_rope(c.rope_frequency, c.rope_scale, first, count, cos.data(), sin.data());
+    cuda::copy(s_.cos + at, cos.data(), bytes, stream_);
+    cuda::copy(s_.sin + at, sin.data(), bytes, stream_);
+    cuda::wait(stream_);
+  }
+}
+
+CudaMath::~CudaMath() {
+  for (const LayerGraph& graph : graphs_)
+    if (graph.graph) cuda::release_graph(graph.graph);
+  cuda::release_event(routed_);
+  cuda::release_stream(stream_);
+}
+
+uint8_t* CudaMath::shared(size_t bytes) { return shared_.emplace_back(memory_, bytes, true).data(); }
+
+void CudaMath::begin(const Step& step, std::span<const int32_t> ids) {
+  *host_.position = step.position;
+  std::copy(ids.begin(), ids.end(), host_.ids);
+  cuda::copy(s_.position, host_.position, sizeof(int32_t), stream_);
+  cuda::embed(ends_.embedding, host_.ids, step.tokens, s_.x, stream_);
+}
+
+void CudaMath::dense_layer(int layer, const Step& step) {
+  const EngineConfig& c = config_;
+  attention(layer, step, false, step.position + step.tokens - 1);
+  mlp_norm(layer, step.tokens);
+  mlp(layers_[layer].dense, step.tokens, s_.shared);
+  cuda::add(s_.x, s_.shared, size_t(step.tokens) * c.dim, stream_);
+}
+
+void CudaMath::to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) {
+  const LayerWeights& w = layers_[layer];
+  copied_ = false;
+  if (use_graphs_ && step.tokens == 1)
+    launch_graph(layer, step, wants, r);
+  else
+    up_to_router(layer, step, wants, r, step.position + step.tokens - 1);
+  cuda::record(routed_, stream_);
+  // while the host routes
+  if (config_.shared_hidden) {
+    if (w.shared_router) multiply(w.shared_router, step.tokens, s_.shared_gate, s_.normed, {});
+    mlp(w.shared, step.tokens, s_.shared);
+  }
+  cuda::wait_for(routed_);
+}
+
+void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r, int most) {
+  const EngineConfig& c = config_;
+  attention(layer, step, wants.importance, most);
+  mlp_norm(layer, step.tokens);
+  multiply(layers_[layer].router, step.tokens, r.router_logits, s_.normed, {});
+  if (wants.mask_router) multiply(*wants.mask_router, step.tokens, r.mask_scores, s_.normed, {});
+  if (wants.importance)
+    cuda::importance(s_.normed, s_.received, size_t(c.chunk), c.heads, step.tokens, c.dim, r.importance, stream_);
+  if (wants.ahead) {
+    cuda::rms_norm(s_.x, layers_[layer + 1].mlp_norm, c.norm_eps, 1, c.dim, s_.ahead_normed, {}, stream_);
+    multiply(layers_[layer + 1].router, 1, r.ahead_logits, s_.ahead_normed, {});
+  }
+}
+
+// The same of one token as a graph, which is made when a layer first meets such a request, and anew for more positions:
+// it has launches for twice as many as there are, at most.
+void CudaMath::launch_graph(int layer, const Step& step, const RouterWants& wants, const Routing& r) {
+  LayerGraph& graph = graphs_[layer];
+  if (!graph.graph || graph.mask_router != wants.mask_router || graph.ahead != wants.ahead ||
+      step.position > graph.most) {
+    if (graph.graph) cuda::release_graph(graph.graph);
+    graph = {nullptr, wants.mask_router, wants.ahead, kFirstPositions - 1};
+    while (graph.most < step.position) graph.most = 2 * graph.most + 1;
+    graph.most = std::min(graph.most, config_.context - 1);
+    cuda::begin_capture(stream_);
+    try {
+      up_to_router(layer, step, wants, r, graph.most);
+    } catch (...) {
+      cuda::release_graph(cuda::end_capture(stream_));
+      throw;
+    }
+    graph.graph = cuda::end_capture(stream_);
+  }
+  cuda::launch(graph.graph, stream_);
+}
+
+void CudaMath::mlp_norm(int layer, int tokens) {
+  cuda::rms_norm(s_.x, layers_[layer].mlp_norm, config_.norm_eps, tokens, config_.dim, s_.normed, s_.normed_q, stream_);
+}
+
+// out (tokens, dim) = the gated MLP of the normed tokens
+void CudaMath::mlp(const ExpertWeights& w, int tokens, float* out) {
+  const EngineConfig& c = config_;
+  const int hidden = w.gate.rows;
+  const cuda::VectorBuffer hidden_q = of_length(s_.hidden_q, hidden);
+  if (tokens == 1 && packed(w)) {
+    const cuda::ExpertJob job = {w.gate, w.up, w.down, 0, 0};
+    cuda::gate_up(&job, 1, hidden, s_.normed_q, hidden_q, c.activation, stream_);
+    cuda::down(&job, 1, hidden_q, out, {nullptr, 0, c.dim, {}, {}}, stream_);
+    return;
+  }
+  const cuda::ProductJob jobs[] = {cuda::whole(w.gate, tokens, s_.gate), cuda::whole(w.up, tokens, s_.up)};
+  const cuda::Rows rows = {0, tokens};
+  multiply(jobs, s_.normed, s_.normed_q);
+  cuda::activate(&rows, 1, s_.gate, s_.up, hidden, c.activation, hidden_q, stream_);
+  multiply(w.down, tokens, out, s_.gate, hidden_q);
+}
+
+void CudaMath::experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) {
+  const EngineConfig& c = config_;
+  const int top_k = c.top_k[layer], tokens = step.tokens;
+  const bool all_packed =
+      std::all_of(jobs.begin(), jobs.end(), [](const ExpertJob& job) { return packed(job.weights); });
+  const bool in_one_go = tokens == 1 && top_k <= cuda::kMostPlaces && all_packed;
+  if (in_one_go)
+    chosen_experts(jobs, r, last ? top_k : 0);
+  else
+    many_tokens(jobs, r, tokens * top_k);
+  if (!last) return;
+  if (!in_one_go) {
+    copy_routing(tokens * top_k, r);
+    cuda::ranked_sum(s_.x, s_.down, s_.routing_weights, s_.pair_of, tokens, top_k, c.dim, stream_);
+  }
+  if (c.shared_hidden)
+    cuda::add_gated(s_.x, s_.shared, layers_[layer].shared_router ? s_.shared_gate : nullptr, tokens, c.dim, stream_);
+}
+
+// One token's experts, and their sum where `places` says so.
+void CudaMath::chosen_experts(std::span<const ExpertJob> jobs, const Routing& r, int places) {
+  const EngineConfig& c = config_;
+  const cuda::VectorBuffer hidden_q = of_length(s_.hidden_q, c.expert_hidden);
+  cuda::RankedSum sum = {s_.x, places, c.dim, {}, {}};
+  for (int k = 0; k < places; ++k) {
+    sum.weights[k] = r.routing_weights[k];
+    sum.pairs[k] = r.routed[k] < 0 ? -1 : r.pair_of[k];
+  }
+  chosen_.clear();
+  for (const ExpertJob& job : jobs) {
+    const ExpertWeights& w = job.weights;
+    chosen_.push_back({w.gate, w.up, w.down, 0, job.first});
+  }
+  const int count = int(chosen_.size());
+  cuda::gate_up(chosen_.data(), count, c.expert_hidden, s_.normed_q, hidden_q, c.activation, stream_);
+  cuda::down(chosen_.data(), count, hidden_q, s_.down, sum, stream_);
+}
+
+// Experts on tokens of their own, of which a layer has `pairs` together.
+void CudaMath::many_tokens(std::span<const ExpertJob> jobs, const Routing& r, int pairs) {
+  const EngineConfig& c = config_;
+  const int hidden = c.expert_hidden, dim = c.dim;
+  const cuda::VectorBuffer hidden_q = of_length(s_.hidden_q, hidden);
+  copy_routing(pairs, r);
+  products_.clear(), rows_.clear();
+  for (const ExpertJob& job : jobs) {
+    const int32_t* tokens = s_.pair_token + (job.tokens - r.pair_token);
+    const size_t at = size_t(job.first) * hidden;
+    products_.push_back({job.weights.gate, s_.gate + at, size_t(hidden), tokens, 0, 1, job.count});
+    products_.push_back({job.weights.up, s_.up + at, size_t(hidden), tokens, 0, 1, job.count});
+    rows_.push_back({job.first, job.count});
+  }
+  multiply(products_, s_.normed, s_.normed_q);
+  cuda::activate(rows_.data(), int(rows_.size()), s_.gate, s_.up, hidden, c.activation, hidden_q, stream_);
+  products_.clear();
+  for (const ExpertJob& job : jobs)
+    products_.push_back(
+        {job.weights.down, s_.down + size_t(job.first) * dim, size_t(dim), nullptr, job.first, 1, job.count});
+  multiply(products_, s_.gate, hidden_q);
+}
+
+// Where kernels of many threads read them.
+void CudaMath::copy_routing(int pairs, const Routing& r) {
+  if (std::exchange(copied_, true)) return;
+  for (int i = 0; i < pairs; ++i)
+    if (r.routed[i] < 0) r.pair_of[i] = -1;
+  const size_t bytes = size_t(pairs) * sizeof(int32_t);
+  cuda::copy(s_.pair_of, r.pair_of, bytes, stream_);
+  cuda::copy(s_.pair_token, r.pair_token, bytes, stream_);
+  cuda::copy(s_.routing_weights, r.routing_weights, bytes, stream_);
+}
+
+// Each by the kernel of its width and its number of tokens. values: the vectors as they are; quantised: as int8, where
+// a matrix is packed.
+void CudaMath::multiply(std::span<const cuda::ProductJob> jobs, const float* values,
+                        const cuda::VectorBuffer& quantised) {
+  packed_.clear(), floats_.clear();
+  int tokens = 0;
+  for (const cuda::ProductJob& job : jobs) {
+    (job.matrix.width < 16 ? packed_ : floats_).push_back(job);
+    tokens = std::max(tokens, job.count);
+  }
+  if (!packed_.empty())
+    (tokens > kFewTokens ? cuda::products : cuda::product)(packed_.data(), int(packed_.size()), quantised, stream_);
+  if (!floats_.empty()) cuda::float_product(floats_.data(), int(floats_.size()), values, stream_);
+}
+
+void CudaMath::multiply(const Matrix& matrix, int tokens, float* y, const float* values,
+                        const cuda::VectorBuffer& quantised) {
+  const cuda::ProductJob job = cuda::whole(matrix, tokens, y);
+  multiply({&job, 1}, values, quantised);
+}
+
+std::span<const float> CudaMath::logits(const Step& step, int rows) {
+  const EngineConfig& c = config_;
+  if (rows) {
+    const float* last = s_.x + size_t(step.tokens - rows) * c.dim;
+    cuda::rms_norm(last, ends_.output_norm, c.norm_eps, rows, c.dim, s_.normed, s_.normed_q, stream_);
+    multiply(ends_.head, rows, s_.logits, s_.normed, s_.normed_q);
+    cuda::copy(host_.logits, s_.logits, size_t(rows) * c.vocab * sizeof(float), stream_);
+  }
+  finish();
+  return {host_.logits, size_t(rows) * c.vocab};
+}
+
+void CudaMath::finish() { cuda::wait(stream_); }
+
+}  // namespace edge_moe

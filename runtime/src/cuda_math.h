@@ -1,0 +1,81 @@
+// The layers on an NVIDIA GPU, by the kernels of devices/cuda. The host routes, and puts work into one stream; it waits
+// where it has to read something, for that alone.
+#pragma once
+
+#include <vector>
+
+#include "../../devices/cuda/latent.h"
+#include "cuda_memory.h"
+#include "cuda_scratch.h"
+#include "layer_math.h"
+#include "layer_weights.h"
+
+namespace edge_moe {
+
+EngineMemory cuda_memory(const EngineConfig& config);
+
+// The first GPU. host: the processor's kernels, for routing. graphs: launch the parts of a decode step that do not
+// depend on paging as CUDA graphs. Throws std::runtime_error where there is no GPU, or this build has no code for one.
+std::unique_ptr<Device> cuda_device(const Kernels& host, bool graphs);
+
+class CudaMath : public LayerMath {
+ public:
+  CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& memory, bool graphs);
+  ~CudaMath() override;
+
+  uint8_t* shared(size_t bytes) override;
+  void begin(const Step& step, std::span<const int32_t> ids) override;
+  void dense_layer(int layer, const Step& step) override;
+  void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) override;
+  void ahead_logits(int, const Routing&) override {}  // came with to_router()
+  void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
+  std::span<const float> logits(const Step& step, int rows) override;
+  void finish() override;
+  bool asynchronous() const override { return true; }
+
+ private:
+  // What was captured for a layer, and for which request.
+  struct LayerGraph {
+    cuda::Graph graph = nullptr;
+    const Matrix* mask_router = nullptr;
+    bool ahead = false;
+    int most = -1;  // positions it serves
+  };
+
+  void up_to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r, int most);
+  void launch_graph(int layer, const Step& step, const RouterWants& wants, const Routing& r);
+  void attention(int layer, const Step& step, bool received, int most);
+  void project(int layer, const cuda::Span& all);
+  void latent_project(int layer, const cuda::Span& all);
+  void attend_latents(int layer, const cuda::Span& span);
+  void mlp_norm(int layer, int tokens);
+  void mlp(const ExpertWeights& weights, int tokens, float* out);
+  void chosen_experts(std::span<const ExpertJob> jobs, const Routing& r, int places);
+  void many_tokens(std::span<const ExpertJob> jobs, const Routing& r, int pairs);
+  void copy_routing(int pairs, const Routing& r);
+  void multiply(std::span<const cuda::ProductJob> jobs, const float* values, const cuda::VectorBuffer& quantised);
+  void multiply(const Matrix& matrix, int tokens, float* y, const float* values, const cuda::VectorBuffer& quantised);
+  cuda::Heads heads() const;
+  cuda::LatentHeads latent_heads() const;
+  cuda::LayerCache cache(int layer) const;
+  cuda::LatentCache latent_cache(int layer) const;
+
+  const EngineConfig& config_;
+  CudaMemory& memory_;
+  const bool use_graphs_;
+  EndWeights ends_;
+  std::vector<LayerWeights> layers_;
+  CudaScratch s_;
+  CudaShared host_;
+  CudaBlock kv_cache_, scratch_, shared_block_;
+  std::vector<CudaBlock> shared_;  // given out by shared()
+  cuda::Stream stream_;
+  cuda::Event routed_;
+  std::vector<LayerGraph> graphs_;  // by layer
+  bool copied_ = false;             // has copy_routing() been called for this layer?
+  std::vector<cuda::ProductJob> packed_, floats_, products_;
+  std::vector<cuda::ExpertJob> chosen_;
+  std::vector<cuda::Rows> rows_;
+};
+
+}  // namespace edge_moe

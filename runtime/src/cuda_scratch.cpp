@@ -1,0 +1,59 @@
+// The pieces of memory that a GPU works in; see cuda_scratch.h.
+#include "cuda_scratch.h"
+
+#include <algorithm>
+
+namespace edge_moe {
+
+namespace {
+
+constexpr int kTokensAtOnce = 16;         // in attention
+constexpr size_t kMostScores = 2u << 20;  // fewer tokens where they have more scores than this
+
+void carve(Carver& carver, cuda::VectorBuffer& buffer, size_t vectors, size_t cols) {
+  buffer.cols = int(cols);
+  const size_t blocks = vectors * buffer.blocks();
+  carver.carve(buffer.codes, blocks * kBlock);
+  carver.carve(buffer.scales, blocks);
+  carver.carve(buffer.sums[0], blocks * 2);
+  carver.carve(buffer.sums[1], blocks);
+}
+
+}  // namespace
+
+int attention_tokens(const EngineConfig& c) {
+  const size_t scores = size_t(c.heads) * c.key_positions();
+  return std::min({int(std::max<size_t>(1, kMostScores / scores)), kTokensAtOnce, c.chunk});
+}
+
+size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
+  const size_t chunk = c.chunk, pairs = chunk * most(c.top_k), queries = size_t(attention_tokens(c)) * c.heads;
+  // Vectors of hidden values come in up to three lengths: as many blocks as any of them needs.
+  const auto blocks = [](size_t cols) { return (cols + kBlock - 1) / kBlock; };
+  const size_t hidden_blocks =
+      std::max({pairs * blocks(c.expert_hidden), chunk * blocks(c.shared_hidden), chunk * blocks(c.dense_hidden)});
+  Carver carver(base);
+  carve(carver, c, queries, s);
+  carver.carve(s.routing_weights, pairs);
+  carver.carve(s.pair_of, pairs);
+  carver.carve(s.pair_token, pairs);
+  carver.carve(s.position, 1);
+  carve(carver, s.normed_q, chunk, c.dim);
+  carve(carver, s.attended_q, chunk, size_t(c.heads) * c.v_dim);
+  carve(carver, s.hidden_q, hidden_blocks, kBlock);
+  if (c.kv_rank) {
+    carve(carver, s.q_latent_q, chunk, c.q_rank);
+    carve(carver, s.mixed_q, queries, c.kv_rank);
+  }
+  return carver.used();
+}
+
+size_t carve_cuda(const EngineConfig& c, CudaShared& s, uint8_t* base) {
+  Carver carver(base);
+  carver.carve(s.ids, c.chunk);
+  carver.carve(s.position, 1);
+  carver.carve(s.logits, size_t(c.logits_rows) * c.vocab);
+  return carver.used();
+}
+
+}  // namespace edge_moe

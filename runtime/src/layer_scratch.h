@@ -1,0 +1,25 @@
+// What any device works in when it computes a model, as pieces of one block of its memory.
+#pragma once
+
+#include "carver.h"
+#include "engine_config.h"
+
+namespace edge_moe {
+
+// `queries`: those that attention computes at once.
+struct LayerScratch {
+  float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
+  float* scores;                                   // (queries, context in whole key blocks)
+  float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
+  float* logits;                                   // (logits_rows, vocab)
+  float *cos, *sin;                                // (context, rope_dim/2)
+  float* received;                                 // (heads, chunk): attention from the chunk's tokens
+  float* ahead_normed;                             // (dim,)
+
+  // Attention over a latent alone.
+  float *q_latent, *absorbed, *mixed;  // (chunk, q_rank), (queries, kv_rank + rope_dim), (queries, kv_rank)
+};
+
+void carve(Carver& carver, const EngineConfig& config, size_t queries, LayerScratch& s);
+
+}  // namespace edge_moe

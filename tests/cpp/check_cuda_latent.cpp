@@ -1,0 +1,108 @@
+// Attention over a latent against the steps of runtime/src/latent_attention.cpp by scalar.cpp.
+#include <algorithm>
+
+#include "../../devices/cuda/latent.h"
+#include "../../devices/half.h"
+#include "../../runtime/src/rope.h"
+#include "check_cuda.h"
+
+namespace {
+
+struct Shape {
+  int heads, nope_dim, rope_dim, v_dim, rank, width, group;
+  bool half, interleaved;
+};
+
+// Queries of one head against latents: keys^T q, and beside them their part with position.
+Floats absorbed_by(const Shape& s, const Matrix& kv_b, const float* q, int head, float scale) {
+  Floats out(size_t(s.rank) + s.rope_dim, 0.0f), row(static_cast<size_t>(s.rank));
+  for (int d = 0; d < s.nope_dim; ++d) {
+    kScalarKernels.dequantise_row(kv_b, head * (s.nope_dim + s.v_dim) + d, row.data());
+    kScalarKernels.add_scaled(out.data(), row.data(), q[d] * scale, s.rank);
+  }
+  for (int i = 0; i < s.rope_dim; ++i) out[s.rank + i] = q[s.nope_dim + i] * scale;
+  return out;
+}
+
+void check_attention(const Shape& s, int position, int tokens) {
+  const int head_dim = s.nope_dim + s.rope_dim, cached = s.rank + s.rope_dim, turned = s.rope_dim / 2;
+  const size_t room = align_up(position + tokens, kKeyBlock);
+  const float scale = 0.11f;
+  const Floats frequency = floats(turned), norm = floats(s.rank);
+  Floats cos(room * turned), sin(room * turned);
+  fill_rope(frequency, 1.0f, 0, int(room), cos.data(), sin.data());
+  const int rows = s.heads * (s.nope_dim + s.v_dim);
+  const Packed packed(rows, s.rank, s.width < 16 ? s.width : 8, s.group);
+  const Floats values = floats(size_t(rows) * s.rank);
+  Matrix kv_b = packed.matrix;
+  if (s.width == 32) kv_b.codes = reinterpret_cast<const uint8_t*>(values.data()), kv_b.width = 32;
+
+  Floats latents(room * cached), q = floats(size_t(tokens) * s.heads * head_dim),
+                                 fresh = floats(size_t(tokens) * cached);
+  Values<uint16_t> halves(latents.size()), got_halves;
+  for (size_t i = 0; i < size_t(position) * cached; ++i) {
+    halves[i] = float_to_half(floats(1)[0]);
+    latents[i] = half_to_float(halves[i]);
+  }
+  got_halves = halves;
+  Floats got_latents = latents, got_q = q, got_fresh = fresh;
+
+  for (int t = 0; t < tokens; ++t) {
+    const size_t at = size_t(position) + t;
+    float* latent = &fresh[size_t(t) * cached];
+    for (int head = 0; head < s.heads; ++head)
+      rotate(&q[(size_t(t) * s.heads + head) * head_dim + s.nope_dim], &cos[at * turned], &sin[at * turned], turned,
+             s.interleaved);
+    rotate(latent + s.rank, &cos[at * turned], &sin[at * turned], turned, s.interleaved);
+    kScalarKernels.rms_norm(latent, norm.data(), 1e-6f, latent, s.rank);
+    for (int i = 0; i < cached; ++i) {
+      halves[at * cached + i] = float_to_half(latent[i]);
+      latents[at * cached + i] = s.half ? half_to_float(halves[at * cached + i]) : latent[i];
+    }
+  }
+  Floats scores(room), want(size_t(tokens) * s.heads * s.rank, 0.0f), got(want.size(), NAN);
+  for (int t = 0; t < tokens; ++t)
+    for (int head = 0; head < s.heads; ++head) {
+      const size_t query = size_t(t) * s.heads + head;
+      const Floats absorbed = absorbed_by(s, kv_b, &q[query * head_dim], head, scale);
+      Matrix keys;
+      keys.codes = reinterpret_cast<const uint8_t*>(latents.data()), keys.width = 32;
+      keys.rows = position + t + 1, keys.cols = cached;
+      Activations x;
+      x.values = absorbed.data(), x.count = 1, x.cols = cached;
+      kScalarKernels.matmul(keys, x, scores.data(), 0, 0, keys.rows);
+      kScalarKernels.softmax(scores.data(), 0, keys.rows);
+      for (int at = 0; at < keys.rows; ++at)
+        kScalarKernels.add_scaled(&want[query * s.rank], &latents[size_t(at) * cached], scores[at], s.rank);
+    }
+
+  const Values<int32_t> at = {position};
+  const cuda::LatentHeads heads = {s.heads, head_dim, s.rope_dim, s.v_dim, s.rank, 1e-6f, scale, s.interleaved};
+  const cuda::LatentCache cache = {s.half ? static_cast<void*>(got_halves.data()) : got_latents.data(), room, s.half};
+  const auto span = [&](int first, int count) { return cuda::Span{at.data(), first, count, position + first + count}; };
+  cuda::store_latents(got_q.data(), got_fresh.data(), norm.data(), cos.data(), sin.data(), heads, cache,
+                      span(0, tokens), nullptr);
+  Floats absorbed(size_t(tokens) * s.heads * cached), room_for_scores(size_t(tokens) * s.heads * room);
+  for (int first = 0; first < tokens; first += 11)
+    cuda::attend_latents(got_q.data(), kv_b, heads, cache, span(first, std::min(11, tokens - first)), absorbed.data(),
+                         room_for_scores.data(), &got[size_t(first) * s.heads * s.rank], nullptr);
+  const std::string what = std::to_string(s.heads) + " heads, rank " + std::to_string(s.rank) + ", " +
+                           std::to_string(s.width) + " bits, " + std::to_string(tokens) + " tokens at " +
+                           std::to_string(position);
+  compare(what + ", q", got_q, q);
+  if (s.half)
+    compare(what + ", latents", got_halves, halves);
+  else
+    compare(what + ", latents", got_latents, latents);
+  compare(what + ", mixed", got, want);
+}
+
+}  // namespace
+
+void check_latent() {
+  for (auto [position, tokens] : {std::pair{0, 1}, std::pair{3, 14}, std::pair{150, 1}, std::pair{60, 12}}) {
+    check_attention({3, 16, 8, 16, 64, 4, 32, true, true}, position, tokens);
+    check_attention({9, 32, 16, 24, 96, 3, 32, false, false}, position, tokens);
+    check_attention({8, 16, 32, 16, 128, 32, 64, true, true}, position, tokens);
+  }
+}

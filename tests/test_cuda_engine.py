@@ -1,0 +1,162 @@
+"""The gates on device cuda: logits equal transformers', and are the processor's bit for bit however experts come.
+
+They need a build with CUDA code and a GPU, or one whose GPU is simulated: tests/test_cuda.py makes that, and runs them.
+"""
+
+import json
+
+import numpy as np
+import pytest
+from bundles import (
+    LAST,
+    logits_of,
+    make_engine,
+    mask_routers_of,
+    prunable,
+    routers_of,
+    run_engine,
+    run_python,
+    same_bits,
+    write_lossless,
+)
+from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED
+
+from edge_moe import _core
+from edge_moe.bench.synthetic import make_synthetic
+from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.plan import KV_TYPES
+from edge_moe.runtime.runtime import Runtime
+
+SIMULATED = _core.cuda_build() == "simulated"
+pytestmark = pytest.mark.skipif(_core.cuda_build() == "none", reason="needs a build with code for NVIDIA GPUs")
+
+
+# ---- G1, G2: the logits of transformers, and the bits of the processor
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_lossless_logits_equal_those_of_transformers(golden, tmp_path, name):
+    directory, ids, want = golden[name]
+    checkpoint = Checkpoint(directory)
+    path = write_lossless(tmp_path / "lossless.emoe", directory, checkpoint.config, checkpoint)
+    got = logits_of(path, ids, device="cuda")
+    assert np.abs(got - want).max() <= 1e-4
+    assert np.array_equal(got.argmax(-1), want.argmax(-1))
+    assert same_bits(got, logits_of(path, ids))
+
+
+@pytest.mark.parametrize("kv", KV_TYPES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_slots_and_chunks_give_the_processors_bits(mixed, golden, architecture, kv):
+    path, ids = mixed(architecture), golden[architecture][1]
+    bundle = Bundle.open(path)
+    want = run_engine(make_engine(path, kv=kv), ids)
+    top_k, records = bundle.config.top_k, len(bundle.experts)
+    for slots, chunk, graphs in ((None, 32, True), (top_k, 1, True), (records // 2, 7, True), (top_k + 1, 1, False)):
+        engine = make_engine(path, slots=slots, kv=kv, device="cuda", graphs=graphs)
+        assert engine.kernels == "cuda"
+        assert same_bits(run_engine(engine, ids, chunk), want), (slots, chunk, graphs)
+        assert engine.counters["expert_misses"] > 0
+    engine = make_engine(path, slots=top_k + 1, kv=kv, device="cuda")
+    engine.set_prefetch(False)
+    assert same_bits(run_engine(engine, ids[:12], 1), want[:12])
+
+
+@pytest.mark.parametrize("width", _core.WIDTHS)
+def test_every_width_gives_the_processors_bits(bundle_of, stdlib_ids, width):
+    path = bundle_of("reference", width=width, trunk_width=width)
+    want = logits_of(path, stdlib_ids[:6])
+    assert same_bits(logits_of(path, stdlib_ids[:6], device="cuda"), want)
+
+
+@pytest.mark.parametrize("architecture", DROPPED)
+def test_a_bundle_without_the_dropped_experts_gives_the_processors_bits(dropped_of, golden, architecture):
+    path, ids = dropped_of(architecture, (3, 8, 5)), golden[architecture][1][:16]
+    want = run_engine(make_engine(path), ids)
+    assert same_bits(run_engine(make_engine(path, slots=4, device="cuda"), ids, 5), want)
+
+
+def test_a_long_context_gives_the_processors_bits(tmp_path):
+    """Longer than a graph's first positions and than the tokens whose scores are computed at once, by a window too."""
+    config = {"model_type": "qwen3_moe", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024}
+    config |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
+    config |= {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "norm_topk_prob": True, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    path = make_synthetic(tmp_path, tmp_path / "random.emoe", width=4).path
+    ids = np.random.default_rng(5).integers(0, 64, 270).astype(np.int32)
+    engines = [make_engine(path, device=device, context=300, chunk=250) for device in ("cpu", "cuda")]
+    assert same_bits(*[engine.forward(ids[:250], LAST) for engine in engines])
+    for token in ids[250:]:
+        assert same_bits(*[engine.forward(np.array([token]), LAST) for engine in engines])
+
+
+# ---- G5: pruning
+
+
+@pytest.fixture(scope="module")
+def prunable_bundle(golden, tmp_path_factory):
+    source = golden["olmoe"][0]
+    return prunable(tmp_path_factory.mktemp("pruned") / "b.emoe", source, mask_routers_of(Checkpoint(source).config))
+
+
+@pytest.mark.parametrize(
+    ("rule", "protect"), [("ratio", 0.0), ("ratio", 0.1), ("share", 0.0), ("otp", 0.0), ("loss", 0.0)]
+)
+def test_pruned_tokens_give_the_processors_bits(prunable_bundle, rule, protect):
+    routers = {name: routers_of(prunable_bundle, name) for name in ("otp", "loss")}
+    ids, seen = np.arange(1, 25), []
+    for device, slots, chunk in (("cpu", None, 24), ("cuda", None, 24), ("cuda", 3, 24), ("cuda", 3, 1)):
+        engine = make_engine(prunable_bundle, slots=slots, device=device, **routers)
+        engine.set_prune(rule, [0.6, 0.7] if rule in ("ratio", "share") else [], 0.2, protect)
+        seen.append((run_engine(engine, ids, chunk), engine.counters["experts_used"]))
+    seen = seen[: 3 if protect else 4]  # which tokens are protected depends on the chunk
+    assert all(same_bits(logits, seen[0][0]) and used == seen[0][1] for logits, used in seen)
+    assert seen[0][1] < 24 * 2 * Bundle.open(prunable_bundle).config.top_k
+
+
+# ---- errors, and all goes on
+
+
+def test_a_failed_read_is_an_error_and_the_next_try_is_whole(bundle_of, golden):
+    path, ids = bundle_of("olmoe", width=4), golden["olmoe"][1][:12]
+    want = run_engine(make_engine(path), ids)
+    engine = make_engine(path, slots=5, device="cuda")
+    engine.inject("error", after=7, times=1)
+    with pytest.raises(OSError, match="try again"):
+        run_engine(engine, ids, 1)
+    assert engine.faults_met == 1
+    assert same_bits(run_engine(engine, ids, 1), want)
+    engine.inject("flip", after=3, times=1)
+    with pytest.raises(RuntimeError, match="checksum"):
+        run_engine(engine, ids, 4)
+    assert same_bits(run_engine(engine, ids, 4), want)
+
+
+# ---- G4: a Runtime under a cap
+
+FLOOR = "import sys; from edge_moe import Runtime; print(Runtime(sys.argv[1], '8GB', 256, 'cuda').plan.floor_bytes)"
+CAPPED = """
+import json, sys
+from edge_moe import Runtime
+with Runtime(sys.argv[1], int(sys.argv[2]), 256, "cuda") as runtime:
+    answer = runtime.generate("import os", 10)
+print(json.dumps([answer.tokens, answer.device, answer.peak_memory_bytes, runtime.plan.slots, answer.expert_misses]))
+"""
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_runtime_keeps_its_cap_and_gives_the_same_answer(bundle_of, monkeypatch, discrete):
+    if discrete:
+        if not SIMULATED:
+            pytest.skip("a real GPU is what it is")
+        monkeypatch.setenv("EDGE_MOE_SIMULATE_DISCRETE", "1")
+    path = bundle_of("reference", bits=16)
+    with Runtime(path, "8GB", 256, threads=1) as runtime:
+        want = runtime.generate("import os", 10)
+    cap = int(run_python(FLOOR, path).stdout) + 4_000_000
+    tokens, device, peak, slots, misses = json.loads(run_python(CAPPED, path, cap).stdout)
+    assert (tokens, device) == (want.tokens, "cuda")
+    assert peak <= cap
+    assert 4 <= slots < 64 and misses > 0
