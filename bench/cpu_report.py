@@ -24,6 +24,7 @@ from edge_moe.bench.bench import Measurement
 from edge_moe.bench.child import answer, call
 from edge_moe.bench.conditions import processor, stolen
 from edge_moe.bench.kernel_bandwidth import COLS, GROUP, kernel_bandwidth
+from edge_moe.bench.markdown import table
 from edge_moe.bench.paging_bound import ROUNDS, TOKENS, paging_bound
 from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.devices.probe import default_threads
@@ -190,11 +191,6 @@ def speed(row: Measurement) -> str:
 
 def gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB"
-
-
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def tell(line: str) -> None:

@@ -5,6 +5,7 @@ which allocates everything. Nothing grows afterwards but the caller's own result
 """
 
 import operator
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -127,6 +128,7 @@ class Runtime:
                 READERS,
                 kernels,
                 device=where.name,
+                graphs=os.environ.get("EDGE_MOE_CUDA_GRAPHS") != "0",  # to see what they are worth
                 **mask_routers,
             )
         except RuntimeError as error:  # the core's word for a damaged file

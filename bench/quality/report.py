@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from edge_moe.bench.markdown import table
 from edge_moe.bench.quality.forms import DROPPED
 from edge_moe.bench.quality.peers import LLAMA_CPP
 from edge_moe.bench.quality.study import Study
@@ -26,12 +27,6 @@ def ratio(one: dict, other: dict) -> tuple[float, float]:
         difference = np.array(text["windows"]) - value * np.array(other["texts"][name]["windows"])
         variance += difference.var(ddof=1) / len(difference) if len(difference) > 1 else math.nan
     return value, math.sqrt(variance) / len(one["texts"]) / other["kld_mean"]
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, all columns but the first right-aligned."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def conditions(study: Study, bases: dict[str, dict]) -> str:
@@ -80,7 +75,7 @@ def method_table(results: dict[str, dict], texts: list[str]) -> str:
                 f"{result['top1_agreement']:.4f}",
             ]
         )
-    return table(head, rows)
+    return table(head, rows, right=True)
 
 
 NOTES = (
@@ -142,7 +137,8 @@ def bars(results: dict[float, dict[str, dict]], study: Study) -> list[tuple[str,
 
 
 def bar_table(found: list[tuple[str, bool, str]]) -> str:
-    return table(["bar", "", "KLD"], [[text, "met" if met else "**MISSED**", figures] for text, met, figures in found])
+    rows = [[text, "met" if met else "**MISSED**", figures] for text, met, figures in found]
+    return table(["bar", "", "KLD"], rows, right=True)
 
 
 LLAMA_CPP_NOTES = (
@@ -154,7 +150,7 @@ LLAMA_CPP_NOTES = (
 
 def llama_cpp_table() -> str:
     rows = [[n, f"{b:.2f}", f"{p:.2f}", f"{k:.4f}", f"{t:.3f}"] for n, b, p, k, t in LLAMA_CPP]
-    return table(["llama.cpp type", "bits", "PPL", "KLD", "top-1"], rows)
+    return table(["llama.cpp type", "bits", "PPL", "KLD", "top-1"], rows, right=True)
 
 
 def ablation_table(repeats: list[dict[str, dict]], texts: list[str]) -> str:
@@ -177,7 +173,7 @@ def ablation_table(repeats: list[dict[str, dict]], texts: list[str]) -> str:
                 "" if name == "pmq" else verdict(value, error),
             ]
         )
-    return table(head, rows)
+    return table(head, rows, right=True)
 
 
 def combined_error(values, errors) -> float:
@@ -230,7 +226,7 @@ def size_table(sizes: list[dict]) -> str:
         parts = [f"{one[part]:.2f} s" for part in ("moments", "measuring", "rounding", "seconds")]
         per_weight = 1e6 * one["seconds"] / (3 * one["dim"] * one["hidden"])
         rows.append([f"{one['dim']} x {one['hidden']}", *parts, f"{per_weight:.2f}"])
-    return table(head, rows)
+    return table(head, rows, right=True)
 
 
 SIZE_NOTES = (

@@ -1,0 +1,7 @@
+"""Tables of the reports."""
+
+
+def table(head: list[str], rows: list[list[str]], right: bool = False) -> str:
+    """A Markdown table; right: all columns but the first are aligned to the right."""
+    lines = [head, ["---", *["---:" if right else "---"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
