@@ -3,7 +3,8 @@
     bench/gpu_check.sh [--quick]     builds what this needs and runs it
 
 Parity of every kernel with scalar.cpp, compute-sanitizer, the gates on the GPU, each kernel beside reading, copying and
-multiplying alone, and random models with Qwen3-30B-A3B's layer shapes, resident and paged, beside the processor.
+multiplying alone, memory beside its plan, and random models with Qwen3-30B-A3B's layer shapes, resident and paged,
+beside the processor.
 """
 
 import argparse
@@ -31,6 +32,14 @@ WIDTHS = (4, 2)
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 CEILINGS = {"gbps": "read", "tops": "tensor cores on bytes"}
 UNITS = {"gbps": "GB/s", "tops": "TOPS"}
+MEMORY = {
+    "planned_bytes": "trunk, KV cache, scratch and experts, as planned",
+    "gpu_bytes": "less free on the GPU than before",
+    "uncounted_bytes": "of it not counted by the system as the process's",
+    "total_bytes": "the whole plan",
+    "peak_memory_bytes": "peak: the process's own, and what is not counted as that",
+    "driver_bytes": "less available in the system when the GPU begins to be used, before any of this",
+}
 TOOL_S = 300  # of one compute-sanitizer run
 PAGED_SHARE = 0.5  # of the experts' bytes that slots get
 
@@ -46,6 +55,7 @@ def main() -> None:
     report["sanitizer"] = {} if given.quick else {tool: sanitised(tool, given.programs) for tool in TOOLS}
     report["gates"] = gates(given.tests)
     report["kernels"] = kernels(given.programs)
+    report["memory"] = memory()
     report["models"] = models(WIDTHS[:1] if given.quick else WIDTHS, 2 if given.quick else 5)
     name = "cuda-" + "-".join(report["conditions"]["gpu"]["name"].lower().replace("/", " ").split())
     given.out.mkdir(parents=True, exist_ok=True)
@@ -136,6 +146,39 @@ def models(widths: tuple[int, ...], repeats: int) -> list[dict]:
     return rows
 
 
+def memory() -> dict:
+    """What the GPU and the system say that a Runtime takes, beside its plan."""
+    with tempfile.TemporaryDirectory() as directory:
+        bundle = Path(directory) / "4.emoe"
+        make_in_child(directory, CONFIG, bundle, 2, 4, VOCAB)
+        return call("edge_moe.bench.cuda_report", {"memory_of": str(bundle)}, "measuring was killed")
+
+
+def _memory(bundle: str) -> dict:
+    """In a process of its own, which has not used the GPU before."""
+    from edge_moe.runtime.runtime import Runtime
+
+    before = _core.free_bytes()
+    gpu = _core.cuda_gpu()
+    begun = _core.free_bytes()
+    with Runtime(bundle, "16GB", 4096, "cuda") as runtime:
+        runtime.generate(list(range(600)), 32)
+        plan, stats = runtime.plan, runtime.stats
+        taken = gpu["free_bytes"] - _core.cuda_gpu()["free_bytes"]
+    return {
+        "driver_bytes": before - begun,  # of the system's memory, to begin using the GPU
+        "planned_bytes": plan.trunk_bytes + plan.kv_cache_bytes + plan.scratch_bytes + plan.experts_bytes,
+        "gpu_bytes": taken,  # that were free on it and are not
+        "uncounted_bytes": stats["uncounted_bytes"],
+        "peak_memory_bytes": stats["peak_memory_bytes"],
+        "total_bytes": plan.total_bytes,
+    }
+
+
+def _answer(memory_of: str = "", **asked):
+    return _memory(memory_of) if memory_of else _measure(**asked)
+
+
 def _measure(graphs: bool = True, paged: float = 0, **asked) -> list[dict]:
     """In a process of its own: the rows of one way to run. paged: bytes of slots, instead of a cap."""
     from edge_moe.bench.bench import measure
@@ -171,6 +214,8 @@ def markdown(report: dict) -> str:
         "## Checks\n\n" + table(["check", "", "last line"], check_rows(report)),
         "## Kernels alone\n\nOne token, or a prompt of 512, times matrices that no cache holds; medians. The share is "
         "of reading alone or of tensor cores alone.\n\n" + table(["what", "", "share"], kernel_rows(report["kernels"])),
+        "## Memory\n\nOf two layers, resident, 4,096 tokens of context.\n\n"
+        + table(["what", ""], [[text, megabytes(report["memory"][key])] for key, text in MEMORY.items()]),
         f"## Models\n\nRandom, Qwen3-30B-A3B's layer shapes, {LAYERS} layers, {VOCAB:,} tokens of vocabulary; means "
         "and deviations. The share is of the bytes of weights that a token needs at the speed of reading alone. Paged: "
         f"slots for {PAGED_SHARE:.0%} of the experts, routed almost evenly.\n\n"
@@ -203,9 +248,13 @@ def model_rows(found: list[dict], read_gbps: float) -> list[list[str]]:
         share = f"{row.weights_gbps / read_gbps:.0%}" if row.weights_gbps and row.device == "cuda" else ""
         rows.append(
             [str(its["width"]), its["how"], row.test, f"{row.tps_mean:.1f} ± {row.tps_sd:.1f}", share]
-            + [f"{row.hit_rate:.0%}", f"{row.peak_memory_bytes / 1e6:,.0f} MB"]
+            + [f"{row.hit_rate:.0%}", megabytes(row.peak_memory_bytes)]
         )
     return rows
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
 
 
 def tell(line: str) -> None:
@@ -213,4 +262,4 @@ def tell(line: str) -> None:
 
 
 if __name__ == "__main__":
-    answer(_measure) if sys.argv[1:] and sys.argv[1].startswith("{") else main()
+    answer(_answer) if sys.argv[1:] and sys.argv[1].startswith("{") else main()

@@ -20,6 +20,7 @@ BINDINGS = TESTS.parent / "bindings"
 ARCHITECTURES = ("sm_87", "sm_90", "sm_110")  # Orin, a data centre's GPU, Thor
 NVCC = shutil.which("nvcc")
 KERNELS = sorted(path for path in (DEVICES / "cuda").glob("*.cu") if path.stem != "device")
+KERNELS.append(TESTS.parent / "bench" / "cuda_kernels.cu")
 
 
 FIND_GPU = """

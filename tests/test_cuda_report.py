@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 
 from edge_moe.bench.bench import measure
-from edge_moe.bench.cuda_report import markdown, verdicts
+from edge_moe.bench.cuda_report import MEMORY, markdown, verdicts
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,7 @@ def report(bundle_of):
             {"what": "tensor cores on bytes", "tops": 80.0, "share": 1.0},
             {"what": "4 bits, down", "gbps": 135.0, "share": 0.75},
         ],
+        "memory": dict.fromkeys(MEMORY, 12000000.0),
         "models": [{"how": "resident", "width": 4, **asdict(rows[1]), "device": "cuda", "weights_gbps": 90.0}],
     }
 
@@ -42,5 +43,6 @@ def test_figures_stand_beside_the_gpus_own(report):
     text = markdown(report)
     assert "# The cuda device on Orin\n" in text and "64 GB shared with the processor" in text
     assert "| 4 bits, down | 135.0 GB/s | 75% |" in text
+    assert text.count(" | 12 MB |") == len(MEMORY)
     (row,) = [line for line in text.splitlines() if line.startswith("| 4 | resident | tg4 |")]
     assert row.split("|")[5].strip() == "50%"

@@ -93,15 +93,15 @@ def test_a_bundles_records_are_what_is_read(bundle_of):
     assert sorted(path.name for path in bundle.iterdir()) == before
 
 
-def test_text_names_gpus_and_what_does_not_use_them_yet(driver):
+def test_text_names_gpus_and_how_to_get_code_for_them(driver):
     found = json.loads(run("--json").stdout)
     assert examination_text(found).splitlines()[-1].split() == ["runs", "on", "cpu"]
     gpus = [vars(gpu) for gpu in nvidia.find_driver(driver(0)).gpus]
-    text = examination_text(found | {"cuda": {"driver": "12.6", "gpus": gpus, "nvcc": "12.6"}})
+    text = examination_text(found | {"cuda": {"driver": "12.6", "gpus": gpus, "nvcc": "12.6", "build": False}})
     assert "Orin (nvgpu), compute capability 8.7, 14 multiprocessors, 65.88 GB shared with the processor" in text
     assert "A card, compute capability 8.7, 14 multiprocessors, 5.00 GB of its own" in text
     assert "driver for 12.6; toolkit 12.6" in text
-    assert "this version does not compute on a GPU yet" in text
+    assert "this build has no code for the GPU: pip install -Ccmake.define.EDGE_MOE_CUDA=ON" in text
 
 
 def test_where_nothing_can_be_written_is_one_line(tmp_path):

@@ -45,9 +45,10 @@ def examine(where: Path) -> dict:
             "driver": driver.version if driver else None,
             "gpus": [asdict(gpu) for gpu in driver.gpus] if driver else [],
             "nvcc": nvcc_version(),
+            "build": _core.cuda_build() == "cuda",  # has this build code for them?
         },
         "mlx": importlib.util.find_spec("mlx") is not None,
-        "devices": ["cpu"],  # that this version computes on
+        "devices": [*(["cuda"] if driver and _core.cuda_build() == "cuda" else []), "cpu"],  # the default first
     }
 
 
@@ -71,9 +72,16 @@ def examination_text(found: dict) -> str:
         *[["GPU" if number == 0 else "", line] for number, line in enumerate(gpus)],
         ["CUDA", f"driver for {cuda['driver']}{toolkit}" if cuda["driver"] else f"no driver{toolkit}"],
         ["MLX", "installed" if found["mlx"] else "not installed"],
-        ["runs on", "cpu" + (": this version does not compute on a GPU yet" if gpus else "")],
+        ["runs on", _devices_text(found)],
     ]
     return table(rows)
+
+
+def _devices_text(found: dict) -> str:
+    cuda = found["cuda"]
+    if cuda["gpus"] and not cuda["build"]:
+        return "cpu; this build has no code for the GPU: pip install -Ccmake.define.EDGE_MOE_CUDA=ON, where nvcc is"
+    return " or ".join(found["devices"])
 
 
 def _disk_text(gbps: float | None) -> str:
