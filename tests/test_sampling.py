@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edge_moe.runtime.sampling import Sampler
+from edge_moe.runtime.sampling import Sampler, likeliest
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.1, 0.025], np.float32))
 
@@ -33,6 +33,17 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
     order = np.argsort(-logits, kind="stable")
     found = draws(2000, logits.astype(np.float64), temperature=1.0, top_p=top_p, seed=2)
     assert set(np.flatnonzero(found)) == set(order[:kept])
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("share", [1e-6, 0.3, 0.9, 0.99999])
+def test_the_likeliest_of_many_are_those_of_a_full_sort(spread, share):
+    random = np.random.default_rng(4)
+    probabilities = np.round(np.exp(random.standard_normal(20_000) * spread), 2)  # many are equal
+    probabilities /= probabilities.sum()
+    order = np.argsort(-probabilities, kind="stable")
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    assert likeliest(probabilities, share).tolist() == sorted(order[before < share].tolist())
 
 
 def test_top_p_applies_after_temperature():
