@@ -101,7 +101,7 @@ def test_nvcc_keeps_kernels_in_registers(source, architecture, tmp_path, record_
     built = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert built.returncode == 0, built.stdout
     assert "warning" not in built.stdout, built.stdout
-    kernels = re.findall(r"Compiling entry function '\w*?\d+(\w+_kernel)E", built.stdout)
+    kernels = re.findall(r"Compiling entry function '\w*?\d+(\w+_kernel)[EI]", built.stdout)
     spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", built.stdout)]
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", built.stdout)]
     assert len(kernels) == len(registers) > 0

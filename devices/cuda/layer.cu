@@ -1,7 +1,5 @@
-// Norms, embeddings, the router's products, rotary positions, the KV cache and attention; scalar.cpp has their bits.
-//
-// Sums have one order whatever the length of the context, so a long one is split over positions and dimensions, not
-// over parts of a sum.
+// Norms, embeddings, the router's products, sums of tokens, rotary positions and the KV cache; scalar.cpp has their
+// bits.
 #include "batch.h"
 #include "lanes.cuh"
 #include "layer.h"
@@ -14,7 +12,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kHeadsAtOnce = 8;  // that share a key while it is in a register
 
 // ---- norms, embeddings, float products
 
@@ -151,110 +148,6 @@ store_keys_kernel(Projections p, Heads heads, LayerCache cache, const int32_t* p
   }
 }
 
-// ---- attention
-
-__device__ __forceinline__ int first_seen(const Heads& heads, int end) {
-  return heads.sliding_window && end > heads.sliding_window ? end - heads.sliding_window : 0;
-}
-
-// A thread takes a position, for some heads of one KV head and one token.
-EDGE_MOE_KERNEL(kThreads)
-scores_kernel(const float* q, Heads heads, LayerCache cache, Span span, float* scores) {
-  EDGE_MOE_DYNAMIC_SHARED(shared);
-  float* queries = reinterpret_cast<float*>(shared);  // (kHeadsAtOnce, head_dim)
-  const int n = heads.head_dim, shared_by = heads.heads / heads.kv_heads;
-  const int parts = (shared_by + kHeadsAtOnce - 1) / kHeadsAtOnce;
-  const int kv_head = int(blockIdx.y) / parts, first = int(blockIdx.y) % parts * kHeadsAtOnce;
-  const int count = shared_by - first < kHeadsAtOnce ? shared_by - first : kHeadsAtOnce;
-  const size_t first_row = size_t(blockIdx.z) * heads.heads + kv_head * shared_by + first;
-  const size_t first_query = first_row + size_t(span.first) * heads.heads;
-  const int at = int(blockIdx.x) * kThreads + int(threadIdx.x), end = end_of(span, int(blockIdx.z));
-  if (int(blockIdx.x) * kThreads >= end || (int(blockIdx.x) + 1) * kThreads <= first_seen(heads, end)) return;
-  for (int i = int(threadIdx.x); i < kHeadsAtOnce * n; i += kThreads)
-    queries[i] = i / n < count ? q[first_query * n + i] : 0.0f;
-  __syncthreads();
-  if (at >= end) return;
-  const size_t key = size_t(kv_head) * cache.positions * n + size_t(at / kKeyBlock) * n * kKeyBlock + at % kKeyBlock;
-  float sums[kHeadsAtOnce] = {};
-  EDGE_MOE_UNROLL_8
-  for (int d = 0; d < n; ++d) {
-    const float value = get(cache.keys, cache.half, key + size_t(d) * kKeyBlock);
-    EDGE_MOE_UNROLL
-    for (int head = 0; head < kHeadsAtOnce; ++head) sums[head] = fmaf(queries[head * n + d], value, sums[head]);
-  }
-  EDGE_MOE_UNROLL
-  for (int head = 0; head < kHeadsAtOnce; ++head)
-    if (head < count) scores[(first_row + head) * cache.positions + at] = heads.softmax_scale * sums[head];
-}
-
-// A block's threads take one head of one token.
-EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span span, float* scores) {
-  __shared__ float of_warps[kWarps];
-  __shared__ float total;
-  float* x = scores + (size_t(blockIdx.y) * heads.heads + blockIdx.x) * positions;
-  const int end = end_of(span, int(blockIdx.y)), begin = first_seen(heads, end), thread = int(threadIdx.x);
-  float top = x[begin];
-  for (int i = begin + thread; i < end; i += kThreads) top = x[i] > top ? x[i] : top;
-  top = warp_top(top);
-  if (thread % kWarp == 0) of_warps[thread / kWarp] = top;
-  __syncthreads();
-  for (int warp = 0; warp < kWarps; ++warp) top = of_warps[warp] > top ? of_warps[warp] : top;
-  for (int i = begin + thread; i < end; i += kThreads) x[i] = exp_lane(x[i] - top);
-  __syncthreads();
-  if (thread < kWarp) {  // lanes follow the absolute position
-    float sum = 0.0f;
-    for (int i = begin / kLanes * kLanes + thread % kLanes; i < end; i += kLanes)
-      if (i >= begin) sum = sum + x[i];
-    sum = fold_lanes(sum);
-    if (thread == 0) total = sum;
-  }
-  __syncthreads();
-  const float inverse = 1.0f / total;
-  for (int i = begin + thread; i < end; i += kThreads) x[i] = x[i] * inverse;
-}
-
-// A thread takes a dimension of one head of one token; positions are added one after the other.
-EDGE_MOE_KERNEL(kThreads)
-values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, float* attended) {
-  const int n = heads.head_dim, d = int(blockIdx.x * kThreads + threadIdx.x), head = int(blockIdx.y);
-  if (d >= n) return;
-  const size_t row = size_t(blockIdx.z) * heads.heads + head;
-  const int end = end_of(span, int(blockIdx.z));
-  const size_t room = size_t(head / (heads.heads / heads.kv_heads)) * cache.positions * n + d;
-  const float* weight = weights + row * cache.positions;
-  float sum = 0.0f;
-  EDGE_MOE_UNROLL_8
-  for (int at = first_seen(heads, end); at < end; ++at)
-    sum = fmaf(weight[at], get(cache.values, cache.half, room + size_t(at) * n), sum);
-  attended[(row + size_t(span.first) * heads.heads) * n + d] = sum;
-}
-
-// A thread takes a token of the pass and a head; tokens of the span are added one after the other.
-EDGE_MOE_KERNEL(kThreads)
-received_kernel(const float* scores, Heads heads, size_t positions, Span span, float* received, size_t stride) {
-  const int token = int(blockIdx.x * kThreads + threadIdx.x), head = int(blockIdx.y), at = *span.position + token;
-  if (token >= span.first + span.count) return;
-  float sum = token < span.first ? received[head * stride + token] : 0.0f;  // what earlier spans gave
-  for (int from = 0; from < span.count; ++from) {
-    const int end = end_of(span, from);
-    if (first_seen(heads, end) <= at && at < end)
-      sum = sum + scores[(size_t(from) * heads.heads + head) * positions + at];
-  }
-  received[head * stride + token] = sum;
-}
-
-// A thread takes a token: the sums are in double and have one order.
-EDGE_MOE_KERNEL(kWarp)
-importance_kernel(const float* normed, const float* received, size_t stride, int heads, int tokens, int dim,
-                  float* of_tokens) {
-  const int token = int(blockIdx.x * kWarp + threadIdx.x);
-  if (token >= tokens) return;
-  double norm = 0, sum = 0;
-  for (int i = 0; i < dim; ++i) norm += double(fabsf(normed[size_t(token) * dim + i]));
-  for (int head = 0; head < heads; ++head) sum += double(received[head * stride + token]);
-  of_tokens[token] = float(norm * sum / heads / (tokens - token));
-}
-
 }  // namespace
 
 void rms_norm(const float* x, const float* weight, float eps, int vectors, int n, float* y, const VectorBuffer& into,
@@ -308,35 +201,6 @@ void add_gated(float* x, const float* y, const float* gates, int tokens, int dim
 void store_keys(const Projections& p, const Heads& heads, const LayerCache& cache, const Span& span, Stream stream) {
   EDGE_MOE_LAUNCH(store_keys_kernel, dim3(unsigned(heads.heads + heads.kv_heads), unsigned(span.count)), dim3(kWarp), 0,
                   stream, p, heads, cache, span.position);
-}
-
-void softmax(const Heads& heads, size_t positions, const Span& span, float* scores, Stream stream) {
-  EDGE_MOE_LAUNCH(softmax_kernel, dim3(unsigned(heads.heads), unsigned(span.count)), dim3(kThreads), 0, stream, heads,
-                  positions, span, scores);
-}
-
-void attend(const float* q, const Heads& heads, const LayerCache& cache, const Span& span, float* scores,
-            float* attended, Stream stream) {
-  const int parts = (heads.heads / heads.kv_heads + kHeadsAtOnce - 1) / kHeadsAtOnce;
-  const unsigned all = unsigned(span.count);
-  EDGE_MOE_LAUNCH(scores_kernel, dim3(pieces(size_t(span.most) + 1, kThreads), unsigned(heads.kv_heads * parts), all),
-                  dim3(kThreads), size_t(kHeadsAtOnce) * heads.head_dim * sizeof(float), stream, q, heads, cache, span,
-                  scores);
-  softmax(heads, cache.positions, span, scores, stream);
-  EDGE_MOE_LAUNCH(values_kernel, dim3(pieces(heads.head_dim, kThreads), unsigned(heads.heads), all), dim3(kThreads), 0,
-                  stream, scores, heads, cache, span, attended);
-}
-
-void add_received(const float* scores, const Heads& heads, size_t positions, const Span& span, float* received,
-                  size_t stride, Stream stream) {
-  EDGE_MOE_LAUNCH(received_kernel, dim3(pieces(span.first + span.count, kThreads), unsigned(heads.heads)),
-                  dim3(kThreads), 0, stream, scores, heads, positions, span, received, stride);
-}
-
-void importance(const float* normed, const float* received, size_t stride, int heads, int tokens, int dim,
-                float* of_tokens, Stream stream) {
-  EDGE_MOE_LAUNCH(importance_kernel, dim3(pieces(tokens, kWarp)), dim3(kWarp), 0, stream, normed, received, stride,
-                  heads, tokens, dim, of_tokens);
 }
 
 }  // namespace edge_moe::cuda

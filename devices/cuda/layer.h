@@ -1,4 +1,5 @@
-// Launches of what a layer does besides products of packed matrices: see layer.cu. Pointers are the device's.
+// Launches of what a layer does besides products of packed matrices: see layer.cu and attend.cu. Pointers are the
+// device's.
 #pragma once
 
 #include "decode.h"

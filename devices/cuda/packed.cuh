@@ -120,13 +120,13 @@ __device__ __forceinline__ float add_blocks(const Matrix& m, int row, const Quan
       for (int half = 0; half < 2 && 2 * block + half < groups; ++half) {
         const int group = 2 * block + half;
         sum = fmaf(from_bfloat16(biases[group]), x.sums[0][group], sum);
-        sum = fmaf(float(dot[half]), from_bfloat16(scales[group]) * x_scale, sum);
+        sum = fmaf(small_float(dot[half]), from_bfloat16(scales[group]) * x_scale, sum);
       }
     } else {
       const int group = block * kBlock / m.group;
       if (block * kBlock % m.group == 0)
         sum = fmaf(from_bfloat16(biases[group]), group_sum(x, m.group, group, blocks), sum);
-      sum = fmaf(float(dot[0] + dot[1]), from_bfloat16(scales[group]) * x_scale, sum);
+      sum = fmaf(small_float(dot[0] + dot[1]), from_bfloat16(scales[group]) * x_scale, sum);
     }
   }
   return sum;

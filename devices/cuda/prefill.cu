@@ -22,6 +22,8 @@ static_assert(kThreads == 2 * kRows && kThreads == 2 * kTokens);  // a thread sp
 struct alignas(16) Tiles {
   uint8_t codes[kRows * kStride];
   uint8_t inputs[kTokens * kStride];
+  float scales[kTokens];   // of the tokens' block
+  float sums[2][kTokens];  // of the groups that begin in it: one, or two of 32
 };
 
 // Half a block of one row's codes and of one token's inputs, eight words each.
@@ -74,6 +76,11 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
                                             reinterpret_cast<uint32_t*>(tiles.codes + line * kStride + half * 32),
                                             reinterpret_cast<uint32_t*>(tiles.inputs + line * kStride + half * 32));
       });
+    const size_t at = size_t(vectors[line]) * blocks;
+    const QuantisedVector token = {nullptr, nullptr, {x.sums[0] + 2 * at, x.sums[1] + at}};
+    if (half == 0) tiles.scales[line] = x.scales[at + block];
+    if (m.group == 32 ? first < m.cols : half == 1 && block * kBlock % m.group == 0)
+      tiles.sums[m.group == 32 ? half : 0][line] = group_sum(token, m.group, first / m.group, blocks);
     __syncthreads();
     // Parts of the block whose products share both scales: its halves, or both together.
     const int parts = m.group == 32 ? 2 : 1;
@@ -103,13 +110,10 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
         }
         EDGE_MOE_UNROLL
         for (int i = 0; i < 4; ++i) {
-          const size_t at = size_t(vectors[tile * 8 + lane % 4 * 2 + i % 2]) * blocks;
+          const int token = tile * 8 + lane % 4 * 2 + i % 2;
           float& sum = sums[tile][i];
-          if (begins) {
-            const QuantisedVector v = {nullptr, nullptr, {x.sums[0] + 2 * at, x.sums[1] + at}};
-            sum = fmaf(biases[i / 2], group_sum(v, m.group, group, blocks), sum);
-          }
-          sum = fmaf(float(dots[i]), scales[i / 2] * x.scales[at + block], sum);
+          if (begins) sum = fmaf(biases[i / 2], tiles.sums[part][token], sum);
+          sum = fmaf(small_float(dots[i]), scales[i / 2] * tiles.scales[token], sum);
         }
       }
     }
