@@ -11,7 +11,7 @@ from edge_moe.compressor.sizes import EDGES, RECIPES, Part, Sizes, packed_sizes,
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import ModelConfig, parse_config, read_json
-from edge_moe.runtime.device import Device, device_name
+from edge_moe.runtime.device import device_name
 from edge_moe.runtime.plan import KV_TYPES, Plan, make_plan, resolve_ram
 from edge_moe.runtime.runtime import DEFAULT_CONTEXT
 from edge_moe.runtime.tokenizer import tokenizer_of
@@ -88,7 +88,7 @@ def estimate(
         + (0 if is_bundle else TABLE_BYTES + RECORD_BYTES * config.expert_count),
         threads=threads or default_threads(),
         kv=kv,
-        device=Device(device_name(device)),
+        device=device_name(device),
         refuse=False,
     )
     del tokenizer  # counted

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from edge_moe import _core
 from edge_moe.devices.probe import cgroup_limit_bytes, memory_limit_bytes
 from edge_moe.runtime.config import ModelConfig
-from edge_moe.runtime.device import Device
 from edge_moe.runtime.rope import rope_frequency, rope_scale, softmax_scale
 
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best first
@@ -17,7 +16,6 @@ LOGIT_BYTES = 64  # that sampling or scoring may hold for each logit of a step: 
 KV_TYPES = ("float16", "float32")  # that the KV cache is kept in
 SCRATCH_PART = 8  # when paging, a step's scratch takes at most one part in so many of what slots could have
 AUTO_SHARE = 0.8  # of free memory that ram="auto" takes
-CPU = Device()
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
@@ -66,7 +64,8 @@ class Plan:
         """A cap from which on they fit: the knee of speed over the cap."""
         experts = self.working_set_bytes
         scratch = max(self.scratch_bytes, math.ceil(experts / (SCRATCH_PART - 1)))  # of a longer step, where it fits
-        fixed = self.trunk_bytes + self.kv_cache_bytes + self.interpreter_bytes + READERS * READER_BYTES
+        buffers = max(self.io_buffers_bytes, READERS * READER_BYTES)
+        fixed = self.trunk_bytes + self.kv_cache_bytes + self.interpreter_bytes + buffers
         return min(max(fixed + scratch + experts, self.floor_bytes), self.resident_bytes)
 
     def as_dict(self) -> dict:
@@ -170,7 +169,7 @@ def make_plan(
     logits_rows: int = 1,
     threads: int = 1,
     kv: str = KV_TYPES[0],
-    device: Device = CPU,
+    device: str = "cpu",
     refuse: bool = True,
 ) -> Plan:
     """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, then experts from what is left.
@@ -184,12 +183,13 @@ def make_plan(
     working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
     least_slots = max(config.top_k_of(layer) for layer in config.moe_layers)
     interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
-    read_bytes = READERS * (READER_BYTES + (slot_bytes if device.staged else 0))
+    mapped = device == "cpu"  # records that all fit are used where they are mapped from their files
+    read_bytes = READERS * (READER_BYTES + (0 if mapped else slot_bytes))  # a GPU gets them through a buffer, or may
 
     def plan(chunk: int, resident: bool) -> Plan:
-        kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads, kv, device.name)
+        kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads, kv, device)
         fixed = trunk_bytes + kv_cache + scratch + interpreter_bytes
-        io_buffers = 0 if resident and device.maps_records else read_bytes
+        io_buffers = 0 if resident and mapped else read_bytes
         experts = all_experts_bytes if resident else max(0, min(ram_bytes - fixed - io_buffers, all_experts_bytes))
         return Plan(
             ram_bytes=ram_bytes,
@@ -206,7 +206,7 @@ def make_plan(
             experts_bytes=experts,
             all_experts_bytes=all_experts_bytes,
             floor_bytes=fixed + read_bytes + least_slots * slot_bytes,
-            resident_bytes=fixed + all_experts_bytes + (0 if device.maps_records else read_bytes),
+            resident_bytes=fixed + all_experts_bytes + (0 if mapped else read_bytes),
             working_set_experts=working_set,
             working_set_bytes=round(working_set * all_experts_bytes / config.expert_count),
         )

@@ -18,7 +18,7 @@ import numpy as np
 from edge_moe import _core
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.device import find_device
+from edge_moe.runtime.device import begin_device
 from edge_moe.runtime.plan import KV_TYPES, READERS, Plan, engine_config, make_plan, resolve_ram
 from edge_moe.runtime.pruning import OFF, PruneRule, prune_rule, read_mask_routers
 from edge_moe.runtime.sampling import Sampler
@@ -95,8 +95,7 @@ class Runtime:
         self.tokenizer = tokenizer_of(self.bundle.path)
         self.threads = threads or default_threads()
         self.logits_rows = min(logits_rows, context)
-        where = find_device(device)
-        self.device = where.name
+        self.device = begin_device(device)
         ram_bytes = resolve_ram(ram)
         self.plan: Plan = make_plan(
             self.config,
@@ -110,7 +109,7 @@ class Runtime:
             logits_rows=self.logits_rows,
             threads=self.threads,
             kv=kv,
-            device=where,
+            device=self.device,
         )
         records, frequency = self.bundle.record_table()
         try:
@@ -123,11 +122,11 @@ class Runtime:
                 [str(path) for path in self.bundle.files],
                 records,
                 frequency,
-                self.plan.resident and where.maps_records,
+                self.plan.resident and self.device == "cpu",
                 self.plan.experts_bytes,
                 READERS,
                 kernels,
-                device=where.name,
+                device=self.device,
                 graphs=os.environ.get("EDGE_MOE_CUDA_GRAPHS") != "0",  # to see what they are worth
                 **mask_routers,
             )

@@ -3,6 +3,7 @@
 They need a build with CUDA code and a GPU, or one whose GPU is simulated: tests/test_cuda.py makes that, and runs them.
 """
 
+import errno
 import json
 
 import numpy as np
@@ -132,6 +133,15 @@ def test_a_failed_read_is_an_error_and_the_next_try_is_whole(bundle_of, golden):
     with pytest.raises(RuntimeError, match="checksum"):
         run_engine(engine, ids, 4)
     assert same_bits(run_engine(engine, ids, 4), want)
+
+
+@pytest.mark.skipif(not SIMULATED, reason="a real GPU's memory is what it is")
+def test_memory_that_cannot_be_read_to_is_filled_through_a_buffer(bundle_of, golden):
+    path, ids = bundle_of("olmoe", width=4), golden["olmoe"][1][:12]
+    engine = make_engine(path, slots=5, device="cuda")
+    engine.inject("error", after=3, times=1, value=errno.EFAULT)
+    assert same_bits(run_engine(engine, ids, 1), run_engine(make_engine(path), ids))
+    assert engine.faults_met == 1
 
 
 # ---- G4: a Runtime under a cap

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edge_moe import _core
 from edge_moe.report import plan_text
 from edge_moe.runtime.config import load_config
-from edge_moe.runtime.plan import engine_config, make_plan, parse_bytes, resolve_ram
+from edge_moe.runtime.plan import READER_BYTES, READERS, engine_config, make_plan, parse_bytes, resolve_ram
 from edge_moe.runtime.runtime import Runtime
 
 CONFIG = load_config(REFERENCE)
@@ -292,3 +292,14 @@ def test_the_floor_that_a_refusal_names_runs_in_a_new_process(bundle_of):
     assert peak <= cap
     with Runtime(path, "8GB", 256) as runtime:
         assert tokens == runtime.generate([1, 2, 3], 8).tokens
+
+
+@pytest.mark.parametrize("ram_bytes", [60_000_000, 10**9])
+def test_a_gpu_has_a_buffer_for_each_reader_even_where_all_fits(ram_bytes):
+    cpu, cuda = plan(ram_bytes), plan(ram_bytes, device="cuda")
+    assert cpu.resident == cuda.resident == (ram_bytes == 10**9)
+    assert cuda.io_buffers_bytes == READERS * (READER_BYTES + SLOT)
+    assert cuda.total_bytes <= ram_bytes
+    assert plan(cuda.floor_bytes, device="cuda").total_bytes <= cuda.floor_bytes
+    with pytest.raises(MemoryError):
+        plan(cuda.floor_bytes - 1, device="cuda")

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -41,16 +42,32 @@ CudaBlock& CudaBlock::operator=(CudaBlock&& other) noexcept {
 
 namespace {
 
-// Read by the host to where the GPU finds it.
+// Read by the host to where the GPU finds it, or, where the system refuses to have a device's memory read to (EFAULT,
+// as some drivers' mappings are no memory of the kernel's), through a buffer of each lane.
 class InPlace : public DeviceMemory {
  public:
-  InPlace(CudaMemory& memory, size_t bytes) : block_(memory, bytes, true) {}
+  InPlace(CudaMemory& memory, size_t bytes, int lanes, size_t piece)
+      : block_(memory, bytes, true), piece_(piece), buffers_(lanes) {}
   uint8_t* data() const override { return block_.data(); }
-  void fill(int, size_t at, size_t, const std::function<void(uint8_t*)>& read) override { read(data() + at); }
-  void copy_out(size_t at, size_t bytes, void* to) const override { std::copy_n(data() + at, bytes, (uint8_t*)to); }
+  void fill(int lane, size_t at, size_t bytes, const std::function<void(uint8_t*)>& read) override {
+    Arena& buffer = buffers_[lane];
+    if (!buffer.data()) {
+      try {
+        return read(data() + at);
+      } catch (const SystemError& refused) {
+        if (refused.error != EFAULT) throw;
+      }
+      buffer = Arena(piece_);
+    }
+    read(buffer.data());
+    std::memcpy(data() + at, buffer.data(), bytes);
+  }
+  void copy_out(size_t at, size_t bytes, void* to) const override { std::memcpy(to, data() + at, bytes); }
 
  private:
   CudaBlock block_;
+  const size_t piece_;
+  std::vector<Arena> buffers_;  // by lane, empty until it is needed
 };
 
 // Read by the host and copied to the GPU, each lane through a piece and a stream of its own.
@@ -92,7 +109,7 @@ class Staged : public DeviceMemory {
 
 std::unique_ptr<DeviceMemory> CudaMemory::filled(size_t bytes, int lanes, size_t piece, bool again) {
   // What is read again and again by kernels, and filled once, is better off in memory that the GPU caches.
-  if (again && properties.integrated) return std::make_unique<InPlace>(*this, bytes);
+  if (again && properties.integrated) return std::make_unique<InPlace>(*this, bytes, lanes, piece);
   return std::make_unique<Staged>(*this, bytes, lanes, piece);
 }
 

@@ -16,6 +16,7 @@ struct GuardedRange;
 // What the system refused to do, and its reason: "WHAT: REASON", then "; ADVICE" where there is one. OSError in Python.
 struct SystemError : std::runtime_error {
   SystemError(const std::string& what, int error, const std::string& advice = "");
+  int error;  // errno
 };
 
 // By what a program can tell that another one has written to a file.

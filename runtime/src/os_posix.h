@@ -21,8 +21,8 @@ namespace edge_moe {
 static int64_t modified_ns(const struct stat& info);  // each os_*.cpp has its own
 
 SystemError::SystemError(const std::string& what, int error, const std::string& advice)
-    : std::runtime_error(what + ": " + std::generic_category().message(error) + (advice.empty() ? "" : "; " + advice)) {
-}
+    : std::runtime_error(what + ": " + std::generic_category().message(error) + (advice.empty() ? "" : "; " + advice)),
+      error(error) {}
 
 inline uint64_t regular_file_bytes(const File& file) {
   struct stat info;
