@@ -11,13 +11,13 @@ import pytest
 from bundles import run_python
 
 from edge_moe import _core
+from edge_moe.bench.cuda_registers import ARCHITECTURES, kernels
 from edge_moe.devices.nvidia import find_driver
 from edge_moe.runtime.runtime import Runtime
 
 TESTS = Path(__file__).parent
 DEVICES = TESTS.parent / "devices"
 BINDINGS = TESTS.parent / "bindings"
-ARCHITECTURES = ("sm_87", "sm_90", "sm_110")  # Orin, a data centre's GPU, Thor
 NVCC = shutil.which("nvcc")
 KERNELS = sorted(path for path in (DEVICES / "cuda").glob("*.cu") if path.stem != "device")
 KERNELS.append(TESTS.parent / "bench" / "cuda_kernels.cu")
@@ -95,15 +95,7 @@ def test_a_build_without_cuda_says_how_to_get_one(bundle_of):
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
-def test_nvcc_keeps_kernels_in_registers(source, architecture, tmp_path, record_property):
-    options = ["-std=c++17", "-O3", "-fmad=false", f"-arch={architecture}", "-Xptxas", "-v", "--Werror", "all-warnings"]
-    command = [NVCC, *options, "-c", source, "-o", tmp_path / "kernels.o"]
-    built = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert built.returncode == 0, built.stdout
-    assert "warning" not in built.stdout, built.stdout
-    kernels = re.findall(r"Compiling entry function '\w*?\d+(\w+_kernel)[EI]", built.stdout)
-    spilled = [int(count) for count in re.findall(r"(\d+) bytes spill", built.stdout)]
-    registers = [int(count) for count in re.findall(r"Used (\d+) registers", built.stdout)]
-    assert len(kernels) == len(registers) > 0
-    assert spilled and not any(spilled), built.stdout
-    record_property("registers", dict(zip(kernels, registers, strict=True)))
+def test_nvcc_keeps_kernels_in_registers(source, architecture):
+    found = kernels(NVCC, source, architecture)
+    assert found and all(kernel.registers > 0 for kernel in found)
+    assert not any(kernel.spilled_bytes or kernel.stack_bytes for kernel in found), found
