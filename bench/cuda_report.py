@@ -163,9 +163,10 @@ def _memory(bundle: str) -> dict:
     begun = _core.free_bytes()
     with Runtime(bundle, "16GB", 4096, "cuda") as runtime:
         runtime.generate(list(range(600)), 32)
-        plan, stats = runtime.plan, runtime.stats
+        plan, stats, in_place = runtime.plan, runtime.stats, runtime._engine.in_place
         taken = gpu["free_bytes"] - _core.cuda_gpu()["free_bytes"]
     return {
+        "in_place": in_place,
         "driver_bytes": before - begun,  # of the system's memory, to begin using the GPU
         "planned_bytes": plan.trunk_bytes + plan.kv_cache_bytes + plan.scratch_bytes + plan.experts_bytes,
         "gpu_bytes": taken,  # that were free on it and are not
@@ -214,7 +215,9 @@ def markdown(report: dict) -> str:
         "## Checks\n\n" + table(["check", "", "last line"], check_rows(report)),
         "## Kernels alone\n\nOne token, or a prompt of 512, times matrices that no cache holds; medians. The share is "
         "of reading alone or of tensor cores alone.\n\n" + table(["what", "", "share"], kernel_rows(report["kernels"])),
-        "## Memory\n\nOf two layers, resident, 4,096 tokens of context.\n\n"
+        "## Memory\n\nOf two layers, resident, 4,096 tokens of context. Records are "
+        + ("read to where kernels find them" if report["memory"]["in_place"] else "copied to the GPU's own memory")
+        + ".\n\n"
         + table(["what", ""], [[text, megabytes(report["memory"][key])] for key, text in MEMORY.items()]),
         f"## Models\n\nRandom, Qwen3-30B-A3B's layer shapes, {LAYERS} layers, {VOCAB:,} tokens of vocabulary; means "
         "and deviations. The share is of the bytes of weights that a token needs at the speed of reading alone. Paged: "

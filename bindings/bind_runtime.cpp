@@ -228,6 +228,9 @@ void bind_runtime(nb::module_& m) {
       .def_prop_ro("position", &Engine::position)
       .def("rewind", &Engine::rewind, nb::arg("position"), "Forget the positions from `position` on.")
       .def_prop_ro("kernels", [](const Engine& self) { return self.device().name(); })
+      .def_prop_ro(
+          "in_place", [](const Engine& self) { return self.device().in_place(); },
+          "Whether records are read to where kernels find them; else a copy of each is made for the GPU.")
       .def_prop_ro("direct", [](const Engine& self) { return self.store().direct(); })
       .def(
           "inject",

@@ -26,7 +26,7 @@ def report(bundle_of):
             {"what": "tensor cores on bytes", "tops": 80.0, "share": 1.0},
             {"what": "4 bits, down", "gbps": 135.0, "share": 0.75},
         ],
-        "memory": dict.fromkeys(MEMORY, 12000000.0),
+        "memory": {"in_place": True, **dict.fromkeys(MEMORY, 12e6)},
         "models": [{"how": "resident", "width": 4, **asdict(rows[1]), "device": "cuda", "weights_gbps": 90.0}],
     }
 

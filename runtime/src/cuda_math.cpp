@@ -28,6 +28,7 @@ class CudaDevice : public Device {
     return std::make_unique<CudaMath>(config, trunk, *memory_, graphs_);
   }
   size_t uncounted_bytes() const override { return memory_->uncounted; }
+  bool in_place() const override { return memory_->in_place; }
   bool reads_maps() const override { return false; }
 
  private:

@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <utility>
 #include <vector>
 
+#include "../../devices/cuda/decode.h"
 #include "os.h"
 
 namespace edge_moe {
@@ -41,6 +43,13 @@ CudaBlock& CudaBlock::operator=(CudaBlock&& other) noexcept {
 }
 
 namespace {
+
+struct Stream {
+  Stream() : stream(cuda::make_stream()) {}
+  ~Stream() { cuda::release_stream(stream); }
+  Stream(const Stream&) = delete;
+  cuda::Stream stream;
+};
 
 // Read by the host to where the GPU finds it, or, where the system refuses to have a device's memory read to (EFAULT,
 // as some drivers' mappings are no memory of the kernel's), through a buffer of each lane.
@@ -91,12 +100,6 @@ class Staged : public DeviceMemory {
   }
 
  private:
-  struct Stream {
-    Stream() : stream(cuda::make_stream()) {}
-    ~Stream() { cuda::release_stream(stream); }
-    Stream(const Stream&) = delete;
-    cuda::Stream stream;
-  };
   struct Lane : Stream {
     Lane(CudaMemory& memory, size_t bytes) : piece(memory, bytes, true) {}
     CudaBlock piece;
@@ -105,11 +108,45 @@ class Staged : public DeviceMemory {
   std::vector<std::unique_ptr<Lane>> lanes_;
 };
 
+constexpr double kAsFast = 0.9;  // of the speed of the GPU's own memory: what a copy of each record is not worth
+
+// The least time of some that one vector takes times a matrix of 9 MB, of 4 bits, in either kind of memory.
+double product_seconds(CudaMemory& memory, bool shared) {
+  constexpr int kRows = 8192, kCols = 2048, kGroup = 64, kLaunches = 8, kRounds = 5;
+  constexpr size_t kCodes = size_t(kRows) * kCols / 2, kScales = size_t(kRows) * (kCols / kGroup) * 2;
+  const CudaBlock weights(memory, kCodes + 2 * kScales, shared), vector(memory, 2 * kCols * sizeof(float), false),
+      out(memory, kRows * sizeof(float), false);
+  Matrix m;
+  m.codes = weights.data();
+  m.scales = reinterpret_cast<const uint16_t*>(weights.data() + kCodes);
+  m.biases = m.scales + kScales / 2;
+  m.rows = kRows, m.cols = kCols, m.width = 4, m.group = kGroup;
+  float* floats = reinterpret_cast<float*>(vector.data() + kCols);
+  const cuda::VectorBuffer x = {
+      reinterpret_cast<int8_t*>(vector.data()), floats, {floats + kCols / kBlock, floats + 3 * kCols / kBlock}, kCols};
+  const cuda::ProductJob job = cuda::whole(m, 1, reinterpret_cast<float*>(out.data()));
+  const Stream stream;
+  double least = 1e9;
+  for (int round = 0; round < kRounds; ++round) {
+    const auto began = std::chrono::steady_clock::now();
+    for (int i = 0; i < kLaunches; ++i) cuda::product(&job, 1, x, stream.stream);
+    cuda::wait(stream.stream);
+    least = std::min(least, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+  }
+  return least;
+}
+
 }  // namespace
 
+CudaMemory::CudaMemory() : properties(cuda::open()) {
+  // A GPU that shares the processor's memory may yet not cache what both of them use.
+  in_place = properties.integrated && (std::strcmp(cuda::build(), "simulated") == 0 ||
+                                       product_seconds(*this, true) * kAsFast <= product_seconds(*this, false));
+}
+
 std::unique_ptr<DeviceMemory> CudaMemory::filled(size_t bytes, int lanes, size_t piece, bool again) {
-  // What is read again and again by kernels, and filled once, is better off in memory that the GPU caches.
-  if (again && properties.integrated) return std::make_unique<InPlace>(*this, bytes, lanes, piece);
+  // What is filled once is better off in the GPU's own memory.
+  if (again && in_place) return std::make_unique<InPlace>(*this, bytes, lanes, piece);
   return std::make_unique<Staged>(*this, bytes, lanes, piece);
 }
 

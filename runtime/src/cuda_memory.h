@@ -28,13 +28,15 @@ class CudaBlock {
 
 class CudaMemory {
  public:
-  CudaMemory() : properties(cuda::open()) {}
+  CudaMemory();
 
-  // On a GPU that shares the processor's memory records are read to where its kernels find them; others get copies.
+  // Memory that storage is read into: by the host itself where kernels find it and read it as fast, else piece by
+  // piece.
   std::unique_ptr<DeviceMemory> filled(size_t bytes, int lanes, size_t piece, bool again);
 
   const cuda::Properties properties;
-  size_t uncounted = 0;  // bytes
+  size_t uncounted = 0;   // bytes
+  bool in_place = false;  // does the host read records to where kernels find them?
 };
 
 }  // namespace edge_moe

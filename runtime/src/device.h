@@ -53,6 +53,9 @@ class Device {
   // Bytes that were allocated through it and that the system does not count as this process's.
   virtual size_t uncounted_bytes() const { return 0; }
 
+  // Are records read by the host to where kernels find them? Else each is copied once more.
+  virtual bool in_place() const { return true; }
+
   // Can it use records where they are mapped from their files?
   virtual bool reads_maps() const { return true; }
 };
