@@ -13,6 +13,7 @@ from edge_moe.devices.nvidia import find_driver, nvcc_version
 from edge_moe.devices.probe import cgroup_limit_bytes, default_threads, memory_limit_bytes
 from edge_moe.report import size, table
 from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.device import device_name
 
 
 def examine(where: Path) -> dict:
@@ -48,7 +49,7 @@ def examine(where: Path) -> dict:
             "build": _core.cuda_build() == "cuda",  # has this build code for them?
         },
         "mlx": importlib.util.find_spec("mlx") is not None,
-        "devices": [*(["cuda"] if driver and _core.cuda_build() == "cuda" else []), "cpu"],  # the default first
+        "devices": list(dict.fromkeys([device_name("auto"), "cpu"])),  # the default first
     }
 
 

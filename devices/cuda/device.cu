@@ -11,8 +11,8 @@ void check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // it is told here, and not again by the next call
   const std::string what = std::string(doing) + ": " + cudaGetErrorString(error);
-  if (error == cudaErrorMemoryAllocation) throw NoMemory(what + "; lower the cap or the context");
-  throw std::runtime_error(what);
+  if (error == cudaErrorMemoryAllocation) throw NoMemory(what);
+  throw std::runtime_error(what + "; run edge-moe doctor, or use device cpu");
 }
 
 cudaStream_t of(Stream stream) { return static_cast<cudaStream_t>(stream); }

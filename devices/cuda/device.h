@@ -1,7 +1,7 @@
 // A GPU as the host sees it: its memory, its streams and its graphs. Three files have these functions, and a build
 // takes one of them: device.cu for CUDA, simt_device.cpp for the stand-in of simt.h, none.cpp for neither.
 //
-// All throw std::runtime_error with what CUDA says, and out of memory SystemError's cousin NoMemory.
+// All throw std::runtime_error with what CUDA says, and NoMemory where there is not enough.
 #pragma once
 
 #include <cstddef>

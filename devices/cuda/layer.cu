@@ -35,11 +35,6 @@ rms_norm_kernel(const float* x, const float* weight, float eps, int n, float* y,
     quantise_block(values + block * kBlock, n - block * kBlock, into, blockIdx.x * into.blocks() + block);
 }
 
-EDGE_MOE_KERNEL(kThreads) add_kernel(float* y, const float* x, size_t n) {
-  const size_t i = size_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) y[i] = y[i] + x[i];
-}
-
 EDGE_MOE_KERNEL(kThreads) embed_kernel(Matrix m, const int32_t* ids, float* y) {
   const int i = int(blockIdx.x * kThreads + threadIdx.x);
   if (i >= m.cols) return;
@@ -154,10 +149,6 @@ void rms_norm(const float* x, const float* weight, float eps, int vectors, int n
               Stream stream) {
   EDGE_MOE_LAUNCH(rms_norm_kernel, dim3(unsigned(vectors)), dim3(kThreads), size_t(n) * sizeof(float), stream, x,
                   weight, eps, n, y, into);
-}
-
-void add(float* y, const float* x, size_t n, Stream stream) {
-  EDGE_MOE_LAUNCH(add_kernel, dim3(pieces(n, kThreads)), dim3(kThreads), 0, stream, y, x, n);
 }
 
 void embed(const Matrix& matrix, const int32_t* ids, int count, float* y, Stream stream) {

@@ -10,9 +10,6 @@ namespace edge_moe::cuda {
 void rms_norm(const float* x, const float* weight, float eps, int vectors, int n, float* y, const VectorBuffer& into,
               Stream stream);
 
-// y += x, n values
-void add(float* y, const float* x, size_t n, Stream stream);
-
 // y (count, cols): rows ids[i] of a matrix of any width
 void embed(const Matrix& matrix, const int32_t* ids, int count, float* y, Stream stream);
 

@@ -29,7 +29,7 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   }
   if (w.o.width < 16) cuda::quantise(s_.attended, step.tokens, s_.attended_q, stream_);
   multiply(w.o, step.tokens, s_.normed, s_.attended, s_.attended_q);
-  cuda::add(s_.x, s_.normed, size_t(step.tokens) * c.dim, stream_);
+  cuda::add_gated(s_.x, s_.normed, nullptr, step.tokens, c.dim, stream_);
 }
 
 // q k v, and the latter two into the cache

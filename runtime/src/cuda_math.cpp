@@ -73,7 +73,6 @@ CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& m
   graphs_.resize(c.layers);
   packed_.reserve(3 * most(c.experts)), floats_.reserve(3 * most(c.experts)), products_.reserve(3 * most(c.experts));
   chosen_.reserve(most(c.experts)), rows_.reserve(most(c.experts));
-  stream_ = cuda::make_stream();
   routed_ = cuda::make_event();
 
   // angles of the positions, some at a time
@@ -93,7 +92,6 @@ CudaMath::~CudaMath() {
   for (const LayerGraph& graph : graphs_)
     if (graph.graph) cuda::release_graph(graph.graph);
   cuda::release_event(routed_);
-  cuda::release_stream(stream_);
 }
 
 uint8_t* CudaMath::shared(size_t bytes) { return shared_.emplace_back(memory_, bytes, true).data(); }
@@ -106,11 +104,10 @@ void CudaMath::begin(const Step& step, std::span<const int32_t> ids) {
 }
 
 void CudaMath::dense_layer(int layer, const Step& step) {
-  const EngineConfig& c = config_;
   attention(layer, step, false, step.position + step.tokens - 1);
   mlp_norm(layer, step.tokens);
   mlp(layers_[layer].dense, step.tokens, s_.shared);
-  cuda::add(s_.x, s_.shared, size_t(step.tokens) * c.dim, stream_);
+  cuda::add_gated(s_.x, s_.shared, nullptr, step.tokens, config_.dim, stream_);
 }
 
 void CudaMath::to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) {

@@ -69,7 +69,7 @@ class CudaMath : public LayerMath {
   CudaShared host_;
   CudaBlock kv_cache_, scratch_, shared_block_;
   std::vector<CudaBlock> shared_;  // given out by shared()
-  cuda::Stream stream_;
+  CudaStream stream_;
   cuda::Event routed_;
   std::vector<LayerGraph> graphs_;  // by layer
   bool copied_ = false;             // has copy_routing() been called for this layer?

@@ -19,7 +19,7 @@ CudaBlock::CudaBlock(CudaMemory& memory, size_t bytes, bool shared) : memory_(&m
   try {
     data_ = static_cast<uint8_t*>(shared ? cuda::allocate_shared(bytes) : cuda::allocate(bytes));
   } catch (const cuda::NoMemory& error) {
-    throw SystemError(error.what(), ENOMEM);
+    throw SystemError(error.what(), ENOMEM, "lower the cap or the context");
   }
   const size_t now = resident_bytes(), counted = now > before ? now - before : 0;
   uncounted_ = bytes - std::min(bytes, counted);
@@ -43,13 +43,6 @@ CudaBlock& CudaBlock::operator=(CudaBlock&& other) noexcept {
 }
 
 namespace {
-
-struct Stream {
-  Stream() : stream(cuda::make_stream()) {}
-  ~Stream() { cuda::release_stream(stream); }
-  Stream(const Stream&) = delete;
-  cuda::Stream stream;
-};
 
 // Read by the host to where the GPU finds it, or, where the system refuses to have a device's memory read to (EFAULT,
 // as some drivers' mappings are no memory of the kernel's), through a buffer of each lane.
@@ -94,15 +87,16 @@ class Staged : public DeviceMemory {
   }
   void filled() override { lanes_.clear(); }
   void copy_out(size_t at, size_t bytes, void* to) const override {
-    const Stream stream;
-    cuda::copy(to, data() + at, bytes, stream.stream);
-    cuda::wait(stream.stream);
+    const CudaStream stream;
+    cuda::copy(to, data() + at, bytes, stream);
+    cuda::wait(stream);
   }
 
  private:
-  struct Lane : Stream {
+  struct Lane {
     Lane(CudaMemory& memory, size_t bytes) : piece(memory, bytes, true) {}
     CudaBlock piece;
+    CudaStream stream;
   };
   CudaBlock block_;
   std::vector<std::unique_ptr<Lane>> lanes_;
@@ -125,12 +119,12 @@ double product_seconds(CudaMemory& memory, bool shared) {
   const cuda::VectorBuffer x = {
       reinterpret_cast<int8_t*>(vector.data()), floats, {floats + kCols / kBlock, floats + 3 * kCols / kBlock}, kCols};
   const cuda::ProductJob job = cuda::whole(m, 1, reinterpret_cast<float*>(out.data()));
-  const Stream stream;
+  const CudaStream stream;
   double least = 1e9;
   for (int round = 0; round < kRounds; ++round) {
     const auto began = std::chrono::steady_clock::now();
-    for (int i = 0; i < kLaunches; ++i) cuda::product(&job, 1, x, stream.stream);
-    cuda::wait(stream.stream);
+    for (int i = 0; i < kLaunches; ++i) cuda::product(&job, 1, x, stream);
+    cuda::wait(stream);
     least = std::min(least, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
   }
   return least;

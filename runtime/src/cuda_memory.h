@@ -26,6 +26,18 @@ class CudaBlock {
   size_t uncounted_ = 0;
 };
 
+// A stream for as long as this lives.
+class CudaStream {
+ public:
+  CudaStream() : stream_(cuda::make_stream()) {}
+  ~CudaStream() { cuda::release_stream(stream_); }
+  CudaStream(const CudaStream&) = delete;
+  operator cuda::Stream() const { return stream_; }
+
+ private:
+  cuda::Stream stream_;
+};
+
 class CudaMemory {
  public:
   CudaMemory();
