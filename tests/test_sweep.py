@@ -13,7 +13,7 @@ from edge_moe.bench.bench import bench_synthetic
 from edge_moe.bench.sweep import sweep
 from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.bench_text import bench_text
-from edge_moe.options import depths_of
+from edge_moe.commands.bench import depths_of
 from edge_moe.runtime.bundle import Bundle
 
 CONFIG = {

@@ -1,0 +1,23 @@
+"""`edge-moe doctor`: what this machine is."""
+
+from pathlib import Path
+
+from edge_moe.commands import options
+from edge_moe.commands.options import argument
+from edge_moe.commands.output import print_json
+
+Where = argument(str, "WHERE", "A bundle, or the directory that will hold one [default: the current one].")
+
+
+def doctor(where: Where = ".", json_output: options.Json = False) -> None:
+    """Show what this machine has and how fast it is.
+
+    For a directory that is no bundle a file of 268 MB is written there, read and removed.
+    """
+    from edge_moe.doctor import examination_text, examine
+
+    found = examine(Path(where))
+    if json_output:
+        print_json(found)
+    else:
+        print(examination_text(found))

@@ -1,0 +1,16 @@
+"""`edge-moe inspect`: what a bundle is."""
+
+from edge_moe.commands import options
+from edge_moe.commands.output import print_json
+
+
+def inspect(bundle: options.Bundle, json_output: options.Json = False) -> None:
+    """Show a bundle's shapes, bytes and widths."""
+    from edge_moe.report import bundle_text, describe_bundle
+    from edge_moe.runtime.bundle import Bundle
+
+    about = describe_bundle(Bundle.open(bundle))
+    if json_output:
+        print_json(about)
+    else:
+        print(bundle_text(about))

@@ -1,0 +1,19 @@
+"""How a subcommand ends: one JSON object on stdout, or one line of error on stderr and an exit code."""
+
+import json
+import sys
+
+import typer
+
+
+def print_json(value: dict) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def fail(error: Exception | str, code: int = 1) -> None:
+    """Print one line on stderr and leave with `code`."""
+    message = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    print(f"edge-moe: error: {' '.join(message.split())}", file=sys.stderr)
+    raise typer.Exit(code)

@@ -1,0 +1,20 @@
+"""`edge-moe verify`: every byte of a bundle against its checksums."""
+
+from edge_moe.commands import options
+
+
+def verify(bundle: options.Bundle) -> None:
+    """Read all of a bundle and check it."""
+    import time
+
+    from edge_moe.progress import progress_bar
+    from edge_moe.report import size
+    from edge_moe.runtime import bundle as bundles
+
+    opened, checked, began = bundles.Bundle.open(bundle), 0, time.perf_counter()
+    with progress_bar() as progress:
+        for part, (_, count) in enumerate(bundles.verify(opened), start=1):
+            checked += count
+            if progress:
+                progress("verify", part, len(opened.experts) + 1)
+    print(f"{bundle}: OK, {size(checked)} at {checked / (time.perf_counter() - began) / 1e9:.2f} GB/s")
