@@ -8,7 +8,7 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,8 +153,25 @@ class Runtime:
         counters = dict(self._open().counters)
         return {**counters, "ram_bytes": self.plan.ram_bytes, "peak_memory_bytes": self._peak_bytes(counters)}
 
-    def generate(self, prompt, max_tokens: int = 256, **options) -> Generation:
-        """Complete a prompt and return the whole answer; options as for stream()."""
+    def generate(
+        self,
+        prompt,
+        max_tokens: int | None = 256,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        prune: float | str | None = None,
+    ) -> Generation:
+        """Complete a prompt and return the whole answer; everything as for stream()."""
+        options = {key: value for key, value in locals().items() if key not in ("self", "prompt", "max_tokens")}
         pieces, tokens, last = [], [], None
         for last in self.stream(prompt, max_tokens, **options):
             pieces.append(last.text)
@@ -164,30 +181,49 @@ class Runtime:
     def stream(
         self,
         prompt,
-        max_tokens: int = 256,
+        max_tokens: int | None = 256,
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
-        stop: str | list[str] | None = None,
+        stop: str | Sequence[str] | None = None,
         prune: float | str | None = None,
     ) -> Iterator[Generation]:
         """Complete a prompt and yield pieces of text as they come.
 
         prompt: text, chat messages, or token ids (the only kind for a bundle without a tokenizer; the answer then
         is in `tokens`). What an earlier call left in the KV cache and this prompt begins with is not computed
-        again, which changes nothing in the result. Ends at max_tokens, the model's end token, a `stop` string
-        (not part of the text) or a full context. Raises ValueError for an empty prompt or one longer than the
-        context.
+        again, which changes nothing in the result. Ends at max_tokens (None: as many as the context holds), the
+        model's end token, a `stop` string (not part of the text) or a full context. How a token is chosen, from
+        temperature to seed, is said at Sampler. Raises ValueError for an empty prompt or one longer than the context.
         """
         rule = self._rule(prune)
-        if max_tokens < 1:
+        if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
-        sampler = Sampler(temperature, top_p, seed)
         stops = [stop] if isinstance(stop, str) else list(stop or ())
         if stops and self.tokenizer is None:
             raise ValueError(f"{self.bundle.path}: this bundle has no tokenizer; stop strings need one")
-        return self._stream(self._prompt_ids(prompt), max_tokens, sampler, stops, rule)
+        ids = self._prompt_ids(prompt)
+        sampler = Sampler(
+            temperature,
+            top_p,
+            seed,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            prompt=ids,
+            vocab=self.config.vocab,
+        )
+        return self._stream(ids, max_tokens or self.plan.context, sampler, stops, rule)
 
     def _stream(
         self, ids: list[int], max_tokens: int, sampler: Sampler, stops: list[str], rule: PruneRule

@@ -1,6 +1,5 @@
 """The chat as a person meets it: a terminal, streamed answers, Ctrl-C, and what a pipe gets."""
 
-import json
 import os
 import pty
 import select
@@ -13,7 +12,7 @@ from contextlib import suppress
 import pytest
 from bundles import REFERENCE
 
-from edge_moe.chat import Conversation, sampling_defaults
+from edge_moe.chat import Conversation
 from edge_moe.compressor.pipeline import compress
 
 DEADLINE_S = 60
@@ -180,18 +179,3 @@ def test_a_conversation_changes_only_when_it_was_answered():
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
     ]
-
-
-@pytest.mark.parametrize(
-    "config, expected",
-    [
-        (None, (0.0, 1.0)),
-        ({"temperature": 0.7}, (0.0, 1.0)),
-        ({"do_sample": True, "temperature": 0.6, "top_p": 0.95}, (0.6, 0.95)),
-        ({"do_sample": True}, (1.0, 1.0)),
-    ],
-)
-def test_sampling_is_as_the_models_makers_advise(tmp_path, config, expected):
-    if config is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(config))
-    assert sampling_defaults(tmp_path) == dict(zip(("temperature", "top_p"), expected, strict=True))

@@ -10,6 +10,7 @@ from bundles import REFERENCE, edit_copy
 
 from edge_moe import _core
 from edge_moe.runtime.runtime import Generation, Runtime
+from edge_moe.runtime.sampling import Sampler
 from edge_moe.runtime.tokenizer import Tokenizer
 
 PROMPT = "def read_lines(path):"
@@ -64,6 +65,21 @@ def test_greedy_tokens_are_the_largest_logits(runtime):
 def test_a_seed_repeats_an_answer_and_another_changes_it(runtime):
     answers = [runtime.generate(PROMPT, 30, temperature=1.0, seed=seed).tokens for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_penalties_and_cuts_change_an_answer_as_the_sampler_alone_would(runtime):
+    options = {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "top_k": 5, "min_p": 0.05, "logit_bias": {10: 1.5}}
+    ids = runtime.tokenizer.encode(PROMPT)
+    answer = runtime.generate(PROMPT, 20, temperature=0.9, seed=3, **options)
+    sampler = Sampler(0.9, seed=3, prompt=ids, **options)
+    logits = runtime.logits(ids + answer.tokens)[len(ids) - 1 : -1]
+    assert answer.tokens == [sampler(row) for row in logits]
+    assert answer.tokens != runtime.generate(PROMPT, 20, temperature=0.9, seed=3).tokens
+
+
+def test_without_a_limit_an_answer_fills_the_context(runtime):
+    answer = runtime.generate([5, 6, 7], None, logit_bias={0: float("-inf")})  # never the end token
+    assert (answer.prompt_tokens + answer.generation_tokens, answer.finish_reason) == (128 + 1, "length")
 
 
 def test_the_account_has_the_fields_of_the_command_line(runtime):

@@ -6,10 +6,8 @@ what its KV cache does not hold. Nothing is ever dropped from a conversation: a 
 
 import sys
 from contextlib import closing, suppress
-from pathlib import Path
 
 from edge_moe.report import statistics_text
-from edge_moe.runtime.config import read_json
 
 HELP = """\
 /reset   start a new conversation
@@ -17,16 +15,6 @@ HELP = """\
 /exit    leave (also Ctrl-D)
 /help    this list
 Ctrl-C stops an answer and keeps what it said; twice at the prompt it leaves."""
-
-
-def sampling_defaults(directory: str | Path) -> dict:
-    """temperature and top_p as the model's makers advise in generation_config.json; greedy when they do not sample."""
-    file = Path(directory) / "generation_config.json"
-    advice = read_json(file) if file.is_file() else {}
-    if advice.get("do_sample") is not True:
-        return {"temperature": 0.0, "top_p": 1.0}
-    found = {key: advice.get(key) for key in ("temperature", "top_p")}
-    return {key: float(value) if isinstance(value, int | float) else 1.0 for key, value in found.items()}
 
 
 class Conversation:

@@ -28,10 +28,11 @@ def chat(
 
     from edge_moe import chat
     from edge_moe.runtime.runtime import Runtime
+    from edge_moe.runtime.sampling import sampling_defaults
 
     given = {"device": device.value, "threads": threads, "kv": kv.value}
     with Runtime(bundle, ram, context, prune=options.prune_of(prune), **given) as runtime:
         given = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
         given = {key: value for key, value in given.items() if value is not None}
-        chat.chat(runtime, {**chat.sampling_defaults(runtime.bundle.path), **given})
+        chat.chat(runtime, {**sampling_defaults(runtime.bundle.path), **given})
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C more while the process ends is no error
