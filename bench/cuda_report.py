@@ -189,7 +189,7 @@ def _measure(graphs: bool = True, paged: float = 0, **asked) -> list[dict]:
         os.environ["EDGE_MOE_CUDA_GRAPHS"] = "0"
     if paged:
         try:
-            measure(ram=1, **asked)
+            measure(ram=10**6, **asked)
         except BelowFloor as refused:
             asked["ram"] = refused.plan.floor_bytes + int(paged)
     return [asdict(row) for row in measure(**asked)[0]]

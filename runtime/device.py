@@ -4,12 +4,14 @@ from edge_moe import _core
 from edge_moe.devices.nvidia import find_driver
 
 DEVICES = ("auto", "cpu", "cuda")
+OTHER_NAMES = ("metal", "mps", "mlx", "gpu")  # of a Mac's GPU
 
 
 def device_name(name: str) -> str:
     """cpu or cuda; "auto": a GPU where this build has code for one. Raises ValueError for another name."""
     if name not in DEVICES:
-        raise ValueError(f"device is {name!r}, expected one of {', '.join(DEVICES)}")
+        metal = "; there is no Metal yet: on a Mac models run on the CPU's NEON kernels" if name in OTHER_NAMES else ""
+        raise ValueError(f"device is {name!r}, expected one of {', '.join(DEVICES)}{metal}")
     if name == "auto":
         return "cuda" if _core.cuda_build() == "cuda" and find_driver() else "cpu"
     return name

@@ -1,6 +1,8 @@
 """Where the memory goes, decided before anything is loaded: the plan, the floor, and the refusal below it."""
 
 import math
+import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 from edge_moe import _core
@@ -18,7 +20,10 @@ SCRATCH_PART = 8  # when paging, a step's scratch takes at most one part in so m
 AUTO_SHARE = 0.8  # of free memory that ram="auto" takes
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
-    UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
+    UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power}
+    UNITS |= dict.fromkeys((f"{_letter}I", f"{_letter}IB"), 1024**_power)
+THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?")
+LEAST_BYTES = 100_000  # of a number without a unit: less is gigabytes or megabytes whose unit was forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,29 +89,48 @@ class BelowFloor(MemoryError):
         self.plan = plan
 
 
-def parse_bytes(size: int | str) -> int:
-    """Bytes of "8GB" (decimal), "8GiB" (binary) or a whole number. Raises ValueError for anything else."""
+def parse_bytes(size: int | float | str) -> int:
+    """Bytes of "8GB" (decimal), "8GiB" or "8Gi" (binary), "8,000MB", or a number of bytes.
+
+    Raises ValueError for anything else, and for a number without a unit that is too small to be meant as bytes.
+    """
     if isinstance(size, int) and not isinstance(size, bool):
-        value = size
+        number, unit = size, ""
     else:
         text = str(size).strip().upper().replace(" ", "")
         digits = text.rstrip("KMGTIB")
+        unit = text[len(digits) :]
         try:
-            value = round(float(digits) * UNITS[text[len(digits) :]])
+            number = float(digits.replace(",", "") if THOUSANDS.fullmatch(digits) else digits)
+            round(number * UNITS[unit])
         except (ValueError, KeyError, OverflowError):
             raise ValueError(f"size {size!r} is not understood; write 8GB, 8GiB, 500MB or a number of bytes") from None
-    if value <= 0:
+    value = round(number * UNITS[unit])
+    if number <= 0 or (unit and value == 0):
         raise ValueError(f"size {size!r} must be above 0")
+    if unit in ("", "B") and value < LEAST_BYTES:
+        meant = f"{max(number, 0.01):.0%}" if number < 1 else f"{number:g}{'GB' if number <= 1024 else 'MB'}"
+        raise ValueError(f"size {size!r} means {value:,} bytes; did you mean {meant}?")
     return value
 
 
-def resolve_ram(ram: int | str) -> int:
-    """The cap in bytes: as given, or for "auto" 80 % of what is free now within the cgroup's limit."""
-    if ram == "auto":
-        # What this process has counts as free, but some of it, as shared libraries, may be charged to another cgroup.
-        free = memory_limit_bytes(_core.free_bytes()) + _core.resident_bytes()
-        return int(AUTO_SHARE * min(free, cgroup_limit_bytes() or free))
-    return parse_bytes(ram)
+def resolve_ram(ram: int | float | str) -> int:
+    """The cap in bytes: as given, or a share of what is free now within the cgroup's limit.
+
+    "50%" is half of that, "max" all of it, "auto" 80 %.
+    """
+    text = str(ram).strip().lower()
+    share = {"auto": AUTO_SHARE, "max": 1.0}.get(text)
+    if text.endswith("%"):
+        with suppress(ValueError):
+            share = float(text[:-1]) / 100
+        if share is None or not 0 < share <= 1:
+            raise ValueError(f"size {ram!r} is not a share of memory; write 1% to 100%")
+    if share is None:
+        return parse_bytes(ram)
+    # What this process has counts as free, but some of it, as shared libraries, may be charged to another cgroup.
+    free = memory_limit_bytes(_core.free_bytes()) + _core.resident_bytes()
+    return int(share * min(free, cgroup_limit_bytes() or free))
 
 
 def engine_config(

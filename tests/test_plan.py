@@ -35,11 +35,13 @@ def plan(ram_bytes: int, context: int = 512, **options):
         ("1.5 gb", 1_500_000_000),
         ("64k", 64_000),
         ("2T", 2_000_000_000_000),
-        ("7B", 7),
-        ("123", 123),
-        (" 1e3 ", 1000),
-        (4096, 4096),
-        (4096.0, 4096),
+        ("8gi", 8 * 2**30),
+        ("8,000MB", 8_000_000_000),
+        ("1,234,567.5 k", 1_234_567_500),
+        ("750000B", 750_000),
+        (" 1e6 ", 1_000_000),
+        (4096000, 4_096_000),
+        (4096000.0, 4_096_000),
     ],
 )
 def test_sizes_are_decimal_unless_spelled_with_an_i(text, nbytes):
@@ -47,22 +49,56 @@ def test_sizes_are_decimal_unless_spelled_with_an_i(text, nbytes):
     assert resolve_ram(text) == nbytes
 
 
-@pytest.mark.parametrize("size", ["8XB", "", "GB", "B8", "8 apples", "nan", "inf", "1e999GB", "0x10", None, True, [8]])
+@pytest.mark.parametrize(
+    "size",
+    ["8XB", "", "GB", "B8", "8 apples", "8,5GB", "8,00MB", ",800MB", "nan", "inf", "1e999GB", "0x10", None, True, [8]],
+)
 def test_a_size_that_is_not_understood_is_refused(size):
     with pytest.raises(ValueError) as caught:
         parse_bytes(size)
     assert str(caught.value) == f"size {size!r} is not understood; write 8GB, 8GiB, 500MB or a number of bytes"
 
 
-@pytest.mark.parametrize("size", [0, -1, "0GB", "-8GB", "0.1B"])
+@pytest.mark.parametrize("size", [0, -1, "0GB", "-8GB", "0.1B", "-0.5"])
 def test_a_size_of_nothing_is_refused(size):
     with pytest.raises(ValueError) as caught:
         parse_bytes(size)
     assert str(caught.value) == f"size {size!r} must be above 0"
 
 
-def test_auto_takes_most_of_what_is_free():
-    assert 0 < resolve_ram("auto") <= _core.free_bytes() + _core.resident_bytes()
+@pytest.mark.parametrize(
+    ("size", "means", "meant"),
+    [
+        (8, "8", "8GB"),
+        ("8", "8", "8GB"),
+        ("8.5", "8", "8.5GB"),
+        ("7B", "7", "7GB"),
+        (512, "512", "512GB"),
+        ("16384", "16,384", "16384MB"),
+        (8192.0, "8,192", "8192MB"),
+        (0.5, "0", "50%"),
+        ("0.8", "1", "80%"),
+    ],
+)
+def test_a_number_too_small_for_bytes_is_asked_about(size, means, meant):
+    for take in (parse_bytes, resolve_ram):
+        with pytest.raises(ValueError) as caught:
+            take(size)
+        assert str(caught.value) == f"size {size!r} means {means} bytes; did you mean {meant}?"
+
+
+def test_auto_takes_most_of_what_is_free_and_max_all_of_it():
+    half, auto, most = (resolve_ram(ram) for ram in ("50%", "auto", "MAX"))
+    free = _core.free_bytes() + _core.resident_bytes()
+    assert 0 < half < auto < most <= 1.1 * free  # what is free moves between two looks
+    assert half == pytest.approx(most / 2, rel=0.1) and auto == pytest.approx(0.8 * most, rel=0.1)
+
+
+@pytest.mark.parametrize("ram", ["0%", "-5%", "101%", "%", "half%", "nan%"])
+def test_a_share_that_is_none_is_refused(ram):
+    with pytest.raises(ValueError) as caught:
+        resolve_ram(ram)
+    assert str(caught.value) == f"size {ram!r} is not a share of memory; write 1% to 100%"
 
 
 # ---- dividing the cap

@@ -322,12 +322,19 @@ def test_an_option_out_of_range_is_refused_before_anything_runs(runtime, options
     [
         ({"ram": "8XB"}, "size '8XB' is not understood; write 8GB, 8GiB, 500MB or a number of bytes"),
         ({"ram": 0}, "size 0 must be above 0"),
+        ({"ram": 8}, "size 8 means 8 bytes; did you mean 8GB?"),
+        ({"ram": 0.5}, "size 0.5 means 0 bytes; did you mean 50%?"),
         ({"ram": -5}, "size -5 must be above 0"),
         ({"context": 0}, "context is 0, expected 1 to 1024, the model's own"),
         ({"context": 1025}, "context is 1025, expected 1 to 1024, the model's own"),
         ({"threads": 0}, "threads is 0, expected 1 to 1024"),
         ({"threads": 5000}, "threads is 5000, expected 1 to 1024"),
-        ({"device": "gpu"}, "device is 'gpu', expected one of auto, cpu, cuda"),
+        ({"device": "vulkan"}, "device is 'vulkan', expected one of auto, cpu, cuda"),
+        (
+            {"device": "metal"},
+            "device is 'metal', expected one of auto, cpu, cuda; there is no Metal yet: on a Mac models run on the "
+            "CPU's NEON kernels",
+        ),
         ({"logits_rows": 0}, "logits_rows is 0, expected at least 1"),
         ({"kernels": "sse9"}, "no kernel set 'sse9' on this machine"),
     ],

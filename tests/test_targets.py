@@ -232,7 +232,7 @@ def test_a_size_is_kept_and_made_use_of(model, tmp_path, options, method, share)
 @pytest.mark.parametrize("method", ["pmq", "rtn"])
 def test_the_least_memory_that_is_named_can_be_had_and_runs(alone, model, tmp_path, options, method):
     options = {**options, "method": method, "context": CONTEXT}
-    least = least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=1, **options))
+    least = least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=10**6, **options))
     assert refused(model, tmp_path / "small.emoe", how=alone, ram=least - 1, **options).startswith(
         f"ram is {least - 1:,} bytes, "
     )
@@ -247,7 +247,7 @@ def test_the_least_memory_that_is_named_can_be_had_and_runs(alone, model, tmp_pa
 
 def test_more_memory_is_made_use_of(alone, model, tmp_path, options):
     options = {**options, "context": CONTEXT}
-    least = least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=1, **options))
+    least = least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=10**6, **options))
     for more in (70_000, 200_000):
         bundle = alone(model, tmp_path / f"{more}.emoe", ram=least + more, **options)
         grown = bundle.expert_bytes - 16 * 8192
@@ -264,7 +264,7 @@ def test_all_of_a_large_bundle_is_in_memory_at_its_cap_and_not_below_it(alone, t
     )
     options = {"method": "rtn", "context": CONTEXT, "threads": 1}
     least, step = (
-        least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=1, **options)),
+        least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=10**6, **options)),
         40 * 3 * 256 * 512 // 8,
     )
     ram = least + 3 * step + step // 2
@@ -287,7 +287,7 @@ def test_the_tables_of_many_experts_are_counted(alone, tmp_path):
         tmp_path / "model", fused=True, hidden_size=32, moe_intermediate_size=32, num_experts=1000, head_dim=32
     )
     options = {"method": "rtn", "context": CONTEXT, "threads": 1}
-    ram = least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=1, **options))
+    ram = least_of(refused(model, tmp_path / "small.emoe", how=alone, ram=10**6, **options))
     bundle = alone(model, tmp_path / "new.emoe", ram=ram, **options)
     assert planned(bundle.path, ram)["resident_bytes"] <= ram + NOISE
 
@@ -312,7 +312,7 @@ def test_hot_experts_are_the_fewest_that_answer_nine_uses_in_ten(frequency, want
 
 def rest_bytes(model: Path) -> int:
     """What a run takes beside experts and trunk, as compress() in this process sees it."""
-    o = Options(ram=1, context=CONTEXT, paged=True)
+    o = Options(ram=10**6, context=CONTEXT, paged=True)
     with Checkpoint(model) as checkpoint:
         return targets.running_bytes(checkpoint, o, {}) + READERS * READER_BYTES
 

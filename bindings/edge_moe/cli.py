@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from edge_moe import __version__
 from edge_moe.commands import (
@@ -25,22 +25,12 @@ from edge_moe.commands import (
     inspect,
     plan,
     prune,
+    spelling,
     verify,
 )
 from edge_moe.commands.output import fail
 
 WITHOUT_VALUE = {"--sweep-ram": str(bench.SWEEP_CAPS)}  # options that need no number, and what they then mean
-
-app = typer.Typer(
-    name="edge-moe",
-    help="Compress Mixture-of-Experts models and run them inside a hard RAM cap.",
-    epilog="Start with `edge-moe demo`: it needs no download. `edge-moe COMMAND -h` explains a command.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # else every command imports rich
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
 
 
 def main() -> None:
@@ -53,6 +43,20 @@ def main() -> None:
         sys.exit(130)
 
 
+class Door(TyperGroup):
+    """The subcommands by name, a hint for names that other tools have, and `help COMMAND` for `COMMAND -h`."""
+
+    def resolve_command(self, ctx, args: list[str]):
+        if args[0] == "help":
+            args = [*args[1:2], "-h"]
+        if args[0] in ("-h", "version"):
+            print(ctx.get_help() if args[0] == "-h" else f"edge-moe {__version__}")
+            ctx.exit()
+        if args[0] in spelling.COMMANDS:
+            ctx.fail(f"No such command {args[0]!r}; {spelling.COMMANDS[args[0]]}")
+        return super().resolve_command(ctx, args)
+
+
 class SectionedCommand(TyperCommand):
     """A command whose help has its options in sections, in the order in which they first appear; the rest at the end.
 
@@ -60,12 +64,7 @@ class SectionedCommand(TyperCommand):
     """
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        given, own = [], {name for parameter in self.params for name in parameter.opts}
-        for at, argument in enumerate(args):
-            given.append(argument)
-            if argument in WITHOUT_VALUE.keys() & own and not "".join(args[at + 1 : at + 2]).isdigit():
-                given.append(WITHOUT_VALUE[argument])
-        return super().parse_args(ctx, given)
+        return super().parse_args(ctx, spelling.respelled(args, self.params, WITHOUT_VALUE, ctx.fail))
 
     def format_options(self, ctx, formatter) -> None:
         sections = {}
@@ -76,6 +75,18 @@ class SectionedCommand(TyperCommand):
         for title in sorted(sections, key=lambda title: title == "Options"):
             with formatter.section(title):
                 formatter.write_dl(sections[title])
+
+
+app = typer.Typer(
+    cls=Door,
+    name="edge-moe",
+    help="Compress Mixture-of-Experts models and run them inside a hard RAM cap.",
+    epilog="Start with `edge-moe demo`: it needs no download. `edge-moe COMMAND -h` explains a command.",
+    invoke_without_command=True,
+    rich_markup_mode=None,  # else every command imports rich
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 
 
 def _add(name: str, function) -> None:
@@ -104,11 +115,13 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def global_options(
+    ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("-V", "--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
 
 
 for _name, _function in (

@@ -69,7 +69,7 @@ def bench(
     vocab: Vocabulary = None,
     keep: KeepSynthetic = None,
     ram: options.Ram = "auto",
-    device: options.Device = options.DeviceName.auto,
+    device: options.Device = "auto",
     threads: options.Threads = None,
     output: Output = Format.md,
 ) -> None:
@@ -87,7 +87,7 @@ def bench(
     from edge_moe.progress import progress_bar
 
     given = {"ram": ram, "prompt": prompt, "generate": generate, "repeats": repeats}
-    given |= {"device": device.value, "threads": threads}
+    given |= {"device": device, "threads": threads}
     given |= {"depths": depths_of(depth), "prune": prune and [options.prune_of(one) for one in prune]}
     run = benchmark.bench
     if sweep_ram is not None:

@@ -16,7 +16,7 @@ def chat(
     temperature: TemperatureIfAny = None,
     top_p: TopPIfAny = None,
     seed: options.SamplingSeed = None,
-    device: options.Device = options.DeviceName.auto,
+    device: options.Device = "auto",
     threads: options.Threads = None,
     prune: options.Prune = None,
 ) -> None:
@@ -30,7 +30,7 @@ def chat(
     from edge_moe.runtime.runtime import Runtime
     from edge_moe.runtime.sampling import sampling_defaults
 
-    given = {"device": device.value, "threads": threads, "kv": kv.value}
+    given = {"device": device, "threads": threads, "kv": kv.value}
     with Runtime(bundle, ram, context, prune=options.prune_of(prune), **given) as runtime:
         given = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
         given = {key: value for key, value in given.items() if value is not None}

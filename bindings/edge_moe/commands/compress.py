@@ -55,7 +55,7 @@ Paged = option(
     help="With --ram: experts that answer nine uses in ten fit, the others are paged in.",
 )
 RunContext = option(
-    int | None, "--context", metavar="N", section=_SMALL,
+    int | None, "--context", metavar="N", section=_SMALL, parser=options.tokens_of,
     help="With --ram: tokens to hold [default: 4096 or the model's own].",
 )  # fmt: skip
 HowToChoose = option(

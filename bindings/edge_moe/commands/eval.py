@@ -18,7 +18,7 @@ def evaluate(
     tokens: TextTokens = None,
     prune: options.Prune = None,
     ram: options.Ram = "auto",
-    device: options.Device = options.DeviceName.auto,
+    device: options.Device = "auto",
     threads: options.Threads = None,
     json_output: options.Json = False,
 ) -> None:
@@ -35,7 +35,7 @@ def evaluate(
     from edge_moe.runtime.runtime import Runtime
     from edge_moe.runtime.score import LOGITS_ROWS
 
-    sizes = {"context": context, "device": device.value, "threads": threads, "logits_rows": LOGITS_ROWS}
+    sizes = {"context": context, "device": device, "threads": threads, "logits_rows": LOGITS_ROWS}
     with (
         progress_bar(quiet=json_output) as progress,
         Runtime(bundle, ram, prune=options.prune_of(prune), **sizes) as runtime,

@@ -29,7 +29,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: options.SamplingSeed = None,
-    device: options.Device = options.DeviceName.auto,
+    device: options.Device = "auto",
     threads: options.Threads = None,
     prune: options.Prune = None,
     stop: Stop = None,
@@ -42,7 +42,7 @@ def generate(
     from edge_moe.runtime.runtime import Runtime
 
     start = token_ids_of(tokens) if prompt is None else sys.stdin.read() if prompt == "-" else prompt
-    given = {"device": device.value, "threads": threads, "kv": kv.value}
+    given = {"device": device, "threads": threads, "kv": kv.value}
     with Runtime(bundle, ram, context, prune=options.prune_of(prune), **given) as runtime:
         pieces = runtime.stream(start, max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
         generation = _print_pieces(pieces, ids=prompt is None, quiet=json_output)

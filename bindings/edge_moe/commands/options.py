@@ -1,5 +1,6 @@
 """What several subcommands share of their arguments and options: one name, one type, one line of help each."""
 
+from collections.abc import Callable
 from enum import Enum
 from typing import Annotated
 
@@ -13,31 +14,49 @@ class KvType(str, Enum):
     float32 = "float32"
 
 
-class DeviceName(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 def argument(kind, metavar: str, help: str):
     return Annotated[kind, typer.Argument(metavar=metavar, help=help, show_default=False)]
 
 
-def option(kind, *names: str, help: str, metavar: str | None = None, shown: bool = False, section: str | None = None):
+def option(
+    kind,
+    *names: str,
+    help: str,
+    metavar: str | None = None,
+    shown: bool = False,
+    section: str | None = None,
+    parser: Callable | None = None,
+):
+    """An option's annotation. shown: its default, in the help. section: of the help. parser: from its text to `kind`,
+    raising ValueError."""
     return Annotated[
-        kind, typer.Option(*names, metavar=metavar, help=help, show_default=shown, rich_help_panel=section)
+        kind,
+        typer.Option(*names, metavar=metavar, help=help, show_default=shown, rich_help_panel=section, parser=parser),
     ]
+
+
+def tokens_of(text: str | int) -> int:
+    """A number of tokens: 4096, 4,096 or 4k, which is 4 x 1024."""
+    digits = str(text).strip().lower().replace(",", "")
+    try:
+        return int(float(digits[:-1]) * 1024) if digits.endswith("k") else int(digits)
+    except (ValueError, OverflowError):
+        raise typer.BadParameter(f"{text!r} is not a number of tokens, as 4096 or 32k") from None
 
 
 Bundle = argument(str, "BUNDLE", "A bundle's directory, NAME.emoe.")
 Json = option(bool, "--json", help="Print one JSON object and nothing else.")
 Ram = option(
-    str, "--ram", metavar="SIZE", shown=True, help="Cap on all memory, as 8GB or 8GiB; auto: 80 % of what is free."
-)
-Context = option(int | None, "--context", metavar="N", help="Tokens to hold [default: 4096 or the model's own].")
+    str, "--ram", metavar="SIZE", shown=True,
+    help="Cap on all memory, as 8GB, 8GiB or 50% of what is free; auto: 80% of that, max: all of it.",
+)  # fmt: skip
+Context = option(
+    int | None, "--context", metavar="N", parser=tokens_of,
+    help="Tokens to hold, as 4096 or 32k [default: 4096 or the model's own].",
+)  # fmt: skip
 Kv = option(KvType, "--kv", shown=True, help="What the KV cache is kept in; float32 takes twice the memory.")
 Device = option(
-    DeviceName, "--device", metavar="NAME", shown=True,
+    str, "--device", metavar="NAME", shown=True,
     help="Where to compute: cpu, cuda, or auto, a GPU where this build has code for one.",
 )  # fmt: skip
 Threads = option(int | None, "--threads", metavar="N", help="Threads of computation [default: all cores].")

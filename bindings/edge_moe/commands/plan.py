@@ -23,9 +23,7 @@ KeepExperts = option(
     str | None, "--keep-experts", metavar="N|SHARE", help="Experts that a layer keeps, as 192 or 0.75 [default: all]."
 )
 PlanRecipe = option(Recipe | None, "--recipe", help="Instead of widths: a published mix of another format.")
-PlanDevice = option(
-    options.DeviceName, "--device", metavar="NAME", shown=True, help="Where it would compute: cpu or cuda."
-)
+PlanDevice = option(str, "--device", metavar="NAME", shown=True, help="Where it would compute: cpu or cuda.")
 
 
 def plan(
@@ -38,7 +36,7 @@ def plan(
     trunk_width: PlanTrunkWidth = None,
     keep_experts: KeepExperts = None,
     recipe: PlanRecipe = None,
-    device: PlanDevice = options.DeviceName.cpu,
+    device: PlanDevice = "cpu",
     threads: options.Threads = None,
     json_output: options.Json = False,
 ) -> None:
@@ -53,7 +51,7 @@ def plan(
 
     bits = {"width": width, "widths": widths_of(widths), "trunk_width": trunk_width}
     model_as = {"keep_experts": keep_experts_of(keep_experts), "recipe": recipe and recipe.value}
-    run = {"context": context, "device": device.value, "threads": threads, "kv": kv.value}
+    run = {"context": context, "device": device, "threads": threads, "kv": kv.value}
     result = estimate(model, ram, **run, **bits, **model_as)
     if json_output:
         print_json(result.as_dict())
