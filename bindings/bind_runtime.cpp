@@ -101,11 +101,16 @@ const Kernels& best_kernels() {
 }  // namespace
 
 void bind_runtime(nb::module_& m) {
+  nb::exception<DamagedFile>(m, "DamagedFile", PyExc_OSError);
   nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
     try {
       std::rethrow_exception(thrown);
     } catch (const SystemError& error) {
+      PyErr_SetString(error.error == ENOMEM ? PyExc_MemoryError : PyExc_OSError, error.what());
+    } catch (const FileInUse& error) {
       PyErr_SetString(PyExc_OSError, error.what());
+    } catch (const cuda::NoMemory& error) {
+      PyErr_SetString(PyExc_MemoryError, error.what());
     }
   });
 
@@ -194,7 +199,8 @@ void bind_runtime(nb::module_& m) {
           "otp, loss: mask routers of a rule: of each layer float32 (top_k * (dim + 2 * top_k + 1),), empty for one\n"
           "without experts; no layers: there are none.\n"
           "device: cpu or cuda. graphs: launch what can be as CUDA graphs; it changes no result.\n\n"
-          "Raises RuntimeError for a bundle that is damaged and OSError for one that cannot be read.")
+          "Raises DamagedFile, an OSError, for a file that is not what the tables say, OSError for one that cannot be\n"
+          "read, MemoryError where memory runs out and RuntimeError for what a GPU refuses.")
       .def(
           "forward",
           [](Engine& self, ArrayIn<int32_t, 1> tokens, int want) {

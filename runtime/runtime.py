@@ -130,7 +130,7 @@ class Runtime:
                 graphs=os.environ.get("EDGE_MOE_CUDA_GRAPHS") != "0",  # to see what they are worth
                 **mask_routers,
             )
-        except RuntimeError as error:  # the core's word for a damaged file
+        except (_core.DamagedFile, RuntimeError) as error:  # RuntimeErrors are a GPU's, which another device avoids
             raise ValueError(str(error)) from None
         self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
         self._cached_by: PruneRule = OFF  # how they were computed
@@ -326,7 +326,7 @@ class Runtime:
     def _step(self, tokens: list[int], want: int) -> np.ndarray:
         try:
             logits = self._open().forward(np.asarray(tokens, np.int32), want)
-        except RuntimeError as error:
+        except RuntimeError as error:  # of a GPU
             raise OSError(str(error)) from None
         self._cached += tokens
         if not np.isfinite(logits).all():

@@ -130,7 +130,7 @@ def test_a_failed_read_is_an_error_and_the_next_try_is_whole(bundle_of, golden):
     assert engine.faults_met == 1
     assert same_bits(run_engine(engine, ids, 1), want)
     engine.inject("flip", after=3, times=1)
-    with pytest.raises(RuntimeError, match="checksum"):
+    with pytest.raises(_core.DamagedFile, match="checksum"):
         run_engine(engine, ids, 4)
     assert same_bits(run_engine(engine, ids, 4), want)
 

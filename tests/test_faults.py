@@ -19,7 +19,6 @@ PROMPT = "def read_lines(path):"
 TOKENS = 16  # of an answer
 IDS = np.arange(1, 13, dtype=np.int32)  # of olmoe: its 8 experts of layer 0 are all used
 TRY_AGAIN = "try again, and copy the bundle again if that does not help"
-DAMAGE = (OSError, RuntimeError)  # of an Engine; a Runtime has OSError alone
 HANG_S = 60
 
 
@@ -93,7 +92,7 @@ def test_a_failed_read_is_named_once_and_forgotten(small, logits, kind, value, m
     file, expert, record = record_of(small, 0, 5)
     engine = make_engine(small, slots=3, threads=threads)
     engine.inject(kind, record=record, times=1, value=value)
-    with pytest.raises(DAMAGE) as caught:
+    with pytest.raises(OSError) as caught:
         in_time(run_engine, engine, IDS)
     assert str(caught.value) == message.format(file=file, begin=expert.offset, end=expert.offset + expert.nbytes)
     assert engine.faults_met == 1
@@ -219,7 +218,7 @@ def test_an_engine_that_met_errors_ends_with_all_its_threads(small, kind):
     assert len(its_own) == 2 + 2
     engine.inject("slow", value=500_000)
     engine.inject(kind, after=3)
-    with pytest.raises(DAMAGE):
+    with pytest.raises(OSError):
         run_engine(engine, IDS)
     del engine
     deadline = time.monotonic() + HANG_S
@@ -407,3 +406,40 @@ def test_threads_that_the_system_refuses_are_an_error(small, threads, refused):
     messages = {f"cannot start {count} {message}" for count in (2, refused)}
     assert f"cannot start {refused} {message}" in found
     assert set(found) <= {"made", "no memory", *messages}
+
+
+# ---- kinds of errors
+
+
+KINDS = """
+import errno, os, resource, sys
+sys.path.insert(0, sys.argv[2])
+from bundles import Path, make_engine
+path = Path(sys.argv[1])
+make_engine(path)
+file = path / "trunk.safetensors"
+def kind(limit=None):
+    before = limit and resource.getrlimit(limit[0])
+    if limit:
+        resource.setrlimit(limit[0], (limit[1], before[1]))
+    try:
+        make_engine(path)
+    except Exception as error:
+        return type(error).__name__
+    finally:
+        if limit:
+            resource.setrlimit(limit[0], before)
+used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGESIZE")
+print(kind((resource.RLIMIT_AS, used + 100_000)))
+print(kind((resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) - 1)))
+whole = file.read_bytes()
+file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+print(kind())
+file.write_bytes(whole)
+print(kind())
+"""
+
+
+def test_memory_that_runs_out_a_system_that_refuses_and_damage_are_told_apart(copy_of):
+    child = run_python(KINDS, copy_of("reference", width=4), os.path.dirname(__file__))
+    assert child.stdout.split() == ["MemoryError", "OSError", "DamagedFile", "None"]

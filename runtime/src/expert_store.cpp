@@ -29,13 +29,13 @@ ExpertStore::ExpertStore(const std::vector<std::string>& paths, std::vector<Reco
     const File& file = *files_.at(record.file);
     if (record.offset > file.bytes || record.padded > file.bytes - record.offset ||
         record.layout.bytes > record.padded || record.offset % kSmallAlignment || record.padded % kSmallAlignment)
-      throw std::runtime_error(file.path + ": expert " + std::to_string(record.expert) + " of layer " +
-                               std::to_string(record.layer) + " does not lie inside the file; copy the bundle again");
+      throw DamagedFile(file.path + ": expert " + std::to_string(record.expert) + " of layer " +
+                        std::to_string(record.layer) + " does not lie inside the file; copy the bundle again");
   }
   if (!mapped) return;
   for (const auto& file : files_) {
     maps_.emplace_back(*file);
-    stamps_.push_back(file->stamp());
+    stamps_.push_back(file->settled_stamp());
   }
 }
 
@@ -77,16 +77,16 @@ const uint8_t* ExpertStore::map(int record) {
   return bytes;
 }
 
-// What was verified holds for as long as nobody writes to the file.
+// What was verified holds for as long as nobody writes to the file. To checksum each mapped record at each use instead
+// would read memory twice where reading it once is what decoding waits for.
 void ExpertStore::begin_use() {
   guard_maps();
   for (int file = 0; file < int(files_.size()); ++file) {
-    const FileStamp now = files_[file]->stamp();
-    if (now == stamps_[file] && !maps_[file].lost()) continue;
+    if (files_[file]->stamp() == stamps_[file] && !maps_[file].lost()) continue;
     if (maps_[file].lost()) maps_[file].map_again(*files_[file]);
     for (size_t i = 0; i < records_.size(); ++i)
       if (records_[i].file == file) verified_[i] = false;
-    stamps_[file] = now;
+    stamps_[file] = files_[file]->settled_stamp();
   }
   in_use_ = true;
 }
@@ -101,9 +101,9 @@ void ExpertStore::check_unchanged(int file) const {
   const FileStamp now = files_[file]->stamp();
   const std::string& path = files_[file]->path;
   if (now.bytes < files_[file]->bytes)
-    throw std::runtime_error(path + ": was cut short while in use; copy the bundle again");
-  if (maps_[file].lost()) throw std::runtime_error(path + ": could not be read while in use; " + kTryAgain);
-  if (now != stamps_[file]) throw std::runtime_error(path + ": was written to while in use; " + kTryAgain);
+    throw DamagedFile(path + ": was cut short while in use; copy the bundle again");
+  if (maps_[file].lost()) throw FileInUse(path + ": could not be read while in use; " + kTryAgain);
+  if (now != stamps_[file]) throw FileInUse(path + ": was written to while in use; " + kTryAgain);
 }
 
 void ExpertStore::inject(ReadFault fault, int record) {
@@ -122,8 +122,8 @@ uint64_t ExpertStore::faults_met() const { return faults_->met(); }
 
 void ExpertStore::verify(const Record& record, const uint8_t* bytes) const {
   if (crc32c(bytes, record.padded) != record.checksum)
-    throw std::runtime_error(files_[record.file]->path + ": expert " + std::to_string(record.expert) + " of layer " +
-                             std::to_string(record.layer) + " does not match its checksum; copy the bundle again");
+    throw DamagedFile(files_[record.file]->path + ": expert " + std::to_string(record.expert) + " of layer " +
+                      std::to_string(record.layer) + " does not match its checksum; copy the bundle again");
 }
 
 }  // namespace edge_moe

@@ -35,7 +35,7 @@ ExpertWeights expert_weights(const Record& record, const uint8_t* bytes);
 class ExpertStore {
  public:
   // `mapped`: records are served by map(), else by read(). Throws SystemError when a file cannot be opened and
-  // std::runtime_error when a record lies outside its file.
+  // DamagedFile when a record lies outside its file.
   ExpertStore(const std::vector<std::string>& paths, std::vector<Record> records, bool mapped);
 
   const std::vector<Record>& records() const { return records_; }

@@ -20,7 +20,7 @@ struct LayerWeights {
   ExpertWeights shared, dense;
 };
 
-// Throws std::runtime_error where the trunk lacks something that the configuration asks for.
+// Throws DamagedFile where the trunk lacks something that the configuration asks for.
 LayerWeights layer_weights(const EngineConfig& config, const Trunk& trunk, int layer);
 
 // What stands before and after the layers.

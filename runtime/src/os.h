@@ -19,15 +19,29 @@ struct SystemError : std::runtime_error {
   int error;  // errno
 };
 
-// By what a program can tell that another one has written to a file.
+// A file that can be read and is not what it should be: cut short, changed, of another shape. DamagedFile in Python.
+struct DamagedFile : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A file that another program changed, or that could not be read, while it was in use: the next try may be right.
+// OSError in Python.
+struct FileInUse : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// By what a program can tell that another one has written to a file. Times are nanoseconds since 1970. Whoever writes
+// can put back the time of the last change of the content, but not that of the last change of the inode, short of
+// setting the system's clock.
 struct FileStamp {
   uint64_t bytes = 0;
   int64_t modified_ns = 0;
+  int64_t changed_ns = 0;  // of the inode: content, times, names, rights
   bool operator==(const FileStamp&) const = default;
 };
 
 // A file opened for reading past the page cache; `direct` is false where the file system refused and reads are
-// buffered. Throws SystemError, and std::runtime_error for what is no regular file.
+// buffered. Throws SystemError, and DamagedFile for what is no regular file.
 struct File {
   explicit File(const std::string& path);
   ~File();
@@ -35,6 +49,12 @@ struct File {
   File& operator=(const File&) = delete;
 
   FileStamp stamp() const;  // now
+
+  // A stamp from which that of every later write differs. Times of files go in steps, so it waits until the last
+  // change is a step ago, at most 2 s. Pages that another program has mapped and changed are brought to the file
+  // first, because a change of such a page is noted only once for as long as it is not: not on tmpfs, where it is
+  // never noted.
+  FileStamp settled_stamp() const;
 
   std::string path;
   int descriptor = -1;
@@ -83,7 +103,7 @@ class FileMap {
 inline constexpr const char* kTryAgain = "try again, and copy the bundle again if that does not help";
 
 // Fill `out` from `offset`. With `file.direct`, all three must be multiples of 4096. Throws SystemError when the system
-// reports an error and std::runtime_error when the file ends early.
+// reports an error and DamagedFile when the file ends early.
 void read_exactly(const File& file, uint64_t offset, uint8_t* out, size_t bytes);
 
 // The same for the end of a file, at any offset and length (fewer than 4096 bytes).

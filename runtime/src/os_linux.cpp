@@ -12,6 +12,16 @@ int64_t modified_ns(const struct stat& info) {
   return int64_t(info.st_mtim.tv_sec) * 1'000'000'000 + info.st_mtim.tv_nsec;
 }
 
+int64_t changed_ns(const struct stat& info) {
+  return int64_t(info.st_ctim.tv_sec) * 1'000'000'000 + info.st_ctim.tv_nsec;
+}
+
+// Without fsync's flush of the disk's own cache, which may take long. Where it fails there was nothing to write.
+void write_back(int descriptor) {
+  sync_file_range(descriptor, 0, 0,
+                  SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+}
+
 File::File(const std::string& path) : path(path) {
   descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
   direct = descriptor >= 0;

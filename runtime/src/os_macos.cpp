@@ -10,6 +10,12 @@ int64_t modified_ns(const struct stat& info) {
   return int64_t(info.st_mtimespec.tv_sec) * 1'000'000'000 + info.st_mtimespec.tv_nsec;
 }
 
+int64_t changed_ns(const struct stat& info) {
+  return int64_t(info.st_ctimespec.tv_sec) * 1'000'000'000 + info.st_ctimespec.tv_nsec;
+}
+
+void write_back(int descriptor) { fsync(descriptor); }
+
 File::File(const std::string& path) : path(path) {
   descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) throw SystemError(path, errno);

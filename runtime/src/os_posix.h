@@ -6,9 +6,11 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <new>
 #include <system_error>
+#include <thread>
 #include <utility>
 
 #include "../../devices/format.h"
@@ -18,7 +20,10 @@
 
 namespace edge_moe {
 
-static int64_t modified_ns(const struct stat& info);  // each os_*.cpp has its own
+// Each os_*.cpp has its own.
+static int64_t modified_ns(const struct stat& info);
+static int64_t changed_ns(const struct stat& info);
+static void write_back(int descriptor);  // what programs have written into their maps of the file
 
 SystemError::SystemError(const std::string& what, int error, const std::string& advice)
     : std::runtime_error(what + ": " + std::generic_category().message(error) + (advice.empty() ? "" : "; " + advice)),
@@ -27,14 +32,29 @@ SystemError::SystemError(const std::string& what, int error, const std::string& 
 inline uint64_t regular_file_bytes(const File& file) {
   struct stat info;
   if (fstat(file.descriptor, &info) != 0) throw SystemError(file.path, errno);
-  if (!S_ISREG(info.st_mode)) throw std::runtime_error(file.path + ": not a regular file");
+  if (!S_ISREG(info.st_mode)) throw DamagedFile(file.path + ": not a regular file");
   return uint64_t(info.st_size);
 }
 
 FileStamp File::stamp() const {
   struct stat info;
   if (fstat(descriptor, &info) != 0) throw SystemError(path, errno, kTryAgain);
-  return {uint64_t(info.st_size), modified_ns(info)};
+  return {uint64_t(info.st_size), modified_ns(info), changed_ns(info)};
+}
+
+FileStamp File::settled_stamp() const {
+  using namespace std::chrono;
+  constexpr int64_t kSecond = 1'000'000'000, kStep = 20'000'000;  // Linux: 10 ms at most; whole seconds: 2 s at most
+  write_back(descriptor);
+  const auto now_ns = [] { return duration_cast<nanoseconds>(system_clock::now().time_since_epoch()).count(); };
+  FileStamp found = stamp();
+  const int64_t step = found.changed_ns % kSecond ? kStep : 2 * kSecond;
+  for (const int64_t begin = now_ns(); now_ns() - begin < step; found = stamp()) {
+    const int64_t age = now_ns() - found.changed_ns;
+    if (age < 0 || age >= step) break;  // a change in the future is none that a later write could be taken for
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  return found;
 }
 
 File::~File() {
@@ -59,7 +79,7 @@ Arena& Arena::operator=(Arena&& other) noexcept {
 }
 
 FileMap::FileMap(const File& file) : bytes_(file.bytes) {
-  if (bytes_ == 0) throw std::runtime_error(file.path + ": empty file");
+  if (bytes_ == 0) throw DamagedFile(file.path + ": empty file");
   void* memory = mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, file.descriptor, 0);
   if (memory == MAP_FAILED) throw SystemError(file.path, errno);
   data_ = static_cast<uint8_t*>(memory);
@@ -109,8 +129,8 @@ inline size_t read_some(const File& file, uint64_t offset, uint8_t* out, size_t 
 void read_exactly(const File& file, uint64_t offset, uint8_t* out, size_t bytes) {
   const size_t done = read_some(file, offset, out, bytes);
   if (done < bytes)
-    throw std::runtime_error(file.path + ": ends at byte " + std::to_string(offset + done) + ", expected at least " +
-                             std::to_string(offset + bytes) + "; copy the bundle again");
+    throw DamagedFile(file.path + ": ends at byte " + std::to_string(offset + done) + ", expected at least " +
+                      std::to_string(offset + bytes) + "; copy the bundle again");
 }
 
 // O_DIRECT wants an aligned buffer and length, also at the end of the file, where it returns what there is.
@@ -118,7 +138,7 @@ void read_tail(const File& file, uint64_t offset, uint8_t* out, size_t bytes) {
   if (bytes == 0) return;
   alignas(4096) static thread_local uint8_t block[4096];
   const size_t got = read_some(file, offset, block, sizeof block);
-  if (got < bytes) throw std::runtime_error(file.path + ": ends early; copy the bundle again");
+  if (got < bytes) throw DamagedFile(file.path + ": ends early; copy the bundle again");
   std::memcpy(out, block, bytes);
 }
 

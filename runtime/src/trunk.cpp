@@ -14,8 +14,8 @@ Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const s
     : path_(path) {
   const File file(path);
   if (file.bytes != bytes)
-    throw std::runtime_error(path + ": has " + std::to_string(file.bytes) + " bytes, expected " +
-                             std::to_string(bytes) + "; copy the bundle again");
+    throw DamagedFile(path + ": has " + std::to_string(file.bytes) + " bytes, expected " +
+                      std::to_string(bytes) + "; copy the bundle again");
   // A direct read wants whole blocks; only what the file has arrives, and the rest of the memory is not used.
   constexpr uint64_t kStep = 8 << 20;
   memory_ = device.memory(align_up(bytes, kSmallAlignment) + kSmallAlignment, 1, kStep, false);
@@ -30,7 +30,7 @@ Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const s
     at += step;
   }
   memory_->filled();
-  if (sum != checksum) throw std::runtime_error(path + ": does not match its checksum; copy the bundle again");
+  if (sum != checksum) throw DamagedFile(path + ": does not match its checksum; copy the bundle again");
   for (const TrunkTensor& t : tensors) {
     Matrix m;
     m.codes = memory_->data() + t.codes;
@@ -48,7 +48,7 @@ Matrix Trunk::matrix_if_any(const std::string& name) const {
 
 Matrix Trunk::matrix(const std::string& name) const {
   Matrix m = matrix_if_any(name);
-  if (!m) throw std::runtime_error(path_ + ": tensor " + name + " is missing; compress the model again");
+  if (!m) throw DamagedFile(path_ + ": tensor " + name + " is missing; compress the model again");
   return m;
 }
 
@@ -56,8 +56,8 @@ const float* Trunk::vector_if_any(const std::string& name, int length) const {
   Matrix m = matrix_if_any(name);
   if (!m) return nullptr;
   if (m.width != 32 || m.rows * m.cols != length)
-    throw std::runtime_error(path_ + ": tensor " + name + " is not " + std::to_string(length) +
-                             " float32 values; compress the model again");
+    throw DamagedFile(path_ + ": tensor " + name + " is not " + std::to_string(length) +
+                      " float32 values; compress the model again");
   return reinterpret_cast<const float*>(m.codes);
 }
 

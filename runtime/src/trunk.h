@@ -21,12 +21,12 @@ struct TrunkTensor {
 
 class Trunk {
  public:
-  // Throws std::runtime_error when the file is not `bytes` long or does not match `checksum`.
+  // Throws DamagedFile when the file is not `bytes` long or does not match `checksum`.
   Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors,
         const Device& device);
 
   // Where the device finds them.
-  Matrix matrix(const std::string& name) const;                    // throws std::runtime_error when it is missing
+  Matrix matrix(const std::string& name) const;                    // throws DamagedFile when it is missing
   Matrix matrix_if_any(const std::string& name) const;             // empty when it is missing
   const float* vector(const std::string& name, int length) const;  // float32 values, checked length
   const float* vector_if_any(const std::string& name, int length) const;  // null when it is missing
