@@ -59,11 +59,11 @@ def evaluate(
 
 
 def checkpoint_logits(directory: str | Path):
-    """A function from token ids to the full-precision logits of a checkpoint, by the reference forward pass."""
+    """A checkpoint's config and a function from token ids to its full-precision logits, by the reference pass."""
     from edge_moe.compressor.checkpoint import Checkpoint
 
     checkpoint = Cached(Checkpoint(directory))
-    return lambda ids: reference.forward(checkpoint.config, checkpoint, ids)
+    return checkpoint.config, lambda ids: reference.forward(checkpoint.config, checkpoint, ids)
 
 
 class Remembered:

@@ -87,7 +87,7 @@ def raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
         if value < low:
             raise ValueError(f"{key} is {value}, expected at least {low}")
         raw[key] = value
-    return {key: value for key, value in raw.items() if key not in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    return raw | dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
 
 
 def _trunk_tensor(random: np.random.Generator, name: str, shape: tuple[int, ...], packing: Packing) -> Quantised:

@@ -8,6 +8,7 @@ import numpy as np
 
 from edge_moe.bench.evaluate import checkpoint_logits, evaluate
 from edge_moe.compressor.calibrate import STDLIB_BYTES, stdlib_files
+from edge_moe.runtime.model_path import find_model
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS
 
@@ -73,15 +74,15 @@ def reference_logits(model: str | Path, runtime: Runtime, context: int) -> Itera
 
     Its memory is its own, outside `runtime`'s plan. Raises ValueError when the vocabularies differ in size.
     """
-    if (Path(model) / "bundle.json").is_file():
+    model = find_model(model)
+    if (model / "bundle.json").is_file():
         with Runtime(model, context=context, logits_rows=LOGITS_ROWS, prune="off") as other:
             _check_vocabulary(other.config, model, runtime)
             yield other.logits
         return
-    from edge_moe.runtime.config import load_config
-
-    _check_vocabulary(load_config(model), model, runtime)
-    yield checkpoint_logits(model)
+    config, logits = checkpoint_logits(model)
+    _check_vocabulary(config, model, runtime)
+    yield logits
 
 
 def _check_vocabulary(config, model, runtime: Runtime) -> None:

@@ -1,6 +1,7 @@
 """Where a checkpoint's tensors are and how to read one: Hugging Face safetensors, one file or shards.
 
-Opening reads headers only and checks every tensor the model needs: there, of a known type, the right shape.
+Opening reads headers only and checks every tensor the model needs: there, of a known type, the right shape. A tensor
+that is there for one of the model's layers and that nothing uses is refused: results would not be the model's.
 Reading takes one tensor from disk as float32, so memory is one tensor's. No file stays open in between: large
 checkpoints have more shards than macOS lets a process open. Shapes and rules are in runtime/config.py, types and
 quantised tensors in source_formats.py.
@@ -8,17 +9,27 @@ quantised tensors in source_formats.py.
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from edge_moe.compressor.source_files import checked_path
 from edge_moe.compressor.source_formats import Block, Tensor, locate, read, read_bytes, scale_blocks
 from edge_moe.runtime.config import ModelConfig, load_config, read_json, trunk_shapes
+from edge_moe.runtime.model_path import check_quantised, find_model, raise_if_other_format
 from edge_moe.runtime.tensorfile import Stored, read_header
 
 SAMPLE_BYTES = 4096  # of each layer's o that the fingerprint reads
+MOST_MISSING = 100_000  # tensors that are counted: a config.json may claim millions
+COMPARED_ROWS = 1024  # of embedding and head, at a time
+HEAD = "lm_head.weight"
+NOT_WEIGHTS = (  # by the end of the name: what other programs keep beside the weights
+    ".rotary_emb.inv_freq",
+    *(f".{what}_scale" for what in ("input", "k", "v", "q", "output")),
+    ".weight_shape",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +51,55 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        self.config: ModelConfig = load_config(self.directory)
+        self.directory = find_model(directory)
         path = self.directory / "config.json"
-        blocks = scale_blocks(read_json(path).get("quantization_config"), str(path))
+        if not path.is_file() and self.directory.is_dir():
+            raise_if_other_format(self.directory)
+        raw = read_json(path)
+        check_quantised(raw, str(path))
+        self.config: ModelConfig = load_config(self.directory)
+        checked_path(self.directory, path.name)
+        blocks = scale_blocks(raw.get("quantization_config"), str(path))
         stored = _read_headers(self.directory)
-        fused = any(key.endswith(".mlp.experts.gate_up_proj") for key in stored)
-        self._tensors = _match(self.directory, list(_sources(self.config, fused)), stored, blocks)
+        names = _Names.of(stored)
+        if self.config.tied_head and HEAD in stored and not self._is_embedding(stored, names, blocks):
+            self.config = replace(self.config, tied_head=False)
+        self._tensors = _match(self.directory, _sources(self.config, names), stored, blocks)
+        self.unused = self._unused(stored, names)  # tensors of what is no part of the model, as further layers
+
+    def _is_embedding(self, stored: dict[str, Stored], names: "_Names", blocks: tuple[Block, ...]) -> bool:
+        """Whether the output head that is stored is the embedding once more, as config.json says."""
+        shape, key = (self.config.vocab, self.config.dim), f"{names.prefix}embed_tokens.weight"
+        head, embedding = (locate(one, shape, stored, blocks) for one in (HEAD, key))
+        if embedding is None:
+            return False
+        for row in range(0, shape[0], COMPARED_ROWS):
+            part = (min(COMPARED_ROWS, shape[0] - row), shape[1])
+            if not np.array_equal(*(read(one, row, part, one.key) for one in (head, embedding))):
+                return False
+        return True
+
+    def _unused(self, stored: dict[str, Stored], names: "_Names") -> list[str]:
+        """The tensors that are not read. Raises ValueError where one is of a part that the model has."""
+        used = {key for _, tensor in self._tensors.values() for key in (tensor.key, tensor.scale_key)}
+        left = [key for key in stored if key not in used and not key.endswith(NOT_WEIGHTS)]
+        left = [key for key in left if key != HEAD or not self.config.tied_head]
+        own = tuple(f"{names.prefix}{part}" for part in ("embed_tokens.", "norm."))
+        layer = f"{names.prefix}layers."
+
+        def of_the_model(key: str) -> bool:
+            if not key.startswith(layer):
+                return key.startswith((*own, "lm_head."))
+            number = key.removeprefix(layer).partition(".")[0]
+            return not number.isascii() or not number.isdigit() or int(number[:9]) < self.config.layers
+
+        if strangers := [key for key in left if of_the_model(key)]:
+            more = f", and {len(strangers) - 1:,} more" if len(strangers) > 1 else ""
+            raise ValueError(
+                f"{self.directory}: tensor {strangers[0]} is there{more}, which {self.config.architecture} with this "
+                "config.json does not use; config.json and the weights do not belong together"
+            )
+        return left
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -112,13 +165,26 @@ class Checkpoint:
         return self._tensors[name]
 
 
-def _sources(config: ModelConfig, fused: bool) -> Iterator[Source]:
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """How a checkpoint spells its tensors."""
+
+    fused: bool  # a layer's experts in two tensors, as transformers 5 has them in memory
+    prefix: str  # model. or, saved without the part that has the head, nothing
+
+    @classmethod
+    def of(cls, stored: Iterable[str]) -> "_Names":
+        bare = "embed_tokens.weight" in stored and "model.embed_tokens.weight" not in stored
+        return cls(any(key.endswith(".mlp.experts.gate_up_proj") for key in stored), "" if bare else "model.")
+
+
+def _sources(config: ModelConfig, names: _Names) -> Iterator[Source]:
     """Every tensor of the model: this function alone knows the checkpoint's names.
 
     The hub keeps an expert's three matrices apart. transformers 5 has them `fused` in memory, and writes them
     so on request: (experts, gate rows then up rows, dim) and (experts, dim, expert_hidden).
     """
-    dim, hidden = config.dim, config.expert_hidden
+    dim, hidden, fused, prefix = config.dim, config.expert_hidden, names.fused, names.prefix
     mixtral = config.architecture == "mixtral" and not fused
     moe = "block_sparse_moe" if mixtral else "mlp"
     gate_key, up_key, down_key = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
@@ -146,14 +212,14 @@ def _sources(config: ModelConfig, fused: bool) -> Iterator[Source]:
 
     for name, shape in trunk_shapes(config).items():
         if name == "head":
-            yield whole(name, "lm_head.weight", shape)
+            yield whole(name, HEAD, shape)
             continue
         layer, part = name.split(".", 2)[1:] if name.startswith("layers.") else ("", name)
-        yield whole(name, f"model.{f'layers.{layer}.' if layer else ''}{key_of[part]}", shape)
+        yield whole(name, f"{prefix}{f'layers.{layer}.' if layer else ''}{key_of[part]}", shape)
 
     for layer in config.moe_layers:
         for expert in range(config.experts):
-            to, at = f"layers.{layer}.experts.{expert}", f"model.layers.{layer}.{moe}.experts"
+            to, at = f"layers.{layer}.experts.{expert}", f"{prefix}layers.{layer}.{moe}.experts"
             if fused:
                 gate_up, gate_up_shape = f"{at}.gate_up_proj", (config.experts, 2 * hidden, dim)
                 down, down_shape = f"{at}.down_proj", (config.experts, dim, hidden)
@@ -167,22 +233,34 @@ def _sources(config: ModelConfig, fused: bool) -> Iterator[Source]:
 
 
 def _match(
-    directory: Path, sources: list[Source], stored: dict[str, Stored], blocks: tuple[Block, ...]
+    directory: Path, sources: Iterable[Source], stored: dict[str, Stored], blocks: tuple[Block, ...]
 ) -> dict[str, tuple[Source, Tensor]]:
     """Each source with the tensor that it is in, by canonical name; all of them, or a ValueError."""
-    wanted = {source.key: source.key_shape for source in sources}
-    found = {key: locate(key, shape, stored, blocks) for key, shape in wanted.items()}
-    missing = [key for key, tensor in found.items() if tensor is None]
-    if missing:
-        raise ValueError(
-            f"{directory}: tensor {missing[0]} is missing, and {len(missing) - 1:,} more; "
-            "config.json and the weights do not belong together, or the download is not complete"
-        )
+    found, tensors, missing = {}, {}, {}
     for source in sources:
-        tensor = found[source.key]
+        tensor = tensors.get(source.key)
+        if tensor is None and (tensor := locate(source.key, source.key_shape, stored, blocks)) is None:
+            missing[source.key] = None
+            if len(missing) > MOST_MISSING:
+                break
+            continue
+        tensors[source.key] = tensor
+        found[source.name] = source, tensor
         if tensor.scales is not None and source.first_row % tensor.shape[-2]:  # up, which is below gate
             _check_boundary(source, tensor)
-    return {source.name: (source, found[source.key]) for source in sources}
+    if missing:
+        first, others = next(iter(missing)), len(missing) - 1
+        more = f", and {'over ' * (others >= MOST_MISSING)}{others:,} more" if others else ""
+        if list(missing) == [HEAD]:
+            raise ValueError(
+                f"{directory}: tensor {HEAD} is missing: the checkpoint was saved without its output head; "
+                "save the model for causal language modelling"
+            )
+        raise ValueError(
+            f"{directory}: tensor {first} is missing{more}; "
+            "config.json and the weights do not belong together, or the download is not complete"
+        )
+    return found
 
 
 def _check_boundary(source: Source, tensor: Tensor) -> None:
@@ -196,29 +274,45 @@ def _check_boundary(source: Source, tensor: Tensor) -> None:
 
 
 def _read_headers(directory: Path) -> dict[str, Stored]:
-    """Tensors by the checkpoint's names, from model.safetensors or the shards that the index names."""
+    """Tensors by the checkpoint's names, from model.safetensors or from every shard that the index names.
+
+    The shards say what they hold: an index that leaves tensors out is no reason to do without them.
+    """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.is_file():
+    if single.exists() or single.is_symlink():
+        checked_path(directory, single.name)
         return read_header(single)
     if not index.is_file():
+        raise_if_other_format(directory)
         raise FileNotFoundError(
             f"{directory}: neither {single.name} nor {index.name} is there; "
             "download the checkpoint in safetensors format"
         )
+    checked_path(directory, index.name)
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(_is_file_name(shard) for shard in shard_of.values()):
         raise ValueError(
             f"{index}: weight_map is not an object of tensor names and file names; download the file again"
         )
     shards = sorted(set(shard_of.values()))
-    absent = [shard for shard in shards if not (directory / shard).is_file()]
+    absent = [shard for shard in shards if not (directory / shard).exists()]
     if absent:
+        others, all_of_them = len(absent) - 1, f"of the {len(shards)} shards that {index.name} names"
+        what = f"and {others} more {all_of_them} are missing; download them"
         raise FileNotFoundError(
-            f"{directory / absent[0]}: no such file, and {len(absent) - 1} more of the {len(shards)} shards "
-            f"that {index.name} names are missing; download them"
+            f"{directory / absent[0]}: no such file, "
+            + (what if others else f"the only one {all_of_them} that is missing; download it")
         )
-    headers = {shard: read_header(directory / shard) for shard in shards}
-    return {key: headers[shard][key] for key, shard in shard_of.items() if key in headers[shard]}
+    stored = {}
+    for shard in shards:
+        checked_path(directory, shard)
+        for key, tensor in read_header(directory / shard).items():
+            other = stored[key].path.name if key in stored else None
+            if other and shard_of.get(key) not in (shard, other):
+                raise ValueError(f"{index}: tensor {key} is in {other} and in {shard}; download both again")
+            if other is None or shard_of.get(key) == shard:
+                stored[key] = tensor
+    return stored
 
 
 def _is_file_name(value) -> bool:

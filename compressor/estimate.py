@@ -8,10 +8,12 @@ from pathlib import Path
 
 from edge_moe import _core
 from edge_moe.compressor.sizes import EDGES, RECIPES, Part, Sizes, packed_sizes, sizes_by_bits, widths_by_kind
+from edge_moe.compressor.source_formats import scale_blocks
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import ModelConfig, parse_config, read_json
 from edge_moe.runtime.device import device_name
+from edge_moe.runtime.model_path import check_quantised, find_model, raise_if_other_format
 from edge_moe.runtime.plan import KV_TYPES, Plan, make_plan, resolve_ram
 from edge_moe.runtime.runtime import DEFAULT_CONTEXT
 from edge_moe.runtime.tokenizer import tokenizer_of
@@ -61,7 +63,7 @@ def estimate(
     interpreter counts as it is in this process, with the tokenizer where there is one. Raises ValueError for bad
     options and what reading the config or the bundle raises.
     """
-    path = Path(model)
+    path = find_model(model)
     choices = {"width": width, "widths": widths, "trunk_width": trunk_width, "recipe": recipe}
     given = [name for name, value in {**choices, "keep_experts": keep_experts}.items() if value is not None]
     if not path.exists():
@@ -131,7 +133,12 @@ def _config_sizes(
 ) -> tuple[ModelConfig, Sizes, str]:
     """The model as it would be, its sizes, and what was assumed."""
     file = path / "config.json" if path.is_dir() else path
-    config = parse_config(read_json(file), where=str(file))
+    if path.is_dir() and not file.is_file():
+        raise_if_other_format(path)
+    raw = read_json(file)
+    check_quantised(raw, str(file))
+    scale_blocks(raw.get("quantization_config"), str(file))
+    config = parse_config(raw, where=str(file))
     if keep_experts is not None:
         config = keep_experts_of(config, keep_experts)
     if recipe is None:

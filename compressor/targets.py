@@ -14,7 +14,8 @@ from edge_moe.compressor.calibrate import check_tokens, paths_of
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.drop_experts import SCORES
 from edge_moe.compressor.quantise import largest_group
-from edge_moe.compressor.writer import COPIED, Packing
+from edge_moe.compressor.source_files import copied_bytes
+from edge_moe.compressor.writer import Packing
 from edge_moe.runtime.bundle import record_alignment, record_bytes
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.plan import READER_BYTES, READERS, parse_bytes
@@ -179,9 +180,7 @@ def expert_budget(o: Options, checkpoint: Checkpoint, config: ModelConfig, trunk
 
 def fixed_bytes(checkpoint: Checkpoint, config: ModelConfig, trunk: dict[str, Packing]) -> int:
     """Of a bundle's directory but for the experts: trunk, copied files and tables, at the most."""
-    fixed = trunk_bytes(config, trunk)
-    copies = [checkpoint.directory / name for name in COPIED]
-    fixed += sum(file.stat().st_size for file in copies if file.is_file())
+    fixed = trunk_bytes(config, trunk) + copied_bytes(checkpoint.directory)
     return fixed + TABLE_BYTES * (len(trunk) + config.expert_count) + OTHER_BYTES + 2 * _core.DATA_ALIGNMENT
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from edge_moe import __version__, _core
 from edge_moe.compressor.files import sync
+from edge_moe.compressor.source_files import contents
 from edge_moe.runtime.bundle import (
     TRUNK_FILE,
     codec_of,
@@ -30,17 +31,6 @@ from edge_moe.runtime.bundle import (
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.tensorfile import make_header
 
-COPIED = (  # verbatim from the checkpoint, where they are there
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 SHARD_BYTES = 4_000_000_000  # an expert file is closed after the record that passes this
 
 
@@ -175,10 +165,9 @@ class BundleWriter:
         if missing := self.trunk.keys() - self.trunk_written:
             raise AssertionError(f"{len(missing)} trunk tensors were not written, {min(missing)} among them")
         copies = {}
-        for name in COPIED:
-            if (self.source / name).is_file():
-                shutil.copyfile(self.source / name, self._partial / name)
-                copies[name] = hashlib.sha256((self._partial / name).read_bytes()).hexdigest()
+        for name, content in contents(self.source, self.config.tied_head).items():
+            (self._partial / name).write_bytes(content)
+            copies[name] = hashlib.sha256(content).hexdigest()
         self._handle(TRUNK_FILE).flush()
         self._trunk_checksum = _file_checksum(self._partial / TRUNK_FILE)
         (self._partial / "bundle.json").write_bytes(table_bytes(self._table(copies)))

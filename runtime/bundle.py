@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe import _core
-from edge_moe.runtime.config import ModelConfig, load_config, read_json, trunk_shapes
+from edge_moe.runtime.config import ModelConfig, load_config, parse_config, read_json, trunk_shapes
+from edge_moe.runtime.model_path import check_quantised, find_model, raise_if_other_format
 from edge_moe.runtime.pruning import MASK_FILE, Pruning, read_mask_routers, read_pruning
 from edge_moe.runtime.tensorfile import Stored, read_header
 
@@ -81,11 +82,11 @@ class Bundle:
 
         Raises FileNotFoundError for a missing part and ValueError for a damaged, edited or newer bundle.
         """
-        path = Path(path)
+        path = find_model(path)
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such bundle directory; make one with `edge-moe compress MODEL {path}`")
-        if not (path / "bundle.json").is_file() and (path / "config.json").is_file():
-            raise ValueError(f"{path}: this is not a bundle; make one with `edge-moe compress {path} OUT`")
+        if not (path / "bundle.json").is_file():
+            _raise_for_checkpoint(path)
         table = read_table(path / "bundle.json")
         _check_copies(path, table)
         read = _Reader(path / "bundle.json")
@@ -118,6 +119,18 @@ class Bundle:
             records[at] = (e.file, e.offset, e.nbytes, e.checksum, *e.widths, e.group)
             frequency[at] = e.frequency
         return records, frequency
+
+
+def _raise_for_checkpoint(path: Path) -> None:
+    """Raise ValueError for a directory with a model that is not compressed, or that cannot be."""
+    config = path / "config.json"
+    if not config.is_file():
+        raise_if_other_format(path)
+        return
+    raw = read_json(config)
+    check_quantised(raw, str(config))
+    parse_config(raw, str(config))
+    raise ValueError(f"{path}: this is not a bundle; make one with `edge-moe compress {path} OUT`")
 
 
 def verify(bundle: Bundle):

@@ -11,12 +11,13 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_moe.runtime.config_keys import Keys, keys_of
+from edge_moe.runtime.model_path import check_pointer, what_it_is
+from edge_moe.runtime.rope_config import YarnScaling, read_rope
+
 ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
-NORM_EPS = {"mixtral": 1e-5, "olmoe": 1e-5}  # where config.json leaves it out; 1e-6 elsewhere
-ROPE_THETA = {"mixtral": 1e6}  # likewise; 1e4 elsewhere
-EXPERTS_KEYS = {"deepseek_v3": ("n_routed_experts",)}
-YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
-MAX_LAYERS, MAX_EXPERTS, MAX_NUMBER = 1024, 4096, 1e30  # beyond any model; a damaged file stops here
+EXPERTS_KEYS = {"deepseek_v3": ("n_routed_experts", "num_local_experts")}
+MAX_LAYERS, MAX_EXPERTS = 1024, 4096  # beyond any model; a damaged file stops here
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
@@ -52,18 +53,6 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class YarnScaling:
-    """YaRN (arXiv 2309.00071): how rotary angles are stretched beyond the context that was trained first."""
-
-    factor: float
-    original_context: int  # tokens
-    beta_fast: float  # turns within original_context from which on an angle is left as it is
-    beta_slow: float  # turns up to which it is divided by factor
-    mscale: float  # how much the factor adds to keys and queries; 0 is not given
-    mscale_all_dim: float  # likewise, but to all of their dimensions: by the scale of the softmax
-
-
-@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shapes and rules of one model. Counts are in elements; `expert_hidden` is one expert's inner size."""
 
@@ -83,6 +72,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_factor: float = 1.0  # linear scaling: positions are divided by it
+    rope_mscale: float = 0.0  # linear scaling: how much the factor adds to the scale of the softmax; 0 is nothing
     yarn: YarnScaling | None = None
     latent: LatentAttention | None = None  # instead of k and v for each KV head
     qkv_bias: bool = False
@@ -163,8 +153,10 @@ def read_json(path: Path) -> dict:
     """Read one JSON object. Raises FileNotFoundError or ValueError, both naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a model directory has a config.json")
+    content = path.read_bytes()
+    check_pointer(path, content)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
     if not isinstance(value, dict):
@@ -180,8 +172,11 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     """
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ValueError(f"{where}: architecture {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
-    get = _Keys(raw, where)
+        raise ValueError(
+            f"{where}: architecture {kind!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            + what_it_is(raw)
+        )
+    get = keys_of(kind, raw, where)
     heads = get.count("num_attention_heads")
     dim = get.count("hidden_size")
     layers = get.count("num_hidden_layers", limit=MAX_LAYERS)
@@ -190,8 +185,9 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     # transformers 5 writes rope_dim alone as DeepSeek's head_dim
     head_dim = latent.nope_dim + latent.rope_dim if latent else get.count("head_dim", default=max(dim // heads, 1))
     dense = _dense_layers(get, kind, layers)
-    rope_theta, rope_factor, yarn = _rope(get, kind)
-    activation = get.any("hidden_act", default="silu")
+    context = get.count("max_position_embeddings")
+    rope = read_rope(get, kind, context)
+    activation = get.any("hidden_act")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"{where}: hidden_act {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}")
     if kind in ("olmoe", "qwen3_moe", "deepseek_v3") and get.flag("attention_bias", False):
@@ -206,18 +202,19 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         heads=heads,
         kv_heads=heads if latent else get.count("num_key_value_heads", default=heads),
         head_dim=head_dim,
-        context=get.count("max_position_embeddings"),
+        context=context,
         experts=get.count(*EXPERTS_KEYS.get(kind, ("num_experts", "num_local_experts")), limit=MAX_EXPERTS),
         top_k=get.count("num_experts_per_tok"),
         expert_hidden=get.count("intermediate_size" if kind in ("mixtral", "olmoe") else "moe_intermediate_size"),
         router=_router(get, kind),
         activation=ACTIVATIONS[activation],
-        norm_eps=get.number("rms_norm_eps", default=NORM_EPS.get(kind, 1e-6)),
-        rope_theta=rope_theta,
-        rope_factor=rope_factor,
-        yarn=yarn,
+        norm_eps=get.number("rms_norm_eps"),
+        rope_theta=rope.theta,
+        rope_factor=rope.factor,
+        rope_mscale=rope.mscale_all_dim,
+        yarn=rope.yarn,
         latent=latent,
-        qkv_bias=get.flag("qkv_bias", True) if kind == "qwen2_moe" else False,
+        qkv_bias=get.flag("qkv_bias") if kind == "qwen2_moe" else False,
         qk_norm={"qwen3_moe": "head", "olmoe": "full"}.get(kind, "none"),
         qkv_clip=get.number("clip_qkv", default=0.0) if kind == "olmoe" else 0.0,
         sliding_window=_sliding_window(get, kind),
@@ -225,8 +222,8 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         shared_gate=not deepseek,
         dense_hidden=get.count("intermediate_size") if dense else 0,
         dense_layers=dense,
-        tied_head=get.flag("tie_word_embeddings", False),
-        eos_tokens=_tokens(raw.get("eos_token_id")),
+        tied_head=get.flag("tie_word_embeddings"),
+        eos_tokens=_tokens(get.nullable("eos_token_id")),
     )
     _check(config, where)
     return config
@@ -283,90 +280,26 @@ def _mlp_shapes(prefix: str, dim: int, inner: int) -> dict[str, tuple[int, ...]]
     return {f"{prefix}.gate": (inner, dim), f"{prefix}.up": (inner, dim), f"{prefix}.down": (dim, inner)}
 
 
-class _Keys:
-    """Typed access to a config's keys; the first spelling that is present counts."""
-
-    def __init__(self, raw: dict, where: str):
-        self.raw, self.where = raw, where
-
-    def any(self, *names, default=None):
-        for name in names:
-            if self.raw.get(name) is not None:
-                return self.raw[name]
-        if default is None:
-            raise ValueError(f"{self.where}: key {' or '.join(repr(name) for name in names)} is missing")
-        return default
-
-    def count(self, *names, default=None, limit=2**31 - 1) -> int:
-        value = self.any(*names, default=default)
-        if type(value) is not int or not 0 < value <= limit:
-            raise ValueError(f"{self.where}: {names[0]} is {value!r}, expected a whole number from 1 to {limit:,}")
-        return value
-
-    def number(self, *names, default=None) -> float:
-        value = self.any(*names, default=default)
-        if type(value) not in (int, float) or not 0 <= value <= MAX_NUMBER:
-            raise ValueError(f"{self.where}: {names[0]} is {value!r}, expected a number from 0 to {MAX_NUMBER:g}")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.raw.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise ValueError(f"{self.where}: {name} is {value!r}, expected true or false")
-        return default if value is None else value
-
-
-def _rope(get: _Keys, kind: str) -> tuple[float, float, YarnScaling | None]:
-    """(theta, linear factor, YaRN), from `rope_parameters` (transformers 5) or the hub's two keys."""
-    rope = get.raw.get("rope_parameters") or get.raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{get.where}: rope_parameters is {rope!r}, expected an object")
-    merged = _Keys({"rope_theta": get.raw.get("rope_theta"), **rope}, get.where)
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    supported = ("default", "linear", "yarn") if kind == "deepseek_v3" else ("default", "linear")
-    if scaling not in supported:
-        raise ValueError(f"{get.where}: rope type {scaling!r} is not supported; supported are {', '.join(supported)}")
-    if merged.number("partial_rotary_factor", default=1.0) != 1.0:
-        raise ValueError(f"{get.where}: partial_rotary_factor other than 1 is not supported")
-    factor = 1.0 if scaling == "default" else merged.number("factor")
-    theta = merged.number("rope_theta", default=ROPE_THETA.get(kind, 1e4))
-    if theta <= 0 or factor <= 0:
-        raise ValueError(f"{get.where}: rope_theta and factor must be above 0, found {theta} and {factor}")
-    if scaling != "yarn":
-        return theta, factor, None
-    for key, only in (("attention_factor", None), ("truncate", True)):
-        if rope.get(key, only) not in (only, None):
-            raise ValueError(f"{get.where}: {key} of rope type yarn is not supported; leave it out")
-    yarn = YarnScaling(
-        factor,
-        merged.count("original_max_position_embeddings"),
-        *(merged.number(key, default=default) for key, default in YARN_DEFAULTS.items()),
-    )
-    if yarn.beta_fast <= 0 or yarn.beta_slow <= 0 or theta <= 1:
-        raise ValueError(f"{get.where}: rope type yarn needs beta_fast and beta_slow above 0 and rope_theta above 1")
-    return theta, 1.0, yarn
-
-
-def _latent(get: _Keys) -> LatentAttention:
+def _latent(get: Keys) -> LatentAttention:
     return LatentAttention(
-        q_rank=get.count("q_lora_rank") if get.raw.get("q_lora_rank") is not None else 0,
+        q_rank=get.count("q_lora_rank") if get.nullable("q_lora_rank") is not None else 0,
         kv_rank=get.count("kv_lora_rank"),
         nope_dim=get.count("qk_nope_head_dim"),
         rope_dim=get.count("qk_rope_head_dim"),
         v_dim=get.count("v_head_dim"),
-        interleaved=get.flag("rope_interleave", True),
+        interleaved=get.flag("rope_interleave"),
     )
 
 
-def _router(get: _Keys, kind: str) -> RouterConfig:
+def _router(get: Keys, kind: str) -> RouterConfig:
     if kind != "deepseek_v3":
-        return RouterConfig(renormalise=True if kind == "mixtral" else get.flag("norm_topk_prob", False))
+        return RouterConfig(renormalise=True if kind == "mixtral" else get.flag("norm_topk_prob"))
     for key, only in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
         if (value := get.any(key, default=only)) != only:
             raise ValueError(f"{get.where}: {key} {value!r} is not supported for {kind}; supported is {only}")
     return RouterConfig(
         score="sigmoid",
-        renormalise=get.flag("norm_topk_prob", True),
+        renormalise=get.flag("norm_topk_prob"),
         selection_bias=True,
         groups=get.count("n_group"),
         top_groups=get.count("topk_group"),
@@ -375,15 +308,15 @@ def _router(get: _Keys, kind: str) -> RouterConfig:
     )
 
 
-def _shared_hidden(get: _Keys, kind: str) -> int:
+def _shared_hidden(get: Keys, kind: str) -> int:
     if kind == "qwen2_moe":
         return get.count("shared_expert_intermediate_size")
-    if kind == "deepseek_v3" and get.raw.get("n_shared_experts"):
+    if kind == "deepseek_v3" and get.nullable("n_shared_experts"):
         return get.count("n_shared_experts", limit=MAX_EXPERTS) * get.count("moe_intermediate_size")
     return 0
 
 
-def _dense_layers(get: _Keys, kind: str, layers: int) -> tuple[int, ...]:
+def _dense_layers(get: Keys, kind: str, layers: int) -> tuple[int, ...]:
     if kind == "deepseek_v3":
         first, step = get.any("first_k_dense_replace"), get.count("moe_layer_freq", default=1)
         if type(first) is not int or first < 0:
@@ -391,18 +324,21 @@ def _dense_layers(get: _Keys, kind: str, layers: int) -> tuple[int, ...]:
         return tuple(layer for layer in range(layers) if layer < first or layer % step)
     if not kind.startswith("qwen"):
         return ()
-    step = get.count("decoder_sparse_step", default=1)
+    step = get.count("decoder_sparse_step")
     dense = get.raw.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(x) is not int for x in dense):
         raise ValueError(f"{get.where}: mlp_only_layers is {dense!r}, expected a list of layer numbers")
     return tuple(layer for layer in range(layers) if layer in dense or (layer + 1) % step)
 
 
-def _sliding_window(get: _Keys, kind: str) -> int:
+def _sliding_window(get: Keys, kind: str) -> int:
     if kind == "mixtral":
         return get.count("sliding_window") if get.raw.get("sliding_window") is not None else 0
     if get.flag("use_sliding_window", False):
         raise ValueError(f"{get.where}: use_sliding_window is not supported for {kind}; set it to false")
+    kinds = get.any("layer_types", default=[])
+    if not isinstance(kinds, list) or any(one != "full_attention" for one in kinds):
+        raise ValueError(f"{get.where}: layer_types is {kinds!r}, expected full_attention in every layer")
     return 0
 
 

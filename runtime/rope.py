@@ -49,7 +49,8 @@ def rope_scale(config: ModelConfig) -> float:
 def softmax_scale(config: ModelConfig) -> float:
     """What the products of queries and keys are multiplied by."""
     yarn, scale = config.yarn, config.head_dim**-0.5
-    return scale * _magnitude(yarn.factor, yarn.mscale_all_dim) ** 2 if yarn and yarn.mscale_all_dim else scale
+    factor, mscale = (yarn.factor, yarn.mscale_all_dim) if yarn else (config.rope_factor, config.rope_mscale)
+    return scale * _magnitude(factor, mscale) ** 2 if mscale else scale
 
 
 def _magnitude(factor: float, mscale: float) -> float:

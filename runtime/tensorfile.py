@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_moe.runtime.model_path import check_pointer
+
 NUMPY_DTYPES = {  # as read from disk; what numpy lacks is its bits
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<f2"),
@@ -42,7 +44,10 @@ def read_header(path: Path, remedy: str = "download it again") -> dict[str, Stor
     with open(path, "rb") as file:
         file_bytes = file.seek(0, 2)
         file.seek(0)
-        header_bytes = int.from_bytes(file.read(8), "little")
+        head = file.read(64)
+        check_pointer(path, head)
+        header_bytes = int.from_bytes(head[:8], "little")
+        file.seek(8)
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
             raise ValueError(
                 f"{path}: the header claims {header_bytes:,} bytes, the file has {file_bytes:,}; "

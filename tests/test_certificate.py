@@ -77,7 +77,7 @@ def test_the_source_is_scored_as_the_checkpoint_itself(golden, tmp_path, texts, 
     """By reference.forward, window by window, for a text that fills no whole number of windows."""
     model = golden[architecture][0]
     certificate = certified(model, tmp_path / "new.emoe", texts, width=3, method="uniform").table["certificate"]
-    context, logits, nll = certificate["context"], checkpoint_logits(model), []
+    context, (_, logits), nll = certificate["context"], checkpoint_logits(model), []
     for window in windows_of(texts[1], context):
         scores = logits(window).astype(np.float64)[:-1]
         nll += list(np.log(np.exp(scores).sum(1)) - scores[np.arange(context - 1), window[1:]])

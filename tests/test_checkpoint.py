@@ -265,7 +265,7 @@ def test_a_tensor_that_is_in_the_index_but_not_in_its_shard_is_missing(olmoe):
     del tensors["model.norm.weight"]
     write_file(path, tensors)
     assert refusal(ValueError, lambda: Checkpoint(olmoe)) == (
-        f"{olmoe}: tensor model.norm.weight is missing, and 0 more; "
+        f"{olmoe}: tensor model.norm.weight is missing; "
         "config.json and the weights do not belong together, or the download is not complete"
     )
 

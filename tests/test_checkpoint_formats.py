@@ -298,7 +298,23 @@ def test_a_quantised_checkpoint_compresses_to_the_same_weights_as_its_values(tmp
 # What is refused
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "mxfp4", "modelopt", None])
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "quantised with GPTQ (4 bits, group 128)"),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64}, "quantised with AWQ (4 bits, group 64)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quantised with bitsandbytes (4 bits)"),
+        ({"group_size": 64, "bits": 4, "mode": "affine"}, "MLX-quantised (4 bits, group 64)"),
+    ],
+)
+def test_a_checkpoint_that_is_quantised_already_is_refused_by_the_name_of_its_form(plain, config, name):
+    set_quantisation(plain, config)
+    assert refusal(ValueError, lambda: Checkpoint(plain)) == (
+        f"{plain}/config.json: is {name}; edge-moe compresses from the original checkpoint: download that one"
+    )
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "modelopt", None])
 def test_another_quantisation_method_is_refused(plain, method):
     set_quantisation(plain, {"quant_method": method, "bits": 4})
     assert refusal(ValueError, lambda: Checkpoint(plain)) == (

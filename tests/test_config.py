@@ -232,6 +232,23 @@ def test_latent_attention_has_its_own_matrices_and_a_shared_expert_may_lack_a_ga
     assert not [name for name in trunk_shapes(plain) if "q_" in name or "shared" in name]
 
 
+def test_an_old_rope_object_beside_the_new_one_adds_its_scaling():
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "rope_scaling": {"type": "linear"}}
+    rope["rope_scaling"]["factor"] = 4.0
+    config = parse_config(hub("qwen3_moe", **rope))
+    assert (config.rope_theta, config.rope_factor) == (5000.0, 4.0)
+
+
+def test_a_dense_model_is_called_so():
+    raw = {key: value for key, value in hub("qwen3_moe", model_type="qwen3").items() if "experts" not in key}
+    with pytest.raises(ValueError) as error:
+        parse_config(raw)
+    assert str(error.value) == (
+        f"config.json: architecture 'qwen3' is not supported; {SUPPORTED}; "
+        "this is a dense model, and edge-moe runs mixtures of experts"
+    )
+
+
 def test_mixtral_has_no_attention_bias_whatever_its_config_says():
     assert parse_config(hub("mixtral", attention_bias=True)).qkv_bias is False
 
@@ -270,7 +287,24 @@ REFUSED = [
      "silu, swish, gelu_pytorch_tanh, gelu_new"),
     ("olmoe", {"hidden_act": ["silu"]}, "hidden_act ['silu'] is not supported; supported are "
      "silu, swish, gelu_pytorch_tanh, gelu_new"),
-    ("olmoe", {"rope_scaling": 4}, "rope_parameters is 4, expected an object"),
+    ("olmoe", {"rope_scaling": 4}, "rope_scaling is 4, expected an object"),
+    ("olmoe", {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+     "rope_parameters has an object for 'full_attention'; one for all layers is supported"),
+    ("olmoe", {"rope_parameters": {"rope_theta": 1e6}}, "rope_theta is 5000.0 and rope_parameters.rope_theta is "
+     "1000000.0, two spellings of one key; remove the one that is wrong"),
+    ("olmoe", {"rope_scaling": {"type": "linear", "rope_type": "default"}}, "rope_scaling.rope_type is 'default' and "
+     "rope_scaling.type is 'linear', two spellings of one key; remove the one that is wrong"),
+    ("olmoe", {"rope_parameters": {"type": "linear", "factor": 2}, "rope_scaling": {"type": "linear", "factor": 4}},
+     "rope_parameters.factor is 2 and rope_scaling.factor is 4, two spellings of one key; "
+     "remove the one that is wrong"),
+    ("olmoe", {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 4},
+               "rope_theta": None}, "rope_scaling replaces rope_parameters, but rope_theta 500000.0 is in "
+     "rope_parameters alone; write all of it into rope_parameters"),
+    ("olmoe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1 is not supported"),
+    ("olmoe", {"num_local_experts": 16}, "num_experts is 8 and num_local_experts is 16, two spellings of one key; "
+     "remove the one that is wrong"),
+    ("qwen2_moe", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types is "
+     "['full_attention', 'sliding_attention', 'full_attention'], expected full_attention in every layer"),
     ("olmoe", {"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported; "
      "supported are default, linear"),
     ("olmoe", {"rope_scaling": {"type": "linear"}}, "key 'factor' is missing"),
@@ -290,7 +324,7 @@ REFUSED = [
     ("olmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok is larger than the number of experts"),
     ("deepseek_v3", {"kv_lora_rank": None}, "key 'kv_lora_rank' is missing"),
     ("deepseek_v3", {"q_lora_rank": 0}, "q_lora_rank is 0, expected a whole number from 1 to 2,147,483,647"),
-    ("deepseek_v3", {"n_routed_experts": None}, "key 'n_routed_experts' is missing"),
+    ("deepseek_v3", {"n_routed_experts": None}, "key 'n_routed_experts' or 'num_local_experts' is missing"),
     ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim must be even"),
     ("deepseek_v3", {"first_k_dense_replace": -1},
      "first_k_dense_replace is -1, expected a whole number from 0"),
@@ -307,8 +341,9 @@ REFUSED = [
      "attention_bias true is not supported for deepseek_v3 (it biases the output projection too)"),
     ("deepseek_v3", {"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not supported; "
      "supported are default, linear, yarn"),
-    ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4}},
-     "key 'original_max_position_embeddings' is missing"),
+    ("deepseek_v3", {"rope_scaling": {**YARN, "original_max_position_embeddings": 64},
+                     "original_max_position_embeddings": 32}, "original_max_position_embeddings is 32 and "
+     "rope_scaling.original_max_position_embeddings is 64, two spellings of one key; remove the one that is wrong"),
     ("deepseek_v3", {"rope_scaling": {**YARN, "attention_factor": 1.0}},
      "attention_factor of rope type yarn is not supported; leave it out"),
     ("deepseek_v3", {"rope_scaling": {**YARN, "truncate": False}},

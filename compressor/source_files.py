@@ -1,0 +1,106 @@
+"""Which files of a checkpoint may be read, and those that go into a bundle, checked.
+
+A checkpoint comes from elsewhere, so a link in it may name any file of this machine, and a bundle is made to be given
+away. Links are followed inside the checkpoint, and into the blobs of a Hugging Face cache, which is all links.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+from edge_moe.runtime.config import parse_config
+from edge_moe.runtime.model_path import check_pointer
+
+MOST_BYTES = 64_000_000  # of a file that is copied; the largest tokenizers have 35 MB
+COPIED = (  # from the checkpoint, where they are there
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def checked_path(directory: Path, name: str) -> Path:
+    """The real path of DIRECTORY/name, a regular file that may be read.
+
+    Raises FileNotFoundError where there is none, and ValueError for a link that leads out of the checkpoint and for
+    what is no regular file.
+    """
+    path = directory / name
+    try:
+        real = path.resolve(strict=True)
+        kind = real.stat().st_mode
+    except (FileNotFoundError, RuntimeError):
+        raise FileNotFoundError(f"{path}: no such file") from None
+    if directory.resolve() not in real.parents and not _is_hub_blob(real):
+        raise ValueError(
+            f"{path}: is a link to {real}, outside the checkpoint; links are followed only inside it and into a "
+            "Hugging Face cache: put the file itself there"
+        )
+    if not stat.S_ISREG(kind):
+        raise ValueError(f"{path}: is no regular file; put the file itself there")
+    return real
+
+
+def _is_hub_blob(real: Path) -> bool:
+    """Whether a file lies where the hub's cache keeps the contents of a model: models--ORG--NAME/blobs/HASH."""
+    return real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+
+
+def there(directory: Path) -> list[str]:
+    """The names of COPIED that the checkpoint has."""
+    return [name for name in COPIED if (directory / name).exists() or (directory / name).is_symlink()]
+
+
+def contents(directory: Path, tied_head: bool) -> dict[str, bytes]:
+    """What a bundle takes over, by name: the files of COPIED that are there, as they are.
+
+    tied_head: whether the bundle's output head is the embedding; where config.json says so and the weights have a head
+    of their own, the bundle's config.json says no. Raises ValueError for a file that is not what its name says.
+    """
+    found = {name: _content(directory, name) for name in there(directory)}
+    raw = json.loads(found["config.json"])
+    if parse_config(raw, str(directory / "config.json")).tied_head and not tied_head:
+        found["config.json"] = (json.dumps({**raw, "tie_word_embeddings": False}, indent=2) + "\n").encode()
+    return found
+
+
+def copied_bytes(directory: Path) -> int:
+    """Bytes of what a bundle takes over."""
+    return sum(checked_path(directory, name).stat().st_size for name in there(directory))
+
+
+def _content(directory: Path, name: str) -> bytes:
+    path = directory / name
+    handle = os.open(checked_path(directory, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path}: is no regular file; put the file itself there")
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{path}: is larger than {MOST_BYTES:,} bytes; it is damaged, download it again")
+    check_pointer(path, data)
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(text) if name.endswith(".json") else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not what its name says ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; download it again")
+    if name == "merges.txt" and (bad := _bad_merge(text)) is not None:
+        raise ValueError(f"{path}: line {bad} is not two symbols with a space between; download it again")
+    return data
+
+
+def _bad_merge(text: str) -> int | None:
+    """The number of the first line that is no merge of a byte-pair encoding."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip() and not line.startswith("#version") and " " not in line.strip():
+            return number
+    return None

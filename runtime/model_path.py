@@ -1,0 +1,114 @@
+"""What a path that is given as a model is: a directory to read, or by its true name what it is instead.
+
+Nothing is downloaded. Errors say what to do: most paths that fail are a hub id, a GGUF file, a checkpoint that is
+quantised already, or a download that is not complete.
+"""
+
+import re
+from pathlib import Path
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_URL = re.compile(r"https?:/+(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)")
+POINTER = b"version https://git-lfs"
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
+
+
+def find_model(path: str | Path) -> Path:
+    """The directory that holds a model's files: `path` itself, or the snapshot of a folder of the hub's cache.
+
+    Raises FileNotFoundError for a hub id and ValueError for a file of another format, each with what to do. What else
+    is wrong with the path, its reader says.
+    """
+    given, path = str(path), Path(path)
+    if path.is_file():
+        raise_if_other_format(path)
+    if path.is_dir():
+        return _snapshot(path)
+    if (url := HUB_URL.match(given)) or (HUB_ID.fullmatch(given) and not _is_local(path)):
+        name = url[1] if url else given
+        directory = name.split("/")[1]
+        raise FileNotFoundError(
+            f"{given}: no such directory, but it looks like a model on the Hugging Face hub; download it with "
+            f"`hf download {name} --local-dir {directory}`, then `edge-moe compress {directory} {directory}.emoe`"
+        )
+    return path
+
+
+def _is_local(path: Path) -> bool:
+    """Whether ORG/NAME is more likely a path that does not exist."""
+    return path.parent.is_dir() or path.suffix in (".emoe", ".json", ".gguf", ".safetensors")
+
+
+def _snapshot(path: Path) -> Path:
+    """The snapshot of models--ORG--NAME, the one that `main` names or the only one."""
+    snapshots = path / "snapshots"
+    if not path.name.startswith("models--") or not snapshots.is_dir():
+        return path
+    reference = path / "refs" / "main"
+    if reference.is_file():
+        name = reference.read_bytes()[:64].decode("ascii", "replace").strip()
+        if re.fullmatch(r"[0-9a-f]+", name) and (snapshots / name).is_dir():
+            return snapshots / name
+    found = sorted(one for one in snapshots.iterdir() if one.is_dir())
+    if len(found) == 1:
+        return found[0]
+    raise FileNotFoundError(f"{path}: is a hub cache with {len(found)} snapshots and none is main; name one of them")
+
+
+def raise_if_other_format(path: Path) -> None:
+    """Raise ValueError for a file or directory of a format that is not read here, by its name."""
+    if path.is_dir():
+        names = sorted(one.name for one in path.iterdir())
+        if gguf := [name for name in names if name.endswith(".gguf")]:
+            raise ValueError(_gguf(path / gguf[0]))
+        pickled = [name for name in names if name.endswith((".bin", ".pth", ".pt")) and "model" in name.lower()]
+        if pickled:
+            raise ValueError(
+                f"{path / pickled[0]}: is a PyTorch file; edge-moe reads safetensors: download the checkpoint in that "
+                "format, or load it with transformers and save_pretrained() it"
+            )
+        return
+    with open(path, "rb") as file:
+        head = file.read(64)
+    check_pointer(path, head)
+    if head.startswith(b"GGUF") or path.suffix == ".gguf":
+        raise ValueError(_gguf(path))
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: is one file of a checkpoint; name its directory, {path.parent}")
+
+
+def _gguf(path: Path) -> str:
+    return f"{path}: is a GGUF file; edge-moe compresses from safetensors: download the original checkpoint"
+
+
+def check_pointer(path: Path, head: bytes) -> None:
+    """Raise ValueError where a file that begins with `head` is a Git LFS pointer."""
+    if head.startswith(POINTER):
+        raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+
+
+def check_quantised(raw: dict, where: str) -> None:
+    """Raise ValueError where a config.json says that its weights are rounded in a form that is not read here."""
+    config = raw.get("quantization_config")
+    config = config if isinstance(config, dict) else {}
+    own = raw.get("quantization") if isinstance(raw.get("quantization"), dict) else config
+    if "quant_method" not in config and {"bits", "group_size"} <= own.keys():
+        name, config = "MLX-quantised", own
+    elif (method := config.get("quant_method")) in METHODS:
+        name = f"quantised with {METHODS[method]}"
+    else:
+        return
+    bits = config.get("bits") or config.get("w_bit") or (4 if config.get("load_in_4bit") else None)
+    group = config.get("group_size") or config.get("q_group_size")
+    told = [f"{bits} bits"] * isinstance(bits, int) + [f"group {group}"] * (isinstance(group, int) and group > 0)
+    told = f" ({', '.join(told)})" if told else ""
+    raise ValueError(f"{where}: is {name}{told}; edge-moe compresses from the original checkpoint: download that one")
+
+
+def what_it_is(raw: dict) -> str:
+    """What to add where the architecture of a config.json is not supported."""
+    inner = [its for its in raw.values() if isinstance(its, dict)]
+    if any(its.get(key) for its in (raw, *inner) for key in EXPERT_KEYS) or not isinstance(raw.get("model_type"), str):
+        return ""
+    return "; this is a dense model, and edge-moe runs mixtures of experts"
