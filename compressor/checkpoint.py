@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.compressor.source_files import checked_path
 from edge_moe.compressor.source_formats import Block, Tensor, locate, read, read_bytes, scale_blocks
 from edge_moe.runtime.config import ModelConfig, load_config, read_json, trunk_shapes
+from edge_moe.runtime.files import real_path
 from edge_moe.runtime.model_path import check_quantised, find_model, raise_if_other_format
 from edge_moe.runtime.tensorfile import Stored, read_header
 
@@ -58,7 +58,7 @@ class Checkpoint:
         raw = read_json(path)
         check_quantised(raw, str(path))
         self.config: ModelConfig = load_config(self.directory)
-        checked_path(self.directory, path.name)
+        real_path(self.directory, path.name)
         blocks = scale_blocks(raw.get("quantization_config"), str(path))
         stored = _read_headers(self.directory)
         names = _Names.of(stored)
@@ -280,7 +280,7 @@ def _read_headers(directory: Path) -> dict[str, Stored]:
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists() or single.is_symlink():
-        checked_path(directory, single.name)
+        real_path(directory, single.name)
         return read_header(single)
     if not index.is_file():
         raise_if_other_format(directory)
@@ -288,7 +288,7 @@ def _read_headers(directory: Path) -> dict[str, Stored]:
             f"{directory}: neither {single.name} nor {index.name} is there; "
             "download the checkpoint in safetensors format"
         )
-    checked_path(directory, index.name)
+    real_path(directory, index.name)
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(_is_file_name(shard) for shard in shard_of.values()):
         raise ValueError(
@@ -305,7 +305,7 @@ def _read_headers(directory: Path) -> dict[str, Stored]:
         )
     stored = {}
     for shard in shards:
-        checked_path(directory, shard)
+        real_path(directory, shard)
         for key, tensor in read_header(directory / shard).items():
             other = stored[key].path.name if key in stored else None
             if other and shard_of.get(key) not in (shard, other):

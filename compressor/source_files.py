@@ -9,48 +9,10 @@ import os
 import stat
 from pathlib import Path
 
+from edge_moe.runtime.bundle import COPIED
 from edge_moe.runtime.config import parse_config
+from edge_moe.runtime.files import real_path
 from edge_moe.runtime.model_path import check_pointer
-
-MOST_BYTES = 64_000_000  # of a file that is copied; the largest tokenizers have 35 MB
-COPIED = (  # from the checkpoint, where they are there
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
-
-def checked_path(directory: Path, name: str) -> Path:
-    """The real path of DIRECTORY/name, a regular file that may be read.
-
-    Raises FileNotFoundError where there is none, and ValueError for a link that leads out of the checkpoint and for
-    what is no regular file.
-    """
-    path = directory / name
-    try:
-        real = path.resolve(strict=True)
-        kind = real.stat().st_mode
-    except (FileNotFoundError, RuntimeError):
-        raise FileNotFoundError(f"{path}: no such file") from None
-    if directory.resolve() not in real.parents and not _is_hub_blob(real):
-        raise ValueError(
-            f"{path}: is a link to {real}, outside the checkpoint; links are followed only inside it and into a "
-            "Hugging Face cache: put the file itself there"
-        )
-    if not stat.S_ISREG(kind):
-        raise ValueError(f"{path}: is no regular file; put the file itself there")
-    return real
-
-
-def _is_hub_blob(real: Path) -> bool:
-    """Whether a file lies where the hub's cache keeps the contents of a model: models--ORG--NAME/blobs/HASH."""
-    return real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
 
 
 def there(directory: Path) -> list[str]:
@@ -73,18 +35,18 @@ def contents(directory: Path, tied_head: bool) -> dict[str, bytes]:
 
 def copied_bytes(directory: Path) -> int:
     """Bytes of what a bundle takes over."""
-    return sum(checked_path(directory, name).stat().st_size for name in there(directory))
+    return sum(real_path(directory, name).stat().st_size for name in there(directory))
 
 
 def _content(directory: Path, name: str) -> bytes:
     path = directory / name
-    handle = os.open(checked_path(directory, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    handle = os.open(real_path(directory, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path}: is no regular file; put the file itself there")
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"{path}: is larger than {MOST_BYTES:,} bytes; it is damaged, download it again")
+        data = file.read(COPIED[name] + 1)
+    if len(data) > COPIED[name]:
+        raise ValueError(f"{path}: is larger than {COPIED[name]:,} bytes; it is damaged, download it again")
     check_pointer(path, data)
     try:
         text = data.decode("utf-8")

@@ -26,8 +26,8 @@ from edge_moe.runtime.bundle import (
     dropped_keys,
     record_alignment,
     record_bytes,
-    table_checksum,
 )
+from edge_moe.runtime.bundle_table import table_checksum
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.tensorfile import make_header
 
@@ -278,6 +278,7 @@ class BundleWriter:
             "version": _core.FORMAT_VERSION,
             "tool": f"edge-moe {__version__}",
             "copies": copies,
+            "copy_bytes": {name: (self._partial / name).stat().st_size for name in copies},
             "trunk": {
                 "bytes": self._trunk_bytes,
                 "crc32c": f"{self._trunk_checksum:08x}",

@@ -1,6 +1,6 @@
 """The bundle on disk: what NAME.emoe/ holds, read with every claim checked.
 
-    config.json, tokenizer files    verbatim from the checkpoint
+    config.json, tokenizer files    verbatim from the checkpoint; `copies` has their SHA-256, `copy_bytes` their sizes
     bundle.json                     the table below; its own checksum last
     trunk.safetensors               all but the routed experts; one checksum for the file
     mask-routers.safetensors        what learned pruning needs, where it was calibrated; see pruning.py
@@ -12,22 +12,39 @@ compressor/writer.py; packed layouts are devices/format.h's.
 Experts that were dropped have no record: the table's `dropped` lists their numbers in the checkpoint, by layer with
 experts, and those left are numbered from 0 in the same order, as are the router's rows and biases. `top_k` lists each
 such layer's own, and is there where one differs from config.json's.
+
+A file that is used must be listed. A bundle made before `copy_bytes` was written may have others of COPIED, which
+nothing checks; Bundle.unlisted names them.
 """
 
 import hashlib
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from edge_moe import _core
+from edge_moe.runtime.bundle_table import LISTED, REMEDY, TABLE_FILE, Reader, is_number, read_table
 from edge_moe.runtime.config import ModelConfig, load_config, parse_config, read_json, trunk_shapes
+from edge_moe.runtime.files import pieces, real_path
 from edge_moe.runtime.model_path import check_quantised, find_model, raise_if_other_format
 from edge_moe.runtime.pruning import MASK_FILE, Pruning, read_mask_routers, read_pruning
 from edge_moe.runtime.tensorfile import Stored, read_header
 
-REMEDY = "copy the bundle again"
+COPIED = {  # files of a checkpoint that a bundle has and that are used, and the most bytes of each
+    "config.json": 4_000_000,
+    "generation_config.json": 4_000_000,
+    "tokenizer.json": 64_000_000,  # the largest tokenizers have 35 MB
+    "tokenizer_config.json": 64_000_000,
+    "special_tokens_map.json": 4_000_000,
+    "added_tokens.json": 64_000_000,
+    "vocab.json": 64_000_000,
+    "merges.txt": 64_000_000,
+    "chat_template.jinja": 4_000_000,
+}
+MOST_COPY_BYTES = 64_000_000
+HEADER_BYTES, TENSOR_BYTES = 65_536, 512  # of a file's header at the most: of all, and of each tensor in it
 TRUNK_FILE = "trunk.safetensors"
 CODECS = {16: "bfloat16"}  # by width; every other width is affine
 PROJECTIONS = ("gate", "up", "down")
@@ -74,6 +91,8 @@ class Bundle:
     trunk_checksum: int
     files: tuple[Path, ...]  # of the experts
     experts: dict[tuple[int, int], Expert]  # by layer and expert, in that order
+    copies: dict[str, int]  # bytes of each copied file
+    unlisted: tuple[str, ...] = ()  # files of COPIED that are used, though bundle.json does not list them
     pruning: Pruning | None = None
 
     @classmethod
@@ -85,17 +104,18 @@ class Bundle:
         path = find_model(path)
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such bundle directory; make one with `edge-moe compress MODEL {path}`")
-        if not (path / "bundle.json").is_file():
+        if not (path / TABLE_FILE).is_file():
             _raise_for_checkpoint(path)
-        table = read_table(path / "bundle.json")
-        _check_copies(path, table)
-        read = _Reader(path / "bundle.json")
+        table, read = read_table(path), Reader(path / TABLE_FILE)
+        copies = _check_copies(path, table, read)
+        unlisted = _unlisted(path, table)
         config = _without_dropped(load_config(path), table, read)
         trunk, trunk_bytes, trunk_checksum = _read_trunk(path, config, table, read)
         files, experts = _read_experts(path, config, table, read)
         table["experts"].pop("records")  # they are in `experts` now; thousands of dictionaries weigh megabytes
         pruning = read_pruning(path, config, table)
-        return cls(path, config, table, trunk, trunk_bytes, trunk_checksum, files, experts, pruning)
+        of_trunk = (trunk, trunk_bytes, trunk_checksum)
+        return cls(path, config, table, *of_trunk, files, experts, copies, unlisted, pruning)
 
     @property
     def expert_bytes(self) -> int:
@@ -133,105 +153,89 @@ def _raise_for_checkpoint(path: Path) -> None:
     raise ValueError(f"{path}: this is not a bundle; make one with `edge-moe compress {path} OUT`")
 
 
-def verify(bundle: Bundle):
-    """Read every byte of a bundle and check it; yields (what was checked, its bytes) as it goes.
+def verify(bundle: Bundle) -> Iterator[tuple[str, int]]:
+    """Read every byte of a bundle in pieces and check it; yields (what was checked, its bytes) as it goes.
 
-    Raises ValueError naming the first part that does not match.
+    Raises ValueError naming the first part that does not match, OSError where one cannot be read.
     """
-    trunk = np.fromfile(bundle.path / TRUNK_FILE, np.uint8)
-    if len(trunk) != bundle.trunk_bytes or _core.crc32c_array(trunk) != bundle.trunk_checksum:
-        raise ValueError(f"{bundle.path / TRUNK_FILE}: does not match its checksum; {REMEDY}")
-    yield TRUNK_FILE, len(trunk)
+    for name, nbytes in bundle.copies.items():
+        _check_copy(bundle.path / name, bundle.table["copies"][name])
+        yield name, nbytes
+    trunk = bundle.path / TRUNK_FILE
+    if _checksum(trunk, 0, bundle.trunk_bytes) != (bundle.trunk_bytes, bundle.trunk_checksum):
+        raise ValueError(f"{trunk}: does not match its checksum; {REMEDY}")
+    yield TRUNK_FILE, bundle.trunk_bytes
     if read_mask_routers(bundle.path, bundle.pruning, bundle.table):
-        yield MASK_FILE, (bundle.path / MASK_FILE).stat().st_size
+        yield MASK_FILE, bundle.table["pruning"]["mask_routers"]["bytes"]
     for expert in bundle.experts.values():
         path = bundle.files[expert.file]
-        record = np.fromfile(path, np.uint8, expert.nbytes, offset=expert.offset)
-        if len(record) != expert.nbytes or _core.crc32c_array(record) != expert.checksum:
+        if _checksum(path, expert.offset, expert.nbytes) != (expert.nbytes, expert.checksum):
             raise ValueError(
                 f"{path}: expert {expert.expert} of layer {expert.layer} does not match its checksum; {REMEDY}"
             )
         yield f"layers.{expert.layer}.experts.{expert.expert}", expert.nbytes
 
 
-def table_checksum(table: dict) -> str:
-    """SHA-256 of bundle.json's content without its `checksum` key."""
-    content = {key: value for key, value in table.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def parts_to_verify(bundle: Bundle) -> int:
+    """How many parts verify() yields."""
+    learned = bundle.pruning is not None and bool(bundle.pruning.learned)
+    return len(bundle.copies) + 1 + learned + len(bundle.experts)
 
 
-def read_table(path: Path) -> dict:
-    """Read bundle.json; raises ValueError unless it is of this format version and unedited."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a bundle directory has one, {REMEDY}")
-    table = read_json(path)
-    version = table.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise ValueError(f"{path}: format version is {version!r}, expected a whole number; {REMEDY}")
-    if version > _core.FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format version {version} is newer than {_core.FORMAT_VERSION}, "
-            "the newest this edge-moe reads; upgrade edge-moe"
-        )
-    if table.get("checksum") != table_checksum(table):
-        raise ValueError(f"{path}: does not match its own checksum; {REMEDY}")
-    return table
+def _checksum(path: Path, offset: int, nbytes: int) -> tuple[int, int]:
+    """Bytes that a part of a file has, and their CRC-32C."""
+    got = checksum = 0
+    for piece in pieces(path, offset, nbytes):
+        got, checksum = got + len(piece), _core.crc32c(piece, checksum)
+    return got, checksum
 
 
-class _Reader:
-    """Typed access to values of bundle.json."""
+def _check_copies(path: Path, table: dict, read: Reader) -> dict[str, int]:
+    """config.json and the tokenizer files decide what the numbers mean: they must be the ones that were copied.
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def get(self, parent, key, kind):
-        try:
-            value = parent[key]
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"{self.path}: {key!r} is missing; {REMEDY}") from None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{self.path}: {key!r} is {type(value).__name__}, expected {kind.__name__}; {REMEDY}")
-        return value
-
-    def count(self, parent, key, most: int = 2**62) -> int:
-        value = self.get(parent, key, int)
-        if not 0 <= value <= most:
-            raise ValueError(f"{self.path}: {key!r} is {value}, expected 0 to {most}; {REMEDY}")
-        return value
-
-    def checksum(self, parent) -> int:
-        text = self.get(parent, "crc32c", str)
-        try:
-            value = int(text, 16)
-        except ValueError:
-            value = -1
-        if len(text) != 8 or value < 0:
-            raise ValueError(f"{self.path}: crc32c is {text!r}, expected 8 hexadecimal digits; {REMEDY}")
-        return value
-
-    def file_name(self, parent, key) -> str:
-        name = self.get(parent, key, str)
-        if name in ("", ".", "..") or set(name) & set("/\\\0"):
-            raise ValueError(f"{self.path}: {name!r} is not a file name inside the bundle; {REMEDY}")
-        return name
-
-
-def _check_copies(path: Path, table: dict) -> None:
-    """config.json and the tokenizer files decide what the numbers mean: they must be the ones that were copied."""
-    read = _Reader(path / "bundle.json")
-    copies = read.get(table, "copies", dict)
+    Returns the bytes of each.
+    """
+    copies, sizes = read.get(table, "copies", dict), table.get("copy_bytes")
     if "config.json" not in copies:
         raise ValueError(f"{read.path}: 'config.json' is missing from 'copies'; {REMEDY}")
     for name in copies:
         read.file_name([name], 0)
-        file = path / name
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file, but bundle.json lists it; {REMEDY}")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != copies[name]:
-            raise ValueError(f"{file}: does not match its checksum; {REMEDY}")
+    if sizes is not None and read.get(table, "copy_bytes", dict).keys() != copies.keys():
+        raise ValueError(f"{read.path}: 'copies' and 'copy_bytes' do not list the same files; {REMEDY}")
+    found = {}
+    for name in copies:
+        file, most = path / name, COPIED.get(name, MOST_COPY_BYTES)
+        found[name] = real_path(path, name, LISTED).stat().st_size
+        if found[name] > most:
+            raise ValueError(f"{file}: has {found[name]:,} bytes, expected at most {most:,}; {REMEDY}")
+        if sizes is not None and (wanted := read.count(sizes, name)) != found[name]:
+            raise ValueError(f"{file}: has {found[name]:,} bytes, expected {wanted:,}; {REMEDY}")
+        _check_copy(file, copies[name])
+    return found
 
 
-def _without_dropped(config: ModelConfig, table: dict, read: _Reader) -> ModelConfig:
+def _check_copy(file: Path, checksum: str) -> None:
+    content = hashlib.sha256()
+    for piece in pieces(file):
+        content.update(piece)
+    if content.hexdigest() != checksum:
+        raise ValueError(f"{file}: does not match its checksum; {REMEDY}")
+
+
+def _unlisted(path: Path, table: dict) -> tuple[str, ...]:
+    """Names of COPIED that are there and not in the table; a bundle whose table has sizes has none."""
+    found = [name for name in COPIED if name not in table["copies"] and (path / name).exists()]
+    for name in found:
+        real_path(path, name, "; remove what has its name")
+    if found and table.get("copy_bytes") is not None:
+        raise ValueError(
+            f"{path / found[0]}: bundle.json does not list this file, which would be used; remove it, or compress the "
+            "model again from a directory that has it"
+        )
+    return tuple(found)
+
+
+def _without_dropped(config: ModelConfig, table: dict, read: Reader) -> ModelConfig:
     """config.json's model with `kept` and `layer_top_k` by the table's `dropped` and `top_k`."""
     layers, everything = config.moe_layers, set(range(config.experts))
 
@@ -267,13 +271,12 @@ def _without_dropped(config: ModelConfig, table: dict, read: _Reader) -> ModelCo
     return config
 
 
-def _read_trunk(path: Path, config: ModelConfig, table: dict, read: _Reader):
+def _read_trunk(path: Path, config: ModelConfig, table: dict, read: Reader):
     entry = read.get(table, "trunk", dict)
-    file = path / TRUNK_FILE
-    stored = _header_of(file, read.count(entry, "bytes"))
+    file, shapes, tensors = path / TRUNK_FILE, trunk_shapes(config), []
+    stored = _header_of(file, read.count(entry, "bytes"), 3 * len(shapes))
     widths = read.get(entry, "tensors", dict)
-    tensors = []
-    for name, shape in trunk_shapes(config).items():
+    for name, shape in shapes.items():
         width = read.count(read.get(widths, name, dict), "width", 32)
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         must_be_float = len(shape) == 1 or name.endswith("router")
@@ -291,40 +294,44 @@ def _read_trunk(path: Path, config: ModelConfig, table: dict, read: _Reader):
     return tuple(tensors), read.count(entry, "bytes"), read.checksum(entry)
 
 
-def _read_experts(path: Path, config: ModelConfig, table: dict, read: _Reader):
+def _read_experts(path: Path, config: ModelConfig, table: dict, read: Reader):
     entry = read.get(table, "experts", dict)
     alignment = read.count(entry, "alignment")
     if alignment not in (_core.SMALL_ALIGNMENT, _core.DATA_ALIGNMENT):
         raise ValueError(f"{read.path}: record alignment {alignment} is not possible; {REMEDY}")
-    files, headers = [], []
-    for item in read.get(entry, "files", list):
-        files.append(path / read.file_name(item, "name"))
-        headers.append(_header_of(files[-1], read.count(item, "bytes")))
-    rows = read.get(entry, "records", list)
+    listed, rows = read.get(entry, "files", list), read.get(entry, "records", list)
     if len(rows) != len(config.moe_layers):
         raise ValueError(
             f"{read.path}: records of {len(rows)} layers, config.json has {len(config.moe_layers)} with experts; "
             f"{REMEDY}"
         )
-    experts = {}
+    experts, in_file = {}, [[] for _ in listed]
     for layer, row in zip(config.moe_layers, rows, strict=True):
         count = config.experts_of(layer)
         if not isinstance(row, list) or len(row) != count:
             raise ValueError(f"{read.path}: layer {layer} needs {count} records; {REMEDY}")
         for index, item in enumerate(row):
-            expert = _read_expert(read, config, layer, index, item, len(files), alignment)
-            name = f"layers.{layer}.experts.{index}"
-            part = _part(files[expert.file], headers[expert.file], name, "U8", (expert.nbytes,))
+            expert = _read_expert(read, config, layer, index, item, len(listed), alignment)
+            experts[layer, index] = expert
+            in_file[expert.file].append(expert)
+    files = [path / read.file_name(item, "name") for item in listed]
+    if len(set(files)) < len(files):
+        raise ValueError(f"{read.path}: 'files' has a name twice; {REMEDY}")
+    for file, item, its in zip(files, listed, in_file, strict=True):
+        if not its:
+            raise ValueError(f"{read.path}: no record is in {file.name}; {REMEDY}")
+        header = _header_of(file, read.count(item, "bytes"), len(its))
+        for expert in its:
+            name = f"layers.{expert.layer}.experts.{expert.expert}"
+            part = _part(file, header, name, "U8", (expert.nbytes,))
             if part.offset != expert.offset:
                 raise ValueError(
-                    f"{files[expert.file]}: {name} starts at byte {part.offset:,}, bundle.json says "
-                    f"{expert.offset:,}; {REMEDY}"
+                    f"{file}: {name} starts at byte {part.offset:,}, bundle.json says {expert.offset:,}; {REMEDY}"
                 )
-            experts[layer, index] = expert
     return tuple(files), experts
 
 
-def _read_expert(read: _Reader, config: ModelConfig, layer, index, item, files: int, alignment: int) -> Expert:
+def _read_expert(read: Reader, config: ModelConfig, layer, index, item, files: int, alignment: int) -> Expert:
     where = f"expert {index} of layer {layer}"
     widths = tuple(read.get(item, "widths", list))
     if len(widths) != 3 or any(type(width) is not int or width not in _core.WIDTHS for width in widths):
@@ -342,7 +349,7 @@ def _read_expert(read: _Reader, config: ModelConfig, layer, index, item, files: 
             f"at a multiple of {alignment:,}; {REMEDY}"
         )
     frequency = item.get("frequency", 0)
-    if not isinstance(frequency, int | float) or not 0 <= frequency <= 1:
+    if not is_number(frequency) or not 0 <= frequency <= 1:
         raise ValueError(f"{read.path}: frequency of {where} is not from 0 to 1; {REMEDY}")
     file = read.count(item, "file", files - 1)
     return Expert(layer, index, widths, group, file, offset, nbytes, read.checksum(item), float(frequency))
@@ -375,19 +382,19 @@ def record_alignment(config: ModelConfig) -> int:
     return _core.DATA_ALIGNMENT if config.expert_weights >= 4_000_000 else _core.SMALL_ALIGNMENT
 
 
-def _group(read: _Reader, item: dict, *cols: int) -> int:
+def _group(read: Reader, item: dict, *cols: int) -> int:
     group = read.count(item, "group")
     if group not in _core.GROUPS or any(n % group for n in cols):
         raise ValueError(f"{read.path}: group {group} does not divide {' and '.join(map(str, cols))}; {REMEDY}")
     return group
 
 
-def _header_of(path: Path, nbytes: int) -> dict[str, Stored]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, but bundle.json lists it; {REMEDY}")
-    if path.stat().st_size != nbytes:
-        raise ValueError(f"{path}: has {path.stat().st_size:,} bytes, expected {nbytes:,}; {REMEDY}")
-    return read_header(path, REMEDY)
+def _header_of(path: Path, nbytes: int, tensors: int) -> dict[str, Stored]:
+    """The header of a listed file of so many bytes and tensors."""
+    size = real_path(path.parent, path.name, LISTED).stat().st_size
+    if size != nbytes:
+        raise ValueError(f"{path}: has {size:,} bytes, expected {nbytes:,}; {REMEDY}")
+    return read_header(path, REMEDY, HEADER_BYTES + TENSOR_BYTES * tensors)
 
 
 def _part(path: Path, stored: dict[str, Stored], name: str, dtype: str, shape: tuple[int, ...]) -> Stored:

@@ -6,12 +6,12 @@ the one transformers 5 writes (`num_local_experts`, `rope_parameters`). Layers f
 a checkpoint may have behind the model's own, are no part of it.
 """
 
-import json
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_moe.runtime.config_keys import Keys, keys_of
+from edge_moe.runtime.files import MOST_JSON_BYTES, parse_json, read_bounded
 from edge_moe.runtime.model_path import check_pointer, what_it_is
 from edge_moe.runtime.rope_config import YarnScaling, read_rope
 
@@ -149,19 +149,13 @@ def load_config(directory: str | Path) -> ModelConfig:
     return parse_config(raw, where=str(path))
 
 
-def read_json(path: Path) -> dict:
-    """Read one JSON object. Raises FileNotFoundError or ValueError, both naming the file."""
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict:
+    """Read one JSON object of at most `most_bytes`. Raises FileNotFoundError or ValueError, both naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a model directory has a config.json")
-    content = path.read_bytes()
+    content = read_bounded(path, most_bytes, "copy the file again")
     check_pointer(path, content)
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return parse_json(path, content, "copy the file again")
 
 
 def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:

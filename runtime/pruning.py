@@ -3,6 +3,9 @@
 bundle.json's `pruning` has, for each rule by name, the cuts (share of expert uses left out) that were calibrated and
 what the rule needs for each: `thresholds`, one a layer with experts, or a `price` of an expert in the mask routers'
 scores. Between two cuts both are interpolated. What the rules do is in src/prune.h and reference.py.
+
+`cut` is what "bundle" asks for. `default_cut` is what a run leaves out that does not ask, null for nothing; a bundle
+made before that was written leaves out `cut`.
 """
 
 import math
@@ -13,13 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe import _core
+from edge_moe.runtime.bundle_table import LISTED, PRUNING_CERTIFICATE, REMEDY, TABLE_FILE, Reader, is_number, shown
 from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.files import read_bounded, real_path
 from edge_moe.runtime.tensorfile import read_header
 
 MASK_FILE = "mask-routers.safetensors"
 RULES = {"odp": "ratio", "share": "share", "otp": "otp", "loss": "loss"}  # names in bundle.json, and the engine's
 LEARNED = ("otp", "loss")  # rules with mask routers
-REMEDY = "copy the bundle again"
+MASK_HEADER_BYTES, MASK_TENSOR_BYTES = 65_536, 256  # of the mask routers' header at the most: of all, of each tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +58,22 @@ class Pruning:
     curves: dict[str, Curve]
     default: str  # the rule that a plain number means
     cut: float  # what "bundle" means
+    default_cut: float | None  # of a run that does not ask; None: it leaves out nothing
     certificate: list
 
+    @property
+    def learned(self) -> list[str]:
+        """Its rules that have mask routers."""
+        return [name for name in LEARNED if name in self.curves]
+
     def about(self) -> dict:
-        """What `inspect` shows."""
+        """What `inspect` shows. Raises ValueError for a certificate that is none."""
+        read = Reader(self.path / TABLE_FILE)
+        for number, row in enumerate(self.certificate):
+            read.check(row, PRUNING_CERTIFICATE, f"pruning.certificate[{number}]")
         reach = {name: list(curve.cuts) for name, curve in self.curves.items()}
-        return {"default": self.default, "cut": self.cut, "rules": reach, "certificate": self.certificate}
+        cuts = {"cut": self.cut, "default_cut": self.default_cut}
+        return {"default": self.default, **cuts, "rules": reach, "certificate": self.certificate}
 
     def rule(self, prune: float | str) -> PruneRule:
         """bundle, a cut, a rule's name (at the bundle's cut, or its nearest), or NAME:CUT. Raises ValueError."""
@@ -99,15 +114,15 @@ class Pruning:
 
 
 def prune_rule(pruning: Pruning | None, prune: float | str | None, path: Path) -> PruneRule:
-    """The rule for a request. None: what the bundle was made for, which is off where it was not calibrated."""
-    if prune == "off" or (prune is None and pruning is None):
+    """The rule for a request. None: the bundle's default, which is off where it sets none."""
+    if prune == "off" or (prune is None and (pruning is None or pruning.default_cut is None)):
         return OFF
     if pruning is None:
         raise ValueError(
             f"{path}: prune is {prune!r}, but this bundle is not calibrated for it; "
             f"use off, or run `edge-moe prune {path}`"
         )
-    return pruning.rule("bundle" if prune is None else prune)
+    return pruning.rule(pruning.default_cut if prune is None else prune)
 
 
 def read_pruning(path: Path, config: ModelConfig, table: dict) -> Pruning | None:
@@ -115,7 +130,7 @@ def read_pruning(path: Path, config: ModelConfig, table: dict) -> Pruning | None
     entry = table.get("pruning")
     if entry is None:
         return None
-    where = path / "bundle.json"
+    where = path / TABLE_FILE
 
     def bad(what: str) -> ValueError:
         return ValueError(f"{where}: pruning {what}; {REMEDY}")
@@ -143,16 +158,26 @@ def read_pruning(path: Path, config: ModelConfig, table: dict) -> Pruning | None
             raise bad(f"has thresholds of {name} outside 0 to 1")
         protect = its.get("protect", 0.0)
         if not _numbers([protect]) or not 0 <= protect <= 1:
-            raise bad(f"protects a share of {protect!r}, expected 0 to 1")
+            raise bad(f"protects a share of {shown(protect)}, expected 0 to 1")
         curves[name] = Curve(tuple(cuts), np.array(rows, np.float64), protect)
-    default, cut = entry.get("default"), entry.get("cut")
-    if default not in curves:
-        raise bad(f"has a default rule {default!r} that is not among its rules")
-    if not _numbers([cut]) or not 0 < cut < 1:
-        raise bad(f"has a cut of {cut!r}, expected a share of expert uses")
-    if set(LEARNED) & curves.keys() and not isinstance(entry.get("mask_routers"), dict):
-        raise bad("has a learned rule, but no mask_routers")
-    return Pruning(config, path, curves, default, float(cut), entry.get("certificate") or [])
+    default, cut, certificate = entry.get("default"), entry.get("cut"), entry.get("certificate")
+    if not isinstance(default, str) or default not in curves:
+        raise bad(f"has a default rule {shown(default)} that is not among its rules")
+    if not is_number(cut) or not 0 < cut < 1:
+        raise bad(f"has a cut of {shown(cut)}, expected a share of expert uses")
+    low, high = curves[default].cuts[0], curves[default].cuts[-1]
+    default_cut = entry.get("default_cut", min(max(cut, low), high))
+    if default_cut is not None and (not is_number(default_cut) or not low <= default_cut <= high):
+        raise bad(f"has a default_cut of {shown(default_cut)}, expected null or {low:g} to {high:g}")
+    if not isinstance(certificate, list | None):
+        raise bad(f"has a certificate that is {shown(certificate)}, expected a list")
+    if set(LEARNED) & curves.keys():
+        read, routers = Reader(where), entry.get("mask_routers")
+        if not isinstance(routers, dict):
+            raise bad("has a learned rule, but no mask_routers")
+        read.count(routers, "bytes"), read.checksum(routers)
+    default_cut = None if default_cut is None else float(default_cut)
+    return Pruning(config, path, curves, default, float(cut), default_cut, certificate or [])
 
 
 def read_mask_routers(path: Path, pruning: Pruning | None, table: dict) -> dict[str, list[np.ndarray]]:
@@ -160,23 +185,26 @@ def read_mask_routers(path: Path, pruning: Pruning | None, table: dict) -> dict[
 
     Raises ValueError for a damaged file or one of other shapes.
     """
-    rules = [name for name in LEARNED if pruning and name in pruning.curves]
+    rules = pruning.learned if pruning else []
     if not rules:
         return {}
     config, entry, file = pruning.config, table["pruning"]["mask_routers"], path / MASK_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, but bundle.json lists it; {REMEDY}")
-    data = file.read_bytes()
-    if len(data) != entry.get("bytes") or f"{_core.crc32c(data, 0):08x}" != entry.get("crc32c"):
+    shapes = {layer: mask_router_shape(config, layer) for layer in config.moe_layers}
+    most = MASK_HEADER_BYTES + len(LEARNED) * sum(4 * math.prod(one) + MASK_TENSOR_BYTES for one in shapes.values())
+    size = real_path(path, MASK_FILE, LISTED).stat().st_size
+    if size != entry["bytes"] or size > most:
+        raise ValueError(f"{file}: has {size:,} bytes, expected {min(entry['bytes'], most):,}; {REMEDY}")
+    data = read_bounded(file, most, REMEDY)
+    if f"{_core.crc32c(data, 0):08x}" != entry["crc32c"]:
         raise ValueError(f"{file}: does not match its checksum; {REMEDY}")
-    stored, found = read_header(file, REMEDY), {name: [np.zeros(0, np.float32)] * config.layers for name in rules}
+    stored, found = read_header(file, REMEDY, most), {name: [np.zeros(0, np.float32)] * config.layers for name in rules}
     for rule, layers in found.items():
-        for layer in config.moe_layers:
+        for layer, shape in shapes.items():
             name = f"layers.{layer}.{rule}"
-            shape, part = mask_router_shape(config, layer), stored.get(name)
+            part = stored.get(name)
             if part is None or part.dtype != "F32" or part.shape != shape:
-                shown = "missing" if part is None else f"{part.dtype} {part.shape}"
-                raise ValueError(f"{file}: {name} is {shown}, expected F32 {shape}; {REMEDY}")
+                kind = "missing" if part is None else f"{part.dtype} {part.shape}"
+                raise ValueError(f"{file}: {name} is {kind}, expected F32 {shape}; {REMEDY}")
             values = np.frombuffer(data, "<f4", math.prod(shape), part.offset)
             if not np.isfinite(values).all():
                 raise ValueError(f"{file}: {name} has values that are not finite; {REMEDY}")
@@ -191,10 +219,4 @@ def mask_router_shape(config: ModelConfig, layer: int) -> tuple[int, int]:
 
 
 def _numbers(values) -> bool:
-    return (
-        isinstance(values, list)
-        and bool(values)
-        and all(
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
-        )
-    )
+    return isinstance(values, list) and bool(values) and all(is_number(value) for value in values)

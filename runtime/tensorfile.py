@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_moe.runtime.files import pieces
 from edge_moe.runtime.model_path import check_pointer
 
 NUMPY_DTYPES = {  # as read from disk; what numpy lacks is its bits
@@ -35,25 +36,24 @@ class Stored:
     nbytes: int
 
 
-def read_header(path: Path, remedy: str = "download it again") -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, from its header alone.
+def read_header(path: Path, remedy: str = "download it again", most_bytes: int = MAX_HEADER_BYTES) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name, from its header alone, which has at most `most_bytes`.
 
     A file is 8 bytes of length, that much JSON, and the data that the JSON's offsets count from. Raises ValueError,
     ending in `remedy`, when the file is cut short, the header is damaged or tensors overlap.
     """
-    with open(path, "rb") as file:
-        file_bytes = file.seek(0, 2)
-        file.seek(0)
-        head = file.read(64)
-        check_pointer(path, head)
-        header_bytes = int.from_bytes(head[:8], "little")
-        file.seek(8)
-        if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-            raise ValueError(
-                f"{path}: the header claims {header_bytes:,} bytes, the file has {file_bytes:,}; "
-                f"it is cut short or not a safetensors file, {remedy}"
-            )
-        text = file.read(header_bytes)
+    file_bytes = path.stat().st_size
+    head = b"".join(pieces(path, 0, 64))
+    check_pointer(path, head)
+    header_bytes = int.from_bytes(head[:8], "little")
+    if not 2 <= header_bytes <= file_bytes - 8:
+        raise ValueError(
+            f"{path}: the header claims {header_bytes:,} bytes, the file has {file_bytes:,}; "
+            f"it is cut short or not a safetensors file, {remedy}"
+        )
+    if header_bytes > most_bytes:
+        raise ValueError(f"{path}: the header claims {header_bytes:,} bytes, expected at most {most_bytes:,}; {remedy}")
+    text = b"".join(pieces(path, 8, header_bytes))
     try:
         header = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError):

@@ -160,7 +160,12 @@ def edit_table(path: Path, change: Callable[[dict], None]) -> None:
 def edit_copy(path: Path, name: str, content: bytes) -> None:
     """Replace a copied file, with its checksum."""
     (path / name).write_bytes(content)
-    edit_table(path, lambda table: table["copies"].update({name: hashlib.sha256(content).hexdigest()}))
+    checksum = hashlib.sha256(content).hexdigest()
+
+    def listed(table: dict) -> None:
+        table["copies"][name], table["copy_bytes"][name] = checksum, len(content)
+
+    edit_table(path, listed)
 
 
 def flip(file: Path, at: int, mask: int = 0x10) -> None:

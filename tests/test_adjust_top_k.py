@@ -180,7 +180,7 @@ def test_a_bundle_chooses_as_many_as_was_found_best(golden, model, options, whol
     assert whole.config.layer_top_k[1] == 0
     assert min(want[0], want[2]) < checkpoint.config.top_k  # else it would not show
     assert whole.table["top_k"] == [want[0], want[2]]  # of the layers with experts
-    assert len(list(verify(whole))) == 1 + 2 * 4
+    assert len(list(verify(whole))) == 2 + 2 * 4
     token_ids = golden["qwen2_moe"][1]
     logits, weights = logits_of(whole.path, token_ids), weights_of(whole.path)
 

@@ -12,7 +12,8 @@ from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.quantise import to_bfloat16
 from edge_moe.report import describe_bundle
-from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, table_checksum, verify
+from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, parts_to_verify, verify
+from edge_moe.runtime.bundle_table import table_checksum
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.tensorfile import read_header
 
@@ -207,16 +208,17 @@ def test_a_bundle_without_some_experts_holds_the_others_under_new_numbers(droppe
         for (codes, *_), weights in zip(weights_of(bundle.path).parts(layer, index), want, strict=True):
             np.testing.assert_array_equal(codes.view(np.uint16), to_bfloat16(weights))
     assert set(read_header(bundle.files[0])) == {f"layers.{layer}.experts.{index}" for layer, index in bundle.experts}
-    assert sum(nbytes for _, nbytes in verify(bundle)) == bundle.nbytes
+    assert sum(nbytes for _, nbytes in verify(bundle)) == bundle.nbytes + sum(bundle.copies.values())
     assert describe_bundle(bundle)["dropped"] == 7
 
 
-def test_verify_reads_the_trunk_and_every_record(bundle_of):
+def test_verify_reads_the_copies_the_trunk_and_every_record(bundle_of):
     bundle = Bundle.open(bundle_of("olmoe", width=4))
     parts = dict(verify(bundle))
-    names = [TRUNK_FILE, *(f"layers.{layer}.experts.{index}" for layer in range(2) for index in range(8))]
-    assert list(parts) == names
-    assert sum(parts.values()) == bundle.nbytes
+    records = [f"layers.{layer}.experts.{index}" for layer in range(2) for index in range(8)]
+    assert list(parts) == ["config.json", TRUNK_FILE, *records]
+    assert sum(parts.values()) == bundle.nbytes + (bundle.path / "config.json").stat().st_size
+    assert len(parts) == parts_to_verify(bundle)
 
 
 def test_the_table_names_its_format_version_tool_and_checksum(bundle_of):

@@ -98,13 +98,35 @@ def test_a_missing_file_is_named(olmoe, name, message, instead):
     assert str(caught.value) == message.format(path=olmoe)
 
 
-def test_links_to_the_right_files_are_read(olmoe, answer, tmp_path):
-    store = tmp_path / "store"
-    store.mkdir()
-    for file in list(olmoe.iterdir()):
+def moved_to(store, bundle) -> None:
+    """Move a bundle's files to another directory and leave links."""
+    files = list(bundle.iterdir())
+    store.mkdir(parents=True)
+    for file in files:
         shutil.move(file, store / file.name)
-        file.symlink_to(store / file.name)
-    np.testing.assert_array_equal(use(olmoe, IDS), answer)
+        file.symlink_to(os.path.relpath(store / file.name, bundle))
+
+
+def test_links_inside_a_bundle_and_into_a_hub_cache_are_followed(olmoe, answer, tmp_path):
+    inside, snapshot = olmoe, tmp_path / "models--org--name" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(olmoe, snapshot)
+    moved_to(inside / "store", inside)
+    moved_to(snapshot.parents[1] / "blobs", snapshot)
+    for path in (inside, snapshot):
+        np.testing.assert_array_equal(use(path, IDS), answer)
+
+
+@pytest.mark.parametrize("name", ["bundle.json", "config.json", "tokenizer.json", TRUNK_FILE, EXPERTS])
+def test_a_link_out_of_the_bundle_is_refused(copy_of, tmp_path, name):
+    path = copy_of("reference", width=4)
+    outside = shutil.move(path / name, tmp_path / "outside")
+    (path / name).symlink_to(outside)
+    with pytest.raises(ValueError) as caught:
+        Bundle.open(path)
+    assert str(caught.value) == (
+        f"{path / name}: is a link to {outside}, outside of {path}; links are followed only inside it and into a "
+        "Hugging Face cache: put the file itself there"
+    )
 
 
 def test_a_path_that_is_no_bundle_is_named(tmp_path):
@@ -181,7 +203,7 @@ def test_the_changed_file_is_named(copy_of, name, message):
     if name == TRUNK_FILE:
         flip(path / name, len(text) - 1)
     else:  # still good JSON
-        changed = re.sub(rb'"(rope_theta|content|model_max_length|seed|bytes)":', rb'"\1 ":', text, count=1)
+        changed = re.sub(rb'"(rope_thet|conten|model_max_lengt|see|byte).":', rb'"\1_":', text, count=1)
         assert changed != text
         (path / name).write_bytes(changed)
     with pytest.raises(ValueError) as caught:

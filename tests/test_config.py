@@ -375,7 +375,7 @@ def test_a_directory_without_config_json_is_refused(tmp_path):
     "content, message",
     [
         (b"x", "not valid JSON (Expecting value: line 1 column 1 (char 0)); copy the file again"),
-        (b"[1]", "expected a JSON object, found list"),
+        (b"[1]", "expected a JSON object, found list; copy the file again"),
     ],
 )
 def test_a_config_that_is_not_a_json_object_is_refused(tmp_path, content, message):

@@ -146,7 +146,7 @@ def test_a_bundle_has_the_experts_that_were_used_most(golden, tmp_path, ids_file
     bundle = dropped(model, tmp_path / "new.emoe", ids_file, share, method=method, drop_score="frequency")
     assert bundle.table["method"].items() >= {"drop_score": "frequency", "drop_counts": "equal"}.items()
     c, trunk, whole_trunk = bundle.config, weights_of(bundle.path), {tensor.name for tensor in whole.trunk}
-    assert len(list(verify(bundle))) == 1 + c.expert_count
+    assert len(list(verify(bundle))) == 2 + c.expert_count
     for layer in c.moe_layers:
         frequency = [whole.experts[layer, expert].frequency for expert in range(c.experts)]
         left = c.experts - int(share * c.experts)

@@ -69,7 +69,7 @@ def test_a_written_bundle_opens_and_its_checksums_hold(make_writer):
         assert not w.out.exists()
         w.finish()
     bundle = Bundle.open(w.out)
-    assert len(list(verify(bundle))) == 17
+    assert len(list(verify(bundle))) == 18
     assert {expert.widths for expert in bundle.experts.values()} == {(2, 3, 4)}
     assert [file.name for file in w.out.parent.iterdir()] == ["new.emoe"]
 
@@ -107,7 +107,7 @@ def test_experts_of_each_layer_are_those_of_the_config(make_writer):
     bundle = Bundle.open(w.out)
     assert (bundle.table["dropped"], bundle.table["top_k"]) == ([[], [0, 3, 4, 5, 7]], [1, 3])
     assert bundle.config == w.config
-    assert len(list(verify(bundle))) == 12
+    assert len(list(verify(bundle))) == 13
     assert bundle.record_table()[1].tolist() == [0, 0, 0, 0, 0, 0, 0, 0.25, 0, 0, 0.5]
 
 
@@ -184,7 +184,7 @@ def test_many_expert_files_say_the_same_as_one(golden, bundle_of, tmp_path, monk
     monkeypatch.setattr(writer, "SHARD_BYTES", 2 * record_bytes(config, (6, 6, 6), 32, 4096))
     many = compress(golden["qwen3_moe"][0], tmp_path / "many.emoe", width=6, method="rtn")
     assert [file.name for file in many.files] == [f"experts-{i:05}-of-00004.safetensors" for i in range(1, 5)]
-    assert len(list(verify(many))) == 13
+    assert len(list(verify(many))) == 14
     ids = golden["qwen3_moe"][1]
     want = run_engine(make_engine(one), ids)
     for slots in (None, 4):

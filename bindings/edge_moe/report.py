@@ -5,6 +5,7 @@ Imports nothing heavy: `edge-moe generate` uses it, and its memory counts under 
 
 from collections import Counter
 
+from edge_moe.runtime.bundle_table import PROVENANCE, TABLE_FILE, Reader
 from edge_moe.runtime.config import trunk_shapes
 
 STDLIB_NOTE = "calibrated on Python source; for other kinds of text pass --calibration FILE"
@@ -106,10 +107,14 @@ def widths_name(widths: tuple[int, int, int]) -> str:
 
 
 def describe_bundle(bundle) -> dict:
-    """What `inspect` shows of a Bundle, as one JSON object."""
+    """What `inspect` shows of a Bundle, as one JSON object.
+
+    Raises ValueError where what bundle.json says of the bundle's making is not of the shape it must have.
+    """
     from edge_moe.compressor.sizes import trunk_kind
 
     config, extra = bundle.config, bundle.table
+    Reader(bundle.path / TABLE_FILE).check(extra, PROVENANCE, "")
     per_layer, per_group = {layer: Counter() for layer in config.moe_layers}, {}
     for expert in bundle.experts.values():
         per_layer[expert.layer][expert.widths] += 1
@@ -160,6 +165,7 @@ def describe_bundle(bundle) -> dict:
         "calibration": extra.get("calibration"),
         "certificate": extra.get("certificate"),
         "pruning": bundle.pruning and bundle.pruning.about(),
+        "unlisted_files": list(bundle.unlisted),
     }
 
 
@@ -171,7 +177,8 @@ def bundle_text(about: dict) -> str:
     if about["dropped"]:
         how = ""
         if "drop_score" in method:
-            how = f", lowest {method['drop_score']} first, {DROP_COUNTS[method['drop_counts']]}"
+            counts = method.get("drop_counts")
+            how = f", lowest {method['drop_score']} first, {DROP_COUNTS.get(counts, counts)}"
         elif "drop_counts" in method:
             how = ", those missed least, chosen together with the widths"
         dropped = f"{about['dropped']:,} of {about['experts'] * len(about['experts_by_layer']):,}{how}"
@@ -195,7 +202,14 @@ def bundle_text(about: dict) -> str:
     if "spread" in method:
         parts.append(spread_text(method, about["widths"]))
     parts += [certificate_text(about["certificate"]), pruning_text(about["pruning"])]
+    if about["unlisted_files"]:
+        parts.append(unlisted_text(about["unlisted_files"]))
     return "\n\n".join([*parts, *_widths_tables(about)])
+
+
+def unlisted_text(names) -> str:
+    """Which files of a bundle nothing checks."""
+    return f"unchecked, because bundle.json does not list them: {', '.join(names)}"
 
 
 def _range(counts) -> str:
@@ -242,7 +256,7 @@ def spread_text(method: dict, widths: dict) -> str:
     from edge_moe.compressor.allocate import FLAT
 
     found = f"sensitivity spread {method['spread']:.3g} (90th over 10th percentile of experts)"
-    if method["flat"]:
+    if method.get("flat"):
         return f"{found}: flat,\nso all experts have one width; below {FLAT:g} a mix of widths gains nothing"
     return found + (": widths are mixed" if len(widths) > 1 else "")
 
@@ -277,9 +291,11 @@ def pruning_text(pruning: dict | None) -> str:
             [f"{pruning['default']}:{its['cut']:g}", *shown, f"{its['kld_p99']:.3f}", f"{its['top1_agreement']:.1%}"]
         )
     tokens = f" on {pruning['certificate'][0]['tokens']:,} held-out tokens" if pruning["certificate"] else ""
+    default = pruning["default_cut"]
+    unasked = "runs all experts" if default is None else f"leaves out {default:g}"
     return (
         f"{table(rows, right=(1, 2, 3, 4, 5))}\nshare of expert uses left out and what it costs against the bundle "
-        f"unpruned{tokens}\nrules and their cuts: {reach}; a run without --prune leaves out {pruning['cut']:g}"
+        f"unpruned{tokens}\nrules and their cuts: {reach}; a run without --prune {unasked}"
     )
 
 

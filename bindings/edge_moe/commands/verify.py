@@ -8,7 +8,7 @@ def verify(bundle: options.Bundle) -> None:
     import time
 
     from edge_moe.progress import progress_bar
-    from edge_moe.report import size
+    from edge_moe.report import size, unlisted_text
     from edge_moe.runtime import bundle as bundles
 
     opened, checked, began = bundles.Bundle.open(bundle), 0, time.perf_counter()
@@ -16,5 +16,7 @@ def verify(bundle: options.Bundle) -> None:
         for part, (_, count) in enumerate(bundles.verify(opened), start=1):
             checked += count
             if progress:
-                progress("verify", part, len(opened.experts) + 1)
+                progress("verify", part, bundles.parts_to_verify(opened))
     print(f"{bundle}: OK, {size(checked)} at {checked / (time.perf_counter() - began) / 1e9:.2f} GB/s")
+    if opened.unlisted:
+        print(unlisted_text(opened.unlisted))

@@ -1,0 +1,78 @@
+"""Reading what came from elsewhere: regular files inside a directory, of bounded size, with the file in every error.
+
+A bundle may be made by a stranger. A link in it could name any file of this machine, a sparse file could be larger than
+memory, and a few megabytes of JSON can be gigabytes of Python's objects.
+"""
+
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+PIECE_BYTES = 1 << 20
+MOST_JSON_BYTES = 64_000_000  # of any JSON that is read; bundle.json of 23,040 experts has 9 MB
+MOST_JSON_VALUES = 2_000_000  # in it; Python takes up to 200 bytes for each
+
+
+def real_path(directory: Path, name: str, missing: str = "") -> Path:
+    """The path of the regular file DIRECTORY/name, links followed.
+
+    Links are followed inside the directory and into the blobs of a Hugging Face cache, which is all links. Raises
+    FileNotFoundError, ending in `missing`, where there is no regular file, and ValueError for a link out of it.
+    """
+    file = directory / name
+    try:
+        real = file.resolve(strict=True)
+        regular = stat.S_ISREG(real.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: links in a circle
+        regular = False
+    if not regular:
+        raise FileNotFoundError(f"{file}: no such file{missing}")
+    blobs = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if directory.resolve() not in real.parents and not blobs:
+        raise ValueError(
+            f"{file}: is a link to {real}, outside of {directory}; links are followed only inside it and into a "
+            "Hugging Face cache: put the file itself there"
+        )
+    return real
+
+
+def pieces(path: Path, offset: int = 0, nbytes: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file from `offset` on, `nbytes` of them or all, in pieces; fewer where the file ends early."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            left = nbytes
+            while left != 0 and (piece := file.read(PIECE_BYTES if left is None else min(PIECE_BYTES, left))):
+                left = None if left is None else left - len(piece)
+                yield piece
+    except OSError as error:
+        raise _named(error, path) from None
+
+
+def read_bounded(path: Path, most_bytes: int, remedy: str) -> bytes:
+    """A whole file. Raises ValueError, ending in `remedy`, for one that is larger than `most_bytes`."""
+    data = b"".join(pieces(path, nbytes=most_bytes + 1))
+    if len(data) > most_bytes:
+        raise ValueError(f"{path}: has more than {most_bytes:,} bytes, which no such file needs; {remedy}")
+    return data
+
+
+def parse_json(path: Path, text: bytes, remedy: str) -> dict:
+    """The JSON object that a file's bytes are. Raises ValueError, ending in `remedy`, for anything else."""
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > MOST_JSON_VALUES:
+        raise ValueError(f"{path}: has more than {MOST_JSON_VALUES:,} values, which no such file needs; {remedy}")
+    try:
+        value = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; {remedy}")
+    return value
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error with the file's name, which read() does not give it."""
+    if error.filename is not None or error.errno is None:
+        return error
+    return OSError(error.errno, error.strerror, str(path))
