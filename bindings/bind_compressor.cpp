@@ -6,6 +6,7 @@
 #include "../compressor/src/quantise.h"
 #include "../devices/format.h"
 #include "arrays.h"
+#include "gil.h"
 
 using namespace edge_moe;
 
@@ -35,7 +36,7 @@ void bind_compressor(nb::module_& m) {
         std::vector<uint8_t> codes(codes_bytes(rows, cols, width));
         std::vector<uint16_t> scales(size_t(rows) * (cols / group)), biases(scales.size());
         {
-          nb::gil_scoped_release release;
+          GilReleased released;
           quantise_matrix(weights.data(), rows, cols, width, group, importance ? importance->data() : nullptr, search,
                           threads, {codes.data(), scales.data(), biases.data()});
         }
@@ -59,7 +60,7 @@ void bind_compressor(nb::module_& m) {
         Floats w(weights.data(), weights.data() + rows * n), scales(rows), biases(rows), errors(rows * n);
         std::vector<uint8_t> codes(rows * n);
         {
-          nb::gil_scoped_release release;
+          GilReleased released;
           gptq_group({int(rows), int(n), w.data(), codes.data(), scales.data(), biases.data()}, width, factor.data(),
                      errors.data(), threads);
         }
@@ -85,7 +86,7 @@ void bind_compressor(nb::module_& m) {
         std::vector<uint8_t> q(codes.data(), codes.data() + rows * n);
         Floats s(scales.data(), scales.data() + rows), b(biases.data(), biases.data() + rows), change(rows * n);
         {
-          nb::gil_scoped_release release;
+          GilReleased released;
           refine_group({int(rows), int(n), nullptr, q.data(), s.data(), b.data()}, width, gradient.data(),
                        moment.data(), rounds, change.data(), threads);
         }

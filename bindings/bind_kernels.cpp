@@ -11,6 +11,7 @@
 #include "../devices/half.h"
 #include "../devices/kernels.h"
 #include "arrays.h"
+#include "gil.h"
 
 using namespace edge_moe;
 
@@ -127,7 +128,7 @@ void bind_kernels(nb::module_& m) {
         const int tokens = inputs.x.count;
         std::vector<float> y(size_t(tokens) * rows);
         {
-          nb::gil_scoped_release release;
+          GilReleased released;
           k.matmul(matrix, inputs.x, y.data(), rows, row_begin, end);
         }
         return to_numpy(std::move(y), {size_t(tokens), size_t(rows)});

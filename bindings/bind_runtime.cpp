@@ -4,6 +4,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <unistd.h>
+
 #include <cerrno>
 #include <cstring>
 #include <map>
@@ -14,6 +16,7 @@
 #include "../runtime/src/cuda_math.h"
 #include "../runtime/src/engine.h"
 #include "arrays.h"
+#include "gil.h"
 
 using namespace edge_moe;
 
@@ -93,6 +96,33 @@ ReadFault read_fault(const std::string& kind, int64_t after, int64_t times, uint
   return fault;
 }
 
+// An Engine and the process it was made in. A child that was forked has its memory but not its threads: nothing can run
+// there, and nothing is given back, for that would wait for them.
+class BoundEngine {
+ public:
+  explicit BoundEngine(std::unique_ptr<Engine> engine) : engine_(std::move(engine)) {}
+  ~BoundEngine() {
+    if (process_ != getpid()) engine_.release();
+  }
+
+  Engine* operator->() const { return &**this; }
+  Engine& operator*() const {
+    if (process_ != getpid())
+      throw std::runtime_error("this engine was made in process " + std::to_string(process_) + ", of which this one, " +
+                               std::to_string(getpid()) + ", is a forked child without its threads; make one here");
+    return *engine_;
+  }
+
+ private:
+  std::unique_ptr<Engine> engine_;
+  const pid_t process_ = getpid();
+};
+
+// Does the main thread have a signal to answer, or does the caller want no more? To be asked with the lock.
+bool unwanted_by(const nb::object& stop) {
+  return PyErr_CheckSignals() != 0 || (!stop.is_none() && nb::cast<bool>(stop()));
+}
+
 const Kernels& best_kernels() {
   int count;
   return *available_kernels(&count)[0];
@@ -113,6 +143,7 @@ void bind_runtime(nb::module_& m) {
       PyErr_SetString(PyExc_MemoryError, error.what());
     }
   });
+  nb::exception<Interrupted>(m, "Interrupted").doc() = "A call was given up because `stop` said so.";
 
   nb::class_<EngineConfig>(m, "EngineConfig", "Shapes and rules of a model and the sizes of one run; see engine.h.")
       .def(nb::init<>())
@@ -152,7 +183,8 @@ void bind_runtime(nb::module_& m) {
       .def_rw("half_cache", &EngineConfig::half_cache)
       .def_rw("chunk", &EngineConfig::chunk)
       .def_rw("logits_rows", &EngineConfig::logits_rows)
-      .def_rw("threads", &EngineConfig::threads);
+      .def_rw("threads", &EngineConfig::threads)
+      .def_rw("spin", &EngineConfig::spin);
 
   m.def(
       "engine_memory",
@@ -169,10 +201,10 @@ void bind_runtime(nb::module_& m) {
       .def("open", &PrefetchGate::open, nb::arg("read_ahead"), nb::arg("used"),
            "Asked once a token, with both totals so far.");
 
-  nb::class_<Engine>(m, "Engine", "The forward pass over a bundle; everything is allocated on construction.")
+  nb::class_<BoundEngine>(m, "Engine", "The forward pass over a bundle; everything is allocated on construction.")
       .def(
           "__init__",
-          [](Engine* self, const EngineConfig& config, const std::string& trunk_path, uint64_t trunk_bytes,
+          [](BoundEngine* self, const EngineConfig& config, const std::string& trunk_path, uint64_t trunk_bytes,
              uint32_t trunk_checksum, const std::vector<TensorRow>& tensors, const std::vector<std::string>& files,
              ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency, bool mapped, uint64_t slot_bytes, int readers,
              const std::string& kernels, const MaskArrays& otp, const MaskArrays& loss, const std::string& on,
@@ -180,12 +212,24 @@ void bind_runtime(nb::module_& m) {
             check_config(config);
             expect(on == "cpu" || on == "cuda", "device must be cpu or cuda");
             const Kernels& host = kernels.empty() ? best_kernels() : find_kernels(kernels);
-            std::unique_ptr<Device> device = on == "cuda" ? cuda_device(host, graphs) : cpu_device(host);
-            expect(!mapped || device->reads_maps(), "this device reads no mapped records");
-            Trunk trunk(trunk_path, trunk_bytes, trunk_checksum, trunk_tensors(tensors), *device);
-            ExpertStore store(files, make_records(config, records, frequency), mapped);
-            new (self) Engine(config, std::move(device), std::move(trunk), std::move(store), slot_bytes, readers,
-                              mask_routers(config, otp), mask_routers(config, loss));
+            std::vector<TrunkTensor> trunk_table = trunk_tensors(tensors);
+            std::vector<Record> record_table = make_records(config, records, frequency);
+            const Engine::MaskRouters otp_routers = mask_routers(config, otp);
+            const Engine::MaskRouters loss_routers = mask_routers(config, loss);
+            std::unique_ptr<Engine> engine;
+            try {
+              GilReleased released;
+              Interrupt interrupt([&] { return released.with_gil([] { return unwanted_by(nb::none()); }); });
+              std::unique_ptr<Device> device = on == "cuda" ? cuda_device(host, graphs) : cpu_device(host);
+              expect(!mapped || device->reads_maps(), "this device reads no mapped records");
+              Trunk trunk(trunk_path, trunk_bytes, trunk_checksum, std::move(trunk_table), *device, &interrupt);
+              ExpertStore store(files, std::move(record_table), mapped);
+              engine = std::make_unique<Engine>(config, std::move(device), std::move(trunk), std::move(store),
+                                                slot_bytes, readers, otp_routers, loss_routers);
+            } catch (const Interrupted&) {
+              throw nb::python_error();  // what the signal's handler raised
+            }
+            new (self) BoundEngine(std::move(engine));
           },
           nb::arg("config"), nb::arg("trunk_path"), nb::arg("trunk_bytes"), nb::arg("trunk_checksum"),
           nb::arg("tensors"), nb::arg("files"), nb::arg("records"), nb::arg("frequency"), nb::arg("mapped"),
@@ -203,47 +247,64 @@ void bind_runtime(nb::module_& m) {
           "read, MemoryError where memory runs out and RuntimeError for what a GPU refuses.")
       .def(
           "forward",
-          [](Engine& self, ArrayIn<int32_t, 1> tokens, int want) {
+          [](BoundEngine& self, ArrayIn<int32_t, 1> tokens, int want, const nb::object& stop) {
             std::span<const float> logits;
-            {
-              nb::gil_scoped_release release;
-              logits = self.forward({tokens.data(), tokens.shape(0)}, Engine::Want(want));
+            Engine& engine = *self;
+            try {
+              GilReleased released;
+              logits = engine.forward({tokens.data(), tokens.shape(0)}, Engine::Want(want), [&] {
+                return released.with_gil([&] {
+                  try {
+                    return unwanted_by(stop);
+                  } catch (nb::python_error& error) {
+                    error.restore();
+                    return true;
+                  }
+                });
+              });
+            } catch (const Interrupted&) {
+              if (PyErr_Occurred()) throw nb::python_error();
+              throw;
             }
-            const size_t vocab = self.config().vocab;
+            const size_t vocab = engine.config().vocab;
             return to_numpy(std::vector<float>(logits.begin(), logits.end()), {logits.size() / vocab, vocab});
           },
-          nb::arg("tokens"), nb::arg("want"),
+          nb::arg("tokens"), nb::arg("want"), nb::arg("stop") = nb::none(),
           "Run int32 tokens (at most `chunk`) at the next positions; want 0 no logits, 1 the last row, 2 all rows.\n"
-          "Returns float32 (rows, vocab).")
+          "Returns float32 (rows, vocab). stop() is asked some twenty times a second; once it is true the call ends\n"
+          "with Interrupted, and the position is what it was before. A signal's handler that raises ends it too.")
       .def(
           "set_prune",
-          [](Engine& self, const std::string& rule, std::vector<float> threshold, float price, float protect) {
+          [](BoundEngine& self, const std::string& rule, std::vector<float> threshold, float price, float protect) {
             const std::map<std::string, Prune> rules = {{"off", Prune::kOff},
                                                         {"ratio", Prune::kRatio},
                                                         {"share", Prune::kShare},
                                                         {"otp", Prune::kOtp},
                                                         {"loss", Prune::kLoss}};
             expect(rules.count(rule), "rule must be off, ratio, share, otp or loss");
-            self.set_prune({rules.at(rule), std::move(threshold), price, protect});
+            self->set_prune({rules.at(rule), std::move(threshold), price, protect});
           },
           nb::arg("rule"), nb::arg("threshold") = nb::list(), nb::arg("price") = 0.0f, nb::arg("protect") = 0.0f,
           "Which experts tokens keep from now on; see prune.h. threshold: one a layer, for ratio and share. price: of\n"
           "an expert, for otp and loss. protect: share of a prompt's tokens that keep all.")
-      .def("set_prefetch", &Engine::set_prefetch, nb::arg("on"),
-           "Whether idle readers may read experts ahead of the next layer; it changes no result.")
-      .def_prop_ro("position", &Engine::position)
-      .def("rewind", &Engine::rewind, nb::arg("position"), "Forget the positions from `position` on.")
-      .def_prop_ro("kernels", [](const Engine& self) { return self.device().name(); })
+      .def(
+          "set_prefetch", [](BoundEngine& self, bool on) { self->set_prefetch(on); }, nb::arg("on"),
+          "Whether idle readers may read experts ahead of the next layer; it changes no result.")
+      .def_prop_ro("position", [](const BoundEngine& self) { return self->position(); })
+      .def(
+          "rewind", [](BoundEngine& self, int position) { self->rewind(position); }, nb::arg("position"),
+          "Forget the positions from `position` on.")
+      .def_prop_ro("kernels", [](const BoundEngine& self) { return self->device().name(); })
       .def_prop_ro(
-          "in_place", [](const Engine& self) { return self.device().in_place(); },
+          "in_place", [](const BoundEngine& self) { return self->device().in_place(); },
           "Whether records are read to where kernels find them; else a copy of each is made for the GPU.")
-      .def_prop_ro("direct", [](const Engine& self) { return self.store().direct(); })
+      .def_prop_ro("direct", [](const BoundEngine& self) { return self->store().direct(); })
       .def(
           "inject",
-          [](Engine& self, const std::string& kind, int record, int64_t after, int64_t times, uint64_t value) {
-            expect(!self.store().mapped(), "a resident engine reads no records");
-            expect(record >= -1 && record < int(self.store().records().size()), "no such record");
-            self.store().inject(read_fault(kind, after, times, value), record);
+          [](BoundEngine& self, const std::string& kind, int record, int64_t after, int64_t times, uint64_t value) {
+            expect(!self->store().mapped(), "a resident engine reads no records");
+            expect(record >= -1 && record < int(self->store().records().size()), "no such record");
+            self->store().inject(read_fault(kind, after, times, value), record);
           },
           nb::arg("kind"), nb::arg("record") = -1, nb::arg("after") = 0, nb::arg("times") = -1, nb::arg("value") = 0,
           "For tests: make reads of a record (-1: of any) go wrong, after `after` good ones, `times` times (-1: for\n"
@@ -252,26 +313,26 @@ void bind_runtime(nb::module_& m) {
           "`value` bytes at once (4096); \"flip\", a bit of byte `value`; \"slow\", `value` bytes a second (50 MB). A\n"
           "read is one pread. Several calls add up. May be called from any thread during forward().")
       .def(
-          "clear_faults", [](Engine& self) { self.store().clear_faults(); },
+          "clear_faults", [](BoundEngine& self) { self->store().clear_faults(); },
           "Undo inject(); reads that are being slowed down go on at once.")
-      .def_prop_ro("faults_met", [](const Engine& self) { return self.store().faults_met(); })
+      .def_prop_ro("faults_met", [](const BoundEngine& self) { return self->store().faults_met(); })
       .def_prop_ro(
           "counters",
-          [](const Engine& self) {
-            const CacheStats cache = self.cache().stats();
-            const EngineStats stats = self.stats();
+          [](const BoundEngine& self) {
+            const CacheStats cache = self->cache().stats();
+            const EngineStats& stats = self->stats();
             nb::dict d;
-            d["records_held"] = self.cache().records_held();
-            d["uncounted_bytes"] = self.device().uncounted_bytes();
+            d["records_held"] = self->cache().records_held();
+            d["uncounted_bytes"] = self->device().uncounted_bytes();
             d["expert_hits"] = cache.hits;
             d["expert_misses"] = cache.misses;
             d["bytes_read"] = cache.bytes_read;
             d["read_ahead"] = cache.read_ahead;
             d["read_ahead_used"] = cache.read_ahead_used;
-            d["tokens"] = stats.tokens;
-            d["experts_used"] = stats.experts_used;
-            d["moe_tokens"] = stats.moe_tokens;
-            d["dropped_weight"] = stats.dropped_weight;
+            d["tokens"] = stats.tokens.load();
+            d["experts_used"] = stats.experts_used.load();
+            d["moe_tokens"] = stats.moe_tokens.load();
+            d["dropped_weight"] = stats.dropped_weight.load();
             return d;
           },
           "records_held: in slots now. uncounted_bytes: of memory on a GPU that peak_bytes() does not see. Totals "
@@ -303,9 +364,19 @@ void bind_runtime(nb::module_& m) {
   m.def("peak_bytes", &peak_bytes, "The most memory this process ever had (Linux VmHWM, macOS phys_footprint).");
   m.def("free_bytes", &free_bytes, "What the system could give to programs now, in bytes.");
   m.def(
-      "crc32c", [](nb::bytes data, uint32_t seed) { return crc32c(data.c_str(), data.size(), seed); }, nb::arg("data"),
-      nb::arg("seed") = 0, "CRC-32C of `data`, going on from `seed`.");
+      "crc32c",
+      [](nb::bytes data, uint32_t seed) {
+        const char* bytes = data.c_str();
+        const size_t count = data.size();
+        GilReleased released;
+        return crc32c(bytes, count, seed);
+      },
+      nb::arg("data"), nb::arg("seed") = 0, "CRC-32C of `data`, going on from `seed`.");
   m.def(
-      "crc32c_array", [](ArrayIn<uint8_t, 1> data, uint32_t seed) { return crc32c(data.data(), data.shape(0), seed); },
+      "crc32c_array",
+      [](ArrayIn<uint8_t, 1> data, uint32_t seed) {
+        GilReleased released;
+        return crc32c(data.data(), data.shape(0), seed);
+      },
       nb::arg("data"), nb::arg("seed") = 0, "CRC-32C of a uint8 array, going on from `seed`.");
 }

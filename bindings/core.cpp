@@ -1,6 +1,8 @@
 // The extension module edge_moe._core: one bind_*.cpp a topic.
 #include <nanobind/nanobind.h>
 
+#include "gil.h"
+
 namespace nb = nanobind;
 
 void bind_kernels(nb::module_& m);
@@ -12,4 +14,5 @@ NB_MODULE(_core, m) {
   bind_kernels(m);
   bind_runtime(m);
   bind_compressor(m);
+  register_exit_hook();
 }

@@ -8,46 +8,26 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from edge_moe import _core
 from edge_moe.devices.probe import default_threads
+from edge_moe.runtime.answer import Account, Generation
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.device import begin_device
 from edge_moe.runtime.plan import KV_TYPES, READERS, Plan, engine_config, make_plan, resolve_ram
 from edge_moe.runtime.pruning import OFF, PruneRule, prune_rule, read_mask_routers
 from edge_moe.runtime.sampling import Sampler
 from edge_moe.runtime.tokenizer import Detokenizer, Tokenizer, tokenizer_of
+from edge_moe.runtime.turns import Stream, Turns, Wanted
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """An answer and its account. From stream(): `text` is one piece, `tokens` its tokens, counts are so far."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str | None  # "stop" | "length"; None while more is to come
-    prompt_tokens: int
-    generation_tokens: int
-    prompt_tps: float  # tokens a second; of those that were not still in the KV cache
-    generation_tps: float
-    ram_bytes: int  # the cap
-    peak_memory_bytes: int  # of the process, as the system counts it
-    expert_hits: int
-    expert_misses: int
-    bytes_read: int
-    experts_used: float  # mean per token and layer
-    top_k: int  # of the checkpoint: a bundle may use fewer in some layers
-    dropped_routing_weight: float  # mean share of routing weight that pruning left out
-    device: str
 
 
 class Runtime:
@@ -63,8 +43,11 @@ class Runtime:
     and values are kept in, "float16" or "float32", which takes twice the memory.
 
     Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
-    cap below the floor, naming the floor. One call runs at a time; other threads wait, and a stream is one call until
-    it is exhausted or closed.
+    cap below the floor, naming the floor.
+
+    May be used by any number of threads: one step is computed at a time, and calls wait for one another. A stream is
+    one call until it is exhausted, closed, cancelled or not read for a tenth of a second while others wait. It belongs
+    to no thread. A forked child cannot use the Runtime of its parent.
     """
 
     def __init__(
@@ -134,8 +117,9 @@ class Runtime:
             raise ValueError(str(error)) from None
         self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
         self._cached_by: PruneRule = OFF  # how they were computed
-        self._lock = threading.Lock()
-        self._holder: int | None = None  # the thread that has the lock
+        self._cached_for: object | None = None  # the call that goes on from there
+        self._turns = Turns()
+        self._process = os.getpid()
 
     def __enter__(self) -> "Runtime":
         return self
@@ -144,8 +128,11 @@ class Runtime:
         self.close()
 
     def close(self) -> None:
-        """Give the memory back; later calls raise ValueError."""
+        """Give the memory back, once the step that another thread computes has ended; later calls raise ValueError."""
         self._engine = None
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a Runtime cannot be copied or pickled; make another one from its bundle")
 
     @property
     def stats(self) -> dict:
@@ -169,6 +156,8 @@ class Runtime:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         prune: float | str | None = None,
+        timeout: float | None = None,
+        stop_event: threading.Event | None = None,
     ) -> Generation:
         """Complete a prompt and return the whole answer; everything as for stream()."""
         options = {key: value for key, value in locals().items() if key not in ("self", "prompt", "max_tokens")}
@@ -194,16 +183,21 @@ class Runtime:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         prune: float | str | None = None,
-    ) -> Iterator[Generation]:
+        timeout: float | None = None,
+        stop_event: threading.Event | None = None,
+    ) -> Stream[Generation]:
         """Complete a prompt and yield pieces of text as they come.
 
         prompt: text, chat messages, or token ids (the only kind for a bundle without a tokenizer; the answer then
         is in `tokens`). What an earlier call left in the KV cache and this prompt begins with is not computed
         again, which changes nothing in the result. Ends at max_tokens (None: as many as the context holds), the
         model's end token, a `stop` string (not part of the text) or a full context. How a token is chosen, from
-        temperature to seed, is said at Sampler. Raises ValueError for an empty prompt or one longer than the context.
+        temperature to seed, is said at Sampler. It also ends, with what there is and the finish_reason "cancelled",
+        after `timeout` seconds, waiting for other calls included, when `stop_event` is set, and by the stream's
+        cancel(). Raises ValueError for an empty prompt or one longer than the context.
         """
-        rule = self._rule(prune)
+        self._open()
+        rule, wanted = self._rule(prune), Wanted(timeout, stop_event)
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
         stops = [stop] if isinstance(stop, str) else list(stop or ())
@@ -223,29 +217,64 @@ class Runtime:
             prompt=ids,
             vocab=self.config.vocab,
         )
-        return self._stream(ids, max_tokens or self.plan.context, sampler, stops, rule)
+        pieces = self._pieces(ids, max_tokens or self.plan.context, sampler, stops, rule, wanted)
+        return Stream(pieces, wanted, lambda: self._turns.leave(wanted))
 
-    def _stream(
-        self, ids: list[int], max_tokens: int, sampler: Sampler, stops: list[str], rule: PruneRule
+    def _pieces(
+        self,
+        ids: list[int],
+        max_tokens: int,
+        sampler: Sampler,
+        stops: list[str],
+        rule: PruneRule,
+        wanted: Wanted,
     ) -> Iterator[Generation]:
-        with self._turn():
-            self._use(rule)
-            account = _Account(self, len(ids))
-            logits = self._prefill(ids, account)
-            text = _Text(self.tokenizer, stops)
-            for count in range(1, max_tokens + 1):
-                token = sampler(logits)
-                account.generated(count)
-                if token in self.config.eos_tokens:
-                    yield account.piece(text.finish(), [token], "stop")
-                    return
-                piece = text.add(token)
-                full = len(self._cached) >= self.plan.context
-                if text.stopped or full or count == max_tokens:
-                    yield account.piece(piece + text.finish(), [token], "stop" if text.stopped else "length")
-                    return
-                yield account.piece(piece, [token], None)
-                logits = self._step([token], LAST)[0]
+        account, text = Account(self, len(ids)), _Text(self.tokenizer, stops)
+        steps = self._steps(ids, max_tokens, sampler, text, rule, wanted, account)
+        ended = False
+        try:
+            while not ended:
+                with self._turns.take(wanted, self._unwanted(wanted)), account.turn():
+                    pieces = [next(steps)]
+                    while pieces[-1].finish_reason is None and account.runs_ahead():
+                        pieces.append(next(steps))
+                ended = pieces[-1].finish_reason is not None
+                yield from pieces
+        except _core.Interrupted:
+            yield account.piece(text.finish(), [], "cancelled")
+
+    def _steps(
+        self,
+        ids: list[int],
+        max_tokens: int,
+        sampler: Sampler,
+        text: "_Text",
+        rule: PruneRule,
+        wanted: Wanted,
+        account: Account,
+    ) -> Iterator[Generation]:
+        """A piece a step, each in a turn of its own."""
+        tokens: list[int] = []
+        logits, computed, _ = self._prefill(ids, tokens, rule, wanted)
+        account.prefilled(computed)
+        while True:
+            token = sampler(logits)
+            tokens.append(token)
+            account.count = len(tokens)
+            if token in self.config.eos_tokens:
+                yield account.piece(text.finish(), [token], "stop")
+                return
+            piece = text.add(token)
+            full = len(ids) + len(tokens) > self.plan.context
+            if text.stopped or full or len(tokens) == max_tokens:
+                yield account.piece(piece + text.finish(), [token], "stop" if text.stopped else "length")
+                return
+            yield account.piece(piece, [token], None)
+            if self._cached_for is wanted:
+                logits = self._step([token], LAST, self._unwanted(wanted))[-1]
+            else:
+                logits, _, seconds = self._prefill(ids, tokens, rule, wanted)
+                account.recomputed(seconds)
 
     def logits(self, token_ids, *, prune: float | str | None = None) -> np.ndarray:
         """Logits of every position of one sequence: token_ids (tokens,) -> float32 (tokens, vocab).
@@ -257,34 +286,41 @@ class Runtime:
 
     def logits_blocks(self, token_ids, *, prune: float | str | None = None) -> Iterator[np.ndarray]:
         """logits() in blocks of at most `logits_rows` rows, for a caller who needs no more than that at once."""
-        rule = self._rule(prune)
-        ids = self._prompt_ids(np.asarray(token_ids).reshape(-1))
-        with self._turn():
-            self._use(rule)
-            self._rewind(0)
-            for at in range(0, len(ids), self.logits_rows):
-                yield self._step(ids[at : at + self.logits_rows], ALL)
+        self._open()
+        rule, call = self._rule(prune), Wanted()
+        ids, rows = self._prompt_ids(np.asarray(token_ids).reshape(-1)), self.logits_rows
+        try:
+            for at in range(0, len(ids), rows):
+                with self._turns.take(call, self._unwanted(call)):
+                    if self._cached_for is not call:
+                        self._use(rule)
+                        self._rewind(0)
+                        for before in range(0, at, rows):
+                            self._step(ids[before : before + rows], NOTHING, self._unwanted(call))
+                        self._cached_for = call
+                    block = self._step(ids[at : at + rows], ALL, self._unwanted(call))
+                yield block
+        finally:
+            self._turns.leave(call)
 
     def reset(self) -> None:
         """Forget the KV cache."""
-        with self._turn():
+        self._open()
+        with self._turns.take(call := Wanted()):
             self._rewind(0)
+        self._turns.leave(call)
 
-    @contextmanager
-    def _turn(self):
-        """Wait for other threads' calls; a second call of the same thread would wait for itself for ever."""
-        if self._holder == threading.get_ident():
-            raise ValueError("a stream of this Runtime is still open; exhaust or close it first")
-        with self._lock:
-            self._holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._holder = None
+    def _unwanted(self, wanted: Wanted) -> Callable[[], bool]:
+        return lambda: wanted.is_over() or self._engine is None
 
     def _open(self) -> "_core.Engine":
         if self._engine is None:
             raise ValueError("this Runtime is closed")
+        if self._process != os.getpid():
+            raise ValueError(
+                f"this Runtime was made in process {self._process}, of which this one, {os.getpid()}, is a forked "
+                "child without its threads; make a Runtime here"
+            )
         return self._engine
 
     def _peak_bytes(self, counters: dict) -> int:
@@ -310,22 +346,38 @@ class Runtime:
             raise ValueError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab:,} tokens")
         return ids
 
-    def _prefill(self, ids: list[int], account: "_Account") -> np.ndarray:
-        """Bring the KV cache to `ids`, reusing the beginning it already holds; the last token's logits."""
+    def _prefill(
+        self, ids: list[int], tokens: list[int], rule: PruneRule, wanted: Wanted
+    ) -> tuple[np.ndarray, int, float]:
+        """Bring the KV cache to a prompt's ids and the tokens after it, reusing the beginning it already holds.
+
+        Returns the last one's logits, how many were computed and how many seconds that took. Under a rule that
+        protects tokens of a prompt what came after it is computed one by one, as it was the first time.
+        """
+        began, whole = time.perf_counter(), ids + tokens
+        self._use(rule)
         shared = 0
-        while shared < min(len(self._cached), len(ids) - 1) and self._cached[shared] == ids[shared]:
+        while shared < min(len(self._cached), len(whole) - 1) and self._cached[shared] == whole[shared]:
             shared += 1
         self._rewind(shared)
-        chunk = self.plan.chunk
-        for at in range(shared, len(ids), chunk):
-            part = ids[at : at + chunk]
-            logits = self._step(part, LAST if at + chunk >= len(ids) else NOTHING)
-        account.prefilled(len(ids) - shared)
-        return logits[-1]
+        chunk, step = self.plan.chunk, 1 if rule.protect else self.plan.chunk
+        parts = [ids[at : at + chunk] for at in range(shared, len(ids), chunk)]
+        parts += [tokens[at : at + step] for at in range(max(shared - len(ids), 0), len(tokens), step)]
+        for part in parts[:-1]:
+            self._step(part, NOTHING, self._unwanted(wanted))
+        logits = self._step(parts[-1], LAST, self._unwanted(wanted))
+        self._cached_for = wanted
+        return logits[-1], len(whole) - shared, time.perf_counter() - began
 
-    def _step(self, tokens: list[int], want: int) -> np.ndarray:
+    def _step(self, tokens: list[int], want: int, unwanted: Callable[[], bool] = lambda: False) -> np.ndarray:
+        if unwanted():
+            self._open()
+            raise _core.Interrupted("interrupted")
         try:
-            logits = self._open().forward(np.asarray(tokens, np.int32), want)
+            logits = self._open().forward(np.asarray(tokens, np.int32), want, unwanted)
+        except _core.Interrupted:
+            self._open()  # it was closed
+            raise
         except RuntimeError as error:  # of a GPU
             raise OSError(str(error)) from None
         self._cached += tokens
@@ -348,6 +400,7 @@ class Runtime:
 
     def _rewind(self, position: int) -> None:
         engine = self._open()
+        self._cached_for = None
         del self._cached[position:]  # first: after an interrupt it may be shorter than the KV cache, never longer
         engine.rewind(position)
 
@@ -388,45 +441,3 @@ class _Text:
         keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
         released, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return released
-
-
-class _Account:
-    """The statistics of one call: counters against their values when it began, and clocks."""
-
-    def __init__(self, runtime: Runtime, prompt_tokens: int):
-        self.runtime, self.prompt_tokens = runtime, prompt_tokens
-        self.before = runtime._open().counters
-        self.began = time.perf_counter()
-        self.prompt_tps = self.decode_began = 0.0
-        self.count = 0
-
-    def prefilled(self, tokens: int) -> None:
-        self.decode_began = time.perf_counter()
-        self.prompt_tps = tokens / max(self.decode_began - self.began, 1e-9)
-
-    def generated(self, count: int) -> None:
-        self.count = count
-
-    def piece(self, text: str, tokens: list[int], finish_reason: str | None) -> Generation:
-        runtime = self.runtime
-        counters = runtime._open().counters
-        used = {key: counters[key] - self.before[key] for key in counters}
-        seconds = max(time.perf_counter() - self.decode_began, 1e-9)
-        return Generation(
-            text=text,
-            tokens=tokens,
-            finish_reason=finish_reason,
-            prompt_tokens=self.prompt_tokens,
-            generation_tokens=self.count,
-            prompt_tps=self.prompt_tps,
-            generation_tps=(self.count - 1) / seconds if self.count > 1 else 0.0,  # the first came with the prompt
-            ram_bytes=runtime.plan.ram_bytes,
-            peak_memory_bytes=runtime._peak_bytes(counters),
-            expert_hits=used["expert_hits"],
-            expert_misses=used["expert_misses"],
-            bytes_read=used["bytes_read"],
-            experts_used=used["experts_used"] / max(used["moe_tokens"], 1),
-            top_k=runtime.config.top_k,
-            dropped_routing_weight=used["dropped_weight"] / max(used["moe_tokens"], 1),
-            device=runtime.device,
-        )

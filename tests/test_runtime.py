@@ -1,7 +1,6 @@
 """Runtime: what comes out of generate, stream and logits, what is refused, and calls that come at once."""
 
 import json
-import threading
 from dataclasses import fields
 
 import numpy as np
@@ -195,42 +194,7 @@ def test_rows_of_logits_a_step_change_nothing(path, runtime, rows):
         np.testing.assert_array_equal(other.logits(ids), runtime.logits(ids))
 
 
-# ---- one call at a time
-
-
-def test_threads_that_call_at_once_get_their_own_answers(runtime):
-    prompts = [PROMPT, "import os\n", "class Node:\n", "for i in range("]
-    want = [runtime.generate(prompt, 20).tokens for prompt in prompts]
-    found = [[] for _ in prompts]
-
-    def ask(index: int) -> None:
-        found[index] += [runtime.generate(prompts[index], 20).tokens for _ in range(4)]
-
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert found == [[tokens] * 4 for tokens in want]
-
-
-def test_a_call_inside_an_open_stream_is_refused_instead_of_waiting_for_ever(runtime):
-    message = "a stream of this Runtime is still open; exhaust or close it first"
-    stream = runtime.stream(PROMPT, 10)
-    first = next(stream)
-    assert refused(runtime.generate, PROMPT) == message
-    assert refused(runtime.logits, [1]) == message
-    assert refused(runtime.reset) == message
-    rest = list(stream)
-    assert [first, *rest][-1].generation_tokens == 10
-    assert first.text + "".join(piece.text for piece in rest) == runtime.generate(PROMPT, 10).text
-
-
-def test_a_stream_that_is_left_gives_way(runtime):
-    for _ in runtime.stream(PROMPT, 50):
-        break
-    stream = runtime.stream(PROMPT, 50)
-    next(stream)
-    stream.close()
-    assert runtime.generate(PROMPT, 3).generation_tokens == 3
+# ---- closing
 
 
 def test_a_closed_runtime_says_so(path):

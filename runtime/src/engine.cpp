@@ -31,7 +31,7 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk
       trunk_(std::move(trunk)),
       store_(std::move(store)),
       cache_(store_, *device_, slot_bytes, readers, double(kHalfLife) * config.layers),
-      pool_(config.threads),
+      pool_(config.threads, config.spin),
       math_(device_->math(config_, trunk_, pool_)) {
   const EngineConfig& c = config_;
   carve_routing(c, r_, math_->shared(carve_routing(c, r_, nullptr)));
@@ -86,7 +86,7 @@ void Engine::set_prune(PruneRule rule) {
   prune_ = std::move(rule);
 }
 
-std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want) {
+std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want, std::function<bool()> unwanted) {
   const EngineConfig& c = config_;
   const int tokens = int(ids.size());
   const int rows = want == Want::kNothing ? 0 : want == Want::kLast ? 1 : tokens;
@@ -101,15 +101,21 @@ std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want) 
       tokens == 1 && !cache_.holds_all() && may_prefetch_ && gate_.open(cache.read_ahead, cache.read_ahead_used);
   const Step step = {position_, tokens};
   std::span<const float> logits;
+  Interrupt interrupt(std::move(unwanted));
+  interrupt_ = &interrupt;
+  pool_.set_interrupt(interrupt_);
   try {
     math_->begin(step, ids);
     layers(step);
     logits = math_->logits(step, rows);
+    check_wanted();
     release_used();
   } catch (...) {
     abandon();
     throw;
   }
+  interrupt_ = nullptr;
+  pool_.set_interrupt(nullptr);
   store_.end_use();
   position_ += tokens;
   stats_.tokens += tokens;
@@ -122,6 +128,7 @@ void Engine::layers(const Step& step) {
       experts(layer, step);
     else
       math_->dense_layer(layer, step);
+    check_wanted();
     cache_.tick();
   }
 }
@@ -134,6 +141,8 @@ void Engine::release_used() {
 
 // After an error: the device must have let go of the slots before they may be filled anew.
 void Engine::abandon() {
+  interrupt_ = nullptr;
+  pool_.set_interrupt(nullptr);
   try {
     math_->finish();
   } catch (...) {  // it computes no more, then
@@ -154,6 +163,7 @@ void Engine::experts(int layer, const Step& step) {
   wants.importance = protects(tokens);
   wants.ahead = prefetch_ && layer + 1 < config_.layers && config_.experts[layer + 1];
   math_->to_router(layer, step, wants, r_);
+  check_wanted();
   release_used();
   route_tokens(layer, tokens);
 
@@ -182,8 +192,9 @@ void Engine::experts(int layer, const Step& step) {
         std::swap(pending_[i], pending_[computed + jobs_.size() - 1]);
       }
       if (jobs_.empty()) {
+        check_wanted();
         if (used_.empty()) {
-          cache_.wait();
+          cache_.wait(Interrupt::kAskEvery);
         } else {  // whose slots may be what is lacking
           math_->finish();
           release_used();
@@ -193,6 +204,7 @@ void Engine::experts(int layer, const Step& step) {
       math_->experts(layer, step, jobs_, r_, computed + jobs_.size() == pending_.size());
       for (const ExpertJob& job : jobs_) used_.push_back(job.record);
       computed += jobs_.size();
+      check_wanted();
       if (!math_->asynchronous()) release_used();
     }
   } catch (...) {

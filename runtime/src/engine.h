@@ -6,11 +6,14 @@
 // Everything is allocated when an Engine is made: `engine_memory` says how much, so a plan can be drawn up first.
 #pragma once
 
+#include <atomic>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
 
 #include "expert_cache.h"
+#include "interrupt.h"
 #include "layer_math.h"
 #include "prefetch.h"
 #include "prune.h"
@@ -23,11 +26,12 @@ namespace edge_moe {
 // What an Engine of this configuration allocates on a device, beside the trunk and the slots.
 EngineMemory engine_memory(const EngineConfig& config, bool cuda);
 
+// Totals that any thread may read while the one in forward() adds to them.
 struct EngineStats {
-  uint64_t tokens = 0;        // through forward()
-  uint64_t experts_used = 0;  // (token, layer, expert) triples computed
-  uint64_t moe_tokens = 0;    // (token, layer) pairs routed
-  double dropped_weight = 0;  // share of routing weight that pruning took away, summed over those pairs
+  std::atomic<uint64_t> tokens{0};        // through forward()
+  std::atomic<uint64_t> experts_used{0};  // (token, layer, expert) triples computed
+  std::atomic<uint64_t> moe_tokens{0};    // (token, layer) pairs routed
+  std::atomic<double> dropped_weight{0};  // share of routing weight that pruning took away, summed over those pairs
 };
 
 class Engine {
@@ -42,8 +46,9 @@ class Engine {
   enum class Want { kNothing, kLast, kAll };
 
   // Run `tokens` (at most `chunk`, each below vocab) at positions [position(), ...) and return the logits wanted:
-  // (rows, vocab), valid until the next call. On an error the position is what it was before.
-  std::span<const float> forward(std::span<const int32_t> tokens, Want want);
+  // (rows, vocab), valid until the next call. On an error the position is what it was before. unwanted(), asked by this
+  // thread now and then, ends the call with Interrupted.
+  std::span<const float> forward(std::span<const int32_t> tokens, Want want, std::function<bool()> unwanted = {});
 
   // Reading ahead of the next layer while one is computed, where it pays; off or on, results are the same.
   void set_prefetch(bool on) { may_prefetch_ = on; }
@@ -58,13 +63,16 @@ class Engine {
   const ExpertCache& cache() const { return cache_; }
   const ExpertStore& store() const { return store_; }
   ExpertStore& store() { return store_; }
-  EngineStats stats() const { return stats_; }
+  const EngineStats& stats() const { return stats_; }
   const Device& device() const { return *device_; }
 
  private:
   std::vector<MaskRouter> load_mask_routers(const MaskRouters& from);
   const MaskRouter* mask_router(int layer) const;
   void layers(const Step& step);
+  void check_wanted() const {
+    if (interrupt_) interrupt_->check();
+  }
   void experts(int layer, const Step& step);
   void release_used();
   void abandon();
@@ -90,6 +98,7 @@ class Engine {
   bool may_prefetch_ = true, prefetch_ = false;  // allowed; for this token
   PrefetchGate gate_;
   EngineStats stats_;
+  Interrupt* interrupt_ = nullptr;  // of the forward() that runs
   std::vector<ExpertJob> jobs_;
   std::vector<int> pending_;  // experts of a layer that tokens use
   std::vector<int> used_;     // records that are pinned because the device may still read them

@@ -97,10 +97,11 @@ const uint8_t* ExpertCache::bytes(int record) {
   return slots_[slot].state == State::kReady ? memory_->data() + slots_[slot].offset : nullptr;
 }
 
-void ExpertCache::wait() {
+bool ExpertCache::wait(std::chrono::milliseconds most) {
   std::unique_lock lock(mutex_);
-  landed_.wait(lock, [this] { return ended_ != seen_; });
+  const bool landed = landed_.wait_for(lock, most, [this] { return ended_ != seen_; });
   seen_ = ended_;
+  return landed;
 }
 
 void ExpertCache::release(int record) {

@@ -11,6 +11,7 @@
 // recorded text, and how long a half-life is best: bench/cache_policies.py.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -54,8 +55,8 @@ class ExpertCache {
   // The bytes of a pinned record, null while it loads. Throws what the read threw.
   const uint8_t* bytes(int record);
 
-  // Wait until at least one read has ended since the last call that saw none ready.
-  void wait();
+  // Wait until at least one read has ended since the last call that saw none ready; false where none has in so long.
+  bool wait(std::chrono::milliseconds most);
 
   void release(int record);
   void tick();  // a layer was computed

@@ -45,6 +45,7 @@ void Engine::route_tokens(int layer, int tokens) {
     route(device_->host(), rule, r_.router_logits + size_t(t) * experts, experts, top_k,
           r_.group_scores + size_t(thread) * 2 * c.groups, r_.routed + t * top_k, r_.routing_weights + t * top_k);
   });
+  check_wanted();
   if (prune_.kind != Prune::kOff) prune_tokens(layer, tokens);
   const int places = tokens * top_k;  // some may be empty: -1
   std::fill(r_.first_pair, r_.first_pair + experts + 1, 0);
@@ -91,7 +92,10 @@ void Engine::prune_tokens(int layer, int tokens) {
     if (protect && r_.protects[t]) kept = top_k;
     r_.dropped[t] = keep_first(kept, top_k, c.renormalise, ids, weights);
   });
-  for (int t = 0; t < tokens; ++t) stats_.dropped_weight += r_.dropped[t];
+  check_wanted();
+  double dropped = 0;
+  for (int t = 0; t < tokens; ++t) dropped += r_.dropped[t];
+  stats_.dropped_weight.store(stats_.dropped_weight.load() + dropped);
 }
 
 }  // namespace edge_moe

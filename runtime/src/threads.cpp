@@ -38,7 +38,7 @@ void start_threads(std::vector<std::thread>& threads, int count, const std::func
   }
 }
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads, bool spin) : spins_(spin ? kSpins : 0) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1");
   start_threads(
       workers_, threads - 1, [this](int i) { work(i + 1); }, [this] { stop(); });
@@ -64,9 +64,10 @@ void ThreadPool::start(int count, Call call, void* task) {
   signal_.fetch_add(1, std::memory_order_release);
   signal_.notify_all();
   while (claim_and_run(0)) {
+    if (interrupt_) interrupt_->asked();
   }
   for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins) {
-    if (spins < kSpins)
+    if (spins < spins_)
       pause_thread();
     else
       std::this_thread::yield();
@@ -80,7 +81,7 @@ bool ThreadPool::claim_and_run(int thread) {
   do {
     if ((ticket & kIndexMask) >= (ticket >> kIndexBits & kIndexMask)) return false;
   } while (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel));
-  call_(task_, int(ticket & kIndexMask), thread);
+  if (!(interrupt_ && interrupt_->stopped())) call_(task_, int(ticket & kIndexMask), thread);
   done_.fetch_add(1, std::memory_order_release);
   return true;
 }
@@ -91,7 +92,7 @@ void ThreadPool::work(int thread) {
     while (claim_and_run(thread)) {
     }
     int spins = 0;
-    while (signal_.load(std::memory_order_acquire) == seen && ++spins < kSpins) pause_thread();
+    while (signal_.load(std::memory_order_acquire) == seen && ++spins < spins_) pause_thread();
     if (signal_.load(std::memory_order_acquire) == seen) signal_.wait(seen);
     seen = signal_.load(std::memory_order_acquire);
   }

@@ -3,7 +3,8 @@
 // Work is claimed one index at a time from a single 64-bit ticket (epoch, count, next index), so a slow thread
 // takes less of it, and a thread that has not woken yet is not waited for: the caller returns when every index is
 // done, not when every thread has reported. Idle threads spin for some microseconds (the next run of a token comes
-// sooner than a futex wakes) and then sleep, so nothing burns between tokens.
+// sooner than a futex wakes) and then sleep, so nothing burns between tokens. Where there are more threads than
+// processors they are to sleep at once: one that spins would hold the processor that another one needs.
 #pragma once
 
 #include <atomic>
@@ -11,6 +12,8 @@
 #include <functional>
 #include <thread>
 #include <vector>
+
+#include "interrupt.h"
 
 namespace edge_moe {
 
@@ -21,17 +24,21 @@ void start_threads(std::vector<std::thread>& threads, int count, const std::func
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // throws SystemError when the system refuses that many
+  explicit ThreadPool(int threads, bool spin = true);  // throws SystemError when the system refuses that many
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
 
   int threads() const { return int(workers_.size()) + 1; }
 
+  // From now on run() asks it, and leaves out what is left to do once it is stopped; null: nothing is left out. Whoever
+  // uses what run() made has to check() it first.
+  void set_interrupt(Interrupt* interrupt) { interrupt_ = interrupt; }
+
   // task(index, thread) for index in [0, count); returns when all are done. Tasks must not throw.
   template <typename Task>
   void run(int count, Task&& task) {
     if (count == 1 || workers_.empty()) {
-      for (int i = 0; i < count; ++i) task(i, 0);
+      for (int i = 0; i < count && !(interrupt_ && interrupt_->asked()); ++i) task(i, 0);
       return;
     }
     start(
@@ -45,7 +52,9 @@ class ThreadPool {
   bool claim_and_run(int thread);
   void work(int thread);
 
+  int spins_;  // of an idle thread before it sleeps
   std::vector<std::thread> workers_;
+  Interrupt* interrupt_ = nullptr;
   std::atomic<uint64_t> ticket_{0};  // epoch << 40 | count << 20 | next
   std::atomic<int> done_{0};
   std::atomic<uint32_t> signal_{0};  // changes with every run; sleepers wait on it

@@ -10,7 +10,7 @@
 namespace edge_moe {
 
 Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors,
-             const Device& device)
+             const Device& device, Interrupt* interrupt)
     : path_(path) {
   const File file(path);
   if (file.bytes != bytes)
@@ -28,6 +28,7 @@ Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const s
       sum = crc32c(to, step, sum);
     });
     at += step;
+    if (interrupt) interrupt->check();
   }
   memory_->filled();
   if (sum != checksum) throw DamagedFile(path + ": does not match its checksum; copy the bundle again");

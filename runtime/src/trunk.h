@@ -8,6 +8,7 @@
 
 #include "../../devices/kernels.h"
 #include "device.h"
+#include "interrupt.h"
 
 namespace edge_moe {
 
@@ -21,9 +22,9 @@ struct TrunkTensor {
 
 class Trunk {
  public:
-  // Throws DamagedFile when the file is not `bytes` long or does not match `checksum`.
+  // Throws DamagedFile when the file is not `bytes` long or does not match `checksum`, and Interrupted.
   Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors,
-        const Device& device);
+        const Device& device, Interrupt* interrupt = nullptr);
 
   // Where the device finds them.
   Matrix matrix(const std::string& name) const;                    // throws DamagedFile when it is missing

@@ -1,0 +1,106 @@
+"""An answer and its account: what one call computed, how fast, and what it took."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edge_moe.runtime.turns import PATIENCE_S
+
+if TYPE_CHECKING:
+    from edge_moe.runtime.runtime import Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An answer and its account. From stream(): `text` is one piece, `tokens` its tokens, counts are so far."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str | None  # "stop" | "length" | "cancelled"; None while more is to come
+    prompt_tokens: int
+    generation_tokens: int
+    prompt_tps: float  # tokens a second; of those that were not still in the KV cache
+    generation_tps: float
+    ram_bytes: int  # the cap
+    peak_memory_bytes: int  # of the process, as the system counts it
+    expert_hits: int
+    expert_misses: int
+    bytes_read: int
+    experts_used: float  # mean per token and layer
+    top_k: int  # of the checkpoint: a bundle may use fewer in some layers
+    dropped_routing_weight: float  # mean share of routing weight that pruning left out
+    device: str
+
+
+class Account:
+    """The statistics of one call: what the engine's counters and the clock moved by during its own turns."""
+
+    def __init__(self, runtime: "Runtime", prompt_tokens: int):
+        self.runtime, self.prompt_tokens = runtime, prompt_tokens
+        self.count = 0  # of tokens generated
+        self.prompt_tps = 0.0
+        self._used: dict[str, float] = {}  # in turns before this one
+        self._before: dict[str, float] | None = None  # counters when this turn began; None: it is not our turn
+        self._seconds = self._prefill_seconds = self._began = 0.0
+        self._ahead_until = 0.0
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        engine = self.runtime._open()
+        self._before, self._began = engine.counters, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._used, self._seconds = self._used_by(engine.counters), self._computed_seconds()
+            self._before = None
+
+    def prefilled(self, tokens: int) -> None:
+        """The prompt was computed, but for what the KV cache had of it."""
+        self._prefill_seconds = self._computed_seconds()
+        self.prompt_tps = tokens / max(self._prefill_seconds, 1e-9)
+
+    def recomputed(self, seconds: float) -> None:
+        """What another call took out of the KV cache was computed again, which took so long."""
+        self._ahead_until = time.perf_counter() + seconds + PATIENCE_S
+
+    def runs_ahead(self) -> bool:
+        """Whether to go on without being asked: for as long as it took to compute again what others took away.
+
+        So at least half of the time is spent on new tokens, however often two streams take the KV cache in turns.
+        """
+        return time.perf_counter() < self._ahead_until
+
+    def piece(self, text: str, tokens: list[int], finish_reason: str | None) -> Generation:
+        runtime = self.runtime
+        counters = runtime._open().counters
+        used = self._used_by(counters)
+        moe_tokens = max(used.get("moe_tokens", 0), 1)
+        seconds = max(self._computed_seconds() - self._prefill_seconds, 1e-9)
+        return Generation(
+            text=text,
+            tokens=tokens,
+            finish_reason=finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.count,
+            prompt_tps=self.prompt_tps,
+            generation_tps=(self.count - 1) / seconds if self.count > 1 else 0.0,  # the first came with the prompt
+            ram_bytes=runtime.plan.ram_bytes,
+            peak_memory_bytes=runtime._peak_bytes(counters),
+            expert_hits=int(used.get("expert_hits", 0)),
+            expert_misses=int(used.get("expert_misses", 0)),
+            bytes_read=int(used.get("bytes_read", 0)),
+            experts_used=used.get("experts_used", 0) / moe_tokens,
+            top_k=runtime.config.top_k,
+            dropped_routing_weight=used.get("dropped_weight", 0.0) / moe_tokens,
+            device=runtime.device,
+        )
+
+    def _used_by(self, counters: dict[str, float]) -> dict[str, float]:
+        if self._before is None:
+            return self._used
+        return {key: self._used.get(key, 0) + counters[key] - self._before[key] for key in counters}
+
+    def _computed_seconds(self) -> float:
+        return self._seconds + (0.0 if self._before is None else time.perf_counter() - self._began)
