@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edge_moe.runtime.config_keys import Keys, keys_of
 from edge_moe.runtime.files import MOST_JSON_BYTES, parse_json, read_bounded
-from edge_moe.runtime.model_path import check_pointer, what_it_is
+from edge_moe.runtime.model_path import check_pointer, utf8_path, what_it_is
 from edge_moe.runtime.rope_config import YarnScaling, read_rope
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
@@ -136,9 +136,9 @@ class ModelConfig:
 def load_config(directory: str | Path) -> ModelConfig:
     """Read DIRECTORY/config.json (and the end tokens of generation_config.json, if it is there).
 
-    Raises as parse_config() does.
+    Raises as parse_config() does, and ValueError for a path that is not UTF-8: what reads weights takes no other.
     """
-    directory = Path(directory)
+    directory = utf8_path(directory)
     path = directory / "config.json"
     raw = read_json(path)
     generation = directory / "generation_config.json"

@@ -4,6 +4,7 @@ Nothing is downloaded. Errors say what to do: most paths that fail are a hub id,
 quantised already, or a download that is not complete.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,16 @@ HUB_URL = re.compile(r"https?:/+(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)")
 POINTER = b"version https://git-lfs"
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
+
+
+def utf8_path(path: str | Path) -> Path:
+    """The path. Raises ValueError for a name that is not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise ValueError(f"{shown}: this path is not UTF-8; rename it") from None
+    return Path(path)
 
 
 def find_model(path: str | Path) -> Path:

@@ -28,6 +28,11 @@ from edge_moe.runtime.turns import Stream, Turns, Wanted
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
+Progress = Callable[[str, int, int], None]  # a step's name, how much of it is done, and of how much
+
+
+class PromptTooLong(ValueError):
+    """A prompt of more tokens than the context holds."""
 
 
 class Runtime:
@@ -158,6 +163,7 @@ class Runtime:
         prune: float | str | None = None,
         timeout: float | None = None,
         stop_event: threading.Event | None = None,
+        progress: Progress | None = None,
     ) -> Generation:
         """Complete a prompt and return the whole answer; everything as for stream()."""
         options = {key: value for key, value in locals().items() if key not in ("self", "prompt", "max_tokens")}
@@ -185,6 +191,7 @@ class Runtime:
         prune: float | str | None = None,
         timeout: float | None = None,
         stop_event: threading.Event | None = None,
+        progress: Progress | None = None,
     ) -> Stream[Generation]:
         """Complete a prompt and yield pieces of text as they come.
 
@@ -194,7 +201,8 @@ class Runtime:
         model's end token, a `stop` string (not part of the text) or a full context. How a token is chosen, from
         temperature to seed, is said at Sampler. It also ends, with what there is and the finish_reason "cancelled",
         after `timeout` seconds, waiting for other calls included, when `stop_event` is set, and by the stream's
-        cancel(). Raises ValueError for an empty prompt or one longer than the context.
+        cancel(). progress("prompt", read, of) is called with numbers of tokens before, while and after the prompt is
+        read. Raises ValueError for an empty prompt or one longer than the context.
         """
         self._open()
         rule, wanted = self._rule(prune), Wanted(timeout, stop_event)
@@ -217,7 +225,7 @@ class Runtime:
             prompt=ids,
             vocab=self.config.vocab,
         )
-        pieces = self._pieces(ids, max_tokens or self.plan.context, sampler, stops, rule, wanted)
+        pieces = self._pieces(ids, max_tokens or self.plan.context, sampler, stops, rule, wanted, progress)
         return Stream(pieces, wanted, lambda: self._turns.leave(wanted))
 
     def _pieces(
@@ -228,9 +236,10 @@ class Runtime:
         stops: list[str],
         rule: PruneRule,
         wanted: Wanted,
+        progress: Progress | None,
     ) -> Iterator[Generation]:
         account, text = Account(self, len(ids)), _Text(self.tokenizer, stops)
-        steps = self._steps(ids, max_tokens, sampler, text, rule, wanted, account)
+        steps = self._steps(ids, max_tokens, sampler, text, rule, wanted, account, progress)
         ended = False
         try:
             while not ended:
@@ -252,10 +261,11 @@ class Runtime:
         rule: PruneRule,
         wanted: Wanted,
         account: Account,
+        progress: Progress | None,
     ) -> Iterator[Generation]:
         """A piece a step, each in a turn of its own."""
         tokens: list[int] = []
-        logits, computed, _ = self._prefill(ids, tokens, rule, wanted)
+        logits, computed, _ = self._prefill(ids, tokens, rule, wanted, progress)
         account.prefilled(computed)
         while True:
             token = sampler(logits)
@@ -338,7 +348,7 @@ class Runtime:
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         if len(ids) > self.plan.context:
-            raise ValueError(
+            raise PromptTooLong(
                 f"the prompt has {len(ids):,} tokens, the context {self.plan.context:,}; shorten it or raise context"
             )
         outside = [token for token in ids if not 0 <= token < self.config.vocab]
@@ -347,7 +357,7 @@ class Runtime:
         return ids
 
     def _prefill(
-        self, ids: list[int], tokens: list[int], rule: PruneRule, wanted: Wanted
+        self, ids: list[int], tokens: list[int], rule: PruneRule, wanted: Wanted, progress: Progress | None = None
     ) -> tuple[np.ndarray, int, float]:
         """Bring the KV cache to a prompt's ids and the tokens after it, reusing the beginning it already holds.
 
@@ -363,9 +373,12 @@ class Runtime:
         chunk, step = self.plan.chunk, 1 if rule.protect else self.plan.chunk
         parts = [ids[at : at + chunk] for at in range(shared, len(ids), chunk)]
         parts += [tokens[at : at + step] for at in range(max(shared - len(ids), 0), len(tokens), step)]
-        for part in parts[:-1]:
-            self._step(part, NOTHING, self._unwanted(wanted))
-        logits = self._step(parts[-1], LAST, self._unwanted(wanted))
+        for number, part in enumerate(parts, start=1):
+            if progress:
+                progress("prompt", len(self._cached), len(whole))
+            logits = self._step(part, LAST if number == len(parts) else NOTHING, self._unwanted(wanted))
+        if progress:
+            progress("prompt", len(whole), len(whole))
         self._cached_for = wanted
         return logits[-1], len(whole) - shared, time.perf_counter() - began
 

@@ -44,6 +44,17 @@ def bundle_of(golden, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def templated(tmp_path_factory) -> Path:
+    """The embedded model with a chat template."""
+    directory = tmp_path_factory.mktemp("templated")
+    shutil.copytree(REFERENCE, directory, dirs_exist_ok=True)
+    (directory / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    )
+    return compress(directory, directory / "templated.emoe", width=8, method="rtn").path
+
+
+@pytest.fixture(scope="session")
 def mixed(bundle_of, golden, tmp_path_factory):
     """By architecture: a bundle whose experts have several widths, chosen by calibration on token ids."""
     directory = tmp_path_factory.mktemp("calibration")

@@ -1,6 +1,7 @@
 """The command line: what each command prints, where, and with which exit code."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from bundles import REFERENCE, flip, run_python
 from edge_moe import __version__
 from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.runtime.plan import Plan
-from edge_moe.runtime.runtime import Generation
+from edge_moe.runtime.runtime import Generation, Runtime
 
 COMMANDS = ("demo", "compress", "prune", "plan", "inspect", "verify", "generate", "chat", "eval", "bench", "doctor")
 CONFIGS = REFERENCE.parent / "configs"
@@ -97,8 +98,9 @@ def test_the_version_is_the_packages():
         (["generate", "x.emoe", "--promt", "a"], "No such option: --promt"),
         (["generat"], "No such command 'generat'"),
         (["generate"], "Missing argument"),
-        (["generate", "x.emoe"], "give either -p TEXT or --tokens 1,2,3"),
-        (["generate", "x.emoe", "-p", "a", "--tokens", "1"], "give either -p TEXT or --tokens 1,2,3"),
+        (["generate", "x.emoe", "-p", "a", "--tokens", "1"], "give one prompt: an argument, -p TEXT, -f FILE or --tok"),
+        (["generate", "x.emoe", "a", "-f", "b"], "give one prompt: an argument, -p TEXT, -f FILE or --tokens 1,2,3"),
+        (["generate", "x.emoe", "a", "--raw", "--system", "b"], "--system belongs to a message: leave --raw and"),
         (["generate", "x.emoe", "-p", "a", "-n", "many"], "Invalid value for '-n'"),
         (["compress", "x", "y", "--context", "64"], "--context belongs to --ram"),
         (["compress", "x", "y", "--drop-score", "age"], "Invalid value for '--drop-score'"),
@@ -151,9 +153,79 @@ def test_generate_json_has_the_fields_of_a_generation(bundle):
     assert answer["ram_bytes"] == 1_000_000_000 >= answer["peak_memory_bytes"]
 
 
-def test_the_prompt_may_come_from_stdin(bundle):
+def test_the_prompt_is_an_argument_an_option_a_file_or_comes_through_a_pipe(bundle, tmp_path):
     given = succeeds("generate", bundle, "-p", "import re\n", "-n", "8").stdout
-    assert succeeds("generate", bundle, "-p", "-", "-n", "8", input="import re\n").stdout == given
+    (tmp_path / "prompt.txt").write_text("import re\n")
+    assert succeeds("generate", bundle, "import re\n", "-n", "8").stdout == given
+    assert succeeds("generate", bundle, "-f", tmp_path / "prompt.txt", "-n", "8").stdout == given
+    for arguments in ([], ["-"], ["-p", "-"], ["-f", "-"]):
+        assert succeeds("generate", bundle, *arguments, "-n", "8", input="import re\n").stdout == given
+    (tmp_path / "prompt.bin").write_bytes(b"import \xff")
+    message = "not UTF-8 text, from byte 7 on; convert it first"
+    assert error_of("generate", bundle, "-f", tmp_path / "prompt.bin") == f"{tmp_path}/prompt.bin: {message}"
+    with (tmp_path / "prompt.bin").open() as file:
+        assert error_of("generate", bundle, stdin=file) == f"stdin: {message}"
+
+
+def test_a_prompt_is_a_message_where_there_is_a_chat_template_unless_it_is_raw(templated, bundle):
+    said = [{"role": "user", "content": "import re"}]
+    with Runtime(templated) as runtime:
+        answer, told, raw = (
+            runtime.generate(prompt, 8).tokens
+            for prompt in (said, [{"role": "system", "content": "be brief"}, *said], "import re")
+        )
+    assert answer != told != raw != answer
+    assert object_of("generate", templated, "--temp", "0", "import re", "-n", "8")["tokens"] == answer
+    assert object_of("generate", templated, "--temp", "0", "-n", "8", input="import re\n")["tokens"] == answer
+    assert (
+        object_of("generate", templated, "--temp", "0", "import re", "-n", "8", "--system", "be brief")["tokens"]
+        == told
+    )
+    assert object_of("generate", templated, "--temp", "0", "import re", "-n", "8", "--raw")["tokens"] == raw
+    refused = error_of("generate", bundle, "a", "--system", "b")
+    assert refused == f"{bundle}: this model has no chat template; --system needs one"
+
+
+def test_an_answer_goes_on_until_the_context_is_full_and_a_text_for_64_tokens(bundle, templated):
+    assert object_of("generate", bundle, "import re\n", "--context", "96")["generation_tokens"] == 64
+    whole = object_of("generate", bundle, "import re\n", "--context", "96", "-n", "-1")
+    assert whole["prompt_tokens"] + whole["generation_tokens"] == 97  # the last is not computed with
+    assert object_of("generate", templated, "import re", "--context", "96")["generation_tokens"] > 64
+
+
+def test_an_answer_is_sampled_as_the_model_advises_unless_it_is_said(templated):
+    with Runtime(templated) as runtime:  # its generation_config.json has temperature 0.8 and top_p 0.95
+        prompt = [{"role": "user", "content": "import re"}]
+        advised = runtime.generate(prompt, 12, temperature=0.8, top_p=0.95, seed=5).tokens
+        other = runtime.generate(prompt, 12, temperature=0.8, top_k=3, top_p=1.0, min_p=0.01, seed=5).tokens
+        greedy, raw = runtime.generate(prompt, 12).tokens, runtime.generate("import re", 12).tokens
+    assert len({*map(tuple, (advised, other, greedy, raw))}) == 4
+    given = ("generate", templated, "import re", "-n", "12", "--seed", "5")
+    assert object_of(*given)["tokens"] == advised
+    assert object_of(*given, "--top-k", "3", "--top-p", "1", "--min-p", "0.01")["tokens"] == other
+    assert object_of(*given, "--temp", "0")["tokens"] == greedy
+    assert object_of(*given, "--raw")["tokens"] == raw
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_streams_that_the_caller_closed_are_no_error_and_never_files(bundle, tmp_path, closed):
+    command = f"{sys.executable} -m edge_moe generate {bundle} a -n 4 {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    command = f"{sys.executable} -m edge_moe chat {bundle} {closed}"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, input=b"").returncode == 0
+    command = f"{sys.executable} -m edge_moe compress {REFERENCE} {tmp_path}/out.emoe --width 4 --method rtn {closed}"
+    assert subprocess.run(["bash", "-c", command], capture_output=True).returncode == 0
+    assert succeeds("verify", tmp_path / "out.emoe")
+
+
+def test_a_path_that_is_not_utf_8_is_called_so(bundle, tmp_path):
+    copy = os.fsencode(tmp_path) + b"/caf\xe9.emoe"
+    shutil.copytree(os.fsencode(bundle), copy)
+    message = f"edge-moe: error: {tmp_path}/caf\\xe9.emoe: this path is not UTF-8; rename it\n"
+    for arguments in (["generate", copy, "a"], ["inspect", copy], ["plan", copy], ["compress", REFERENCE, copy]):
+        done = subprocess.run([sys.executable, "-m", "edge_moe", *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (1, message)
 
 
 def test_token_ids_give_token_ids(bundle):
@@ -220,7 +292,8 @@ def test_ctrl_c_is_one_line_and_130(bundle):
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate()
     assert child.returncode == 130
-    assert errors == b"edge-moe: error: interrupted\n"
+    assert errors.startswith(b"prompt 1 tokens at ") and b" tok/s (stopped)\n" in errors
+    assert b"error" not in errors and errors.count(b"\n") == 3
 
 
 def test_generate_imports_nothing_heavy(bundle):

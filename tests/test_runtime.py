@@ -307,6 +307,17 @@ def test_an_option_of_the_runtime_out_of_range_is_refused(path, options, message
     assert refused(Runtime, path, **options) == message
 
 
+def test_progress_tells_how_much_of_a_prompt_is_read(path):
+    told, ids = [], list(range(600))
+    with Runtime(path, "2GB") as runtime:
+        assert runtime.plan.chunk == 512
+        runtime.generate(ids, 1, progress=lambda *where: told.append(where))
+        assert told == [("prompt", at, 600) for at in (0, 512, 600)]
+        told.clear()
+        runtime.generate([*ids, 7], 1, progress=lambda *where: told.append(where))
+        assert told == [("prompt", 600, 601), ("prompt", 601, 601)]  # the rest is in the KV cache
+
+
 def test_an_option_that_is_not_there_is_refused(path, runtime):
     assert "unexpected keyword argument 'rams'" in refused(Runtime, path, rams=1, error=TypeError)
     assert "unexpected keyword argument 'topp'" in refused(runtime.generate, "x", topp=1, error=TypeError)

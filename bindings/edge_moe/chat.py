@@ -1,142 +1,264 @@
 """The chat of the command line: a conversation that is kept, streamed answers, and a way out of each.
 
 Answers go to stdout, everything else to stderr. The whole conversation is passed every time: the Runtime computes only
-what its KV cache does not hold. Nothing is ever dropped from a conversation: a full context is said, not hidden.
+what its KV cache does not hold. Nothing is dropped from a conversation that was not asked for: a full context is said.
 """
 
+import re
 import sys
-from contextlib import closing, suppress
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 
+from edge_moe.conversation import Conversation, Turn
+from edge_moe.line_input import LineInput
 from edge_moe.report import statistics_text
+from edge_moe.runtime.runtime import Generation, PromptTooLong, Runtime
+from edge_moe.terminal import THINKING, AnswerWriter, PromptProgress, printable
 
-HELP = """\
-/reset   start a new conversation
-/stats   speed, hits and memory of the last answer
-/exit    leave (also Ctrl-D)
-/help    this list
-Ctrl-C stops an answer and keeps what it said; twice at the prompt it leaves."""
+HELP = '''\
+/clear          start a new conversation (also /reset); the system prompt stays
+/undo           forget the last message and its answer
+/retry          answer the last message again
+/continue       go on with an answer that was cut
+/drop [N]       forget the oldest N messages and their answers [default: 1]
+/system [TEXT]  show or set the system prompt
+/temp [T]       show or set the temperature
+/save FILE      write the conversation to a file, as JSON messages where it ends in .json
+/stats          speed, hits and memory of the last answer
+/exit           leave (also /bye, Ctrl-D)
+/help           this list
+Three quotes (""") begin a message of several lines and three more end it; a space before a / makes it a message.
+Ctrl-C stops an answer and keeps what it said; twice at an empty prompt it leaves.'''
+LEAVE = ("/exit", "/quit", "/bye")
+COMMAND = re.compile(r"/[a-z?]+(\s|$)")  # a path, as /usr/bin, is no command
+MAKES_ROOM = "/drop N forgets the oldest messages, /clear all"
+ROOM = 0.75  # of the context that a prompt may take after the oldest turns were dropped for it
 
 
-class Conversation:
-    """What was said so far: messages where the model has a chat template, else one running text."""
+@dataclass(slots=True)
+class Chat:
+    """A conversation with a Runtime. options: of Runtime.stream(). drop_oldest: make room in a full context."""
 
-    def __init__(self, templated: bool):
-        self.templated = templated
-        self.messages: list[dict] = []
-        self.text = ""
+    runtime: Runtime
+    options: dict
+    conversation: Conversation
+    drop_oldest: bool = False
+    last: Generation | None = None  # the last answer's last piece
 
-    def asked(self, line: str):
-        """The prompt if `line` were said now; nothing changes before answered()."""
-        if self.templated:
-            return [*self.messages, {"role": "user", "content": line}]
-        return self.text + ("\n" if self.text else "") + line
+    def answer(self, message: str) -> None:
+        """Stream the answer to a message, and keep both."""
+        said = self.conversation
+        try:
+            dropped = self._to_drop(message)
+            ids = self.runtime._prompt_ids(said.prompt(message, dropped))
+        except PromptTooLong as error:
+            return _say(f"{error}; this message was not kept: {MAKES_ROOM}")
+        except ValueError as error:  # the chat template refuses it, or it is no text
+            return _say(f"{error}; this message was not kept")
+        if (turn := self._stream(message, ids)) is not None:
+            if dropped:
+                _say(f"the context was full; dropped from the conversation: the oldest {_messages(dropped)}")
+            said.turns = [*said.turns[dropped:], turn]
 
-    def answered(self, line: str, answer: str) -> None:
-        prompt = self.asked(line)
-        if self.templated:
-            self.messages = [*prompt, {"role": "assistant", "content": answer}]
+    def continue_answer(self) -> None:
+        """Go on with the last answer as if it had not been cut."""
+        turns = self.conversation.turns
+        if not turns or turns[-1].complete:
+            return _say("the last answer is complete" if turns else "nothing was said yet")
+        message, before = turns[-1].message, turns[-1]
+        said = Conversation(self.conversation.templated, self.conversation.system, turns[:-1])
+        ids = self.runtime._prompt_ids(said.prompt(message)) + before.tokens
+        if len(ids) >= self.runtime.plan.context:
+            return _say(f"the context of {self.runtime.plan.context:,} tokens is full: {MAKES_ROOM}")
+        if (turn := self._stream(message, ids, before)) is not None:
+            turns[-1] = turn
+
+    def _to_drop(self, message: str) -> int:
+        """How many of the oldest turns to leave out of the prompt."""
+        turns, context = self.conversation.turns, self.runtime.plan.context
+        for dropped in range(len(turns) + 1 if self.drop_oldest else 0):
+            try:
+                tokens = len(self.runtime._prompt_ids(self.conversation.prompt(message, dropped)))
+            except PromptTooLong:
+                continue
+            if tokens <= (context if dropped == 0 else ROOM * context):
+                return dropped
+        return 0
+
+    def _stream(self, message: str, ids: list[int], before: Turn | None = None) -> Turn | None:
+        """Stream what follows ids, the end of `before` where there is one; None when Ctrl-C came before anything."""
+        tokenizer = self.runtime.tokenizer
+        said, tokens = (before.answer, list(before.tokens)) if before else ("", [])
+        opened = tokenizer.decode(ids[-8:]).rstrip().endswith(THINKING) if before is None else False
+        writer, last, interrupted = AnswerWriter(sys.stdout, opened), None, False
+        try:
+            with (
+                PromptProgress() as progress,
+                closing(self.runtime.stream(ids, progress=progress, **self.options)) as pieces,
+            ):
+                for piece in pieces:
+                    text = piece.text
+                    if last is None and before:  # a token's text may depend on the one before it
+                        text = tokenizer.decode(tokens + piece.tokens)[len(tokenizer.decode(tokens)) :]
+                    last, tokens, said = piece, tokens + piece.tokens, said + text
+                    writer.write(text)
+        except KeyboardInterrupt:
+            interrupted = True
+        if last is None:
+            _say("stopped before an answer" + ("" if before else "; this message was not kept"))
+            return None
+        writer.end()
+        self.last = last
+        full = last.prompt_tokens + last.generation_tokens > self.runtime.plan.context
+        if interrupted:
+            _say("stopped")
+        elif last.finish_reason == "length":
+            _say(
+                f"the context of {self.runtime.plan.context:,} tokens is full and the answer was cut: {MAKES_ROOM}"
+                if full
+                else f"stopped after {last.generation_tokens:,} tokens; /continue goes on, -n raises that"
+            )
+        return Turn(message, said, tokens, last.finish_reason == "stop")
+
+    # Commands; each gets what was typed after its name
+
+    def clear(self, _: str) -> None:
+        self.runtime.reset()
+        self.conversation.turns = []
+        _say("a new conversation")
+
+    def undo(self, _: str) -> None:
+        if not self.conversation.turns:
+            return _say("nothing was said yet")
+        _say(f"forgotten: {_beginning(self.conversation.turns.pop().message)}")
+
+    def retry(self, _: str) -> None:
+        if not self.conversation.turns:
+            return _say("nothing was said yet")
+        turn = self.conversation.turns.pop()
+        kept = len(self.conversation.turns)
+        self.answer(turn.message)
+        if len(self.conversation.turns) == kept:  # not answered: nothing is lost
+            self.conversation.turns.append(turn)
+
+    def drop(self, given: str) -> None:
+        turns = self.conversation.turns
+        if not (given or "1").isdigit() or not 1 <= int(given or "1") <= len(turns):
+            return _say(f"/drop N takes 1 to {len(turns):,}" if turns else "nothing was said yet")
+        del turns[: int(given or "1")]
+        _say(f"{_messages(len(turns))} left")
+
+    def system(self, given: str) -> None:
+        if not self.conversation.templated:
+            return _say("this model has no chat template and takes no system prompt")
+        if given:
+            self.conversation.system = given
+        _say(f"system prompt: {printable(self.conversation.system or 'none')}")
+
+    def temp(self, given: str) -> None:
+        if given:
+            try:
+                changed = {**self.options, "temperature": float(given)}
+                self.runtime.stream("x", **changed).close()  # checks it
+            except ValueError:
+                return _say(f"temperature is {given!r}, expected 0 or more")
+            self.options = changed
+        _say(f"temperature {self.options['temperature']:g}")
+
+    def save(self, given: str) -> None:
+        if not given:
+            return _say("name a file: /save FILE")
+        try:
+            self.conversation.save(Path(given).expanduser())
+        except FileExistsError:
+            return _say(f"{given} exists already; choose another name")
+        except OSError as error:
+            return _say(f"{given}: {error.strerror}")
+        _say(f"{given}: {_messages(len(self.conversation.turns))} and what was answered")
+
+    def stats(self, _: str) -> None:
+        if self.last is None:
+            return _say("nothing was generated yet")
+        context = self.runtime.plan.context
+        used = min(self.last.prompt_tokens + self.last.generation_tokens, context)
+        _say(f"{statistics_text(self.last)}\ncontext {used:,} of {context:,} tokens")
+
+    def run(self, line: str) -> None:
+        """A command, as /drop 2."""
+        name, _, given = line.strip().partition(" ")
+        commands = {
+            "/clear": self.clear,
+            "/reset": self.clear,
+            "/undo": self.undo,
+            "/retry": self.retry,
+            "/continue": lambda _: self.continue_answer(),
+            "/drop": self.drop,
+            "/system": self.system,
+            "/temp": self.temp,
+            "/save": self.save,
+            "/stats": self.stats,
+            "/help": lambda _: _say(HELP),
+            "/?": lambda _: _say(HELP),
+        }
+        if name in commands:
+            commands[name](given.strip())
         else:
-            self.text = prompt + answer
+            _say(f"no command {name}; /help lists them, and a space before it makes it a message")
 
 
-def chat(runtime, options: dict) -> None:
-    """Read lines from stdin until it ends or /exit; `options` are Runtime.stream()'s.
+def chat(
+    runtime: Runtime, options: dict, system: str | None = None, drop_oldest: bool = False, keep_history: bool = True
+) -> None:
+    """Read messages from stdin until it ends or /exit; `options` are Runtime.stream()'s.
 
-    Raises ValueError at once for options that are wrong or a bundle without a tokenizer.
+    Raises ValueError at once for options that are wrong or a bundle that cannot chat.
     """
-    if runtime.tokenizer is None:
-        raise ValueError(f"{runtime.bundle.path}: this bundle has no tokenizer; chat needs one")
-    conversation = Conversation(runtime.tokenizer.chat_template is not None)
+    path, tokenizer = runtime.bundle.path, runtime.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{path}: this bundle has no tokenizer; chat needs one")
+    templated = tokenizer.chat_template is not None
+    if system is not None and not templated:
+        raise ValueError(f"{path}: this model has no chat template; --system needs one")
     runtime.stream("x", **options).close()  # checks the options
-    _say(f"{runtime.bundle.path.name}, context {runtime.plan.context:,} tokens; /help lists commands")
-    if not conversation.templated:
+    _say(f"{path.name}, context {runtime.plan.context:,} tokens, {_residency(runtime.plan)}; /help lists commands")
+    if not templated:
         _say("this model has no chat template: it continues the text of the whole conversation")
-    last, leaving, ask = None, False, _reader()
+    talk = Chat(runtime, options, Conversation(templated, system), drop_oldest)
+    lines, leaving = LineInput(keep_history), False
     while True:
         try:
-            line = ask()
+            message = lines.message()
             leaving = False
         except KeyboardInterrupt:
-            if leaving:
-                return _say("")
-            leaving = True
-            _say("\nCtrl-C again, Ctrl-D or /exit leaves")
-            continue
-        if line is None or line.strip() in ("/exit", "/quit"):
-            return
-        if not line.strip():
-            continue
-        if line.startswith("/"):
-            conversation, last = _run_command(line.strip(), runtime, conversation, last)
-        else:
-            last = _answer(runtime, conversation, line, options) or last
-
-
-def _run_command(line: str, runtime, conversation: Conversation, last):
-    if line == "/reset":
-        runtime.reset()
-        _say("a new conversation")
-        return Conversation(conversation.templated), last
-    if line == "/stats":
-        if last is None:
-            _say("nothing was generated yet")
-        else:
-            used = last.prompt_tokens + last.generation_tokens
-            _say(f"{statistics_text(last)}\ncontext {used:,} of {runtime.plan.context:,} tokens")
-    else:
-        _say(HELP if line == "/help" else f"no command {line}; /help lists them")
-    return conversation, last
-
-
-def _answer(runtime, conversation: Conversation, line: str, options: dict):
-    """Stream one answer and keep it; returns its last piece, None when there is none."""
-    said, last, interrupted = [], None, False
-    try:
-        with closing(runtime.stream(conversation.asked(line), **options)) as pieces:
-            for last in pieces:
-                said.append(last.text)
-                sys.stdout.write(last.text)
-                sys.stdout.flush()
-    except KeyboardInterrupt:
-        interrupted = True
-    except ValueError as error:  # too long for the context, or refused by the chat template
-        _say(f"{error}; this message was not kept, /reset starts a new conversation")
-        return None
-    if last is not None:
-        print(flush=True)
-        conversation.answered(line, "".join(said))
-    if interrupted:
-        _say("stopped" if last else "stopped before an answer; this message was not kept")
-    elif last.finish_reason == "length":
-        full = last.prompt_tokens + last.generation_tokens > runtime.plan.context
-        _say(
-            f"the context of {runtime.plan.context:,} tokens is full and the answer was cut; /reset starts a new one"
-            if full
-            else f"stopped after {last.generation_tokens:,} tokens; -n raises that"
-        )
-    return last
-
-
-def _reader():
-    """A function that returns the next line, None at the end; with line editing where there is a terminal."""
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-
-        def read() -> str | None:
-            line = sys.stdin.readline()
-            return line.rstrip("\n") if line else None
-
-        return read
-    with suppress(ImportError):
-        import readline  # noqa: F401 (input() uses it once it is imported)
-
-    def ask() -> str | None:
-        try:
-            return input("> ")
-        except EOFError:
             _say("")
-            return None
+            if leaving and not lines.half_typed():
+                return
+            leaving = not lines.half_typed()
+            if leaving:
+                _say("Ctrl-C again, Ctrl-D or /exit leaves")
+            continue
+        if message is None or message.strip() in LEAVE:
+            return
+        if COMMAND.match(message):
+            talk.run(message)
+        elif message.strip():
+            talk.answer(message)
 
-    return ask
+
+def _residency(plan) -> str:
+    if plan.resident:
+        return "every expert in memory"
+    return f"{plan.experts_bytes / plan.all_experts_bytes:.0%} of the experts in memory"
+
+
+def _messages(count: int) -> str:
+    return "1 message" if count == 1 else f"{count:,} messages"
+
+
+def _beginning(message: str) -> str:
+    line = printable(message.strip().splitlines()[0])
+    return line if len(line) <= 60 else line[:59] + "…"
 
 
 def _say(text: str) -> None:

@@ -35,12 +35,24 @@ WITHOUT_VALUE = {"--sweep-ram": str(bench.SWEEP_CAPS)}  # options that need no n
 
 def main() -> None:
     """The entry point of `edge-moe` and `python -m edge_moe`."""
+    _open_standard_streams()
     with suppress(AttributeError, ValueError):  # a stdout that is not a text file, as some hosts have
         sys.stdout.reconfigure(errors="replace")
     try:
         app(prog_name="edge-moe")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null for each that the caller has closed (`>&-`): else the next file opened would take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 class Door(TyperGroup):

@@ -3,26 +3,41 @@
 from edge_moe.commands import options
 from edge_moe.commands.options import option
 
-TemperatureIfAny = option(float | None, "--temp", metavar="T", help="Sampling temperature [default: the model's].")
-TopPIfAny = option(float | None, "--top-p", metavar="P", help="Likeliest tokens to sample from [default: the model's].")
+MaxTokens = option(
+    int | None, "-n", "--max-tokens", metavar="N", parser=options.tokens_of,
+    help="Most tokens of an answer [default: until the context is full].",
+)  # fmt: skip
+DropOldest = option(
+    bool, "--drop-oldest", help="When the context is full drop the oldest messages, and say so, instead of refusing."
+)
+NoHistory = option(bool, "--no-history", help="Neither read nor keep the lines typed in earlier chats.")
 
 
 def chat(
     bundle: options.Bundle,
-    max_tokens: options.MaxTokens = 512,
+    system: options.System = None,
+    max_tokens: MaxTokens = None,
+    drop_oldest: DropOldest = False,
+    no_history: NoHistory = False,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.SamplingSeed = None,
     ram: options.Ram = "auto",
     context: options.Context = None,
     kv: options.Kv = options.KvType.float16,
-    temperature: TemperatureIfAny = None,
-    top_p: TopPIfAny = None,
-    seed: options.SamplingSeed = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     prune: options.Prune = None,
 ) -> None:
     """Talk with a model.
 
-    Ctrl-C stops an answer and keeps the chat. A model without a chat template continues the text of the conversation.
+    Ctrl-C stops an answer and keeps the chat; /help lists what else can be typed. A model without a chat template
+    continues the text of the conversation.
     """
     import signal
 
@@ -30,9 +45,13 @@ def chat(
     from edge_moe.runtime.runtime import Runtime
     from edge_moe.runtime.sampling import sampling_defaults
 
-    given = {"device": device, "threads": threads, "kv": kv.value}
-    with Runtime(bundle, ram, context, prune=options.prune_of(prune), **given) as runtime:
-        given = {"temperature": temperature, "top_p": top_p, "seed": seed, "max_tokens": max_tokens}
-        given = {key: value for key, value in given.items() if value is not None}
-        chat.chat(runtime, {**sampling_defaults(runtime.bundle.path), **given})
+    sampling = options.given(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed,
+    )  # fmt: skip
+    sampling["max_tokens"] = None if max_tokens == -1 else max_tokens
+    run = {"device": device, "threads": threads, "kv": kv.value}
+    with Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime:
+        sampling = {**sampling_defaults(runtime.bundle.path), **sampling}
+        chat.chat(runtime, sampling, system, drop_oldest, keep_history=not no_history)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C more while the process ends is no error

@@ -125,6 +125,9 @@ def compress(
     from edge_moe.needs import needs_of
     from edge_moe.progress import progress_bar
     from edge_moe.report import compressed_text, describe_bundle, needs_text
+    from edge_moe.runtime.model_path import utf8_path
+
+    utf8_path(out)  # before hours of work
 
     target = {"bits": bits, "width": width, "size": size, "ram": ram, "paged": paged, "context": context}
     source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}

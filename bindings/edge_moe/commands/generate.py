@@ -1,69 +1,129 @@
-"""`edge-moe generate`: complete one text."""
+"""`edge-moe generate`: answer one prompt, or continue one text."""
 
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import typer
 
 from edge_moe.commands import options
-from edge_moe.commands.options import option
+from edge_moe.commands.options import argument, option
 from edge_moe.commands.output import print_json
+from edge_moe.terminal import PromptProgress, text_for
 
-Prompt = option(str | None, "-p", "--prompt", metavar="TEXT", help="The text to go on from; - reads stdin.")
-TokenIds = option(str | None, "--tokens", metavar="1,2,3", help="Instead of a text: token ids; prints ids.")
-Temperature = option(float, "--temp", metavar="T", shown=True, help="Sampling temperature; 0: the likeliest token.")
-TopP = option(
-    float, "--top-p", metavar="P", shown=True, help="Sample from the likeliest tokens up to this probability."
-)
+CONTINUED_TOKENS = 64  # of a text that is continued: it has no end of its own
+ONE = "an argument, -p TEXT, -f FILE or --tokens 1,2,3"
+
+PromptArgument = argument(str | None, "PROMPT", "The prompt; - reads it from stdin, as a pipe does without one.")
+Prompt = option(str | None, "-p", "--prompt", metavar="TEXT", help="The prompt.")
+PromptFile = option(str | None, "-f", "--file", metavar="FILE", help="The prompt is in this file.")
+TokenIds = option(str | None, "--tokens", metavar="1,2,3", help="Token ids instead of a prompt; prints ids.")
+Raw = option(bool, "--raw", help="Continue the prompt as it is, without the model's chat template.")
+MaxTokens = option(
+    int | None, "-n", "--max-tokens", metavar="N", parser=options.tokens_of,
+    help="Most tokens of the answer; -1: until the context is full [default: -1; where no chat template is used, 64].",
+)  # fmt: skip
 Stop = option(list[str] | None, "--stop", metavar="TEXT", help="End before this text; repeatable.")
 
 
 def generate(
     bundle: options.Bundle,
-    prompt: Prompt = None,
+    prompt: PromptArgument = None,
+    text: Prompt = None,
+    file: PromptFile = None,
     tokens: TokenIds = None,
-    max_tokens: options.MaxTokens = 64,
+    system: options.System = None,
+    raw: Raw = False,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.PresencePenalty = None,
+    frequency_penalty: options.FrequencyPenalty = None,
+    seed: options.SamplingSeed = None,
     ram: options.Ram = "auto",
     context: options.Context = None,
     kv: options.Kv = options.KvType.float16,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: options.SamplingSeed = None,
     device: options.Device = "auto",
     threads: options.Threads = None,
     prune: options.Prune = None,
-    stop: Stop = None,
     json_output: options.Json = False,
 ) -> None:
-    """Complete a text."""
-    if (prompt is None) == (tokens is None):
-        raise typer.BadParameter("give either -p TEXT or --tokens 1,2,3")
+    """Answer a prompt.
+
+    The prompt is a message to a model with a chat template; a model without one, or --raw, continues it as a text.
+    """
+    given = [one for one in (prompt, text, file, tokens) if one is not None]
+    if len(given) > 1 or not (given or options.stdin_has_text()):
+        raise typer.BadParameter(f"give one prompt: {ONE}" + ("" if given else ", or through a pipe"))
+    if system is not None and (raw or tokens is not None):
+        raise typer.BadParameter("--system belongs to a message: leave --raw and --tokens out")
     from edge_moe.report import statistics_text
     from edge_moe.runtime.runtime import Runtime
+    from edge_moe.runtime.sampling import sampling_defaults
 
-    start = token_ids_of(tokens) if prompt is None else sys.stdin.read() if prompt == "-" else prompt
-    given = {"device": device, "threads": threads, "kv": kv.value}
-    with Runtime(bundle, ram, context, prune=options.prune_of(prune), **given) as runtime:
-        pieces = runtime.stream(start, max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
-        generation = _print_pieces(pieces, ids=prompt is None, quiet=json_output)
+    start = token_ids_of(tokens) if tokens is not None else _text_of(prompt if text is None else text, file)
+    sampling = options.given(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=stop,
+    )  # fmt: skip
+    run = {"device": device, "threads": threads, "kv": kv.value}
+    with (
+        Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime,
+        PromptProgress(quiet=json_output) as progress,
+    ):
+        templated = not raw and tokens is None and getattr(runtime.tokenizer, "chat_template", None) is not None
+        if system is not None and not templated:
+            raise ValueError(f"{bundle}: this model has no chat template; --system needs one")
+        if templated:
+            start = [*options.system_messages(system), {"role": "user", "content": start.removesuffix("\n")}]
+            sampling = {**sampling_defaults(runtime.bundle.path), **sampling}
+        if max_tokens is None:
+            max_tokens = -1 if templated else CONTINUED_TOKENS
+        pieces = runtime.stream(start, None if max_tokens == -1 else max_tokens, progress=progress, **sampling)
+        generation, interrupted = _print_pieces(pieces, ids=tokens is not None, quiet=json_output)
     if json_output:
         print_json(asdict(generation))
     else:
         print(statistics_text(generation), file=sys.stderr)
+    if interrupted:
+        raise typer.Exit(130)
 
 
 def _print_pieces(pieces, ids: bool, quiet: bool):
-    """Write pieces as they come, and return them as one Generation."""
-    texts, tokens, last = [], [], None
-    for last in pieces:
-        texts.append(last.text)
-        tokens += last.tokens
-        if not quiet:
-            sys.stdout.write("".join(f"{token} " for token in last.tokens) if ids else last.text)
-            sys.stdout.flush()
+    """Write pieces as they come; all as one Generation, and whether Ctrl-C ended them."""
+    texts, tokens, last, interrupted = [], [], None, False
+    try:
+        for last in pieces:
+            texts.append(last.text)
+            tokens += last.tokens
+            if not quiet:
+                text = "".join(f"{token} " for token in last.tokens) if ids else last.text
+                sys.stdout.write(text_for(sys.stdout, text))
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        if last is None or quiet:
+            raise
+        interrupted = True
     if not quiet:
         print(flush=True)
-    return replace(last, text="".join(texts), tokens=tokens)
+    return replace(last, text="".join(texts), tokens=tokens), interrupted
+
+
+def _text_of(prompt: str | None, file: str | None) -> str:
+    """The prompt as given, or what stdin or a file says. Raises ValueError for what is not UTF-8."""
+    if prompt not in (None, "-"):
+        return prompt
+    name = file or "-"
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        name = "stdin" if name == "-" else name
+        raise ValueError(f"{name}: not UTF-8 text, from byte {error.start:,} on; convert it first") from None
 
 
 def token_ids_of(text: str) -> list[int]:

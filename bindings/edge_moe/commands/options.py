@@ -1,5 +1,6 @@
 """What several subcommands share of their arguments and options: one name, one type, one line of help each."""
 
+import sys
 from collections.abc import Callable
 from enum import Enum
 from typing import Annotated
@@ -66,9 +67,39 @@ Prune = option(
     "[default: bundle, where it is calibrated].",
 )  # fmt: skip
 
-# Of generate and chat
-MaxTokens = option(int, "-n", "--max-tokens", metavar="N", shown=True, help="Most tokens of an answer.")
-SamplingSeed = option(int | None, "--seed", metavar="N", help="The same seed gives the same text.")
+# Of generate and chat; an answer to a message is sampled as the model's makers advise where nothing else is said
+_SAMPLING = "Sampling [default: of an answer, as generation_config.json says; of a text that is continued, --temp 0]"
+System = option(str | None, "--system", metavar="TEXT", help="A system prompt, for a model with a chat template.")
+Temperature = option(
+    float | None, "--temp", metavar="T", section=_SAMPLING, help="Temperature; 0: always the likeliest token."
+)
+TopP = option(
+    float | None, "--top-p", metavar="P", section=_SAMPLING, help="The likeliest tokens that reach this probability."
+)
+TopK = option(int | None, "--top-k", metavar="N", section=_SAMPLING, help="The N likeliest tokens; 0: all.")
+MinP = option(
+    float | None,
+    "--min-p",
+    metavar="P",
+    section=_SAMPLING,
+    help="Tokens of at least this share of the likeliest's probability.",
+)
+RepetitionPenalty = option(
+    float | None, "--repetition-penalty", metavar="X", section=_SAMPLING,
+    help="Above 1: less of what is in the prompt or the answer already.",
+)  # fmt: skip
+PresencePenalty = option(
+    float | None,
+    "--presence-penalty",
+    metavar="X",
+    section=_SAMPLING,
+    help="Taken from logits of tokens in the answer.",
+)
+FrequencyPenalty = option(
+    float | None, "--frequency-penalty", metavar="X", section=_SAMPLING,
+    help="The same for each time that a token is there.",
+)  # fmt: skip
+SamplingSeed = option(int | None, "--seed", metavar="N", section=_SAMPLING, help="The same seed gives the same text.")
 
 # Of compress and prune
 CalibrationFiles = option(
@@ -91,3 +122,18 @@ def prune_of(text: str | None) -> float | str | None:
         return text and float(text)
     except ValueError:
         return text
+
+
+def given(**values) -> dict:
+    """The options that were given, by name."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def system_messages(system: str | None) -> list[dict]:
+    """What a conversation begins with."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def stdin_has_text() -> bool:
+    """Whether stdin is a pipe or a file, not a terminal that would be waited for."""
+    return not sys.stdin.isatty()

@@ -5,6 +5,8 @@ import sys
 
 import typer
 
+from edge_moe.terminal import printable, wrapped
+
 
 def print_json(value: dict) -> None:
     print(json.dumps(value, ensure_ascii=False))
@@ -15,5 +17,6 @@ def fail(error: Exception | str, code: int = 1) -> None:
     message = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
-    print(f"edge-moe: error: {' '.join(message.split())}", file=sys.stderr)
+    line = f"edge-moe: error: {printable(' '.join(message.split()))}"
+    print(wrapped(line) if sys.stderr.isatty() else line, file=sys.stderr)
     raise typer.Exit(code)

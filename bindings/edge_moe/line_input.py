@@ -1,0 +1,91 @@
+"""Messages as a person types or pastes them, or as a pipe brings them, one line each.
+
+On a terminal there is line editing, with a history that is kept between chats, and a paste of several lines is one
+message where readline knows bracketed paste (GNU readline; macOS has libedit, which does not). Everywhere three quotes
+begin a message of several lines and three more end it.
+"""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from edge_moe.terminal import styled
+from edge_moe.user_files import state_directory
+
+QUOTES = '"""'
+PROMPT, MORE = "> ", "... "
+HISTORY_LINES = 1000
+
+
+class LineInput:
+    """Reads messages; keep_history: lines of a terminal are remembered for the next chat."""
+
+    def __init__(self, keep_history: bool = True):
+        self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.readline, self.history = None, None
+        if not self.terminal:
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # the C locale would let any byte pass
+            return
+        with suppress(ImportError):
+            import readline
+
+            self.readline = readline  # input() uses it once it is imported
+            if "libedit" in (readline.__doc__ or ""):
+                readline.parse_and_bind("bind ^I ed-insert")
+            else:
+                readline.parse_and_bind("set enable-bracketed-paste on")
+                readline.parse_and_bind("tab: self-insert")
+            if keep_history:
+                with suppress(OSError):  # a home that cannot be written to is no reason not to chat
+                    self.history = _history_file(readline)
+
+    def half_typed(self) -> bool:
+        """Whether Ctrl-C came while there was something on the line."""
+        return bool(self.readline and self.readline.get_line_buffer())
+
+    def message(self) -> str | None:
+        """The next message, without the newline at its end; None at the end of input.
+
+        Raises KeyboardInterrupt for Ctrl-C, and ValueError for a pipe's bytes that are not UTF-8.
+        """
+        line = self._line(PROMPT)
+        if line is None or not line.lstrip().startswith(QUOTES):
+            return line
+        lines = [line.lstrip().removeprefix(QUOTES)]
+        while not lines[-1].rstrip().endswith(QUOTES):
+            if (line := self._line(MORE)) is None:
+                break
+            lines.append(line)
+        lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
+        return "\n".join(lines).strip("\n")
+
+    def _line(self, prompt: str) -> str | None:
+        if not self.terminal:
+            try:
+                line = sys.stdin.readline()
+            except UnicodeDecodeError:
+                raise ValueError("stdin: not UTF-8 text; convert it first") from None
+            return line.rstrip("\n") if line else None
+        try:
+            # Readline counts the columns of its prompt: \001 and \002 are around what has none.
+            line = input(styled(sys.stdout, prompt, "bold green", "\001\002" if self.readline else ""))
+        except EOFError:
+            print(file=sys.stderr, flush=True)
+            return None
+        if self.history and line.strip():
+            with suppress(OSError):
+                self.readline.append_history_file(1, self.history)
+        return line.rstrip("\n")
+
+
+def _history_file(readline) -> str:
+    """The file, read already; for its owner's eyes."""
+    path: Path = state_directory() / "chat_history"
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600))
+    os.chmod(path, 0o600)
+    readline.read_history_file(path)
+    readline.set_history_length(HISTORY_LINES)
+    if readline.get_current_history_length() >= HISTORY_LINES:
+        readline.write_history_file(path)  # cut to the length
+    return str(path)
