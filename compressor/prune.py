@@ -26,6 +26,7 @@ from edge_moe.compressor.writer import table_bytes
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.bundle_table import TABLE_FILE
 from edge_moe.runtime.plan import resolve_ram
 from edge_moe.runtime.pruning import LEARNED, MASK_FILE, RULES
 from edge_moe.runtime.runtime import Runtime
@@ -42,7 +43,8 @@ APART, APART_TOKENS = 5, 64  # one run of so many tokens in five is for finding 
 def calibrate_pruning(
     bundle: str | Path,
     *,
-    cut: float = DEFAULT_CUT,
+    default: float | None = None,
+    force: bool = False,
     rules: tuple[str, ...] = DEFAULT_RULES,
     calibration: str | Path | Sequence[str | Path] = (),
     held_out: str | Path | Sequence[str | Path] = (),
@@ -52,26 +54,33 @@ def calibrate_pruning(
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Bundle:
-    """Calibrate a bundle for pruning, or calibrate it again, and open it.
+    """Calibrate a bundle for pruning and open it.
 
-    cut: share of expert uses that a run leaves out where it is not told otherwise. rules: of loss, otp, share and odp;
-    the first is what a plain cut means and what the certificate is of. calibration, held_out: text files, or .npy of
+    default: share of expert uses that a run leaves out where it is not told otherwise, or the nearest that the first
+    rule reaches; None: nothing. force: replace
+    the calibration that a bundle has. rules: of loss, otp, share and odp; the first is what a plain share means and
+    what the certificate is of. calibration, held_out: text files, or .npy of
     token ids; none: as for compress(). tokens: to calibrate on. ram: most memory for hidden states and for the engine;
     hidden states beyond half of it are in files beside the bundle. progress(step, done, of) is called as work goes on.
 
-    Raises ValueError for bad options, for a bundle whose tokens have one expert each and for a cut that the calibrated
-    ones do not reach, OSError for the disk.
+    Raises ValueError for bad options, for a bundle whose tokens have one expert each and for a default that the
+    calibrated cuts do not reach, FileExistsError for a bundle that is calibrated already, OSError for the disk.
     """
     opened, tell = Bundle.open(bundle), progress or (lambda step, done, of: None)
     config, path = opened.config, opened.path
+    if opened.pruning and not force:
+        raise FileExistsError(
+            f"{path}: is calibrated for pruning already; --force calibrates it again, --default alone changes what a "
+            "run without --prune leaves out"
+        )
     if not rules or not set(rules) <= set(RULES):
         raise ValueError(f"rules are {', '.join(rules) or 'none'}, expected some of {', '.join(RULES)}")
     check_tokens(tokens)
     wanted = prune_curves.reachable(config)
     if not wanted:
         raise ValueError(f"{path}: tokens have {config.top_k} expert each, none can be left out")
-    if not wanted[0] <= cut <= wanted[-1]:
-        raise ValueError(f"cut is {cut:g}, expected {wanted[0]:g} to {wanted[-1]:g} of expert uses")
+    if default is not None and not wanted[0] <= default <= wanted[-1]:
+        raise ValueError(f"default is {default:g}, expected {wanted[0]:g} to {wanted[-1]:g} of expert uses")
     text = load_calibration(tokenizer_of(path), config, paths_of(calibration), tokens, seed, paths_of(held_out))
     threads = threads or default_threads()
     with ExitStack() as stack:
@@ -81,9 +90,12 @@ def calibrate_pruning(
         found = collect(config, weights, text.ids, new_stream, threads, seed, lambda done, of: tell("losses", done, of))
         apart = np.arange(text.ids.size) // APART_TOKENS % APART == 0
         table, routers = _settings(config, weights, found, rules, wanted, apart, seed, tell)
+    reached = table["rules"][rules[0]]["cuts"]
+    cut = min(max(DEFAULT_CUT if default is None else default, reached[0]), reached[-1])
     table |= {
         "default": rules[0],
         "cut": cut,
+        "default_cut": None if default is None else cut,
         "calibration": {**text.provenance, "seed": seed, "samples": SAMPLES},
         "certificate": None,
     }
@@ -91,6 +103,23 @@ def calibrate_pruning(
     table["certificate"] = certify(path, rules[0], text, ram, threads, tell)
     _store(opened, table, None)
     return Bundle.open(path)
+
+
+def set_default(bundle: str | Path, default: float | None) -> Bundle:
+    """Change the share of expert uses that a run of a calibrated bundle leaves out where it is not told otherwise.
+
+    None: nothing. Raises ValueError for a bundle that is not calibrated and for a share that its rule does not reach.
+    """
+    opened = Bundle.open(bundle)
+    if not opened.pruning:
+        raise ValueError(f"{opened.path}: is not calibrated for pruning; run `edge-moe prune {opened.path}`")
+    table = json.loads((opened.path / TABLE_FILE).read_text(encoding="utf-8"))
+    if default is not None:
+        opened.pruning.rule(default)  # refuses what is not calibrated
+        table["pruning"]["cut"] = default
+    table["pruning"]["default_cut"] = default
+    _write_table(opened.path / TABLE_FILE, table)
+    return Bundle.open(opened.path)
 
 
 def _streams(stack: ExitStack, path: Path, ram: int, rows: int, config):
@@ -172,7 +201,7 @@ def certify(path: Path, rule: str, text, ram, threads: int, tell) -> list[dict]:
 
 def _store(bundle: Bundle, pruning: dict, routers: dict | None) -> None:
     """Put the calibration into the bundle; routers None: those that are there stay."""
-    file = bundle.path / "bundle.json"
+    file = bundle.path / TABLE_FILE
     table = json.loads(file.read_text(encoding="utf-8"))
     if routers is not None:
         if table["pruning"] is not None:

@@ -38,14 +38,14 @@ class PromptTooLong(ValueError):
 class Runtime:
     """A bundle ready to generate, inside a hard RAM cap; a context manager.
 
-    bundle: path of NAME.emoe. ram: the cap on this process's peak memory, "8GB", "8GiB", bytes or "auto" (80 % of
-    what is free). context: tokens the KV cache holds, by default 4096 or the model's own if shorter. device: "cpu",
-    "cuda", or "auto", a GPU where this build has code for one. threads: of computation, by default those the process
-    may use. prune: which of its experts a token may leave out where a call does not say: "off"; a share of expert uses,
-    as 0.2; "bundle", what the bundle was made for, and by default so, where it was calibrated; a rule by name ("loss",
-    "otp", "share", "odp"), as "otp:0.2" with a share. Rules that protect a prompt's important tokens (odp) depend on
-    how long its chunks are. logits_rows: rows of logits that one step may return; generate() needs one. kv: what keys
-    and values are kept in, "float16" or "float32", which takes twice the memory.
+    bundle: path of NAME.emoe. ram: the cap on this process's peak memory, "8GB", "8GiB", bytes or "auto" (80 % of what
+    is free). context: tokens the KV cache holds, by default 4096 or the model's own if shorter. device: "cpu", "cuda",
+    or "auto", a GPU where this build has code for one. threads: of computation, by default those the process may use.
+    prune: which of its experts a token may leave out where a call does not say: "off"; a share of expert uses, as 0.2;
+    "bundle", the share that the bundle was calibrated for; a rule by name ("loss", "otp", "share", "odp"), as "otp:0.2"
+    with a share; by default "off", where the bundle sets no other. Rules that protect a prompt's important tokens (odp)
+    depend on how long its chunks are. logits_rows: rows of logits that one step may return; generate() needs one. kv:
+    what keys and values are kept in, "float16" or "float32", which takes twice the memory.
 
     Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
     cap below the floor, naming the floor.

@@ -30,7 +30,7 @@ NOTHING, LAST, ALL = 0, 1, 2  # rows of logits that Engine.forward returns
 
 def logits_of(path: Path, ids, **options) -> np.ndarray:
     """Of every position, from keys and values in full precision, with whatever else a Runtime takes."""
-    with Runtime(path, context=len(ids), prune="off", **{"kv": "float32", **options}) as runtime:
+    with Runtime(path, context=len(ids), **{"kv": "float32", "prune": "off", **options}) as runtime:
         return runtime.logits(ids)
 
 

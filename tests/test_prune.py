@@ -10,7 +10,7 @@ from bundles import REFERENCE, logits_of, use
 from edge_moe.compressor import adjoint, prune, prune_curves, prune_losses
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.mask_routers import fit_losses, train_otp
-from edge_moe.compressor.prune import calibrate_pruning
+from edge_moe.compressor.prune import calibrate_pruning, set_default
 from edge_moe.compressor.prune_losses import LayerLosses, collect, losses_of
 from edge_moe.compressor.streams import Stream
 from edge_moe.runtime import reference
@@ -239,6 +239,29 @@ def test_off_is_the_bundle_as_it_was(pruned_bundle, stdlib_ids):
     assert MASK_FILE in dict(verify(Bundle.open(path)))
 
 
+def test_a_calibration_is_replaced_only_by_force_and_its_default_changes_alone(pruned_bundle, tmp_path, stdlib_ids):
+    path = shutil.copytree(pruned_bundle[0], tmp_path / "own.emoe")
+    before = (path / "bundle.json").read_bytes()
+    with pytest.raises(FileExistsError) as caught:
+        calibrate_pruning(path, default=0.3)
+    assert str(caught.value) == (
+        f"{path}: is calibrated for pruning already; --force calibrates it again, --default alone changes what a run "
+        "without --prune leaves out"
+    )
+    assert (path / "bundle.json").read_bytes() == before
+    whole, ids = logits_of(pruned_bundle[1], stdlib_ids[:64]), stdlib_ids[:64]
+    assert np.array_equal(logits_of(path, ids, prune=None), whole)
+    assert set_default(path, 0.3).pruning.default_cut == 0.3
+    pruned = logits_of(path, ids, prune=None)
+    assert np.array_equal(pruned, logits_of(path, ids, prune=0.3)) and not np.array_equal(pruned, whole)
+    with pytest.raises(ValueError, match="prune is 0.9, but loss is calibrated for"):
+        set_default(path, 0.9)
+    assert set_default(path, None).pruning.default_cut is None
+    assert np.array_equal(logits_of(path, ids, prune=None), whole)
+    with pytest.raises(ValueError, match="is not calibrated for pruning; run `edge-moe prune"):
+        set_default(shutil.copytree(pruned_bundle[1], tmp_path / "before.emoe"), 0.3)
+
+
 def test_a_learned_choice_differs_between_tokens_and_beats_a_constant_one(pruned_bundle, stdlib_ids):
     path, _ = pruned_bundle
     ids = stdlib_ids[:256]
@@ -272,11 +295,13 @@ def test_the_same_text_gives_the_same_bytes_and_other_rules_take_their_place(
     made = []
     for name in ("first", "again"):
         path = shutil.copytree(pruned_bundle[0], tmp_path / name)
-        calibrate_pruning(path, calibration=(text,), held_out=(held_out,), tokens=1024, rules=("loss",), cut=0.1)
+        given = {"calibration": (text,), "held_out": (held_out,)}
+        made_again = calibrate_pruning(path, **given, tokens=1024, rules=("loss",), default=0.1, force=True)
+        assert made_again.pruning.cut == made_again.pruning.default_cut == 0.1
         made.append([(path / file).read_bytes() for file in ("bundle.json", MASK_FILE)])
     assert made[0] == made[1]
-    its = calibrate_pruning(path, calibration=(text,), held_out=(held_out,), tokens=256, rules=("share", "odp"))
-    assert list(its.pruning.curves) == ["share", "odp"] and its.pruning.cut == 0.2
+    its = calibrate_pruning(path, **given, tokens=256, rules=("share", "odp"), force=True)
+    assert list(its.pruning.curves) == ["share", "odp"] and its.pruning.cut == 0.2 and its.pruning.default_cut is None
     assert not (path / MASK_FILE).exists() and {file.name for file in tmp_path.iterdir()} == {"first", "again"}
     assert use(path, [1, 2, 3]).shape == (3, CONFIG.vocab)
 
@@ -299,7 +324,7 @@ def test_an_interrupt_leaves_a_bundle_that_runs(pruned_bundle, stdlib_calibratio
 
         monkeypatch.setattr(prune, call, interrupted)
         try:
-            calibrate_pruning(path, calibration=(text,), held_out=(held_out,), tokens=256, rules=("loss",))
+            calibrate_pruning(path, calibration=(text,), held_out=(held_out,), tokens=256, rules=("loss",), force=True)
             break
         except KeyboardInterrupt:
             assert np.array_equal(logits_of(path, [1, 2, 3]), whole)
@@ -323,7 +348,7 @@ def test_hidden_states_beyond_half_of_the_ram_are_in_files(found, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cut": 0.9}, "cut is 0.9, expected 0.05 to 0.5 of expert uses"),
+        ({"default": 0.9}, "default is 0.9, expected 0.05 to 0.5 of expert uses"),
         ({"rules": ("top-p",)}, "rules are top-p, expected some of odp, share, otp, loss"),
         ({"rules": ()}, "rules are none, expected some of odp, share, otp, loss"),
         ({"tokens": 10}, "tokens is 10, expected at least 256"),

@@ -229,7 +229,7 @@ def test_a_table_edited_without_its_checksum_is_refused(own):
 
 def test_prune_calibrates_and_requests_choose(copy_of, stdlib_calibration):
     path, (text, held_out) = copy_of("reference", width=4), stdlib_calibration
-    given = ["--calibration", text, "--held-out", held_out, "--tokens", 512, "--cut", 0.1]
+    given = ["--calibration", text, "--held-out", held_out, "--tokens", 512, "--default", 0.1]
     shown = succeeds("prune", path, *given, "--rule", "share").stdout
     rows = [line.split() for line in shown.splitlines()]
     assert rows[0][0] == "pruning" and rows[1][0].startswith("share:0.")
@@ -243,10 +243,17 @@ def test_prune_calibrates_and_requests_choose(copy_of, stdlib_calibration):
     assert answers[2]["dropped_routing_weight"] == 0 < answers[0]["dropped_routing_weight"]
     assert "% of routing weight dropped; hits" in succeeds("generate", path, *prompt[:-1]).stderr
     assert "prune is 0.9, but share is calibrated for 0." in error_of("generate", path, *prompt, "--prune", 0.9)
-    assert error_of("prune", path, "--cut", 0.7) == "cut is 0.7, expected 0.05 to 0.5 of expert uses"
+    said = "this bundle leaves out 0.1 of expert uses where --prune is not given; --prune off: none"
+    assert succeeds("generate", path, *prompt[:-1]).stderr.splitlines()[-1] == said
+    assert said not in succeeds("generate", path, *prompt[:-1], "--prune", "off").stderr
+    assert "already; --force calibrates it again" in error_of("prune", path)
+    assert "default is 0.7, expected 0.05 to 0.5" in error_of("prune", path, "--force", "--default", 0.7)
     table = succeeds("bench", path, "-p", 16, "-n", 8, "-r", 1).stdout.splitlines()
     titles = [cell.strip() for cell in table[0].split("|")]
     cells = [[cell.strip() for cell in line.split("|")] for line in table[2:6]]
     used = {(row[titles.index("test")], row[titles.index("prune")]): row[titles.index("experts")] for row in cells}
     assert used["pp16", "off"] == used["tg8", "off"] == "4.00"
     assert float(used["tg8", "bundle"]) < 4 > float(used["pp16", "bundle"])
+    shown = succeeds("prune", path, "--default", "off").stdout
+    assert shown.endswith("a run without --prune runs all experts\n")
+    assert object_of("generate", path, *prompt)["tokens"] == answers[2]["tokens"]

@@ -299,6 +299,15 @@ def pruning_text(pruning: dict | None) -> str:
     )
 
 
+def default_pruning_text(pruning, asked) -> str | None:
+    """What a run leaves out that did not ask for it: `pruning` is the bundle's, `asked` what the run said."""
+    if asked is not None or pruning is None or pruning.default_cut is None:
+        return None
+    return (
+        f"this bundle leaves out {pruning.default_cut:g} of expert uses where --prune is not given; --prune off: none"
+    )
+
+
 def needs_text(needs) -> str:
     """A Needs, in one line."""
     return (

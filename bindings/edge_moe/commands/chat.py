@@ -1,5 +1,7 @@
 """`edge-moe chat`: the options of a conversation; edge_moe.chat holds it."""
 
+import sys
+
 from edge_moe.commands import options
 from edge_moe.commands.options import option
 
@@ -42,6 +44,7 @@ def chat(
     import signal
 
     from edge_moe import chat
+    from edge_moe.report import default_pruning_text
     from edge_moe.runtime.runtime import Runtime
     from edge_moe.runtime.sampling import sampling_defaults
 
@@ -53,5 +56,7 @@ def chat(
     run = {"device": device, "threads": threads, "kv": kv.value}
     with Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime:
         sampling = {**sampling_defaults(runtime.bundle.path), **sampling}
+        if said := default_pruning_text(runtime.bundle.pruning, prune):
+            print(said, file=sys.stderr)
         chat.chat(runtime, sampling, system, drop_oldest, keep_history=not no_history)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C more while the process ends is no error

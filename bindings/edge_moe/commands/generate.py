@@ -61,7 +61,7 @@ def generate(
         raise typer.BadParameter(f"give one prompt: {ONE}" + ("" if given else ", or through a pipe"))
     if system is not None and (raw or tokens is not None):
         raise typer.BadParameter("--system belongs to a message: leave --raw and --tokens out")
-    from edge_moe.report import statistics_text
+    from edge_moe.report import default_pruning_text, statistics_text
     from edge_moe.runtime.runtime import Runtime
     from edge_moe.runtime.sampling import sampling_defaults
 
@@ -89,6 +89,8 @@ def generate(
         print_json(asdict(generation))
     else:
         print(statistics_text(generation), file=sys.stderr)
+        if said := default_pruning_text(runtime.bundle.pruning, prune):
+            print(said, file=sys.stderr)
     if interrupted:
         raise typer.Exit(130)
 

@@ -64,7 +64,7 @@ Threads = option(int | None, "--threads", metavar="N", help="Threads of computat
 Prune = option(
     str | None, "--prune", metavar="off|bundle|SHARE|RULE",
     help="Leave out experts that a token hardly needs: a share of their uses, as 0.2, or loss, otp, share or odp "
-    "[default: bundle, where it is calibrated].",
+    "[default: off, where the bundle sets no other].",
 )  # fmt: skip
 
 # Of generate and chat; an answer to a message is sampled as the model's makers advise where nothing else is said

@@ -6,7 +6,11 @@ from edge_moe.commands import options
 from edge_moe.commands.options import option
 from edge_moe.commands.output import print_json
 
-Cut = option(float, "--cut", metavar="SHARE", shown=True, help="Expert uses that a run without --prune leaves out.")
+Default = option(
+    str | None, "--default", metavar="SHARE|off",
+    help="Expert uses that a run without --prune leaves out [default: off]; of a calibrated bundle this alone changes.",
+)  # fmt: skip
+Force = option(bool, "--force", help="Calibrate a bundle again that is calibrated.")
 Rules = option(
     list[str] | None, "--rule", metavar="NAME",
     help="loss, otp, share or odp; repeatable, the first for plain cuts [default: all, loss first].",
@@ -16,7 +20,8 @@ PruneRam = option(str, "--ram", metavar="SIZE", shown=True, help="Memory of hidd
 
 def prune(
     bundle: options.Bundle,
-    cut: Cut = 0.2,
+    default: Default = None,
+    force: Force = False,
     rule: Rules = None,
     calibration: options.CalibrationFiles = None,
     held_out: options.HeldOutFiles = None,
@@ -28,23 +33,36 @@ def prune(
 ) -> None:
     """Calibrate a bundle for leaving out experts.
 
-    It learns which of its experts a token hardly needs; these are then neither read nor computed. The weights stay as
-    they are, and --prune off runs them all.
+    It learns which of its experts a token hardly needs; a run with --prune neither reads nor computes these. The
+    weights stay as they are, and a run without --prune uses all experts where --default sets nothing else.
     """
     from edge_moe.bench.conditions import timed
-    from edge_moe.compressor.prune import DEFAULT_RULES, calibrate_pruning
+    from edge_moe.compressor.prune import DEFAULT_RULES, calibrate_pruning, set_default
     from edge_moe.progress import progress_bar
     from edge_moe.report import pruning_text
+    from edge_moe.runtime.bundle import Bundle
 
     source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}
     rules = tuple(rule or DEFAULT_RULES)
-    took = {}
-    with progress_bar(quiet=json_output) as progress:
-        given = {"cut": cut, "rules": rules, "ram": ram, "threads": threads, **source}
-        made = calibrate_pruning(bundle, progress=timed(progress, took), **given)
+    took, cut = {}, share_of(default)
+    if default is not None and not force and Bundle.open(bundle).pruning:
+        made = set_default(bundle, cut)
+    else:
+        with progress_bar(quiet=json_output) as progress:
+            given = {"default": cut, "force": force, "rules": rules, "ram": ram, "threads": threads, **source}
+            made = calibrate_pruning(bundle, progress=timed(progress, took), **given)
     if json_output:
         print_json(made.pruning.about())
-    else:
-        print(pruning_text(made.pruning.about()))
+        return
+    print(pruning_text(made.pruning.about()))
+    if took:
         steps = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in took.items())
         print(f"took {sum(took.values()):.0f} s: {steps}", file=sys.stderr)
+
+
+def share_of(text: str | None) -> float | None:
+    """--default's number; None for off."""
+    try:
+        return None if text in (None, "off") else float(text)
+    except ValueError:
+        raise ValueError(f"default is {text!r}, expected off or a share of expert uses as 0.2") from None
