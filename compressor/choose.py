@@ -109,3 +109,30 @@ class Choosing:
         room, missed = each * np.count_nonzero(hot), each * float(self.frequency[~hot].sum())
         most_used = max(self.config.top_k_of(layer) for layer in self.config.moe_layers)
         return allocate.Paging(hot, room, self.frequency, missed, max(each, room / most_used))
+
+
+def as_json(config: ModelConfig, trunk: dict[str, Packing], chosen: tuple[dict, dict, dict]) -> dict:
+    """A choice as the journal keeps it, without layer_top_k, which is there already.
+
+    A run that goes on must not choose again: another version of the solver may find another packing.
+    """
+    packing, compared, method = chosen
+    return {
+        "kept": config.kept,
+        "trunk": {name: [how.widths, how.group] for name, how in trunk.items()},
+        "experts": [[how.widths, how.group] for how in packing.values()],
+        "uniform": [[how.widths, how.group] for how in compared.values()],
+        "method": method,
+    }
+
+
+def from_json(config: ModelConfig, saved: dict) -> tuple[ModelConfig, dict[str, Packing], tuple[dict, dict, dict]]:
+    """What as_json() was given, for the checkpoint's config."""
+    config = replace(config, kept=tuple(map(tuple, saved["kept"])))
+    trunk = {name: Packing(tuple(widths), group) for name, (widths, group) in saved["trunk"].items()}
+    keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts_of(layer))]
+    packing, compared = (
+        {key: Packing(tuple(widths), group) for key, (widths, group) in zip(keys, saved[name], strict=True)}
+        for name in ("experts", "uniform")
+    )
+    return config, trunk, (packing, compared, saved["method"])

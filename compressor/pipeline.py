@@ -6,7 +6,6 @@ everywhere, `mc` and `mc-release` the published program a layer, `pmq` one progr
 these round with GPTQ on calibration text. `rtn` is round to nearest, one width, without any text.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,28 +14,30 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from edge_moe import __version__, _core
-from edge_moe.compressor import allocate, targets, trunk
+from edge_moe.compressor import allocate, choose, own, targets, trunk
 from edge_moe.compressor.adjust_top_k import adjust_top_k
 from edge_moe.compressor.calibrate import Calibration, load_calibration
 from edge_moe.compressor.certificate import certify
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.choose import Choosing
-from edge_moe.compressor.journal import Journal
+from edge_moe.compressor.journal import CHOICE, FINISHED, Journal, partial_of, work_of
 from edge_moe.compressor.memory import Memory
 from edge_moe.compressor.quantise import quantise, trunk_packing
 from edge_moe.compressor.round_layers import PackedTrunk, Rounding, Track
 from edge_moe.compressor.sensitivity import Measures, Sensitivity, load_measure, save_measure
+from edge_moe.compressor.source_files import contents
 from edge_moe.compressor.streams import Stream
 from edge_moe.compressor.targets import Options, true_bits
 from edge_moe.compressor.writer import BundleWriter, Packing
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from edge_moe.runtime.config import ModelConfig, read_json, trunk_shapes
 from edge_moe.runtime.tokenizer import tokenizer_of
 
 Progress = Callable[[str, int, int], None]  # (step, done, of)
 LARGE_EXPERT = 4_000_000  # weights from which each expert's result is kept, not only each layer's
 GAIN_LOGITS_BYTES = 64_000_000
+UNIMPORTANT = ("resume", "force", "threads", "calibration", "held_out")  # to the result; texts count by their tokens
 FINE_BELOW = 2.5  # true bits of an expert weight
 
 
@@ -56,16 +57,20 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
     (mixture, weight, frequency, mean-weight), with `sensitivity` those that the model misses least. adjust_top_k: then
     let layers that gain by it choose fewer experts. act_order: round inputs of large second moment first.
     certificate: compare the result with the source, and with one width everywhere, on held-out text.
-    resume: go on with a run that was killed. progress(step, done, of) is called as work goes on.
+    resume: go on with an unfinished run of the same checkpoint and options; off: refuse where there is one. force:
+    replace `out` where it is a bundle and nothing else, once the new one is whole, and start anew where an unfinished
+    run had other options. progress(step, done, of) is called as work goes on.
 
-    Raises ValueError for bad options or a bad checkpoint, FileExistsError when `out` or an unfinished run is there,
-    OSError for the disk, MemoryError when `ram` is too small. An interrupted run leaves OUT.work and OUT.partial to go
-    on from, or nothing where no layer was done.
+    Raises ValueError for bad options or a bad checkpoint, FileExistsError when `out`, or an OUT.work or OUT.partial
+    that no run made, is there, OSError for the disk, MemoryError when `ram` is too small. An interrupted run leaves
+    OUT.work and OUT.partial to go on from, or nothing where no layer was done.
     """
     known = tuple(Options.__slots__)
     for name in options.keys() - set(known):
         raise TypeError(f"compress() has no option {name!r}; options are {', '.join(known)}")
+    own.check_name(Path(out))
     with Checkpoint(model) as checkpoint:
+        contents(checkpoint.directory, checkpoint.config.tied_head)  # what cannot be copied shows now
         o = targets.check(Options(**options), checkpoint.config)
         return Compression(checkpoint, Path(out), o, progress or (lambda step, done, of: None)).run()
 
@@ -95,26 +100,34 @@ class Compression:
         return self.o.threads or default_threads()
 
     def run(self) -> Bundle:
-        work = self.out.with_name(self.out.name + ".work")
-        if self.out.exists():
-            if self.o.resume and work.is_dir():  # killed between its last two steps
-                shutil.rmtree(work)
-                return Bundle.open(self.out)
+        there = self.out.exists() or self.out.is_symlink()
+        if there and not self.o.force and not work_of(self.out).exists():
             raise FileExistsError(f"{self.out}: exists already; choose another name or remove it")
+        for directory in (work_of(self.out), self.partial):
+            own.check(directory)
         if self.o.calibrates:
             self.load_calibration()
+        if there:
+            if self.o.resume and Journal.has_finished(self.out, self.identity(), _checksum_of(self.out)):
+                own.unmark(self.out)  # killed between its last two steps
+                own.discard(work_of(self.out))
+                return Bundle.open(self.out)
+            if not self.o.force:
+                raise FileExistsError(f"{self.out}: exists already; choose another name or remove it")
+            own.check_bundle(self.out)
         if not self.o.paged and self.o.width is None:  # what cannot be met shows now
             targets.expert_budget(self.o, self.checkpoint, self.config, self.trunk)
         self.memory = Memory.plan(self.checkpoint, self.o, self.calibration)
         new = not self.out.parent.exists()
         workers, each = self.memory.workers(self.threads)
-        with Journal(self.out, self.identity(), self.o.resume) as self.journal, threadpool_limits(each):
+        opened = Journal(self.out, self.identity(), self.o.resume, self.o.force)
+        with opened as self.journal, threadpool_limits(each):
             try:
                 bundle = self._steps()
             except BaseException:
                 if not self.journal.started():
                     self.journal.remove()
-                    shutil.rmtree(self.partial, ignore_errors=True)
+                    own.discard(self.partial)
                     if new:
                         _remove_empty(self.out.parent)
                 raise
@@ -123,11 +136,11 @@ class Compression:
 
     @property
     def partial(self) -> Path:
-        return self.out.with_name(self.out.name + ".partial")
+        return partial_of(self.out)
 
     def identity(self) -> dict:
         """What the result depends on; a run is gone on with only where all of it is the same."""
-        options = {k: v for k, v in asdict(self.o).items() if k not in ("resume", "threads", "calibration", "held_out")}
+        options = {k: v for k, v in asdict(self.o).items() if k not in UNIMPORTANT}
         text = None
         if self.calibration:
             text = [self.calibration.provenance["sha256"], self.calibration.held_out_provenance["sha256"]]
@@ -210,9 +223,8 @@ class Compression:
             return Measures(measures, choices, np.array(found["gain"]), found["trunk"])
         if measures:
             name = f"measure-{len(measures) - 1:04}"
-            pass_.go_on(
-                {form: self.load_stream(f"{name}.{form}", rows) for form, rows in j.read(f"{name}.json").items()}
-            )
+            saved = j.read(f"{name}.json").items()
+            pass_.go_on({form: self.load_stream(f"{name}.{form}", rows, crc) for form, (rows, crc) in saved})
         else:
             pass_.start()
         for layer in range(len(measures), config.layers):
@@ -220,9 +232,10 @@ class Compression:
                 pass_.layer(layer, lambda e, layer=layer: self.tell("measure", layer * config.experts + e, total))
             )
             name = f"measure-{layer:04}"
-            for form, stream in pass_.streams.items():
-                stream.save(j.path(f"{name}.{form}"))
-            j.write(f"{name}.json", {form: stream.rows for form, stream in pass_.streams.items()})
+            saved = {
+                form: [stream.rows, stream.save(j.path(f"{name}.{form}"))] for form, stream in pass_.streams.items()
+            }
+            j.write(f"{name}.json", saved)
             save_measure(j.path(f"{name}.npz"), measures[-1])
             for suffix in (*pass_.forms, "json"):
                 j.forget(f"measure-{layer - 1:04}.{suffix}")
@@ -240,9 +253,15 @@ class Compression:
 
     def allocate(self, measures: Measures | None) -> tuple[dict, dict, dict]:
         """Packing of every expert by (layer, number), that of one width to compare with, and what bundle.json says."""
+        if self.journal.has(CHOICE):
+            self.config, self.trunk, chosen = choose.from_json(self.checkpoint.config, self.journal.read(CHOICE))
+            if self.o.adjust_top_k:
+                self.config = replace(self.config, layer_top_k=self.adjusted_top_k(self.config))
+            return chosen
         choosing = Choosing(self.checkpoint, self.o, self.trunk, measures, self.adjusted_top_k, self.mixed)
         chosen = choosing.run()
         self.config, self.trunk = choosing.config, choosing.trunk
+        self.journal.write(CHOICE, choose.as_json(self.config, self.trunk, chosen))
         return chosen
 
     def mixed(self, config: ModelConfig, *arguments) -> list[Packing]:
@@ -271,7 +290,7 @@ class Compression:
         extra = {"calibration": {**self.calibration.provenance, "seed": o.seed}, "method": method, "certificate": None}
         with BundleWriter(
             self.out, self.checkpoint.directory, config, self.trunk, packing, frequency, extra,
-            resumable=True, begun=j.has("round-0000.json"),
+            resumable=True, begun=j.has("round-0000.json"), replace=o.force,
         ) as writer:  # fmt: skip
             tracks = [self.track("bundle", packing, writer)]
             ids, held_out = self.calibration.ids, self.calibration.held_out
@@ -289,8 +308,9 @@ class Compression:
                 writer.restore(done, {int(k): v for k, v in state["checksums"].items()}, state["trunk"])
                 done += 1
             if done:
-                streams = [self.load_stream(f"round-{done - 1:04}.{name}", ids.size) for name in rounding.names]
-                rounding.go_on(streams)
+                name = f"round-{done - 1:04}"
+                saved = [(f"{name}.{suffix}", state["streams"][suffix]) for suffix in rounding.names]
+                rounding.go_on([self.load_stream(file, ids.size, checksum) for file, checksum in saved])
             else:
                 rounding.start()
             total = config.layers * self.checkpoint.config.experts
@@ -299,9 +319,12 @@ class Compression:
                 rounding.layer(layer, lambda e, at=at: self.tell("round", at + e, total))
                 name = f"round-{layer:04}"
                 writer.flush()
-                for suffix, stream in zip(rounding.names, rounding.streams, strict=True):
-                    stream.save(j.path(f"{name}.{suffix}"))
-                j.write(f"{name}.json", {"checksums": writer.checksums(layer), "trunk": sorted(writer.trunk_written)})
+                streams = {
+                    suffix: stream.save(j.path(f"{name}.{suffix}"))
+                    for suffix, stream in zip(rounding.names, rounding.streams, strict=True)
+                }
+                state = {"checksums": writer.checksums(layer), "trunk": writer.trunk_written, "streams": streams}
+                j.write(f"{name}.json", state)
                 for suffix in rounding.names:
                     j.forget(f"round-{layer - 1:04}.{suffix}")
                 j.forget(f"packed-{layer:04}-*")
@@ -311,7 +334,7 @@ class Compression:
             rounding.close()
             for missing in sorted(self.trunk.keys() - writer.trunk_written):
                 tracks[0].trunk.trunk(missing)
-            writer.finish()
+            writer.finish(publish=self._publish)
         return Bundle.open(self.out)
 
     def track(self, name: str, packing: dict, writer: BundleWriter | None) -> Track:
@@ -333,8 +356,9 @@ class Compression:
         keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts)]
         extra = {"calibration": None, "method": {"name": o.method}, "certificate": None}
         with BundleWriter(
-            self.out, self.checkpoint.directory, config, self.trunk, dict.fromkeys(keys, packing), extra=extra
-        ) as writer:
+            self.out, self.checkpoint.directory, config, self.trunk, dict.fromkeys(keys, packing), extra=extra,
+            replace=o.force,
+        ) as writer:  # fmt: skip
             total, threads = len(writer.trunk) + len(keys), self.threads
             for done, (name, how) in enumerate(writer.trunk.items(), start=1):
                 writer.write_trunk(
@@ -347,7 +371,7 @@ class Compression:
                 record = [quantise(w, width, packing.group, search=search, threads=threads) for w, width in parts]
                 writer.write_expert(layer, index, record)
                 self.tell("quantise", done, total)
-            writer.finish()
+            writer.finish(publish=self._publish)
         return Bundle.open(self.out)
 
     # ---- state
@@ -362,10 +386,19 @@ class Compression:
         file = None if self.memory.streams_in_memory else self.journal.scratch / f"{self._streams}-{name}"
         return Stream(rows, self.config.dim, file)
 
-    def load_stream(self, saved: str, rows: int) -> Stream:
+    def load_stream(self, saved: str, rows: int, checksum: int) -> Stream:
         self._streams += 1
         file = None if self.memory.streams_in_memory else self.journal.scratch / f"{self._streams}-loaded"
-        return Stream.load(self.journal.path(saved), rows, self.config.dim, file)
+        return Stream.load(self.journal.path(saved), rows, self.config.dim, file, checksum)
+
+    def _publish(self, checksum: str) -> None:
+        self.journal.write(FINISHED, checksum)
+
+
+def _checksum_of(out: Path) -> str | None:
+    """The checksum that a bundle says it has."""
+    file = out / "bundle.json"
+    return read_json(file).get("checksum") if file.is_file() else None
 
 
 def _remove_empty(directory: Path) -> None:

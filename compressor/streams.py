@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.compressor.files import write_whole
+from edge_moe import _core
+from edge_moe.compressor.files import named, write_whole
 
 BLOCK_ROWS = 2048  # of a pass over all rows
 
@@ -25,14 +26,19 @@ class Stream:
             self._handle.truncate(rows * dim * 4)
 
     @classmethod
-    def load(cls, saved: Path, rows: int, dim: int, file: Path | None = None) -> "Stream":
-        """What save() wrote. Raises ValueError where it is of another size."""
+    def load(cls, saved: Path, rows: int, dim: int, file: Path | None = None, checksum: int | None = None) -> "Stream":
+        """What save() wrote. Raises ValueError where it is of another size, or of another checksum than save()'s."""
         if saved.stat().st_size != rows * dim * 4:
             raise ValueError(f"{saved}: has {saved.stat().st_size:,} bytes, expected {rows * dim * 4:,}; start again")
-        stream = cls(rows, dim, file)
+        stream, found = cls(rows, dim, file), 0
         with open(saved, "rb") as handle:
             for start, stop in stream.blocks():
-                stream.write(start, np.fromfile(handle, np.float32, (stop - start) * dim).reshape(-1, dim))
+                values = np.fromfile(handle, np.float32, (stop - start) * dim)
+                found = _core.crc32c_array(values.view(np.uint8), found)
+                stream.write(start, values.reshape(-1, dim))
+        if checksum not in (None, found):
+            stream.close()
+            raise ValueError(f"{saved}: does not match its checksum; start again")
         return stream
 
     def blocks(self, of: int = 1):
@@ -72,14 +78,19 @@ class Stream:
         for first, last in _runs(rows):
             self._transfer(os.pwritev, values[first:last], int(rows[first]))
 
-    def save(self, path: Path) -> None:
-        """Write everything to `path`, whole or not at all."""
+    def save(self, path: Path) -> int:
+        """Write everything to `path`, whole or not at all; returns its CRC-32C."""
+        checksum = 0
 
         def write(handle) -> None:
+            nonlocal checksum
             for start, stop in self.blocks():
-                handle.write(self.read(start, stop).data)
+                values = self.read(start, stop)
+                checksum = _core.crc32c_array(values.view(np.uint8).reshape(-1), checksum)
+                handle.write(values.data)
 
         write_whole(path, write)
+        return checksum
 
     def close(self) -> None:
         """Let go of memory or the file, which is removed."""
@@ -92,7 +103,8 @@ class Stream:
     def _transfer(self, call, values: np.ndarray, row: int) -> None:
         view, at = memoryview(values).cast("B"), row * self.dim * 4
         while view:
-            done = call(self._handle.fileno(), [view], at)
+            with named(self.file):
+                done = call(self._handle.fileno(), [view], at)
             if not done:
                 raise OSError(f"{self.file}: ended early; the file changed while in use, start again")
             view, at = view[done:], at + done

@@ -56,7 +56,8 @@ class Options:
     certificate: bool = True
     seed: int = 0
     threads: int | None = None
-    resume: bool = False
+    resume: bool = True
+    force: bool = False
 
     @property
     def calibrates(self) -> bool:

@@ -1,15 +1,16 @@
 """Writing a bundle: under a temporary name, layer by layer, whole or not at all.
 
 All sizes are known before the first byte is written, so every header comes first and nothing is moved later. The
-directory gets its real name only when every file is on disk; after any error the temporary one is removed.
+directory gets its real name only when every file is on disk; after any error the temporary one is removed. A bundle
+that is replaced is there until the new one is whole.
 """
 
-import errno
 import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from threading import Lock
 import numpy as np
 
 from edge_moe import __version__, _core
-from edge_moe.compressor.files import sync
+from edge_moe.compressor import own
+from edge_moe.compressor.files import named, sync
 from edge_moe.compressor.source_files import contents
 from edge_moe.runtime.bundle import (
     TRUNK_FILE,
@@ -31,6 +33,7 @@ from edge_moe.runtime.bundle_table import table_checksum
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.tensorfile import make_header
 
+BLOCK_BYTES = 1 << 24  # read at a time
 SHARD_BYTES = 4_000_000_000  # an expert file is closed after the record that passes this
 
 
@@ -69,7 +72,8 @@ class BundleWriter:
     extra: dict = field(default_factory=dict)  # further keys of bundle.json: calibration, certificate
     resumable: bool = False  # what another run wrote is gone on with, and left there after an error
     begun: bool = False  # another run did write: its files must be there
-    trunk_written: set = field(default_factory=set)
+    replace: bool = False  # a bundle that is there as `out` gives way to the new one
+    trunk_written: dict[str, int] = field(default_factory=dict)  # CRC-32C by name
     _partial: Path = None
     _trunk_parts: dict = field(default_factory=dict)
     _alignment: int = 0
@@ -84,15 +88,21 @@ class BundleWriter:
 
     def __enter__(self) -> "BundleWriter":
         self.out = Path(self.out)
-        if self.out.exists():
-            raise FileExistsError(f"{self.out}: exists already; choose another name or remove it")
+        own.check_name(self.out)
+        if self.out.exists() or self.out.is_symlink():
+            if not self.replace:
+                raise FileExistsError(f"{self.out}: exists already; choose another name or remove it")
+            own.check_bundle(self.out)
+            own.check(self._old)
         self._partial = self.out.with_name(self.out.name + ".partial")
-        if not self.resumable:
-            shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
+        if self.resumable:
+            own.check(self._partial)
+        else:
+            own.discard(self._partial)  # left by a run that was killed
         self._lay_out()
         if self.begun:
             self._check_what_is_there()
-        self._partial.mkdir(parents=True, exist_ok=True)
+        own.make(self._partial)
         try:
             self._reserve()
         except BaseException as error:
@@ -106,19 +116,21 @@ class BundleWriter:
                 handle.close()
         self._handles.clear()
         if kind is not None and not self.resumable:
-            shutil.rmtree(self._partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(f"{self.out}: the disk filled up while writing; make room or choose another disk") from None
+            own.discard(self._partial)
+        if isinstance(error, OSError):
+            with named(self.out):
+                raise error
 
     def write_trunk(self, name: str, tensor: Quantised) -> None:
         """Write one trunk tensor, in any order, from any thread."""
-        handle = self._handle(TRUNK_FILE)
+        handle, checksum = self._handle(TRUNK_FILE), 0
         for part, offset, nbytes in self._trunk_parts[name]:
             data = np.ascontiguousarray(getattr(tensor, part)).view(np.uint8).reshape(-1)
             if data.nbytes != nbytes:
                 raise AssertionError(f"{name}.{part} has {data.nbytes} bytes, planned {nbytes}")
             self._write(handle, offset, data)
-        self.trunk_written.add(name)
+            checksum = _core.crc32c_array(data, checksum)
+        self.trunk_written[name] = checksum
 
     def flush(self) -> None:
         """Bring what was written to disk."""
@@ -130,10 +142,31 @@ class BundleWriter:
         """Of a layer's records that were written, by expert."""
         return {index: checksum for (at, index), checksum in self._checksums.items() if at == layer}
 
-    def restore(self, layer: int, checksums: dict[int, int], trunk: list[str]) -> None:
-        """Take a layer's records and trunk tensors as written, by a run before this one."""
-        self._checksums |= {(layer, index): checksum for index, checksum in checksums.items()}
-        self.trunk_written |= set(trunk)
+    def restore(self, layer: int, checksums: dict[int, int], trunk: dict[str, int]) -> None:
+        """Take a layer's records and trunk tensors as written by a run before this one, once they are read and checked.
+
+        Raises ValueError where one is not what that run wrote.
+        """
+        for index, checksum in checksums.items():
+            file, offset, nbytes = self._records[layer, index]
+            self._check(self._files[file][0], [(offset, nbytes)], checksum, f"expert {index} of layer {layer}")
+            self._checksums[layer, index] = checksum
+        for name in trunk.keys() - self.trunk_written.keys():
+            parts = [(offset, nbytes) for _, offset, nbytes in self._trunk_parts[name]]
+            self._check(TRUNK_FILE, parts, trunk[name], f"tensor {name}")
+            self.trunk_written[name] = trunk[name]
+
+    def _check(self, name: str, parts: list[tuple[int, int]], wanted: int, what: str) -> None:
+        handle, checksum = self._handle(name), 0
+        for offset, nbytes in parts:
+            handle.seek(offset)
+            for done in range(0, nbytes, BLOCK_BYTES):
+                block = np.frombuffer(handle.read(min(BLOCK_BYTES, nbytes - done)), np.uint8)
+                checksum = _core.crc32c_array(block, checksum)
+        if checksum != wanted:
+            raise ValueError(
+                f"{self._partial / name}: {what} is not what the unfinished run wrote; remove its .work to start anew"
+            )
 
     def write_expert(self, layer: int, index: int, matrices: list[Quantised]) -> None:
         """Write one expert's record: gate, up, down."""
@@ -157,8 +190,12 @@ class BundleWriter:
             handle.seek(offset)
             handle.write(data.data)
 
-    def finish(self) -> None:
-        """Write bundle.json, bring everything to disk and give the directory its real name."""
+    def finish(self, publish: Callable[[str], None] | None = None) -> None:
+        """Write bundle.json, bring everything to disk and give the directory its real name.
+
+        publish: called with the checksum that bundle.json has when nothing but the name is missing. Raises ValueError
+        where the temporary directory has a file that is not of this bundle.
+        """
         missing = self.experts.keys() - self._checksums.keys()
         if missing:
             raise AssertionError(f"{len(missing)} experts were not written")
@@ -170,12 +207,33 @@ class BundleWriter:
             copies[name] = hashlib.sha256(content).hexdigest()
         self._handle(TRUNK_FILE).flush()
         self._trunk_checksum = _file_checksum(self._partial / TRUNK_FILE)
-        (self._partial / "bundle.json").write_bytes(table_bytes(self._table(copies)))
+        table = self._table(copies)
+        (self._partial / "bundle.json").write_bytes(table_bytes(table))
         self.flush()
+        names = {*copies, "bundle.json", TRUNK_FILE, own.MARK, *(name for name, _, _ in self._files)}
+        if strangers := sorted(set(os.listdir(self._partial)) - names):
+            raise ValueError(f"{self._partial / strangers[0]}: edge-moe did not write this; move it away and go on")
         for path in (*(self._partial / name for name in (*copies, "bundle.json")), self._partial):
             sync(path)
+        if publish:
+            publish(table_checksum(table))
+        self._rename()
+
+    @property
+    def _old(self) -> Path:
+        """What a bundle is called while it is replaced."""
+        return self.out.with_name(self.out.name + ".old")
+
+    def _rename(self) -> None:
+        if self.out.exists():
+            own.check_bundle(self.out)
+            own.mark(self.out)
+            os.rename(self.out, self._old)
         os.rename(self._partial, self.out)
+        own.unmark(self.out)
         sync(self.out.parent)
+        if self.replace:
+            own.discard(self._old)
 
     def _lay_out(self) -> None:
         """Decide the files and where every record goes."""
@@ -296,9 +354,9 @@ class BundleWriter:
 
     def _handle(self, name: str):
         if name not in self._handles:
-            path = self._partial / name
-            mode = "rb+" if self.resumable and path.is_file() else "wb+"
-            self._handles[name] = open(path, mode)  # noqa: SIM115 (closed by __exit__)
+            fresh = 0 if self.resumable else os.O_TRUNC
+            handle = os.open(self._partial / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | fresh, 0o666)
+            self._handles[name] = open(handle, "rb+")  # noqa: SIM115 (closed by __exit__)
         return self._handles[name]
 
 
@@ -310,7 +368,7 @@ def table_bytes(table: dict) -> bytes:
 def _file_checksum(path: Path) -> int:
     checksum = 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 24):
+        while block := file.read(BLOCK_BYTES):
             checksum = _core.crc32c(block, checksum)
     return checksum
 

@@ -139,7 +139,7 @@ main()
     assert done.returncode == 130 and done.stdout == ""
     assert done.stderr.endswith("\nedge-moe: error: interrupted; the same command with --resume goes on\n")
     assert not Path("out.emoe").exists()
-    assert "--resume goes on with it" in error_of(*arguments)
+    assert "--resume goes on with it" in error_of(*arguments, "--no-resume")
     assert "bits was 5.0, is 6.0" in error_of("compress", model, "out.emoe", "--bits", "6", *CALIBRATED, "--resume")
     succeeds(*arguments, "--resume")
     succeeds("compress", model, "whole.emoe", "--bits", "5", *CALIBRATED)

@@ -178,7 +178,7 @@ def test_an_option_that_is_not_there_is_refused(model, out):
     assert refused(model, out, error=TypeError, bit=4) == (
         "compress() has no option 'bit'; options are "
         "bits, width, size, ram, context, paged, method, calibration, held_out, tokens, group, trunk_width, "
-        "drop_experts, drop_score, drop_counts, adjust_top_k, act_order, certificate, seed, threads, resume"
+        "drop_experts, drop_score, drop_counts, adjust_top_k, act_order, certificate, seed, threads, resume, force"
     )
 
 
@@ -215,8 +215,8 @@ def test_a_missing_shard_is_named(model, out):
     names = shard(model, 3)
     (model / names[1]).unlink()
     assert refused(model, out, error=FileNotFoundError) == (
-        f"{model / names[1]}: no such file, and 0 more of the 3 shards that model.safetensors.index.json names "
-        "are missing; download them"
+        f"{model / names[1]}: no such file, the only one of the 3 shards that model.safetensors.index.json names "
+        "that is missing; download it"
     )
 
 

@@ -223,7 +223,7 @@ def refused(error, *arguments, **options) -> str:
 
 def test_an_unfinished_run_is_not_started_over_by_chance(model, options, out):
     before = hashes(out.with_name("new.emoe.work"))
-    assert refused(FileExistsError, model, out, **options) == (
+    assert refused(FileExistsError, model, out, resume=False, **options) == (
         f"{out}.work: an unfinished run is there; --resume goes on with it, removing it starts anew"
     )
     assert hashes(out.with_name("new.emoe.work")) == before

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from bundles import make_engine, run_engine
 
-from edge_moe.compressor import writer
+from edge_moe.compressor import own, writer
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.quantise import quantise, trunk_packing
 from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
@@ -162,7 +162,7 @@ def test_what_is_there_already_is_not_touched(make_writer, tmp_path):
 
 def test_what_a_killed_run_left_is_replaced(make_writer, tmp_path):
     left = tmp_path / "new.emoe.partial"
-    left.mkdir()
+    own.make(left)
     (left / "old").write_text("x")
     with make_writer() as w:
         fill(w)

@@ -86,7 +86,10 @@ AdjustTopK = option(
 )
 ActOrder = option(bool, "--act-order", section=_HOW, help="Round the inputs that matter most first.")
 NoCertificate = option(bool, "--no-certificate", section=_HOW, help="Do not compare with the source on held-out text.")
-Resume = option(bool, "--resume", help="Go on with a run that was ended.")
+Resume = option(
+    bool, "--resume/--no-resume", help="Go on with an unfinished run of the same command [default], or refuse to."
+)
+Force = option(bool, "--force", help="Replace OUT if it is a bundle; start anew if an unfinished run had other options.")
 
 
 def compress(
@@ -111,13 +114,14 @@ def compress(
     adjust_top_k: AdjustTopK = False,
     act_order: ActOrder = False,
     no_certificate: NoCertificate = False,
-    resume: Resume = False,
+    resume: Resume = True,
+    force: Force = False,
     threads: options.Threads = None,
     json_output: options.Json = False,
 ) -> None:
     """Compress a checkpoint into a bundle.
 
-    What is done stays on disk in OUT.work: after Ctrl-C, a crash or a full disk the same command with --resume goes on.
+    What is done stays on disk in OUT.work: after Ctrl-C, a crash or a full disk the same command goes on.
     """
     if context is not None and ram is None:
         raise typer.BadParameter("--context belongs to --ram: it says how much memory running takes")
@@ -140,7 +144,7 @@ def compress(
         print(needs_text(needs_of(model, out, given)), file=sys.stderr)
     try:
         with progress_bar(quiet=json_output) as progress:
-            about = describe_bundle(pipeline.compress(model, out, progress=progress, resume=resume, **given))
+            about = describe_bundle(pipeline.compress(model, out, progress=progress, resume=resume, force=force, **given))
     except KeyboardInterrupt:
         fail("interrupted; the same command with --resume goes on" if work.exists() else "interrupted", 130)
     if json_output:
