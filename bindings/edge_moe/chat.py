@@ -14,7 +14,7 @@ from edge_moe.conversation import Conversation, Turn
 from edge_moe.line_input import LineInput
 from edge_moe.report import statistics_text
 from edge_moe.runtime.runtime import Generation, PromptTooLong, Runtime
-from edge_moe.terminal import THINKING, AnswerWriter, PromptProgress, printable
+from edge_moe.terminal import THINKING, AnswerWriter, PromptProgress, printable, show
 
 HELP = '''\
 /clear          start a new conversation (also /reset); the system prompt stays
@@ -262,4 +262,4 @@ def _beginning(message: str) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    show(text, sys.stderr)

@@ -24,6 +24,12 @@ def text_for(stream, text: str) -> str:
     return printable(text) if stream.isatty() else text
 
 
+def show(text: str, stream=None) -> None:
+    """Print text in which names and strings of other people's files may be, on stdout or another stream."""
+    stream = stream or sys.stdout
+    print(text_for(stream, text), file=stream, flush=True)
+
+
 def wrapped(text: str) -> str:
     """The text broken at spaces to fit the terminal's width."""
     width = max(shutil.get_terminal_size().columns, 40)

@@ -7,6 +7,7 @@ import typer
 
 from edge_moe.commands import options
 from edge_moe.commands.options import argument, option
+from edge_moe.terminal import show
 
 SWEEP_CAPS = 6
 _TESTS, _RANDOM = "Tests", "Instead of a BUNDLE"
@@ -99,7 +100,7 @@ def bench(
         run, bundle = functools.partial(benchmark.bench_synthetic, run=run, keep=keep, **shapes), synthetic
     with progress_bar() as progress:
         report = run(bundle, progress=progress, **given)
-    print(bench_text(report, output.value))
+    show(bench_text(report, output.value))
 
 
 def depths_of(texts: list[str] | None) -> list[int]:

@@ -4,6 +4,7 @@ import sys
 
 from edge_moe.commands import options
 from edge_moe.commands.options import option
+from edge_moe.terminal import show
 
 MaxTokens = option(
     int | None, "-n", "--max-tokens", metavar="N", parser=options.tokens_of,
@@ -57,6 +58,6 @@ def chat(
     with Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime:
         sampling = {**sampling_defaults(runtime.bundle.path), **sampling}
         if said := default_pruning_text(runtime.bundle.pruning, prune):
-            print(said, file=sys.stderr)
+            show(said, sys.stderr)
         chat.chat(runtime, sampling, system, drop_oldest, keep_history=not no_history)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C more while the process ends is no error

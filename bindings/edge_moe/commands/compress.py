@@ -9,6 +9,7 @@ import typer
 from edge_moe.commands import options
 from edge_moe.commands.options import argument, option
 from edge_moe.commands.output import fail, print_json
+from edge_moe.terminal import show
 
 _SMALL, _HOW = "How small (one of these; default: --bits 2.5)", "How"
 
@@ -141,7 +142,7 @@ def compress(
     chosen = {"method": method.value if method else "pmq" if width is None else "uniform", "threads": threads}
     given, work = {**target, **source, **form, **drop, **chosen}, Path(out).with_name(Path(out).name + ".work")
     if not (json_output or Path(out).exists() or work.exists()):
-        print(needs_text(needs_of(model, out, given)), file=sys.stderr)
+        show(needs_text(needs_of(model, out, given)), sys.stderr)
     try:
         with progress_bar(quiet=json_output) as progress:
             about = describe_bundle(pipeline.compress(model, out, progress=progress, resume=resume, force=force, **given))
@@ -150,4 +151,4 @@ def compress(
     if json_output:
         print_json(about)
     else:
-        print(compressed_text(about))
+        show(compressed_text(about))

@@ -3,6 +3,7 @@
 from edge_moe.commands import options
 from edge_moe.commands.options import option
 from edge_moe.commands.output import print_json
+from edge_moe.terminal import show
 
 KeepBundles = option(str | None, "--keep", metavar="DIR", help="Keep the bundles in DIR.")
 
@@ -21,4 +22,4 @@ def demo(keep: KeepBundles = None, json_output: options.Json = False) -> None:
     if json_output:
         print_json(report)
     else:
-        print(report_text(report))
+        show(report_text(report))

@@ -5,6 +5,7 @@ from pathlib import Path
 from edge_moe.commands import options
 from edge_moe.commands.options import argument
 from edge_moe.commands.output import print_json
+from edge_moe.terminal import show
 
 Where = argument(str, "WHERE", "A bundle, or the directory that will hold one [default: the current one].")
 
@@ -20,4 +21,4 @@ def doctor(where: Where = ".", json_output: options.Json = False) -> None:
     if json_output:
         print_json(found)
     else:
-        print(examination_text(found))
+        show(examination_text(found))

@@ -3,6 +3,7 @@
 from edge_moe.commands import options
 from edge_moe.commands.options import option
 from edge_moe.commands.output import print_json
+from edge_moe.terminal import show
 
 Texts = option(list[str], "--text", metavar="FILE", help="Text to score; repeatable.")
 Against = option(str | None, "--against", metavar="MODEL|BUNDLE", help="Compare predictions with this model's.")
@@ -45,4 +46,4 @@ def evaluate(
     if json_output:
         print_json(result)
     else:
-        print(evaluation_text(result, context))
+        show(evaluation_text(result, context))

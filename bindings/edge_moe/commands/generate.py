@@ -9,7 +9,7 @@ import typer
 from edge_moe.commands import options
 from edge_moe.commands.options import argument, option
 from edge_moe.commands.output import print_json
-from edge_moe.terminal import PromptProgress, text_for
+from edge_moe.terminal import PromptProgress, show, text_for
 
 CONTINUED_TOKENS = 64  # of a text that is continued: it has no end of its own
 ONE = "an argument, -p TEXT, -f FILE or --tokens 1,2,3"
@@ -88,9 +88,9 @@ def generate(
     if json_output:
         print_json(asdict(generation))
     else:
-        print(statistics_text(generation), file=sys.stderr)
+        show(statistics_text(generation), sys.stderr)
         if said := default_pruning_text(runtime.bundle.pruning, prune):
-            print(said, file=sys.stderr)
+            show(said, sys.stderr)
     if interrupted:
         raise typer.Exit(130)
 

@@ -2,6 +2,7 @@
 
 from edge_moe.commands import options
 from edge_moe.commands.output import print_json
+from edge_moe.terminal import show
 
 
 def inspect(bundle: options.Bundle, json_output: options.Json = False) -> None:
@@ -13,4 +14,4 @@ def inspect(bundle: options.Bundle, json_output: options.Json = False) -> None:
     if json_output:
         print_json(about)
     else:
-        print(bundle_text(about))
+        show(bundle_text(about))

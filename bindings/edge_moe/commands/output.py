@@ -5,11 +5,11 @@ import sys
 
 import typer
 
-from edge_moe.terminal import printable, wrapped
+from edge_moe.terminal import printable, show, wrapped
 
 
 def print_json(value: dict) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    show(json.dumps(value, ensure_ascii=False))
 
 
 def fail(error: Exception | str, code: int = 1) -> None:

@@ -5,6 +5,7 @@ from enum import Enum
 from edge_moe.commands import options
 from edge_moe.commands.options import argument, option
 from edge_moe.commands.output import print_json
+from edge_moe.terminal import show
 
 
 class Recipe(str, Enum):
@@ -56,7 +57,7 @@ def plan(
     if json_output:
         print_json(result.as_dict())
     else:
-        print(estimate_text(result))
+        show(estimate_text(result))
     if result.plan.ram_bytes < result.plan.floor_bytes:
         raise BelowFloor(result.plan)
 

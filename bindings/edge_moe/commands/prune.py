@@ -5,6 +5,7 @@ import sys
 from edge_moe.commands import options
 from edge_moe.commands.options import option
 from edge_moe.commands.output import print_json
+from edge_moe.terminal import show
 
 Default = option(
     str | None, "--default", metavar="SHARE|off",
@@ -54,10 +55,10 @@ def prune(
     if json_output:
         print_json(made.pruning.about())
         return
-    print(pruning_text(made.pruning.about()))
+    show(pruning_text(made.pruning.about()))
     if took:
         steps = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in took.items())
-        print(f"took {sum(took.values()):.0f} s: {steps}", file=sys.stderr)
+        show(f"took {sum(took.values()):.0f} s: {steps}", sys.stderr)
 
 
 def share_of(text: str | None) -> float | None:

@@ -1,6 +1,7 @@
 """`edge-moe verify`: every byte of a bundle against its checksums."""
 
 from edge_moe.commands import options
+from edge_moe.terminal import show
 
 
 def verify(bundle: options.Bundle) -> None:
@@ -17,6 +18,6 @@ def verify(bundle: options.Bundle) -> None:
             checked += count
             if progress:
                 progress("verify", part, bundles.parts_to_verify(opened))
-    print(f"{bundle}: OK, {size(checked)} at {checked / (time.perf_counter() - began) / 1e9:.2f} GB/s")
+    show(f"{bundle}: OK, {size(checked)} at {checked / (time.perf_counter() - began) / 1e9:.2f} GB/s")
     if opened.unlisted:
-        print(unlisted_text(opened.unlisted))
+        show(unlisted_text(opened.unlisted))
