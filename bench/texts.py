@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe.bench.evaluate import checkpoint_logits, evaluate
-from edge_moe.compressor.calibrate import STDLIB_BYTES, stdlib_files
+from edge_moe.compressor.texts import STDLIB_BYTES, stdlib_files
 from edge_moe.runtime.model_path import find_model
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS

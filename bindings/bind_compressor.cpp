@@ -107,8 +107,11 @@ void bind_compressor(nb::module_& m) {
         expect(cols % 32 == 0, "cols must be a multiple of 32");
         const size_t row_bytes = codes_bytes(1, int(cols), width);
         std::vector<uint8_t> packed(rows * row_bytes);
-        for (size_t row = 0; row < rows; ++row)
-          pack_codes(codes.data() + row * cols, int(cols), width, packed.data() + row * row_bytes, 0);
+        {
+          GilReleased released;
+          for (size_t row = 0; row < rows; ++row)
+            pack_codes(codes.data() + row * cols, int(cols), width, packed.data() + row * row_bytes, 0);
+        }
         return to_numpy(std::move(packed), {rows, row_bytes});
       },
       nb::arg("codes"), nb::arg("width"),

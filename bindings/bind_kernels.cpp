@@ -149,7 +149,10 @@ void bind_kernels(nb::module_& m) {
         const Kernels& k = find_kernels(kernels);
         Matrix matrix = as_matrix(codes, scales, biases, cols, width);
         std::vector<float> y(size_t(matrix.rows) * cols);
-        for (int row = 0; row < matrix.rows; ++row) k.dequantise_row(matrix, row, &y[size_t(row) * cols]);
+        {
+          GilReleased released;
+          for (int row = 0; row < matrix.rows; ++row) k.dequantise_row(matrix, row, &y[size_t(row) * cols]);
+        }
         return to_numpy(std::move(y), {size_t(matrix.rows), size_t(cols)});
       },
       nb::arg("kernels"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"), nb::arg("cols"),

@@ -1,23 +1,22 @@
 """The text that the compressor learns from, and other text, held out, that the result is certified on.
 
 Text comes from files, from token ids (.npy), or by default from the running interpreter's own standard library, so
-nothing is downloaded. Without held-out files the last eighth of each calibration text is held out.
+nothing is downloaded. Without held-out files the last eighth of each calibration text is held out. How a text is read
+and encoded is in texts.py.
 """
 
 import hashlib
-import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from edge_moe.compressor.texts import STDLIB, Ids, LargeText, content_hash, open_text, stdlib_text
 from edge_moe.runtime.config import ModelConfig
 
 LEAST_TOKENS = 256  # of calibration text
 SEQUENCE_TOKENS = 256  # of one calibration sequence, or the model's context if shorter
-STDLIB_BYTES = 4_000_000  # of the standard library that are read for calibration
-STDLIB = "Python standard library"
 MOST_DOMAINS = 8  # kinds of text that calibration tells apart
 DOMAIN_SEQUENCES = 8  # calibration sequences for each kind, at the least, on average
 HELD_OUT_TOKENS = 8192
@@ -89,59 +88,72 @@ def check_tokens(tokens: int) -> None:
 
 
 def load_calibration(
-    tokenizer, config: ModelConfig, files: Sequence[Path], tokens: int, seed: int, held_out: Sequence[Path] = ()
+    tokenizer,
+    config: ModelConfig,
+    files: Sequence[Path],
+    tokens: int,
+    seed: int,
+    held_out: Sequence[Path] = (),
+    tell: Callable[[str, int, int], None] | None = None,
 ) -> Calibration:
     """Sequences of calibration tokens and of held-out ones, the same for the same arguments.
 
-    Every file gives the same share of `tokens`, in windows spread evenly over it. Raises ValueError when there is
+    Every file gives the same share of `tokens`, in windows spread evenly over it. tell(step, done, of) is called as
+    texts are read. Raises ValueError when there is
     no tokenizer for text, a file has too little of it, ids are outside the vocabulary, or held-out text is in the
     calibration text.
     """
     length = min(SEQUENCE_TOKENS, config.context)
     name = ", ".join(Path(file).name for file in files) if files else STDLIB
+    tell = tell or (lambda step, done, of: None)
     if files:
         _refuse_same_files(files, held_out)
-        texts = {str(file): _file_ids(tokenizer, Path(file), config) for file in files}
-    else:
-        texts = {STDLIB: _stdlib_ids(tokenizer, seed)}
-    for source, ids in texts.items():
-        _check_ids(source, ids, config, length if held_out else 2 * length)
-    cut = {} if held_out else {source: max(len(ids) // HELD_OUT_PART, length) for source, ids in texts.items()}
-    sequences = _sequences([ids[: len(ids) - cut.get(source, 0)] for source, ids in texts.items()], length, tokens)
+    every = [*files, *held_out] if files else [None, *held_out]
+    for file in every:  # one that is not there shows before another is read
+        if file is not None and not Path(file).is_file():
+            open_text(Path(file), tokenizer, tokens)
+    opened = []
+    for done, file in enumerate(every):
+        tell("read text", done, len(every))
+        opened.append(stdlib_text(tokenizer, seed) if file is None else open_text(Path(file), tokenizer, tokens))
+    tell("read text", len(every), len(every))
+    texts, apart = opened[: len(opened) - len(held_out)], opened[len(opened) - len(held_out) :]
+    for text in texts:
+        text.check_length(length if held_out else 2 * length)
+    for text in apart:
+        text.check_length(length)
+    if not held_out:
+        texts, apart = zip(*(text.parts(HELD_OUT_PART, length) for text in texts), strict=True)
+    sequences = _sequences(texts, length, tokens, config)
+    kept_back = _sequences(apart, length, HELD_OUT_TOKENS, config)
+    held_out_name = f"the last part of {name}"
     if held_out:
-        apart = {str(file): _file_ids(tokenizer, Path(file), config) for file in held_out}
-        for source, ids in apart.items():
-            _check_ids(source, ids, config, length)
-        kept_back = _sequences(list(apart.values()), length, HELD_OUT_TOKENS)
-        _refuse_overlap(sequences, kept_back, ", ".join(apart))
+        _refuse_overlap(sequences, kept_back, ", ".join(text.source for text in apart))
         held_out_name = ", ".join(Path(file).name for file in held_out)
-    else:
-        kept_back = _sequences([ids[-cut[source] :] for source, ids in texts.items()], length, HELD_OUT_TOKENS)
-        held_out_name = f"the last part of {name}"
     return Calibration(sequences, name, domains_of(sequences, seed), kept_back, held_out_name)
 
 
-def _sequences(texts: list[np.ndarray], length: int, tokens: int) -> np.ndarray:
+def _sequences(texts: Sequence[Ids | LargeText], length: int, tokens: int, config: ModelConfig) -> np.ndarray:
     """(sequences, length) windows spread evenly, the same share of `tokens` from each text."""
     wanted, sequences = max(1, tokens // length), []
-    for index, ids in enumerate(texts):
+    for index, text in enumerate(texts):
         share = wanted * (index + 1) // len(texts) - wanted * index // len(texts)
-        starts = np.linspace(0, len(ids) - length, min(share, len(ids) // length), dtype=np.int64)
-        sequences += [ids[start : start + length] for start in starts]
+        found = text.windows(share, length)
+        if share and not found:
+            raise ValueError(f"{text.source}: has too few tokens for its bytes to calibrate on; use another text")
+        for ids in found:
+            if not (ids.min() >= 0 and ids.max() < config.vocab):
+                raise ValueError(f"{text.source}: has token ids outside the vocabulary of {config.vocab:,}")
+        sequences += found
     return np.stack(sequences)
 
 
-def _check_ids(source: str, ids: np.ndarray, config: ModelConfig, least: int) -> None:
-    if len(ids) < least:
-        raise ValueError(f"{source}: has {len(ids):,} tokens, at least {least:,} are needed; use a longer text")
-    if not (ids.min() >= 0 and ids.max() < config.vocab):
-        raise ValueError(f"{source}: has token ids outside the vocabulary of {config.vocab:,}")
-
-
-def _refuse_same_files(files: list[Path], held_out: list[Path]) -> None:
-    contents = {Path(file).read_bytes(): file for file in files if Path(file).is_file()}
+def _refuse_same_files(files: Sequence[Path], held_out: Sequence[Path]) -> None:
+    if not held_out:
+        return
+    contents = {content_hash(Path(file)): file for file in files}
     for file in held_out:
-        if Path(file).is_file() and (same := contents.get(Path(file).read_bytes())):
+        if (found := content_hash(Path(file))) and (same := contents.get(found)):
             raise ValueError(f"{file}: is the same text as {same}, which is calibrated on; hold out another one")
 
 
@@ -151,37 +163,3 @@ def _refuse_overlap(sequences: np.ndarray, kept_back: np.ndarray, source: str) -
     for sequence in np.ascontiguousarray(kept_back, np.int64):
         if sequence[middle : middle + SAMPLE_TOKENS].tobytes() in calibrated:
             raise ValueError(f"{source}: parts of it are in the calibration text; hold out another one")
-
-
-def stdlib_files(seed: int) -> list[Path]:
-    """Modules of the running interpreter's standard library, in an order drawn from `seed`."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
-
-
-def _stdlib_ids(tokenizer, seed: int) -> np.ndarray:
-    if tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer.json; pass --calibration IDS.npy, or use --method rtn")
-    text, size = [], 0
-    for file in stdlib_files(seed):
-        text.append(file.read_text(encoding="utf-8", errors="ignore"))
-        size += len(text[-1])
-        if size >= STDLIB_BYTES:
-            break
-    return np.array(tokenizer.encode("\n".join(text)), np.int64)
-
-
-def _file_ids(tokenizer, file: Path, config: ModelConfig) -> np.ndarray:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file of calibration or held-out text")
-    if file.suffix == ".npy":
-        try:
-            ids = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{file}: not a NumPy file of token ids ({error})") from None
-        if not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"{file}: holds {ids.dtype}, expected whole numbers (token ids)")
-        return ids.reshape(-1).astype(np.int64)
-    if tokenizer is None:
-        raise ValueError(f"{file}: the checkpoint has no tokenizer.json; pass token ids as .npy")
-    return np.array(tokenizer.encode(file.read_text(encoding="utf-8", errors="replace")), np.int64)

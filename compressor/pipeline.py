@@ -155,7 +155,9 @@ class Compression:
     def load_calibration(self) -> None:
         tokenizer = tokenizer_of(self.checkpoint.directory)
         o = self.o
-        self.calibration = load_calibration(tokenizer, self.config, o.calibration, o.tokens, o.seed, o.held_out)
+        self.calibration = load_calibration(
+            tokenizer, self.config, o.calibration, o.tokens, o.seed, o.held_out, self.tell
+        )
 
     def _steps(self) -> Bundle:
         if not self.o.calibrates:

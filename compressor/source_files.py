@@ -1,18 +1,18 @@
-"""Which files of a checkpoint may be read, and those that go into a bundle, checked.
+"""The files of a checkpoint that a bundle takes over, each checked to be what its name says.
 
 A checkpoint comes from elsewhere, so a link in it may name any file of this machine, and a bundle is made to be given
-away. Links are followed inside the checkpoint, and into the blobs of a Hugging Face cache, which is all links.
+away: links out of it are not followed.
 """
 
 import json
-import os
-import stat
 from pathlib import Path
 
 from edge_moe.runtime.bundle import COPIED
 from edge_moe.runtime.config import parse_config
-from edge_moe.runtime.files import real_path
+from edge_moe.runtime.files import read_bounded, real_path
 from edge_moe.runtime.model_path import check_pointer
+
+MISSING = "; put the file itself there"
 
 
 def there(directory: Path) -> list[str]:
@@ -35,18 +35,13 @@ def contents(directory: Path, tied_head: bool) -> dict[str, bytes]:
 
 def copied_bytes(directory: Path) -> int:
     """Bytes of what a bundle takes over."""
-    return sum(real_path(directory, name).stat().st_size for name in there(directory))
+    return sum(real_path(directory, name, MISSING).stat().st_size for name in there(directory))
 
 
 def _content(directory: Path, name: str) -> bytes:
     path = directory / name
-    handle = os.open(real_path(directory, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path}: is no regular file; put the file itself there")
-        data = file.read(COPIED[name] + 1)
-    if len(data) > COPIED[name]:
-        raise ValueError(f"{path}: is larger than {COPIED[name]:,} bytes; it is damaged, download it again")
+    real_path(directory, name, MISSING)
+    data = read_bounded(path, COPIED[name], "download it again")
     check_pointer(path, data)
     try:
         text = data.decode("utf-8")

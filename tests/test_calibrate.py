@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from bundles import REFERENCE
 
-from edge_moe.compressor.calibrate import domains_of, load_calibration, stdlib_files
+from edge_moe.compressor.calibrate import domains_of, load_calibration
+from edge_moe.compressor.texts import WHOLE_BYTES, open_text, stdlib_files
 from edge_moe.runtime.config import load_config
 from edge_moe.runtime.tokenizer import Tokenizer
 
@@ -134,6 +135,57 @@ def test_files_that_cannot_serve_are_named(tokenizer, tmp_path):
         )
     assert refused(load, tokenizer, tmp_path / "gone.txt", error=FileNotFoundError) == (
         f"{tmp_path / 'gone.txt'}: no such file of calibration or held-out text"
+    )
+
+
+def test_a_folder_and_the_name_of_a_data_set_are_called_so(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(load, tokenizer, ".") == (
+        ".: is a folder; name the text files in it, each with an option of its own"
+    )
+    assert refused(load, tokenizer, "wikitext", error=FileNotFoundError) == (
+        "wikitext: no such file of calibration or held-out text; "
+        "calibration is read from text files, not from the name of a data set"
+    )
+
+
+def numbered_lines(file, lines: int):
+    with open(file, "w") as handle:
+        handle.writelines(f"line {number:08} of a text, which has no end\n" for number in range(lines))
+    return file
+
+
+def test_of_a_large_text_the_places_are_read_that_windows_are_drawn_from(tokenizer, tmp_path):
+    file = numbered_lines(tmp_path / "large.txt", 2_000_000)
+
+    class Counting:
+        characters = 0
+
+        def encode(self, text: str) -> list[int]:
+            self.characters += len(text)
+            return tokenizer.encode(text)
+
+    counting = Counting()
+    found = load_calibration(counting, CONFIG, [file], 4096, 0)
+    assert found.ids.shape == (16, 256) and found.held_out.shape == (32, 256)
+    assert counting.characters < 400_000 < file.stat().st_size // 200
+    numbers = [int(tokenizer.decode(ids).split()[1]) for ids in (*found.ids, *found.held_out)]
+    np.testing.assert_allclose(numbers[:16], np.arange(16) * 1_750_000 / 16, atol=1)
+    np.testing.assert_allclose(numbers[16:], 1_750_000 + np.arange(32) * 250_000 / 32, atol=1)
+    assert tokenizer.decode(found.ids[1]).startswith(f"line {numbers[1]:08} of a text, which has no end\nline ")
+
+
+def test_a_text_that_is_encoded_in_blocks_has_the_tokens_of_the_whole(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_moe.compressor.texts.WHOLE_BYTES", 10_000)
+    file = numbered_lines(tmp_path / "text.txt", 1000)
+    found = open_text(file, tokenizer, tokens=1_000_000)
+    np.testing.assert_array_equal(found.ids, tokenizer.encode(file.read_text()))
+
+
+def test_a_text_in_which_a_token_is_a_whole_line_of_spaces_is_refused(tokenizer, tmp_path):
+    (tmp_path / "empty.txt").write_bytes(b"\xff" * 3 * WHOLE_BYTES)
+    assert refused(load, tokenizer, tmp_path / "empty.txt") == (
+        f"{tmp_path / 'empty.txt'}: has too few tokens for its bytes to calibrate on; use another text"
     )
 
 

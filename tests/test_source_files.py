@@ -10,11 +10,10 @@ from golden_checkpoints import write_checkpoint
 
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.source_files import MOST_BYTES, contents
+from edge_moe.compressor.source_files import contents
+from edge_moe.runtime.bundle import COPIED
 
-LINK = (
-    "outside the checkpoint; links are followed only inside it and into a Hugging Face cache: put the file itself there"
-)
+LINK = "links are followed only inside it and into a Hugging Face cache: put the file itself there"
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def refused(error, call, *arguments, **options) -> str:
 def test_a_link_out_of_the_checkpoint_is_not_copied(olmoe, secret, tmp_path, name):
     (olmoe / name).symlink_to(secret)
     message = refused(ValueError, compress, olmoe, tmp_path / "out.emoe", method="rtn", width=4)
-    assert message == f"{olmoe / name}: is a link to {secret}, {LINK}"
+    assert message == f"{olmoe / name}: is a link to {secret}, outside of {olmoe}; {LINK}"
     assert not (tmp_path / "out.emoe").exists()
 
 
@@ -47,13 +46,19 @@ def test_a_link_out_of_the_checkpoint_is_not_copied(olmoe, secret, tmp_path, nam
 def test_nor_is_one_read_for_the_model(olmoe, tmp_path, name):
     (olmoe / name).rename(tmp_path / name)
     (olmoe / name).symlink_to(tmp_path / name)
-    assert refused(ValueError, Checkpoint, olmoe) == f"{olmoe / name}: is a link to {tmp_path / name}, {LINK}"
+    assert (
+        refused(ValueError, Checkpoint, olmoe)
+        == f"{olmoe / name}: is a link to {tmp_path / name}, outside of {olmoe}; {LINK}"
+    )
 
 
 def test_a_folder_that_is_a_link_does_not_help(olmoe, secret, tmp_path):
     (olmoe / "inner").symlink_to(tmp_path)
     (olmoe / "merges.txt").symlink_to("inner/secret")
-    assert refused(ValueError, contents, olmoe, True) == f"{olmoe / 'merges.txt'}: is a link to {secret}, {LINK}"
+    assert (
+        refused(ValueError, contents, olmoe, True)
+        == f"{olmoe / 'merges.txt'}: is a link to {secret}, outside of {olmoe}; {LINK}"
+    )
 
 
 def test_links_inside_the_checkpoint_and_to_the_checkpoint_are_followed(olmoe, tmp_path):
@@ -65,12 +70,13 @@ def test_links_inside_the_checkpoint_and_to_the_checkpoint_are_followed(olmoe, t
 
 
 def test_what_is_no_regular_file_is_refused(olmoe):
+    message = f"{olmoe / 'merges.txt'}: no such file; put the file itself there"
     os.mkfifo(olmoe / "merges.txt")
-    message = f"{olmoe / 'merges.txt'}: is no regular file; put the file itself there"
-    assert refused(ValueError, contents, olmoe, True) == message
-    (olmoe / "merges.txt").unlink()
-    (olmoe / "merges.txt").symlink_to("/dev/zero")
-    assert refused(ValueError, contents, olmoe, True).startswith(f"{olmoe / 'merges.txt'}: is a link to /dev/zero, ")
+    assert refused(FileNotFoundError, contents, olmoe, True) == message
+    for target in ("/dev/zero", "nowhere"):
+        (olmoe / "merges.txt").unlink()
+        (olmoe / "merges.txt").symlink_to(target)
+        assert refused(FileNotFoundError, contents, olmoe, True) == message
 
 
 @pytest.mark.parametrize(
@@ -97,7 +103,8 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read(olmoe):
     with open(olmoe / "vocab.json", "wb") as file:
         file.truncate(1 << 40)
     assert refused(ValueError, contents, olmoe, True) == (
-        f"{olmoe / 'vocab.json'}: is larger than {MOST_BYTES:,} bytes; it is damaged, download it again"
+        f"{olmoe / 'vocab.json'}: has more than {COPIED['vocab.json']:,} bytes, which no such file needs; "
+        "download it again"
     )
 
 

@@ -90,7 +90,9 @@ NoCertificate = option(bool, "--no-certificate", section=_HOW, help="Do not comp
 Resume = option(
     bool, "--resume/--no-resume", help="Go on with an unfinished run of the same command [default], or refuse to."
 )
-Force = option(bool, "--force", help="Replace OUT if it is a bundle; start anew if an unfinished run had other options.")
+Force = option(
+    bool, "--force", help="Replace OUT if it is a bundle; start anew if an unfinished run had other options."
+)
 
 
 def compress(
@@ -145,7 +147,9 @@ def compress(
         show(needs_text(needs_of(model, out, given)), sys.stderr)
     try:
         with progress_bar(quiet=json_output) as progress:
-            about = describe_bundle(pipeline.compress(model, out, progress=progress, resume=resume, force=force, **given))
+            about = describe_bundle(
+                pipeline.compress(model, out, progress=progress, resume=resume, force=force, **given)
+            )
     except KeyboardInterrupt:
         fail("interrupted; the same command with --resume goes on" if work.exists() else "interrupted", 130)
     if json_output:
