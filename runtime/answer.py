@@ -20,9 +20,11 @@ class Generation:
     tokens: list[int]
     finish_reason: str | None  # "stop" | "length" | "cancelled"; None while more is to come
     prompt_tokens: int
+    cached_tokens: int  # of the prompt, that the KV cache still held
     generation_tokens: int
     prompt_tps: float  # tokens a second; of those that were not still in the KV cache
     generation_tps: float
+    time_to_first_token: float  # seconds from the first step on, waiting for other calls included
     ram_bytes: int  # the cap
     peak_memory_bytes: int  # of the process, as the system counts it
     expert_hits: int
@@ -40,6 +42,7 @@ class Account:
     def __init__(self, runtime: "Runtime", prompt_tokens: int):
         self.runtime, self.prompt_tokens = runtime, prompt_tokens
         self.count = 0  # of tokens generated
+        self.cached_tokens, self.time_to_first_token, self._asked = 0, 0.0, time.perf_counter()
         self.prompt_tps = 0.0
         self._used: dict[str, float] = {}  # in turns before this one
         self._before: dict[str, float] | None = None  # counters when this turn began; None: it is not our turn
@@ -60,6 +63,8 @@ class Account:
         """The prompt was computed, but for what the KV cache had of it."""
         self._prefill_seconds = self._computed_seconds()
         self.prompt_tps = tokens / max(self._prefill_seconds, 1e-9)
+        self.cached_tokens = self.prompt_tokens - tokens
+        self.time_to_first_token = time.perf_counter() - self._asked
 
     def recomputed(self, seconds: float) -> None:
         """What another call took out of the KV cache was computed again, which took so long."""
@@ -83,9 +88,11 @@ class Account:
             tokens=tokens,
             finish_reason=finish_reason,
             prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
             generation_tokens=self.count,
             prompt_tps=self.prompt_tps,
             generation_tps=(self.count - 1) / seconds if self.count > 1 else 0.0,  # the first came with the prompt
+            time_to_first_token=self.time_to_first_token,
             ram_bytes=runtime.plan.ram_bytes,
             peak_memory_bytes=runtime._peak_bytes(counters),
             expert_hits=int(used.get("expert_hits", 0)),

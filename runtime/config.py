@@ -145,7 +145,7 @@ def load_config(directory: str | Path) -> ModelConfig:
     if generation.exists():
         eos = read_json(generation).get("eos_token_id")
         if eos is not None:
-            raw = {**raw, "eos_token_id": eos}
+            raw = {**raw, "eos_token_id": [*_tokens(eos), *_tokens(raw.get("eos_token_id"))]}  # any of them ends a turn
     return parse_config(raw, where=str(path))
 
 
@@ -338,7 +338,7 @@ def _sliding_window(get: Keys, kind: str) -> int:
 
 def _tokens(value) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(int(token) for token in values if isinstance(token, int))
+    return tuple(dict.fromkeys(int(token) for token in values if isinstance(token, int)))
 
 
 def _check(config: ModelConfig, where: str) -> None:

@@ -13,7 +13,8 @@ from edge_moe.runtime.rope import rope_frequency, rope_scale, softmax_scale
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best first
 READERS = 4  # threads that fetch records: reads of 128 KiB to 2 MB with 8 or 16 were no faster (0.96 to 1.04 times)
 READER_BYTES = 64 * 1024  # touched stack of a reader
-INTERPRETER_SPARE = 12_000_000  # what Python may still come to need: token lists, text, sampling
+INTERPRETER_SPARE = 12_000_000  # what Python may still come to need: text, sampling; half of it for encoding a text
+TOKEN_BYTES = 64  # that Python takes for each token in the context: an int, and its place in three lists
 LOGIT_BYTES = 64  # that sampling or scoring may hold for each logit of a step: float64 copies, an order, a sum
 KV_TYPES = ("float16", "float32")  # that the KV cache is kept in
 SCRATCH_PART = 8  # when paging, a step's scratch takes at most one part in so many of what slots could have
@@ -206,7 +207,7 @@ def make_plan(
     """
     working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
     least_slots = max(config.top_k_of(layer) for layer in config.moe_layers)
-    interpreter_bytes += INTERPRETER_SPARE + LOGIT_BYTES * config.vocab * logits_rows
+    interpreter_bytes += INTERPRETER_SPARE + TOKEN_BYTES * context + LOGIT_BYTES * config.vocab * logits_rows
     mapped = device == "cpu"  # records that all fit are used where they are mapped from their files
     read_bytes = READERS * (READER_BYTES + (0 if mapped else slot_bytes))  # a GPU gets them through a buffer, or may
 

@@ -4,7 +4,6 @@ The order matters: tokenizer first, then the plan (which counts the interpreter 
 which allocates everything. Nothing grows afterwards but the caller's own results.
 """
 
-import operator
 import os
 import threading
 import time
@@ -18,21 +17,21 @@ import numpy as np
 from edge_moe import _core
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.answer import Account, Generation
+from edge_moe.runtime.answer_text import AnswerText
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.device import begin_device
 from edge_moe.runtime.plan import KV_TYPES, READERS, Plan, engine_config, make_plan, resolve_ram
+from edge_moe.runtime.prompt import Prompt, prompt_ids
 from edge_moe.runtime.pruning import OFF, PruneRule, prune_rule, read_mask_routers
-from edge_moe.runtime.sampling import Sampler
-from edge_moe.runtime.tokenizer import Detokenizer, Tokenizer, tokenizer_of
+from edge_moe.runtime.sampling import Sampler, whole_number
+from edge_moe.runtime.tokenizer import ENCODING_ROOM, tokenizer_of
+from edge_moe.runtime.tokenizer_file import reading_bytes
 from edge_moe.runtime.turns import Stream, Turns, Wanted
 
+TEXT_COPIES = 8  # bytes that a byte of a prompt's text may take: as read, decoded to 4 a character, and in a template
 DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
 Progress = Callable[[str, int, int], None]  # a step's name, how much of it is done, and of how much
-
-
-class PromptTooLong(ValueError):
-    """A prompt of more tokens than the context holds."""
 
 
 class Runtime:
@@ -80,24 +79,32 @@ class Runtime:
         context = min(DEFAULT_CONTEXT, self.config.context) if context is None else context
         if not 1 <= context <= self.config.context:
             raise ValueError(f"context is {context}, expected 1 to {self.config.context}, the model's own")
-        self.tokenizer = tokenizer_of(self.bundle.path)
         self.threads = threads or default_threads()
         self.logits_rows = min(logits_rows, context)
         self.device = begin_device(device)
-        ram_bytes = resolve_ram(ram)
+        memory = {
+            "trunk_bytes": self.bundle.trunk_bytes + _mask_bytes(mask_routers),
+            "all_experts_bytes": self.bundle.expert_bytes,
+            "slot_bytes": max(expert.nbytes for expert in self.bundle.experts.values()),
+            "ram_bytes": (ram_bytes := resolve_ram(ram)),
+            "context": context,
+            "logits_rows": self.logits_rows,
+            "threads": self.threads,
+            "kv": kv,
+            "device": self.device,
+        }
+        before, reading = _core.resident_bytes(), reading_bytes(self.bundle.path)
+        if before < ram_bytes < before + reading:  # refused before it is read, which may take more than there is
+            make_plan(self.config, interpreter_bytes=before + reading, loading_bytes=before + reading, **memory)
+        self.tokenizer = tokenizer_of(self.bundle.path)
+        if self.tokenizer is not None:
+            self.tokenizer.prepare_chat(ram_bytes - _core.resident_bytes())
+        self._end_tokens = {*self.config.eos_tokens, self.tokenizer.end_token if self.tokenizer else None}
         self.plan: Plan = make_plan(
             self.config,
-            trunk_bytes=self.bundle.trunk_bytes + _mask_bytes(mask_routers),
-            all_experts_bytes=self.bundle.expert_bytes,
-            slot_bytes=max(expert.nbytes for expert in self.bundle.experts.values()),
-            ram_bytes=ram_bytes,
-            context=context,
             interpreter_bytes=_core.resident_bytes(),
             loading_bytes=peak if (peak := _core.peak_bytes()) > peak_before else 0,
-            logits_rows=self.logits_rows,
-            threads=self.threads,
-            kv=kv,
-            device=self.device,
+            **memory,
         )
         records, frequency = self.bundle.record_table()
         try:
@@ -147,7 +154,7 @@ class Runtime:
 
     def generate(
         self,
-        prompt,
+        prompt: Prompt,
         max_tokens: int | None = 256,
         *,
         temperature: float = 0.0,
@@ -160,6 +167,10 @@ class Runtime:
         logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        tools: Sequence[dict] | None = None,
+        documents: Sequence[dict] | None = None,
+        continue_final_message: bool | str = False,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         prune: float | str | None = None,
         timeout: float | None = None,
         stop_event: threading.Event | None = None,
@@ -175,7 +186,7 @@ class Runtime:
 
     def stream(
         self,
-        prompt,
+        prompt: Prompt,
         max_tokens: int | None = 256,
         *,
         temperature: float = 0.0,
@@ -188,6 +199,10 @@ class Runtime:
         logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        tools: Sequence[dict] | None = None,
+        documents: Sequence[dict] | None = None,
+        continue_final_message: bool | str = False,
+        chat_template_kwargs: Mapping[str, object] | None = None,
         prune: float | str | None = None,
         timeout: float | None = None,
         stop_event: threading.Event | None = None,
@@ -195,10 +210,12 @@ class Runtime:
     ) -> Stream[Generation]:
         """Complete a prompt and yield pieces of text as they come.
 
-        prompt: text, chat messages, or token ids (the only kind for a bundle without a tokenizer; the answer then
-        is in `tokens`). What an earlier call left in the KV cache and this prompt begins with is not computed
-        again, which changes nothing in the result. Ends at max_tokens (None: as many as the context holds), the
-        model's end token, a `stop` string (not part of the text) or a full context. How a token is chosen, from
+        prompt: text, to be continued as it is; chat messages, brought to a text by the model's chat template; or token
+        ids (the only kind for a bundle without a tokenizer; the answer then is in `tokens`). tools to
+        chat_template_kwargs go to the template, as Tokenizer.apply_chat_template() says. What an earlier call left in
+        the KV cache and this prompt begins with is not computed again, which changes nothing in the result. Ends at
+        max_tokens (None: as many as the context holds), the model's end token, a `stop` string (not part of the text;
+        it may name a special token) or a full context. How a token is chosen, from
         temperature to seed, is said at Sampler. It also ends, with what there is and the finish_reason "cancelled",
         after `timeout` seconds, waiting for other calls included, when `stop_event` is set, and by the stream's
         cancel(). progress("prompt", read, of) is called with numbers of tokens before, while and after the prompt is
@@ -206,12 +223,20 @@ class Runtime:
         """
         self._open()
         rule, wanted = self._rule(prune), Wanted(timeout, stop_event)
-        if max_tokens is not None and max_tokens < 1:
+        if max_tokens is not None and whole_number("max_tokens", max_tokens) < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
         stops = [stop] if isinstance(stop, str) else list(stop or ())
+        if not all(isinstance(stop, str) for stop in stops):
+            raise TypeError(f"stop is {stop!r:.60}, expected a text or a list of texts")
         if stops and self.tokenizer is None:
             raise ValueError(f"{self.bundle.path}: this bundle has no tokenizer; stop strings need one")
-        ids = self._prompt_ids(prompt)
+        ids = self._prompt_ids(
+            prompt,
+            tools=tools,
+            documents=documents,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         sampler = Sampler(
             temperature,
             top_p,
@@ -238,7 +263,7 @@ class Runtime:
         wanted: Wanted,
         progress: Progress | None,
     ) -> Iterator[Generation]:
-        account, text = Account(self, len(ids)), _Text(self.tokenizer, stops)
+        account, text = Account(self, len(ids)), AnswerText(self.tokenizer, stops)
         steps = self._steps(ids, max_tokens, sampler, text, rule, wanted, account, progress)
         ended = False
         try:
@@ -257,7 +282,7 @@ class Runtime:
         ids: list[int],
         max_tokens: int,
         sampler: Sampler,
-        text: "_Text",
+        text: AnswerText,
         rule: PruneRule,
         wanted: Wanted,
         account: Account,
@@ -271,7 +296,7 @@ class Runtime:
             token = sampler(logits)
             tokens.append(token)
             account.count = len(tokens)
-            if token in self.config.eos_tokens:
+            if token in self._end_tokens or token in text.stop_tokens:
                 yield account.piece(text.finish(), [token], "stop")
                 return
             piece = text.add(token)
@@ -337,24 +362,18 @@ class Runtime:
         """The process's peak, and what it has on a GPU that is not part of that and never grows after loading."""
         return _core.peak_bytes() + counters["uncounted_bytes"]
 
-    def _prompt_ids(self, prompt) -> list[int]:
-        if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], dict)):
-            if self.tokenizer is None:
-                raise ValueError(f"{self.bundle.path}: this bundle has no tokenizer; pass token ids")
-            text = isinstance(prompt, str)
-            ids = self.tokenizer.encode(prompt) if text else self.tokenizer.apply_chat_template(list(prompt))
-        else:
-            ids = [operator.index(token) for token in prompt]
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(ids) > self.plan.context:
-            raise PromptTooLong(
-                f"the prompt has {len(ids):,} tokens, the context {self.plan.context:,}; shorten it or raise context"
-            )
-        outside = [token for token in ids if not 0 <= token < self.config.vocab]
-        if outside:
-            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {self.config.vocab:,} tokens")
-        return ids
+    @property
+    def prompt_bytes_limit(self) -> int:
+        """The bytes of text, in UTF-8, that may fit the context and what memory the plan leaves for text."""
+        longest = self.tokenizer.longest_token_bytes if self.tokenizer else 1
+        return min(self.plan.context * longest, self._text_room_bytes() // TEXT_COPIES)
+
+    def _text_room_bytes(self) -> int:
+        return ENCODING_ROOM + max(0, self.plan.ram_bytes - self.plan.total_bytes)
+
+    def _prompt_ids(self, prompt: Prompt, **chat) -> list[int]:
+        limits = {"context": self.plan.context, "vocab": self.config.vocab, "room_bytes": self._text_room_bytes()}
+        return prompt_ids(prompt, self.tokenizer, where=self.bundle.path, **limits, **chat)
 
     def _prefill(
         self, ids: list[int], tokens: list[int], rule: PruneRule, wanted: Wanted, progress: Progress | None = None
@@ -422,35 +441,3 @@ def _mask_bytes(mask_routers: dict[str, list[np.ndarray]]) -> int:
     """What the engine keeps of them, each piece aligned."""
     layers = [values for rule in mask_routers.values() for values in rule]
     return sum(4 * len(values) + 2 * _core.PART_ALIGNMENT for values in layers)
-
-
-class _Text:
-    """Text out of tokens, held back while it could be the beginning of a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer | None, stops: list[str]):
-        self.detokenizer = Detokenizer(tokenizer) if tokenizer else None
-        self.stops = [stop for stop in stops if stop]
-        self.held = ""
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        if self.detokenizer is None:
-            return ""
-        self.held += self.detokenizer.add(token)
-        return self._release()
-
-    def finish(self) -> str:
-        if self.stopped or self.detokenizer is None:
-            return ""
-        self.held += self.detokenizer.finish()
-        released = self._release()
-        return released if self.stopped else released + self.held
-
-    def _release(self) -> str:
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return self.held[: min(found)]
-        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
-        released, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return released

@@ -52,14 +52,14 @@ class Sampler:
         infinite = float("inf")
         _check("temperature", temperature, 0 <= _real("temperature", temperature) < infinite, "0 or more")
         _check("top_p", top_p, 0 < _real("top_p", top_p) <= 1, "above 0 and at most 1")
-        _check("top_k", top_k, _whole("top_k", top_k) >= 0, "0 or more")
+        _check("top_k", top_k, whole_number("top_k", top_k) >= 0, "0 or more")
         _check("min_p", min_p, 0 <= _real("min_p", min_p) <= 1, "0 to 1")
         repetition = _real("repetition_penalty", repetition_penalty)
         _check("repetition_penalty", repetition_penalty, 0 < repetition < infinite, "above 0")
         for name, value in (("presence_penalty", presence_penalty), ("frequency_penalty", frequency_penalty)):
             _check(name, value, abs(_real(name, value)) < infinite, "a finite number")
         if seed is not None:
-            _check("seed", seed, _whole("seed", seed) >= 0, "0 or more")
+            _check("seed", seed, whole_number("seed", seed) >= 0, "0 or more")
         self.temperature, self.top_p, self.top_k, self.min_p = temperature, top_p, top_k, min_p
         self.repetition, self.presence, self.frequency = repetition_penalty, presence_penalty, frequency_penalty
         self.bias_tokens, self.biases = _bias(logit_bias, vocab)
@@ -196,7 +196,7 @@ def _bias(logit_bias: Mapping[int, float] | None, vocab: int | None) -> tuple[np
         raise TypeError(f"logit_bias is {type(logit_bias).__name__}, expected a mapping of token ids to numbers")
     tokens, biases = [], []
     for token, bias in (logit_bias or {}).items():
-        token = _whole("a token id of logit_bias", token)
+        token = whole_number("a token id of logit_bias", token)
         within = token >= 0 if vocab is None else 0 <= token < vocab
         _check("a token id of logit_bias", token, within, "0 or more" if vocab is None else f"0 to {vocab - 1:,}")
         name = f"logit_bias of token {token}"
@@ -215,7 +215,7 @@ def _real(name: str, value) -> float:
         raise ValueError(f"{name} is {str(value)[:20]}..., which no float can hold") from None
 
 
-def _whole(name: str, value) -> int:
+def whole_number(name: str, value) -> int:
     try:
         return operator.index(value)
     except TypeError:

@@ -257,10 +257,10 @@ def test_an_expert_has_three_matrices():
     assert EXPECTED["olmoe"].expert_weights == 3 * 64 * 96
 
 
-def test_generation_config_knows_the_end_tokens_better(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(hub("olmoe")))
+def test_end_tokens_of_both_configs_count(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hub("olmoe", eos_token_id=[5, 9])))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
-    assert load_config(tmp_path).eos_tokens == (3, 5)
+    assert load_config(tmp_path).eos_tokens == (3, 5, 9)
 
 
 YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}

@@ -84,12 +84,16 @@ def test_without_a_limit_an_answer_fills_the_context(runtime):
 def test_the_account_has_the_fields_of_the_command_line(runtime):
     answer = runtime.generate(PROMPT, 10)
     assert [field.name for field in fields(Generation)] == [
-        *("text", "tokens", "finish_reason", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps"),
+        *("text", "tokens", "finish_reason", "prompt_tokens", "cached_tokens", "generation_tokens"),
+        *("prompt_tps", "generation_tps", "time_to_first_token"),
         *("ram_bytes", "peak_memory_bytes", "expert_hits", "expert_misses", "bytes_read", "experts_used", "top_k"),
         *("dropped_routing_weight", "device"),
     ]
     assert (answer.prompt_tokens, answer.generation_tokens) == (len(runtime.tokenizer.encode(PROMPT)), 10)
     assert answer.prompt_tps > 0
+    assert 0 < answer.time_to_first_token < 60
+    assert answer.cached_tokens == 0
+    assert runtime.generate(PROMPT, 10).cached_tokens == answer.prompt_tokens - 1  # the last one gives the logits
     assert answer.generation_tps > 0
     assert answer.ram_bytes == 2_000_000_000
     assert 0 < answer.peak_memory_bytes <= _core.peak_bytes()  # of this process, whatever it did before
@@ -264,7 +268,7 @@ def test_a_prompt_that_cannot_be_is_refused(runtime, prompt, message):
 
 def test_numbers_that_are_no_token_ids_are_refused(runtime):
     for call in (runtime.generate, runtime.logits):
-        assert "cannot be interpreted as an integer" in refused(call, [1.5], error=TypeError)
+        assert "among its token ids; give a text" in refused(call, [1.5], error=TypeError)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from pathlib import Path
 from edge_moe.conversation import Conversation, Turn
 from edge_moe.line_input import LineInput
 from edge_moe.report import statistics_text
-from edge_moe.runtime.runtime import Generation, PromptTooLong, Runtime
+from edge_moe.runtime.prompt import PromptTooLong
+from edge_moe.runtime.runtime import Generation, Runtime
 from edge_moe.terminal import THINKING, AnswerWriter, PromptProgress, printable, show
 
 HELP = '''\

@@ -1,0 +1,150 @@
+"""What a chat template may take: steps of work and bytes of memory, asked for before each operation.
+
+Sizes are upper bounds where an exact one would cost as much as the operation. Memory is measured as what the process
+has grown by since rendering began, whenever as much as UNMEASURED was asked for.
+"""
+
+import json
+import sys
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from types import GeneratorType
+
+from jinja2.utils import Namespace
+from markupsafe import Markup
+
+from edge_moe import _core
+
+ROOM = 256_000_000  # bytes of memory where the caller names none
+MOST_STEPS = 1_000_000  # a step is an operation, an item of a loop, or 256 characters that an operation looks at
+MOST_NUMBER = 10_000_000  # that an operation may be given to repeat, pad or count by
+MOST_BITS = 4096  # of a whole number
+UNMEASURED = 200_000  # bytes that may have been asked for since memory was last measured
+PART = 2048  # characters that are quoted at once to see how long that makes them
+# What str.split() splits at; str.splitlines() splits at some of these and no others.
+WHITE = " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+
+
+class TooMuch(ValueError):
+    """A template asked for more than it may have."""
+
+
+class Meter:
+    """What one rendering may still take."""
+
+    def __init__(self, room_bytes: int | None):
+        self.room = ROOM if room_bytes is None else room_bytes
+        self.steps, self.unmeasured, self.began = 0, 0, _core.resident_bytes()
+
+    def step(self, count: int = 1) -> None:
+        self.steps += count
+        self.unmeasured += 100  # what a small value takes
+        if self.steps > MOST_STEPS:
+            raise TooMuch(f"it takes more than {MOST_STEPS:,} steps")
+        if self.unmeasured > UNMEASURED:
+            self.allow(0)
+
+    def allow(self, nbytes: int) -> None:
+        """Ask for memory that an operation is about to take."""
+        self.unmeasured += nbytes
+        if self.unmeasured > UNMEASURED:
+            grown = max(0, _core.resident_bytes() - self.began)
+            if grown + nbytes > self.room:
+                raise TooMuch(f"it takes more than {self.room / 1e6:,.0f} MB of memory, what the cap leaves it")
+            self.unmeasured = nbytes
+
+    def number(self, value) -> int:
+        """The size of a whole number to repeat, pad or count by; 0 for what is none."""
+        if not isinstance(value, int):
+            return 0
+        if abs(value) > MOST_NUMBER:
+            raise TooMuch(f"it asks for more than {MOST_NUMBER:,} of a thing")
+        return abs(value)
+
+    def bits(self, operator: str, left, right) -> None:
+        """Ask for the result of an operation on two numbers."""
+        if not (isinstance(left, int) and isinstance(right, int)):
+            return
+        sizes = left.bit_length(), right.bit_length()
+        if operator == "**":
+            bits = sizes[0] * (right if right > 0 and sizes[1] < 32 else MOST_BITS + 1 if right > 0 else 1)
+        else:
+            bits = sum(sizes)
+        if bits > MOST_BITS:
+            raise TooMuch(f"it computes with whole numbers of more than {MOST_BITS:,} bits")
+
+    def flat(self, value):
+        """Walk through a value that an operation will walk through: it may hold one part many times over."""
+        self.step(1 + len(value) // 256 if isinstance(value, str | bytes) else 1)
+        for item in _items(value):
+            self.flat(item)
+        return value
+
+    def shape(self, value) -> tuple[int, int]:
+        """The number of values in a value, itself included, and how deep they are nested."""
+        self.step()
+        elements, depth = 1, 1
+        for item in _items(value):
+            more, deep = self.shape(item)
+            elements, depth = elements + more, max(depth, deep + 1)
+        return elements, depth
+
+    def text(self, value, quoted: bool = False) -> int:
+        """The most characters of str(value); `quoted`: of repr(value) and of its JSON."""
+        if isinstance(value, str):
+            self.step(1 + len(value) // 256)
+            factor = 6 if isinstance(value, Markup) else 1  # what it is joined with is escaped
+            if not quoted:
+                return factor * len(value)
+            parts = (value[at : at + PART] for at in range(0, len(value), PART))
+            return factor * (2 + sum(max(len(repr(part)), len(json.dumps(part))) for part in parts))
+        self.step()
+        if isinstance(value, bytes):
+            return 4 * len(value) + 3
+        if isinstance(value, int):
+            return value.bit_length() // 3 + 2
+        return 100 + sum(self.text(item, True) + 4 for item in _items(value))
+
+    def new_text(self, characters: int, *made_of) -> None:
+        """Ask for a string of so many characters, made of these values."""
+        self.step(1 + characters // 256)
+        width = max(map(_width, made_of), default=4)
+        self.allow(characters * width)
+
+    def count_parts(self, text, separator, name: str) -> int:
+        """How many parts splitting a text gives, at most."""
+        if separator:
+            return text.count(separator)
+        white = WHITE if isinstance(text, str) and not text.isascii() else WHITE[:10]
+        return sum(text.count(sign if isinstance(text, str) else sign.encode()) for sign in white)
+
+
+def listed(value, meter: Meter):
+    """The items of a generator, counted; any other value as it is."""
+    if not isinstance(value, GeneratorType | Iterator):
+        return value
+    items = []
+    for item in value:
+        meter.step()
+        items.append(item)
+    return items
+
+
+def _items(value):
+    if isinstance(value, Namespace):
+        value = value._Namespace__attrs
+    if isinstance(value, Mapping):
+        return (part for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple | set | frozenset | KeysView | ItemsView | ValuesView):
+        return value
+    return ()
+
+
+def _width(value) -> int:
+    """Bytes a character of a string; 4 for what is none, or too short to say."""
+    if not isinstance(value, str):
+        return 4
+    if value.isascii():
+        return 1
+    return min(4, -(-max(sys.getsizeof(value) - 76, 0) // len(value))) if len(value) > 100 else 4

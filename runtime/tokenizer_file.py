@@ -1,0 +1,243 @@
+"""A directory's tokenizer, read with every claim checked: tokenizer.json, and the tokens that other files declare.
+
+What transformers makes of these files, this makes too: added_tokens.json, special_tokens_map.json and
+tokenizer_config.json add tokens, change what is special, and say whether a text begins with the token of its begin.
+"""
+
+import json
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edge_moe.runtime.config import read_json
+from edge_moe.runtime.text_cuts import parts
+
+LOADING = 13  # bytes of memory that the library takes for a byte of tokenizer.json, at most; 12 were measured
+LIBRARY, TEMPLATES = 4_000_000, 14_000_000  # and for itself; what Jinja takes, and compiling a template
+MOST_GROWTH = 64  # times the characters of a text that a normalizer or decoder may give
+GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 12, "NFKD": 12, "Precompiled": 12, "Lowercase": 2, "BertNormalizer": 3}
+PREFIX = "continuing_subword_prefix"
+ESCAPED = "".join(rf"(?:{letter}|\\u00(?i:{ord(letter):02x}))" for letter in PREFIX)  # as JSON may write it
+
+
+@dataclass(slots=True)
+class TokenizerFile:
+    """What a directory says of its tokenizer."""
+
+    backend: object  # tokenizers.Tokenizer
+    named: dict[str, str] = field(default_factory=dict)  # bos_token and its like, as text: what chat templates get
+    chat_templates: dict[str, str] = field(default_factory=dict)  # by name; "default" where there is one
+    growth: int = 1  # times the characters of a text that the normalizer may give
+
+
+@contextmanager
+def library_errors(what: str):
+    """Raise what the library raises, panics included, as ValueError; `what` it was doing begins the message."""
+    try:
+        yield
+    except (ValueError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and its panics are not even those
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what} ({' '.join(str(error).split())[:200]})") from None
+
+
+def reading_bytes(directory: Path) -> int:
+    """Memory that reading a directory's tokenizer and compiling its chat template may take, before that is known."""
+    path, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if not path.is_file():
+        return 0
+    templates = [directory / "chat_template.jinja", *(directory / "additional_chat_templates").glob("*.jinja")]
+    templated = any(file.is_file() for file in templates) or (
+        config.is_file() and b"chat_template" in config.read_bytes()
+    )
+    return LIBRARY + LOADING * path.stat().st_size + (TEMPLATES if templated else 0)
+
+
+def read_tokenizer(directory: Path) -> TokenizerFile:
+    """Read a directory's tokenizer.
+
+    Raises ValueError, naming the file, for one that is damaged or could grow a text without bound.
+    """
+    path = directory / "tokenizer.json"
+    backend = _read_backend(path)
+    config_path = directory / "tokenizer_config.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    growth = _growth(parts(backend.normalizer, "normalizers"), path, "normalizer")
+    _growth(parts(backend.decoder, "decoders"), path, "decoder")
+    with library_errors(f"{config_path}: its tokens cannot be added to those of tokenizer.json"):
+        named = _add_tokens(backend, directory, config, config_path)
+        _set_begin_and_end(backend, config, named)
+    with library_errors(f"{path}: cannot be used"):
+        backend.encode("a", add_special_tokens=True)
+        backend.encode_special_tokens = config.get("split_special_tokens") is True
+    return TokenizerFile(backend, named, _chat_templates(directory, config), growth)
+
+
+def _read_backend(path: Path):
+    from tokenizers import Tokenizer
+
+    with library_errors(f"{path}: cannot be read"):
+        _check_prefix(path)
+        backend = Tokenizer.from_file(str(path))
+        backend.no_truncation()  # some files ask for either, meant for training
+        backend.no_padding()
+        if hasattr(backend.model, "_resize_cache"):
+            backend.model._resize_cache(0)  # of words: it would grow by megabytes with every new text
+    return backend
+
+
+def _check_prefix(path: Path) -> None:
+    """Refuse what ends the process: a merge whose second half does not begin with the prefix, or is cut in a letter."""
+    data = path.read_bytes()
+    key = ESCAPED if b"\\u00" in data else PREFIX
+    found = re.search(rb'"' + key.encode() + rb'"\s*:\s*(?!\s|null|"")(.{1,20})', data, re.DOTALL)
+    if found is None:
+        return
+    escapes, merges = b"\\u00" in data, b"merges" in data
+    if escapes or merges or json.loads(data).get("model", {}).get("type") != "WordPiece":
+        value = found[1].decode(errors="replace")
+        raise ValueError(f"{path}: its {PREFIX}, {value!r}, is not supported in a model that merges (BPE)")
+
+
+def _growth(steps: list[dict], path: Path, what: str) -> int:
+    """How many characters these steps can make of one, at most; ValueError above MOST_GROWTH."""
+    growth = 1
+    for step in steps:
+        if step["type"] == "Replace":
+            pattern = step["pattern"].get("String")
+            short = len(pattern) if pattern else 1  # a regular expression may match one character, or none
+            growth *= max(1, -(-len(step["content"]) // short) + (0 if pattern else 1))
+        elif step["type"] == "Prepend":
+            growth *= 1 + len(step["prepend"])
+        else:
+            growth *= GROWTH.get(step["type"], 1)
+        if growth > MOST_GROWTH:
+            raise ValueError(f"{path}: its {what} may make one character into more than {MOST_GROWTH}; not supported")
+    return growth
+
+
+def _add_tokens(backend, directory: Path, config: dict, config_path: Path) -> dict[str, str]:
+    """Add what is declared outside tokenizer.json, in transformers' order; returns the named tokens as text."""
+    from tokenizers import AddedToken
+
+    def token_of(value, where: Path, **flags) -> AddedToken:
+        if isinstance(value, str):
+            return AddedToken(value, **{"special": True, **flags})
+        if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+            raise ValueError(f"{where}: a token is {str(value)[:60]!r}, expected text or an object with 'content'")
+        known = {
+            key: value[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in value
+        }
+        for key, flag in known.items():
+            if not isinstance(flag, bool):
+                raise ValueError(f"{where}: {key!r} of token {value['content']!r} is {flag!r}, expected true or false")
+        return AddedToken(value["content"], **{**known, **flags})
+
+    def list_of(value, where: Path) -> list:
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"{where}: tokens are {type(value).__name__}, expected a list")
+        return value or []
+
+    present = dict(backend.get_added_tokens_decoder())
+    named = {key: value for key, value in config.items() if _is_named(key, value)}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens")
+    declared: dict[int, AddedToken] = {}
+    if "added_tokens_decoder" in config:
+        if not isinstance(config["added_tokens_decoder"], dict):
+            raise ValueError(f"{config_path}: 'added_tokens_decoder' is not an object")
+        for index, value in config["added_tokens_decoder"].items():
+            declared[_index(index, config_path)] = token_of(value, config_path)
+    else:
+        map_path, added_path = directory / "special_tokens_map.json", directory / "added_tokens.json"
+        for key, value in (read_json(map_path) if map_path.is_file() else {}).items():
+            if key == "extra_special_tokens" and isinstance(value, list):
+                extra = [*(extra if isinstance(extra, list) else []), *value]
+            elif key == "additional_special_tokens":
+                extra = extra or value
+            elif value is None:
+                named.pop(key, None)
+            elif _is_named(key, value):
+                named[key] = {**value, "special": True} if isinstance(value, dict) else value
+        special = {_content(value) for value in (*named.values(), *(extra if isinstance(extra, list) else ()))}
+        for content, index in (read_json(added_path) if added_path.is_file() else {}).items():
+            is_special = content in special
+            declared[_index(index, added_path)] = AddedToken(content, normalized=not is_special, special=is_special)
+        declared |= present
+    if isinstance(extra, dict):
+        named |= {key: value for key, value in extra.items() if isinstance(value, str | dict)}
+        extra = None
+    by_content = {token.content: token for token in declared.values()}
+    texts = {key: _content(value) for key, value in named.items()}
+    known = {repr(token) for token in present.values()}
+    to_add = [token for _, token in sorted(declared.items()) if repr(token) not in known]
+    there = {token.content for token in present.values()} | {token.content for token in to_add}
+    for value in (*named.values(), *list_of(extra, config_path)):
+        token = token_of(value, config_path)
+        if token.content not in there:
+            to_add.append(by_content.get(token.content, token))
+            there.add(token.content)
+    for token in to_add:
+        if token.content in texts.values():
+            token.special = True
+    if any(not token.content for token in to_add):
+        raise ValueError(f"{config_path}: a token is empty")
+    if to_add:
+        backend.add_tokens(to_add)
+    return texts
+
+
+def _set_begin_and_end(backend, config: dict, named: dict[str, str]) -> None:
+    """Whether a text gets a begin and an end, where tokenizer_config.json says so, in place of the post-processor."""
+    from tokenizers import processors
+
+    if not ({"add_bos_token", "add_eos_token"} & config.keys() or backend.post_processor is None):
+        return
+    begin = [named["bos_token"]] if config.get("add_bos_token") and named.get("bos_token") else []
+    end = [named["eos_token"]] if config.get("add_eos_token") and named.get("eos_token") else []
+    tokens = [(token, backend.token_to_id(token)) for token in dict.fromkeys(begin + end)]
+    single = [*(f"{token}:0" for token in begin), "$A:0", *(f"{token}:0" for token in end)]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
+
+
+def _chat_templates(directory: Path, config: dict) -> dict[str, str]:
+    """Files come before what tokenizer_config.json has: one template or a list of named ones."""
+    files = {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if (directory / "chat_template.jinja").is_file():
+        files["default"] = directory / "chat_template.jinja"
+    found = {name: read_template(file) for name, file in files.items()}
+    given = config.get("chat_template")
+    if found or given is None:
+        return found
+    if isinstance(given, list):
+        pairs = [(item.get("name"), item.get("template")) for item in given if isinstance(item, dict)]
+        return {name: text for name, text in pairs if isinstance(name, str) and isinstance(text, str)}
+    return {"default": given} if isinstance(given, str) else {}
+
+
+def read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is not UTF-8 ({error.reason} at byte {error.start}); copy the file again") from None
+
+
+def _is_named(key: str, value) -> bool:
+    return key.endswith("_token") and (isinstance(value, str) or (isinstance(value, dict) and bool(_content(value))))
+
+
+def _content(value) -> str:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else ""
+
+
+def _index(value, where: Path) -> int:
+    try:
+        index = int(value)
+    except (TypeError, ValueError):
+        index = -1
+    if not 0 <= index < 2**31 or isinstance(value, bool | float):
+        raise ValueError(f"{where}: a token's id is {str(value)[:40]!r}, expected a whole number")
+    return index
