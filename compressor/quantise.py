@@ -43,7 +43,7 @@ def dequantise(packed: Quantised, width: int, cols: int) -> np.ndarray:
     if width == 32:
         return packed.codes
     if width == 16:
-        return (packed.codes.astype(np.uint32) << 16).view(np.float32)
+        return from_bfloat16(packed.codes)
     return _core.dequantise("scalar", packed.codes, packed.scales, packed.biases, width, cols)
 
 
@@ -51,6 +51,11 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     """float32 to bfloat16 bits (uint16), round to nearest even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(values: np.ndarray) -> np.ndarray:
+    """bfloat16 bits (uint16) to float32."""
+    return (values.astype(np.uint32) << 16).view(np.float32)
 
 
 def largest_group(most: int, *cols: int) -> int | None:

@@ -16,7 +16,8 @@ import numpy as np
 from edge_moe.compressor import forward
 from edge_moe.compressor.calibrate import Calibration
 from edge_moe.compressor.files import write_whole
-from edge_moe.compressor.gptq import Curvature, damping_for, gptq
+from edge_moe.compressor.gptq import gptq
+from edge_moe.compressor.inputs import curvature_of
 from edge_moe.compressor.quantise import dequantise
 from edge_moe.compressor.streams import Stream
 from edge_moe.runtime import reference
@@ -94,7 +95,7 @@ class Layer:
     a: Stream  # after attention
     routing: forward.Routing
     norms: forward.Held
-    relative: np.ndarray  # (rows,) one over the squared norm of the residual stream
+    relative: np.ndarray  # (rows,) 1 / the squared norm of the residual stream after the layer, which later norms see
     place: np.ndarray  # (rows,) in the sample that carries errors, -1 outside of it
 
 
@@ -192,28 +193,37 @@ class Sensitivity:
         """Measure the layer's experts and add their outputs to every form; `change` gets the carried choice's error."""
         config, norms, source = self.config, forward.Held(self.weights), self.forms["source"]
         a, routing = source.a, source.routing
-        place = np.full(a.rows, -1)
-        place[self.sample_rows] = np.arange(len(self.sample_rows))
-        relative = np.empty(a.rows, np.float32)
-        for start, stop in a.blocks():
-            relative[start:stop] = 1 / np.maximum(np.square(a.read(start, stop)).sum(-1), 1e-12)
-        at = Layer(layer, a, routing, norms, relative, place)
 
-        def one(expert: int):
-            matrices = self.weights.expert(layer, expert)
-            outputs = []  # (stream, pieces of what the expert adds to it)
+        def outputs_of(expert: int):
+            """(stream, pieces of what the expert adds to it) of each form."""
+            matrices, outputs = self.weights.expert(layer, expert), []
             for form in forms:
                 rows, routed = form.routing.rows_of(expert)
                 parts = forward.expert_parts(config, norms, layer, form.a, matrices, rows, routed)
                 outputs.append((form.y, forward.held(parts, len(rows), config.dim)))
-            if self.keep is None:
-                return outputs, self._expert(at, expert, matrices)
-            return outputs, self.keep(f"measured-{layer:04}-{expert:04}", lambda: self._expert(at, expert, matrices))
+            return outputs
 
-        found = []
-        for outputs, result in forward.in_order(self.workers, one, range(config.experts)):
+        for outputs in forward.in_order(self.workers, outputs_of, range(config.experts)):
             for into, parts in outputs:
                 forward.add_all(into, parts)
+
+        place = np.full(a.rows, -1)
+        place[self.sample_rows] = np.arange(len(self.sample_rows))
+        relative = np.empty(a.rows, np.float32)
+        for start, stop in source.y.blocks():
+            relative[start:stop] = 1 / np.maximum(np.square(source.y.read(start, stop)).sum(-1), 1e-12)
+        at = Layer(layer, a, routing, norms, relative, place)
+
+        def measured(expert: int):
+            if self.keep is None:
+                return self._expert(at, expert, self.weights.expert(layer, expert))
+            return self.keep(
+                f"measured-{layer:04}-{expert:04}",
+                lambda: self._expert(at, expert, self.weights.expert(layer, expert)),
+            )
+
+        found = []
+        for result in forward.in_order(self.workers, measured, range(config.experts)):
             change[result["moved_at"]] += result["moved"]
             found.append(result)
             tell(len(found))
@@ -361,13 +371,6 @@ def with_nearest(routing, expert: int, rows: np.ndarray, routed: np.ndarray, mos
         return rows, routed
     others, share = routing.nearest_rows(expert, LEAST_ROWS - len(rows), most)
     return np.concatenate([rows, others]), np.concatenate([routed, share]).astype(np.float32)
-
-
-def curvature_of(x: np.ndarray, token_weights: np.ndarray, order_group: int = 0) -> Curvature:
-    """Of inputs x (rows, cols), each row counting by its weight (rows,)."""
-    total = max(float(token_weights.sum()), 1e-30)
-    moment = (x * (token_weights / total)[:, None]).T @ x
-    return Curvature.of(moment, damping_for(*x.shape), order_group)
 
 
 def fitting_rows(rows: np.ndarray, routed: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:

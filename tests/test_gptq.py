@@ -239,6 +239,18 @@ def test_a_width_of_16_is_only_stored():
     np.testing.assert_array_equal(gptq(weights, None, 16, 64).codes, quantise(weights, 16, 64).codes)
 
 
+@pytest.mark.parametrize("width", [2, 4, 8])
+@pytest.mark.parametrize("scale", [30, 30_000])
+def test_no_row_ends_worse_than_rounded_to_nearest(width, scale):
+    """An input that is massive and weights for it that are not small: GPTQ alone fits its group to nothing else."""
+    x, weights = inputs(128), gaussian(32, 128)
+    x[:, 70] *= scale
+    h = damped(moment_of(x), 0.0)
+    found = gptq(weights, Curvature.of(moment_of(x)), width, 64)
+    nearest = quantise(weights, width, 64, search=False)
+    assert (objective(weights, found, width, h) <= 1.001 * objective(weights, nearest, width, h)).all()
+
+
 # ---- curvature
 
 
@@ -262,18 +274,23 @@ def test_solve_gives_the_ridge_solution(order_group):
     x, weights = inputs(96), gaussian(10, 96)
     target = x @ weights.T + 0.1 * rng.standard_normal((300, 10), np.float32)
     c = Curvature.of(moment_of(x), 0.03, order_group)
-    found = c.solve((target.T @ x / 300).astype(np.float32), weights)
-    # argmin over M of mean |target - x M^T|^2 + damping |M - weights|^2
-    h = damped(moment_of(x), 0.03)
-    cross = target.astype(np.float64).T @ x / 300 + c.damping * weights
+    found = c.solve((target.T @ x / 300).astype(np.float32))
+    # argmin over M of mean |target - x M^T|^2 + damping |M|^2
+    h, cross = damped(moment_of(x), 0.03), target.astype(np.float64).T @ x / 300
     np.testing.assert_allclose(found, np.linalg.solve(h, cross.T).T, atol=1e-4)
-    assert np.square(target - x @ found.T).mean() < np.square(target - x @ weights.T).mean()
+    assert np.square(target - x @ found.T).mean() < 0.1 * np.square(target).mean()
 
 
-def test_a_target_that_the_weights_meet_leaves_them_as_they_are():
-    x, weights = inputs(96), gaussian(10, 96)
-    moment = moment_of(x)
-    np.testing.assert_allclose(Curvature.of(moment).solve(weights @ moment, weights), weights, atol=1e-5)
+@pytest.mark.parametrize("scale", [30, 30_000])
+def test_a_massive_input_does_not_damp_the_others_away(scale):
+    x = np.random.default_rng(5).standard_normal((300, 64)).astype(np.float32)
+    ordinary = Curvature.of(moment_of(x))
+    assert ordinary.damping == pytest.approx(0.01 * np.square(x).mean(), rel=1e-4)
+    x[:, 9] *= scale
+    diagonal = np.square(x, dtype=np.float64).mean(axis=0)
+    others = np.delete(diagonal, 9)
+    want = 0.01 * (others.sum() + min(diagonal[9], 64 * np.median(diagonal))) / 64
+    assert Curvature.of(moment_of(x)).damping == pytest.approx(want, rel=1e-4)
 
 
 def test_few_rows_are_damped_more():

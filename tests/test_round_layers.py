@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from bundles import logits_of, weights_of
 from golden_checkpoints import ARCHITECTURES
+from test_inputs import step_by_definition
 from test_sensitivity import Changed
 
 from edge_moe.compressor.checkpoint import Checkpoint
@@ -129,23 +130,21 @@ def test_an_expert_is_rounded_for_its_inputs_and_aims_at_what_is_lacking(golden,
     after = a + reference.moe_block(c, checkpoint, layer, h)
     common = a_made + (reference.shared_expert(c, made, layer, h_made) if c.shared_hidden else 0)
     lacking = after - common - reference.experts(c, checkpoint, layer, h, chosen, weight)
+    size = np.square(after).sum(1) + np.square(lacking).sum(1)
     lacking /= weight.sum(1, keepdims=True)
 
     expert = int(np.argmax(np.bincount(chosen.reshape(-1))))
     rows, place = np.nonzero(chosen == expert)
     assert len(rows) >= 128
-    counts = weight[rows, place] ** 2 / np.square(a_made[rows]).sum(1)
+    counts = weight[rows, place] ** 2 / size[rows]
     counts = (counts / counts.sum()).astype(np.float64)
     matrices, found = checkpoint.expert(layer, expert), made.expert(layer, expert)
 
     def rounded(matrix, target, x, width) -> np.ndarray:
-        x, damping = x.astype(np.float64), damping_for(*x.shape)
+        x = x.astype(np.float64)
+        best = matrix + step_by_definition(x, counts, target - x @ matrix.T)
         moment = (x * counts[:, None]).T @ x
-        added = damping * np.trace(moment) / len(moment)
-        best = np.linalg.solve(
-            moment + added * np.eye(len(moment)), ((target * counts[:, None]).T @ x + added * matrix).T
-        )
-        packed = gptq(best.T.astype(np.float32), Curvature.of(moment, damping), width, 32)
+        packed = gptq(best.astype(np.float32), Curvature.of(moment, damping_for(*x.shape)), width, 32)
         return dequantise(packed, width, matrix.shape[1])
 
     inner = reference.expert_inner(c, h_made[rows], *found[:2])

@@ -81,7 +81,7 @@ class Measured:
         """The expert's matrices, each rounded for every second of its rows."""
         matrices = self.weights.expert(layer, expert)
         h, weight, rows = self.rows_of(layer, expert, a)
-        counts = (weight**2 / np.square(a[rows]).sum(1))[::2]
+        counts = (weight**2 / np.square(self.after[layer][rows]).sum(1))[::2]
         found = []
         for matrix, x in zip(matrices, (h, h, reference.expert_inner(self.config, h, *matrices[:2])), strict=True):
             x = x[::2]
@@ -141,7 +141,7 @@ def test_errors_are_those_of_a_direct_computation(measured, architecture):
     full = reference.expert(c, h, *matrices).astype(np.float64)
     domain = np.repeat(m.domains, tokens)[rows[others]]
     scale = len(rows) / len(rows[others])
-    relative = 1 / np.square(a[rows[others]], dtype=np.float64).sum(1)
+    relative = 1 / np.square(m.after[layer][rows[others]], dtype=np.float64).sum(1)
 
     def errors_of(change: np.ndarray):
         squared = np.square(change).sum(1) * weight[others] ** 2

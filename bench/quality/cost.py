@@ -14,9 +14,9 @@ from edge_moe.bench.quality.study import Study
 from edge_moe.compressor import targets
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.gptq import gptq
+from edge_moe.compressor.inputs import curvature_of
 from edge_moe.compressor.pipeline import Compression, compress
 from edge_moe.compressor.quantise import dequantise
-from edge_moe.compressor.sensitivity import curvature_of
 from edge_moe.devices.probe import default_threads
 
 SIZES = (256, 512, 1024, 2048)  # inputs of an expert; its inner size is half of that
