@@ -221,7 +221,9 @@ def edit_json(path: Path, rng: random.Random, old: bool) -> Mutation:
 def edit_value(value, rng: random.Random) -> tuple[str, str]:
     """Change one place of a JSON value; gives the outermost name that it is under, and words."""
     at = list(places(value))
-    container, key, path = rng.choice(at)
+    tops = sorted({str(path[0]) for _, _, path in at})  # else records would be nearly all that is ever changed
+    top = rng.choice(tops) if rng.random() < 0.5 else None
+    container, key, path = rng.choice([one for one in at if top in (None, str(one[2][0]))])
     own = path[-1] in ("frequency", "default_cut")
     top = str(path[-1 if own else 0])
     shown, action = ".".join(map(str, path)), rng.random()
