@@ -26,6 +26,7 @@ from edge_moe.runtime.plan import READERS
 MEMORY_BYTES = 1 << 29  # far beyond any cache
 DISK_BYTES = 1 << 28  # read at most
 DISK_SECONDS = 2.0
+SYNCED_BYTES = 1 << 25  # written at once
 BLOCK_BYTES = 1 << 21  # an expert of a few million weights
 REPEATS = 5
 F_NOCACHE = 48  # macOS, fcntl.h
@@ -61,8 +62,11 @@ def disk_read_gbps(bundle: Bundle) -> float | None:
 def directory_read_gbps(directory: Path) -> float | None:
     """The same for blocks of a file that is written there for it and removed; None without unbuffered reads."""
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".edge-moe-") as file:
-        for _ in range(DISK_BYTES // BLOCK_BYTES):
+        for at in range(0, DISK_BYTES, BLOCK_BYTES):
             file.write(os.urandom(BLOCK_BYTES))  # a disk may compress zeros
+            if at % SYNCED_BYTES == 0:  # Ctrl-C is answered between two of these
+                file.flush()
+                os.fsync(file.fileno())
         file.flush()
         os.fsync(file.fileno())
         return _read_gbps([Path(file.name)], [(0, at, BLOCK_BYTES) for at in range(0, DISK_BYTES, BLOCK_BYTES)])
@@ -74,12 +78,12 @@ def _read_gbps(files: list[Path], reads: list[tuple[int, int, int]]) -> float | 
     handles = [_open_unbuffered(path) for path in files]
     if None in handles:
         return None
-    block = max(nbytes for _, _, nbytes in reads)
+    block, interrupted = max(nbytes for _, _, nbytes in reads), False
 
     def read(part) -> int:
         buffer, done = mmap.mmap(-1, block), 0  # page-aligned, as O_DIRECT wants it
         for file, offset, nbytes in part:
-            if done * READERS >= DISK_BYTES or time.perf_counter() - began > DISK_SECONDS:
+            if interrupted or done * READERS >= DISK_BYTES or time.perf_counter() - began > DISK_SECONDS:
                 break
             done += os.preadv(handles[file], [memoryview(buffer)[:nbytes]], offset)
         return done
@@ -87,7 +91,11 @@ def _read_gbps(files: list[Path], reads: list[tuple[int, int, int]]) -> float | 
     try:
         began = time.perf_counter()
         with ThreadPoolExecutor(READERS) as pool:
-            total = sum(pool.map(read, [reads[at::READERS] for at in range(READERS)]))
+            try:
+                total = sum(pool.map(read, [reads[at::READERS] for at in range(READERS)]))
+            except BaseException:  # Ctrl-C: the threads end after the block that they are reading
+                interrupted = True
+                raise
         return total / (time.perf_counter() - began) / 1e9
     except OSError:
         return None

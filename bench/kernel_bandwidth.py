@@ -24,6 +24,7 @@ class KernelBandwidth:
     threads: int
     gbps: float  # of codes, scales and biases, median of the rounds
     share: float  # of what reading alone took in the same round, median
+    best_gbps: float  # of the best round: what is left when nothing else runs
 
 
 def kernel_bandwidth(
@@ -57,7 +58,9 @@ def kernel_bandwidth(
                     gbps[width].append(found)
                     shares[width].append(found / read)
     return [
-        KernelBandwidth(width, threads, statistics.median(gbps[width]), statistics.median(shares[width]))
+        KernelBandwidth(
+            width, threads, statistics.median(gbps[width]), statistics.median(shares[width]), max(gbps[width])
+        )
         for width in widths
     ]
 

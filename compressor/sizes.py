@@ -7,7 +7,7 @@ format, by the bits that a weight of each tensor takes there; RECIPES has the pu
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edge_moe import _core
 from edge_moe.compressor.quantise import largest_group, trunk_packing
@@ -18,6 +18,7 @@ from edge_moe.runtime.config import ModelConfig, trunk_shapes
 
 GROUP = 64
 DEFAULT_WIDTH, TRUNK_WIDTH = 4, 8
+WIDEST = 8  # bits that an expert gets at the most, unless all are left as they are
 PROJECTIONS = ("gate", "up", "down")  # of the routed experts
 TRUNK_KINDS = ("shared", "attention", "dense", "embedding", "head")
 EDGES = tuple(f"edge_{name}" for name in PROJECTIONS)  # the same in the first and last eighth of the MoE layers
@@ -115,6 +116,23 @@ def packed_sizes(config: ModelConfig, widths: dict[str, int], where: str = "conf
         return record_bytes(config, chosen, group or GROUP, record_alignment(config))
 
     return _sizes(config, nbytes, record)
+
+
+def mixed_sizes(config: ModelConfig, bits: float, trunk_width: int) -> Sizes:
+    """What a bundle has whose experts' widths are chosen to take so many bits a weight, padding included.
+
+    Which expert gets which width is not known yet: the largest record is taken to have 8 bits.
+    """
+
+    def nbytes(tensor: Tensor) -> int:
+        if tensor.kind in PROJECTIONS:
+            return math.ceil(tensor.weights * bits / 8)
+        return packed_bytes(tensor.shape, trunk_packing({tensor.name: tensor.shape}, trunk_width, GROUP)[tensor.name])
+
+    sizes = _sizes(config, nbytes, lambda projections: sum(map(nbytes, projections)))
+    group = largest_group(GROUP, config.dim, config.expert_hidden) or GROUP
+    largest = record_bytes(config, (WIDEST,) * 3, group, record_alignment(config))
+    return replace(sizes, slot_bytes=max(sizes.slot_bytes, largest))
 
 
 def sizes_by_bits(config: ModelConfig, bits_of: Callable[[Tensor], float]) -> Sizes:

@@ -323,9 +323,15 @@ def test_inspect_and_verify_describe_a_bundle(bundle):
     assert done.stdout.startswith(f"{bundle}: OK, ") and done.stdout.endswith(" GB/s\n")
 
 
+PLAN_KEYS = {
+    *("total_bytes", "working_set_cap_bytes", "bits_per_weight", "disk_bytes"),
+    *("expected_hit_rate", "calibrated", "expected_speed"),
+}
+
+
 def test_a_plan_of_a_bundle_is_the_one_that_generate_has(bundle):
     plan = object_of("plan", bundle, "--ram", "1GB", "--context", "256")
-    assert set(plan) == {field.name for field in fields(Plan)} | {"total_bytes", "working_set_cap_bytes"}
+    assert set(plan) == {field.name for field in fields(Plan)} | PLAN_KEYS
     assert plan["working_set_experts"] == 16
     assert plan["working_set_bytes"] == plan["all_experts_bytes"] // 4
     assert plan["resident"] and plan["context"] == 256
@@ -365,18 +371,18 @@ def test_a_plan_below_the_floor_is_shown_and_refused():
 def test_a_plan_from_a_config_names_each_part_and_the_largest_context():
     model = ("plan", CONFIGS / "deepseek-v3.json", "--ram", "128GB", "--keep-experts", "192")
     text = succeeds(*model, "--recipe", "collaborative").stdout
-    parts, plan, rest = text.split("\n\n", 1)[0], text.split("\n\n", 1)[1], text.split("\n\n")[-1]
+    parts, plan, rest = text.split("\n\n", 1)[0], text.split("\n\n", 1)[1], text.split("\n\n")[-1].split("\n")
     rows = {line.split("  ")[0]: line.split() for line in parts.splitlines()}
     assert rows["total"] == ["total", "507,522,615,168", "1.756", "111.39", "GB"]
     assert rows["experts, down"][-3:] == ["1.825", "37.30", "GB"]
     assert "every expert in memory" in plan and "of a cap of 128.00 GB" in plan
-    assert rest.startswith("the cap holds a context of at most 163,840 tokens, or ")
-    assert rest.endswith("; 192 of 256 experts a layer\n")
+    assert rest[0].startswith("longest context under this cap: 163,840 tokens; with every expert in memory:")
+    assert "which is another format; 192 of 256 experts a layer" in " ".join(rest)
+    assert "--bits" not in text  # another format is not compared
 
     result = object_of(*model, "--width", "1", "--widths", "down=2,edge_down=3", "--trunk-width", "4")
-    assert set(result) - {field.name for field in fields(Plan)} == {
-        "total_bytes", "working_set_cap_bytes", "parts", "largest_context", "largest_resident_context",
-    }  # fmt: skip
+    more = {"parts", "largest_context", "largest_resident_context"}
+    assert set(result) - {field.name for field in fields(Plan)} == PLAN_KEYS | more
     assert result["largest_context"] == 163840
     assert sum(part["bytes"] for part in result["parts"]) == result["trunk_bytes"] + result["all_experts_bytes"]
     down = next(part for part in result["parts"] if part["name"] == "down")
@@ -384,9 +390,34 @@ def test_a_plan_from_a_config_names_each_part_and_the_largest_context():
     assert set(down) == {"name", "weights", "bits_per_weight", "bytes"}
 
 
+def test_a_plan_from_a_config_takes_bits_as_compress_does_and_compares_them(tmp_path):
+    config = ("plan", CONFIGS / "qwen3-30b-a3b.json", "--ram", "8GB")
+    plain, three = object_of(*config), object_of(*config, "--bits", "3")
+    weights = 48 * 128 * 3 * 2048 * 768
+    assert plain["all_experts_bytes"] == weights * 2.5 / 8 and three["all_experts_bytes"] == weights * 3 / 8
+    sized = object_of(*config, "--size", three["disk_bytes"] + 10_000_000)
+    assert sized["all_experts_bytes"] == pytest.approx(three["all_experts_bytes"], rel=0.001)
+    text = succeeds(*config, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}).stdout
+    rows = [line.split() for line in text.split("by bits of an expert weight:\n")[1].split("\n\n")[0].splitlines()]
+    assert rows[0] == ["--bits", "bundle", "experts", "in", "memory", "all", "from"]
+    assert [row[0] for row in rows[1:]] == ["2.0", "2.5", "3.0", "3.5", "4.5"]
+    share = plain["experts_bytes"] / plain["all_experts_bytes"]
+    assert rows[2][3] == f"{share:.0%}" and rows[2][1:3] == ["10.73", "GB"]
+    assert "`edge-moe doctor DIR` measures this machine" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     "option, message",
     [
+        (["--bits", "0.5"], "bits is 0.5, expected 1.25 to 16 (experts of width 1 take 1.25)"),
+        (["--bits", "3", "--size", "9GB"], "bits, width and size exclude each other; give one of them"),
+        (["--bits", "3", "--width", "2"], "bits and size are of all experts together; leave width out"),
+        (
+            ["--size", "5GB"],
+            "size is 5,000,000,000 bytes, expected at least 6,208,793,384: 4,529,848,320 for experts of width 1 and "
+            "1,678,945,064 for the rest; raise it, lower trunk_width, or keep fewer experts",
+        ),
         (["--widths", "gate"], "widths 'gate' are not NAME=BITS with commas between, as gate=2,down=3"),
         (["--widths", "gate=2.5"], "widths 'gate=2.5' are not NAME=BITS with commas between, as gate=2,down=3"),
         (

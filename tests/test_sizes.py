@@ -16,7 +16,7 @@ from edge_moe.compressor.sizes import Sizes, at_edge, collaborative_bits, packed
 from edge_moe.compressor.writer import Packing
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle
 from edge_moe.runtime.config import load_config, parse_config, read_json, trunk_shapes
-from edge_moe.runtime.plan import CHUNKS, engine_memory
+from edge_moe.runtime.plan import CHUNKS, TOKEN_BYTES, engine_memory
 
 CONFIGS = REFERENCE.parent / "configs"
 DEEPSEEK = CONFIGS / "deepseek-v3.json"
@@ -225,7 +225,7 @@ def test_the_cap_holds_the_largest_context_and_not_one_token_more(ram, recipe, k
     def needed(context: int, at_64: int) -> int:
         """Bytes with another context, all else as it was: each call finds the interpreter grown a little."""
         before, after = (sum(engine_memory(V3, n, min(CHUNKS[-1], n))) for n in (64, context))
-        return at_64 - before + after
+        return at_64 - before + after + TOKEN_BYTES * (context - 64)
 
     for most, at_64 in (
         (result.largest_context, plan.floor_bytes),

@@ -101,10 +101,10 @@ app = typer.Typer(
 )
 
 
-def _add(name: str, function) -> None:
-    """Register a subcommand whose expected errors become one line and an exit code."""
+def _add(name: str, function, epilog: str | None = None) -> None:
+    """Register a subcommand whose expected errors become one line and an exit code. epilog: ends its help."""
 
-    @app.command(name, cls=SectionedCommand)
+    @app.command(name, cls=SectionedCommand, epilog=epilog)
     @functools.wraps(function)
     def run(*args, **given):
         try:
@@ -136,11 +136,11 @@ def global_options(
         print(ctx.get_help())
 
 
-for _name, _function in (
+for _name, _function, *_epilog in (
     ("demo", demo.demo),
     ("compress", compress.compress),
     ("prune", prune.prune),
-    ("plan", plan.plan),
+    ("plan", plan.plan, plan.GLOSSARY),
     ("inspect", inspect.inspect),
     ("verify", verify.verify),
     ("generate", generate.generate),
@@ -149,4 +149,4 @@ for _name, _function in (
     ("bench", bench.bench),
     ("doctor", doctor.doctor),
 ):
-    _add(_name, _function)
+    _add(_name, _function, *_epilog)

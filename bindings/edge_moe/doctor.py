@@ -1,56 +1,92 @@
-"""`edge-moe doctor`: what this machine has, how fast it reads, and what would compute a model here."""
+"""`edge-moe doctor`: what this machine has, how fast it reads, and which models would run here, how fast."""
 
-import importlib.util
 import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
 
-from edge_moe import __version__, _core
-from edge_moe.bench.bandwidth import directory_read_gbps, disk_read_gbps, memory_read_gbps
-from edge_moe.bench.conditions import processor
+from edge_moe import __version__, _core, bench
+from edge_moe.bench.expectation import expected_speed
+from edge_moe.bench.machine import measure_machine, mount_of
+from edge_moe.compressor.estimate import estimate
 from edge_moe.devices.nvidia import find_driver, nvcc_version
 from edge_moe.devices.probe import cgroup_limit_bytes, default_threads, memory_limit_bytes
+from edge_moe.machine_file import known_machine, remember_machine
 from edge_moe.report import size, table
-from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.device import device_name
 
+CONFIGS = Path(bench.__file__).parent / "configs"
+MODELS = {"Qwen3-30B-A3B": "qwen3-30b-a3b", "Qwen3-235B-A22B": "qwen3-235b-a22b", "DeepSeek-V3": "deepseek-v3"}
+BITS = 2.5  # at which they are looked at: what compress makes
+SMALL_CAP = 8_000_000_000  # at which the smallest is looked at too, where there is more
 
-def examine(where: Path) -> dict:
+
+def examine(where: Path, progress=None) -> dict:
     """What `edge-moe doctor --json` prints. where: a bundle, or the directory that will hold one.
 
-    Writes, reads and removes a file of 268 MB when `where` is not a bundle. Raises OSError where that cannot be done.
+    Writes, reads and removes a file of 268 MB when `where` is not a bundle. What it measures is kept for `edge-moe
+    plan`. progress(step, done, of) is called before each measurement. Raises OSError where nothing can be written.
     """
     if not where.is_dir():
-        raise FileNotFoundError(f"{where}: no such directory; name a bundle, or the directory that will hold one")
-    threads, driver = default_threads(), find_driver()
-    is_bundle = (where / "bundle.json").exists()
+        what = "is a file" if where.exists() else "no such directory"
+        raise FileNotFoundError(f"{where}: {what}; name a bundle, or the directory that will hold one")
+    threads, driver, steps = default_threads(), find_driver(), ["memory", "kernels", "disk"]
+
+    def tell(step: str) -> None:
+        if progress:
+            progress(f"measuring the {step}", steps.index(step), len(steps))
+
+    try:
+        machine = measure_machine(where, known_machine(), tell)
+    except OSError as error:
+        raise OSError(f"{where}: nothing can be written here ({error.strerror}); name another directory") from None
+    remember_machine(machine)
+    disk_gbps = machine.disks[mount_of(where)]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = cgroup_limit_bytes()
     return {
         "version": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "processor": processor(),
+        "processor": machine.processor,
         "threads": threads,
         "kernels": _core.kernel_names(),
         "memory_bytes": memory,
         "available_bytes": memory_limit_bytes(_core.free_bytes()),
         "cgroup_limit_bytes": limit if limit and limit < memory else None,
-        "memory_gbps": memory_read_gbps(threads),
-        "disk": {
-            "path": str(where.resolve()),
-            "gbps": disk_read_gbps(Bundle.open(where)) if is_bundle else directory_read_gbps(where),
-        },
+        "memory_gbps": machine.memory_gbps,
+        "kernel_gbps": machine.as_dict()["kernel_gbps"],
+        "disk": {"path": str(where.resolve()), "gbps": disk_gbps},
         "cuda": {
             "driver": driver.version if driver else None,
             "gpus": [asdict(gpu) for gpu in driver.gpus] if driver else [],
             "nvcc": nvcc_version(),
             "build": _core.cuda_build() == "cuda",  # has this build code for them?
         },
-        "mlx": importlib.util.find_spec("mlx") is not None,
         "devices": list(dict.fromkeys([device_name("auto"), "cpu"])),  # the default first
+        "models": _models(machine, disk_gbps),
     }
+
+
+def _models(machine, disk_gbps: float | None) -> list[dict]:
+    """Known models at BITS under what `--ram auto` takes, and the smallest under a small cap: size and speed."""
+    found = []
+    for name, config in MODELS.items():
+        caps = ["auto", *([SMALL_CAP] if not found else [])]
+        for made in (estimate(CONFIGS / f"{config}.json", cap, bits=BITS) for cap in caps):
+            plan, speed = made.plan, expected_speed(made, machine, disk_gbps)
+            found.append(
+                {
+                    "model": name,
+                    "bits": BITS,
+                    "ram_bytes": plan.ram_bytes,
+                    "disk_bytes": made.disk_bytes,
+                    "floor_bytes": plan.floor_bytes,
+                    "share_in_memory": plan.experts_bytes / plan.all_experts_bytes,
+                    "expected_speed": speed and speed.as_dict(),
+                }
+            )
+    return found
 
 
 def examination_text(found: dict) -> str:
@@ -68,21 +104,38 @@ def examination_text(found: dict) -> str:
         ["processor", f"{found['processor']}, {found['threads']} threads, kernels {found['kernels'][0]}"],
         ["memory", f"{size(found['memory_bytes'])}, {size(found['available_bytes'])} available"],
         *([["", f"a cgroup limits it to {size(limit)}"]] if limit else []),
-        ["", f"reads {found['memory_gbps']:.1f} GB/s on all threads"],
+        ["", f"reads {found['memory_gbps']:.1f} GB/s on all threads, {_kernels_text(found)} as weights"],
         ["disk", f"{disk['path']}: " + _disk_text(disk["gbps"])],
         *[["GPU" if number == 0 else "", line] for number, line in enumerate(gpus)],
         ["CUDA", f"driver for {cuda['driver']}{toolkit}" if cuda["driver"] else f"no driver{toolkit}"],
-        ["MLX", "installed" if found["mlx"] else "not installed"],
         ["runs on", _devices_text(found)],
     ]
-    return table(rows)
+    so = "\n".join(f"  {_model_text(model)}" for model in found["models"])
+    return f"{table(rows)}\n\nso, at {BITS:g} bits an expert weight, as `edge-moe compress` makes them:\n{so}"
+
+
+def _model_text(its: dict) -> str:
+    """One line of advice."""
+    name, cap, speed = f"{its['model']} ({size(its['disk_bytes'])})", size(its["ram_bytes"]), its["expected_speed"]
+    if its["ram_bytes"] < its["floor_bytes"]:
+        return f"{name} under {cap}: does not run; it needs {size(its['floor_bytes'])}"
+    share = its["share_in_memory"]
+    held = "every expert in memory" if share == 1 else f"{share:.0%} of the experts in memory"
+    tps = f", about {speed['tokens_per_second']:.2g} tok/s" if speed else ""
+    return f"{name} under {cap}: {held}{tps}"
+
+
+def _kernels_text(found: dict) -> str:
+    speeds = found["kernel_gbps"].values()
+    return f"{min(speeds):.1f} to {max(speeds):.1f}"
 
 
 def _devices_text(found: dict) -> str:
     cuda = found["cuda"]
     if cuda["gpus"] and not cuda["build"]:
         return "cpu; this build has no code for the GPU: pip install -Ccmake.define.EDGE_MOE_CUDA=ON, where nvcc is"
-    return " or ".join(found["devices"])
+    on_mac = "; no Metal yet: a Mac's GPU is not used" if found["system"].startswith("Darwin") else ""
+    return " or ".join(found["devices"]) + on_mac
 
 
 def _disk_text(gbps: float | None) -> str:

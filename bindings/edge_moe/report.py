@@ -1,4 +1,4 @@
-"""What the command line shows: sizes, tables, the plan, a bundle and statistics as plain text.
+"""What the command line shows: sizes, tables, a bundle and statistics as plain text; plans are in plan_text.py.
 
 Imports nothing heavy: `edge-moe generate` uses it, and its memory counts under the cap.
 """
@@ -10,13 +10,6 @@ from edge_moe.runtime.config import trunk_shapes
 
 STDLIB_NOTE = "calibrated on Python source; for other kinds of text pass --calibration FILE"
 DROP_COUNTS = {"equal": "as many in every layer", "sensitivity": "more where it costs less"}
-PART_NAMES = {  # of sizes.Part
-    **{name: f"experts, {name}" for name in ("gate", "up", "down", "padding")},
-    "shared": "shared expert",
-    "dense": "dense MLP",
-    "head": "output head",
-    "float32": "norms and routers",
-}
 
 
 def size(count: float) -> str:
@@ -38,67 +31,6 @@ def table(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def parts_text(parts) -> str:
-    """sizes.Part rows as a table: weights, bits a weight and bytes, and their sums."""
-    weights, nbytes = (sum(getattr(part, name) for part in parts) for name in ("weights", "nbytes"))
-    cells = [(PART_NAMES.get(part.name, part.name), part.weights, part.nbytes) for part in parts]
-    rows = [["part", "weights", "bits", "bytes"]]
-    for name, count, size_bytes in (*cells, ("total", weights, nbytes)):
-        known = [f"{count:,}", f"{8 * size_bytes / count:.3f}"] if count else ["", ""]
-        rows.append([name, *known, size(size_bytes)])
-    return table(rows, right=(1, 2, 3))
-
-
-def estimate_text(estimate) -> str:
-    """An Estimate: the parts if it has them, the plan, the largest contexts and what was assumed."""
-    if not estimate.parts:
-        return plan_text(estimate.plan)
-    most, resident = estimate.largest_context, estimate.largest_resident_context
-    fits = (
-        f"the cap holds a context of at most {most:,} tokens"
-        + (f", or {resident:,} with every expert in memory" if resident else ", never every expert")
-        if most
-        else "the cap holds no context"
-    )
-    return f"{parts_text(estimate.parts)}\n\n{plan_text(estimate.plan)}\n\n{fits}\n{estimate.assumed}"
-
-
-def plan_text(plan) -> str:
-    """A Plan as a table of bytes by purpose, its floor, and from where on every expert is in memory."""
-    if plan.ram_bytes < plan.floor_bytes:
-        experts = "less than a token needs"
-    elif plan.resident:
-        experts = "every expert in memory"
-    else:
-        share = plan.experts_bytes / plan.all_experts_bytes
-        experts = f"slots for about {plan.slots}: {share:.0%} of {size(plan.all_experts_bytes)}"
-    rows = [
-        ["purpose", "bytes", ""],
-        ["trunk", size(plan.trunk_bytes), "all weights but the routed experts"],
-        ["KV cache", size(plan.kv_cache_bytes), f"{plan.context:,} tokens of context"],
-        ["scratch", size(plan.scratch_bytes), f"prompts in chunks of {plan.chunk}"],
-        ["I/O buffers", size(plan.io_buffers_bytes), ""],
-        ["interpreter", size(plan.interpreter_bytes), "about: Python and the tokenizer, where there is one"],
-        ["experts", size(plan.experts_bytes), experts],
-        ["total", size(plan.total_bytes), f"of a cap of {size(plan.ram_bytes)}"],
-        ["", "", ""],
-        ["floor", size(plan.floor_bytes), "the smallest cap that works"],
-        ["working set", size(plan.working_set_bytes), f"the {plan.working_set_experts:,} experts that one token uses"],
-        ["resident from", size(plan.resident_bytes), "the cap from which nothing is paged"],
-    ]
-    return table(rows, right=(1,)) + _working_set_warning(plan)
-
-
-def _working_set_warning(plan) -> str:
-    if plan.holds_working_set or plan.ram_bytes < plan.floor_bytes:
-        return ""
-    cap = size(plan.working_set_cap_bytes)
-    return (
-        f"\n\nwarning: slots for about {plan.slots:,} experts do not hold a token's working set of "
-        f"{plan.working_set_experts:,},\nso every token reads from storage; a cap of {cap} holds it"
-    )
 
 
 def widths_name(widths: tuple[int, int, int]) -> str:

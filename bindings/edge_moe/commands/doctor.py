@@ -11,13 +11,16 @@ Where = argument(str, "WHERE", "A bundle, or the directory that will hold one [d
 
 
 def doctor(where: Where = ".", json_output: options.Json = False) -> None:
-    """Show what this machine has and how fast it is.
+    """Show what this machine has, how fast it is, and what runs here.
 
-    For a directory that is no bundle a file of 268 MB is written there, read and removed.
+    For a directory that is no bundle a file of 268 MB is written there, read and removed. What is measured is kept
+    for `edge-moe plan`.
     """
     from edge_moe.doctor import examination_text, examine
+    from edge_moe.progress import progress_bar
 
-    found = examine(Path(where))
+    with progress_bar(quiet=json_output) as progress:
+        found = examine(Path(where), progress)
     if json_output:
         print_json(found)
     else:

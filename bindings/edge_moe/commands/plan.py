@@ -1,11 +1,23 @@
-"""`edge-moe plan`: what a model would take of memory, before it is loaded or downloaded."""
+"""`edge-moe plan`: what a model would take of memory, before it is loaded or downloaded, and how fast it would be."""
 
 from enum import Enum
+from pathlib import Path
 
 from edge_moe.commands import options
 from edge_moe.commands.options import argument, option
 from edge_moe.commands.output import print_json
 from edge_moe.terminal import show
+
+_MODEL = "For a MODEL, which is no bundle yet"
+GLOSSARY = """\b
+Words:
+  trunk        all weights but the routed experts: attention, embedding, head
+  bits         of an expert weight, scales, biases and padding included
+  width        bits of its code alone: width 2 in groups of 64 is 2.5 bits
+  slot         memory for one expert that is paged in
+  floor        the smallest cap that works; most experts of every token are read
+  working set  the experts that one token uses in all layers together
+  resident     in memory: nothing is read from storage"""
 
 
 class Recipe(str, Enum):
@@ -13,17 +25,28 @@ class Recipe(str, Enum):
 
 
 ModelOrBundle = argument(str, "MODEL|BUNDLE", "A bundle, a model's directory, or a config.json alone.")
-PlanWidth = option(int | None, "--width", metavar="B", help="Bits of the experts, for a MODEL [default: 4].")
-PlanWidths = option(
-    str | None, "--widths", metavar="NAME=B,...",
-    help="Bits by kind: gate, up, down, edge_gate, edge_up, edge_down (the first and last eighth of the layers), "
-    "shared, attention, dense, embedding, head.",
+Bits = option(
+    float | None, "--bits", metavar="B", section=_MODEL,
+    help="Mean bits of an expert weight, as compress takes them; 16: all as it is [default: 2.5].",
 )  # fmt: skip
-PlanTrunkWidth = option(int | None, "--trunk-width", metavar="B", help="Bits of all weights but those [default: 8].")
-KeepExperts = option(
-    str | None, "--keep-experts", metavar="N|SHARE", help="Experts that a layer keeps, as 192 or 0.75 [default: all]."
+Size = option(str | None, "--size", metavar="SIZE", section=_MODEL, help="Bytes of the whole bundle, as 103GB.")
+PlanWidth = option(int | None, "--width", metavar="B", section=_MODEL, help="One width for all experts.")
+PlanWidths = option(
+    str | None, "--widths", metavar="NAME=B,...", section=_MODEL,
+    help="Widths by kind: gate, up, down, edge_gate, edge_up, edge_down (the first and last eighth of the layers), "
+    "shared, attention, dense, embedding, head; --width, or 4, for the rest of the experts.",
+)  # fmt: skip
+PlanTrunkWidth = option(
+    int | None, "--trunk-width", metavar="B", section=_MODEL, help="Width of all weights but the experts' [default: 8]."
 )
-PlanRecipe = option(Recipe | None, "--recipe", help="Instead of widths: a published mix of another format.")
+KeepExperts = option(
+    str | None, "--keep-experts", metavar="N|SHARE", section=_MODEL,
+    help="Experts that a layer keeps, as 192 or 0.75 [default: all].",
+)  # fmt: skip
+PlanRecipe = option(
+    Recipe | None, "--recipe", section=_MODEL,
+    help="Bytes of a published mix in another program's format, to compare with: compress does not make it.",
+)  # fmt: skip
 PlanDevice = option(str, "--device", metavar="NAME", shown=True, help="Where it would compute: cpu or cuda.")
 
 
@@ -32,6 +55,8 @@ def plan(
     ram: options.Ram = "auto",
     context: options.Context = None,
     kv: options.Kv = options.KvType.float16,
+    bits: Bits = None,
+    size: Size = None,
     width: PlanWidth = None,
     widths: PlanWidths = None,
     trunk_width: PlanTrunkWidth = None,
@@ -41,23 +66,34 @@ def plan(
     threads: options.Threads = None,
     json_output: options.Json = False,
 ) -> None:
-    """Show where memory would go under a cap.
+    """Show how a model would fit under a cap.
 
-    Nothing is loaded: a bundle's tables are enough, or a config.json before any download; then also what each part
-    would take at given widths, and the largest context. Fails when the cap is below the floor.
+    Nothing is loaded: a bundle's tables are enough, or a config.json before any download. Shows where memory would go,
+    and what speed to expect once `edge-moe doctor` has measured this machine. Fails when the cap is below the floor.
     """
     from edge_moe.compressor.estimate import estimate
-    from edge_moe.report import estimate_text
     from edge_moe.runtime.plan import BelowFloor
 
-    bits = {"width": width, "widths": widths_of(widths), "trunk_width": trunk_width}
+    as_made = {"bits": bits, "size": size, "width": width, "widths": widths_of(widths), "trunk_width": trunk_width}
     model_as = {"keep_experts": keep_experts_of(keep_experts), "recipe": recipe and recipe.value}
     run = {"context": context, "device": device, "threads": threads, "kv": kv.value}
-    result = estimate(model, ram, **run, **bits, **model_as)
+    result = estimate(model, ram, **run, **as_made, **model_as)
+    from edge_moe.bench.expectation import expected_speed  # after the estimate, which counts this process's memory
+    from edge_moe.machine_file import disk_of, known_machine
+    from edge_moe.plan_text import estimate_text
+
+    where, machine = Path(model) if not result.parts else Path("."), known_machine()
+
+    def speed_of(one):
+        if machine is None or device == "cuda" or threads not in (None, machine.threads):
+            return None  # than was measured
+        return expected_speed(one, machine, disk_of(machine, where)[0])
+
     if json_output:
-        print_json(result.as_dict())
+        speed = speed_of(result)
+        print_json(result.as_dict() | {"expected_speed": speed and speed.as_dict()})
     else:
-        show(estimate_text(result))
+        show(estimate_text(result, speed_of, where))
     if result.plan.ram_bytes < result.plan.floor_bytes:
         raise BelowFloor(result.plan)
 

@@ -1,0 +1,68 @@
+"""How fast a plan will generate: what a token computes with, by the kernels' speed, then what it misses, by the disk's.
+
+The two follow each other: decoding under caps has 0.93 to 1.08 of that speed (bench/reports/cpu.md). Attention to a
+long context is left out, so it is the speed at the beginning of one.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from edge_moe.bench.machine import Machine
+from edge_moe.compressor.estimate import Estimate
+
+LAYER_S = 40e-6  # of a layer beside its weights: norms, routing, and threads that begin and end
+# Of 14 runs recorded on a quiet machine (tests/test_expectation.py has them) the slowest, at the floor, had 0.75 of the
+# speed expected from kernels and disk measured in the same report, the fastest 1.34.
+LEAST, MOST = 0.7, 1.4
+# Where it is not known how often each expert is used, they are taken to be used evenly, which is the worst case. The
+# embedded model's were found in memory like this, in text of five kinds (bench/reports/cache_policies.md).
+SHARES, HITS_IN_TEXT = (0.0, 0.3, 0.5, 0.7, 1.0), (0.0, 0.53, 0.79, 0.94, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Tokens a second that are expected, with the bounds of what was measured where it was tried."""
+
+    tokens_per_second: float
+    low: float
+    high: float
+    resident_tokens_per_second: float  # with every expert in memory
+    weight_bytes_per_token: int  # that are computed with
+    read_bytes_per_token: int  # of those, from storage
+    hit_rate: float
+    disk_gbps: float | None  # None where nothing is read
+    measured: str  # the day of the bandwidths
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def expected_speed(estimate: Estimate, machine: Machine, disk_gbps: float | None) -> Speed | None:
+    """The speed of an estimate's plan; None where it reads from a disk of unknown speed or is below its floor."""
+    plan = estimate.plan
+    missed = 0 if plan.resident else round((1 - estimate.hit_rate) * plan.working_set_bytes)
+    if plan.ram_bytes < plan.floor_bytes or (missed and not disk_gbps):
+        return None
+    compute = (
+        estimate.trunk_read_bytes / machine.weights_gbps(estimate.trunk_bits) / 1e9
+        + plan.working_set_bytes / machine.weights_gbps(estimate.bits) / 1e9
+        + estimate.layers * LAYER_S
+    )
+
+    def tps(read_bytes: float) -> float:
+        return 1 / (compute + (read_bytes / disk_gbps / 1e9 if read_bytes else 0))
+
+    share = plan.experts_bytes / plan.all_experts_bytes
+    hits = estimate.hit_rate if estimate.calibrated else float(np.interp(share, SHARES, HITS_IN_TEXT))
+    return Speed(
+        tokens_per_second=tps(missed),
+        low=LEAST * tps(missed),
+        high=MOST * tps(0 if plan.resident else (1 - hits) * plan.working_set_bytes),
+        resident_tokens_per_second=tps(0),
+        weight_bytes_per_token=estimate.trunk_read_bytes + plan.working_set_bytes,
+        read_bytes_per_token=missed,
+        hit_rate=1.0 if plan.resident else estimate.hit_rate,
+        disk_gbps=disk_gbps if missed else None,
+        measured=machine.measured,
+    )
