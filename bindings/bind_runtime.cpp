@@ -362,6 +362,12 @@ void bind_runtime(nb::module_& m) {
       "where there is none.");
   m.def("resident_bytes", &resident_bytes, "Memory of this process now, as the system counts it.");
   m.def("peak_bytes", &peak_bytes, "The most memory this process ever had (Linux VmHWM, macOS phys_footprint).");
+  m.def("reset_peak_bytes", &reset_peak_bytes,
+        "Let peak_bytes() begin anew from the memory that there is now; false where the system cannot.");
+  m.def("untouched_bytes", &untouched_bytes,
+        "What engines of this process have allocated or mapped and not used yet: resident_bytes() may grow by it.");
+  m.def("performance_cores", &performance_cores,
+        "Cores of the fast kind where there is a slower kind too; 0 where all are alike or the system does not tell.");
   m.def("free_bytes", &free_bytes, "What the system could give to programs now, in bytes.");
   m.def(
       "crc32c",

@@ -51,12 +51,14 @@ class Account:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        engine = self.runtime._open()
-        self._before, self._began = engine.counters, time.perf_counter()
+        # The engine is never kept here: an exception's traceback would keep its memory after close().
+        self._before, self._began = self.runtime._open().counters, time.perf_counter()
         try:
             yield
         finally:
-            self._used, self._seconds = self._used_by(engine.counters), self._computed_seconds()
+            if self.runtime.is_open:
+                self._used = self._used_by(self.runtime._open().counters)
+            self._seconds = self._computed_seconds()
             self._before = None
 
     def prefilled(self, tokens: int) -> None:

@@ -12,7 +12,8 @@ from edge_moe.runtime.rope import rope_frequency, rope_scale, softmax_scale
 
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best first
 READERS = 4  # threads that fetch records: reads of 128 KiB to 2 MB with 8 or 16 were no faster (0.96 to 1.04 times)
-READER_BYTES = 64 * 1024  # touched stack of a reader
+READER_BYTES = 64 * 1024  # stack of a reader, the kernel's included
+THREAD_BYTES = 48 * 1024  # stack of a thread that computes: 8 kB were measured, and 28 kB that the kernel takes
 INTERPRETER_SPARE = 12_000_000  # what Python may still come to need: text, sampling; half of it for encoding a text
 TOKEN_BYTES = 64  # that Python takes for each token in the context: an int, and its place in three lists
 LOGIT_BYTES = 64  # that sampling or scoring may hold for each logit of a step: float64 copies, an order, a sum
@@ -38,7 +39,7 @@ class Plan:
     kv_cache_bytes: int
     scratch_bytes: int
     io_buffers_bytes: int
-    interpreter_bytes: int
+    interpreter_bytes: int  # Python, stacks of threads, and what both may still come to need
     slot_bytes: int  # of the largest slot: the largest record
     slots: int  # about: how many records of mean size; 0 when resident
     resident: bool  # every expert is in memory, through the memory map
@@ -48,6 +49,7 @@ class Plan:
     resident_bytes: int  # the cap from which on every expert is resident
     working_set_experts: int  # that one token uses in all layers together
     working_set_bytes: int  # of so many records of mean size
+    spare_bytes: int = 0  # of interpreter_bytes: what it may still come to need
 
     @property
     def total_bytes(self) -> int:
@@ -85,8 +87,8 @@ class Plan:
 class BelowFloor(MemoryError):
     """A cap under which nothing works. `plan` has its floor, counted as the process that was refused is."""
 
-    def __init__(self, plan: Plan):
-        super().__init__(refusal(plan))
+    def __init__(self, plan: Plan, why: str = ""):
+        super().__init__(refusal(plan) + why)
         self.plan = plan
 
 
@@ -200,14 +202,15 @@ def make_plan(
     """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, then experts from what is left.
 
     Every expert resident beats a long prefill chunk; when paging, the chunk takes at most an eighth of what the
-    slots could have. loading_bytes: the process's peak while its tokenizer was read; a cap below that is broken
-    already, whatever is free by now. Raises BelowFloor below the floor (room for as many of the largest records as a
+    slots could have. loading_bytes: a peak that the process already had; a cap below that is broken already, whatever
+    is free by now. Raises BelowFloor below the floor (room for as many of the largest records as a
     token uses in one layer, or for all experts where they take less), naming it, unless `refuse` is off (then there is
     less than works).
     """
     working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
     least_slots = max(config.top_k_of(layer) for layer in config.moe_layers)
-    interpreter_bytes += INTERPRETER_SPARE + TOKEN_BYTES * context + LOGIT_BYTES * config.vocab * logits_rows
+    spare_bytes = INTERPRETER_SPARE + TOKEN_BYTES * context + LOGIT_BYTES * config.vocab * logits_rows
+    interpreter_bytes += spare_bytes + THREAD_BYTES * (threads - 1)
     mapped = device == "cpu"  # records that all fit are used where they are mapped from their files
     read_bytes = READERS * (READER_BYTES + (0 if mapped else slot_bytes))  # a GPU gets them through a buffer, or may
 
@@ -234,6 +237,7 @@ def make_plan(
             resident_bytes=fixed + all_experts_bytes + (0 if mapped else read_bytes),
             working_set_experts=working_set,
             working_set_bytes=round(working_set * all_experts_bytes / config.expert_count),
+            spare_bytes=spare_bytes,
         )
 
     rows = min(logits_rows, context)
@@ -246,7 +250,8 @@ def make_plan(
     smallest = replace(smallest, **limits)
     if ram_bytes < floor_bytes:
         if refuse:
-            raise BelowFloor(smallest)
+            why = f"; without slots this process already had, or will have while it loads, {loading_bytes / 1e6:,.0f} MB"
+            raise BelowFloor(smallest, why if loading_bytes > ram_bytes else "")
         return smallest
     for chunk in chunks:
         if (candidate := plan(chunk, True)).total_bytes <= ram_bytes:

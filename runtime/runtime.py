@@ -15,12 +15,20 @@ from typing import NoReturn
 import numpy as np
 
 from edge_moe import _core
-from edge_moe.devices.probe import default_threads
+from edge_moe.devices.probe import default_threads, usable_processors
 from edge_moe.runtime.answer import Account, Generation
 from edge_moe.runtime.answer_text import AnswerText
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.device import begin_device
-from edge_moe.runtime.plan import KV_TYPES, READERS, Plan, engine_config, make_plan, resolve_ram
+from edge_moe.runtime.plan import KV_TYPES, READERS, BelowFloor, Plan, engine_config, make_plan
+from edge_moe.runtime.process import (
+    add_runtime,
+    loading,
+    others_bytes,
+    process_cap,
+    taken_bytes,
+    warn_of_threads,
+)
 from edge_moe.runtime.prompt import Prompt, prompt_ids
 from edge_moe.runtime.pruning import OFF, PruneRule, prune_rule, read_mask_routers
 from edge_moe.runtime.sampling import Sampler, whole_number
@@ -71,45 +79,69 @@ class Runtime:
             raise ValueError(f"threads is {threads}, expected 1 to 1024")
         if logits_rows < 1:
             raise ValueError(f"logits_rows is {logits_rows}, expected at least 1")
-        peak_before = _core.peak_bytes()
-        self.bundle = Bundle.open(bundle)
-        self.config = self.bundle.config
-        self._prune = prune_rule(self.bundle.pruning, prune, self.bundle.path)
-        mask_routers = read_mask_routers(self.bundle.path, self.bundle.pruning, self.bundle.table)
-        context = min(DEFAULT_CONTEXT, self.config.context) if context is None else context
-        if not 1 <= context <= self.config.context:
-            raise ValueError(f"context is {context}, expected 1 to {self.config.context}, the model's own")
-        self.threads = threads or default_threads()
-        self.logits_rows = min(logits_rows, context)
-        self.device = begin_device(device)
-        memory = {
-            "trunk_bytes": self.bundle.trunk_bytes + _mask_bytes(mask_routers),
-            "all_experts_bytes": self.bundle.expert_bytes,
-            "slot_bytes": max(expert.nbytes for expert in self.bundle.experts.values()),
-            "ram_bytes": (ram_bytes := resolve_ram(ram)),
-            "context": context,
-            "logits_rows": self.logits_rows,
-            "threads": self.threads,
-            "kv": kv,
-            "device": self.device,
-        }
-        before, reading = _core.resident_bytes(), reading_bytes(self.bundle.path)
-        if before < ram_bytes < before + reading:  # refused before it is read, which may take more than there is
-            make_plan(self.config, interpreter_bytes=before + reading, loading_bytes=before + reading, **memory)
-        self.tokenizer = tokenizer_of(self.bundle.path)
-        if self.tokenizer is not None:
-            self.tokenizer.prepare_chat(ram_bytes - _core.resident_bytes())
-        self._end_tokens = {*self.config.eos_tokens, self.tokenizer.end_token if self.tokenizer else None}
-        self.plan: Plan = make_plan(
-            self.config,
-            interpreter_bytes=_core.resident_bytes(),
-            loading_bytes=peak if (peak := _core.peak_bytes()) > peak_before else 0,
-            **memory,
-        )
+        warn_of_threads(threads or 1)
+        with loading:
+            ram_bytes = process_cap(ram)
+            if _core.peak_bytes() > ram_bytes:
+                _core.reset_peak_bytes()  # what the process had before, and gave back, is not under this cap
+            peak_before = min(_core.peak_bytes(), ram_bytes)
+            self.bundle = Bundle.open(bundle)
+            self.config = self.bundle.config
+            self._prune = prune_rule(self.bundle.pruning, prune, self.bundle.path)
+            mask_routers = read_mask_routers(self.bundle.path, self.bundle.pruning, self.bundle.table)
+            context = min(DEFAULT_CONTEXT, self.config.context) if context is None else context
+            if not 1 <= context <= self.config.context:
+                raise ValueError(f"context is {context}, expected 1 to {self.config.context}, the model's own")
+            self.threads = threads or default_threads()
+            self.logits_rows = min(logits_rows, context)
+            self.device = begin_device(device)
+
+            def plan(interpreter_bytes: int, loading_bytes: int) -> Plan:
+                return make_plan(
+                    self.config,
+                    trunk_bytes=self.bundle.trunk_bytes + _mask_bytes(mask_routers),
+                    all_experts_bytes=self.bundle.expert_bytes,
+                    slot_bytes=max(expert.nbytes for expert in self.bundle.experts.values()),
+                    ram_bytes=ram_bytes,
+                    context=context,
+                    interpreter_bytes=interpreter_bytes,
+                    loading_bytes=loading_bytes,
+                    logits_rows=self.logits_rows,
+                    threads=self.threads,
+                    kv=kv,
+                    device=self.device,
+                )
+
+            try:
+                taken, reading = taken_bytes(), reading_bytes(self.bundle.path)
+                if others_bytes() or taken < ram_bytes < taken + reading:
+                    plan(taken, taken + reading)  # refused before it is read, which may take more than there is
+                self.tokenizer = tokenizer_of(self.bundle.path)
+                if self.tokenizer is not None:
+                    self.tokenizer.prepare_chat(ram_bytes - taken_bytes())
+                peak = _core.peak_bytes()
+                self.plan = plan(taken_bytes(), peak if peak > peak_before else 0)
+            except BelowFloor as error:
+                if others := others_bytes():
+                    about = f"; other Runtimes of this process have {others / 1e6:,.0f} MB of it"
+                    raise BelowFloor(error.plan, about) from None
+                raise
+            self._end_tokens = {*self.config.eos_tokens, self.tokenizer.end_token if self.tokenizer else None}
+            self._engine: _core.Engine | None = self._load(mask_routers, kv, kernels)
+        self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
+        self._cached_by: PruneRule = OFF  # how they were computed
+        self._cached_for: object | None = None  # the call that goes on from there
+        self._turns = Turns()
+        self._process = os.getpid()
+        add_runtime(self)
+
+    def _load(self, mask_routers: dict[str, list[np.ndarray]], kv: str, kernels: str) -> "_core.Engine":
+        config = engine_config(self.config, self.plan.context, self.plan.chunk, self.logits_rows, self.threads, kv)
+        config.spin = self.threads <= usable_processors()
         records, frequency = self.bundle.record_table()
         try:
-            self._engine = _core.Engine(
-                engine_config(self.config, context, self.plan.chunk, self.logits_rows, self.threads, kv),
+            return _core.Engine(
+                config,
                 str(self.bundle.path / "trunk.safetensors"),
                 self.bundle.trunk_bytes,
                 self.bundle.trunk_checksum,
@@ -127,11 +159,6 @@ class Runtime:
             )
         except (_core.DamagedFile, RuntimeError) as error:  # RuntimeErrors are a GPU's, which another device avoids
             raise ValueError(str(error)) from None
-        self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
-        self._cached_by: PruneRule = OFF  # how they were computed
-        self._cached_for: object | None = None  # the call that goes on from there
-        self._turns = Turns()
-        self._process = os.getpid()
 
     def __enter__(self) -> "Runtime":
         return self
@@ -145,6 +172,10 @@ class Runtime:
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a Runtime cannot be copied or pickled; make another one from its bundle")
+
+    @property
+    def is_open(self) -> bool:
+        return self._engine is not None
 
     @property
     def stats(self) -> dict:

@@ -7,6 +7,7 @@ error is one line on stderr. Each subcommand is a file of edge_moe.commands.
 import functools
 import os
 import sys
+import warnings
 from contextlib import suppress
 from typing import Annotated
 
@@ -36,6 +37,7 @@ WITHOUT_VALUE = {"--sweep-ram": str(bench.SWEEP_CAPS)}  # options that need no n
 def main() -> None:
     """The entry point of `edge-moe` and `python -m edge_moe`."""
     _open_standard_streams()
+    warnings.showwarning = lambda message, *_: print(f"edge-moe: warning: {message}", file=sys.stderr)
     with suppress(AttributeError, ValueError):  # a stdout that is not a text file, as some hosts have
         sys.stdout.reconfigure(errors="replace")
     try:

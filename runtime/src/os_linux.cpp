@@ -47,6 +47,36 @@ static size_t proc_kilobytes(const char* path, const char* key) {
 
 size_t resident_bytes() { return proc_kilobytes("/proc/self/status", "VmRSS:"); }
 size_t peak_bytes() { return proc_kilobytes("/proc/self/status", "VmHWM:"); }
+bool reset_peak_bytes() {
+  FILE* file = std::fopen("/proc/self/clear_refs", "we");
+  if (!file) return false;
+  const bool written = std::fputs("5", file) >= 0;  // "reset the peak resident set size", proc(5)
+  return std::fclose(file) == 0 && written;
+}
+
+// By a bit of each page's entry in pagemap, which counts pages of files only where this process has mapped them in.
+size_t present_bytes(const uint8_t* data, size_t bytes) {
+  constexpr uint64_t kPresent = uint64_t(1) << 63;
+  const size_t page = size_t(getpagesize()), pages = (bytes + page - 1) / page;
+  const int descriptor = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) return 0;
+  uint64_t entries[512];
+  size_t present = 0;
+  for (size_t at = 0; at < pages;) {
+    const size_t wanted = std::min(pages - at, std::size(entries));
+    const off_t offset = off_t((uintptr_t(data) / page + at) * sizeof(uint64_t));
+    const ssize_t got = pread(descriptor, entries, wanted * sizeof(uint64_t), offset);
+    if (got < ssize_t(sizeof(uint64_t))) break;
+    const size_t count = size_t(got) / sizeof(uint64_t);
+    for (size_t i = 0; i < count; ++i) present += entries[i] & kPresent ? page : 0;
+    at += count;
+  }
+  close(descriptor);
+  return present;
+}
+
+int performance_cores() { return 0; }
+
 size_t free_bytes() { return proc_kilobytes("/proc/meminfo", "MemAvailable:"); }
 
 }  // namespace edge_moe

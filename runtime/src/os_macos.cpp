@@ -1,6 +1,9 @@
 // os.h for macOS: F_NOCACHE, Mach task and host counters.
 #include <fcntl.h>
 #include <mach/mach.h>
+#include <sys/sysctl.h>
+
+#include <vector>
 
 #include "os_posix.h"
 
@@ -32,6 +35,21 @@ static task_vm_info_data_t task_memory() {
 
 size_t resident_bytes() { return task_memory().phys_footprint; }
 size_t peak_bytes() { return task_memory().ledger_phys_footprint_peak; }
+
+bool reset_peak_bytes() { return false; }
+
+size_t present_bytes(const uint8_t* data, size_t bytes) {
+  const size_t page = size_t(getpagesize());
+  std::vector<char> present((bytes + page - 1) / page);
+  if (mincore(const_cast<uint8_t*>(data), bytes, present.data()) != 0) return 0;
+  return page * size_t(std::count_if(present.begin(), present.end(), [](char one) { return one & MINCORE_INCORE; }));
+}
+
+int performance_cores() {
+  int cores = 0;
+  size_t bytes = sizeof cores;
+  return sysctlbyname("hw.perflevel0.physicalcpu", &cores, &bytes, nullptr, 0) == 0 ? cores : 0;
+}
 
 size_t free_bytes() {
   vm_statistics64_data_t info{};

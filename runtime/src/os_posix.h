@@ -5,9 +5,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -61,14 +64,45 @@ File::~File() {
   if (descriptor >= 0) close(descriptor);
 }
 
+// Bytes of [data, data + bytes) whose pages this process has; each os_*.cpp has its own.
+static size_t present_bytes(const uint8_t* data, size_t bytes);
+
+// Arenas and maps of this process. Never destroyed: some outlive the end of main().
+struct Places {
+  std::mutex mutex;
+  std::map<const uint8_t*, size_t> bytes;  // by address
+};
+inline Places& places() {
+  static auto* all = new Places;
+  return *all;
+}
+inline void add_place(const uint8_t* data, size_t bytes) {
+  std::lock_guard lock(places().mutex);
+  places().bytes[data] = bytes;
+}
+inline void remove_place(const uint8_t* data) {
+  std::lock_guard lock(places().mutex);
+  places().bytes.erase(data);
+}
+
+size_t untouched_bytes() {
+  std::lock_guard lock(places().mutex);
+  size_t untouched = 0;
+  for (const auto& [data, bytes] : places().bytes) untouched += bytes - std::min(bytes, present_bytes(data, bytes));
+  return untouched;
+}
+
 Arena::Arena(size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<uint8_t*>(memory);
+  add_place(data_, bytes_);
 }
 Arena::~Arena() {
-  if (data_) munmap(data_, bytes_);
+  if (!data_) return;
+  remove_place(data_);
+  munmap(data_, bytes_);
 }
 Arena::Arena(Arena&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
@@ -84,9 +118,11 @@ FileMap::FileMap(const File& file) : bytes_(file.bytes) {
   if (memory == MAP_FAILED) throw SystemError(file.path, errno);
   data_ = static_cast<uint8_t*>(memory);
   guarded_ = guard(data_, bytes_);
+  add_place(data_, bytes_);
 }
 FileMap::~FileMap() {
   if (!data_) return;
+  remove_place(data_);
   unguard(guarded_);
   munmap(data_, bytes_);
 }
