@@ -250,7 +250,7 @@ def make_plan(
     smallest = replace(smallest, **limits)
     if ram_bytes < floor_bytes:
         if refuse:
-            why = f"; without slots this process already had, or will have while it loads, {loading_bytes / 1e6:,.0f} MB"
+            why = f"; this process had, or would have while it loads, {loading_bytes / 1e6:,.0f} MB"
             raise BelowFloor(smallest, why if loading_bytes > ram_bytes else "")
         return smallest
     for chunk in chunks:
