@@ -1,7 +1,8 @@
 """The certificate: how far a bundle's predictions are from its source's, on text that nothing was fitted to.
 
 Scored on the hidden states that the rounding pass carries for the held-out rows: the source, the bundle's weights as
-they are read back, and one width everywhere in at most as many bytes, rounded by the same quantiser.
+they are read back, and one width everywhere in at most as many bytes, rounded by the same quantiser. `routing_changed`
+is the share of uses of kept experts, mean over layers, that the source has and the bundle has not.
 """
 
 import numpy as np
@@ -42,6 +43,7 @@ def certify(rounding: Rounding, held_out: dict) -> dict:
                 "bits_per_weight": _round(track.bits_per_weight),
                 **{key: _round(value) for key, value in scores[track.name].result().items()},
                 "perplexity_ratio": _round(scores[track.name].result()["perplexity"] / base),
+                "routing_changed": _round(float(np.mean(track.changed))),
             }
             for track in rounding.tracks
         },

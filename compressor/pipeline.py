@@ -313,6 +313,8 @@ class Compression:
                 name = f"round-{done - 1:04}"
                 saved = [(f"{name}.{suffix}", state["streams"][suffix]) for suffix in rounding.names]
                 rounding.go_on([self.load_stream(file, ids.size, checksum) for file, checksum in saved])
+                for track in tracks:
+                    track.changed = state["changed"][track.name]
             else:
                 rounding.start()
             total = config.layers * self.checkpoint.config.experts
@@ -326,6 +328,7 @@ class Compression:
                     for suffix, stream in zip(rounding.names, rounding.streams, strict=True)
                 }
                 state = {"checksums": writer.checksums(layer), "trunk": writer.trunk_written, "streams": streams}
+                state["changed"] = {track.name: track.changed for track in tracks}
                 j.write(f"{name}.json", state)
                 for suffix in rounding.names:
                     j.forget(f"round-{layer - 1:04}.{suffix}")

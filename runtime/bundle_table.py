@@ -17,7 +17,7 @@ LISTED = f", but bundle.json lists it; {REMEDY}"
 
 NUMBER, COUNT, TEXT = "a number", "a whole number from 0", "a text"
 _SCORES = {"bits_per_weight", "perplexity", "perplexity_ratio", "kld_mean", "kld_p99", "top1_agreement"}
-_SCORED = dict.fromkeys(sorted(_SCORES), NUMBER)
+_SCORED = {**dict.fromkeys(sorted(_SCORES), NUMBER), "routing_changed?": NUMBER}
 # Keys of a value and what each must be; a key that ends in "?" may be missing or null.
 PROVENANCE = {
     "tool?": TEXT,

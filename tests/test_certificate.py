@@ -149,3 +149,25 @@ def test_the_divergence_is_that_of_the_forward_pass(golden, tmp_path, texts):
     assert found["kld_p99"] == pytest.approx(np.quantile(kld, 0.99), rel=1e-2)
     assert found["top1_agreement"] == pytest.approx((clean.argmax(-1) == moved.argmax(-1)).mean(), abs=2e-3)
     assert Bundle.open(made.path).table["certificate"] == made.table["certificate"]
+
+
+def test_choices_of_experts_that_changed_are_counted(golden, tmp_path, texts):
+    """By the routes of reference.forward's layers, with the bundle's weights and with the checkpoint's."""
+    model = golden["mixtral"][0]
+    made = certified(model, tmp_path / "new.emoe", texts, width=1, method="uniform", trunk_width=4)
+    checkpoint, windows = Checkpoint(model), windows_of(texts[1], made.table["certificate"]["context"])
+    config, routes = checkpoint.config, []
+    for weights in (checkpoint, weights_of(made.path)):
+        x, chosen = reference.embed(config, weights, windows), []
+        for layer in range(config.layers):
+            a = x + reference.attention_block(config, weights, layer, x)
+            h = reference.mlp_input(config, weights, layer, a)
+            chosen.append(reference.route(config, weights, layer, h)[0])
+            x = a + reference.moe_block(config, weights, layer, h).reshape(a.shape)
+        routes.append(chosen)
+    lost = [
+        np.mean([expert not in other for one, other in zip(*its, strict=True) for expert in one])
+        for its in zip(*routes, strict=True)
+    ]
+    assert 0.01 < np.mean(lost) < 0.5
+    assert made.table["certificate"]["bundle"]["routing_changed"] == pytest.approx(np.mean(lost), abs=2e-3)

@@ -200,13 +200,18 @@ def certificate_text(certificate: dict | None) -> str:
     held_out = certificate["held_out"]
     rows = [["certificate", "bits/weight", "perplexity", "ratio", "KLD mean", "KLD p99", "same top token"]]
     rows.append(["source", "", f"{certificate['source_perplexity']:.3f}", "1.000", "", "", ""])
+    changed = []
     for name, key in (("this bundle", "bundle"), ("one width", "uniform")):
         if its := certificate.get(key):
             kld = [f"{its['kld_mean']:.4f}", f"{its['kld_p99']:.3f}", f"{its['top1_agreement']:.1%}"]
             bits = f"{its['bits_per_weight']:.3f}"
             rows.append([name, bits, f"{its['perplexity']:.3f}", f"{its['perplexity_ratio']:.3f}", *kld])
+            if its.get("routing_changed") is not None:  # bundles made before do not say it
+                changed.append(f"{its['routing_changed']:.2%} in {name}")
+    choices = f"\ntokens' choices of experts that changed: {', '.join(changed)}" if changed else ""
     return (
-        table(rows, right=(1, 2, 3, 4, 5, 6)) + f"\non {held_out['tokens']:,} tokens of {held_out['source']},\n"
+        table(rows, right=(1, 2, 3, 4, 5, 6))
+        + f"{choices}\non {held_out['tokens']:,} tokens of {held_out['source']},\n"
         f"in windows of {certificate['context']}; none of it was fitted to; KLD in nats a token"
     )
 
