@@ -6,13 +6,13 @@ and encoded is in texts.py.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from edge_moe.compressor.texts import STDLIB, Ids, LargeText, content_hash, open_text, stdlib_text
+from edge_moe.compressor.texts import STDLIB, Ids, LargeText, check_file, content_hash, open_text, stdlib_text
 from edge_moe.runtime.config import ModelConfig
 
 LEAST_TOKENS = 256  # of calibration text
@@ -94,30 +94,21 @@ def load_calibration(
     tokens: int,
     seed: int,
     held_out: Sequence[Path] = (),
-    tell: Callable[[str, int, int], None] | None = None,
 ) -> Calibration:
     """Sequences of calibration tokens and of held-out ones, the same for the same arguments.
 
-    Every file gives the same share of `tokens`, in windows spread evenly over it. tell(step, done, of) is called as
-    texts are read. Raises ValueError when there is
+    Every file gives the same share of `tokens`, in windows spread evenly over it. Raises ValueError when there is
     no tokenizer for text, a file has too little of it, ids are outside the vocabulary, or held-out text is in the
     calibration text.
     """
     length = min(SEQUENCE_TOKENS, config.context)
     name = ", ".join(Path(file).name for file in files) if files else STDLIB
-    tell = tell or (lambda step, done, of: None)
     if files:
         _refuse_same_files(files, held_out)
-    every = [*files, *held_out] if files else [None, *held_out]
-    for file in every:  # one that is not there shows before another is read
-        if file is not None and not Path(file).is_file():
-            open_text(Path(file), tokenizer, tokens)
-    opened = []
-    for done, file in enumerate(every):
-        tell("read text", done, len(every))
-        opened.append(stdlib_text(tokenizer, seed) if file is None else open_text(Path(file), tokenizer, tokens))
-    tell("read text", len(every), len(every))
-    texts, apart = opened[: len(opened) - len(held_out)], opened[len(opened) - len(held_out) :]
+    for file in (*files, *held_out):  # one that is not there shows before another is read
+        check_file(Path(file))
+    texts = [open_text(Path(file), tokenizer, tokens) for file in files] or [stdlib_text(tokenizer, seed)]
+    apart = [open_text(Path(file), tokenizer, tokens) for file in held_out]
     for text in texts:
         text.check_length(length if held_out else 2 * length)
     for text in apart:

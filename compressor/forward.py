@@ -105,18 +105,16 @@ def in_order(workers: int, function, items):
     if workers == 1:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting, items = deque(), iter(items)
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > workers:
                 yield waiting.popleft().result()
-        finally:
-            for task in waiting:
-                task.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # an item may take minutes, which who ends a run does not wait for
+        pool.shutdown(wait=not waiting, cancel_futures=True)
 
 
 def head_blocks(config: ModelConfig, weights, x: Stream, rows: int, first: int = 0):

@@ -35,17 +35,21 @@ from edge_moe.runtime.config import ModelConfig, read_json, trunk_shapes
 from edge_moe.runtime.tokenizer import tokenizer_of
 
 Progress = Callable[[str, int, int], None]  # (step, done, of)
+Phase = Callable[[str, tuple[str, ...]], None]  # (name, all names)
 LARGE_EXPERT = 4_000_000  # weights from which each expert's result is kept, not only each layer's
 GAIN_LOGITS_BYTES = 64_000_000
 UNIMPORTANT = ("resume", "force", "threads", "calibration", "held_out")  # to the result; texts count by their tokens
 FINE_BELOW = 2.5  # true bits of an expert weight
 
 
-def compress(model: str | Path, out: str | Path, *, progress: Progress | None = None, **options) -> Bundle:
+def compress(
+    model: str | Path, out: str | Path, *, progress: Progress | None = None, on_phase: Phase | None = None, **options
+) -> Bundle:
     """Compress the checkpoint directory `model` into the bundle directory `out`, and open it.
 
     bits: mean bits of an expert weight, scales, biases and padding included (default 2.5; 16 leaves everything,
-    trunk included, bfloat16). width: instead, one width for all experts (methods uniform, rtn). size: instead, the most
+    trunk included, bfloat16: float16 and float32 are rounded to its 8 significant bits, and the method in bundle.json
+    says `rounded_from`). width: instead, one width for all experts (methods uniform, rtn). size: instead, the most
     bytes that the whole bundle may have ("8GB" or a number). ram: the most memory that compressing may take and, when
     it is the only target, that running the bundle takes with every expert in memory at `context` tokens; or, `paged`,
     with the experts that answer nine uses in ten.
@@ -59,7 +63,8 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
     certificate: compare the result with the source, and with one width everywhere, on held-out text.
     resume: go on with an unfinished run of the same checkpoint and options; off: refuse where there is one. force:
     replace `out` where it is a bundle and nothing else, once the new one is whole, and start anew where an unfinished
-    run had other options. progress(step, done, of) is called as work goes on.
+    run had other options. progress(step, done, of) is called as work goes on, on_phase(name, names) as each of the
+    phases `names` begins.
 
     Raises ValueError for bad options or a bad checkpoint, FileExistsError when `out`, or an OUT.work or OUT.partial
     that no run made, is there, OSError for the disk, MemoryError when `ram` is too small. An interrupted run leaves
@@ -72,7 +77,10 @@ def compress(model: str | Path, out: str | Path, *, progress: Progress | None = 
     with Checkpoint(model) as checkpoint:
         contents(checkpoint.directory, checkpoint.config.tied_head)  # what cannot be copied shows now
         o = targets.check(Options(**options), checkpoint.config)
-        return Compression(checkpoint, Path(out), o, progress or (lambda step, done, of: None)).run()
+        run = Compression(checkpoint, Path(out), o, progress or (lambda step, done, of: None))
+        if on_phase:
+            run.on_phase = on_phase
+        return run.run()
 
 
 @dataclass(slots=True)
@@ -88,12 +96,24 @@ class Compression:
     calibration: Calibration | None = None
     journal: Journal | None = None
     memory: Memory | None = None
+    on_phase: Phase = lambda name, names: None
     _streams: int = 0
 
     def __post_init__(self):
         self.config = self.checkpoint.config
         width = trunk.WIDTHS[0] if self.o.chooses_trunk else 16 if self.o.bits == 16 else self.o.trunk_width
         self.trunk = trunk_packing(trunk_shapes(self.config), width or targets.TRUNK_WIDTH, trunk.GROUP)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """What a run does, in order."""
+        if not self.o.calibrates:
+            return ("quantise",)
+        measure = ("measure",) if self.measured_choices() else ()
+        return ("read text", *measure, "choose widths", "round", *(("certify",) if self.o.certificate else ()))
+
+    def begin(self, phase: str) -> None:
+        self.on_phase(phase, self.phases)
 
     @property
     def threads(self) -> int:
@@ -153,17 +173,22 @@ class Compression:
         }
 
     def load_calibration(self) -> None:
+        self.begin("read text")
         tokenizer = tokenizer_of(self.checkpoint.directory)
         o = self.o
-        self.calibration = load_calibration(
-            tokenizer, self.config, o.calibration, o.tokens, o.seed, o.held_out, self.tell
-        )
+        self.calibration = load_calibration(tokenizer, self.config, o.calibration, o.tokens, o.seed, o.held_out)
 
     def _steps(self) -> Bundle:
         if not self.o.calibrates:
+            self.begin("quantise")
             return self._write_plain()
-        measures = self.measure() if self.measured_choices() else None
+        measures = None
+        if self.measured_choices():
+            self.begin("measure")
+            measures = self.measure()
+        self.begin("choose widths")
         packing, compared, method = self.allocate(measures)
+        self.begin("round")
         return self.round(packing, compared, measures, method)
 
     # ---- measure
@@ -335,6 +360,7 @@ class Compression:
                 j.forget(f"packed-{layer:04}-*")
             self.tell("round", total, total)
             if o.certificate:
+                self.begin("certify")
                 writer.extra["certificate"] = certify(rounding, self.calibration.held_out_provenance)
             rounding.close()
             for missing in sorted(self.trunk.keys() - writer.trunk_written):
@@ -359,7 +385,10 @@ class Compression:
             bits = 8 * budget / (config.expert_weights * config.expert_count)
             packing = targets.uniform_packing(config, bits, targets.groups(o, config))
         keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts)]
-        extra = {"calibration": None, "method": {"name": o.method}, "certificate": None}
+        method = {"name": o.method}
+        if packing.widths[0] == 16 and (types := self.rounded_types()):
+            method["rounded_from"] = types
+        extra = {"calibration": None, "method": method, "certificate": None}
         with BundleWriter(
             self.out, self.checkpoint.directory, config, self.trunk, dict.fromkeys(keys, packing), extra=extra,
             replace=o.force,
@@ -378,6 +407,12 @@ class Compression:
                 self.tell("quantise", done, total)
             writer.finish(publish=self._publish)
         return Bundle.open(self.out)
+
+    def rounded_types(self) -> list[str]:
+        """Types of the checkpoint's matrices that have more significant bits than the bfloat16 of width 16."""
+        names = [f"layers.{self.config.moe_layers[0]}.experts.0.gate"]
+        names += [name for name, how in self.trunk.items() if how.widths[0] == 16]
+        return sorted({self.checkpoint.dtype(name) for name in names} & {"F16", "F32"})
 
     # ---- state
 

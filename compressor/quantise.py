@@ -29,7 +29,11 @@ def quantise(
     if width == 32:
         return Quantised(np.ascontiguousarray(weights, np.float32))
     if width == 16:
-        return Quantised(to_bfloat16(weights))
+        codes = to_bfloat16(weights)
+        if ((codes & 0x7FFF) == 0x7F80).any():  # it became Inf
+            most = max(-weights.min(), weights.max())
+            raise ValueError(f"a weight of {most:.6g} is beyond bfloat16; use another checkpoint")
+        return Quantised(codes)
     if (most := max(-weights.min(), weights.max())) > MOST:
         raise ValueError(f"a weight of {most:.3g} is beyond {MOST:.0e}, which width {width} cannot hold; use bits 16")
     codes, scales, biases = _core.quantise_matrix(

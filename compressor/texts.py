@@ -85,11 +85,7 @@ def open_text(file: Path, tokenizer, tokens: int) -> Ids | LargeText:
     Raises FileNotFoundError where there is no file, and ValueError for one of another kind, or text without a
     tokenizer.
     """
-    if file.is_dir():
-        raise ValueError(f"{file}: is a folder; name the text files in it, each with an option of its own")
-    if not file.is_file():
-        hint = "" if file.suffix else "; calibration is read from text files, not from the name of a data set"
-        raise FileNotFoundError(f"{file}: no such file of calibration or held-out text{hint}")
+    check_file(file)
     if file.suffix == ".npy":
         return Ids(str(file), _load(file))
     if tokenizer is None:
@@ -98,6 +94,15 @@ def open_text(file: Path, tokenizer, tokens: int) -> Ids | LargeText:
     if size > max(WHOLE_BYTES, 4 * TOKEN_BYTES * tokens):
         return LargeText(str(file), file, tokenizer, 0, size)
     return Ids(str(file), _encode_whole(file, tokenizer))
+
+
+def check_file(file: Path) -> None:
+    """Raise ValueError or FileNotFoundError where there is no such file."""
+    if file.is_dir():
+        raise ValueError(f"{file}: is a folder; name the text files in it, each with an option of its own")
+    if not file.is_file():
+        hint = "" if file.suffix else "; calibration is read from text files, not from the name of a data set"
+        raise FileNotFoundError(f"{file}: no such file of calibration or held-out text{hint}")
 
 
 def stdlib_text(tokenizer, seed: int) -> Ids:

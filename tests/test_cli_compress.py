@@ -1,7 +1,9 @@
 """The command line: compress, what inspect shows of its result, and the demo."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -10,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import REFERENCE
+from test_checkpoint import bf16, read_file, write_file
 from test_cli import error_of, object_of, succeeds
 
 from edge_moe.compressor.pipeline import compress
 from edge_moe.needs import needs_of
-from edge_moe.report import certificate_text, spread_text
+from edge_moe.report import certificate_text, duration_text, spread_text
 from edge_moe.runtime.bundle import Bundle
 
 
@@ -34,7 +37,13 @@ CALIBRATED = ("--calibration", "ids.npy", "--tokens", 512)
 def test_compress_prints_what_it_made_and_leaves_a_bundle(model):
     done = succeeds("compress", model, "out.emoe", "--bits", "5", *CALIBRATED)
     made, lines = Bundle.open("out.emoe"), done.stdout.splitlines()
-    assert done.stderr.startswith("needs up to ") and done.stderr.count("\n") == 1
+    needs, takes, note, *told = done.stderr.splitlines()
+    assert needs.startswith("needs up to ") and re.fullmatch(r"takes about \d+ s on \d+ threads?, by .*", takes)
+    assert note == "note: the checkpoint has no tokenizer.json; the bundle will take token ids, not text"
+    assert [line.partition(" phase ")[2] for line in told] == [
+        *("2 of 5 measure experts", "3 of 5 choose widths", "4 of 5 round experts"),
+        "5 of 5 compare with the source",
+    ]
     assert lines[0].startswith("out.emoe: ") and lines[1].startswith(f"{made.bits_per_weight:.3f} bits per expert")
     assert lines[2].startswith("experts by width in bits: ")
     assert lines[3].startswith("sensitivity spread ") and made.table["method"]["name"] == "pmq"
@@ -49,7 +58,7 @@ def test_compress_prints_what_it_made_and_leaves_a_bundle(model):
             *(f"{its['kld_mean']:.4f}", f"{its['kld_p99']:.3f}", f"{its['top1_agreement']:.1%}"),
         ]
     assert "on 256 tokens of the last part of ids.npy," in lines
-    assert max(map(len, [done.stderr.strip(), *lines])) <= 80
+    assert max(map(len, [needs, takes, note, *lines])) <= 100
     assert error_of("compress", model, "out.emoe", "--bits", "5").startswith("out.emoe: exists already")
 
 
@@ -120,7 +129,8 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(model, monkeypatch):
         needs_of(model, "new.emoe", {"bits": 16})
 
 
-def test_an_interrupted_compress_says_how_to_go_on_and_does(model):
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupted_compress_says_how_to_go_on_and_does(model, sent):
     arguments = ["compress", model, "out.emoe", "--bits", "5", *map(str, CALIBRATED)]
     hook = f"""
 import os, signal, sys
@@ -128,7 +138,7 @@ from edge_moe.compressor import writer
 write = writer.BundleWriter.write_expert
 def interrupted(self, layer, index, matrices):
     if layer == 1:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.{sent})
     write(self, layer, index, matrices)
 writer.BundleWriter.write_expert = interrupted
 sys.argv = ["edge-moe", *{arguments!r}]
@@ -136,12 +146,12 @@ from edge_moe.cli import main
 main()
 """
     done = subprocess.run([sys.executable, "-c", hook], capture_output=True, text=True)
-    assert done.returncode == 130 and done.stdout == ""
+    assert done.returncode == 128 + getattr(signal, sent) and done.stdout == ""
     assert done.stderr.endswith("\nedge-moe: error: interrupted; the same command with --resume goes on\n")
     assert not Path("out.emoe").exists()
     assert "--resume goes on with it" in error_of(*arguments, "--no-resume")
     assert "bits was 5.0, is 6.0" in error_of("compress", model, "out.emoe", "--bits", "6", *CALIBRATED, "--resume")
-    succeeds(*arguments, "--resume")
+    succeeds(*arguments)
     succeeds("compress", model, "whole.emoe", "--bits", "5", *CALIBRATED)
     for file in Path("whole.emoe").iterdir():
         assert (Path("out.emoe") / file.name).read_bytes() == file.read_bytes()
@@ -181,7 +191,64 @@ def test_progress_is_shown_on_a_terminal_alone(model):
                 shown += part
         assert child.stdout.read().startswith(b"out.emoe: ") and child.wait() == 0
     os.close(reader)
-    assert b"measure" in shown and b"round" in shown and b"12/12" in shown and b"0:00:00" in shown
+    assert b"2 of 5 measure experts" in shown and b"12/12" in shown and b"0:00:00" in shown
+
+
+def test_what_is_wrong_with_the_text_is_said_before_what_compressing_needs(model):
+    for name, message in (
+        ("gone.txt", "gone.txt: no such file of calibration or held-out text"),
+        (".", ".: is a folder; name the text files in it, each with an option of its own"),
+    ):
+        assert error_of("compress", model, "out.emoe", "--calibration", name) == message
+    message = "the checkpoint has no tokenizer.json; pass --calibration IDS.npy, or use --method rtn"
+    assert error_of("compress", model, "out.emoe", "--bits", "5") == message
+    assert list(Path().glob("out*")) == []
+
+
+def set_dtype(name: str, kind: str) -> None:
+    """Give one tensor of the model the type `kind`."""
+    path = Path("model/model.safetensors")
+    tensors = read_file(path)
+    _, shape, data = tensors[name]
+    tensors[name] = kind, shape, bf16(data).astype({"F16": np.float16, "F32": np.float32}[kind]).tobytes()
+    write_file(path, tensors)
+
+
+@pytest.mark.parametrize("kind", ["F16", "F32"])
+def test_weights_that_16_bits_round_are_named(model, kind):
+    set_dtype("model.layers.0.mlp.experts.0.gate_proj.weight", kind)
+    done = succeeds("compress", model, "out.emoe", "--bits", "16")
+    assert (
+        f"note: the checkpoint has weights in {kind}; 16 bits are bfloat16, so these are rounded to 8 significant bits"
+    ) in done.stderr.splitlines()
+    assert Bundle.open("out.emoe").table["method"] == {"name": "pmq", "rounded_from": [kind]}
+    assert "bfloat16" not in succeeds("compress", model, "other.emoe", "--width", "4", "--method", "rtn").stderr
+
+
+def test_a_weight_that_bfloat16_cannot_hold_is_refused(model):
+    path, name = Path("model/model.safetensors"), "model.layers.0.mlp.experts.0.gate_proj.weight"
+    set_dtype(name, "F32")
+    tensors = read_file(path)
+    kind, shape, data = tensors[name]
+    tensors[name] = kind, shape, np.float32([3.4028235e38]).tobytes() + data[4:]
+    write_file(path, tensors)
+    assert error_of("compress", model, "out.emoe", "--bits", "16") == (
+        "a weight of 3.40282e+38 is beyond bfloat16; use another checkpoint"
+    )
+
+
+def test_tensors_that_are_left_out_are_named(model):
+    path = Path("model/model.safetensors")
+    write_file(path, {**read_file(path), "visual.a": ("F32", [1], bytes(4)), "visual.b": ("F32", [1], bytes(4))})
+    stderr = succeeds("compress", model, "out.emoe", "--bits", "16").stderr
+    assert "note: no part of the model, and left out: visual.a and 1 more tensors" in stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (100, "100 s"), (720, "12 min"), (32_000, "9 h"), (2_500_000, "29 days")]
+)
+def test_a_time_is_said_as_roughly_as_it_is_known(seconds, text):
+    assert duration_text(seconds) == text
 
 
 def test_a_flat_model_is_said_to_have_one_width():

@@ -1,4 +1,4 @@
-"""What compressing will need of memory and disk, from headers and options alone: said before it starts."""
+"""What compressing will need of memory, disk and time, and what a user may not expect: said before it starts."""
 
 import math
 import shutil
@@ -10,10 +10,12 @@ import numpy as np
 from edge_moe.compressor import targets, trunk
 from edge_moe.compressor.calibrate import HELD_OUT_TOKENS, SEQUENCE_TOKENS, Calibration
 from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.duration import estimate_seconds
 from edge_moe.compressor.memory import Memory
 from edge_moe.compressor.pipeline import Compression
 from edge_moe.compressor.sensitivity import sampled_sequences
 from edge_moe.compressor.targets import Options
+from edge_moe.compressor.texts import open_text, stdlib_text
 
 WIDEST = 8  # bits that experts get at the most, unless all are left as they are
 
@@ -26,6 +28,9 @@ class Needs:
     bundle_bytes: int
     work_bytes: int  # on disk beside the bundle until it is done
     free_bytes: int  # of the disk
+    seconds: float  # about
+    threads: int
+    notes: tuple[str, ...] = ()  # what a user may not expect
 
 
 def needs_of(model: str | Path, out: str | Path, options: dict) -> Needs:
@@ -38,17 +43,43 @@ def needs_of(model: str | Path, out: str | Path, options: dict) -> Needs:
         compression = Compression(checkpoint, Path(out), o, tell=None)
         calibration = _asked_for(compression) if o.calibrates else None
         memory = Memory.plan(checkpoint, o, calibration)
+        if o.calibrates and not (checkpoint.directory / "tokenizer.json").is_file():
+            for file in o.calibration:  # which raise what the run would
+                open_text(file, None, o.tokens)
+            if not o.calibration:
+                stdlib_text(None, o.seed)
         used = memory.fixed_bytes + memory.workers(compression.threads)[0] * memory.worker_bytes
         used += memory.stream_bytes if memory.streams_in_memory else 0
         work = _saved_bytes(compression, calibration) if o.calibrates else 0
         work += 0 if memory.streams_in_memory else memory.stream_bytes
+        seconds, notes = estimate_seconds(compression, calibration, memory), _notes(compression)
         bundle, free = _bundle_bytes(compression), shutil.disk_usage(_existing(Path(out).parent)).free
     if bundle + work > free:
         raise OSError(
             f"{out}: compressing needs {math.ceil((bundle + work) / 1e6):,} MB of disk, there are "
             f"{free // 1_000_000:,} MB free; make room or choose another disk"
         )
-    return Needs(used, bundle, work, free)
+    return Needs(used, bundle, work, free, seconds, compression.threads, notes)
+
+
+def _notes(compression: Compression) -> tuple[str, ...]:
+    o, checkpoint, notes = compression.o, compression.checkpoint, []
+    if o.calibrates and not o.calibration:
+        notes.append("calibrates on Python source, the default; --calibration FILE takes text like yours")
+    if (o.bits == 16 or o.width == 16) and (types := compression.rounded_types()):
+        notes.append(
+            f"the checkpoint has weights in {' and '.join(types)}; 16 bits are bfloat16, so these are rounded to 8 "
+            "significant bits"
+        )
+    if not (checkpoint.directory / "tokenizer.json").is_file():
+        what = "no tokenizer.json"
+        if (checkpoint.directory / "tokenizer.model").is_file():
+            what += ", only tokenizer.model: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it"
+        notes.append(f"the checkpoint has {what}; the bundle will take token ids, not text")
+    if unused := checkpoint.unused:
+        more = f" and {len(unused) - 1:,} more tensors" if len(unused) > 1 else ""
+        notes.append(f"no part of the model, and left out: {unused[0]}{more}")
+    return tuple(notes)
 
 
 def _asked_for(compression: Compression) -> Calibration:

@@ -246,11 +246,24 @@ def default_pruning_text(pruning, asked) -> str | None:
 
 
 def needs_text(needs) -> str:
-    """A Needs, in one line."""
-    return (
-        f"needs up to {size(needs.memory_bytes)} of memory, {size(needs.bundle_bytes + needs.work_bytes)} of disk "
-        f"({size(needs.free_bytes)} free); bundle {size(needs.bundle_bytes)}"
+    """A Needs, line by line."""
+    cores = f"{needs.threads} thread{'s' * (needs.threads > 1)}"
+    return "\n".join(
+        [
+            f"needs up to {size(needs.memory_bytes)} of memory, {size(needs.bundle_bytes + needs.work_bytes)} of disk "
+            f"({size(needs.free_bytes)} free); bundle {size(needs.bundle_bytes)}",
+            f"takes about {duration_text(needs.seconds)} on {cores}, by rounding a piece of one expert",
+            *(f"note: {note}" for note in needs.notes),
+        ]
     )
+
+
+def duration_text(seconds: float) -> str:
+    """A time as roughly as it is known: 40 s, 12 min, 9 h, 29 days."""
+    for unit, size_s in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size_s:
+            return f"{seconds / size_s:,.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
 
 
 def evaluation_text(result: dict, context: int) -> str:

@@ -1,6 +1,9 @@
 """`edge-moe compress`: a checkpoint into a bundle."""
 
+import os
+import signal
 import sys
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
@@ -130,7 +133,7 @@ def compress(
         raise typer.BadParameter("--context belongs to --ram: it says how much memory running takes")
     from edge_moe.compressor import pipeline
     from edge_moe.needs import needs_of
-    from edge_moe.progress import progress_bar
+    from edge_moe.progress import phases
     from edge_moe.report import compressed_text, describe_bundle, needs_text
     from edge_moe.runtime.model_path import utf8_path
 
@@ -143,16 +146,39 @@ def compress(
     drop["adjust_top_k"] = adjust_top_k
     chosen = {"method": method.value if method else "pmq" if width is None else "uniform", "threads": threads}
     given, work = {**target, **source, **form, **drop, **chosen}, Path(out).with_name(Path(out).name + ".work")
-    if not (json_output or Path(out).exists() or work.exists()):
+    if not (json_output or (Path(out).exists() and not force) or work.exists()):
         show(needs_text(needs_of(model, out, given)), sys.stderr)
     try:
-        with progress_bar(quiet=json_output) as progress:
-            about = describe_bundle(
-                pipeline.compress(model, out, progress=progress, resume=resume, force=force, **given)
-            )
-    except KeyboardInterrupt:
-        fail("interrupted; the same command with --resume goes on" if work.exists() else "interrupted", 130)
+        with ended_by_signals(), phases(quiet=json_output) as shown:
+            hooks = {"progress": shown.progress, "on_phase": shown.begin}
+            about = describe_bundle(pipeline.compress(model, out, resume=resume, force=force, **hooks, **given))
+    except KeyboardInterrupt as ended:
+        code = ended.args[0] if ended.args else 128 + signal.SIGINT
+        with suppress(typer.Exit):
+            fail("interrupted; the same command with --resume goes on" if work.exists() else "interrupted", code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # an expert that another thread is at may take minutes, and nothing of it is kept
     if json_output:
         print_json(about)
     else:
         show(compressed_text(about))
+
+
+@contextmanager
+def ended_by_signals():
+    """SIGTERM and SIGHUP end what is inside as Ctrl-C does, unless they are ignored, as under nohup."""
+
+    def end(number: int, _) -> None:
+        raise KeyboardInterrupt(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] == signal.SIG_DFL:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
