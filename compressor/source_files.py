@@ -7,10 +7,11 @@ away: links out of it are not followed.
 import json
 from pathlib import Path
 
-from edge_moe.runtime.bundle import COPIED
+from edge_moe.runtime.bundle import COPIED, TEMPLATES
 from edge_moe.runtime.config import parse_config
 from edge_moe.runtime.files import read_bounded, real_path
 from edge_moe.runtime.model_path import check_pointer
+from edge_moe.runtime.tokenizer_file import MOST_TEMPLATE_BYTES
 
 MISSING = "; put the file itself there"
 
@@ -23,14 +24,27 @@ def there(directory: Path) -> list[str]:
 def contents(directory: Path, tied_head: bool) -> dict[str, bytes]:
     """What a bundle takes over, by name: the files of COPIED that are there, as they are.
 
+    Chat templates in a directory of their own go into tokenizer_config.json, by name, and so does the one beside it.
     tied_head: whether the bundle's output head is the embedding; where config.json says so and the weights have a head
     of their own, the bundle's config.json says no. Raises ValueError for a file that is not what its name says.
     """
-    found = {name: _content(directory, name) for name in there(directory)}
+    found = {name: _content(directory, name, COPIED[name]) for name in there(directory)}
     raw = json.loads(found["config.json"])
     if parse_config(raw, str(directory / "config.json")).tied_head and not tied_head:
-        found["config.json"] = (json.dumps({**raw, "tie_word_embeddings": False}, indent=2) + "\n").encode()
+        found["config.json"] = _json({**raw, "tie_word_embeddings": False})
+    templates = sorted((directory / TEMPLATES).glob("*.jinja"))
+    if templates:
+        texts = {file.stem: _content(directory, f"{TEMPLATES}/{file.name}", MOST_TEMPLATE_BYTES) for file in templates}
+        if (own := found.pop("chat_template.jinja", None)) is not None:
+            texts["default"] = own
+        raw = json.loads(found.get("tokenizer_config.json", "{}"))
+        raw["chat_template"] = [{"name": name, "template": text.decode()} for name, text in texts.items()]
+        found["tokenizer_config.json"] = _json(raw)
     return found
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def copied_bytes(directory: Path) -> int:
@@ -38,10 +52,10 @@ def copied_bytes(directory: Path) -> int:
     return sum(real_path(directory, name, MISSING).stat().st_size for name in there(directory))
 
 
-def _content(directory: Path, name: str) -> bytes:
+def _content(directory: Path, name: str, most_bytes: int) -> bytes:
     path = directory / name
     real_path(directory, name, MISSING)
-    data = read_bounded(path, COPIED[name], "download it again")
+    data = read_bounded(path, most_bytes, "download it again")
     check_pointer(path, data)
     try:
         text = data.decode("utf-8")

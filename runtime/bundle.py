@@ -44,6 +44,7 @@ COPIED = {  # files of a checkpoint that a bundle has and that are used, and the
     "chat_template.jinja": 4_000_000,
 }
 MOST_COPY_BYTES = 64_000_000
+TEMPLATES = "additional_chat_templates"  # a directory of checkpoints that no bundle has, and that would be used
 HEADER_BYTES, TENSOR_BYTES = 65_536, 512  # of a file's header at the most: of all, and of each tensor in it
 TRUNK_FILE = "trunk.safetensors"
 CODECS = {16: "bfloat16"}  # by width; every other width is affine
@@ -227,6 +228,8 @@ def _unlisted(path: Path, table: dict) -> tuple[str, ...]:
     found = [name for name in COPIED if name not in table["copies"] and (path / name).exists()]
     for name in found:
         real_path(path, name, "; remove what has its name")
+    if (path / TEMPLATES).exists():
+        raise ValueError(f"{path / TEMPLATES}: a bundle has no such directory, and it would be used; remove it")
     if found and table.get("copy_bytes") is not None:
         raise ValueError(
             f"{path / found[0]}: bundle.json does not list this file, which would be used; remove it, or compress the "

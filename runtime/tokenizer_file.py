@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_moe.runtime.config import read_json
+from edge_moe.runtime.files import read_bounded
 from edge_moe.runtime.text_cuts import parts
 
 LOADING = 13  # bytes of memory that the library takes for a byte of tokenizer.json, at most; 12 were measured
 LIBRARY, TEMPLATES = 4_000_000, 14_000_000  # and for itself; what Jinja takes, and compiling a template
+MOST_TEMPLATE_BYTES = 4_000_000  # the longest that were seen have 30 kB
 MOST_GROWTH = 64  # times the characters of a text that a normalizer or decoder may give
 GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 12, "NFKD": 12, "Precompiled": 12, "Lowercase": 2, "BertNormalizer": 3}
 PREFIX = "continuing_subword_prefix"
@@ -219,7 +221,7 @@ def _chat_templates(directory: Path, config: dict) -> dict[str, str]:
 
 def read_template(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_bounded(file, MOST_TEMPLATE_BYTES, "copy the file again").decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8 ({error.reason} at byte {error.start}); copy the file again") from None
 

@@ -221,6 +221,8 @@ def edit_json(path: Path, rng: random.Random, old: bool) -> Mutation:
 def edit_value(value, rng: random.Random) -> tuple[str, str]:
     """Change one place of a JSON value; gives the outermost name that it is under, and words."""
     at = list(places(value))
+    if not at:  # all was taken away before
+        return "", "nothing is left"
     tops = sorted({str(path[0]) for _, _, path in at})  # else records would be nearly all that is ever changed
     top = rng.choice(tops) if rng.random() < 0.5 else None
     container, key, path = rng.choice([one for one in at if top in (None, str(one[2][0]))])
@@ -360,7 +362,10 @@ def add_file(path: Path, rng: random.Random, old: bool) -> Mutation:
     """A file that bundle.json does not list; some would be used."""
     table = json.loads((path / TABLE).read_text())
     used = ("generation_config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
-    name = rng.choice((*used, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "README.md"))
+    more = "additional_chat_templates/default.jinja"
+    name = rng.choice(
+        (*used, more, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "README.md")
+    )
     content = rng.choice((*TEXTS[:12], *(one.encode("utf-8", "replace") for one in TEMPLATES), b'{"eos_token_id": 7}'))
     if name in used and rng.random() < 0.5:  # listed, and another
         (path / name).write_bytes(content)
@@ -370,6 +375,7 @@ def add_file(path: Path, rng: random.Random, old: bool) -> Mutation:
     if "copy_bytes" in table:
         table["copy_bytes"].pop(name, None)
     (path / TABLE).write_bytes(table_bytes(table))
+    (path / name).parent.mkdir(exist_ok=True)
     (path / name).write_bytes(content)
     unlisted = name != "README.md"
     return Mutation(f"{name}, unlisted, is {content[:20]!r}", True, not unlisted, not unlisted, unlisted=unlisted)

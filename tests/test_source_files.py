@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from bundles import REFERENCE
 from golden_checkpoints import write_checkpoint
 
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.source_files import contents
 from edge_moe.runtime.bundle import COPIED
+from edge_moe.runtime.tokenizer import Tokenizer
 
 LINK = "links are followed only inside it and into a Hugging Face cache: put the file itself there"
 
@@ -117,3 +119,22 @@ def test_everything_else_is_taken_as_it_is(olmoe, tmp_path):
         assert (made / name).read_bytes() == (olmoe / name).read_bytes()
     assert json.loads((made / "bundle.json").read_text())["copies"].keys() >= files.keys()
     shutil.rmtree(made)
+
+
+def test_chat_templates_of_a_directory_come_into_the_tokenizer_config(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source, bundle = shutil.copytree(REFERENCE, tmp_path / "source"), tmp_path / "bundle"
+    (source / "chat_template.jinja").write_text("beside")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools: {{ tools }}")
+    bundle.mkdir()
+    for name, content in contents(source, tied_head=True).items():
+        (bundle / name).write_bytes(content)
+    want = {"default": "beside", "tool_use": "tools: {{ tools }}"}
+    for directory in (source, bundle):
+        assert transformers.AutoTokenizer.from_pretrained(directory).chat_template == want
+        assert Tokenizer(directory).chat_templates == want
+    (tmp_path / "secret.jinja").write_text("a secret")
+    (source / "additional_chat_templates" / "more.jinja").symlink_to(tmp_path / "secret.jinja")
+    with pytest.raises(ValueError, match="more.jinja: is a link to .*secret.jinja, outside of"):
+        contents(source, tied_head=True)
