@@ -368,6 +368,8 @@ void bind_runtime(nb::module_& m) {
         "What engines of this process have allocated or mapped and not used yet: resident_bytes() may grow by it.");
   m.def("performance_cores", &performance_cores,
         "Cores of the fast kind where there is a slower kind too; 0 where all are alike or the system does not tell.");
+  m.def("return_freed_memory", &return_freed_memory, nb::call_guard<nb::gil_scoped_release>(),
+        "Give the system what this process has freed and its allocator keeps.");
   m.def("free_bytes", &free_bytes, "What the system could give to programs now, in bytes.");
   m.def(
       "crc32c",

@@ -7,11 +7,11 @@ which are rewritten to filters before the template is compiled. A child process 
 alternative: it takes 20 MB and 0.1 s for every turn, and an executable of Python, which a program may not have.
 """
 
+import gc
 import json
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sized
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import datetime
 
@@ -22,12 +22,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace, pass_eval_context
 from jinja2.visitor import NodeTransformer
 
+from edge_moe import _core
 from edge_moe.runtime.template_meter import Meter, TooMuch, listed
 
 MOST_SOURCE = 200_000  # characters of a template; the longest in use have 20,000
 MOST_NODES = 10_000  # of a template's syntax tree; the largest in use have 3,000
 NODE, MACRO = 7_000, 18_000  # bytes of memory that compiling a node takes, at most, and a macro more than that
 MOST_ARGUMENTS = 1000  # of a call
+LITTER = 1_000_000  # bytes that were asked for, from which on they are given back at once
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; most templates read the first
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own, so that templates treat both alike
 # Filters by what they make. Those of FREE make nothing, those of LAZY make one item after the other.
@@ -49,17 +51,29 @@ class ChatTemplate:
             raise ValueError(f"the chat template has {len(source):,} characters, expected at most {MOST_SOURCE:,}")
         self.source = source
         self.environment = _Environment(room_bytes)
-        with _template_errors():
+        try:
             self.template = self.environment.from_string(source)
+        except Exception as error:
+            raise _refusal(error) from None
 
     def render(self, room_bytes: int | None = None, **variables) -> str:
         """The text for these variables.
 
         Raises ValueError where the template fails, or takes more than room_bytes of memory.
         """
-        with self.environment.lock, _template_errors():
-            self.environment.meter = Meter(room_bytes)
-            return self.environment.concat(self.template.root_render_func(self.template.new_context(variables)))
+        with self.environment.lock:
+            self.environment.meter = meter = Meter(room_bytes)
+            text, error = None, None
+            try:
+                text = self.environment.concat(self.template.root_render_func(self.template.new_context(variables)))
+            except Exception as raised:  # a template is a program: it can fail in any way
+                error = _refusal(raised)
+            if meter.asked > LITTER:  # else what each call leaves would add up; not while its frames are in an error
+                gc.collect()
+                _core.return_freed_memory()
+        if error is not None:
+            raise error
+        return text
 
 
 def render(
@@ -156,15 +170,9 @@ def _cut_open(text: str, last: str) -> str:
     return text[:at] if text.startswith(CONTINUE, at) else text[:at].rstrip()
 
 
-@contextmanager
-def _template_errors():
-    try:
-        yield
-    except MemoryError:
-        raise MemoryError("the chat template cannot render these messages: out of memory") from None
-    except Exception as error:  # a template is a program: it can fail in any way
-        message = " ".join(str(error).split())[:500]
-        raise ValueError(f"the chat template cannot render these messages: {message}") from None
+def _refusal(error: Exception) -> ValueError:
+    message = " ".join(str(error).split())[:500] or type(error).__name__
+    return ValueError(f"the chat template cannot render these messages: {message}")
 
 
 class PlainNamespace(Namespace):

@@ -35,7 +35,7 @@ class Meter:
 
     def __init__(self, room_bytes: int | None):
         self.room = ROOM if room_bytes is None else room_bytes
-        self.steps, self.unmeasured, self.began = 0, 0, _core.resident_bytes()
+        self.steps, self.unmeasured, self.asked, self.began = 0, 0, 0, _core.resident_bytes()
 
     def step(self, count: int = 1) -> None:
         self.steps += count
@@ -46,13 +46,18 @@ class Meter:
             self.allow(0)
 
     def allow(self, nbytes: int) -> None:
-        """Ask for memory that an operation is about to take."""
+        """Ask for memory that an operation is about to take.
+
+        Other threads may make the process grow too: by no more than was asked for is the template's.
+        """
         self.unmeasured += nbytes
         if self.unmeasured > UNMEASURED:
+            self.asked += self.unmeasured
             grown = max(0, _core.resident_bytes() - self.began)
-            if grown + nbytes > self.room:
+            if min(grown + nbytes, self.asked) > self.room:
                 raise TooMuch(f"it takes more than {self.room / 1e6:,.0f} MB of memory, what the cap leaves it")
             self.unmeasured = nbytes
+            self.asked -= nbytes
 
     def number(self, value) -> int:
         """The size of a whole number to repeat, pad or count by; 0 for what is none."""

@@ -208,7 +208,7 @@ def _chat_templates(directory: Path, config: dict) -> dict[str, str]:
     """Files come before what tokenizer_config.json has: one template or a list of named ones."""
     files = {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
-        files["default"] = directory / "chat_template.jinja"
+        files.setdefault("default", directory / "chat_template.jinja")
     found = {name: read_template(file) for name, file in files.items()}
     given = config.get("chat_template")
     if found or given is None:

@@ -177,11 +177,12 @@ def flip(file: Path, at: int, mask: int = 0x10) -> None:
         handle.write(bytes([byte ^ mask]))
 
 
-def run_python(code: str, *arguments) -> subprocess.CompletedProcess:
+def run_python(code: str, *arguments, stdin: str | None = None) -> subprocess.CompletedProcess:
     """Run Python in a process of its own; the test fails with its stderr when it does."""
     if "EDGE_MOE_CORE" in os.environ:
         code = f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import other_core\n{code}"
-    child = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    child = subprocess.run(command, capture_output=True, text=True, input=stdin)
     assert child.returncode == 0, child.stderr
     return child
 

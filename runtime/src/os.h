@@ -115,5 +115,6 @@ bool reset_peak_bytes();  // counts the peak from what there is now on; false wh
 size_t untouched_bytes();  // of all Arenas and FileMaps of this process, which resident_bytes() may still grow by
 size_t free_bytes();      // what the system could give to programs now
 int performance_cores();  // of a processor that has slower ones too; 0 where all are alike or the system does not tell
+void return_freed_memory();  // give the system what this process has freed and its allocator keeps
 
 }  // namespace edge_moe

@@ -1,5 +1,8 @@
 // os.h for Linux: O_DIRECT, /proc.
 #include <fcntl.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <cstdio>
 #include <cstring>
@@ -78,5 +81,11 @@ size_t present_bytes(const uint8_t* data, size_t bytes) {
 int performance_cores() { return 0; }
 
 size_t free_bytes() { return proc_kilobytes("/proc/meminfo", "MemAvailable:"); }
+
+void return_freed_memory() {
+#ifdef __GLIBC__  // others return it by themselves
+  malloc_trim(0);
+#endif
+}
 
 }  // namespace edge_moe

@@ -1,6 +1,7 @@
 // os.h for macOS: F_NOCACHE, Mach task and host counters.
 #include <fcntl.h>
 #include <mach/mach.h>
+#include <malloc/malloc.h>
 #include <sys/sysctl.h>
 
 #include <vector>
@@ -57,5 +58,7 @@ size_t free_bytes() {
   host_statistics64(mach_host_self(), HOST_VM_INFO64, reinterpret_cast<host_info64_t>(&info), &count);
   return (size_t(info.free_count) + info.inactive_count + info.purgeable_count) * vm_kernel_page_size;
 }
+
+void return_freed_memory() { malloc_zone_pressure_relief(nullptr, 0); }
 
 }  // namespace edge_moe
