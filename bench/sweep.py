@@ -16,7 +16,7 @@ from edge_moe.bench.child import answer, call
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.device import device_name
-from edge_moe.runtime.plan import CHUNKS, BelowFloor, Plan, engine_memory, resolve_ram
+from edge_moe.runtime.plan import CHUNKS, LEAST_BYTES, BelowFloor, Plan, engine_memory, resolve_ram
 
 CAPS = 6
 MARGIN = 1_000_000  # by so much does one start of the interpreter differ from the next, and more
@@ -53,7 +53,7 @@ def sweep(
     if caps < 2:
         raise ValueError(f"a sweep of {caps} caps is none, expected at least 2")
     given = {"bundle": str(bundle), **options}
-    least = Plan(**_at(1, given)["refused"])
+    least = Plan(**_at(LEAST_BYTES, given)["refused"])
     lowest, highest = least.floor_bytes + MARGIN, min(_whole_bytes(bundle, least, options), resolve_ram(ram))
     if highest < lowest:
         raise BelowFloor(replace(least, ram_bytes=highest, floor_bytes=lowest))

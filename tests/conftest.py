@@ -49,7 +49,8 @@ def templated(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("templated")
     shutil.copytree(REFERENCE, directory, dirs_exist_ok=True)
     (directory / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if enable_thinking is defined %}thinks: {{ enable_thinking }}\n{% endif %}assistant:"
     )
     return compress(directory, directory / "templated.emoe", width=8, method="rtn").path
 

@@ -14,7 +14,7 @@ from test_prune_engine import mask_routers_of
 from edge_moe.bench.bandwidth import machine_bandwidth
 from edge_moe.bench.bench import bench, bench_synthetic, compute, hold, measure
 from edge_moe.bench.synthetic import make_synthetic
-from edge_moe.bench_text import bench_csv, bench_markdown, bench_text
+from edge_moe.bench_text import bench_csv, bench_markdown, bench_text, cut_text
 from edge_moe.report import size
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import load_config
@@ -160,6 +160,25 @@ def test_the_table_has_a_row_a_test_and_the_machines_limits(report):
     assert len({len(line) for line in lines[:4]}) == 1
     assert "| pp64 |" in lines[2] and "| tg16 |" in lines[3] and "small (qwen3_moe, 4.50 bits)" in lines[2]
     assert lines[4] == "" and lines[5].startswith("this machine: memory reads ")
+
+
+def test_a_test_that_the_context_cut_is_said(report, bundle):
+    message = "note: the model's context holds 64 tokens: pp512 was measured as pp64"
+    assert cut_text(report, {"pp": 512, "tg": 16}) == [message]
+    assert cut_text(report, {"pp": 64, "tg": 16}) == []
+    command = [sys.executable, "-m", "edge_moe", "bench", bundle, "-p", "65", "-n", "0", "-r", "1", "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == message.replace("pp512", "pp65") + "\n" and json.loads(done.stdout)["rows"]
+
+
+def test_a_table_that_is_too_wide_has_what_its_rows_share_above_it(report):
+    wide, narrow = bench_markdown(report).split("\n\n"), bench_markdown(report, 100).split("\n\n")
+    assert bench_markdown(report, 1000).split("\n\n") == wide
+    assert narrow[0].startswith("small (qwen3_moe, 4.50 bits)\nsize ") and "threads 1, ram cap 1.00 GB" in narrow[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in narrow[1].splitlines()]
+    assert cells[0][0] == "test" and [row[0] for row in cells[2:]] == ["pp64", "tg16"]
+    assert max(map(len, "\n".join(narrow).splitlines())) <= 100
+    assert cells[2] == [cell.strip() for cell in wide[0].splitlines()[2].split("|")[7:-1]]
 
 
 def test_json_and_csv_hold_the_exact_figures(report):

@@ -186,6 +186,20 @@ def test_a_prompt_is_a_message_where_there_is_a_chat_template_unless_it_is_raw(t
     assert refused == f"{bundle}: this model has no chat template; --system needs one"
 
 
+def test_the_template_is_told_what_else_there_is(templated):
+    with Runtime(templated) as runtime:
+        thought = runtime.generate("user: a\nthinks: True\nassistant:", 4)
+        short = runtime.generate("user: a\nthinks: False\nassistant:", 4)
+    given = ("generate", templated, "a", "-n", "4", "--temp", "0")
+    assert object_of(*given, "--thinking")["tokens"] == thought.tokens
+    for how in (["--no-thinking"], ["--chat-template-kwargs", '{"enable_thinking": false}']):
+        told = object_of(*given, *how)
+        assert (told["tokens"], told["prompt_tokens"]) == (short.tokens, short.prompt_tokens)
+    assert error_of(*given, "--chat-template-kwargs", "[1]").startswith(
+        "chat-template-kwargs '[1]' is not a JSON object"
+    )
+
+
 def test_an_answer_goes_on_until_the_context_is_full_and_a_text_for_64_tokens(bundle, templated):
     assert object_of("generate", bundle, "import re\n", "--context", "96")["generation_tokens"] == 64
     whole = object_of("generate", bundle, "import re\n", "--context", "96", "-n", "-1")

@@ -26,26 +26,49 @@ RIGHT = ("size", "params", "threads", "ram cap", "experts", "t/s", "hits", "MB r
 BAR = 24  # characters of the fastest cap's
 
 
-def bench_text(report, form: str) -> str:
-    """A benchmark's Report or a Sweep as md, json or csv."""
+ALIKE = 6  # columns from the left that are the same in every row
+SMALL_BYTES = 100_000_000  # a bundle that is read in a moment says little of its disk
+
+
+def bench_text(report, form: str, columns: int | None = None) -> str:
+    """A benchmark's Report or a Sweep as md, json or csv. columns: that the table should fit into."""
     if form == "json":
         return json.dumps(report.as_dict())
     if form == "csv":
         return bench_csv(report)
-    return sweep_markdown(report) if hasattr(report, "knee_bytes") else bench_markdown(report)
+    return sweep_markdown(report) if hasattr(report, "knee_bytes") else bench_markdown(report, columns)
 
 
-def bench_markdown(report) -> str:
-    """A benchmark's Report as llama-bench prints it, and the machine's own limits below."""
+def bench_markdown(report, columns: int | None = None) -> str:
+    """A benchmark's Report as llama-bench prints it, and the machine's own limits below.
+
+    Where the table is wider than `columns`, what all rows have in common is in a line above it.
+    """
     titles = [title for title, _ in COLUMNS]
     rows = [titles, *([cell(row) for _, cell in COLUMNS] for row in report.rows)]
     disk = "not measured (no unbuffered reads here)" if report.disk_gbps is None else f"{report.disk_gbps:.2f} GB/s"
-    threads = report.rows[0].threads
+    first = report.rows[0]
+    if first.size_bytes < SMALL_BYTES and report.disk_gbps is not None:
+        disk += ", a bundle too small to say what the disk can do"
+    text = markdown_table(rows, [title in RIGHT for title in titles])
+    if columns and columns < text.index("\n"):
+        common = ", ".join(f"{title} {cell(first)}" for title, cell in COLUMNS[1:ALIKE])
+        rows = [row[ALIKE:] for row in rows]
+        text = f"{COLUMNS[0][1](first)}\n{common}\n\n" + markdown_table(rows, [title in RIGHT for title in rows[0]])
     return (
-        markdown_table(rows, [title in RIGHT for title in titles])
-        + f"\n\nthis machine: memory reads {report.memory_gbps:.1f} GB/s on {threads} threads, unbuffered reads of the "
-        f"bundle {disk}"
+        f"{text}\n\nthis machine: memory reads {report.memory_gbps:.1f} GB/s on {first.threads} threads,\n"
+        f"unbuffered reads of the bundle {disk}"
     )
+
+
+def cut_text(report, asked: dict[str, int]) -> list[str]:
+    """A line for each test that the model's context made shorter. asked: tokens by pp and tg."""
+    found = {row.test.partition(" ")[0]: row.tokens for row in report.rows}
+    return [
+        f"note: the model's context holds {tokens:,} tokens: {kind}{asked[kind]} was measured as {test}"
+        for test, tokens in found.items()
+        if tokens < asked[kind := test[:2]]
+    ]
 
 
 def sweep_markdown(sweep) -> str:

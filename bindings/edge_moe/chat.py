@@ -39,11 +39,13 @@ ROOM = 0.75  # of the context that a prompt may take after the oldest turns were
 
 @dataclass(slots=True)
 class Chat:
-    """A conversation with a Runtime. options: of Runtime.stream(). drop_oldest: make room in a full context."""
+    """A conversation with a Runtime. options: of Runtime.stream(). template: what the chat template is told beside the
+    messages. drop_oldest: make room in a full context."""
 
     runtime: Runtime
     options: dict
     conversation: Conversation
+    template: dict | None = None
     drop_oldest: bool = False
     last: Generation | None = None  # the last answer's last piece
 
@@ -52,7 +54,7 @@ class Chat:
         said = self.conversation
         try:
             dropped = self._to_drop(message)
-            ids = self.runtime._prompt_ids(said.prompt(message, dropped))
+            ids = self._ids(said.prompt(message, dropped))
         except PromptTooLong as error:
             return _say(f"{error}; this message was not kept: {MAKES_ROOM}")
         except ValueError as error:  # the chat template refuses it, or it is no text
@@ -69,18 +71,21 @@ class Chat:
             return _say("the last answer is complete" if turns else "nothing was said yet")
         message, before = turns[-1].message, turns[-1]
         said = Conversation(self.conversation.templated, self.conversation.system, turns[:-1])
-        ids = self.runtime._prompt_ids(said.prompt(message)) + before.tokens
+        ids = self._ids(said.prompt(message)) + before.tokens
         if len(ids) >= self.runtime.plan.context:
             return _say(f"the context of {self.runtime.plan.context:,} tokens is full: {MAKES_ROOM}")
         if (turn := self._stream(message, ids, before)) is not None:
             turns[-1] = turn
+
+    def _ids(self, prompt) -> list[int]:
+        return self.runtime._prompt_ids(prompt, chat_template_kwargs=self.template)
 
     def _to_drop(self, message: str) -> int:
         """How many of the oldest turns to leave out of the prompt."""
         turns, context = self.conversation.turns, self.runtime.plan.context
         for dropped in range(len(turns) + 1 if self.drop_oldest else 0):
             try:
-                tokens = len(self.runtime._prompt_ids(self.conversation.prompt(message, dropped)))
+                tokens = len(self._ids(self.conversation.prompt(message, dropped)))
             except PromptTooLong:
                 continue
             if tokens <= (context if dropped == 0 else ROOM * context):
@@ -209,9 +214,15 @@ class Chat:
 
 
 def chat(
-    runtime: Runtime, options: dict, system: str | None = None, drop_oldest: bool = False, keep_history: bool = True
+    runtime: Runtime,
+    options: dict,
+    template: dict | None = None,
+    *,
+    system: str | None = None,
+    drop_oldest: bool = False,
+    keep_history: bool = True,
 ) -> None:
-    """Read messages from stdin until it ends or /exit; `options` are Runtime.stream()'s.
+    """Read messages from stdin until it ends or /exit; `options` are Runtime.stream()'s, the rest as for Chat.
 
     Raises ValueError at once for options that are wrong or a bundle that cannot chat.
     """
@@ -225,7 +236,7 @@ def chat(
     _say(f"{path.name}, context {runtime.plan.context:,} tokens, {_residency(runtime.plan)}; /help lists commands")
     if not templated:
         _say("this model has no chat template: it continues the text of the whole conversation")
-    talk = Chat(runtime, options, Conversation(templated, system), drop_oldest)
+    talk = Chat(runtime, options, Conversation(templated, system), template, drop_oldest)
     lines, leaving = LineInput(keep_history), False
     while True:
         try:

@@ -285,9 +285,10 @@ def evaluation_text(result: dict, context: int) -> str:
 def statistics_text(g) -> str:
     """A Generation's account in three lines."""
     lookups, weight = g.expert_hits + g.expert_misses, g.dropped_routing_weight
+    cached = f", {g.cached_tokens:,} cached, the others" if g.cached_tokens else ""
     pruned = f", {weight:.1%} of routing weight dropped" if weight else ""
     return (
-        f"prompt {g.prompt_tokens:,} tokens at {g.prompt_tps:,.1f} tok/s, "
+        f"prompt {g.prompt_tokens:,} tokens{cached} at {g.prompt_tps:,.1f} tok/s, "
         f"generated {g.generation_tokens:,} at {g.generation_tps:,.1f} tok/s ({g.finish_reason or 'stopped'})\n"
         f"experts {g.experts_used:.2f} of {g.top_k} per token and layer{pruned}; hits {g.expert_hits:,}, misses "
         f"{g.expert_misses:,} ({g.expert_hits / max(lookups, 1):.1%} hits), {g.bytes_read / 1e6:,.1f} MB read\n"

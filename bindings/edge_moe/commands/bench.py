@@ -1,6 +1,8 @@
 """`edge-moe bench`: measure speed."""
 
 import functools
+import shutil
+import sys
 from enum import Enum
 
 import typer
@@ -84,7 +86,7 @@ def bench(
     if bundle and any(value is not None for value in (layers, width, vocab, keep)):
         raise typer.BadParameter("--layers, --width, --vocab and --keep belong to --synthetic")
     from edge_moe.bench import bench as benchmark
-    from edge_moe.bench_text import bench_text
+    from edge_moe.bench_text import bench_text, cut_text
     from edge_moe.progress import progress_bar
 
     given = {"ram": ram, "prompt": prompt, "generate": generate, "repeats": repeats}
@@ -100,7 +102,9 @@ def bench(
         run, bundle = functools.partial(benchmark.bench_synthetic, run=run, keep=keep, **shapes), synthetic
     with progress_bar() as progress:
         report = run(bundle, progress=progress, **given)
-    show(bench_text(report, output.value))
+    show(bench_text(report, output.value, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    for line in cut_text(report, {"pp": prompt, "tg": generate}):
+        print(line, file=sys.stderr)
 
 
 def depths_of(texts: list[str] | None) -> list[int]:

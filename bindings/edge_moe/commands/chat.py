@@ -19,6 +19,8 @@ NoHistory = option(bool, "--no-history", help="Neither read nor keep the lines t
 def chat(
     bundle: options.Bundle,
     system: options.System = None,
+    thinking: options.Thinking = None,
+    chat_template_kwargs: options.TemplateKwargs = None,
     max_tokens: MaxTokens = None,
     drop_oldest: DropOldest = False,
     no_history: NoHistory = False,
@@ -53,11 +55,12 @@ def chat(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed,
     )  # fmt: skip
+    told = options.template_kwargs(thinking, chat_template_kwargs)
     sampling["max_tokens"] = None if max_tokens == -1 else max_tokens
     run = {"device": device, "threads": threads, "kv": kv.value}
     with Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime:
         sampling = {**sampling_defaults(runtime.bundle.path), **sampling}
         if said := default_pruning_text(runtime.bundle.pruning, prune):
             show(said, sys.stderr)
-        chat.chat(runtime, sampling, system, drop_oldest, keep_history=not no_history)
+        chat.chat(runtime, sampling, told, system=system, drop_oldest=drop_oldest, keep_history=not no_history)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C more while the process ends is no error

@@ -34,6 +34,8 @@ def generate(
     tokens: TokenIds = None,
     system: options.System = None,
     raw: Raw = False,
+    thinking: options.Thinking = None,
+    chat_template_kwargs: options.TemplateKwargs = None,
     max_tokens: MaxTokens = None,
     stop: Stop = None,
     temperature: options.Temperature = None,
@@ -70,6 +72,7 @@ def generate(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=stop,
     )  # fmt: skip
+    told = options.template_kwargs(thinking, chat_template_kwargs)
     run = {"device": device, "threads": threads, "kv": kv.value}
     with (
         Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime,
@@ -80,7 +83,7 @@ def generate(
             raise ValueError(f"{bundle}: this model has no chat template; --system needs one")
         if templated:
             start = [*options.system_messages(system), {"role": "user", "content": start.removesuffix("\n")}]
-            sampling = {**sampling_defaults(runtime.bundle.path), **sampling}
+            sampling = {**sampling_defaults(runtime.bundle.path), **sampling, "chat_template_kwargs": told}
         if max_tokens is None:
             max_tokens = -1 if templated else CONTINUED_TOKENS
         pieces = runtime.stream(start, None if max_tokens == -1 else max_tokens, progress=progress, **sampling)

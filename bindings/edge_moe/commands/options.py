@@ -1,5 +1,6 @@
 """What several subcommands share of their arguments and options: one name, one type, one line of help each."""
 
+import json
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -70,6 +71,12 @@ Prune = option(
 # Of generate and chat; an answer to a message is sampled as the model's makers advise where nothing else is said
 _SAMPLING = "Sampling [default: of an answer, as generation_config.json says; of a text that is continued, --temp 0]"
 System = option(str | None, "--system", metavar="TEXT", help="A system prompt, for a model with a chat template.")
+Thinking = option(
+    bool | None, "--thinking/--no-thinking", help="Tell the chat template whether to let the model think first."
+)
+TemplateKwargs = option(
+    str | None, "--chat-template-kwargs", metavar="JSON", help='Tell it more, as \'{"reasoning_effort": "low"}\'.'
+)
 Temperature = option(
     float | None, "--temp", metavar="T", section=_SAMPLING, help="Temperature; 0: always the likeliest token."
 )
@@ -127,6 +134,17 @@ def prune_of(text: str | None) -> float | str | None:
 def given(**values) -> dict:
     """The options that were given, by name."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def template_kwargs(thinking: bool | None, text: str | None) -> dict | None:
+    """What the chat template is told beside the messages."""
+    try:
+        told = json.loads(text) if text else {}
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise ValueError(f'chat-template-kwargs {text!r} is not a JSON object, as {{"enable_thinking": false}}')
+    return told | given(enable_thinking=thinking) or None
 
 
 def system_messages(system: str | None) -> list[dict]:
