@@ -166,6 +166,12 @@ def rules(table: dict) -> dict:
         (lambda t: rules(t)["odp"].update(protect=2), "protects a share of 2, expected 0 to 1"),
         (lambda t: t["pruning"].update(default="ratio"), "has a default rule 'ratio' that is not among its rules"),
         (lambda t: t["pruning"].update(cut=0), "has a cut of 0, expected a share of expert uses"),
+        (lambda t: t["pruning"].update(cut=10**400), "has a cut of 1000000"),
+        (lambda t: t["pruning"].update(default=[]), "has a default rule a list of 0 that is not among its rules"),
+        (lambda t: t["pruning"].update(default_cut=0.9), "has a default_cut of 0.9, expected null or 0.1 to 0.3"),
+        (lambda t: t["pruning"].update(default_cut="off"), "has a default_cut of 'off', expected null or 0.1 to 0.3"),
+        (lambda t: t["pruning"].update(certificate=7), "has a certificate that is 7, expected a list"),
+        (lambda t: rules(t)["loss"].update(prices=[0.1, 10**400]), "has settings of loss that are no finite numbers"),
         (lambda t: t["pruning"].pop("mask_routers"), "has a learned rule, but no mask_routers"),
     ],
 )
