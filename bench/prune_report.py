@@ -69,7 +69,8 @@ def main() -> None:
         for seed in range(a.seeds if bits == 16 else 1):
             tell(f"{bits:g} bits: calibrating, seed {seed}")
             its, before = {}, stolen()
-            calibrate_pruning(bundle, **calibration, seed=seed, tokens=a.calibration_tokens, progress=timed(None, its))
+            given = {**calibration, "seed": seed, "tokens": a.calibration_tokens, "force": True}
+            calibrate_pruning(bundle, **given, progress=timed(None, its))
             took[seed] = its, stolen() - before
             for rule in NAMES if seed == 0 else ("loss", "otp"):
                 for cut in CUTS:
