@@ -4,6 +4,7 @@ Convention: consecutive windows of `context` tokens that do not overlap, every p
 scored, perplexity is per token. State it beside every figure.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,11 +59,14 @@ def evaluate(
     }
 
 
-def checkpoint_logits(directory: str | Path):
-    """A checkpoint's config and a function from token ids to its full-precision logits, by the reference pass."""
+def checkpoint_logits(directory: str | Path, most_bytes: int | None = None):
+    """A checkpoint's config and a function from token ids to its full-precision logits, by the reference pass.
+
+    most_bytes: of tensors that are kept in memory; None keeps all of them.
+    """
     from edge_moe.compressor.checkpoint import Checkpoint
 
-    checkpoint = Cached(Checkpoint(directory))
+    checkpoint = Cached(Checkpoint(directory), most_bytes)
     return checkpoint.config, lambda ids: reference.forward(checkpoint.config, checkpoint, ids)
 
 
@@ -85,18 +89,28 @@ class Remembered:
 
 
 class Cached:
-    """A checkpoint's tensors, each read once and kept: for models that fit in memory."""
+    """A checkpoint's tensors, each read once and kept; the first ones alone where `most_bytes` does not hold all.
 
-    def __init__(self, checkpoint):
+    A pass goes through the layers in order, so of what was used last nothing is used soon.
+    """
+
+    def __init__(self, checkpoint, most_bytes: int | None = None):
         self.config = checkpoint.config
-        self._checkpoint, self._trunk, self._experts = checkpoint, {}, {}
+        self._checkpoint, self._kept = checkpoint, {}
+        self._room = math.inf if most_bytes is None else most_bytes
 
     def trunk(self, name: str) -> np.ndarray:
-        if name not in self._trunk:
-            self._trunk[name] = self._checkpoint.trunk(name)
-        return self._trunk[name]
+        return self._keep(name, lambda: self._checkpoint.trunk(name))
 
     def expert(self, layer: int, expert: int):
-        if (layer, expert) not in self._experts:
-            self._experts[layer, expert] = self._checkpoint.expert(layer, expert)
-        return self._experts[layer, expert]
+        return self._keep((layer, expert), lambda: self._checkpoint.expert(layer, expert))
+
+    def _keep(self, key, read):
+        if key in self._kept:
+            return self._kept[key]
+        found = read()
+        nbytes = found.nbytes if isinstance(found, np.ndarray) else sum(part.nbytes for part in found)
+        if nbytes <= self._room:
+            self._room -= nbytes
+            self._kept[key] = found
+        return found

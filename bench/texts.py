@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.bench.evaluate import checkpoint_logits, evaluate
+from edge_moe.bench.evaluate import evaluate
+from edge_moe.bench.reference_process import ReferenceProcess
 from edge_moe.compressor.texts import STDLIB_BYTES, stdlib_files
 from edge_moe.runtime.model_path import find_model
+from edge_moe.runtime.plan import resolve_ram
 from edge_moe.runtime.runtime import Runtime
-from edge_moe.runtime.score import LOGITS_ROWS
 
 MEANS = ("kld_mean", "kld_p99", "top1_agreement", "experts_used")  # of the texts' own; perplexity is geometric
 
@@ -37,7 +38,7 @@ def evaluate_texts(
     for file in map(Path, files):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such text file")
-        ids = runtime.tokenizer.encode(file.read_text(encoding="utf-8", errors="replace"))
+        ids = runtime.tokenizer.encode(file.read_text(encoding="utf-8", errors="replace"), most=tokens)
         name = file.name if file.name not in results else str(file)
         results[name] = evaluate(runtime, ids, context=context, tokens=tokens, against=against, progress=progress)
     return {**combine(list(results.values())), "texts": results}
@@ -69,25 +70,19 @@ def held_out_modules(tokenizer, seed: int, count: int, context: int) -> list[int
 
 
 @contextmanager
-def reference_logits(model: str | Path, runtime: Runtime, context: int) -> Iterator[Callable]:
+def reference_logits(
+    model: str | Path, runtime: Runtime, context: int, ram: int | str = "auto", threads: int | None = None
+) -> Iterator[Callable]:
     """A function from token ids to the logits of `model`, a bundle or a checkpoint with the same vocabulary.
 
-    Its memory is its own, outside `runtime`'s plan. Raises ValueError when the vocabularies differ in size.
+    It is computed in a process of its own, in at most `ram`; shares() divides a cap for both. Raises ValueError when
+    the vocabularies differ in size.
     """
     model = find_model(model)
-    if (model / "bundle.json").is_file():
-        with Runtime(model, context=context, logits_rows=LOGITS_ROWS, prune="off") as other:
-            _check_vocabulary(other.config, model, runtime)
-            yield other.logits
-        return
-    config, logits = checkpoint_logits(model)
-    _check_vocabulary(config, model, runtime)
-    yield logits
-
-
-def _check_vocabulary(config, model, runtime: Runtime) -> None:
-    if config.vocab != runtime.config.vocab:
-        raise ValueError(
-            f"{model}: has a vocabulary of {config.vocab:,} tokens, {runtime.bundle.path} of {runtime.config.vocab:,}; "
-            "compare models that share a tokenizer"
-        )
+    with ReferenceProcess(model, resolve_ram(ram), context, threads) as logits:
+        if logits.vocab != runtime.config.vocab:
+            raise ValueError(
+                f"{model}: has a vocabulary of {logits.vocab:,} tokens, {runtime.bundle.path} of "
+                f"{runtime.config.vocab:,}; compare models that share a tokenizer"
+            )
+        yield logits

@@ -31,16 +31,22 @@ def evaluate(
     from contextlib import nullcontext
 
     from edge_moe.bench import texts
+    from edge_moe.bench.reference_process import shares
     from edge_moe.progress import progress_bar
     from edge_moe.report import evaluation_text
+    from edge_moe.runtime.model_path import find_model
     from edge_moe.runtime.runtime import Runtime
     from edge_moe.runtime.score import LOGITS_ROWS
 
+    mine, its = ram, "auto"
+    if against:  # both are under the one cap
+        against = find_model(against)
+        mine, its = shares(bundle, against, ram, context)
     sizes = {"context": context, "device": device, "threads": threads, "logits_rows": LOGITS_ROWS}
     with (
         progress_bar(quiet=json_output) as progress,
-        Runtime(bundle, ram, prune=options.prune_of(prune), **sizes) as runtime,
-        texts.reference_logits(against, runtime, context) if against else nullcontext() as logits,
+        Runtime(bundle, mine, prune=options.prune_of(prune), **sizes) as runtime,
+        texts.reference_logits(against, runtime, context, its, threads) if against else nullcontext() as logits,
     ):
         result = texts.evaluate_texts(runtime, text, context=context, tokens=tokens, against=logits, progress=progress)
     if json_output:
