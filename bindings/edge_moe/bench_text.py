@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import textwrap
 
 from edge_moe.report import size
 
@@ -26,7 +27,6 @@ RIGHT = ("size", "params", "threads", "ram cap", "experts", "t/s", "hits", "MB r
 BAR = 24  # characters of the fastest cap's
 
 
-ALIKE = 6  # columns from the left that are the same in every row
 SMALL_BYTES = 100_000_000  # a bundle that is read in a moment says little of its disk
 
 
@@ -49,12 +49,14 @@ def bench_markdown(report, columns: int | None = None) -> str:
     disk = "not measured (no unbuffered reads here)" if report.disk_gbps is None else f"{report.disk_gbps:.2f} GB/s"
     first = report.rows[0]
     if first.size_bytes < SMALL_BYTES and report.disk_gbps is not None:
-        disk += ", a bundle too small to say what the disk can do"
+        disk += ", which is too small to measure a disk"
     text = markdown_table(rows, [title in RIGHT for title in titles])
     if columns and columns < text.index("\n"):
-        common = ", ".join(f"{title} {cell(first)}" for title, cell in COLUMNS[1:ALIKE])
-        rows = [row[ALIKE:] for row in rows]
-        text = f"{COLUMNS[0][1](first)}\n{common}\n\n" + markdown_table(rows, [title in RIGHT for title in rows[0]])
+        alike = [len(set(cells)) == 1 and title not in ("test", "t/s") for title, *cells in zip(*rows, strict=True)]
+        common = ", ".join(f"{titles[at]} {rows[1][at]}" for at in range(1, len(titles)) if alike[at])
+        above = "\n".join([rows[1][0], *textwrap.wrap(common, columns)])
+        rows = [[cell for cell, same in zip(row, alike, strict=True) if not same] for row in rows]
+        text = f"{above}\n\n" + markdown_table(rows, [title in RIGHT for title in rows[0]])
     return (
         f"{text}\n\nthis machine: memory reads {report.memory_gbps:.1f} GB/s on {first.threads} threads,\n"
         f"unbuffered reads of the bundle {disk}"
