@@ -60,8 +60,7 @@ def read_bounded(path: Path, most_bytes: int, remedy: str) -> bytes:
 
 def parse_json(path: Path, text: bytes, remedy: str) -> dict:
     """The JSON object that a file's bytes are. Raises ValueError, ending in `remedy`, for anything else."""
-    if text.count(b",") + text.count(b"[") + text.count(b"{") > MOST_JSON_VALUES:
-        raise ValueError(f"{path}: has more than {MOST_JSON_VALUES:,} values, which no such file needs; {remedy}")
+    check_values(path, text, remedy)
     try:
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -69,6 +68,12 @@ def parse_json(path: Path, text: bytes, remedy: str) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; {remedy}")
     return value
+
+
+def check_values(path: Path, text: bytes, remedy: str) -> None:
+    """Raise ValueError, ending in `remedy`, for JSON of so many values that reading it would take much memory."""
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > MOST_JSON_VALUES:
+        raise ValueError(f"{path}: has more than {MOST_JSON_VALUES:,} values, which no such file needs; {remedy}")
 
 
 def _named(error: OSError, path: Path) -> OSError:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.runtime.files import pieces
+from edge_moe.runtime.files import check_values, pieces
 from edge_moe.runtime.model_path import check_pointer
 
 NUMPY_DTYPES = {  # as read from disk; what numpy lacks is its bits
@@ -54,6 +54,7 @@ def read_header(path: Path, remedy: str = "download it again", most_bytes: int =
     if header_bytes > most_bytes:
         raise ValueError(f"{path}: the header claims {header_bytes:,} bytes, expected at most {most_bytes:,}; {remedy}")
     text = b"".join(pieces(path, 8, header_bytes))
+    check_values(path, text, remedy)
     try:
         header = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError):

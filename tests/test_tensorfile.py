@@ -64,6 +64,17 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path):
         read_header(path)
 
 
+def test_a_header_of_more_tensors_than_any_model_has_is_refused(tmp_path):
+    """A million empty tensors have 60 MB in the file, and would take a gigabyte of memory."""
+    empty = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    text = b"{" + b",".join(b'"%d":%b' % (number, empty) for number in range(300_000)) + b"}"
+    with pytest.raises(ValueError) as caught:
+        read_header(write(tmp_path / "x", text))
+    assert str(caught.value) == (
+        f"{tmp_path}/x: has more than 2,000,000 values, which no such file needs; download it again"
+    )
+
+
 @pytest.mark.parametrize("text", [b"{ ", b"[1]", b"\xff\xfe", b'"a"', b"[" * 100_000, b'{"a": 1e'])
 def test_a_header_that_is_no_object_is_refused(tmp_path, text):
     with pytest.raises(ValueError, match=r"x: the header is not (valid JSON|a JSON object); fetch it"):
