@@ -30,6 +30,7 @@ from edge_moe.runtime.bundle import TRUNK_FILE
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.pruning import MASK_FILE
 
+ARCHITECTURES = ("olmoe", "qwen2_moe", "deepseek_v3")
 TABLE = "bundle.json"
 JSON_FILES = (TABLE, "config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 # Of bundle.json: what a model depends on, though it is signed; and what a pruned run depends on beside.
@@ -69,16 +70,16 @@ TEMPLATES = [
 ]
 
 
-def make_bundle(directory: Path) -> Path:
+def make_bundle(directory: Path, architecture: str) -> Path:
     """DIRECTORY/bundle: experts of several widths in several files, some dropped, a tokenizer with a chat template,
     advice for sampling, pruning by every rule and a certificate."""
-    source, _, _ = write_checkpoint("olmoe", directory / "source")
+    source, _, _ = write_checkpoint(architecture, directory / "source")
     write_tokenizer(source)
     (source / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [1, 0], "do_sample": False, "top_k": 20})
     )
     checkpoint = Checkpoint(source)
-    config = replace(checkpoint.config, kept=DROPPED["olmoe"][0], layer_top_k=DROPPED["olmoe"][1])
+    config = replace(checkpoint.config, kept=DROPPED[architecture][0], layer_top_k=DROPPED[architecture][1])
     keys = [(layer, index) for layer, experts in enumerate(config.kept) for index in range(len(experts))]
     experts = {key: Packing(((2, 3, 4), (8, 1, 16), (6, 5, 4))[sum(key) % 3], 32) for key in keys}
     out, before = directory / "bundle", writer.SHARD_BYTES
@@ -110,7 +111,7 @@ def make_bundle(directory: Path) -> Path:
                 "otp": {"cuts": [0.1, 0.3], "prices": [0.1, 0.5]},
                 "loss": {"cuts": [0.1, 0.3], "prices": [0.1, 0.5]},
                 "share": {"cuts": [0.1, 0.3], "thresholds": [[0.9] * layers, [0.5] * layers]},
-                "odp": {"cuts": [0.2], "thresholds": [[0.5] * layers], "protect": 0.02},
+                "odp": {"cuts": [0.2], "thresholds": [[0.5] * layers], "protect": 0.0 if config.latent else 0.02},
             },
             "mask_routers": {"bytes": 0, "crc32c": "00000000"},
             "certificate": [dict.fromkeys((*scores[2:], "cut", "reached"), 0.1) | {"tokens": 256}],

@@ -29,12 +29,12 @@ from pathlib import Path
 
 import numpy as np
 from bundles import LAST, make_engine, run_engine
-from mutated_bundles import make_bundle, mutate, restore, snapshot
+from mutated_bundles import ARCHITECTURES, make_bundle, mutate, restore, snapshot
 
 from edge_moe import _core
 from edge_moe.runtime.bundle import Bundle
 
-SUITE = 250
+SUITE = 200
 WORKERS = 2
 HANG_S = 120
 MOST_GROWTH = 600_000_000  # bytes that one of them may add to the process: JSON of 2 million values takes 400 MB
@@ -146,15 +146,17 @@ def reset_peak() -> int:
     return _core.peak_bytes()
 
 
-def work(path: Path) -> None:
-    """Answer each seed that comes on stdin by a line of JSON on stdout."""
+def work(directory: Path) -> None:
+    """Answer each seed that comes on stdin by a line of JSON on stdout. directory: of a bundle by architecture."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    files, before = snapshot(path), use(path)
-    for name, (kind, _, _) in before.items():
-        assert kind == "ok", (name, before[name])
+    paths = [directory / name / "bundle" for name in ARCHITECTURES]
+    whole = [(path, snapshot(path), use(path)) for path in paths]
+    for _, _, before in whole:
+        assert all(kind == "ok" for kind, _, _ in before.values()), before
     print(json.dumps("ready"), file=answers)
     for line in iter(sys.stdin.readline, ""):
+        path, files, before = whole[int(line) % len(whole)]
         restore(path, files)
         mutation, peak = mutate(path, int(line)), reset_peak()
         found = use(path)
@@ -179,12 +181,16 @@ class Worker:
     """A process that runs mutations, started again when one ends it or hangs in it."""
 
     def __init__(self, directory: Path):
-        self.path, self.process = make_bundle(directory), None
-        self.files = snapshot(self.path)
+        self.directory, self.process = directory, None
+        for name in ARCHITECTURES:
+            (directory / name).mkdir(parents=True)
+            make_bundle(directory / name, name)
+        self.files = {path: snapshot(path) for path in directory.glob("*/bundle")}
 
     def start(self) -> None:
-        restore(self.path, self.files)
-        command = [sys.executable, __file__, "--work", str(self.path)]
+        for path, files in self.files.items():
+            restore(path, files)
+        command = [sys.executable, __file__, "--work", str(self.directory)]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read when the process has ended)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, bufsize=1
@@ -213,8 +219,9 @@ class Worker:
             return told
         code = self.process.wait()
         said, self.process = self.last_words(), None
-        restore(self.path, self.files)
-        what = mutate(self.path, seed).what
+        path = self.directory / ARCHITECTURES[seed % len(ARCHITECTURES)] / "bundle"
+        restore(path, self.files[path])
+        what = mutate(path, seed).what
         return {"seed": seed, "what": what, "signed": None, "faults": [f"abort: code {code}: {said}"], "kinds": []}
 
     def stop(self) -> None:
@@ -228,7 +235,6 @@ def run_many(seeds, directory: Path, workers: int, tell=lambda told: None) -> li
     left, results, lock = iter(seeds), [], threading.Lock()
 
     def target(number: int) -> None:
-        (directory / str(number)).mkdir()
         worker = Worker(directory / str(number))
         while True:
             with lock:
