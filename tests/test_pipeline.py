@@ -162,11 +162,11 @@ def test_options_that_cannot_be_are_refused(model, out, options, message):
 
 @pytest.mark.parametrize("method", ["pmq", "mc", "uniform"])
 def test_a_size_below_the_smallest_bundle_is_refused_with_one_that_works(model, out, ids_file, method):
-    message = refused(model, out, size=1, method=method, calibration=ids_file)
-    least, experts, rest = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{5,}", message))
+    message = refused(model, out, size="1KB", method=method, calibration=ids_file)
+    least, experts, rest = (int(number.replace(",", "")) for number in re.findall(r"[\d,]{5,}", message)[-3:])
     assert message == (
-        f"size is 1 bytes, expected at least {least:,}: {experts:,} for experts of width 1 and {rest:,} for the rest; "
-        "raise it, lower trunk_width, or drop experts"
+        f"size is 1,000 bytes, expected at least {least:,}: {experts:,} for experts of width 1 and {rest:,} for the "
+        "rest; raise it, lower trunk_width, or drop experts"
     )
     assert (least, experts) == (experts + rest, 2 * 6 * 8192)
     if method != "mc":  # which needs an expert of width 3 and one of width 2

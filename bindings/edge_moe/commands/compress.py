@@ -44,7 +44,7 @@ Bits = option(
     "--bits",
     metavar="B",
     section=_SMALL,
-    help="Mean bits of an expert weight, all included; 16: as it is.",
+    help="Mean bits of an expert weight, all included; 16: bfloat16, trunk too.",
 )
 Width = option(int | None, "--width", metavar="B", section=_SMALL, help="One width for all experts.")
 Size = option(str | None, "--size", metavar="SIZE", section=_SMALL, help="Bytes of the whole bundle, as 103GB.")
