@@ -72,8 +72,22 @@ class Test:
         return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
 
 
-def bench(bundle: str | Path, **options) -> Report:
-    """Measure a bundle and the machine; options as for measure(), which says what is raised."""
+def bench(
+    bundle: str | Path,
+    *,
+    ram: int | str = "auto",
+    prompt: int = 512,
+    generate: int = 128,
+    depths: Sequence[int] = (0,),
+    repeats: int = 5,
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    prune: list[float | str] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Measure a bundle and the machine; everything as for measure(), which says what is raised."""
+    options = {key: value for key, value in locals().items() if key != "bundle"}
     rows, plan = measure(bundle, **options)
     machine = machine_bandwidth(bundle, rows[0].threads)
     return Report(rows, machine["memory_gbps"], machine["disk_gbps"], plan.as_dict())

@@ -1,19 +1,50 @@
 """A bundle scored on text files, each and together, against another model where there is one to compare with."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edge_moe.bench.evaluate import evaluate
-from edge_moe.bench.reference_process import ReferenceProcess
+from edge_moe.bench.reference_process import ReferenceProcess, shares
 from edge_moe.compressor.texts import STDLIB_BYTES, stdlib_files
 from edge_moe.runtime.model_path import find_model
 from edge_moe.runtime.plan import resolve_ram
 from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.score import LOGITS_ROWS
 
 MEANS = ("kld_mean", "kld_p99", "top1_agreement", "experts_used")  # of the texts' own; perplexity is geometric
+
+
+def evaluate_bundle(
+    bundle: str | Path,
+    text: str | Path | Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    context: int = 256,
+    tokens: int | None = None,
+    prune: float | str | None = None,
+    ram: int | str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score a bundle on text files: what `edge-moe eval --json` prints.
+
+    against: a bundle or checkpoint whose predictions to compare with. context: tokens of a window; windows do not
+    overlap. tokens: the first so many of each text. The rest as for Runtime. Raises what Runtime and evaluate_texts()
+    raise.
+    """
+    files = [text] if isinstance(text, str | Path) else list(text)
+    against = find_model(against) if against else None
+    mine, its = shares(bundle, against, ram, context) if against else (ram, "auto")  # both are under the one cap
+    with (
+        Runtime(bundle, mine, context, device, threads, prune, logits_rows=LOGITS_ROWS) as runtime,
+        reference_logits(against, runtime, context, its, threads) if against else nullcontext() as logits,
+    ):
+        return evaluate_texts(runtime, files, context=context, tokens=tokens, against=logits, progress=progress)
 
 
 def evaluate_texts(

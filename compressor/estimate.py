@@ -54,6 +54,9 @@ class Estimate:
     assumed: str = ""  # what was taken for granted
     others: tuple["Estimate", ...] = ()  # the same cap at SHOWN_BITS
 
+    def __str__(self) -> str:
+        return str(self.plan)
+
     def as_dict(self) -> dict:
         """The plan's keys and what else is known; for what is not a bundle yet `parts` and both contexts too."""
         more = {

@@ -6,7 +6,7 @@ everywhere, `mc` and `mc-release` the published program a layer, `pmq` one progr
 these round with GPTQ on calibration text. `rtn` is round to nearest, one width, without any text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from edge_moe.compressor.round_layers import PackedTrunk, Rounding, Track
 from edge_moe.compressor.sensitivity import Measures, Sensitivity, load_measure, save_measure
 from edge_moe.compressor.source_files import contents
 from edge_moe.compressor.streams import Stream
-from edge_moe.compressor.targets import Options, true_bits
+from edge_moe.compressor.targets import DEFAULT_TOKENS, Options, true_bits
 from edge_moe.compressor.writer import BundleWriter, Packing
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
@@ -43,7 +43,33 @@ FINE_BELOW = 2.5  # true bits of an expert weight
 
 
 def compress(
-    model: str | Path, out: str | Path, *, progress: Progress | None = None, on_phase: Phase | None = None, **options
+    model: str | Path,
+    out: str | Path,
+    *,
+    bits: float | None = None,
+    width: int | None = None,
+    size: int | str | None = None,
+    ram: int | str | None = None,
+    context: int | None = None,
+    paged: bool = False,
+    method: str = "pmq",
+    calibration: str | Path | Sequence[str | Path] = (),
+    held_out: str | Path | Sequence[str | Path] = (),
+    tokens: int = DEFAULT_TOKENS,
+    group: int | None = None,
+    trunk_width: int | None = None,
+    drop_experts: float = 0.0,
+    drop_score: str = "mixture",
+    drop_counts: str = "sensitivity",
+    adjust_top_k: bool = False,
+    act_order: bool = False,
+    certificate: bool = True,
+    seed: int = 0,
+    threads: int | None = None,
+    resume: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+    on_phase: Phase | None = None,
 ) -> Bundle:
     """Compress the checkpoint directory `model` into the bundle directory `out`, and open it.
 
@@ -70,13 +96,12 @@ def compress(
     that no run made, is there, OSError for the disk, MemoryError when `ram` is too small. An interrupted run leaves
     OUT.work and OUT.partial to go on from, or nothing where no layer was done.
     """
-    known = tuple(Options.__slots__)
-    for name in options.keys() - set(known):
-        raise TypeError(f"compress() has no option {name!r}; options are {', '.join(known)}")
+    given = locals()
+    options = Options(**{name: given[name] for name in Options.__slots__})
     own.check_name(Path(out))
     with Checkpoint(model) as checkpoint:
         contents(checkpoint.directory, checkpoint.config.tied_head)  # what cannot be copied shows now
-        o = targets.check(Options(**options), checkpoint.config)
+        o = targets.check(options, checkpoint.config)
         run = Compression(checkpoint, Path(out), o, progress or (lambda step, done, of: None))
         if on_phase:
             run.on_phase = on_phase

@@ -83,7 +83,9 @@ def _cgroups(file: Path) -> list[tuple[str, str]]:
         lines = file.read_text().splitlines()
     except OSError:
         return []
-    return [tuple(line.split(":", 2)[1:]) for line in lines if line.count(":") >= 2]
+    return [
+        (controllers, path) for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1)
+    ]
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:

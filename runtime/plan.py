@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from edge_moe import _core
 from edge_moe.devices.probe import cgroup_limit_bytes, memory_limit_bytes
 from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.plan_table import plan_text
 from edge_moe.runtime.rope import rope_frequency, rope_scale, softmax_scale
 
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best first
@@ -30,7 +31,10 @@ LEAST_BYTES = 100_000  # of a number without a unit: less is gigabytes or megaby
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes by purpose. `total_bytes` is at most `ram_bytes`, the cap; below `floor_bytes` nothing works."""
+    """Bytes by purpose; str(plan) is its table.
+
+    `total_bytes` is at most `ram_bytes`, the cap; below `floor_bytes` nothing works.
+    """
 
     ram_bytes: int
     context: int  # tokens the KV cache holds
@@ -76,6 +80,9 @@ class Plan:
         fixed = self.trunk_bytes + self.kv_cache_bytes + self.interpreter_bytes + buffers
         return min(max(fixed + scratch + experts, self.floor_bytes), self.resident_bytes)
 
+    def __str__(self) -> str:
+        return plan_text(self)
+
     def as_dict(self) -> dict:
         return {
             **asdict(self),
@@ -84,7 +91,11 @@ class Plan:
         }
 
 
-class BelowFloor(MemoryError):
+class EdgeMoeError(Exception):
+    """What all errors that are edge_moe's own have in common; the others are Python's, as ValueError."""
+
+
+class BelowFloor(EdgeMoeError, MemoryError):
     """A cap under which nothing works. `plan` has its floor, counted as the process that was refused is."""
 
     def __init__(self, plan: Plan, why: str = ""):
@@ -97,6 +108,7 @@ def parse_bytes(size: int | float | str) -> int:
 
     Raises ValueError for anything else, and for a number without a unit that is too small to be meant as bytes.
     """
+    number: float
     if isinstance(size, int) and not isinstance(size, bool):
         number, unit = size, ""
     else:
@@ -246,8 +258,11 @@ def make_plan(
     smallest = plan(chunks[-1], False)
     resident_bytes = max(smallest.resident_bytes, loading_bytes)
     floor_bytes = min(max(smallest.floor_bytes, loading_bytes), resident_bytes)
-    limits = {"floor_bytes": floor_bytes, "resident_bytes": resident_bytes}
-    smallest = replace(smallest, **limits)
+
+    def limited(plan: Plan) -> Plan:
+        return replace(plan, floor_bytes=floor_bytes, resident_bytes=resident_bytes)
+
+    smallest = limited(smallest)
     if ram_bytes < floor_bytes:
         if refuse:
             why = f"; this process had, or would have while it loads, {loading_bytes / 1e6:,.0f} MB"
@@ -255,12 +270,12 @@ def make_plan(
         return smallest
     for chunk in chunks:
         if (candidate := plan(chunk, True)).total_bytes <= ram_bytes:
-            return replace(candidate, **limits)
+            return limited(candidate)
     for chunk in chunks:
         candidate = plan(chunk, False)
         room = ram_bytes - candidate.total_bytes + candidate.experts_bytes + candidate.scratch_bytes
         if candidate.experts_bytes >= least_slots * slot_bytes and candidate.scratch_bytes * SCRATCH_PART <= room:
-            return replace(candidate, **limits)
+            return limited(candidate)
     return smallest
 
 

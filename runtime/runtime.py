@@ -209,11 +209,12 @@ class Runtime:
     ) -> Generation:
         """Complete a prompt and return the whole answer; everything as for stream()."""
         options = {key: value for key, value in locals().items() if key not in ("self", "prompt", "max_tokens")}
-        pieces, tokens, last = [], [], None
-        for last in self.stream(prompt, max_tokens, **options):
-            pieces.append(last.text)
-            tokens += last.tokens
-        return replace(last, text="".join(pieces), tokens=tokens)
+        texts: list[str] = []
+        tokens: list[int] = []
+        for piece in self.stream(prompt, max_tokens, **options):
+            texts.append(piece.text)
+            tokens += piece.tokens
+        return replace(piece, text="".join(texts), tokens=tokens)
 
     def stream(
         self,
@@ -354,7 +355,7 @@ class Runtime:
         """logits() in blocks of at most `logits_rows` rows, for a caller who needs no more than that at once."""
         self._open()
         rule, call = self._rule(prune), Wanted()
-        ids, rows = self._prompt_ids(np.asarray(token_ids).reshape(-1)), self.logits_rows
+        ids, rows = self._prompt_ids(np.asarray(token_ids).reshape(-1).tolist()), self.logits_rows
         try:
             for at in range(0, len(ids), rows):
                 with self._turns.take(call, self._unwanted(call)):

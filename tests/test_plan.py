@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_moe import _core
-from edge_moe.plan_text import plan_text
 from edge_moe.runtime.config import load_config
 from edge_moe.runtime.plan import READER_BYTES, READERS, engine_config, make_plan, parse_bytes, resolve_ram
+from edge_moe.runtime.plan_table import plan_text
 from edge_moe.runtime.runtime import Runtime
 
 CONFIG = load_config(REFERENCE)

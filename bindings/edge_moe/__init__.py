@@ -7,25 +7,68 @@ Importing this package imports nothing heavy: the interpreter's own memory count
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names for editors and type checkers; _HOMES brings them when they are used
+    from edge_moe.bench.bench import Report
+    from edge_moe.bench.bench import bench as benchmark
+    from edge_moe.bench.texts import evaluate_bundle as evaluate
+    from edge_moe.compressor.estimate import Estimate
+    from edge_moe.compressor.estimate import estimate as plan
+    from edge_moe.compressor.pipeline import compress
+    from edge_moe.doctor import examine
+    from edge_moe.runtime.answer import Generation
+    from edge_moe.runtime.bundle import Bundle
+    from edge_moe.runtime.config import ModelConfig
+    from edge_moe.runtime.plan import BelowFloor, EdgeMoeError, Plan
+    from edge_moe.runtime.runtime import Runtime
+    from edge_moe.runtime.turns import Stream
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Runtime": "edge_moe.runtime.runtime",
-    "Generation": "edge_moe.runtime.runtime",
-    "Plan": "edge_moe.runtime.plan",
-    "Bundle": "edge_moe.runtime.bundle",
-    "ModelConfig": "edge_moe.runtime.config",
-    "compress": "edge_moe.compressor.pipeline",
+_HOMES = {  # the module and its name there; `edge_moe.bench` and `edge_moe.doctor` are modules
+    "BelowFloor": ("edge_moe.runtime.plan", "BelowFloor"),
+    "Bundle": ("edge_moe.runtime.bundle", "Bundle"),
+    "EdgeMoeError": ("edge_moe.runtime.plan", "EdgeMoeError"),
+    "Estimate": ("edge_moe.compressor.estimate", "Estimate"),
+    "Generation": ("edge_moe.runtime.answer", "Generation"),
+    "ModelConfig": ("edge_moe.runtime.config", "ModelConfig"),
+    "Plan": ("edge_moe.runtime.plan", "Plan"),
+    "Report": ("edge_moe.bench.bench", "Report"),
+    "Runtime": ("edge_moe.runtime.runtime", "Runtime"),
+    "Stream": ("edge_moe.runtime.turns", "Stream"),
+    "benchmark": ("edge_moe.bench.bench", "bench"),
+    "compress": ("edge_moe.compressor.pipeline", "compress"),
+    "evaluate": ("edge_moe.bench.texts", "evaluate_bundle"),
+    "examine": ("edge_moe.doctor", "examine"),
+    "plan": ("edge_moe.compressor.estimate", "estimate"),
 }
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = [
+    "BelowFloor",
+    "Bundle",
+    "EdgeMoeError",
+    "Estimate",
+    "Generation",
+    "ModelConfig",
+    "Plan",
+    "Report",
+    "Runtime",
+    "Stream",
+    "benchmark",
+    "compress",
+    "evaluate",
+    "examine",
+    "plan",
+    "__version__",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'edge_moe' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    module, there = _HOMES[name]
+    return getattr(import_module(module), there)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from edge_moe.compressor.estimate import estimate
 from edge_moe.devices.nvidia import find_driver, nvcc_version
 from edge_moe.devices.probe import cgroup_limit_bytes, default_threads, memory_limit_bytes
 from edge_moe.machine_file import known_machine, remember_machine
-from edge_moe.report import size, table
 from edge_moe.runtime.device import device_name
+from edge_moe.runtime.plan_table import size, table
 
 CONFIGS = Path(bench.__file__).parent / "configs"
 MODELS = {"Qwen3-30B-A3B": "qwen3-30b-a3b", "Qwen3-235B-A22B": "qwen3-235b-a22b", "DeepSeek-V3": "deepseek-v3"}
@@ -21,12 +22,13 @@ BITS = 2.5  # at which they are looked at: what compress makes
 SMALL_CAP = 8_000_000_000  # at which the smallest is looked at too, where there is more
 
 
-def examine(where: Path, progress=None) -> dict:
+def examine(where: str | Path = ".", progress: Callable[[str, int, int], None] | None = None) -> dict:
     """What `edge-moe doctor --json` prints. where: a bundle, or the directory that will hold one.
 
     Writes, reads and removes a file of 268 MB when `where` is not a bundle. What it measures is kept for `edge-moe
     plan`. progress(step, done, of) is called before each measurement. Raises OSError where nothing can be written.
     """
+    where = Path(where)
     if not where.is_dir():
         what = "is a file" if where.exists() else "no such directory"
         raise FileNotFoundError(f"{where}: {what}; name a bundle, or the directory that will hold one")

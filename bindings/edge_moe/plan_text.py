@@ -4,7 +4,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from edge_moe.report import size, table
+from edge_moe.runtime.plan_table import plan_text, size, table
 
 PART_NAMES = {  # of sizes.Part
     **{name: f"experts, {name}" for name in ("gate", "up", "down", "padding")},
@@ -43,42 +43,6 @@ def estimate_text(estimate, speed_of, where: Path) -> str:
     others = [_others_text(estimate, speed_of)] if estimate.others else []
     blocks = [parts_text(estimate.parts), plan_text(estimate.plan), *others, "\n".join(map(_filled, below))]
     return "\n\n".join(blocks)
-
-
-def plan_text(plan) -> str:
-    """A Plan as a table of bytes by purpose, its floor, and from where on every expert is in memory."""
-    if plan.ram_bytes < plan.floor_bytes:
-        experts = "less than a token needs"
-    elif plan.resident:
-        experts = "every expert in memory"
-    else:
-        share = plan.experts_bytes / plan.all_experts_bytes
-        experts = f"slots for about {plan.slots:,}: {share:.0%} of {size(plan.all_experts_bytes)}"
-    rows = [
-        ["purpose", "bytes", ""],
-        ["trunk", size(plan.trunk_bytes), "all weights but the routed experts"],
-        ["KV cache", size(plan.kv_cache_bytes), f"{plan.context:,} tokens of context"],
-        ["scratch", size(plan.scratch_bytes), f"prompts in chunks of {plan.chunk}"],
-        ["I/O buffers", size(plan.io_buffers_bytes), ""],
-        ["interpreter", size(plan.interpreter_bytes), "about: Python and the tokenizer, where there is one"],
-        ["experts", size(plan.experts_bytes), experts],
-        ["total", size(plan.total_bytes), f"of a cap of {size(plan.ram_bytes)}"],
-        ["", "", ""],
-        ["floor", size(plan.floor_bytes), "the smallest cap that works, slowly"],
-        ["working set", size(plan.working_set_bytes), f"the {plan.working_set_experts:,} experts that one token uses"],
-        ["resident from", size(plan.resident_bytes), "the cap from which nothing is paged"],
-    ]
-    return table(rows, right=(1,)) + _working_set_warning(plan)
-
-
-def _working_set_warning(plan) -> str:
-    if plan.holds_working_set or plan.ram_bytes < plan.floor_bytes:
-        return ""
-    cap = size(plan.working_set_cap_bytes)
-    return (
-        f"\n\nwarning: slots for about {plan.slots:,} experts do not hold a token's working set of "
-        f"{plan.working_set_experts:,},\nso every token reads from storage; a cap of {cap} holds it"
-    )
 
 
 def _others_text(estimate, speed_of) -> str:

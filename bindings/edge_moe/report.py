@@ -1,4 +1,4 @@
-"""What the command line shows: sizes, tables, a bundle and statistics as plain text; plans are in plan_text.py.
+"""What the command line shows: a bundle and statistics as plain text; plans are in plan_text.py.
 
 Imports nothing heavy: `edge-moe generate` uses it, and its memory counts under the cap.
 """
@@ -7,30 +7,10 @@ from collections import Counter
 
 from edge_moe.runtime.bundle_table import PROVENANCE, TABLE_FILE, Reader
 from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.plan_table import size, table
 
 STDLIB_NOTE = "calibrated on Python source; for other kinds of text pass --calibration FILE"
 DROP_COUNTS = {"equal": "as many in every layer", "sensitivity": "more where it costs less"}
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units: 1.10 GB, 61.2 MB, 4.1 kB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= scale * 0.9995:
-            return f"{count / scale:.{2 if scale >= 1e9 else 1}f} {unit}"
-    return f"{count:.0f} B"
-
-
-def table(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
-    """Rows of cells as aligned columns, the first row a header; `right` numbers the columns aligned to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def widths_name(widths: tuple[int, int, int]) -> str:

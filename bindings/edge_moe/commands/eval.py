@@ -28,27 +28,14 @@ def evaluate(
     Perplexity per token, and with --against the divergence from another model's predictions. Several texts are
     scored alone and together: geometric mean of perplexity, mean of the rest.
     """
-    from contextlib import nullcontext
-
-    from edge_moe.bench import texts
-    from edge_moe.bench.reference_process import shares
+    from edge_moe.bench.texts import evaluate_bundle
     from edge_moe.progress import progress_bar
     from edge_moe.report import evaluation_text
-    from edge_moe.runtime.model_path import find_model
-    from edge_moe.runtime.runtime import Runtime
-    from edge_moe.runtime.score import LOGITS_ROWS
 
-    mine, its = ram, "auto"
-    if against:  # both are under the one cap
-        against = find_model(against)
-        mine, its = shares(bundle, against, ram, context)
-    sizes = {"context": context, "device": device, "threads": threads, "logits_rows": LOGITS_ROWS}
-    with (
-        progress_bar(quiet=json_output) as progress,
-        Runtime(bundle, mine, prune=options.prune_of(prune), **sizes) as runtime,
-        texts.reference_logits(against, runtime, context, its, threads) if against else nullcontext() as logits,
-    ):
-        result = texts.evaluate_texts(runtime, text, context=context, tokens=tokens, against=logits, progress=progress)
+    given = {"context": context, "tokens": tokens, "prune": options.prune_of(prune)}
+    given |= {"ram": ram, "device": device, "threads": threads}
+    with progress_bar(quiet=json_output) as progress:
+        result = evaluate_bundle(bundle, text, against=against, progress=progress, **given)
     if json_output:
         print_json(result)
     else:

@@ -9,8 +9,9 @@ def verify(bundle: options.Bundle) -> None:
     import time
 
     from edge_moe.progress import progress_bar
-    from edge_moe.report import size, unlisted_text
+    from edge_moe.report import unlisted_text
     from edge_moe.runtime import bundle as bundles
+    from edge_moe.runtime.plan_table import size
 
     opened, checked, began = bundles.Bundle.open(bundle), 0, time.perf_counter()
     with progress_bar() as progress:
