@@ -132,14 +132,16 @@ cuda::VectorBuffer vectors(int count, int cols) {
   cuda::VectorBuffer x{};
   x.cols = cols;
   const size_t blocks = count * x.blocks();
-  x.codes = device<int8_t>(blocks * kBlock, 1), x.scales = device<float>(blocks);
+  x.codes = device<int8_t>(blocks * kBlock, 1), x.lows = device<int8_t>(blocks * kBlock, 1);
+  x.two_planes = device<uint8_t>(blocks), x.scales = device<float>(blocks);
   x.sums[0] = device<float>(2 * blocks), x.sums[1] = device<float>(blocks);
   return x;
 }
 
 void release(cuda::VectorBuffer& x) {
-  for (void* memory : {static_cast<void*>(x.codes), static_cast<void*>(x.scales), static_cast<void*>(x.sums[0]),
-                       static_cast<void*>(x.sums[1])})
+  for (void* memory :
+       {static_cast<void*>(x.codes), static_cast<void*>(x.lows), static_cast<void*>(x.two_planes),
+        static_cast<void*>(x.scales), static_cast<void*>(x.sums[0]), static_cast<void*>(x.sums[1])})
     cuda::release(memory);
 }
 

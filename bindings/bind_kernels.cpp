@@ -45,28 +45,25 @@ Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn
   return m;
 }
 
-// Room for the int8 form of (vectors, cols) inputs, filled by one kernel set.
-struct Quantised {
-  std::vector<int8_t> codes;
+// The int8 form of (vectors, cols) inputs, by one kernel set.
+struct Inputs {
+  std::vector<int8_t> codes, lows;
+  std::vector<uint8_t> two_planes;
   std::vector<float> scales, sums[3];
   Activations x;
 
-  Quantised(const Kernels& kernels, const float* values, int vectors, int cols) {
+  Inputs(const Kernels& kernels, const float* values, int vectors, int cols) {
     x.values = values;
     x.count = vectors;
     x.cols = cols;
     const size_t blocks = x.blocks(), n = vectors;
-    codes.resize(n * blocks * kBlock);
+    codes.resize(n * blocks * kBlock), lows.resize(codes.size());
+    two_planes.resize(n * blocks + kPlaneFlags);
     scales.resize(n * blocks);
-    sums[0].resize(n * blocks * 2);
-    sums[1].resize(n * blocks);
-    sums[2].resize(n * ((blocks + 1) / 2));
-    for (size_t v = 0; v < n; ++v)
-      kernels.quantise(values + v * cols, cols, &codes[v * blocks * kBlock], &scales[v * blocks],
-                       &sums[0][v * blocks * 2], &sums[1][v * blocks], &sums[2][v * ((blocks + 1) / 2)]);
-    x.codes = codes.data();
-    x.scales = scales.data();
-    for (int i = 0; i < 3; ++i) x.sums[i] = sums[i].data();
+    sums[0].resize(n * blocks * 2), sums[1].resize(n * blocks), sums[2].resize(n * ((blocks + 1) / 2));
+    x.quantised = {codes.data(), lows.data(), two_planes.data(), scales.data(),
+                   {sums[0].data(), sums[1].data(), sums[2].data()}};
+    for (size_t v = 0; v < n; ++v) kernels.quantise(values + v * cols, cols, x.quantised.from(v, cols));
   }
 };
 
@@ -118,7 +115,7 @@ void bind_kernels(nb::module_& m) {
         const int cols = int(x.shape(1)), rows = int(codes.shape(0)), end = row_end.value_or(rows);
         expect(row_begin >= 0 && row_begin <= end && end <= rows, "rows must be a range of the matrix");
         Matrix matrix = as_matrix(codes, scales, biases, cols, width);
-        Quantised inputs(k, x.data(), int(x.shape(0)), cols);
+        Inputs inputs(k, x.data(), int(x.shape(0)), cols);
         if (vectors) {
           inputs.x.rows = vectors->data();
           inputs.x.count = int(vectors->shape(0));
@@ -162,13 +159,18 @@ void bind_kernels(nb::module_& m) {
       "quantise_activations",
       [](const std::string& kernels, ArrayIn<float, 1> x) {
         const int cols = int(x.shape(0));
-        Quantised q(find_kernels(kernels), x.data(), 1, cols);
+        Inputs q(find_kernels(kernels), x.data(), 1, cols);
         const size_t blocks = q.x.blocks();
-        return nb::make_tuple(to_numpy(std::move(q.codes), {blocks * kBlock}), to_numpy(std::move(q.scales), {blocks}),
+        q.two_planes.resize(blocks);
+        return nb::make_tuple(to_numpy(std::move(q.codes), {blocks * kBlock}),
+                              to_numpy(std::move(q.lows), {blocks * kBlock}),
+                              to_numpy(std::move(q.two_planes), {blocks}), to_numpy(std::move(q.scales), {blocks}),
                               to_numpy(std::move(q.sums[0]), {blocks * 2}), to_numpy(std::move(q.sums[1]), {blocks}),
                               to_numpy(std::move(q.sums[2]), {(blocks + 1) / 2}));
       },
-      nb::arg("kernels"), nb::arg("x"), "One vector in int8 blocks of 64: (codes, scales, sums32, sums64, sums128).");
+      nb::arg("kernels"), nb::arg("x"),
+      "One vector in int8 blocks of 64: (codes, lows, two_planes, scales, sums32, sums64, sums128).\n\n"
+      "An input is scales * (codes + lows / 256); blocks where two_planes is 0 have no lows.");
 
   m.def(
       "rms_norm",

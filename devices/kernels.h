@@ -15,9 +15,11 @@
 
 namespace edge_moe {
 
-inline constexpr int kBlock = 64;     // inputs that share one activation scale
-inline constexpr int kLanes = 16;     // partial sums of every float reduction
-inline constexpr int kKeyBlock = 16;  // positions of the KV cache whose keys lie together
+inline constexpr int kBlock = 64;              // inputs that share one activation scale
+inline constexpr float kLowStep = 1.0f / 256;  // of a low, in steps of a code
+inline constexpr int kPlaneFlags = 16;         // flags of blocks that are read at a time
+inline constexpr int kLanes = 16;              // partial sums of every float reduction
+inline constexpr int kKeyBlock = 16;           // positions of the KV cache whose keys lie together
 
 // A weight matrix (rows, cols) as format.h lays it out.
 struct Matrix {
@@ -31,26 +33,40 @@ struct Matrix {
   explicit operator bool() const { return codes != nullptr; }
 };
 
-// Input vectors of a product, once as they are and once rounded to int8 in blocks of 64.
-// `blocks` is ceil(cols/64); codes past cols are zero.
+// Vectors of inputs rounded to integers in blocks of 64: an input is its block's scale times (code + low / 256). Most
+// blocks have one plane of int8 codes, and lows of zero. A block has a second plane, the lows, where its largest input
+// is so far above the others that int8 codes would say little of these: see two_planes() in lane_math.h. That depends
+// on the block alone, so bits do not depend on what is rounded with it.
+// `blocks` is ceil(cols/64); codes past cols are zeros.
+struct Quantised {
+  int8_t* codes = nullptr;        // (vectors, blocks*64)
+  int8_t* lows = nullptr;         // (vectors, blocks*64)
+  uint8_t* two_planes = nullptr;  // (vectors, blocks): 1 where a block has lows; kPlaneFlags more may be read
+  float* scales = nullptr;        // (vectors, blocks)
+  // Sums of the inputs over each weight group of 32, 64 and 128: what a group's bias is multiplied by.
+  float* sums[3] = {};  // (vectors, blocks*2), (vectors, blocks), (vectors, (blocks+1)/2)
+
+  // From a vector on.
+  Quantised from(size_t vector, int cols) const {
+    const size_t blocks = (size_t(cols) + kBlock - 1) / kBlock, at = vector * blocks;
+    return {codes + at * kBlock, lows + at * kBlock, two_planes + at, scales + at,
+            {sums[0] + 2 * at, sums[1] + at, sums[2] + vector * ((blocks + 1) / 2)}};
+  }
+
+  // A vector's sums over groups of 32, 64 or 128.
+  const float* group_sums(int group) const { return sums[group == 32 ? 0 : group == 64 ? 1 : 2]; }
+};
+
+// Input vectors of a product, once as they are and once rounded.
 struct Activations {
   const float* values = nullptr;  // (vectors, cols)
-  const int8_t* codes = nullptr;  // (vectors, blocks*64)
-  const float* scales = nullptr;  // (vectors, blocks)
-  // Sums of scale*code over each weight group of 32, 64 and 128 inputs: what a group's bias is multiplied by.
-  const float* sums[3] = {};      // (vectors, blocks*2), (vectors, blocks), (vectors, (blocks+1)/2)
+  Quantised quantised;
   const int32_t* rows = nullptr;  // (count,) vector of each token; null: token t is vector t
   int count = 0;                  // tokens
   int cols = 0;
 
   int blocks() const { return (cols + kBlock - 1) / kBlock; }
-
-  // A vector's sums over groups of 32, 64 or 128.
-  const float* group_sums(int group, size_t vector) const {
-    if (group == 32) return sums[0] + vector * 2 * blocks();
-    if (group == 64) return sums[1] + vector * blocks();
-    return sums[2] + vector * ((blocks() + 1) / 2);
-  }
+  size_t vector(int token) const { return rows ? size_t(rows[token]) : size_t(token); }
 };
 
 // One KV head's cache. Keys lie in blocks of kKeyBlock positions, (blocks, head_dim, kKeyBlock), so that a register of
@@ -67,12 +83,13 @@ struct Kernels {
 
   // y[t*y_stride + row] = matrix[row] . x[t] for rows [row_begin, row_end) and every token t.
   // Width < 16: for each group, sum = fma(bias, sum of inputs, sum), then for each of its blocks (a group of 32: for
-  // itself) sum = fma(float(integer dot), scale_w * scale_x, sum).
+  // itself) sum = fma(dot, scale_w * scale_x, sum). A dot is the integer one of the codes, as a float, or
+  // fma(float(that of the lows), kLowStep, float(that of the codes)) where the block has two planes.
   void (*matmul)(const Matrix& matrix, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end);
 
-  // Round one vector to int8 blocks and sum the blocks; see Activations.
-  void (*quantise)(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64,
-                   float* sums128);
+  // Round one vector of cols inputs, to vector 0 of `to`. With scale = top / 127 of the largest |input|, a code is
+  // input_code(input, 127 / top), and a low is what that left, by low_code.
+  void (*quantise)(const float* x, int cols, const Quantised& to);
 
   // y = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, int n);

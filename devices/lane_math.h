@@ -17,6 +17,9 @@
 
 namespace edge_moe {
 
+// A block of 64 inputs whose largest is more than 4 times their root mean square has two planes of codes.
+inline constexpr int kTwoPlanesBelow = 64 * 127 * 127 / (4 * 4);
+
 EDGE_MOE_BOTH static inline float from_bfloat16(uint16_t value) {
   const uint32_t bits = uint32_t(value) << 16;
   float result;
@@ -58,15 +61,30 @@ EDGE_MOE_BOTH static inline float gated(float gate, float up, int activation) {
 // In double: libm's float functions differ between machines in the last bit, which a rounded double all but hides.
 EDGE_MOE_BOTH static inline float sigmoid(float x) { return float(1.0 / (1.0 + exp(-double(x)))); }
 
+EDGE_MOE_BOTH static inline int nearest(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float2int_rn(x);
+#else
+  return int(__builtin_nearbyintf(x));
+#endif
+}
+
 // The int8 code of an input; not finite: 0, which is caught where logits are read. inverse: 127 / the block's largest.
 EDGE_MOE_BOTH static inline int input_code(float input, float inverse) {
   const float scaled = input * inverse;
+  return scaled >= -127.5f && scaled <= 127.5f ? nearest(scaled) : 0;
+}
+
+// Has a block of inputs lows, by the sum of the squares of its codes? One without a finite input that is not zero has
+// none.
+EDGE_MOE_BOTH static inline bool two_planes(int squares) { return squares > 0 && squares < kTwoPlanesBelow; }
+
+// What the code of an input left of it, in steps of 1/256 of a code's; half a step is 127 of them.
+EDGE_MOE_BOTH static inline int low_code(float input, float inverse) {
+  const float scaled = input * inverse;
   if (!(scaled >= -127.5f && scaled <= 127.5f)) return 0;
-#if defined(__CUDA_ARCH__)
-  return __float2int_rn(scaled);
-#else
-  return int(__builtin_nearbyintf(scaled));
-#endif
+  const int low = nearest((scaled - float(nearest(scaled))) * 256.0f);
+  return low < 127 ? low : 127;
 }
 
 }  // namespace edge_moe

@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -51,18 +52,51 @@ def random_matrix(rng, rows, cols, width, group):
     return (pack(codes, width), scales, biases), next(spread) * codes + next(spread)
 
 
+def fma(a, b, c):
+    """a * b + c of float32 values, rounded once."""
+    exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+    near = np.float32(float(exact))
+    around = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
+    even = lambda value: int(value.view(np.uint32)) & 1  # noqa: E731
+    return min(around, key=lambda value: (abs(Fraction(float(value)) - exact), even(value)))
+
+
 def same_bits(a, b):
     """Equal bit for bit; all values that are not numbers count as one."""
     a, b = (np.where(np.isnan(y), np.float32(np.nan), y).view(np.uint32) for y in (a, b))
     return np.array_equal(a, b)
 
 
-def activation_scales(x):
+def spiky(rng, shape, factor=3000):
+    """Random inputs (tokens, cols) of which one in a third of the blocks is `factor` times as large."""
+    x = rng.standard_normal(shape, np.float32)
+    for at in range(0, shape[1], BLOCK):
+        x[rng.random(shape[0]) < 1 / 3, at + rng.integers(0, min(BLOCK, shape[1] - at))] *= np.float32(factor)
+    return x
+
+
+def rounded(x):
+    """One vector by NumPy: codes and lows (blocks, 64), two_planes and scales (blocks,)."""
+    blocks = np.zeros((-(-len(x) // BLOCK), BLOCK), np.float32)
+    blocks.reshape(-1)[: len(x)] = x
+    top = np.abs(blocks).max(1)
+    with np.errstate(divide="ignore"):
+        scaled = blocks * np.where(top > 0, np.float32(127) / top, np.float32(0))[:, None]
+    codes = np.rint(scaled)
+    # The largest is more than 4 times the root mean square, both as codes.
+    two_planes = (top > 0) & (4 * np.sqrt((codes**2).sum(1) / BLOCK) < 127)
+    lows = np.where(two_planes[:, None], np.minimum(np.rint((scaled - codes) * 256), 127), 0)
+    return codes, lows, two_planes, top / np.float32(127)
+
+
+def activation_steps(x):
     """What one activation is rounded to a multiple of: (tokens, cols)."""
-    tokens, cols = x.shape
-    padded = np.zeros((tokens, -(-cols // BLOCK), BLOCK))
-    padded.reshape(tokens, -1)[:, :cols] = np.abs(x)
-    return np.repeat(padded.max(axis=2) / 127, BLOCK, axis=1)[:, :cols]
+    steps = []
+    for vector in x:
+        _, _, two_planes, scales = rounded(vector)
+        # With two planes 256 times as fine, but half a step of codes is 127 of those of the lows, not 128.
+        steps.append(np.repeat(np.where(two_planes, scales / 128, scales), BLOCK)[: len(vector)])
+    return np.array(steps, np.float64)
 
 
 # ---- the format ----
@@ -108,15 +142,15 @@ def test_matmul_is_near_the_product_of_the_values(width):
     rng = np.random.default_rng(width)
     for group in _core.GROUPS if width < 16 else [32]:
         matrix, values = random_matrix(rng, 7, 384, width, group)
-        x = rng.standard_normal((3, 384), np.float32)
+        x = np.concatenate([rng.standard_normal((2, 384), np.float32), spiky(rng, (4, 384), 30_000)])
         got = _core.matmul("scalar", *matrix, width, x).astype(np.float64)
         error = np.abs(got - x.astype(np.float64) @ values.T)
-        # Every activation is at most half of its block's scale away. A float32 sum in 16 lanes is within (n/16 + 5)
+        # Every activation is at most half a step away. A float32 sum in 16 lanes is within (n/16 + 5)
         # roundings of the sum of its terms' sizes; so is one over blocks and their biases, 384/16 terms at the most.
         spread = np.abs(x) @ (np.abs(values).T + (8 if width < 16 else 0))
         bound = (384 / 16 + 5) * 2.0**-24 * spread
         if width < 16:
-            bound += activation_scales(x) / 2 @ np.abs(values).T
+            bound += activation_steps(x) / 2 @ np.abs(values).T
         assert (error <= bound).all()
 
 
@@ -133,6 +167,41 @@ def test_matmul_is_exact_for_small_integers_times_a_power_of_two(width):
         assert np.array_equal(got, want), name
 
 
+@pytest.mark.parametrize("width", PACKED_WIDTHS)
+def test_matmul_is_the_sum_that_its_contract_says(width):
+    rng = np.random.default_rng(width)
+    for group in _core.GROUPS:
+        x = spiky(rng, (3, 256), 30)
+        codes = rng.integers(0, 2**width, (4, 256))
+        codes[0] = 2**width - 1
+        parts = [bfloat16_bits(rng.standard_normal((4, 256 // group))) for _ in range(2)]
+        scales, biases = (from_bfloat16(part) for part in parts)
+        want, planes = np.zeros((3, 4), np.float32), set()
+        for t, vector in enumerate(x):
+            inputs, lows, two_planes, x_scales = rounded(vector)
+            planes |= set(two_planes.tolist())
+            inputs, lows = inputs.reshape(-1).astype(int), lows.reshape(-1).astype(int)
+            part = min(group, BLOCK)
+            # in steps of the lows, and as exactly as float32 has them
+            sums = np.float32((256 * inputs + lows).reshape(-1, part).sum(1)) / np.float32(256)
+            sums *= np.repeat(x_scales, BLOCK // part)
+            for row in range(4):
+                total = np.float32(0)
+                for at in range(0, 256, part):
+                    if at % group == 0:
+                        of_group = sums[at // part : (at + group) // part]
+                        total = fma(biases[row, at // group], of_group.sum(dtype=np.float32), total)
+                    here = slice(at, at + part)
+                    dot = np.float32(codes[row, here] @ inputs[here])
+                    if two_planes[at // BLOCK]:
+                        dot = fma(np.float32(codes[row, here] @ lows[here]), np.float32(1 / 256), dot)
+                    total = fma(dot, scales[row, at // group] * x_scales[at // BLOCK], total)
+                want[t, row] = total
+        assert planes == {False, True}
+        for name in SETS:
+            assert same_bits(_core.matmul(name, pack(codes, width), *parts, width, x), want), (name, group)
+
+
 @pytest.mark.parametrize("name", FAST_SETS)
 @pytest.mark.parametrize("width", ALL_WIDTHS)
 def test_matmul_equals_scalar(name, width):
@@ -143,9 +212,9 @@ def test_matmul_equals_scalar(name, width):
                 continue
             rows = 19 if cols == 2048 else 37
             matrix, _ = random_matrix(rng, rows, cols, width, group)
-            x = rng.standard_normal((17 if cols > 100 else 70, cols), np.float32) * np.float32(
-                np.exp(rng.standard_normal())
-            )
+            x = spiky(rng, (17 if cols > 100 else 70, cols)) * np.float32(np.exp(rng.standard_normal()))
+            x[::3] = rng.standard_normal(x[::3].shape, np.float32)  # no token of a tile, some or all have two planes
+            x[8:] = spiky(rng, x[8:].shape)
             want = _core.matmul("scalar", *matrix, width, x)
             for tokens in {1, 2, 3, 5, 17, len(x)}:
                 got = _core.matmul(name, *matrix, width, x[:tokens])
@@ -158,7 +227,7 @@ def test_matmul_equals_scalar(name, width):
 def test_any_shape_any_rows_and_any_vectors_equal_scalar(width, group, groups, rows, tokens, seed):
     rng = np.random.default_rng(seed)
     matrix, _ = random_matrix(rng, rows, group * groups, width, group)
-    x = rng.standard_normal((4, group * groups), np.float32)
+    x = spiky(rng, (4, group * groups), 10 ** (5 * rng.random()))
     vectors = rng.integers(0, 4, tokens, np.int32)
     begin, end = sorted(rng.integers(0, rows + 1, 2).tolist())
     whole = _core.matmul("scalar", *matrix, width, x)
@@ -187,7 +256,7 @@ def test_a_token_does_not_depend_on_the_other_tokens(name, width):
 @pytest.mark.parametrize("cols", [20480 + 128, 32768, 32768 + 128])
 def test_wide_rows_give_the_same_bits(name, width, cols):
     matrix, _ = random_matrix(np.random.default_rng(9), 17, cols, width, 128)
-    x = np.random.default_rng(10).standard_normal((3, cols), np.float32)
+    x = spiky(np.random.default_rng(10), (3, cols))
     want = _core.matmul("scalar", *matrix, width, x)
     for tokens in (1, 3):
         assert same_bits(_core.matmul(name, *matrix, width, x[:tokens]), want[:tokens])
@@ -221,26 +290,52 @@ def test_special_inputs_equal_scalar(kind, width):
 
 def test_activations_round_to_the_nearest_of_127_steps():
     x = np.random.default_rng(0).standard_normal(160).astype(np.float32)
-    codes, scales, sums32, sums64, sums128 = _core.quantise_activations("scalar", x)
-    blocks = np.zeros((3, BLOCK), np.float32)
-    blocks.reshape(-1)[:160] = x
-    top = np.abs(blocks).max(1)
-    assert np.array_equal(scales, top / np.float32(127))
-    want = np.rint(blocks * (np.float32(127) / top)[:, None])
+    codes, lows, two_planes, scales, sums32, sums64, sums128 = _core.quantise_activations("scalar", x)
+    want, no_lows, _, want_scales = rounded(x)
+    assert np.array_equal(scales, want_scales)
     assert np.array_equal(codes.reshape(3, BLOCK), want)
+    assert not two_planes.any() and not lows.any() and not no_lows.any()
     assert np.array_equal(sums32, np.repeat(scales, 2) * want.reshape(6, 32).sum(1))
     assert np.array_equal(sums64, scales * want.sum(1))
     assert np.array_equal(sums128, [sums64[0] + sums64[1], sums64[2]])
+
+
+@pytest.mark.parametrize("factor", [5, 30, 3000, 30_000])
+def test_blocks_with_a_massive_activation_have_256_times_as_many_steps(factor):
+    rng = np.random.default_rng(factor)
+    x = rng.uniform(-1, 1, 640).astype(np.float32)
+    massive = np.arange(0, 640, 3 * BLOCK)
+    x[massive] = factor * np.float32([1, -1, 1, -1])
+    codes, lows, two_planes, scales, sums32, sums64, _ = _core.quantise_activations("scalar", x)
+    want = rounded(x)
+    assert np.array_equal(np.flatnonzero(two_planes), massive // BLOCK)
+    for got, part in zip((codes, lows, two_planes, scales), want, strict=True):
+        assert np.array_equal(got, part.reshape(-1))
+    error = np.abs(np.repeat(scales, BLOCK) * (codes + lows / 256) - x)
+    assert (error <= activation_steps(x[None])[0] / 2 * (1 + 1e-4)).all()
+    fine = 256 * want[0] + want[1]  # exact as float32
+    assert np.array_equal(sums32, np.repeat(scales, 2) * (fine.reshape(-1, 32).sum(1) / 256))
+    assert np.array_equal(sums64, scales * (fine.sum(1) / 256))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_second_plane_ends_where_the_largest_is_four_times_the_root_mean_square(name):
+    block = np.zeros(BLOCK, np.float32)
+    for numbers, want in [([], 0), ([127], 1), ([127] * 4, 0), ([127, 127, 127, 126, 15], 1), ([127] * 4 + [1], 0)]:
+        block[:] = 0
+        block[: len(numbers)] = numbers  # codes are these numbers; 4 times 127 is sqrt(64 * 127^2 / 16) on the edge
+        assert _core.quantise_activations(name, block)[2][0] == want, numbers
 
 
 @pytest.mark.parametrize("name", FAST_SETS)
 def test_activations_equal_scalar(name):
     rng = np.random.default_rng(2)
     inputs = [rng.standard_normal(cols).astype(np.float32) for cols in (1, 31, 32, 64, 96, 100, 160, 2048)]
+    inputs += [spiky(rng, (1, cols), factor)[0] for cols in (32, 100, 2048) for factor in (4, 5, 30, 30_000)]
     for x in [*inputs, *SPECIAL.values()]:
         want, got = _core.quantise_activations("scalar", x), _core.quantise_activations(name, x)
-        assert np.array_equal(got[0], want[0])
-        assert all(same_bits(g, w) for g, w in zip(got[1:], want[1:], strict=True))
+        assert all(np.array_equal(g, w) for g, w in zip(got[:3], want[:3], strict=True))
+        assert all(same_bits(g, w) for g, w in zip(got[3:], want[3:], strict=True))
 
 
 # ---- what every set compiles from one source ----

@@ -291,7 +291,7 @@ def test_a_cap_below_the_floor_is_refused_with_one_that_works():
     p = plan(1, refuse=False)
     named = -(-p.floor_bytes // 1_000_000)
     assert str(caught.value) == (
-        f"a cap of 48 MB is below the floor of {named} MB (trunk 2, KV cache 1, interpreter 52, scratch 0 MB, "
+        f"a cap of 48 MB is below the floor of {named} MB (trunk 2, KV cache 1, interpreter 52, scratch 1 MB, "
         "the rest for slots); raise the cap, or lower the context (512 tokens) or the widths"
     )
     assert plan(named * 1_000_000).slots >= 4

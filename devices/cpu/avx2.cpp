@@ -127,7 +127,7 @@ inline __m256 load_bfloat16(const void* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
 }
 
-// Sums of pairs in 16 bits: codes up to 63 fit twice over. Wider ones are split in two.
+// Sums of pairs in 16 bits: products of codes up to 63 with inputs of -128 fit twice over. Wider ones are split in two.
 template <bool Wide>
 inline __m256i dot_half(__m256i codes, __m256i x) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -161,31 +161,44 @@ inline __m256i half_of(const void* p, int half) {
 }
 
 // codes_of(row, half): 32 codes as bytes.
-template <bool Wide, int Parts, typename Codes>
-inline void dots_of(const Codes& codes_of, const int8_t* x, Vector (&dots)[Parts]) {
-  const __m256i x_low = half_of(x, 0), x_high = half_of(x, 1);
-  __m256i sums[Parts][kTileRows];
-  unrolled<kTileRows>([&](auto r) {
-    if constexpr (Parts == 1) {
-      sums[0][r] = dot_block<Wide>(codes_of(r, 0), codes_of(r, 1), x_low, x_high);
-    } else {
-      sums[0][r] = dot_half<Wide>(codes_of(r, 0), x_low);
-      sums[1][r] = dot_half<Wide>(codes_of(r, 1), x_high);
-    }
+template <bool Wide, int Planes, int Parts, typename Codes>
+[[gnu::always_inline]] inline void dots_of(const Codes& codes_of, const int8_t* const* x,
+                                           Vector (&dots)[Planes][Parts]) {
+  __m256i inputs[Planes][2], sums[Planes][Parts][kTileRows];
+  unrolled<2 * Planes>([&](auto i) EDGE_MOE_INLINED { inputs[i / 2][i % 2] = half_of(x[i / 2], i % 2); });
+  unrolled<kTileRows>([&](auto r) EDGE_MOE_INLINED {
+    const __m256i low = codes_of(r, 0), high = codes_of(r, 1);
+    unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
+      if constexpr (Parts == 1) {
+        sums[plane][0][r] = dot_block<Wide>(low, high, inputs[plane][0], inputs[plane][1]);
+      } else {
+        sums[plane][0][r] = dot_half<Wide>(low, inputs[plane][0]);
+        sums[plane][1][r] = dot_half<Wide>(high, inputs[plane][1]);
+      }
+    });
   });
-  unrolled<Parts>([&](auto part) { dots[part] = add_lanes(sums[part]); });
+  unrolled<Planes * Parts>(
+      [&](auto i) EDGE_MOE_INLINED { dots[i / Parts][i % Parts] = add_lanes(sums[i / Parts][i % Parts]); });
 }
 
-template <int Width, int Parts>
-inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* x, Vector (&dots)[Parts]) {
-  dots_of<(Width > 6), Parts>(
-      [&](int r, int half) { return load_half<Width>(codes + r * stride + half * kHalfBytes<Width>); }, x, dots);
+template <int Width, int Planes, int Parts>
+[[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
+                                              Vector (&dots)[Planes][Parts]) {
+  dots_of<(Width > 6)>(
+      [&](int r, int half) EDGE_MOE_INLINED {
+        return load_half<Width>(codes + r * stride + half * kHalfBytes<Width>);
+      },
+      x, dots);
 }
 
 template <int Tokens, int Parts, bool Wide>
 inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]) {
-  unrolled<Tokens>([&](auto t) {
-    dots_of<Wide, Parts>([&](int r, int half) { return half_of(bytes + r * kBlock, half); }, x[t] + at, dots[t]);
+  unrolled<Tokens>([&](auto t) EDGE_MOE_INLINED {
+    const int8_t* inputs = x[t] + at;
+    Vector of_token[1][Parts];
+    dots_of<Wide>([&](int r, int half) EDGE_MOE_INLINED { return half_of(bytes + r * kBlock, half); }, &inputs,
+                  of_token);
+    unrolled<Parts>([&](auto part) EDGE_MOE_INLINED { dots[t][part] = of_token[0][part]; });
   });
 }
 
@@ -243,7 +256,20 @@ template <int Width, int Tokens>
 
 inline __m256 absolute(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 
-void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64, float* sums128) {
+inline int sum_of(__m256i lanes) {
+  alignas(32) int of[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(of), lanes);
+  return of[0] + of[1] + of[2] + of[3] + of[4] + of[5] + of[6] + of[7];
+}
+
+// 32 integers as bytes, those above 127 as 127.
+inline __m256i as_bytes(const __m256i* integers) {
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(integers[0], integers[1]),
+                                           _mm256_packs_epi32(integers[2], integers[3]));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+void quantise(const float* x, int cols, const Quantised& to) {
   const int blocks = (cols + kBlock - 1) / kBlock;
   for (int block = 0; block < blocks; ++block) {
     float padded[kBlock];
@@ -256,25 +282,42 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
     float top = 0.0f;
     for (float lane : tops) top = lane > top ? lane : top;
     const __m256 inverse = _mm256_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
-    int sums[2];
+    __m256i codes[2], lows[2] = {}, squares = _mm256_setzero_si256();
+    __m256 scaled[8];
     for (int half = 0; half < 2; ++half) {
       __m256i rounded[4];
       for (int i = 0; i < 4; ++i) {
-        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(in + half * kHalf + i * 8), inverse);
-        const __m256 finite = _mm256_cmp_ps(absolute(scaled), _mm256_set1_ps(127.5f), _CMP_LE_OQ);
-        rounded[i] = _mm256_cvtps_epi32(_mm256_and_ps(scaled, finite));
+        __m256& eight = scaled[4 * half + i];
+        eight = _mm256_mul_ps(_mm256_loadu_ps(in + half * kHalf + i * 8), inverse);
+        eight = _mm256_and_ps(eight, _mm256_cmp_ps(absolute(eight), _mm256_set1_ps(127.5f), _CMP_LE_OQ));
+        rounded[i] = _mm256_cvtps_epi32(eight);
       }
-      const __m256i bytes =
-          _mm256_packs_epi16(_mm256_packs_epi32(rounded[0], rounded[1]), _mm256_packs_epi32(rounded[2], rounded[3]));
-      const __m256i in_order = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + block * kBlock + half * kHalf), in_order);
-      alignas(32) int lanes[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), dot_half<false>(_mm256_set1_epi8(1), in_order));
-      sums[half] = lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
+      codes[half] = as_bytes(rounded);
+      const __m256i positive = _mm256_abs_epi8(codes[half]);
+      squares = _mm256_add_epi32(squares, dot_half<false>(positive, positive));
     }
-    store_sums(block, top / 127.0f, sums, scales, sums32, sums64);
+    const bool two = two_planes(sum_of(squares));
+    int sums[2];
+    for (int half = 0; half < 2; ++half) {
+      if (two) {
+        __m256i rounded[4];
+        for (int i = 0; i < 4; ++i) {
+          const __m256 eight = scaled[4 * half + i];
+          const __m256 nearest = _mm256_round_ps(eight, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+          const __m256 left = _mm256_sub_ps(eight, nearest);
+          rounded[i] = _mm256_cvtps_epi32(_mm256_mul_ps(left, _mm256_set1_ps(256.0f)));
+        }
+        lows[half] = as_bytes(rounded);
+      }
+      const size_t at = size_t(block) * kBlock + half * kHalf;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.codes + at), codes[half]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.lows + at), lows[half]);
+      const __m256i ones = _mm256_set1_epi8(1);
+      sums[half] = 256 * sum_of(dot_half<false>(ones, codes[half])) + sum_of(dot_half<false>(ones, lows[half]));
+    }
+    store_block(to, block, two, top / 127.0f, sums);
   }
-  pair_sums(blocks, sums64, sums128);
+  pair_sums(to, blocks);
 }
 
 }  // namespace avx2

@@ -62,15 +62,15 @@ template <int Width>
 [[gnu::always_inline]] inline void load_quadwords(const uint8_t* p, size_t stride, __m512i (&words)[Width]) {
   const uint8_t* p4 = p + 4 * stride;
   if constexpr (Width == 1) {
-    auto two = [&](const uint8_t* row) {
+    auto two = [&](const uint8_t* row) EDGE_MOE_INLINED {
       const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row));
       return _mm_castpd_si128(_mm_loadh_pd(_mm_castsi128_pd(low), reinterpret_cast<const double*>(row + stride)));
     };
     words[0] = lanes(two(p), two(p + 2 * stride), two(p4), two(p4 + 2 * stride));
   } else {
-    unrolled<(Width + 1) / 2>([&](auto i) {
+    unrolled<(Width + 1) / 2>([&](auto i) EDGE_MOE_INLINED {
       constexpr int first = 2 * i + 2 <= Width ? 2 * i : Width - 2;  // of an odd number the last two overlap
-      auto four = [&](size_t at) {
+      auto four = [&](size_t at) EDGE_MOE_INLINED {
         return lanes(load_16(p + at), load_16(p + 2 * stride + at), load_16(p4 + at), load_16(p4 + 2 * stride + at));
       };
       const __m512i even = four(8 * first), odd = four(stride + 8 * first);
@@ -100,23 +100,23 @@ template <int Width, int Step>
 // f(step, half, codes) for the eight steps of each half of a tile's rows.
 template <int Width, typename F>
 [[gnu::always_inline]] inline void for_codes(const uint8_t* codes, size_t stride, const F& f) {
-  unrolled<2>([&](auto half) {
+  unrolled<2>([&](auto half) EDGE_MOE_INLINED {
     __m512i words[Width];
     load_quadwords<Width>(codes + 8 * half * stride, stride, words);
-    unrolled<8>([&](auto step) { f(step, half, codes_of<Width, step>(words)); });
+    unrolled<8>([&](auto step) EDGE_MOE_INLINED { f(step, half, codes_of<Width, step>(words)); });
   });
 }
 
 template <int Width>
 inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
-  for_codes<Width>(codes, stride, [&](auto step, auto half, __m512i eight) {
+  for_codes<Width>(codes, stride, [&](auto step, auto half, __m512i eight) EDGE_MOE_INLINED {
     _mm512_store_si512(out + (2 * step + half) * 64, eight);
   });
 }
 
 template <int Width>
 inline void unpack_in_order(const uint8_t* codes, uint8_t* out) {  // of a tile whose rows are all this one, the first
-  for_codes<Width>(codes, 0, [&](auto step, auto half, __m512i eight) {
+  for_codes<Width>(codes, 0, [&](auto step, auto half, __m512i eight) EDGE_MOE_INLINED {
     if (half == 0) _mm_storel_epi64(reinterpret_cast<__m128i*>(out + 8 * step), _mm512_castsi512_si128(eight));
   });
 }
@@ -138,85 +138,65 @@ inline Vector add_pairs(__m512i low, __m512i high) {
 }
 
 // Codes of width 8 are bytes already: half a block of two rows is a register.
-template <int Parts>
-[[gnu::always_inline]] inline void block_dots_of_bytes(const uint8_t* codes, size_t stride, const int8_t* x,
-                                                       Vector (&dots)[Parts]) {
-  __m512i sums[Parts][8];
-  unrolled<2>([&](auto half) {
+template <int Planes, int Parts>
+[[gnu::always_inline]] inline void block_dots_of_bytes(const uint8_t* codes, size_t stride, const int8_t* const* x,
+                                                       Vector (&dots)[Planes][Parts]) {
+  __m512i sums[Planes][Parts][8];
+  unrolled<2>([&](auto half) EDGE_MOE_INLINED {
     constexpr int part = half * (Parts - 1);
-    const __m256i inputs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 32 * half));
-    const __m512i twice = _mm512_broadcast_i64x4(inputs);
-    unrolled<8>([&](auto i) {
+    __m512i inputs[Planes];
+    unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
+      const __m256i half_inputs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x[plane] + 32 * half));
+      inputs[plane] = _mm512_broadcast_i64x4(half_inputs);
+    });
+    unrolled<8>([&](auto i) EDGE_MOE_INLINED {
       const uint8_t* p = codes + (i + i / 4 * 4) * stride + 32 * half;  // rows 0-3 with 4-7, then 8-11 with 12-15
       const __m512i row = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
       const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 4 * stride));
-      const __m512i so_far = half == 0 || Parts == 2 ? _mm512_setzero_si512() : sums[part][i];
-      sums[part][i] = _mm512_dpbusd_epi32(so_far, _mm512_inserti64x4(row, other, 1), twice);
+      const __m512i rows = _mm512_inserti64x4(row, other, 1);
+      unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
+        const __m512i so_far = half == 0 || Parts == 2 ? _mm512_setzero_si512() : sums[plane][part][i];
+        sums[plane][part][i] = _mm512_dpbusd_epi32(so_far, rows, inputs[plane]);
+      });
     });
   });
-  unrolled<Parts>([&](auto part) {
+  unrolled<Planes * Parts>([&](auto which) EDGE_MOE_INLINED {
+    constexpr int plane = which / Parts, part = which % Parts;
     __m512i fours[2];
-    unrolled<2>([&](auto i) {
-      auto two = [&](int at) {
-        const __m512i a = sums[part][at], b = sums[part][at + 1];
+    unrolled<2>([&](auto i) EDGE_MOE_INLINED {
+      auto two = [&](int at) EDGE_MOE_INLINED {
+        const __m512i a = sums[plane][part][at], b = sums[plane][part][at + 1];
         return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
       };
       const __m512i a = two(4 * i), b = two(4 * i + 2);
       fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
     });
-    dots[part] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_shuffle_i64x2(fours[0], fours[1], 0x88),
-                                                     _mm512_shuffle_i64x2(fours[0], fours[1], 0xdd)));
+    dots[plane][part] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_shuffle_i64x2(fours[0], fours[1], 0x88),
+                                                            _mm512_shuffle_i64x2(fours[0], fours[1], 0xdd)));
   });
 }
 
-template <int Width, int Parts>
-[[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* x,
-                                              Vector (&dots)[Parts]) {
+template <int Width, int Planes, int Parts>
+[[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
+                                              Vector (&dots)[Planes][Parts]) {
   if constexpr (Width == 8) return block_dots_of_bytes(codes, stride, x, dots);
-  __m512i sums[Parts][2];
-  unrolled<Parts>([&](auto part) { sums[part][0] = sums[part][1] = _mm512_setzero_si512(); });
-  for_codes<Width>(codes, stride, [&](auto step, auto half, __m512i eight) {
-    __m512i& sum = sums[step * Parts / 8][half];
-    sum = _mm512_dpbusd_epi32(sum, eight, eight_inputs(x + 8 * step));
+  __m512i sums[Planes * Parts][2];
+  unrolled<Planes * Parts>([&](auto i) EDGE_MOE_INLINED { sums[i][0] = sums[i][1] = _mm512_setzero_si512(); });
+  for_codes<Width>(codes, stride, [&](auto step, auto half, __m512i eight) EDGE_MOE_INLINED {
+    unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
+      __m512i& sum = sums[plane * Parts + step * Parts / 8][half];
+      sum = _mm512_dpbusd_epi32(sum, eight, eight_inputs(x[plane] + 8 * step));
+    });
   });
-  unrolled<Parts>([&](auto part) { dots[part] = add_pairs(sums[part][0], sums[part][1]); });
+  unrolled<Planes * Parts>(
+      [&](auto i) EDGE_MOE_INLINED { dots[i / Parts][i % Parts] = add_pairs(sums[i][0], sums[i][1]); });
 }
 
-// A register is 64 bytes of one row, whose codes are multiplied a plane at a time: sums are put in lanes of rows, not
-// codes. Against block_dots, from the second-level cache: 1.3 times as fast; a model's decoding 1.11 to 1.18 times at 4
-// bits, 1.01 to 1.07 at 2. Fetching a line with each row, not all before the first: 1.02 to 1.06.
-// With 3 bits, widened to four bytes for three, it was 0.95 to 1.0 of block_dots.
-template <int Width, int Parts>
-[[gnu::always_inline]] inline void span_dots(const uint8_t* codes, size_t stride, int left, const int8_t* x,
-                                             const uint8_t* next, Vector (&dots)[Parts]) {
-  constexpr int kPlanes = 8 / Width;
-  const __m512i low = _mm512_set1_epi8((1 << Width) - 1);
-  const __mmask16 present = first_lanes(left * Width / 32);
-  __m512i inputs[kPlanes];
-  unrolled<kPlanes>([&](auto plane) { inputs[plane] = _mm512_load_si512(x + 64 * plane); });
-  auto of_row = [&](int row) {
-    const uint8_t* p = codes + row * stride;
-    _mm_prefetch(reinterpret_cast<const char*>(next + row * 64), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(p + 2 * 64), _MM_HINT_T0);
-    const __m512i bits = _mm512_maskz_loadu_epi32(present, p);
-    __m512i sums = _mm512_setzero_si512();
-    unrolled<kPlanes>([&](auto plane) {
-      const __m512i shifted = plane ? _mm512_srli_epi16(bits, plane * Width) : bits;
-      sums = _mm512_dpbusd_epi32(sums, _mm512_and_si512(shifted, low), inputs[plane]);
-    });
-    return sums;
-  };
-  auto of_two = [&](int row) {
-    const __m512i a = of_row(row), b = of_row(row + 1);
-    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  };
-  __m512i fours[4];  // of four rows the sums of each quarter
-  unrolled<4>([&](auto i) {
-    const __m512i a = of_two(4 * i), b = of_two(4 * i + 2);
-    fours[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-  });
-  auto even = [](__m512i a, __m512i b) { return _mm512_shuffle_i64x2(a, b, 0x88); };
-  auto odd = [](__m512i a, __m512i b) { return _mm512_shuffle_i64x2(a, b, 0xdd); };
+// fours: of four rows each, the sums of each quarter of a span.
+template <int Parts>
+[[gnu::always_inline]] inline void add_quarters(const __m512i (&fours)[4], Vector (&dots)[Parts]) {
+  auto even = [](__m512i a, __m512i b) EDGE_MOE_INLINED { return _mm512_shuffle_i64x2(a, b, 0x88); };
+  auto odd = [](__m512i a, __m512i b) EDGE_MOE_INLINED { return _mm512_shuffle_i64x2(a, b, 0xdd); };
   const __m512i even_lanes[] = {even(fours[0], fours[1]), even(fours[2], fours[3])};
   const __m512i odd_lanes[] = {odd(fours[0], fours[1]), odd(fours[2], fours[3])};
   if constexpr (Parts == 2) {
@@ -231,22 +211,77 @@ template <int Width, int Parts>
   }
 }
 
-template <int Tokens, int Parts, bool Wide>
-inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]) {
-  unrolled<Parts>([&](auto part) {
-    __m512i low[Tokens], high[Tokens];
-    unrolled<Tokens>([&](auto t) { low[t] = high[t] = _mm512_setzero_si512(); });
-    unrolled<8 / Parts>([&](auto i) {
-      constexpr int step = part * (8 / Parts) + i;
-      const __m512i low_codes = _mm512_load_si512(bytes + 128 * step);
-      const __m512i high_codes = _mm512_load_si512(bytes + 128 * step + 64);
-      unrolled<Tokens>([&](auto t) {
-        const __m512i inputs = eight_inputs(x[t] + at + 8 * step);
-        low[t] = _mm512_dpbusd_epi32(low[t], low_codes, inputs);
-        high[t] = _mm512_dpbusd_epi32(high[t], high_codes, inputs);
+// A register is 64 bytes of one row, whose codes are multiplied a field of each byte at a time: sums are put in lanes of
+// rows, not codes. Against block_dots, from the second-level cache: 1.3 times as fast; a model's decoding 1.11 to 1.18 times at 4
+// bits, 1.01 to 1.07 at 2. Fetching a line with each row, not all before the first: 1.02 to 1.06.
+// With 3 bits, widened to four bytes for three, it was 0.95 to 1.0 of block_dots.
+template <int Width, int Planes, int Parts>
+[[gnu::always_inline]] inline void span_dots(const uint8_t* codes, size_t stride, int left, const int8_t* const* x,
+                                             const uint8_t* next, Vector (&dots)[Planes][Parts]) {
+  constexpr int kFields = 8 / Width;
+  const __m512i low = _mm512_set1_epi8((1 << Width) - 1);
+  const __mmask16 present = first_lanes(left * Width / 32);
+  __m512i inputs[Planes][kFields];
+  unrolled<Planes * kFields>([&](auto i) EDGE_MOE_INLINED {
+    inputs[i / kFields][i % kFields] = _mm512_load_si512(x[i / kFields] + 64 * (i % kFields));
+  });
+  auto of_row = [&](int row, __m512i(&sums)[Planes]) EDGE_MOE_INLINED {
+    const uint8_t* p = codes + row * stride;
+    _mm_prefetch(reinterpret_cast<const char*>(next + row * 64), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(p + 2 * 64), _MM_HINT_T0);
+    const __m512i bits = _mm512_maskz_loadu_epi32(present, p);
+    unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED { sums[plane] = _mm512_setzero_si512(); });
+    unrolled<kFields>([&](auto field) EDGE_MOE_INLINED {
+      const __m512i codes = _mm512_and_si512(field ? _mm512_srli_epi16(bits, field * Width) : bits, low);
+      unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
+        sums[plane] = _mm512_dpbusd_epi32(sums[plane], codes, inputs[plane][field]);
       });
     });
-    unrolled<Tokens>([&](auto t) { dots[t][part] = add_pairs(low[t], high[t]); });
+  };
+  auto of_two = [&](int row, __m512i(&sums)[Planes]) EDGE_MOE_INLINED {
+    __m512i a[Planes], b[Planes];
+    of_row(row, a), of_row(row + 1, b);
+    unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
+      sums[plane] =
+          _mm512_add_epi32(_mm512_unpacklo_epi32(a[plane], b[plane]), _mm512_unpackhi_epi32(a[plane], b[plane]));
+    });
+  };
+  __m512i fours[Planes][4];  // of four rows the sums of each quarter
+  unrolled<4>([&](auto i) EDGE_MOE_INLINED {
+    __m512i a[Planes], b[Planes];
+    of_two(4 * i, a), of_two(4 * i + 2, b);
+    unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
+      fours[plane][i] =
+          _mm512_add_epi32(_mm512_unpacklo_epi64(a[plane], b[plane]), _mm512_unpackhi_epi64(a[plane], b[plane]));
+    });
+  });
+  unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED { add_quarters(fours[plane], dots[plane]); });
+}
+
+template <int Tokens, int Parts, bool Wide>
+inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]) {
+  unrolled<Parts>([&](auto part) EDGE_MOE_INLINED {
+    constexpr int kWays = Tokens == 1 ? 2 : 1;  // sums of a token, so that one does not wait for the other
+    __m512i low[Tokens][kWays], high[Tokens][kWays];
+    unrolled<Tokens * kWays>([&](auto i) EDGE_MOE_INLINED {
+      low[i / kWays][i % kWays] = high[i / kWays][i % kWays] = _mm512_setzero_si512();
+    });
+    unrolled<8 / Parts>([&](auto i) EDGE_MOE_INLINED {
+      constexpr int step = part * (8 / Parts) + i, way = i % kWays;
+      const __m512i low_codes = _mm512_load_si512(bytes + 128 * step);
+      const __m512i high_codes = _mm512_load_si512(bytes + 128 * step + 64);
+      unrolled<Tokens>([&](auto t) EDGE_MOE_INLINED {
+        const __m512i inputs = eight_inputs(x[t] + at + 8 * step);
+        low[t][way] = _mm512_dpbusd_epi32(low[t][way], low_codes, inputs);
+        high[t][way] = _mm512_dpbusd_epi32(high[t][way], high_codes, inputs);
+      });
+    });
+    unrolled<Tokens>([&](auto t) EDGE_MOE_INLINED {
+      if constexpr (kWays == 2)
+        dots[t][part] = add_pairs(_mm512_add_epi32(low[t][0], low[t][1]), _mm512_add_epi32(high[t][0], high[t][1]));
+      else
+        dots[t][part] = add_pairs(low[t][0], high[t][0]);
+    });
   });
 }
 
@@ -304,7 +339,7 @@ template <int Width, int Tokens>
 
 // ---- activations to int8, and rows to floats ----
 
-void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64, float* sums128) {
+void quantise(const float* x, int cols, const Quantised& to) {
   const int blocks = (cols + kBlock - 1) / kBlock;
   for (int block = 0; block < blocks; ++block) {
     __m512 in[4];
@@ -317,17 +352,31 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
     }
     const float top = _mm512_reduce_max_ps(tops);
     const __m512 inverse = _mm512_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
+    auto store_codes = [&](int8_t* to, int i, __m512i codes) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + block * kBlock + i * kLanes), _mm512_cvtepi32_epi8(codes));
+    };
+    __m512i codes[4], squares = _mm512_setzero_si512();
+    for (int i = 0; i < 4; ++i) {
+      in[i] = _mm512_mul_ps(in[i], inverse);
+      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(in[i]), _mm512_set1_ps(127.5f), _CMP_LE_OQ);
+      in[i] = _mm512_maskz_mov_ps(finite, in[i]);
+      codes[i] = _mm512_cvtps_epi32(in[i]);
+      const __m512i positive = _mm512_abs_epi32(codes[i]);  // whose upper halves are zeros
+      squares = _mm512_add_epi32(squares, _mm512_madd_epi16(positive, positive));
+      store_codes(to.codes, i, codes[i]);
+    }
+    const bool two = two_planes(_mm512_reduce_add_epi32(squares));
     int sums[2] = {};
     for (int i = 0; i < 4; ++i) {
-      const __m512 scaled = _mm512_mul_ps(in[i], inverse);
-      const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(scaled), _mm512_set1_ps(127.5f), _CMP_LE_OQ);
-      const __m512i rounded = _mm512_maskz_cvtps_epi32(finite, scaled);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + block * kBlock + i * kLanes), _mm512_cvtepi32_epi8(rounded));
-      sums[i / 2] += _mm512_reduce_add_epi32(rounded);
+      const __m512 left = _mm512_sub_ps(in[i], _mm512_cvtepi32_ps(codes[i]));
+      const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(left, _mm512_set1_ps(256.0f)));
+      const __m512i lows = _mm512_maskz_min_epi32(two ? 0xffff : 0, rounded, _mm512_set1_epi32(127));
+      store_codes(to.lows, i, lows);
+      sums[i / 2] += _mm512_reduce_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(codes[i], 8), lows));
     }
-    store_sums(block, top / 127.0f, sums, scales, sums32, sums64);
+    store_block(to, block, two, top / 127.0f, sums);
   }
-  pair_sums(blocks, sums64, sums128);
+  pair_sums(to, blocks);
 }
 
 }  // namespace avx512

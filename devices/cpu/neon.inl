@@ -106,35 +106,44 @@ inline int32x4_t add_rows(const int32x4_t (&rows)[kTileRows]) {
 }
 
 // codes_of(row, piece): sixteen codes.
-template <bool Wide, int Parts, typename Codes>
-[[gnu::always_inline]] inline void dots_of(const Codes& codes_of, const int8_t* x, Vector (&dots)[Parts]) {
-  unrolled<Parts>([&](auto part) {
+template <bool Wide, int Planes, int Parts, typename Codes>
+[[gnu::always_inline]] inline void dots_of(const Codes& codes_of, const int8_t* const* x,
+                                           Vector (&dots)[Planes][Parts]) {
+  unrolled<Parts>([&](auto part) EDGE_MOE_INLINED {
     constexpr int kEach = kPieces / Parts;
-    int8x16_t inputs[kEach];
-    int32x4_t of_inputs = vdupq_n_s32(0), sums[kTileRows];
-    unrolled<kEach>([&](auto i) {
-      inputs[i] = vld1q_s8(x + 16 * (part * kEach + i));
-      if constexpr (Wide) of_inputs = vdotq_s32(of_inputs, inputs[i], vdupq_n_s8(1));
-    });
-    unrolled<kTileRows>([&](auto r) {
-      sums[r] = vdupq_n_s32(0);
-      unrolled<kEach>([&](auto i) {
-        constexpr int piece = part * kEach + i;
-        const uint8x16_t codes = codes_of(r, std::integral_constant<int, piece>{});
-        sums[r] = vdotq_s32(sums[r], as_signed<Wide>(codes), inputs[i]);
+    int8x16_t inputs[Planes][kEach];
+    int32x4_t of_inputs[Planes], sums[Planes][kTileRows];
+    unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
+      of_inputs[plane] = vdupq_n_s32(0);
+      unrolled<kEach>([&](auto i) EDGE_MOE_INLINED {
+        inputs[plane][i] = vld1q_s8(x[plane] + 16 * (part * kEach + i));
+        if constexpr (Wide) of_inputs[plane] = vdotq_s32(of_inputs[plane], inputs[plane][i], vdupq_n_s8(1));
       });
     });
-    int32x4_t sum = add_rows(sums);
-    if constexpr (Wide) sum = vmlaq_n_s32(sum, vdupq_n_s32(vaddvq_s32(of_inputs)), 128);
-    dots[part] = vcvtq_f32_s32(sum);
+    unrolled<kTileRows>([&](auto r) EDGE_MOE_INLINED {
+      unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED { sums[plane][r] = vdupq_n_s32(0); });
+      unrolled<kEach>([&](auto i) EDGE_MOE_INLINED {
+        constexpr int piece = part * kEach + i;
+        const int8x16_t codes = as_signed<Wide>(codes_of(r, std::integral_constant<int, piece>{}));
+        unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
+          sums[plane][r] = vdotq_s32(sums[plane][r], codes, inputs[plane][i]);
+        });
+      });
+    });
+    unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
+      int32x4_t sum = add_rows(sums[plane]);
+      if constexpr (Wide) sum = vmlaq_n_s32(sum, vdupq_n_s32(vaddvq_s32(of_inputs[plane])), 128);
+      dots[plane][part] = vcvtq_f32_s32(sum);
+    });
   });
 }
 
-template <int Width, int Parts>
-[[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* x,
-                                              Vector (&dots)[Parts]) {
-  dots_of<(Width > 6), Parts>(
-      [&](int r, auto piece) { return sixteen<Width, decltype(piece)::value>(codes + r * stride); }, x, dots);
+template <int Width, int Planes, int Parts>
+[[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
+                                              Vector (&dots)[Planes][Parts]) {
+  dots_of<(Width > 6)>(
+      [&](int r, auto piece) EDGE_MOE_INLINED { return sixteen<Width, decltype(piece)::value>(codes + r * stride); },
+      x, dots);
 }
 
 #ifdef __ARM_FEATURE_MATMUL_INT8
@@ -143,7 +152,7 @@ template <int Width, int Parts>
 template <int Width>
 inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
   for (int r = 0; r < kTileRows; r += 2)
-    unrolled<kPieces>([&](auto piece) {
+    unrolled<kPieces>([&](auto piece) EDGE_MOE_INLINED {
       const uint8x16_t first = sixteen<Width, piece>(codes + r * stride);
       const uint8x16_t second = sixteen<Width, piece>(codes + (r + 1) * stride);
       uint8_t* at = out + r * kBlock + 32 * piece;
@@ -155,11 +164,11 @@ inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
 template <int Tokens, int Parts, bool Wide>
 inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]) {
   constexpr int kEach = kBlock / 8 / Parts;
-  unrolled<(Tokens + 1) / 2>([&](auto pair) {
+  unrolled<(Tokens + 1) / 2>([&](auto pair) EDGE_MOE_INLINED {
     constexpr int first = 2 * pair, second = first + 1 < Tokens ? first + 1 : first;
-    unrolled<Parts>([&](auto part) {
+    unrolled<Parts>([&](auto part) EDGE_MOE_INLINED {
       int32x4_t upper = vdupq_n_s32(0), lower = upper;  // rows 0 and 1, rows 2 and 3, each by both tokens
-      unrolled<kEach>([&](auto i) {
+      unrolled<kEach>([&](auto i) EDGE_MOE_INLINED {
         constexpr int eight = part * kEach + i;
         const int8x16_t inputs = vcombine_s8(vld1_s8(x[first] + at + 8 * eight), vld1_s8(x[second] + at + 8 * eight));
         upper = vusmmlaq_s32(upper, vld1q_u8(bytes + 16 * eight), inputs);
@@ -180,9 +189,12 @@ inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
 
 template <int Tokens, int Parts, bool Wide>
 inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]) {
-  unrolled<Tokens>([&](auto t) {
-    dots_of<Wide, Parts>([&](int r, auto piece) { return vld1q_u8(bytes + r * kBlock + 16 * piece); }, x[t] + at,
-                         dots[t]);
+  unrolled<Tokens>([&](auto t) EDGE_MOE_INLINED {
+    const int8_t* inputs = x[t] + at;
+    Vector of_token[1][Parts];
+    dots_of<Wide>([&](int r, auto piece) EDGE_MOE_INLINED { return vld1q_u8(bytes + r * kBlock + 16 * piece); },
+                  &inputs, of_token);
+    unrolled<Parts>([&](auto part) EDGE_MOE_INLINED { dots[t][part] = of_token[0][part]; });
   });
 }
 
@@ -232,7 +244,7 @@ void matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, in
 
 // ---- activations to int8, and rows to floats ----
 
-void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64, float* sums128) {
+void quantise(const float* x, int cols, const Quantised& to) {
   const int blocks = (cols + kBlock - 1) / kBlock;
   for (int block = 0; block < blocks; ++block) {
     float padded[kBlock];
@@ -240,22 +252,35 @@ void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sum
     float32x4_t tops = vdupq_n_f32(0);
     for (int i = 0; i < kBlock; i += 4) tops = vmaxnmq_f32(tops, vabsq_f32(vld1q_f32(in + i)));  // of numbers
     const float top = vmaxvq_f32(tops), inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    float32x4_t scaled[kBlock / 4];
+    int32x4_t codes[kBlock / 4], squares = vdupq_n_s32(0);
+    for (int i = 0; i < kBlock / 4; ++i) {
+      scaled[i] = vmulq_n_f32(vld1q_f32(in + 4 * i), inverse);
+      const uint32x4_t finite = vcleq_f32(vabsq_f32(scaled[i]), vdupq_n_f32(127.5f));
+      scaled[i] = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(scaled[i]), finite));
+      codes[i] = vcvtnq_s32_f32(scaled[i]);
+      squares = vmlaq_s32(squares, codes[i], codes[i]);
+    }
+    const bool two = two_planes(vaddvq_s32(squares));
     int sums[2];
     for (int half = 0; half < 2; ++half) {
       int32x4_t sum = vdupq_n_s32(0);
-      for (int i = 32 * half; i < 32 * half + 32; i += 8) {
-        int32x4_t rounded[2];
+      for (int i = 8 * half; i < 8 * half + 8; i += 2) {
+        int32x4_t lows[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
         for (int j = 0; j < 2; ++j) {
-          const float32x4_t scaled = vmulq_n_f32(vld1q_f32(in + i + 4 * j), inverse);
-          const uint32x4_t finite = vcleq_f32(vabsq_f32(scaled), vdupq_n_f32(127.5f));
-          rounded[j] = vandq_s32(vcvtnq_s32_f32(scaled), vreinterpretq_s32_u32(finite));
-          sum = vaddq_s32(sum, rounded[j]);
+          const float32x4_t left = vsubq_f32(scaled[i + j], vcvtq_f32_s32(codes[i + j]));
+          if (two) lows[j] = vminq_s32(vcvtnq_s32_f32(vmulq_n_f32(left, 256.0f)), vdupq_n_s32(127));
+          sum = vaddq_s32(sum, vaddq_s32(vshlq_n_s32(codes[i + j], 8), lows[j]));
         }
-        vst1_s8(codes + block * kBlock + i, vmovn_s16(vcombine_s16(vmovn_s32(rounded[0]), vmovn_s32(rounded[1]))));
+        auto store_eight = [&](int8_t* to, const int32x4_t* from) {
+          vst1_s8(to + block * kBlock + 4 * i, vmovn_s16(vcombine_s16(vmovn_s32(from[0]), vmovn_s32(from[1]))));
+        };
+        store_eight(to.codes, codes + i);
+        store_eight(to.lows, lows);
       }
       sums[half] = vaddvq_s32(sum);
     }
-    store_sums(block, top / 127.0f, sums, scales, sums32, sums64);
+    store_block(to, block, two, top / 127.0f, sums);
   }
-  pair_sums(blocks, sums64, sums128);
+  pair_sums(to, blocks);
 }

@@ -5,18 +5,23 @@
 // kSpan<Width, Group>, the blocks that one token's products take together, and defines Vector, a register of kTileRows
 // floats, with load, store, broadcast, multiply and fma; after, the templates declared here. For one token codes are
 // unpacked in registers, as its weights are read once. For more, blocks are unpacked to bytes once, into a buffer that
-// the first-level cache holds, and multiplied with every token.
+// the first-level cache holds, and multiplied with every token. Lows cost only where there are any: for one token they
+// share its unpacked codes, and of several only those that have lows in a block are multiplied by it once more.
 
 constexpr int kChunk = 16;  // blocks unpacked at a time
 constexpr int kTokens = 8;  // whose sums are in registers
 constexpr int kBatch = 64;  // tokens that blocks are unpacked for
 constexpr int kMostGroups = kChunk * kBlock / 32;
+constexpr int kManyLows = 6;            // of kTokens: where so many have lows, all are multiplied once more
 constexpr int kMostArranged = 1 << 15;  // inputs of a product that are put in another order
+
+// Of a lambda in the innermost loops: gcc leaves one that is called often as a function, and its sums in memory.
+#define EDGE_MOE_INLINED __attribute__((always_inline))
 
 // f(0), ..., f(N-1) with constants, so that an array of sums indexed by them lives in registers.
 template <int N, typename F>
 [[gnu::always_inline]] inline void unrolled(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+  [&]<int... I>(std::integer_sequence<int, I...>) EDGE_MOE_INLINED { (f(std::integral_constant<int, I>{}), ...); }
   (std::make_integer_sequence<int, N>{});
 }
 
@@ -31,9 +36,18 @@ struct PackedRows {
 
 // Vectors of Activations.
 struct PackedTokens {
-  const int8_t* codes[kBatch];
+  const int8_t *codes[kBatch], *lows[kBatch];
+  const uint8_t* two_planes[kBatch];
   const float* scales[kBatch];
   const float* sums[kBatch];  // over the matrix's groups
+};
+
+// One vector, its planes in the order of the rows' codes where arrange() has put them in it.
+struct PackedToken {
+  const int8_t* planes[2];
+  const uint8_t* two_planes;  // of each span's first block: has any of the span's blocks lows?
+  const float* scales;
+  const float* sums;
 };
 
 // out[g][row] = the bfloat16 values [first, first + count) of each row, `stride` of them apart. Rounds count up to 8.
@@ -41,23 +55,23 @@ struct PackedTokens {
 // times).
 [[gnu::noinline]] void columns(const uint16_t* values, int stride, int first, int count, float (*out)[kTileRows]);
 
-// The dot product of each row's block with one of a token: of all 64 inputs, or of both halves. Reads nothing past
-// the block.
-template <int Width, int Parts>
-[[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* x,
-                                              Vector (&dots)[Parts]);
+// The dot products of each row's block with the planes of one of a token: of all 64 inputs, or of both halves. Reads
+// nothing past the block.
+template <int Width, int Planes, int Parts>
+[[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
+                                              Vector (&dots)[Planes][Parts]);
 
 // The same of kSpan blocks, whose inputs arrange() has put in order; `left` inputs are in the rows from here on, and
 // nothing past them is read. Fetches as many bytes from `next` on, row by row.
-template <int Width, int Parts>
-[[gnu::always_inline]] inline void span_dots(const uint8_t* codes, size_t stride, int left, const int8_t* x,
-                                             const uint8_t* next, Vector (&dots)[Parts]);
+template <int Width, int Planes, int Parts>
+[[gnu::always_inline]] inline void span_dots(const uint8_t* codes, size_t stride, int left, const int8_t* const* x,
+                                             const uint8_t* next, Vector (&dots)[Planes][Parts]);
 
 // The block's codes to bytes, kTileRows * kBlock of them in an order of the instruction set's own.
 template <int Width>
 inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out);
 
-// block_dots of bytes from unpack_block with several tokens. Wide: codes may be above 63.
+// block_dots of bytes from unpack_block with a plane of several tokens. Wide: codes may be above 63.
 template <int Tokens, int Parts, bool Wide>
 inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]);
 
@@ -114,21 +128,63 @@ template <int Group, int Blocks>
 // The inputs of each span in the order of its codes: those of every byte's lowest code, then of the next. A last span
 // that is not whole is filled up with zeros.
 template <int Width, int Group>
-inline void arrange(const int8_t* x, int blocks, int8_t* out) {
-  constexpr int kPlanes = 8 / Width, kBytes = kSpan<Width, Group> * kBlock / kPlanes;
-  for (int block = 0; block < blocks; block += kSpan<Width, Group>) {
-    int8_t in[kPlanes * kBytes] = {};
-    std::memcpy(in, x + block * kBlock,
-                size_t(blocks - block < kSpan<Width, Group> ? blocks - block : kSpan<Width, Group>) * kBlock);
-    for (int plane = 0; plane < kPlanes; ++plane)
-      for (int i = 0; i < kBytes; ++i) out[block * kBlock + plane * kBytes + i] = in[i * kPlanes + plane];
-  }
+inline void arrange_span(const int8_t* x, int blocks, int8_t* out) {
+  constexpr int kFields = 8 / Width, kBytes = kSpan<Width, Group> * kBlock / kFields;
+  int8_t in[kFields * kBytes] = {};
+  std::memcpy(in, x, size_t(blocks) * kBlock);
+  for (int field = 0; field < kFields; ++field)
+    for (int i = 0; i < kBytes; ++i) out[field * kBytes + i] = in[i * kFields + field];
 }
 
 template <int Width, int Group>
-void one_token(const PackedRows rows, const int8_t* x, const float* x_scales, const float* x_sums, float* y) {
+struct ArrangedToken {
+  alignas(64) int8_t planes[2][kMostArranged];
+  uint8_t two_planes[kMostArranged / kBlock];
+
+  static bool holds(int blocks) { return blocks + kSpan<Width, Group> <= kMostArranged / kBlock; }
+
+  // Lows only of spans that have any.
+  PackedToken arrange(const Quantised& x, int blocks) {
+    for (int block = 0; block < blocks; block += kSpan<Width, Group>) {
+      const int count = blocks - block < kSpan<Width, Group> ? blocks - block : kSpan<Width, Group>;
+      two_planes[block] = 0;
+      for (int i = 0; i < count; ++i) two_planes[block] |= x.two_planes[block + i];
+      arrange_span<Width, Group>(x.codes + block * kBlock, count, planes[0] + block * kBlock);
+      if (two_planes[block]) arrange_span<Width, Group>(x.lows + block * kBlock, count, planes[1] + block * kBlock);
+    }
+    return {{planes[0], planes[1]}, two_planes, x.scales, x.group_sums(Group)};
+  }
+};
+
+// A token whose inputs stay in order.
+template <int Width, int Group>
+  requires(kSpan<Width, Group> == 1)
+struct ArrangedToken<Width, Group> {
+  static bool holds(int) { return true; }
+  PackedToken arrange(const Quantised& x, int) {
+    return {{x.codes, x.lows}, x.two_planes, x.scales, x.group_sums(Group)};
+  }
+};
+
+// The dots of a span whose inputs have lows. Not inlined: the loop over spans without any keeps its registers.
+template <int Width, int Group>
+[[gnu::noinline, gnu::flatten]] void both_planes(const uint8_t* codes, size_t stride, int left, const int8_t* inputs,
+                                                 const int8_t* lows, const uint8_t* next, float (*out)[kTileRows]) {
+  constexpr int kDots = kSpan<Width, Group> * kParts<Group>;
+  const int8_t* const planes[] = {inputs, lows};
+  Vector dots[2][kDots];
+  if constexpr (kSpan<Width, Group> != 1)
+    span_dots<Width>(codes, stride, left, planes, next, dots);
+  else
+    block_dots<Width>(codes, stride, planes, dots);
+  unrolled<kDots>([&](auto i) { store(out[i], fma(dots[1][i], broadcast(kLowStep), dots[0][i])); });
+}
+
+template <int Width, int Group>
+void one_token(const PackedRows rows, const PackedToken& x, float* y) {
   constexpr int kGroups = kChunk * kBlock / Group, kDots = kSpan<Width, Group> * kParts<Group>;
   alignas(64) float scales[kGroups][kTileRows], biases[kGroups][kTileRows];
+  alignas(64) float both[kDots][kTileRows];
   alignas(64) uint8_t tail[Group == 32 ? kTileRows * kBlock : 1];
   const int groups = rows.cols / Group;
   Vector sum = broadcast(0.0f);
@@ -139,27 +195,84 @@ void one_token(const PackedRows rows, const int8_t* x, const float* x_scales, co
     for (int at = 0; at < end; at += kDots) {
       const int block = (first * kGroupBlocks<Group> + at) / kParts<Group>;
       const uint8_t* codes = rows.codes + size_t(block) * (kBlock / 8 * Width);
-      Vector dots[kDots];
+      const int left = rows.cols - block * kBlock;
+      const int8_t *inputs = x.planes[0] + block * kBlock, *lows = x.planes[1] + block * kBlock;
+      size_t stride = rows.stride;
+      Vector dots[1][kDots];
       fetch_next_scales<Group, kSpan<Width, Group>>(rows, block);
-      if constexpr (kSpan<Width, Group> != 1) {
-        const int left = rows.cols - block * kBlock;
-        span_dots<Width>(codes, rows.stride, left, x + block * kBlock, next_codes<Width>(rows, block), dots);
-      } else {
+      if constexpr (kSpan<Width, Group> == 1) {
         fetch(next_codes<Width>(rows, block), kTileRows * kBlock / 8 * Width);
-        size_t stride = rows.stride;
         if constexpr (Group == 32) codes = block_codes<Width>(rows, block, tail, stride);
-        block_dots<Width>(codes, stride, x + block * kBlock, dots);
+      }
+      if (x.two_planes[block]) {
+        both_planes<Width, Group>(codes, stride, left, inputs, lows, next_codes<Width>(rows, block), both);
+        unrolled<kDots>([&](auto i) { dots[0][i] = load(both[i]); });
+      } else if constexpr (kSpan<Width, Group> != 1) {
+        span_dots<Width>(codes, stride, left, &inputs, next_codes<Width>(rows, block), dots);
+      } else {
+        block_dots<Width>(codes, stride, &inputs, dots);
       }
       unrolled<kDots>([&](auto i) {
         if (i > 0 && at + i >= end) return;
         const int group = (at + i) / kGroupBlocks<Group>;
-        if ((at + i) % kGroupBlocks<Group> == 0) sum = fma(load(biases[group]), broadcast(x_sums[first + group]), sum);
-        const Vector x_scale = broadcast(x_scales[block + i / kParts<Group>]);
-        sum = fma(dots[i], multiply(load(scales[group]), x_scale), sum);
+        if ((at + i) % kGroupBlocks<Group> == 0) sum = fma(load(biases[group]), broadcast(x.sums[first + group]), sum);
+        const Vector x_scale = broadcast(x.scales[block + i / kParts<Group>]);
+        sum = fma(dots[0][i], multiply(load(scales[group]), x_scale), sum);
       });
     }
   }
   store(y, sum);
+}
+
+// Bit t of flags[block]: has token t lows in that block of a chunk? Returns whether any has.
+template <int Tokens>
+[[gnu::always_inline]] inline bool low_flags(const uint8_t* const* two_planes, int first_block,
+                                             uint8_t (&flags)[kChunk]) {
+  static_assert(kChunk == kPlaneFlags && Tokens <= 8);
+  uint64_t words[kChunk / 8] = {};
+  for (int t = 0; t < Tokens; ++t)
+    for (int i = 0; i < kChunk / 8; ++i) {
+      uint64_t eight;
+      std::memcpy(&eight, two_planes[t] + first_block + 8 * i, 8);
+      words[i] |= eight << t;
+    }
+  std::memcpy(flags, words, kChunk);
+  return words[0] | words[1];
+}
+
+// out[block][token] = unpacked_dots of lows, for the blocks and tokens that flags names; zeros for the other tokens of
+// such a block. Not inlined: the loop over tokens without any keeps its registers.
+template <int Tokens, int Parts, bool Wide>
+[[gnu::noinline, gnu::flatten]] void low_dots(const uint8_t* bytes, const int8_t* const* lows, int first_block,
+                                              int blocks, const uint8_t* flags,
+                                              float (*out)[Tokens][Parts][kTileRows]) {
+  for (int block = 0; block < blocks; ++block) {
+    unsigned left = flags[block];
+    if (!left) continue;
+    const uint8_t* codes = bytes + size_t(block) * kTileRows * kBlock;
+    const size_t at = size_t(first_block + block) * kBlock;
+    if (__builtin_popcount(left) >= kManyLows) {
+      Vector dots[Tokens][Parts];
+      unpacked_dots<Tokens, Parts, Wide>(codes, lows, at, dots);
+      unrolled<Tokens * Parts>([&](auto i) { store(out[block][i / Parts][i % Parts], dots[i / Parts][i % Parts]); });
+      continue;
+    }
+    std::memset(out[block], 0, sizeof(out[block]));
+    auto some = [&](auto count) {
+      const int8_t* inputs[count];
+      int tokens[count];
+      for (int i = 0; i < count; ++i, left &= left - 1) {
+        tokens[i] = __builtin_ctz(left);
+        inputs[i] = lows[tokens[i]];
+      }
+      Vector dots[count][Parts];
+      unpacked_dots<count, Parts, Wide>(codes, inputs, at, dots);
+      unrolled<count * Parts>(
+          [&](auto i) { store(out[block][tokens[i / Parts]][i % Parts], dots[i / Parts][i % Parts]); });
+    };
+    while (left & (left - 1)) some(std::integral_constant<int, 2>{});
+    if (left) some(std::integral_constant<int, 1>{});
+  }
 }
 
 // Adds the products of a chunk of blocks to the sums of some tokens.
@@ -167,15 +280,29 @@ template <int Group, int Tokens, bool Wide>
 [[gnu::flatten]] void some_tokens(const uint8_t* bytes, const float (*scales)[kTileRows],
                                   const float (*biases)[kTileRows], int first_block, int first_group, int groups,
                                   const PackedTokens& tokens, int token, float (*sums)[kTileRows]) {
+  constexpr int kSums = kParts<Group>;
   const int8_t* const* x = tokens.codes + token;
+  uint8_t flags[kChunk];
+  alignas(64) float lows[kChunk][Tokens][kSums][kTileRows];
+  const bool any_lows = low_flags<Tokens>(tokens.two_planes + token, first_block, flags);
+  if (any_lows) {
+    const int blocks = (groups + kSums - 1) / kSums * kGroupBlocks<Group>;
+    low_dots<Tokens, kSums, Wide>(bytes, tokens.lows + token, first_block, blocks, flags, lows);
+  }
   Vector sum[Tokens];
   unrolled<Tokens>([&](auto t) { sum[t] = load(sums[t]); });
   for (int g = 0; g < groups; g += kParts<Group>)
     for (int b = 0; b < kGroupBlocks<Group>; ++b) {
       const int block = g / kParts<Group> * kGroupBlocks<Group> + b;
-      Vector dots[Tokens][kParts<Group>];
-      unpacked_dots<Tokens, kParts<Group>, Wide>(bytes + size_t(block) * kTileRows * kBlock, x,
-                                                 size_t(first_block + block) * kBlock, dots);
+      const uint8_t* codes = bytes + size_t(block) * kTileRows * kBlock;
+      const size_t at = size_t(first_block + block) * kBlock;
+      Vector dots[Tokens][kSums];
+      unpacked_dots<Tokens, kSums, Wide>(codes, x, at, dots);
+      if (any_lows && flags[block])
+        unrolled<Tokens * kSums>([&](auto i) {
+          Vector& dot = dots[i / kSums][i % kSums];
+          dot = fma(load(lows[block][i / kSums][i % kSums]), broadcast(kLowStep), dot);
+        });
       unrolled<kParts<Group>>([&](auto part) {
         if (part && g + 1 >= groups) return;
         const Vector scale = load(scales[g + part]), bias = load(biases[g + part]);
@@ -220,11 +347,10 @@ template <int Width, int Group>
 void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
   const int blocks = x.blocks(), groups = m.cols / Group;
   alignas(64) float sums[kBatch][kTileRows];
-  constexpr bool kArranged = kSpan < Width, Group >> 1;
-  alignas(64) int8_t arranged[kArranged ? kMostArranged : 1];
-  const bool one = x.count == 1 && (!kArranged || blocks + kSpan<Width, Group> <= kMostArranged / kBlock);
-  if (kArranged && one)
-    arrange<Width, Group>(x.codes + (x.rows ? x.rows[0] : 0) * size_t(blocks) * kBlock, blocks, arranged);
+  const bool one = x.count == 1 && ArrangedToken<Width, Group>::holds(blocks);
+  ArrangedToken<Width, Group> arranged;
+  PackedToken only{};
+  if (one) only = arranged.arrange(x.quantised.from(x.vector(0), x.cols), blocks);
   for (int row = row_begin; row < row_end; row += kTileRows) {
     // The last tile begins earlier, on rows of which nothing is stored.
     const int first = row + kTileRows <= m.rows ? row : m.rows - kTileRows;
@@ -236,14 +362,14 @@ void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_str
       const int count = x.count - token < kBatch ? x.count - token : kBatch;
       PackedTokens tokens;
       for (int t = 0; t < count; ++t) {
-        const size_t vector = x.rows ? x.rows[token + t] : token + t;
-        tokens.codes[t] = x.codes + vector * blocks * kBlock;
-        tokens.scales[t] = x.scales + vector * blocks;
-        tokens.sums[t] = x.group_sums(Group, vector);
+        const Quantised vector = x.quantised.from(x.vector(token + t), x.cols);
+        tokens.codes[t] = vector.codes, tokens.lows[t] = vector.lows;
+        tokens.two_planes[t] = vector.two_planes;
+        tokens.scales[t] = vector.scales;
+        tokens.sums[t] = vector.group_sums(Group);
       }
       if (one)
-        one_token<Width, Group>(rows, kArranged ? arranged : tokens.codes[0], tokens.scales[0], tokens.sums[0],
-                                sums[0]);
+        one_token<Width, Group>(rows, only, sums[0]);
       else
         many_tokens<Width, Group>(rows, tokens, count, sums);
       for (int t = 0; t < count; ++t)

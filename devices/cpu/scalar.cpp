@@ -24,21 +24,27 @@ inline int code_at(const uint8_t* row, int i, int width) {
 
 float dot_quantised(const Matrix& m, int row, const Activations& x, int vector) {
   const uint8_t* codes = m.codes + codes_bytes(row, m.cols, m.width);
-  const int groups = m.cols / m.group, blocks = x.blocks();
+  const int groups = m.cols / m.group;
   const uint16_t* scales = m.scales + size_t(row) * groups;
   const uint16_t* biases = m.biases + size_t(row) * groups;
-  const int8_t* xq = x.codes + size_t(vector) * blocks * kBlock;
-  const float* x_scales = x.scales + size_t(vector) * blocks;
-  const float* x_sums = x.group_sums(m.group, vector);
+  const Quantised q = x.quantised.from(size_t(vector), x.cols);
+  const float* x_sums = q.group_sums(m.group);
 
   const int part = m.group < kBlock ? m.group : kBlock;  // inputs whose codes share both scales
   float sum = 0.0f;
   for (int group = 0; group < groups; ++group) {
     sum = std::fma(from_bfloat16(biases[group]), x_sums[group], sum);
     for (int first = group * m.group; first < (group + 1) * m.group; first += part) {
-      int dot = 0;
-      for (int i = first; i < first + part; ++i) dot += code_at(codes, i, m.width) * xq[i];
-      sum = std::fma(float(dot), from_bfloat16(scales[group]) * x_scales[first / kBlock], sum);
+      const int block = first / kBlock;
+      int of_codes = 0, of_lows = 0;
+      for (int i = first; i < first + part; ++i) {
+        const int code = code_at(codes, i, m.width);
+        of_codes += code * q.codes[i];
+        of_lows += code * q.lows[i];
+      }
+      float dot = float(of_codes);
+      if (q.two_planes[block]) dot = std::fma(float(of_lows), kLowStep, dot);
+      sum = std::fma(dot, from_bfloat16(scales[group]) * q.scales[block], sum);
     }
   }
   return sum;
@@ -66,24 +72,28 @@ void matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, in
     }
 }
 
-void quantise(const float* x, int cols, int8_t* codes, float* scales, float* sums32, float* sums64, float* sums128) {
+void quantise(const float* x, int cols, const Quantised& to) {
   const int blocks = (cols + kBlock - 1) / kBlock;
   for (int block = 0; block < blocks; ++block) {
     const int count = cols - block * kBlock < kBlock ? cols - block * kBlock : kBlock;
     const float* in = x + block * kBlock;
-    int8_t* out = codes + block * kBlock;
+    int8_t *codes = to.codes + block * kBlock, *lows = to.lows + block * kBlock;
     float top = 0.0f;
     for (int i = 0; i < count; ++i) top = std::fabs(in[i]) > top ? std::fabs(in[i]) : top;
     const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
-    int sums[2] = {};
+    int squares = 0, sums[2] = {};
     for (int i = 0; i < kBlock; ++i) {
-      const int code = i < count ? input_code(in[i], inverse) : 0;
-      out[i] = int8_t(code);
-      sums[i / 32] += code;
+      codes[i] = int8_t(i < count ? input_code(in[i], inverse) : 0);
+      squares += codes[i] * codes[i];
     }
-    store_sums(block, top / 127.0f, sums, scales, sums32, sums64);
+    const bool two = two_planes(squares);
+    for (int i = 0; i < kBlock; ++i) {
+      lows[i] = int8_t(two && i < count ? low_code(in[i], inverse) : 0);
+      sums[i / 32] += codes[i] * 256 + lows[i];
+    }
+    store_block(to, block, two, top / 127.0f, sums);
   }
-  pair_sums(blocks, sums64, sums128);
+  pair_sums(to, blocks);
 }
 
 void dequantise_row(const Matrix& m, int row, float* y) {

@@ -120,16 +120,18 @@ inline const float* block_inputs(const float* x, int cols, int block, float* pad
   return padded;
 }
 
-// The end of quantise(): a block's scale, and the sums of its codes that a weight group's bias is multiplied by.
-// sums: of the codes of each half.
-inline void store_sums(int block, float scale, const int* sums, float* scales, float* sums32, float* sums64) {
-  scales[block] = scale;
-  sums32[2 * block] = scale * float(sums[0]);
-  sums32[2 * block + 1] = scale * float(sums[1]);
-  sums64[block] = scale * float(sums[0] + sums[1]);
+// The end of quantise(): all of a block but its codes. sums: of each half, in steps of the lows.
+inline void store_block(const Quantised& to, int block, bool two, float scale, const int* sums) {
+  auto sum = [&](int steps) { return scale * (float(steps) * kLowStep); };
+  to.two_planes[block] = two;
+  to.scales[block] = scale;
+  to.sums[0][2 * block] = sum(sums[0]);
+  to.sums[0][2 * block + 1] = sum(sums[1]);
+  to.sums[1][block] = sum(sums[0] + sums[1]);
 }
 
-inline void pair_sums(int blocks, const float* sums64, float* sums128) {
+inline void pair_sums(const Quantised& to, int blocks) {
+  const float* of = to.sums[1];
   for (int pair = 0; pair < (blocks + 1) / 2; ++pair)
-    sums128[pair] = 2 * pair + 1 < blocks ? sums64[2 * pair] + sums64[2 * pair + 1] : sums64[2 * pair];
+    to.sums[2][pair] = 2 * pair + 1 < blocks ? of[2 * pair] + of[2 * pair + 1] : of[2 * pair];
 }

@@ -20,7 +20,11 @@ __device__ __forceinline__ int* dots_of_warp(uint8_t* shared) {
 
 __device__ __forceinline__ QuantisedVector vector_of(const VectorBuffer& x, size_t v) {
   const size_t blocks = x.blocks();
-  return {x.codes + v * blocks * kBlock, x.scales + v * blocks, {x.sums[0] + v * blocks * 2, x.sums[1] + v * blocks}};
+  return {x.codes + v * blocks * kBlock,
+          x.lows + v * blocks * kBlock,
+          x.two_planes + v * blocks,
+          x.scales + v * blocks,
+          {x.sums[0] + v * blocks * 2, x.sums[1] + v * blocks}};
 }
 
 EDGE_MOE_KERNEL(kThreads) quantise_kernel(const float* values, VectorBuffer into) {

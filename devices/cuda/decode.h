@@ -10,11 +10,12 @@ namespace edge_moe::cuda {
 
 inline constexpr int kMostPlaces = 32;  // experts of one token
 
-// Vectors rounded to int8 in blocks of 64, as Activations has them, but for sums over 128.
+// Vectors rounded to int8 in blocks of 64, as Quantised has them, but for sums over 128.
 struct VectorBuffer {
-  int8_t* codes;   // (vectors, blocks, 64)
-  float* scales;   // (vectors, blocks)
-  float* sums[2];  // (vectors, blocks*2), (vectors, blocks)
+  int8_t *codes, *lows;  // (vectors, blocks, 64)
+  uint8_t* two_planes;   // (vectors, blocks)
+  float* scales;         // (vectors, blocks)
+  float* sums[2];        // (vectors, blocks*2), (vectors, blocks)
   int cols;
 
   EDGE_MOE_BOTH size_t blocks() const { return size_t(cols + kBlock - 1) / kBlock; }

@@ -18,9 +18,10 @@ constexpr int kWarpDots = kWarpRows * kDotStride;
 
 // One input vector as Kernels::quantise leaves it; its sums over 128 inputs are made of those over 64.
 struct QuantisedVector {
-  const int8_t* codes;   // (blocks, 64)
-  const float* scales;   // (blocks,)
-  const float* sums[2];  // (blocks*2,), (blocks,)
+  const int8_t *codes, *lows;  // (blocks, 64)
+  const uint8_t* two_planes;   // (blocks,)
+  const float* scales;         // (blocks,)
+  const float* sums[2];        // (blocks*2,), (blocks,)
 };
 
 // The word that four neighbouring codes of 3, 5 or 6 bits are spread from, a byte each.
@@ -107,6 +108,19 @@ __device__ __forceinline__ float group_sum(const QuantisedVector& x, int group_s
   return 2 * group + 1 < blocks ? x.sums[1][2 * group] + x.sums[1][2 * group + 1] : x.sums[1][2 * group];
 }
 
+// 32 inputs of a plane, in the order of the codes.
+template <int Width>
+__device__ __forceinline__ void load_inputs(const int8_t* plane, uint32_t* inputs) {
+  uint32_t in[kBlockWords / 2];
+  load_words<kBlockWords / 2>(plane, in);
+  arrange<Width>(in, inputs);
+}
+
+// A dot product as warp_rows_of puts it into shared memory: of codes, or of both planes in steps of the lows.
+__device__ __forceinline__ float dot_value(int dot, bool two) {
+  return two ? float(dot) * kLowStep : small_float(dot);
+}
+
 // Add to a row's sum what its blocks [first, end) come to.
 __device__ __forceinline__ float add_blocks(const Matrix& m, int row, const QuantisedVector& x, const int* dots,
                                             int first, int end, int blocks, float sum) {
@@ -115,18 +129,19 @@ __device__ __forceinline__ float add_blocks(const Matrix& m, int row, const Quan
   const uint16_t* biases = m.biases + size_t(row) * groups;
   for (int block = first; block < end; ++block) {
     const float x_scale = x.scales[block];
+    const bool two = x.two_planes[block];
     const int* dot = dots + 2 * (block - first);
     if (m.group == 32) {
       for (int half = 0; half < 2 && 2 * block + half < groups; ++half) {
         const int group = 2 * block + half;
         sum = fmaf(from_bfloat16(biases[group]), x.sums[0][group], sum);
-        sum = fmaf(small_float(dot[half]), from_bfloat16(scales[group]) * x_scale, sum);
+        sum = fmaf(dot_value(dot[half], two), from_bfloat16(scales[group]) * x_scale, sum);
       }
     } else {
       const int group = block * kBlock / m.group;
       if (block * kBlock % m.group == 0)
         sum = fmaf(from_bfloat16(biases[group]), group_sum(x, m.group, group, blocks), sum);
-      sum = fmaf(small_float(dot[0] + dot[1]), from_bfloat16(scales[group]) * x_scale, sum);
+      sum = fmaf(dot_value(dot[0] + dot[1], two), from_bfloat16(scales[group]) * x_scale, sum);
     }
   }
   return sum;
@@ -145,10 +160,14 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
     const int block = first + lane, end = first + kWarp < blocks ? first + kWarp : blocks;
     if (block < blocks) {
       const bool whole = (block + 1) * kBlock <= m.cols;
-      uint32_t in[kBlockWords], inputs[kBlockWords];
-      load_words<kBlockWords>(x.codes + size_t(block) * kBlock, in);
-      arrange<Width>(in, inputs);
-      arrange<Width>(in + kBlockWords / 2, inputs + kBlockWords / 2);
+      const bool two = x.two_planes[block];
+      uint32_t inputs[kBlockWords], lows[kBlockWords] = {};
+      EDGE_MOE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const size_t at = size_t(block) * kBlock + half * kBlock / 2;
+        load_inputs<Width>(x.codes + at, inputs + half * kBlockWords / 2);
+        if (two) load_inputs<Width>(x.lows + at, lows + half * kBlockWords / 2);
+      }
       EDGE_MOE_UNROLL_4
       for (int r = 0; r < kWarpRows; ++r) {
         uint32_t words[2 * Width];
@@ -158,6 +177,12 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
         EDGE_MOE_UNROLL
         for (int i = 0; i < kBlockWords; ++i)
           dot[i / 8] = dot_bytes(four_codes<Width>(words + i / 8 * Width, i % 8), inputs[i], dot[i / 8]);
+        if (two) {
+          dot[0] *= 256, dot[1] *= 256;
+          EDGE_MOE_UNROLL
+          for (int i = 0; i < kBlockWords; ++i)
+            dot[i / 8] = dot_bytes(four_codes<Width>(words + i / 8 * Width, i % 8), lows[i], dot[i / 8]);
+        }
         dots[r * kDotStride + 2 * lane] = dot[0];
         dots[r * kDotStride + 2 * lane + 1] = dot[1];
       }

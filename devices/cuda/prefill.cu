@@ -2,7 +2,8 @@
 //
 // A block takes 64 rows and 64 tokens. A block of 64 inputs at a time, its threads spread the rows' codes to bytes in
 // shared memory and put the tokens' inputs beside them in the same order; then every warp multiplies 16 rows by all
-// tokens and adds what its lanes have to their running sums, in the order of the inputs.
+// tokens and adds what its lanes have to their running sums, in the order of the inputs. Where one of eight tokens has
+// lows, all of these are multiplied once more.
 #include "batch.h"
 #include "packed.cuh"
 #include "prefill.h"
@@ -21,24 +22,29 @@ static_assert(kThreads == 2 * kRows && kThreads == 2 * kTokens);  // a thread sp
 
 struct alignas(16) Tiles {
   uint8_t codes[kRows * kStride];
-  uint8_t inputs[kTokens * kStride];
+  uint8_t inputs[kTokens * kStride], lows[kTokens * kStride];
+  uint64_t two_planes[kTiles];  // a byte for each of a tile's tokens
   float scales[kTokens];   // of the tokens' block
   float sums[2][kTokens];  // of the groups that begin in it: one, or two of 32
 };
 
-// Half a block of one row's codes and of one token's inputs, eight words each.
+// Half a block of one row's codes, eight words.
 template <int Width>
-__device__ void spread_half(const uint8_t* codes, const int8_t* inputs, uint32_t* codes_to, uint32_t* inputs_to) {
-  uint32_t words[Width], in[8], arranged[8];
+__device__ void spread_codes(const uint8_t* codes, uint32_t* to) {
+  uint32_t words[Width];
   EDGE_MOE_UNROLL
   for (int i = 0; i < Width; ++i) words[i] = reinterpret_cast<const uint32_t*>(codes)[i];
-  load_words<8>(inputs, in);
-  arrange<Width>(in, arranged);
   EDGE_MOE_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    codes_to[i] = four_codes<Width>(words, i);
-    inputs_to[i] = arranged[i];
-  }
+  for (int i = 0; i < 8; ++i) to[i] = four_codes<Width>(words, i);
+}
+
+// The same of one plane of a token's inputs.
+template <int Width>
+__device__ void spread_inputs(const int8_t* inputs, uint32_t* to) {
+  uint32_t arranged[8];
+  load_inputs<Width>(inputs, arranged);
+  EDGE_MOE_UNROLL
+  for (int i = 0; i < 8; ++i) to[i] = arranged[i];
 }
 
 __device__ __forceinline__ uint32_t word_at(const uint8_t* tile, int line, int byte) {
@@ -62,7 +68,8 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
   // what this thread spreads, and the two rows and sixteen tokens that it adds up
   const int line = thread / 2, half = thread % 2;
   const uint8_t* codes = m.codes + clamped(first_row + line) * (size_t(m.cols) / 8 * m.width);
-  const int8_t* inputs = x.codes + size_t(vectors[line]) * blocks * kBlock;
+  const size_t inputs = size_t(vectors[line]) * blocks * kBlock;
+  const int place = line * kStride + half * 32;  // in shared memory
   const int row = warp * 16 + lane / 4;
   const size_t group_rows[2] = {clamped(first_row + row) * groups, clamped(first_row + row + 8) * groups};
   float sums[kTiles][4] = {};
@@ -70,15 +77,18 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
   for (int block = 0; block < blocks; ++block) {
     const int first = block * kBlock + half * 32;
     __syncthreads();
+    const size_t at = size_t(vectors[line]) * blocks;
+    const bool two = x.two_planes[at + block];
     if (first < m.cols)
       with_width(m.width, [&](auto width) {
-        spread_half<decltype(width)::value>(codes + size_t(first) / 8 * m.width, inputs + first,
-                                            reinterpret_cast<uint32_t*>(tiles.codes + line * kStride + half * 32),
-                                            reinterpret_cast<uint32_t*>(tiles.inputs + line * kStride + half * 32));
+        constexpr int kWidth = decltype(width)::value;
+        spread_codes<kWidth>(codes + size_t(first) / 8 * kWidth, reinterpret_cast<uint32_t*>(tiles.codes + place));
+        spread_inputs<kWidth>(x.codes + inputs + first, reinterpret_cast<uint32_t*>(tiles.inputs + place));
+        if (two) spread_inputs<kWidth>(x.lows + inputs + first, reinterpret_cast<uint32_t*>(tiles.lows + place));
       });
-    const size_t at = size_t(vectors[line]) * blocks;
-    const QuantisedVector token = {nullptr, nullptr, {x.sums[0] + 2 * at, x.sums[1] + at}};
+    const QuantisedVector token = {nullptr, nullptr, nullptr, nullptr, {x.sums[0] + 2 * at, x.sums[1] + at}};
     if (half == 0) tiles.scales[line] = x.scales[at + block];
+    if (half == 1) reinterpret_cast<uint8_t*>(tiles.two_planes)[line] = two;
     if (m.group == 32 ? first < m.cols : half == 1 && block * kBlock % m.group == 0)
       tiles.sums[m.group == 32 ? half : 0][line] = group_sum(token, m.group, first / m.group, blocks);
     __syncthreads();
@@ -100,20 +110,27 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
       }
       EDGE_MOE_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {
-        int dots[4] = {};
-        EDGE_MOE_UNROLL
-        for (int of = 0; of < 2; ++of) {
-          if (parts == 2 && of != part) continue;
-          const int byte = of * 32 + lane % 4 * 4, token = tile * 8 + lane / 4;
-          const uint32_t words[2] = {word_at(tiles.inputs, token, byte), word_at(tiles.inputs, token, byte + 16)};
-          multiply_tiles(row_codes[of], words, dots);
-        }
+        auto multiply = [&](const uint8_t* plane, int(&dots)[4]) {
+          EDGE_MOE_UNROLL
+          for (int of = 0; of < 2; ++of) {
+            if (parts == 2 && of != part) continue;
+            const int byte = of * 32 + lane % 4 * 4, token = tile * 8 + lane / 4;
+            const uint32_t words[2] = {word_at(plane, token, byte), word_at(plane, token, byte + 16)};
+            multiply_tiles(row_codes[of], words, dots);
+          }
+        };
+        int dots[4] = {}, lows[4] = {};
+        multiply(tiles.inputs, dots);
+        const uint64_t two = tiles.two_planes[tile];
+        if (two) multiply(tiles.lows, lows);
         EDGE_MOE_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int token = tile * 8 + lane % 4 * 2 + i % 2;
           float& sum = sums[tile][i];
           if (begins) sum = fmaf(biases[i / 2], tiles.sums[part][token], sum);
-          sum = fmaf(small_float(dots[i]), scales[i / 2] * tiles.scales[token], sum);
+          float dot = small_float(dots[i]);
+          if (two >> token % 8 * 8 & 1) dot = fmaf(small_float(lows[i]), kLowStep, dot);
+          sum = fmaf(dot, scales[i / 2] * tiles.scales[token], sum);
         }
       }
     }

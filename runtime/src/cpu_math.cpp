@@ -149,7 +149,7 @@ void CpuMath::run_jobs(std::span<const ExpertJob> jobs, float* out) {
   const EngineConfig& c = config_;
   const int hidden = jobs[0].weights.gate.rows;
   const int total_rows = 2 * hidden * int(jobs.size());
-  auto inputs = [&](const ExpertJob& job, const float* values, const QuantisedBuffer& q, int cols, bool gathered) {
+  auto inputs = [&](const ExpertJob& job, const float* values, const Quantised& q, int cols, bool gathered) {
     Activations x = activations(values, q, cols, gathered ? 0 : job.first, job.count);
     x.rows = gathered ? job.tokens : nullptr;
     return x;
@@ -216,15 +216,13 @@ void CpuMath::float_matmul(const Matrix& matrix, const float* x, int count, floa
   matmul(matrix, floats, y);
 }
 
-Activations CpuMath::prepare(const float* values, int count, int cols, const QuantisedBuffer& into, bool quantised) {
+Activations CpuMath::prepare(const float* values, int count, int cols, const Quantised& into, bool quantised) {
   if (quantised) pool_.run(count, [&](int t, int) { quantise_vector(values + size_t(t) * cols, cols, into, t); });
   return activations(values, into, cols, 0, count);
 }
 
-void CpuMath::quantise_vector(const float* values, int cols, const QuantisedBuffer& into, int vector) {
-  const size_t blocks = (cols + kBlock - 1) / kBlock, v = vector;
-  kernels_.quantise(values, cols, into.codes + v * blocks * kBlock, into.scales + v * blocks,
-                    into.sums[0] + v * blocks * 2, into.sums[1] + v * blocks, into.sums[2] + v * ((blocks + 1) / 2));
+void CpuMath::quantise_vector(const float* values, int cols, const Quantised& into, int vector) {
+  kernels_.quantise(values, cols, into.from(size_t(vector), cols));
 }
 
 }  // namespace edge_moe

@@ -58,8 +58,8 @@ class CpuMath : public LayerMath {
   void add_to_residual(const float* out, int tokens);
   void matmul(const Matrix& matrix, const Activations& x, float* y);
   void float_matmul(const Matrix& matrix, const float* x, int count, float* y);
-  Activations prepare(const float* values, int count, int cols, const QuantisedBuffer& into, bool quantised);
-  void quantise_vector(const float* values, int cols, const QuantisedBuffer& into, int vector);
+  Activations prepare(const float* values, int count, int cols, const Quantised& into, bool quantised);
+  void quantise_vector(const float* values, int cols, const Quantised& into, int vector);
 
   const EngineConfig& config_;
   const Kernels& kernels_;

@@ -14,6 +14,8 @@ void carve(Carver& carver, cuda::VectorBuffer& buffer, size_t vectors, size_t co
   buffer.cols = int(cols);
   const size_t blocks = vectors * buffer.blocks();
   carver.carve(buffer.codes, blocks * kBlock);
+  carver.carve(buffer.lows, blocks * kBlock);
+  carver.carve(buffer.two_planes, blocks);
   carver.carve(buffer.scales, blocks);
   carver.carve(buffer.sums[0], blocks * 2);
   carver.carve(buffer.sums[1], blocks);

@@ -7,9 +7,11 @@ namespace edge_moe {
 
 namespace {
 
-void carve(Carver& carver, QuantisedBuffer& buffer, size_t vectors, size_t cols) {
+void carve(Carver& carver, Quantised& buffer, size_t vectors, size_t cols) {
   const size_t blocks = (cols + kBlock - 1) / kBlock;
   carver.carve(buffer.codes, vectors * blocks * kBlock);
+  carver.carve(buffer.lows, vectors * blocks * kBlock);
+  carver.carve(buffer.two_planes, vectors * blocks + kPlaneFlags);
   carver.carve(buffer.scales, vectors * blocks);
   carver.carve(buffer.sums[0], vectors * blocks * 2);
   carver.carve(buffer.sums[1], vectors * blocks);
@@ -18,15 +20,10 @@ void carve(Carver& carver, QuantisedBuffer& buffer, size_t vectors, size_t cols)
 
 }  // namespace
 
-Activations activations(const float* values, const QuantisedBuffer& quantised, int cols, size_t first, int count) {
+Activations activations(const float* values, const Quantised& quantised, int cols, size_t first, int count) {
   Activations x;
-  const size_t blocks = (cols + kBlock - 1) / kBlock;
   x.values = values + first * cols;
-  x.codes = quantised.codes + first * blocks * kBlock;
-  x.scales = quantised.scales + first * blocks;
-  x.sums[0] = quantised.sums[0] + first * blocks * 2;
-  x.sums[1] = quantised.sums[1] + first * blocks;
-  x.sums[2] = quantised.sums[2] + first * ((blocks + 1) / 2);
+  x.quantised = quantised.from(first, cols);
   x.count = count;
   x.cols = cols;
   return x;

@@ -13,23 +13,17 @@ inline constexpr int kHeadQueries = 16;    // that one thread takes over a KV he
 inline constexpr int kLatentQueries = 16;  // that one thread takes over the latents at a time
 inline constexpr int kLatentRows = 8;      // latents, or rows of kv_b as floats, that it does so with
 
-// (vectors, cols) float inputs rounded to int8; see Activations.
-struct QuantisedBuffer {
-  int8_t* codes;
-  float *scales, *sums[3];
-};
-
 struct Scratch : LayerScratch {
   int32_t* all_tokens;  // (chunk,)
-  QuantisedBuffer normed_q, attended_q, hidden_q;
+  Quantised normed_q, attended_q, hidden_q;
 
   // Attention over a latent alone.
   float* rows;  // (threads, kLatentRows, kv_rank + rope_dim)
-  QuantisedBuffer q_latent_q, mixed_q;
+  Quantised q_latent_q, mixed_q;
 };
 
 // `count` vectors from the `first` on, in both forms.
-Activations activations(const float* values, const QuantisedBuffer& quantised, int cols, size_t first, int count);
+Activations activations(const float* values, const Quantised& quantised, int cols, size_t first, int count);
 
 // Set every pointer of `s` to its piece of `base` and return the bytes that all take; with null, only count them.
 size_t carve_scratch(const EngineConfig& config, Scratch& s, uint8_t* base);

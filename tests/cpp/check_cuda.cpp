@@ -21,6 +21,8 @@ static void check_quantise() {
       cuda::quantise(got.values.data(), 3, got.buffer(), nullptr);
       const std::string what = "quantise " + std::to_string(cols) + ", kind " + std::to_string(kind);
       compare(what + ", codes", got.codes, want.codes);
+      compare(what + ", lows", got.lows, want.lows);
+      compare(what + ", planes", got.two_planes, want.two_planes);
       compare(what + ", scales", got.scales, want.scales);
       compare(what + ", sums over 32", got.sums[0], want.sums[0]);
       compare(what + ", sums over 64", got.sums[1], want.sums[1]);

@@ -72,28 +72,37 @@ struct Packed {
 // Vectors and their int8 forms, by scalar.cpp and in the layout of the kernels, which lack only the sums over 128.
 struct Vectors {
   Vectors(int count, int cols, Floats given = {})
-      : values(given.empty() ? floats(size_t(count) * cols) : std::move(given)), cols(cols) {
+      : values(std::move(given)), cols(cols) {
     const size_t blocks = size_t(cols + kBlock - 1) / kBlock;
-    codes.resize(count * blocks * kBlock), scales.resize(count * blocks);
+    if (values.empty()) {
+      values = floats(size_t(count) * cols);
+      for (size_t block = 0; block < count * blocks; ++block)  // inputs far above the others, in some of the blocks
+        if (random_bits() % 3 == 0) values[block / blocks * cols + block % blocks * kBlock] *= 3000;
+    }
+    codes.resize(count * blocks * kBlock), lows.resize(codes.size()), scales.resize(count * blocks);
+    two_planes.resize(count * blocks + kPlaneFlags);
     for (int i = 0; i < 3; ++i) sums[i].resize(count * (i == 0 ? 2 * blocks : i == 1 ? blocks : (blocks + 1) / 2));
   }
   void quantise() {
-    const size_t blocks = size_t(cols + kBlock - 1) / kBlock;
     for (size_t t = 0; t * cols < values.size(); ++t)
-      kScalarKernels.quantise(&values[t * cols], cols, &codes[t * blocks * kBlock], &scales[t * blocks],
-                              &sums[0][t * 2 * blocks], &sums[1][t * blocks], &sums[2][t * ((blocks + 1) / 2)]);
+      kScalarKernels.quantise(&values[t * cols], cols, quantised().from(t, cols));
+  }
+  Quantised quantised() {
+    return {codes.data(), lows.data(), two_planes.data(), scales.data(),
+            {sums[0].data(), sums[1].data(), sums[2].data()}};
   }
   Activations activations(int first, int count) {
-    const size_t blocks = size_t(cols + kBlock - 1) / kBlock, at = size_t(first);
     Activations x;
-    x.values = &values[at * cols], x.codes = &codes[at * blocks * kBlock], x.scales = &scales[at * blocks];
-    x.sums[0] = &sums[0][at * 2 * blocks], x.sums[1] = &sums[1][at * blocks];
-    x.sums[2] = &sums[2][at * ((blocks + 1) / 2)];
+    x.values = &values[size_t(first) * cols], x.quantised = quantised().from(size_t(first), cols);
     x.count = count, x.cols = cols;
     return x;
   }
-  cuda::VectorBuffer buffer() { return {codes.data(), scales.data(), {sums[0].data(), sums[1].data()}, cols}; }
+  cuda::VectorBuffer buffer() {
+    return {codes.data(),  lows.data(), two_planes.data(),
+            scales.data(), {sums[0].data(), sums[1].data()}, cols};
+  }
   Floats values, scales, sums[3];
-  Values<int8_t> codes;
+  Values<int8_t> codes, lows;
+  Values<uint8_t> two_planes;
   int cols;
 };

@@ -101,6 +101,7 @@ void check_sums() {
     cuda::activate(parts, 2, got_h.values.data(), up.data(), hidden, activation, got_h.buffer(), nullptr);
     compare("activated", got_h.values, want_h.values);
     compare("activated, codes", got_h.codes, want_h.codes);
+    compare("activated, lows", got_h.lows, want_h.lows);
     compare("activated, sums", got_h.sums[0], want_h.sums[0]);
   }
   const Floats bias = floats(size_t(dim));

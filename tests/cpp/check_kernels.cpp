@@ -67,28 +67,32 @@ struct Guarded {
 struct Inputs {
   Inputs(int count, int cols) : values(floats(size_t(count) * cols)) {
     const int blocks = (cols + kBlock - 1) / kBlock;
-    codes.resize(size_t(count) * blocks * kBlock), scales.resize(size_t(count) * blocks);
+    for (int block = 0; block < count * blocks; ++block)  // inputs far above the others, in some of the blocks
+      if (random_bits() % 3 == 0) values[size_t(block / blocks) * cols + block % blocks * kBlock] *= 3000;
+    codes.resize(size_t(count) * blocks * kBlock), lows.resize(codes.size());
+    two_planes.resize(size_t(count) * blocks + kPlaneFlags), scales.resize(size_t(count) * blocks);
     for (int i = 0; i < 3; ++i)
       sums[i].resize(size_t(count) * (i == 0 ? 2 * blocks : i == 1 ? blocks : (blocks + 1) / 2));
-    x.values = values.data(), x.codes = codes.data(), x.scales = scales.data(), x.count = count, x.cols = cols;
-    for (int i = 0; i < 3; ++i) x.sums[i] = sums[i].data();
+    x.values = values.data(), x.count = count, x.cols = cols;
+    x.quantised = {codes.data(), lows.data(), two_planes.data(), scales.data(),
+                   {sums[0].data(), sums[1].data(), sums[2].data()}};
   }
   void quantise(const Kernels& kernels) {
-    const int blocks = x.blocks();
     for (size_t t = 0; t < size_t(x.count); ++t)
-      kernels.quantise(values.data() + t * x.cols, x.cols, codes.data() + t * blocks * kBlock,
-                       scales.data() + t * blocks, sums[0].data() + t * 2 * blocks, sums[1].data() + t * blocks,
-                       sums[2].data() + t * ((blocks + 1) / 2));
+      kernels.quantise(values.data() + t * x.cols, x.cols, x.quantised.from(t, x.cols));
   }
   // Everything that quantise gives, as floats.
   std::vector<float> all() const {
     std::vector<float> found(codes.begin(), codes.end());
+    found.insert(found.end(), lows.begin(), lows.end());
+    found.insert(found.end(), two_planes.begin(), two_planes.end());
     found.insert(found.end(), scales.begin(), scales.end());
     for (const auto& of_groups : sums) found.insert(found.end(), of_groups.begin(), of_groups.end());
     return found;
   }
   std::vector<float> values, scales, sums[3];
-  std::vector<int8_t> codes;
+  std::vector<int8_t> codes, lows;
+  std::vector<uint8_t> two_planes;
   Activations x;
 };
 
@@ -140,14 +144,16 @@ static void check_vectors(const Kernels& kernels, bool reference) {
     const std::string of = " of " + std::to_string(n);
     std::vector<float> a = floats(n), b = floats(n), q = floats(n);
     for (float& value : a) value *= 20;
-    both("quantise" + of, [&](const Kernels& its) {
-      Inputs inputs(1, n);
-      inputs.values = a;
-      if (n > 20) inputs.values[3] = INFINITY, inputs.values[17] = NAN;
-      inputs.x.values = inputs.values.data();
-      inputs.quantise(its);
-      return inputs.all();
-    });
+    for (float largest : {20.0f, 300.0f, INFINITY})  // a block has one plane, two, or what is not finite
+      both("quantise" + of, [&](const Kernels& its) {
+        Inputs inputs(1, n);
+        inputs.values = a;
+        inputs.values[n / 3] = largest;
+        if (n > 20) inputs.values[17] = NAN;
+        inputs.x.values = inputs.values.data();
+        inputs.quantise(its);
+        return inputs.all();
+      });
     auto in_place = [&](auto call) {
       return [&, call](const Kernels& its) {
         std::vector<float> y = a;
