@@ -5,6 +5,7 @@ memory, and a few megabytes of JSON can be gigabytes of Python's objects.
 """
 
 import json
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 PIECE_BYTES = 1 << 20
 MOST_JSON_BYTES = 64_000_000  # of any JSON that is read; bundle.json of 23,040 experts has 9 MB
 MOST_JSON_VALUES = 2_000_000  # in it; Python takes up to 200 bytes for each
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that is right in pairs alone
 
 
 def real_path(directory: Path, name: str, missing: str = "") -> Path:
@@ -67,6 +69,11 @@ def parse_json(path: Path, text: bytes, remedy: str) -> dict:
         raise ValueError(f"{path}: not valid JSON ({error}); {remedy}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; {remedy}")
+    if SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}: has a string with half a surrogate pair, which no text has; {remedy}") from None
     return value
 
 

@@ -376,6 +376,10 @@ def test_a_directory_without_config_json_is_refused(tmp_path):
     [
         (b"x", "not valid JSON (Expecting value: line 1 column 1 (char 0)); copy the file again"),
         (b"[1]", "expected a JSON object, found list; copy the file again"),
+        (
+            b'{"a": ["\\uD83D\\ude00", "\\ud83d"]}',
+            "has a string with half a surrogate pair, which no text has; copy the file again",
+        ),
     ],
 )
 def test_a_config_that_is_not_a_json_object_is_refused(tmp_path, content, message):
