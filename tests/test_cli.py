@@ -84,7 +84,7 @@ def test_the_help_of_compress_begins_with_what_matters_and_has_every_option_once
         *("--bits", "--width", "--size", "--ram", "--paged", "--context"),
         *("--calibration", "--held-out", "--tokens", "--seed"),
         *("--method", "--group", "--trunk-width", "--drop-experts", "--drop-score", "--drop-counts"),
-        *("--adjust-top-k", "--act-order", "--no-certificate", "--resume", "--threads", "--json", "-h,"),
+        *("--adjust-top-k", "--act-order", "--no-certificate", "--resume", "--force", "--threads", "--json", "-h,"),
     ]
 
 

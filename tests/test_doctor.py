@@ -131,8 +131,8 @@ def test_each_model_has_a_line_that_says_how_it_would_run():
         )
     ]
     assert text == [
-        "A (11.00 GB) under 8.00 GB: 40% of the experts in memory, about 7.1 tok/s",
-        "A (11.00 GB) under 8.00 GB: every expert in memory",
+        "A (11.00 GB) under 8.00 GB: 40% of experts fit, about 7.1 tok/s",
+        "A (11.00 GB) under 8.00 GB: every expert fits",
         "A (11.00 GB) under 8.00 GB: does not run; it needs 9.00 GB",
     ]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edge_moe.conversation import Conversation, Turn
 from edge_moe.line_input import LineInput
-from edge_moe.report import statistics_text
+from edge_moe.report import size, statistics_text
 from edge_moe.runtime.prompt import PromptTooLong
 from edge_moe.runtime.runtime import Generation, Runtime
 from edge_moe.terminal import THINKING, AnswerWriter, PromptProgress, printable, show
@@ -261,7 +261,9 @@ def chat(
 def _residency(plan) -> str:
     if plan.resident:
         return "every expert in memory"
-    return f"{plan.experts_bytes / plan.all_experts_bytes:.0%} of the experts in memory"
+    share = f"{plan.experts_bytes / plan.all_experts_bytes:.0%} of the experts in memory"
+    knee = f" (below {size(plan.working_set_cap_bytes)} every token reads from storage)"
+    return share + ("" if plan.holds_working_set else knee)
 
 
 def _messages(count: int) -> str:

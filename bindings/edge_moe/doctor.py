@@ -122,7 +122,7 @@ def _model_text(its: dict) -> str:
     if its["ram_bytes"] < its["floor_bytes"]:
         return f"{name} under {cap}: does not run; it needs {size(its['floor_bytes'])}"
     share = its["share_in_memory"]
-    held = "every expert in memory" if share == 1 else f"{share:.0%} of the experts in memory"
+    held = "every expert fits" if share == 1 else f"{share:.0%} of experts fit"
     tps = f", about {speed['tokens_per_second']:.2g} tok/s" if speed else ""
     return f"{name} under {cap}: {held}{tps}"
 

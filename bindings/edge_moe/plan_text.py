@@ -38,7 +38,8 @@ def estimate_text(estimate, speed_of, where: Path) -> str:
     if not estimate.parts:
         return "\n\n".join([plan_text(estimate.plan), *map(_filled, below)])
     free = shutil.disk_usage(where).free
-    disk = f"disk: a bundle of {size(estimate.disk_bytes)}; {size(free)} free in {where.resolve()}"
+    enough = "" if free > estimate.disk_bytes else ", which is not enough"
+    disk = f"disk: a bundle of {size(estimate.disk_bytes)}; {size(free)} free in {where.resolve()}{enough}"
     below = [_contexts_text(estimate), estimate.assumed, disk, *below]
     others = [_others_text(estimate, speed_of)] if estimate.others else []
     blocks = [parts_text(estimate.parts), plan_text(estimate.plan), *others, "\n".join(map(_filled, below))]
@@ -75,7 +76,8 @@ def _speed_text(estimate, speed) -> str:
     if speed is None:
         return UNKNOWN
     tps, verdict = speed.tokens_per_second, next(word for least, word in VERDICTS if speed.tokens_per_second >= least)
-    about = f"verdict: {verdict}, about {tps:.2g} tok/s ({speed.low:.2g} to {speed.high:.2g}): "
+    seconds = f", {1 / tps:.2g} s a token" if tps < 1 else ""
+    about = f"verdict: {verdict}, about {tps:.2g} tok/s ({speed.low:.2g} to {speed.high:.2g}{seconds}): "
     if not speed.read_bytes_per_token:
         return f"{about}every expert is in memory; by what doctor measured on {speed.measured}"
     how = "by calibration's frequencies" if estimate.calibrated else "taking experts to be used evenly: text reads less"

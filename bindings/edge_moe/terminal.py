@@ -92,7 +92,7 @@ class PromptProgress:
             self.timer.cancel()
             self.timer = None
         if self.line:
-            sys.stderr.write(f"\r{' ' * len(self.line)}\r")
+            sys.stderr.write(f"\r{' ' * (len(self.line) + len('^C'))}\r")  # the echo of Ctrl-C too
             sys.stderr.flush()
             self.line = ""
 

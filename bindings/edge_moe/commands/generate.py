@@ -15,10 +15,23 @@ CONTINUED_TOKENS = 64  # of a text that is continued: it has no end of its own
 ONE = "an argument, -p TEXT, -f FILE or --tokens 1,2,3"
 
 PromptArgument = argument(str | None, "PROMPT", "The prompt; - reads it from stdin, as a pipe does without one.")
-Prompt = option(str | None, "-p", "--prompt", metavar="TEXT", help="The prompt.")
-PromptFile = option(str | None, "-f", "--file", metavar="FILE", help="The prompt is in this file.")
-TokenIds = option(str | None, "--tokens", metavar="1,2,3", help="Token ids instead of a prompt; prints ids.")
-Raw = option(bool, "--raw", help="Continue the prompt as it is, without the model's chat template.")
+Prompt = option(str | None, "-p", "--prompt", metavar="TEXT", section=options.PROMPT_SECTION, help="The prompt.")
+PromptFile = option(
+    str | None, "-f", "--file", metavar="FILE", section=options.PROMPT_SECTION, help="The prompt is in this file."
+)
+TokenIds = option(
+    str | None,
+    "--tokens",
+    metavar="1,2,3",
+    section=options.PROMPT_SECTION,
+    help="Token ids instead of a prompt; prints ids.",
+)
+Raw = option(
+    bool,
+    "--raw",
+    section=options.PROMPT_SECTION,
+    help="Continue the prompt as it is, without the model's chat template.",
+)
 MaxTokens = option(
     int | None, "-n", "--max-tokens", metavar="N", parser=options.tokens_of,
     help="Most tokens of the answer; -1: until the context is full [default: -1; where no chat template is used, 64].",

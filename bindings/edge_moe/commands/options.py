@@ -59,7 +59,7 @@ Context = option(
 Kv = option(KvType, "--kv", shown=True, help="What the KV cache is kept in; float32 takes twice the memory.")
 Device = option(
     str, "--device", metavar="NAME", shown=True,
-    help="Where to compute: cpu, cuda, or auto, a GPU where this build has code for one.",
+    help="Where to compute: cpu, cuda, or auto, a GPU where this build has code for one; no Metal yet.",
 )  # fmt: skip
 Threads = option(int | None, "--threads", metavar="N", help="Threads of computation [default: all cores].")
 Prune = option(
@@ -69,14 +69,23 @@ Prune = option(
 )  # fmt: skip
 
 # Of generate and chat; an answer to a message is sampled as the model's makers advise where nothing else is said
-_SAMPLING = "Sampling [default: of an answer, as generation_config.json says; of a text that is continued, --temp 0]"
-System = option(str | None, "--system", metavar="TEXT", help="A system prompt, for a model with a chat template.")
+_SAMPLING = "Sampling (default: as the model's makers advise; of a raw text --temp 0)"
+PROMPT_SECTION = "Prompt"
+System = option(
+    str | None,
+    "--system",
+    metavar="TEXT",
+    section=PROMPT_SECTION,
+    help="A system prompt, for a model with a chat template.",
+)
 Thinking = option(
-    bool | None, "--thinking/--no-thinking", help="Tell the chat template whether to let the model think first."
-)
+    bool | None, "--thinking/--no-thinking", section=PROMPT_SECTION,
+    help="Tell the chat template whether to let the model think first.",
+)  # fmt: skip
 TemplateKwargs = option(
-    str | None, "--chat-template-kwargs", metavar="JSON", help='Tell it more, as \'{"reasoning_effort": "low"}\'.'
-)
+    str | None, "--chat-template-kwargs", metavar="JSON", section=PROMPT_SECTION,
+    help="Tell it more, as '{\"reasoning_effort\": \"low\"}'.",
+)  # fmt: skip
 Temperature = option(
     float | None, "--temp", metavar="T", section=_SAMPLING, help="Temperature; 0: always the likeliest token."
 )
