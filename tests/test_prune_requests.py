@@ -13,11 +13,13 @@ from test_cli import error_of, object_of, succeeds
 
 from edge_moe import _core
 from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.report import describe_bundle
 from edge_moe.runtime.bundle import Bundle, verify
 from edge_moe.runtime.pruning import MASK_FILE
 from edge_moe.runtime.runtime import Runtime
 
 IDS = list(range(1, 25))
+CERTIFIED = ("cut", "reached", "perplexity_ratio", "kld_mean", "kld_p99", "top1_agreement")
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +181,27 @@ def test_an_impossible_table_is_refused(own, change, message):
     edit_table(own, change)
     error = refused(Bundle.open, own)
     assert error.startswith(f"{own / 'bundle.json'}: pruning {message}") and error.endswith("copy the bundle again")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({}, "pruning.certificate[0].cut is None, expected a number"),
+        ([1], "pruning.certificate[0] is a list of 1, expected an object"),
+        (
+            {**dict.fromkeys(CERTIFIED, 0.1), "kld_p99": "x", "tokens": 1},
+            "pruning.certificate[0].kld_p99 is 'x', expected",
+        ),
+        (
+            {**dict.fromkeys(CERTIFIED, 0.1), "tokens": -1},
+            "pruning.certificate[0].tokens is -1, expected a whole number",
+        ),
+    ],
+)
+def test_a_certificate_that_is_none_is_not_shown_and_the_bundle_runs(own, row, said):
+    edit_table(own, lambda table: table["pruning"].update(certificate=[row]))
+    assert refused(describe_bundle, Bundle.open(own)).startswith(f"{own / 'bundle.json'}: {said}")
+    assert logits_of(own, IDS, prune=0.2).shape == (len(IDS), Bundle.open(own).config.vocab)
 
 
 def with_mask_routers(path, change) -> None:
