@@ -1,7 +1,8 @@
 """What a caller may ask with: a text, messages or token ids, brought to token ids or refused."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -9,6 +10,7 @@ from edge_moe.runtime.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # "role" and "content", and what else the model's chat template knows
 Prompt = str | Sequence[Message] | Sequence[int]
+_one_at_a_time = threading.Lock()  # else each of several threads would take the room that there is once
 KINDS = "give a text, a list of messages or a list of token ids"
 
 
@@ -22,33 +24,32 @@ def prompt_ids(
     *,
     context: int,
     vocab: int,
-    room_bytes: int | None,
+    room_bytes: Callable[[], int] | None,
     where: object = "this bundle",
     **chat,
 ) -> list[int]:
     """Token ids of a prompt, 1 to `context` of them, each below `vocab`.
 
-    room_bytes: of memory that encoding may take. chat: keywords of Tokenizer.apply_chat_template(), for messages alone.
+    room_bytes: says what memory encoding may take now, a text of this process at a time. chat: keywords of
+    Tokenizer.apply_chat_template(), for messages alone.
     Raises TypeError for what is no prompt and ValueError for one that is empty, too long or outside the vocabulary.
     """
     kind, items = _kind_of(prompt)
     if kind == "ids":
-        for name, value in chat.items():
-            if value:
-                raise ValueError(f"{name} belongs to messages; the prompt is token ids")
+        _refuse_chat(chat, "token ids")
         ids = [_token_id(token) for token in islice(items, context + 1)]
         count = len(items) if hasattr(items, "__len__") else None
     else:
         if tokenizer is None:
             raise ValueError(f"{where}: this bundle has no tokenizer; pass token ids")
-        limits = {"most": context, "room_bytes": room_bytes}
         if kind == "text":
-            for name, value in chat.items():
-                if value:
-                    raise ValueError(f"{name} belongs to messages; the prompt is text")
-            ids = tokenizer.encode(prompt, **limits)
-        else:
-            ids = tokenizer.apply_chat_template(items, **limits, **chat)
+            _refuse_chat(chat, "text")
+        with _one_at_a_time:
+            limits = {"most": context, "room_bytes": room_bytes() if room_bytes else None}
+            if kind == "text":
+                ids = tokenizer.encode(prompt, **limits)
+            else:
+                ids = tokenizer.apply_chat_template(items, **limits, **chat)
         count = None
     if not ids:
         raise ValueError("the prompt is empty; give at least one token")
@@ -59,6 +60,12 @@ def prompt_ids(
     if outside is not None:
         raise ValueError(f"token id {outside} is outside the vocabulary of {vocab:,} tokens")
     return ids
+
+
+def _refuse_chat(chat: dict, kind: str) -> None:
+    for name, value in chat.items():
+        if value:
+            raise ValueError(f"{name} belongs to messages; the prompt is {kind}")
 
 
 def _kind_of(prompt: Prompt) -> tuple[str, Any]:

@@ -115,7 +115,7 @@ class Runtime:
             try:
                 taken, reading = taken_bytes(), reading_bytes(self.bundle.path)
                 if others_bytes() or taken < ram_bytes < taken + reading:
-                    plan(taken, taken + reading)  # refused before it is read, which may take more than there is
+                    plan(taken + reading, taken + reading)  # may refuse before reading takes more than there is
                 self.tokenizer = tokenizer_of(self.bundle.path)
                 if self.tokenizer is not None:
                     self.tokenizer.prepare_chat(ram_bytes - taken_bytes())
@@ -401,10 +401,11 @@ class Runtime:
         return min(self.plan.context * longest, self._text_room_bytes() // TEXT_COPIES)
 
     def _text_room_bytes(self) -> int:
-        return ENCODING_ROOM + max(0, self.plan.ram_bytes - self.plan.total_bytes)
+        """What encoding a prompt may take: half of what was spared for it and sampling, and what nobody will need."""
+        return ENCODING_ROOM + max(0, self.plan.ram_bytes - taken_bytes())
 
     def _prompt_ids(self, prompt: Prompt, **chat) -> list[int]:
-        limits = {"context": self.plan.context, "vocab": self.config.vocab, "room_bytes": self._text_room_bytes()}
+        limits = {"context": self.plan.context, "vocab": self.config.vocab, "room_bytes": self._text_room_bytes}
         return prompt_ids(prompt, self.tokenizer, where=self.bundle.path, **limits, **chat)
 
     def _prefill(

@@ -6,6 +6,7 @@ tokenizer_config.json add tokens, change what is special, and say whether a text
 
 import json
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from edge_moe.runtime.files import read_bounded
 from edge_moe.runtime.text_cuts import parts
 
 LOADING = 13  # bytes of memory that the library takes for a byte of tokenizer.json, at most; 12 were measured
-LIBRARY, TEMPLATES = 4_000_000, 14_000_000  # and for itself; what Jinja takes, and compiling a template
+LIBRARY, TEMPLATES = 6_500_000, 4_000_000  # and for itself; what Jinja takes, before it compiles a template
 MOST_TEMPLATE_BYTES = 4_000_000  # the longest that were seen have 30 kB
 MOST_GROWTH = 64  # times the characters of a text that a normalizer or decoder may give
 GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 12, "NFKD": 12, "Precompiled": 12, "Lowercase": 2, "BertNormalizer": 3}
@@ -55,7 +56,8 @@ def reading_bytes(directory: Path) -> int:
     templated = any(file.is_file() for file in templates) or (
         config.is_file() and b"chat_template" in config.read_bytes()
     )
-    return LIBRARY + LOADING * path.stat().st_size + (TEMPLATES if templated else 0)
+    libraries = LIBRARY * ("tokenizers" not in sys.modules) + TEMPLATES * (templated and "jinja2" not in sys.modules)
+    return libraries + LOADING * path.stat().st_size
 
 
 def read_tokenizer(directory: Path) -> TokenizerFile:

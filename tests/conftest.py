@@ -19,6 +19,10 @@ from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.tokenizer import Tokenizer
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-hostile", action="store_true", help="take all 200 runs of test_hostile_prompts.py")
+
+
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory) -> dict[str, tuple[Path, np.ndarray, np.ndarray]]:
     """By name: checkpoint, token ids (32,), transformers' logits (32, vocab)."""

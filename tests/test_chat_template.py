@@ -206,7 +206,7 @@ def test_no_template_takes_more_memory_than_its_room():
     are limited by steps, not by a clock."""
     took = json.loads(run_python(DEFUSE, stdin=json.dumps(BOMBS)).stdout)
     for bomb, (said, grown) in zip(BOMBS, took, strict=True):
-        assert grown < ROOM + 2_000_000, bomb  # what freed pages the allocator keeps
+        assert grown < ROOM + 3_000_000, bomb  # what freed pages the allocator keeps
         assert said.startswith("the chat template cannot render these messages: "), (bomb, said)
 
 

@@ -80,7 +80,9 @@ def generate(
     from edge_moe.runtime.runtime import Runtime
     from edge_moe.runtime.sampling import sampling_defaults
 
-    start = token_ids_of(tokens) if tokens is not None else _text_of(prompt if text is None else text, file)
+    if file not in (None, "-") and not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    start = None if tokens is None else token_ids_of(tokens)
     sampling = options.given(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=stop,
@@ -91,6 +93,8 @@ def generate(
         Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime,
         PromptProgress(quiet=json_output) as progress,
     ):
+        if start is None:
+            start = _text_of(prompt if text is None else text, file, runtime)
         templated = not raw and tokens is None and getattr(runtime.tokenizer, "chat_template", None) is not None
         if system is not None and not templated:
             raise ValueError(f"{bundle}: this model has no chat template; --system needs one")
@@ -131,16 +135,24 @@ def _print_pieces(pieces, ids: bool, quiet: bool):
     return replace(last, text="".join(texts), tokens=tokens), interrupted
 
 
-def _text_of(prompt: str | None, file: str | None) -> str:
-    """The prompt as given, or what stdin or a file says. Raises ValueError for what is not UTF-8."""
+def _text_of(prompt: str | None, file: str | None, runtime) -> str:
+    """The prompt as given, or what stdin or a file says, of which no more is read than the Runtime could take.
+
+    Raises ValueError for more than that, and for what is not UTF-8.
+    """
     if prompt not in (None, "-"):
         return prompt
-    name = file or "-"
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    name, limit = "stdin" if file in (None, "-") else file, runtime.prompt_bytes_limit
+    with open(sys.stdin.fileno() if name == "stdin" else name, "rb", closefd=name != "stdin") as handle:
+        data = handle.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(
+            f"{name}: more than {limit:,} bytes, which is more than the context of {runtime.plan.context:,} tokens and "
+            "the memory under the cap can hold; shorten it, or raise --context and --ram"
+        )
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        name = "stdin" if name == "-" else name
         raise ValueError(f"{name}: not UTF-8 text, from byte {error.start:,} on; convert it first") from None
 
 
