@@ -143,6 +143,7 @@ void bind_runtime(nb::module_& m) {
       PyErr_SetString(PyExc_MemoryError, error.what());
     }
   });
+  nb::exception<KvOverflow>(m, "KvOverflow").doc() = "A key or value was too large for a KV cache in half precision.";
   nb::exception<Interrupted>(m, "Interrupted").doc() = "A call was given up because `stop` said so.";
 
   nb::class_<EngineConfig>(m, "EngineConfig", "Shapes and rules of a model and the sizes of one run; see engine.h.")

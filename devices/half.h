@@ -27,13 +27,16 @@ EDGE_MOE_BOTH static inline float half_to_float(uint16_t half) {
   return value;
 }
 
+// From here on a float's magnitude rounds to infinity: halfway past the largest half, 65504.
+constexpr float kHalfOverflow = 65520.0f;
+
 EDGE_MOE_BOTH static inline uint16_t float_to_half(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return sign | 0x7e00;
-  if (bits >= 0x477ff000) return sign | 0x7c00;  // from halfway past the largest half, 65504
+  if (bits >= 0x477ff000) return sign | 0x7c00;  // kHalfOverflow
   if (bits < 0x38800000) {                       // below the smallest normal half: added to 0.5, rounded at 2^-24
     float sum;
     memcpy(&sum, &bits, 4);

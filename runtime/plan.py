@@ -54,6 +54,7 @@ class Plan:
     working_set_experts: int  # that one token uses in all layers together
     working_set_bytes: int  # of so many records of mean size
     spare_bytes: int = 0  # of interpreter_bytes: what it may still come to need
+    kv: str = KV_TYPES[0]  # what the KV cache is kept in
 
     @property
     def total_bytes(self) -> int:
@@ -250,6 +251,7 @@ def make_plan(
             working_set_experts=working_set,
             working_set_bytes=round(working_set * all_experts_bytes / config.expert_count),
             spare_bytes=spare_bytes,
+            kv=kv,
         )
 
     rows = min(logits_rows, context)

@@ -443,12 +443,20 @@ class Runtime:
         except _core.Interrupted:
             self._open()  # it was closed
             raise
+        except _core.KvOverflow:
+            raise ValueError(f"{self.bundle.path}: {self._overflow()}") from None
         except RuntimeError as error:  # of a GPU
             raise OSError(str(error)) from None
         self._cached += tokens
         if not np.isfinite(logits).all():
-            raise ValueError(f"{self.bundle.path}: logits are not finite; compress the model again")
+            self._rewind(0)  # whatever it came from, no later call may go on from there
+            perhaps = f"perhaps {self._overflow()}, or " if self.plan.kv == "float16" else ""
+            raise ValueError(f"{self.bundle.path}: logits are not finite; {perhaps}compress the model again")
         return logits
+
+    def _overflow(self) -> str:
+        more = f"{self.plan.kv_cache_bytes / 1e6:,.1f} MB more for {self.plan.context:,} tokens of context"
+        return f'a key or value is beyond what a KV cache in float16 holds: pass kv="float32" (--kv float32), {more}'
 
     def _rule(self, prune: float | str | None) -> PruneRule:
         return self._prune if prune is None else prune_rule(self.bundle.pruning, prune, self.bundle.path)

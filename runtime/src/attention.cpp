@@ -3,6 +3,7 @@
 // A task takes up to kHeadQueries queries of one KV head through its cache together: the heads that share it, of one
 // token in decode and of a few in prefill, so that what comes from far memory comes once for all of them.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -119,10 +120,17 @@ void CpuMath::store(int layer, int head, int position, const float* key, const f
       return x;
   };
   const size_t dim = config_.head_dim;
+  if (std::is_same_v<T, uint16_t>) note_overflow(key, dim), note_overflow(value, dim);
   T* keys = static_cast<T*>(const_cast<void*>(cache.keys)) + position / kKeyBlock * dim * kKeyBlock;
   T* values = static_cast<T*>(const_cast<void*>(cache.values)) + position * dim;
   for (size_t i = 0; i < dim; ++i) keys[i * kKeyBlock + position % kKeyBlock] = stored(key[i]);
   for (size_t i = 0; i < dim; ++i) values[i] = stored(value[i]);
+}
+
+void CpuMath::note_overflow(const float* values, size_t count) {
+  float largest = 0;
+  for (size_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(values[i]));
+  if (largest >= kHalfOverflow) kv_overflow_.store(true, std::memory_order_relaxed);
 }
 
 // How much attention each of the chunk's tokens receives from those at and after it in the chunk, by head. Done anew,

@@ -1,6 +1,7 @@
 // The layers on the processor, by one table of kernels on a pool of threads.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "device.h"
@@ -26,6 +27,7 @@ class CpuMath : public LayerMath {
   void ahead_logits(int next_layer, const Routing& r) override;
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
   std::span<const float> logits(const Step& step, int rows) override;
+  bool take_kv_overflow() override { return kv_overflow_.exchange(false); }
   void finish() override {}
   bool asynchronous() const override { return false; }
 
@@ -42,6 +44,7 @@ class CpuMath : public LayerMath {
   void attend(int layer, const Step& step, int first_token, int tokens, int first_head, int heads, int thread);
   void latent_attention(int layer, const Step& step);
   void attend_latent(int layer, const Step& step, int first_token, int tokens, int first_head, int heads, int thread);
+  void note_overflow(const float* values, size_t count);  // of what goes into a KV cache of halves
   void attention_norm(int layer, int tokens);
   void attention_output(int layer, int tokens);
   void received_attention(int layer, const Step& step);
@@ -72,6 +75,7 @@ class CpuMath : public LayerMath {
       *values_;  // (layers, kv_heads), each as KeyValues; over latents keys_ alone (layers, context, cached)
   Scratch s_;
   std::vector<Task> tasks_;
+  std::atomic<bool> kv_overflow_{false};
 };
 
 }  // namespace edge_moe

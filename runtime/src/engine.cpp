@@ -106,7 +106,9 @@ std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want, 
   pool_.set_interrupt(interrupt_);
   try {
     math_->begin(step, ids);
+    math_->take_kv_overflow();  // of a pass that was given up
     layers(step);
+    if (math_->take_kv_overflow()) throw KvOverflow();
     logits = math_->logits(step, rows);
     check_wanted();
     release_used();

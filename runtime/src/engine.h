@@ -47,7 +47,7 @@ class Engine {
 
   // Run `tokens` (at most `chunk`, each below vocab) at positions [position(), ...) and return the logits wanted:
   // (rows, vocab), valid until the next call. On an error the position is what it was before. unwanted(), asked by this
-  // thread now and then, ends the call with Interrupted.
+  // thread now and then, ends the call with Interrupted. Throws KvOverflow, too.
   std::span<const float> forward(std::span<const int32_t> tokens, Want want, std::function<bool()> unwanted = {});
 
   // Reading ahead of the next layer while one is computed, where it pays; off or on, results are the same.

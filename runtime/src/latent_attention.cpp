@@ -47,6 +47,7 @@ void CpuMath::latent_attention(int layer, const Step& step) {
       rotate(q + head * c.head_dim + nope_dim, cos, sin, half, c.rope_interleaved);
     rotate(latent + c.kv_rank, cos, sin, half, c.rope_interleaved);
     kernels_.rms_norm(latent, w.kv_a_norm, c.latent_norm_eps, latent, c.kv_rank);
+    if (c.half_cache) note_overflow(latent, cached);
     if (c.half_cache)
       std::transform(latent, latent + cached, reinterpret_cast<uint16_t*>(cached_latents(layer)) + position * cached,
                      float_to_half);

@@ -6,12 +6,18 @@
 #pragma once
 
 #include <span>
+#include <stdexcept>
 
 #include "engine_config.h"
 #include "expert_store.h"
 #include "prune.h"
 
 namespace edge_moe {
+
+// A key or value was too large for a KV cache in half precision.
+struct KvOverflow : std::runtime_error {
+  KvOverflow() : std::runtime_error("a key or value is beyond what float16 holds") {}
+};
 
 // The tokens of one forward pass: as many, at positions from `position` on.
 struct Step {
@@ -75,6 +81,10 @@ class LayerMath {
 
   // Output norm and head of the last `rows` tokens: (rows, vocab), valid until the next call. Waits.
   virtual std::span<const float> logits(const Step& step, int rows) = 0;
+
+  // Whether a key or value has become infinite in the KV cache since this was last asked. A device that does not tell
+  // says no; then logits show it, where they are not finite.
+  virtual bool take_kv_overflow() { return false; }
 
   // Wait until all that was asked for is done, and experts' weights are not read any more.
   virtual void finish() = 0;
