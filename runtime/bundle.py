@@ -205,14 +205,19 @@ def _check_copies(path: Path, table: dict, read: Reader) -> dict[str, int]:
         raise ValueError(f"{read.path}: 'copies' and 'copy_bytes' do not list the same files; {REMEDY}")
     found = {}
     for name in copies:
-        file, most = path / name, COPIED.get(name, MOST_COPY_BYTES)
-        found[name] = real_path(path, name, LISTED).stat().st_size
-        if found[name] > most:
-            raise ValueError(f"{file}: has {found[name]:,} bytes, expected at most {most:,}; {REMEDY}")
+        file, found[name] = path / name, _copy_bytes(path, name, LISTED)
         if sizes is not None and (wanted := read.count(sizes, name)) != found[name]:
             raise ValueError(f"{file}: has {found[name]:,} bytes, expected {wanted:,}; {REMEDY}")
         _check_copy(file, copies[name])
     return found
+
+
+def _copy_bytes(path: Path, name: str, missing: str) -> int:
+    """The size of a copied file, which must be one that such a file can have."""
+    nbytes, most = real_path(path, name, missing).stat().st_size, COPIED.get(name, MOST_COPY_BYTES)
+    if nbytes > most:
+        raise ValueError(f"{path / name}: has {nbytes:,} bytes, expected at most {most:,}; {REMEDY}")
+    return nbytes
 
 
 def _check_copy(file: Path, checksum: str) -> None:
@@ -227,7 +232,7 @@ def _unlisted(path: Path, table: dict) -> tuple[str, ...]:
     """Names of COPIED that are there and not in the table; a bundle whose table has sizes has none."""
     found = [name for name in COPIED if name not in table["copies"] and (path / name).exists()]
     for name in found:
-        real_path(path, name, "; remove what has its name")
+        _copy_bytes(path, name, "; remove what has its name")
     if (path / TEMPLATES).exists():
         raise ValueError(f"{path / TEMPLATES}: a bundle has no such directory, and it would be used; remove it")
     if found and table.get("copy_bytes") is not None:

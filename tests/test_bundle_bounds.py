@@ -62,6 +62,12 @@ def huge_copy(path, name):
     return f"{path / name}: has {HUGE:,} bytes, expected at most {COPIED[name]:,}; {AGAIN}"
 
 
+def huge_unlisted(path, name):
+    edit_table(path, lambda table: table.pop("copy_bytes"))
+    grow(path / name, HUGE)
+    return f"{path / name}: has {HUGE:,} bytes, expected at most {COPIED[name]:,}; {AGAIN}"
+
+
 def huge_mask_routers(path):
     grow(path / MASK_FILE, HUGE)
     edit_table(
@@ -121,6 +127,7 @@ def huge_trunk(path):
 LARGE = {
     "a configuration": lambda path: huge_copy(path, "generation_config.json"),
     "a vocabulary": lambda path: huge_copy(path, "vocab.json"),
+    "a tokenizer that is not listed": lambda path: huge_unlisted(path, "tokenizer.json"),
     "mask routers": huge_mask_routers,
     "names of one file": many_names_of_one_file,
     "files": many_files,
