@@ -1,7 +1,7 @@
 """A directory's tokenizer, read with every claim checked: tokenizer.json, and the tokens that other files declare.
 
 What transformers makes of these files, this makes too: added_tokens.json, special_tokens_map.json and
-tokenizer_config.json add tokens, change what is special, and say whether a text begins with the token of its begin.
+tokenizer_config.json add tokens and change what is special; what stands around a text is said by tokenizer.json alone.
 """
 
 import json
@@ -20,8 +20,11 @@ LIBRARY, TEMPLATES = 6_500_000, 4_000_000  # and for itself; what Jinja takes, b
 MOST_TEMPLATE_BYTES = 4_000_000  # the longest that were seen have 30 kB
 MOST_GROWTH = 64  # times the characters of a text that a normalizer or decoder may give
 GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 12, "NFKD": 12, "Precompiled": 12, "Lowercase": 2, "BertNormalizer": 3}
-PREFIX = "continuing_subword_prefix"
-ESCAPED = "".join(rf"(?:{letter}|\\u00(?i:{ord(letter):02x}))" for letter in PREFIX)  # as JSON may write it
+ESCAPED = re.compile(rb"\\u00[2-7]")
+LOADING_PANICS = {
+    rb'"continuing_subword_prefix"\s*:\s*(?!\s|null|"").{1,20}': "a prefix within words",
+    rb'"precompiled_charsmap"\s*:\s*(?!\s|null).{1,20}': "a Precompiled normalizer",
+}
 
 
 @dataclass(slots=True)
@@ -71,9 +74,9 @@ def read_tokenizer(directory: Path) -> TokenizerFile:
     config = read_json(config_path) if config_path.is_file() else {}
     growth = _growth(parts(backend.normalizer, "normalizers"), path, "normalizer")
     _growth(parts(backend.decoder, "decoders"), path, "decoder")
+    _check_steps(backend, path)
     with library_errors(f"{config_path}: its tokens cannot be added to those of tokenizer.json"):
         named = _add_tokens(backend, directory, config, config_path)
-        _set_begin_and_end(backend, config, named)
     with library_errors(f"{path}: cannot be used"):
         backend.encode("a", add_special_tokens=True)
         backend.encode_special_tokens = config.get("split_special_tokens") is True
@@ -84,7 +87,7 @@ def _read_backend(path: Path):
     from tokenizers import Tokenizer
 
     with library_errors(f"{path}: cannot be read"):
-        _check_prefix(path)
+        _check_text(path)
         backend = Tokenizer.from_file(str(path))
         backend.no_truncation()  # some files ask for either, meant for training
         backend.no_padding()
@@ -93,17 +96,39 @@ def _read_backend(path: Path):
     return backend
 
 
-def _check_prefix(path: Path) -> None:
-    """Refuse what ends the process: a merge whose second half does not begin with the prefix, or is cut in a letter."""
+def _check_text(path: Path) -> None:
+    """Refuse what makes the library panic while it reads, which costs 50 MB to describe and may end the process.
+
+    That is a merge whose second half does not begin with the prefix of its model, or is cut in a letter by it, and a
+    table of characters that is none. Both are of models that are not mixtures of experts.
+    """
     data = path.read_bytes()
-    key = ESCAPED if b"\\u00" in data else PREFIX
-    found = re.search(rb'"' + key.encode() + rb'"\s*:\s*(?!\s|null|"")(.{1,20})', data, re.DOTALL)
-    if found is None:
-        return
-    escapes, merges = b"\\u00" in data, b"merges" in data
-    if escapes or merges or json.loads(data).get("model", {}).get("type") != "WordPiece":
-        value = found[1].decode(errors="replace")
-        raise ValueError(f"{path}: its {PREFIX}, {value!r}, is not supported in a model that merges (BPE)")
+    if ESCAPED.search(data):  # letters that need no escape: a way past the search below
+        data = json.dumps(json.loads(data), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    for pattern, fault in LOADING_PANICS.items():
+        if found := re.search(pattern, data):
+            raise ValueError(f"{path}: has {found[0].decode(errors='replace')!r}, and {fault} is not supported")
+
+
+def _check_steps(backend, path: Path) -> None:
+    """Refuse what makes the library panic when it is used."""
+    processors_ = parts(backend.post_processor, "processors")
+    for step in [*parts(backend.pre_tokenizer, "pretokenizers"), *parts(backend.decoder, "decoders"), *processors_]:
+        kind, fault = step["type"], None
+        if kind == "FixedLength" and not step.get("length"):
+            fault = "pieces of length 0"
+        elif kind == "Strip" and step.get("stop"):
+            fault = "stripping at the end"
+        elif kind == "TemplateProcessing":
+            wanted = [part["SpecialToken"]["id"] for part in step["single"] if "SpecialToken" in part]
+            others = [part for part in step["single"] if part.get("Sequence", {}).get("id", "A") != "A"]
+            fault = (
+                "a template that names what it does not have"
+                if others or {*wanted} - {*step["special_tokens"]}
+                else None
+            )
+        if fault:
+            raise ValueError(f"{path}: its {kind} has {fault}, which is not supported")
 
 
 def _growth(steps: list[dict], path: Path, what: str) -> int:
@@ -191,19 +216,6 @@ def _add_tokens(backend, directory: Path, config: dict, config_path: Path) -> di
     if to_add:
         backend.add_tokens(to_add)
     return texts
-
-
-def _set_begin_and_end(backend, config: dict, named: dict[str, str]) -> None:
-    """Whether a text gets a begin and an end, where tokenizer_config.json says so, in place of the post-processor."""
-    from tokenizers import processors
-
-    if not ({"add_bos_token", "add_eos_token"} & config.keys() or backend.post_processor is None):
-        return
-    begin = [named["bos_token"]] if config.get("add_bos_token") and named.get("bos_token") else []
-    end = [named["eos_token"]] if config.get("add_eos_token") and named.get("eos_token") else []
-    tokens = [(token, backend.token_to_id(token)) for token in dict.fromkeys(begin + end)]
-    single = [*(f"{token}:0" for token in begin), "$A:0", *(f"{token}:0" for token in end)]
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=tokens)
 
 
 def _chat_templates(directory: Path, config: dict) -> dict[str, str]:
