@@ -30,6 +30,8 @@ def estimate_seconds(compression, calibration: Calibration | None, memory: Memor
 
     calibration: shapes of the text, None for a run without any. Takes a few seconds itself.
     """
+    import scipy.linalg  # noqa: F401 (limits hold for the libraries that are loaded)
+
     workers, threads = memory.workers(compression.threads)
     with threadpool_limits(threads):  # as the run has it; more would wait for each other, and spin
         return _estimate(compression, calibration, workers)

@@ -49,7 +49,7 @@ def _json(value: dict) -> bytes:
 
 def copied_bytes(directory: Path) -> int:
     """Bytes of what a bundle takes over."""
-    return sum(real_path(directory, name, MISSING).stat().st_size for name in there(directory))
+    return sum(map(len, contents(directory, tied_head=False).values()))
 
 
 def _content(directory: Path, name: str, most_bytes: int) -> bytes:

@@ -15,7 +15,6 @@ from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.drop_experts import SCORES
 from edge_moe.compressor.quantise import largest_group
 from edge_moe.compressor.source_files import copied_bytes
-from edge_moe.compressor.texts import check_file
 from edge_moe.compressor.writer import Packing
 from edge_moe.runtime.bundle import record_alignment, record_bytes
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
@@ -106,9 +105,6 @@ def check(o: Options, config: ModelConfig) -> Options:
         calibration=paths_of(o.calibration),
         held_out=paths_of(o.held_out),
     )
-    if o.calibrates:
-        for file in (*o.calibration, *o.held_out):
-            check_file(file)
     lossless = bits == 16 or o.width == 16
     fitting = o.group or DEFAULT_GROUP if lossless else largest_group(o.group or 128, config.dim, config.expert_hidden)
     if fitting is None:

@@ -199,7 +199,7 @@ def test_what_is_wrong_with_the_text_is_said_before_what_compressing_needs(model
         ("gone.txt", "gone.txt: no such file of calibration or held-out text"),
         (".", ".: is a folder; name the text files in it, each with an option of its own"),
     ):
-        assert error_of("compress", model, "out.emoe", "--calibration", name) == message
+        assert error_of("compress", model, "out.emoe", "--bits", "5", "--calibration", name) == message
     message = "the checkpoint has no tokenizer.json; pass --calibration IDS.npy, or use --method rtn"
     assert error_of("compress", model, "out.emoe", "--bits", "5") == message
     assert list(Path().glob("out*")) == []

@@ -15,7 +15,7 @@ from edge_moe.compressor.memory import Memory
 from edge_moe.compressor.pipeline import Compression
 from edge_moe.compressor.sensitivity import sampled_sequences
 from edge_moe.compressor.targets import Options
-from edge_moe.compressor.texts import open_text, stdlib_text
+from edge_moe.compressor.texts import check_file, open_text, stdlib_text
 
 WIDEST = 8  # bits that experts get at the most, unless all are left as they are
 
@@ -40,6 +40,8 @@ def needs_of(model: str | Path, out: str | Path, options: dict) -> Needs:
     """
     with Checkpoint(model) as checkpoint:
         o = targets.check(Options(**options), checkpoint.config)
+        for file in (*o.calibration, *o.held_out) if o.calibrates else ():
+            check_file(file)
         compression = Compression(checkpoint, Path(out), o, tell=None)
         calibration = _asked_for(compression) if o.calibrates else None
         memory = Memory.plan(checkpoint, o, calibration)
