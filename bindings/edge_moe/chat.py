@@ -15,7 +15,7 @@ from edge_moe.line_input import LineInput
 from edge_moe.report import size, statistics_text
 from edge_moe.runtime.prompt import PromptTooLong
 from edge_moe.runtime.runtime import Generation, Runtime
-from edge_moe.terminal import THINKING, AnswerWriter, PromptProgress, printable, show
+from edge_moe.terminal import AnswerWriter, PromptProgress, opens_thinking, printable, show
 
 HELP = '''\
 /clear          start a new conversation (also /reset); the system prompt stays
@@ -96,7 +96,7 @@ class Chat:
         """Stream what follows ids, the end of `before` where there is one; None when Ctrl-C came before anything."""
         tokenizer = self.runtime.tokenizer
         said, tokens = (before.answer, list(before.tokens)) if before else ("", [])
-        opened = tokenizer.decode(ids[-8:]).rstrip().endswith(THINKING) if before is None else False
+        opened = before is None and opens_thinking(tokenizer, ids)
         writer, last, interrupted = AnswerWriter(sys.stdout, opened), None, False
         try:
             with (
@@ -111,6 +111,9 @@ class Chat:
                     writer.write(text)
         except KeyboardInterrupt:
             interrupted = True
+        except BaseException:
+            writer.end()  # not dim any more
+            raise
         if last is None:
             _say("stopped before an answer" + ("" if before else "; this message was not kept"))
             return None

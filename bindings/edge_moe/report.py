@@ -188,7 +188,7 @@ def certificate_text(certificate: dict | None) -> str:
             rows.append([name, bits, f"{its['perplexity']:.3f}", f"{its['perplexity_ratio']:.3f}", *kld])
             if its.get("routing_changed") is not None:  # bundles made before do not say it
                 changed.append(f"{its['routing_changed']:.2%} in {name}")
-    choices = f"\ntokens' choices of experts that changed: {', '.join(changed)}" if changed else ""
+    choices = f"\nchoices of experts that changed: {', '.join(changed)}" if changed else ""
     return (
         table(rows, right=(1, 2, 3, 4, 5, 6))
         + f"{choices}\non {held_out['tokens']:,} tokens of {held_out['source']},\n"

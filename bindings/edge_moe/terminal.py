@@ -117,16 +117,21 @@ def styled(stream, text: str, style: str, invisible: str = "") -> str:
     return f"{left}{STYLES[style]}{right}{text}{left}{PLAIN}{right}"
 
 
+def opens_thinking(tokenizer, ids: list[int]) -> bool:
+    """Whether a prompt ends in an open tag, as some chat templates leave it."""
+    return tokenizer.decode(ids[-8:]).rstrip().endswith(THINKING)
+
+
 class AnswerWriter:
     """Writes an answer's pieces to stdout as they come.
 
     Where there are colours, what a reasoning model thinks before it answers is dim and its tags are left out; elsewhere
-    the text stays as it is. thinking: the prompt has opened the tag already.
+    the text stays as it is. thinking: the prompt has opened the tag already. apart: off, a tag is text anyway.
     """
 
-    def __init__(self, stream, thinking: bool = False):
+    def __init__(self, stream, thinking: bool = False, apart: bool = True):
         self.stream, self.thinking = stream, thinking
-        self.apart = has_colours(stream)
+        self.apart = apart and has_colours(stream)
         self.held, self.begun = "", thinking  # held: what may turn out to be a tag
         if self.apart and thinking:
             stream.write(STYLES["dim"])

@@ -9,7 +9,7 @@ import typer
 from edge_moe.commands import options
 from edge_moe.commands.options import argument, option
 from edge_moe.commands.output import print_json
-from edge_moe.terminal import PromptProgress, show, text_for
+from edge_moe.terminal import AnswerWriter, PromptProgress, has_colours, opens_thinking, show
 
 CONTINUED_TOKENS = 64  # of a text that is continued: it has no end of its own
 ONE = "an argument, -p TEXT, -f FILE or --tokens 1,2,3"
@@ -104,7 +104,11 @@ def generate(
         if max_tokens is None:
             max_tokens = -1 if templated else CONTINUED_TOKENS
         pieces = runtime.stream(start, None if max_tokens == -1 else max_tokens, progress=progress, **sampling)
-        generation, interrupted = _print_pieces(pieces, ids=tokens is not None, quiet=json_output)
+        opened = False
+        if templated and has_colours(sys.stdout):
+            opened = opens_thinking(runtime.tokenizer, runtime._prompt_ids(start, chat_template_kwargs=told))
+        writer = AnswerWriter(sys.stdout, opened, apart=templated)
+        generation, interrupted = _print_pieces(pieces, None if json_output else writer, ids=tokens is not None)
     if json_output:
         print_json(asdict(generation))
     else:
@@ -115,23 +119,22 @@ def generate(
         raise typer.Exit(130)
 
 
-def _print_pieces(pieces, ids: bool, quiet: bool):
-    """Write pieces as they come; all as one Generation, and whether Ctrl-C ended them."""
+def _print_pieces(pieces, writer: AnswerWriter | None, ids: bool):
+    """Write pieces as they come, or none; all as one Generation, and whether Ctrl-C ended them."""
     texts, tokens, last, interrupted = [], [], None, False
     try:
         for last in pieces:
             texts.append(last.text)
             tokens += last.tokens
-            if not quiet:
-                text = "".join(f"{token} " for token in last.tokens) if ids else last.text
-                sys.stdout.write(text_for(sys.stdout, text))
-                sys.stdout.flush()
+            if writer:
+                writer.write("".join(f"{token} " for token in last.tokens) if ids else last.text)
     except KeyboardInterrupt:
-        if last is None or quiet:
+        if last is None or not writer:
             raise
         interrupted = True
-    if not quiet:
-        print(flush=True)
+    finally:
+        if writer and last is not None:
+            writer.end()
     return replace(last, text="".join(texts), tokens=tokens), interrupted
 
 
