@@ -336,3 +336,12 @@ def test_colours_are_for_terminals_that_want_them(bundle, tmp_path, monkeypatch)
         assert ("\x1b[1;32m" in chat.wait_for("> ")) == colourful
         chat.type("\x04")
         assert chat.exit_code() == 0
+
+
+def test_a_line_longer_than_any_context_is_left_out_and_the_chat_goes_on(bundle):
+    lines = ["a b " * 250_000, "", '"""', *["x y"] * 100_000, '"""', "def f("]
+    child = piped(bundle, "\n".join(lines) + "\n", "-n", "3")
+    assert child.returncode == 0
+    said = "stdin: a message of more than 65,536 characters, which no context here can hold; this message was not kept"
+    assert child.stderr.count(said) == 2
+    assert child.stdout.strip()  # the last one was answered

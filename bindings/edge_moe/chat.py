@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_moe.conversation import Conversation, Turn
-from edge_moe.line_input import LineInput
+from edge_moe.line_input import LineInput, MessageTooLong
 from edge_moe.report import size, statistics_text
 from edge_moe.runtime.prompt import PromptTooLong
 from edge_moe.runtime.runtime import Generation, Runtime
@@ -240,11 +240,14 @@ def chat(
     if not templated:
         _say("this model has no chat template: it continues the text of the whole conversation")
     talk = Chat(runtime, options, Conversation(templated, system), template, drop_oldest)
-    lines, leaving = LineInput(keep_history), False
+    lines, leaving = LineInput(keep_history, runtime.prompt_bytes_limit), False
     while True:
         try:
             message = lines.message()
             leaving = False
+        except MessageTooLong as error:
+            _say(f"{error}; this message was not kept")
+            continue
         except KeyboardInterrupt:
             _say("")
             if leaving and not lines.half_typed():

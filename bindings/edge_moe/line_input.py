@@ -18,10 +18,18 @@ PROMPT, MORE = "> ", "... "
 HISTORY_LINES = 1000
 
 
-class LineInput:
-    """Reads messages; keep_history: lines of a terminal are remembered for the next chat."""
+class MessageTooLong(ValueError):
+    """A pipe's message of more characters than the context could hold; it was read to its end and left out."""
 
-    def __init__(self, keep_history: bool = True):
+
+class LineInput:
+    """Reads messages of at most `most` characters, which a pipe's are no longer kept beyond.
+
+    keep_history: lines of a terminal are remembered for the next chat.
+    """
+
+    def __init__(self, keep_history: bool = True, most: int = 1 << 62):
+        self.most = most
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.readline, self.history = None, None
         if not self.terminal:
@@ -47,23 +55,35 @@ class LineInput:
     def message(self) -> str | None:
         """The next message, without the newline at its end; None at the end of input.
 
-        Raises KeyboardInterrupt for Ctrl-C, and ValueError for a pipe's bytes that are not UTF-8.
+        Raises KeyboardInterrupt for Ctrl-C, MessageTooLong, and ValueError for a pipe's bytes that are not UTF-8.
         """
         line = self._line(PROMPT)
         if line is None or not line.lstrip().startswith(QUOTES):
             return line
-        lines = [line.lstrip().removeprefix(QUOTES)]
+        lines, length = [line.lstrip().removeprefix(QUOTES)], 0
         while not lines[-1].rstrip().endswith(QUOTES):
             if (line := self._line(MORE)) is None:
                 break
+            length += len(line) + 1
             lines.append(line)
+            if length > self.most:
+                lines = lines[-1:]
+        if length > self.most:
+            raise self._too_long()
         lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
         return "\n".join(lines).strip("\n")
+
+    def _too_long(self) -> MessageTooLong:
+        return MessageTooLong(f"stdin: a message of more than {self.most:,} characters, which no context here can hold")
 
     def _line(self, prompt: str) -> str | None:
         if not self.terminal:
             try:
-                line = sys.stdin.readline()
+                line = sys.stdin.readline(self.most + 1)
+                if len(line) > self.most and not line.endswith("\n"):
+                    while (rest := sys.stdin.readline(1 << 16)) and not rest.endswith("\n"):
+                        pass
+                    raise self._too_long()
             except UnicodeDecodeError:
                 raise ValueError("stdin: not UTF-8 text; convert it first") from None
             return line.rstrip("\n") if line else None
