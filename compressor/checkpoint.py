@@ -27,7 +27,7 @@ COMPARED_ROWS = 1024  # of embedding and head, at a time
 HEAD = "lm_head.weight"
 NOT_WEIGHTS = (  # by the end of the name: what other programs keep beside the weights
     ".rotary_emb.inv_freq",
-    *(f".{what}_scale" for what in ("input", "k", "v", "q", "output")),
+    *(f".{what}_scale" for what in ("input", "output", "q", "k", "v", "kv")),
     ".weight_shape",
 )
 
