@@ -167,6 +167,14 @@ def test_the_prompt_is_an_argument_an_option_a_file_or_comes_through_a_pipe(bund
         assert error_of("generate", bundle, stdin=file) == f"stdin: {message}"
 
 
+def test_no_more_of_a_prompt_is_read_than_the_context_could_hold(bundle):
+    said = (
+        "more than 65,536 bytes, which is more than the context of 1,024 tokens and the memory under the cap can hold"
+    )
+    with open("/dev/zero") as file:  # which never ends
+        assert error_of("generate", bundle, "-p", "-", stdin=file).startswith(f"stdin: {said}")
+
+
 def test_a_prompt_is_a_message_where_there_is_a_chat_template_unless_it_is_raw(templated, bundle):
     said = [{"role": "user", "content": "import re"}]
     with Runtime(templated) as runtime:

@@ -266,6 +266,71 @@ def test_a_prompt_that_cannot_be_is_refused(runtime, prompt, message):
     assert runtime.generate([1], 1).generation_tokens == 1
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "the prompt is NoneType; give a text, a list of messages or a list of token ids"),
+        (5, "the prompt is int; give a text, a list of messages or a list of token ids"),
+        (b"abc", "the prompt is bytes; decode them to a text first"),
+        (["a", "b"], "the prompt is a list of texts; generate for one text at a time"),
+        ({"role": "user", "content": "x"}, "the prompt is one message; give a list of messages"),
+        ([5, "x"], "the prompt has 'x' among its token ids; give a text, a list of messages or a list of token ids"),
+    ],
+)
+def test_what_is_no_prompt_is_called_by_its_name(runtime, prompt, message):
+    assert refused(runtime.generate, prompt, error=TypeError) == message
+
+
+def test_ids_may_come_from_any_iterable_and_no_more_are_taken_than_the_context_holds(runtime):
+    want = runtime.generate([5, 6, 7], 4).tokens
+    for prompt in ((5, 6, 7), np.array([5, 6, 7]), range(5, 8), iter([5, 6, 7])):
+        assert runtime.generate(prompt, 4).tokens == want
+    assert refused(runtime.generate, range(5, 10**12)).startswith(
+        "the prompt has 999,999,999,995 tokens, the context 128;"
+    )
+
+
+def test_a_text_too_long_for_the_context_is_not_encoded_to_its_end(runtime):
+    assert refused(runtime.generate, "a word " * 10**6) == (
+        "the prompt has more than 128 tokens, the context 128; shorten it or raise context"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": "many"}, "max_tokens is 'many', expected a whole number"),
+        ({"stop": [5]}, "stop is [5], expected a text or a list of texts"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
+    ],
+)
+def test_options_of_another_type_are_refused(runtime, options, message):
+    assert refused(runtime.generate, PROMPT, error=TypeError, **options) == message
+
+
+def test_what_belongs_to_messages_is_refused_with_a_text(runtime):
+    tools = [{"type": "function"}]
+    assert refused(runtime.generate, PROMPT, tools=tools) == "tools belongs to messages; the prompt is text"
+    assert refused(runtime.generate, [5], tools=tools) == "tools belongs to messages; the prompt is token ids"
+
+
+def test_any_declared_end_and_a_special_token_as_stop_string_end_the_answer(copy_of):
+    path = copy_of("reference", width=4)
+    with Runtime(path, "2GB", 128, threads=1) as runtime:
+        tokens = runtime.generate(PROMPT, 20).tokens
+        # A token that the answer has, made special, so that it has no text to search.
+        end = next(token for i, token in enumerate(tokens) if i > 4 and token not in tokens[:i])
+        text = runtime.tokenizer.backend.id_to_token(end)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    edit_copy(path, "tokenizer_config.json", json.dumps({**config, "pad_token": text}).encode())
+    with Runtime(path, "2GB", 128, threads=1) as runtime:
+        answer = runtime.generate(runtime.tokenizer.encode(PROMPT), 20, stop=text)
+        assert (answer.tokens, answer.finish_reason) == (tokens[: tokens.index(end) + 1], "stop")
+    edit_copy(path, "tokenizer_config.json", json.dumps({**config, "eos_token": text}).encode())
+    with Runtime(path, "2GB", 128, threads=1) as runtime:
+        assert runtime.generate(runtime.tokenizer.encode(PROMPT), 20).tokens == answer.tokens
+
+
 def test_numbers_that_are_no_token_ids_are_refused(runtime):
     for call in (runtime.generate, runtime.logits):
         assert "among its token ids; give a text" in refused(call, [1.5], error=TypeError)
