@@ -1,0 +1,171 @@
+"""What rounding the inputs of products costs, beside what rounding the weights does: bench/reports/input-precision.md.
+
+    python -m edge_moe.bench.input_precision --text wiki.txt --text code.txt [MODEL ...]
+
+Without MODEL it is the embedded model, whose activations are mild; checkpoints of pretrained models have massive ones.
+The forward pass is the reference in float32, so that nothing else is rounded: not the KV cache, no bfloat16. Inputs of
+products are rounded by the kernels' own quantise_activations(): to int8 alone, or with the second plane of codes that
+blocks with an outlier have. Weights are rounded to nearest, experts at one width and the trunk's matrices at 8 bits.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe import _core
+from edge_moe.bench.evaluate import windows
+from edge_moe.bench.markdown import table
+from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.quantise import dequantise, largest_group, quantise
+from edge_moe.runtime import reference
+from edge_moe.runtime.score import Score
+from edge_moe.runtime.tokenizer import Tokenizer
+
+EMBEDDED = Path(__file__).parent / "reference_moe"
+WIDTHS = (16, 8, 4, 3, 2)  # of experts
+TRUNK_WIDTH = 8
+GROUP = 64
+BLOCK = 64  # inputs that share a scale
+CONTEXT = 256
+TOKENS = 2048  # of each text
+PRODUCTS = ("q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b", "gate", "up", "down", "embedding", "head")
+
+
+def as_they_are(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def to_int8(x: np.ndarray) -> np.ndarray:
+    return rounded(x, lows=False)
+
+
+def as_kernels_do(x: np.ndarray) -> np.ndarray:
+    return rounded(x, lows=True)
+
+
+INPUTS = {"int8": to_int8, "as it runs": as_kernels_do, "float32": as_they_are}
+
+
+def rounded(x: np.ndarray, lows: bool) -> np.ndarray:
+    """x (..., cols) as the kernels round it; without lows, every block has one plane of codes."""
+    cols = x.shape[-1]
+    padded = np.zeros((*x.shape[:-1], -(-cols // BLOCK) * BLOCK), np.float32)
+    padded[..., :cols] = x
+    codes, low_codes, _, scales, *_ = _core.quantise_activations(_core.kernel_names()[0], padded.reshape(-1))
+    steps = codes.astype(np.float32)
+    if lows:
+        steps += low_codes / np.float32(256)
+    return (steps.reshape(-1, BLOCK) * scales[:, None]).reshape(padded.shape)[..., :cols]
+
+
+class Matrix:
+    """A weight matrix (rows, cols) as the reference forward pass uses it, but inputs are rounded before a product."""
+
+    __array_ufunc__ = None  # so that `x @ matrix` comes here
+
+    def __init__(self, values: np.ndarray, inputs):
+        self.values, self._inputs = values, inputs
+
+    @property
+    def T(self) -> "Matrix":
+        return Matrix(self.values.T, self._inputs)
+
+    def __getitem__(self, rows) -> np.ndarray:  # of an embedding
+        return self.values[rows]
+
+    def __rmatmul__(self, x: np.ndarray) -> np.ndarray:
+        return self._inputs(x) @ self.values
+
+
+class Weights:
+    """A checkpoint's weights, rounded once and kept, whose products round their inputs by `inputs`."""
+
+    def __init__(self, checkpoint: Checkpoint, width: int):
+        self.config, self.inputs = checkpoint.config, as_they_are
+        self._checkpoint, self._width, self._kept = checkpoint, width, {}
+
+    def trunk(self, name: str):
+        is_product = name.split(".")[-1] in PRODUCTS
+        if name not in self._kept:
+            values = self._checkpoint.trunk(name)
+            self._kept[name] = self._rounded(values, min(self._width, TRUNK_WIDTH)) if is_product else values
+        return Matrix(self._kept[name], self.inputs) if is_product else self._kept[name]
+
+    def expert(self, layer: int, expert: int) -> tuple[Matrix, ...]:
+        if (layer, expert) not in self._kept:
+            matrices = self._checkpoint.expert(layer, expert)
+            self._kept[layer, expert] = [self._rounded(values, self._width) for values in matrices]
+        return tuple(Matrix(values, self.inputs) for values in self._kept[layer, expert])
+
+    def _rounded(self, values: np.ndarray, width: int) -> np.ndarray:
+        group = largest_group(GROUP, values.shape[1])
+        if self._width == 16 or not group:
+            return values
+        return dequantise(quantise(values, width, group, threads=2), width, values.shape[1])
+
+
+def precision(model: Path, texts: list[Path], tokens: int = TOKENS, widths: tuple[int, ...] = WIDTHS):
+    """(width, kind of inputs, Score.result()) for every width and kind of INPUTS."""
+    checkpoint, tokenizer = Checkpoint(model), Tokenizer(model)
+    parts = []
+    for text in texts:
+        parts += windows(tokenizer.encode(text.read_text(encoding="utf-8")[: 16 * tokens]), CONTEXT, tokens)
+    exact = Weights(checkpoint, 16)
+    wanted = [reference.forward(exact.config, exact, part)[:-1] for part in parts]
+    for width in widths:
+        weights = Weights(checkpoint, width)
+        for kind, inputs in INPUTS.items():
+            weights.inputs, score = inputs, Score()
+            for part, want in zip(parts, wanted, strict=True):
+                score.add(reference.forward(weights.config, weights, part)[:-1], part[1:], want)
+            yield width, kind, score.result()
+
+
+def share_of_two_planes(model: Path, texts: list[Path]) -> float:
+    """Of all blocks of inputs that one window of each text multiplies, those with two planes."""
+    checkpoint, tokenizer = Checkpoint(model), Tokenizer(model)
+    weights, counts = Weights(checkpoint, 16), np.zeros(2, int)
+
+    def count(x: np.ndarray) -> np.ndarray:
+        padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)]).astype(np.float32)
+        flags = _core.quantise_activations(_core.kernel_names()[0], padded.reshape(-1))[2]
+        counts[:] += len(flags), int(flags.sum())
+        return x
+
+    weights.inputs = count
+    for text in texts:
+        part = next(iter(windows(tokenizer.encode(text.read_text(encoding="utf-8")[: 16 * CONTEXT]), CONTEXT)))
+        reference.forward(weights.config, weights, part)
+    return counts[1] / counts[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path, default=[EMBEDDED], metavar="MODEL")
+    parser.add_argument("--text", type=Path, action="append", required=True)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    options = parser.parse_args()
+    print(
+        "# What rounding inputs costs\n\nBy `python -m edge_moe.bench.input_precision`: KL divergence in nats a token "
+        "from the checkpoint in float32, its 99th percentile, and agreement of the first choice, in windows of "
+        f"{CONTEXT} tokens. Weights are rounded to nearest in groups of {GROUP}, experts at the width and the trunk at "
+        f"{TRUNK_WIDTH} bits; with 16 bits neither is. `int8` has one plane of codes for every block of inputs, `as it "
+        "runs` a second one for blocks with an outlier; `float32` has inputs as they are."
+    )
+    for model in options.models:
+        share = share_of_two_planes(model, options.text)
+        print(
+            f"\n## {model.resolve().name}\n\n{options.tokens:,} tokens of each of {len(options.text)} texts "
+            f"({', '.join(text.stem for text in options.text)}). Two planes have {share:.0%} of all blocks of inputs.\n"
+        )
+        rows = []
+        for width, kind, result in precision(model, options.text, options.tokens):
+            bits = "16" if width == 16 else f"{width + 32 / GROUP:g}"
+            numbers = f"{result['kld_mean']:.5f}", f"{result['kld_p99']:.4f}", f"{result['top1_agreement']:.4f}"
+            rows.append([bits, kind, *numbers])
+        print(table(["bits", "inputs", "KLD", "p99", "same top token"], rows, right=True), flush=True)
+
+
+if __name__ == "__main__":
+    main()
