@@ -405,8 +405,15 @@ class Runtime:
         return ENCODING_ROOM + max(0, self.plan.ram_bytes - taken_bytes())
 
     def _prompt_ids(self, prompt: Prompt, **chat) -> list[int]:
-        limits = {"context": self.plan.context, "vocab": self.config.vocab, "room_bytes": self._text_room_bytes}
-        return prompt_ids(prompt, self.tokenizer, where=self.bundle.path, **limits, **chat)
+        return prompt_ids(
+            prompt,
+            self.tokenizer,
+            context=self.plan.context,
+            vocab=self.config.vocab,
+            room_bytes=self._text_room_bytes,
+            where=self.bundle.path,
+            **chat,
+        )
 
     def _prefill(
         self, ids: list[int], tokens: list[int], rule: PruneRule, wanted: Wanted, progress: Progress | None = None
