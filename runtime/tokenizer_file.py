@@ -18,6 +18,7 @@ from edge_moe.runtime.text_cuts import parts
 LOADING = 13  # bytes of memory that the library takes for a byte of tokenizer.json, at most; 12 were measured
 LIBRARY, TEMPLATES = 6_500_000, 4_000_000  # and for itself; what Jinja takes, before it compiles a template
 MOST_TEMPLATE_BYTES = 4_000_000  # the longest that were seen have 30 kB
+MOST_AROUND = 100  # tokens that may be put around a text
 MOST_GROWTH = 64  # times the characters of a text that a normalizer or decoder may give
 GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 12, "NFKD": 12, "Precompiled": 12, "Lowercase": 2, "BertNormalizer": 3}
 ESCAPED = re.compile(rb"\\u00[2-7]")
@@ -122,11 +123,11 @@ def _check_steps(backend, path: Path) -> None:
         elif kind == "TemplateProcessing":
             wanted = [part["SpecialToken"]["id"] for part in step["single"] if "SpecialToken" in part]
             others = [part for part in step["single"] if part.get("Sequence", {}).get("id", "A") != "A"]
-            fault = (
-                "a template that names what it does not have"
-                if others or {*wanted} - {*step["special_tokens"]}
-                else None
-            )
+            special = {token: len(value["ids"]) for token, value in step["special_tokens"].items()}
+            if others or set(wanted) - special.keys():
+                fault = "a template that names what it does not have"
+            elif sum(special[token] for token in wanted) > MOST_AROUND:
+                fault = f"more than {MOST_AROUND} tokens around a text"
         if fault:
             raise ValueError(f"{path}: its {kind} has {fault}, which is not supported")
 

@@ -87,8 +87,8 @@ def replaces(times: int, what: str):
     return lambda table: table.update({what: {"type": "Sequence", inner: [step] * times}})
 
 
-def post(single):
-    parts = {"single": single, "pair": [], "special_tokens": {}}
+def post(single, **special):
+    parts = {"single": single, "pair": [], "special_tokens": special}
     return lambda table: table.update(post_processor={"type": "TemplateProcessing", **parts})
 
 
@@ -116,6 +116,12 @@ def post(single):
         (
             post([{"SpecialToken": {"id": "z", "type_id": 0}}]),
             "its TemplateProcessing has a template that names what it does not have, which is not supported",
+        ),
+        (
+            post(
+                [{"SpecialToken": {"id": "z", "type_id": 0}}] * 3, z={"id": "z", "ids": [1] * 40, "tokens": ["z"] * 40}
+            ),
+            "its TemplateProcessing has more than 100 tokens around a text, which is not supported",
         ),
         (
             post([{"Sequence": {"id": "B", "type_id": 0}}]),
