@@ -316,6 +316,15 @@ void bind_runtime(nb::module_& m) {
       .def(
           "clear_faults", [](BoundEngine& self) { self->store().clear_faults(); },
           "Undo inject(); reads that are being slowed down go on at once.")
+      .def_prop_ro(
+          "worths",
+          [](const BoundEngine& self) {
+            std::vector<double> worths = self->cache().worths();
+            const size_t records = worths.size();
+            return to_numpy(std::move(worths), {records});
+          },
+          nb::rv_policy::move,
+          "By what it is decided which records leave, float64 (experts of all layers,); see expert_cache.h.")
       .def_prop_ro("faults_met", [](const BoundEngine& self) { return self->store().faults_met(); })
       .def_prop_ro(
           "counters",

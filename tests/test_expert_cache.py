@@ -5,11 +5,13 @@ import pytest
 from bundles import REFERENCE, make_engine, run_engine, write_bundle
 
 from edge_moe import _core
+from edge_moe.bench.cache_policies import HALF_LIFE, record
+from edge_moe.bench.evaluate import Cached
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.quantise import trunk_packing
 from edge_moe.compressor.writer import Packing
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.config import load_config, trunk_shapes
 
 WIDTHS = (1, 2, 8, 3, 1)  # of experts, in turn: records of four sizes
 
@@ -58,6 +60,21 @@ def test_less_than_the_largest_record_is_refused(bundle):
     make_engine(bundle, slots=1)
     with pytest.raises(ValueError, match="the slots must hold the largest record"):
         make_engine(bundle, slots=0.9)
+
+
+@pytest.mark.parametrize("chunk", [64, 1])
+def test_each_token_that_uses_an_expert_counts_in_a_prompt_as_when_it_is_generated(bundle_of, stdlib_ids, chunk):
+    ids, config = stdlib_ids[:64], load_config(REFERENCE)
+    engine = make_engine(bundle_of("reference", bits=16), context=64, slots=32, chunk=64)
+    run_engine(engine, ids, chunk)
+    with Checkpoint(REFERENCE) as checkpoint:
+        trace = record(config, Cached(checkpoint), np.array(ids))  # by token and layer
+    want = np.zeros(config.expert_count)
+    for step, experts in enumerate(trace):
+        token, layer = divmod(step, config.layers)
+        layers_before = token // chunk * config.layers + layer
+        want[experts] += 2.0 ** (layers_before / (HALF_LIFE * config.layers))
+    np.testing.assert_allclose(engine.worths, want, rtol=1e-12)
 
 
 # ---- reading ahead

@@ -157,6 +157,12 @@ void Engine::rewind(int position) {
   position_ = position;
 }
 
+// Pins an expert of a layer, which is used by as many tokens as it has pairs; false where too much is pinned.
+bool Engine::acquire(int first_record, int e) {
+  const int uses = r_.first_pair[e + 1] - r_.first_pair[e];
+  return cache_.acquire(first_record + e, uses) != ExpertCache::Acquired::kNoSlot;
+}
+
 void Engine::experts(int layer, const Step& step) {
   const int experts = config_.experts[layer], first_record = first_record_[layer], tokens = step.tokens;
   RouterWants wants;
@@ -180,8 +186,7 @@ void Engine::experts(int layer, const Step& step) {
   bool ahead = wants.ahead;
   try {
     while (computed < pending_.size()) {
-      while (acquired < pending_.size() &&
-             cache_.acquire(first_record + pending_[acquired]) != ExpertCache::Acquired::kNoSlot)
+      while (acquired < pending_.size() && acquire(first_record, pending_[acquired]))
         ++acquired;
       if (std::exchange(ahead, false)) prefetch_next(layer);
       jobs_.clear();

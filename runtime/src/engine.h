@@ -74,6 +74,7 @@ class Engine {
     if (interrupt_) interrupt_->check();
   }
   void experts(int layer, const Step& step);
+  bool acquire(int first_record, int e);
   void release_used();
   void abandon();
   void route_tokens(int layer, int tokens);

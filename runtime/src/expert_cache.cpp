@@ -11,13 +11,14 @@
 
 namespace edge_moe {
 
+static constexpr int kRebase = 512;  // half-lives after which worths get a new unit, far from what a double holds
+
 ExpertCache::ExpertCache(ExpertStore& store, const Device& device, size_t bytes, int readers, double half_life)
     : store_(store), half_life_(half_life) {
   const size_t records = store.records().size();
   slot_of_.assign(records, -1);
-  used_at_.assign(records, 0);
-  uses_.resize(records);
-  for (size_t i = 0; i < records; ++i) uses_[i] = store.records()[i].frequency;
+  worth_.resize(records);
+  for (size_t i = 0; i < records; ++i) worth_[i] = store.records()[i].frequency;
   if (store.mapped()) return;
 
   bytes = bytes / kSmallAlignment * kSmallAlignment;
@@ -31,6 +32,7 @@ ExpertCache::ExpertCache(ExpertStore& store, const Device& device, size_t bytes,
   slots_.resize(2 * std::min(records, bytes / store.smallest_record()) + 1);
   slots_[0].bytes = bytes;
   for (int i = int(slots_.size()) - 1; i > 0; --i) unused_.push_back(i);
+  by_worth_.emplace(0.0, 0);
   start_threads(
       readers_, readers, [this](int reader) { read_requests(reader); }, [this] { stop(); });
 }
@@ -46,13 +48,12 @@ void ExpertCache::stop() {
   for (std::thread& reader : readers_) reader.join();
 }
 
-ExpertCache::Acquired ExpertCache::acquire(int record) {
+ExpertCache::Acquired ExpertCache::acquire(int record, int uses) {
   std::lock_guard lock(mutex_);
   if (store_.mapped()) {
     ++stats_.hits;
     return Acquired::kHit;
   }
-  const double now = score(record) + 1.0;
   Acquired result;
   if (int slot = slot_of_[record]; slot >= 0) {
     if (slots_[slot].pins++ == 0) slots_[slot].left = slots_[slot].state == State::kLoading;
@@ -62,17 +63,16 @@ ExpertCache::Acquired ExpertCache::acquire(int record) {
   } else {
     slot = make_slot(store_.records()[record].padded);
     if (slot < 0) return Acquired::kNoSlot;
-    slots_[slot].record = record, slots_[slot].state = State::kLoading, slots_[slot].pins = 1,
-    slots_[slot].left = false;
-    slot_of_[record] = slot;
+    put(slot, record);
+    slots_[slot].pins = 1;
     queue_.push_back(slot);
     ++stats_.misses;
     stats_.bytes_read += store_.records()[record].padded;
     requested_.notify_one();
     result = Acquired::kLoading;
   }
-  uses_[record] = now;
-  used_at_[record] = clock_;
+  worth_[record] += uses * unit_;
+  sort(slot_of_[record]);
   return result;
 }
 
@@ -115,30 +115,69 @@ void ExpertCache::release(int record) {
 void ExpertCache::tick() {
   std::lock_guard lock(mutex_);
   ++clock_;
+  if (clock_ >= kRebase * half_life_) rebase();
+  unit_ = std::exp2(clock_ / half_life_);
 }
 
-// A record's uses, fading with the layers computed since the last one.
-double ExpertCache::score(int record) const {
-  return uses_[record] * std::exp2(-double(clock_ - used_at_[record]) / half_life_);
+// Worths in a smaller unit, by a power of two that leaves their order as it is; the oldest may end as nothing.
+void ExpertCache::rebase() {
+  clock_ -= kRebase * half_life_;
+  for (double& worth : worth_) worth = std::ldexp(worth, -kRebase);
+  by_worth_.clear();
+  for (int slot = 0; slot >= 0; slot = slots_[slot].next) {
+    slots_[slot].worth = slots_[slot].record >= 0 ? worth_[slots_[slot].record] : 0;
+    by_worth_.emplace(slots_[slot].worth, slot);
+  }
+}
+
+// To where its record's worth is now.
+void ExpertCache::sort(int slot) {
+  const double worth = slots_[slot].record >= 0 ? worth_[slots_[slot].record] : 0;
+  auto node = by_worth_.extract({slots_[slot].worth, slot});
+  slots_[slot].worth = worth;
+  node.value() = {worth, slot};
+  by_worth_.insert(std::move(node));
+}
+
+// A record whose read begins.
+void ExpertCache::put(int slot, int record) {
+  slots_[slot].record = record, slots_[slot].state = State::kLoading, slots_[slot].left = false;
+  slot_of_[record] = slot;
+  ++held_;
+  sort(slot);
+}
+
+// Free memory from now on.
+void ExpertCache::clear(int slot) {
+  if (slots_[slot].record >= 0) slot_of_[slots_[slot].record] = -1, --held_;
+  slots_[slot].record = -1, slots_[slot].state = State::kFree, slots_[slot].ahead = false;
+  sort(slot);
 }
 
 bool ExpertCache::evictable(const Slot& slot) const {
   return slot.state == State::kFree || (slot.state == State::kReady && slot.pins == 0);
 }
 
-// Where the neighbours begin that have so many bytes and the lowest sum of scores; -1 when too much is pinned or
-// loading. Of records of one size a window is a slot or two, so each is added up anew.
+// Where the neighbours begin that have so many bytes and the lowest sum of worths; ties go to the first in memory. -1
+// when too much is pinned or loading. Slots are taken by worth: once one is worth more than the lowest sum found, so
+// are all neighbours that have it or one after it. Of records of one size neighbours are a slot or two, so each sum is
+// added up anew.
 int ExpertCache::cheapest(size_t bytes) const {
   int best = -1;
   double lowest = std::numeric_limits<double>::infinity();
-  for (int first = 0; first >= 0 && lowest > 0; first = slots_[first].next) {
-    size_t room = 0;
-    double sum = 0;
-    for (int slot = first; slot >= 0 && room < bytes && evictable(slots_[slot]); slot = slots_[slot].next) {
-      room += slots_[slot].bytes;
-      if (slots_[slot].record >= 0) sum += score(slots_[slot].record);
+  for (const auto& [worth, slot] : by_worth_) {
+    if (worth > lowest) break;
+    if (!evictable(slots_[slot])) continue;
+    size_t before = 0;  // bytes from `first` up to the slot
+    for (int first = slot; first >= 0 && before < bytes && evictable(slots_[first]); first = slots_[first].previous) {
+      size_t room = 0;
+      double sum = 0;
+      for (int at = first; at >= 0 && room < bytes && evictable(slots_[at]); at = slots_[at].next)
+        room += slots_[at].bytes, sum += slots_[at].worth;
+      const bool lower = sum < lowest || (sum == lowest && slots_[first].offset < slots_[best].offset);
+      if (room >= bytes && lower) lowest = sum, best = first;
+      if (slots_[first].previous >= 0) before += slots_[slots_[first].previous].bytes;
     }
-    if (room >= bytes && sum < lowest) lowest = sum, best = first;
   }
   return best;
 }
@@ -148,14 +187,16 @@ int ExpertCache::make_slot(size_t bytes) {
   const int first = cheapest(bytes);
   if (first < 0) return -1;
   Slot& slot = slots_[first];
-  if (slot.record >= 0) slot_of_[slot.record] = -1;
-  slot.record = -1, slot.state = State::kFree, slot.ahead = false;
-  while (slot.bytes < bytes || joins(slot)) absorb_next(slot);
+  clear(first);
+  while (slot.bytes < bytes || joins(slot)) absorb_next(first);
   if (slot.bytes > bytes) {
     const int rest = unused_.back();
     unused_.pop_back();
     slots_[rest].offset = slot.offset + bytes, slots_[rest].bytes = slot.bytes - bytes;
     slots_[rest].next = std::exchange(slot.next, rest);
+    slots_[rest].previous = first;
+    if (slots_[rest].next >= 0) slots_[slots_[rest].next].previous = rest;
+    by_worth_.emplace(0.0, rest);
     slot.bytes = bytes;
   }
   return first;
@@ -164,22 +205,24 @@ int ExpertCache::make_slot(size_t bytes) {
 // Is it followed by free memory? Then that becomes part of it: free memory is in one piece between two slots.
 bool ExpertCache::joins(const Slot& slot) const { return slot.next >= 0 && slots_[slot.next].state == State::kFree; }
 
-void ExpertCache::absorb_next(Slot& slot) {
-  const int at = slot.next;
+void ExpertCache::absorb_next(int slot) {
+  const int at = slots_[slot].next;
   Slot& next = slots_[at];
-  if (next.record >= 0) slot_of_[next.record] = -1;
-  slot.next = next.next;
-  slot.bytes += next.bytes;
+  if (next.record >= 0) slot_of_[next.record] = -1, --held_;
+  by_worth_.erase({next.worth, at});
+  slots_[slot].next = next.next;
+  if (next.next >= 0) slots_[next.next].previous = slot;
+  slots_[slot].bytes += next.bytes;
   next = {};
   unused_.push_back(at);
 }
 
 void ExpertCache::free_slot(int failed) {
-  slot_of_[slots_[failed].record] = -1;
-  slots_[failed].record = -1, slots_[failed].state = State::kFree, slots_[failed].ahead = false;
+  clear(failed);
   slots_[failed].error = nullptr;
-  for (int slot = 0; slot >= 0; slot = slots_[slot].next)
-    while (slots_[slot].state == State::kFree && joins(slots_[slot])) absorb_next(slots_[slot]);
+  while (joins(slots_[failed])) absorb_next(failed);
+  const int previous = slots_[failed].previous;
+  if (previous >= 0 && slots_[previous].state == State::kFree) absorb_next(previous);
 }
 
 CacheStats ExpertCache::stats() const {
@@ -187,9 +230,14 @@ CacheStats ExpertCache::stats() const {
   return stats_;
 }
 
+std::vector<double> ExpertCache::worths() const {
+  std::lock_guard lock(mutex_);
+  return worth_;
+}
+
 int ExpertCache::records_held() const {
   std::lock_guard lock(mutex_);
-  return int(std::count_if(slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.record >= 0; }));
+  return held_;
 }
 
 // A slot to fill: one that was asked for, else one for a record to read ahead; -1 when there is nothing to do.
@@ -205,9 +253,8 @@ int ExpertCache::next_request() {
     if (slot_of_[record] >= 0) continue;
     const int slot = make_slot(store_.records()[record].padded);
     if (slot < 0) continue;
-    slots_[slot].record = record, slots_[slot].state = State::kLoading, slots_[slot].ahead = true;
-    slots_[slot].left = false;
-    slot_of_[record] = slot;
+    put(slot, record);
+    slots_[slot].ahead = true;
     ++stats_.read_ahead;
     stats_.bytes_read += store_.records()[record].padded;
     return slot;
