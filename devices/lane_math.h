@@ -17,7 +17,10 @@
 
 namespace edge_moe {
 
-// A block of 64 inputs whose largest is more than 4 times their root mean square has two planes of codes.
+// A block of 64 inputs whose largest is more than 4 times their root mean square has two planes of codes. KL divergence
+// that rounding inputs costs SmolLM2-135M, and the share of its blocks with two planes: never 0.0074; above 5 times
+// 0.0009, 20 %; 4 times 0.0006, 33 %; 3.5 times 0.0003, 42 %. A prompt takes 1.24 times as long in products where a
+// quarter of the blocks has two, 1.5 times where they are not the same blocks for all tokens (Zen 4).
 inline constexpr int kTwoPlanesBelow = 64 * 127 * 127 / (4 * 4);
 
 EDGE_MOE_BOTH static inline float from_bfloat16(uint16_t value) {
