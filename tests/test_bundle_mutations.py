@@ -254,20 +254,16 @@ def run_many(seeds, directory: Path, workers: int, tell=lambda told: None) -> li
 
 def counts_of(results: list[dict]) -> dict[str, int]:
     """How many mutations there were, how they ended, and faults by kind."""
-    ends = Counter()
+    ends = Counter(faulty=0)
     for told in results:
         kinds = set(told["kinds"])
-        end = (
-            "faulty"
-            if told["faults"]
-            else "refused"
-            if kinds == {"refused"}
-            else "other"
-            if "other" in kinds
-            else "same"
-        )
         ends["signed" if told["signed"] else "unsigned"] += 1
-        ends["refused by some" if end != "refused" and "refused" in kinds else end] += 1
+        if told["faults"]:
+            ends["faulty"] += 1
+        elif "refused" in kinds:
+            ends["refused" if kinds == {"refused"} else "refused by some"] += 1
+        else:
+            ends["other" if "other" in kinds else "same"] += 1
     return {"mutations": len(results), **ends}
 
 
