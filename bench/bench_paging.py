@@ -80,7 +80,7 @@ def bundle(request, small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def limits(bundle, count) -> tuple[int, int]:
     """The floor, and from where on every expert is in memory."""
-    with Capped(bundle, 1, count) as refused:
+    with Capped(bundle, 1_000_000, count) as refused:
         floor, resident = refused.first
     return floor + MARGIN, resident + MARGIN
 

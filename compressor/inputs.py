@@ -3,8 +3,8 @@
 A step towards a target is fitted to tokens, and what it promises on these it need not keep on others: with few tokens
 for many inputs, or where a few tokens miss their target by a thousand times as much as the others, it is mostly noise.
 So each half of the tokens is asked what it wants, and the other half what that is worth, row by row of the matrix. On
-the reference model (8,192 tokens) KLD at 2 bits is 0.95 of that with whole steps, at 4 bits 0.92, and a massive
-activation, which made calibrated rounding ten times worse than rounding to nearest, does no harm.
+the reference model (8,192 tokens, KLD on 5,100 of five other texts): no step 0.0531, whole steps 0.0436, confirmed ones
+0.0451 at 2 bits; 0.0096, 0.0096 and 0.0088 at 3 bits.
 """
 
 import numpy as np
@@ -43,9 +43,6 @@ class Inputs:
             gain += (step * asked[other]).sum(axis=1)
             curve += ((step @ self._moments[other]) * step).sum(axis=1)
         share = np.clip(gain / np.maximum(curve, 1e-30), 0, 1)
-        # A step of all tokens has half the noise of a half's: where s of a step is signal and n is noise, a half's
-        # share is s / (s + n), and this is s / (s + n / 2).
-        share = 2 * share / (1 + share)
         return self.curvature.solve(sum(asked)) * share[:, None]
 
     def _curvatures(self) -> list[Curvature]:

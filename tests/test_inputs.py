@@ -25,7 +25,7 @@ def step_by_definition(x: np.ndarray, token_weights: np.ndarray, missing: np.nda
         gain = gain + (token_weights[other, None] * output * missing[other]).sum(axis=0)
         curve = curve + (token_weights[other, None] * output * output).sum(axis=0)
     share = np.clip(gain / curve, 0, 1)
-    return fitted(slice(None)) * (2 * share / (1 + share))[:, None]
+    return fitted(slice(None)) * share[:, None]
 
 
 def tokens(rows: int = 600, cols: int = 32, seed: int = 0):

@@ -27,13 +27,24 @@ def random_ids(config, sequences=8, tokens=128, seed=4) -> np.ndarray:
 
 
 def go_through(
-    checkpoint, weights, ids, widths, trunk_width, *, out=None, calibration_rows=None, **options
+    checkpoint, weights, ids, widths, trunk_width, *, out=None, calibration_rows=None, written=None, **options
 ) -> Rounding:
-    """Round every expert at these widths in groups of 32; with `out` a bundle is written."""
+    """Round every expert at these widths in groups of 32; with `out` a bundle is written.
+
+    written: gets the three matrices of each expert, as they are read back, by (layer, number).
+    """
     config = checkpoint.config
     trunk = trunk_packing(trunk_shapes(config), trunk_width, 64)
     keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts)]
     packing = dict.fromkeys(keys, Packing(widths, 32))
+
+    class Kept:
+        def write_expert(self, layer, number, packed):
+            cols = (config.dim, config.dim, config.expert_hidden)
+            written[layer, number] = [dequantise(*its) for its in zip(packed, widths, cols, strict=True)]
+
+        def write_trunk(self, name, packed):
+            pass
 
     def rounded(writer) -> Rounding:
         track = Track("bundle", config, PackedTrunk(weights, config, trunk, writer, 1), packing, writer)
@@ -52,7 +63,7 @@ def go_through(
         return rounding
 
     if out is None:
-        return rounded(None)
+        return rounded(None if written is None else Kept())
     with BundleWriter(out, checkpoint.directory, config, trunk, packing) as writer:
         rounding = rounded(writer)
         for missing in sorted(trunk.keys() - writer.trunk_written):

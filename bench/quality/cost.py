@@ -14,7 +14,7 @@ from edge_moe.bench.quality.study import Study
 from edge_moe.compressor import targets
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.gptq import gptq
-from edge_moe.compressor.inputs import curvature_of
+from edge_moe.compressor.inputs import Inputs
 from edge_moe.compressor.pipeline import Compression, compress
 from edge_moe.compressor.quantise import dequantise
 from edge_moe.devices.probe import default_threads
@@ -73,16 +73,16 @@ def one_size(dim: int, hidden: int, choices: int) -> dict:
     matrices = [random.standard_normal(shape, np.float32) * np.float32(0.02) for shape in shapes]
     weights = np.full(ROWS, 1 / ROWS, np.float32)
     seen: list = []
-    moments = seconds_of(lambda: seen.extend((curvature_of(x, weights), curvature_of(inner, weights))))
-    curvatures = (seen[0], seen[0], seen[1])
+    moments = seconds_of(lambda: seen.extend((Inputs(x, weights), Inputs(inner, weights))))
+    inputs = (seen[0], seen[0], seen[1])
 
     def measure(width: int) -> None:
-        for matrix, curvature in zip(matrices, curvatures, strict=True):
-            dequantise(gptq(matrix, curvature, width, GROUP, sweeps=0), width, matrix.shape[1])
+        for matrix, its in zip(matrices, inputs, strict=True):
+            dequantise(gptq(matrix, its.curvature, width, GROUP, sweeps=0), width, matrix.shape[1])
 
     def round_all() -> None:
-        for matrix, curvature, inputs in zip(matrices, curvatures, (x, x, inner), strict=True):
-            gptq(curvature.solve((inputs @ matrix.T * weights[:, None]).T @ inputs, matrix), curvature, 3, GROUP)
+        for matrix, its in zip(matrices, inputs, strict=True):
+            gptq(matrix + its.step(0.1 * (its.x @ matrix.T)), its.curvature, 3, GROUP)
 
     measuring = choices * sum(seconds_of(lambda width=width: measure(width)) for width in WIDTHS) / len(WIDTHS)
     rounding = seconds_of(round_all)

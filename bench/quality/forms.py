@@ -275,13 +275,19 @@ class CleanInputs(Rounding):
     """Every layer is rounded for the inputs that full precision gives it, as GPTQ is without propagated errors."""
 
     clean_routing: forward.Routing | None = None  # of the layer
+    clean_weights: np.ndarray | None = None  # of its tokens, with nothing lacking
+
+    def _source_experts(self, layer: int, a: Stream, y: Stream) -> None:
+        Rounding._source_experts(self, layer, a, y)
+        norms = [np.square(y.read(start, stop)).sum(-1) for start, stop in y.blocks()]
+        self.clean_weights = 1 / np.maximum(np.concatenate(norms), 1e-12)
 
     def _rounded_experts(self, layer: int, a: Stream, tell) -> None:
         self.clean_routing = forward.route(self.config, self.checkpoint, layer, a)
         Rounding._rounded_experts(self, layer, a, tell)
 
     def _round(self, track: Track, layer: int, number: int, matrices, a: Stream):
-        clean = replace(track, a=a, routing=self.clean_routing, lacking=Zeros(a.dim))
+        clean = replace(track, a=a, routing=self.clean_routing, lacking=Zeros(a.dim), token_weights=self.clean_weights)
         return Rounding._round(self, clean, layer, number, matrices, a)
 
 
