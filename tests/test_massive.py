@@ -94,7 +94,7 @@ def test_calibrated_is_no_worse_than_to_nearest(golden, architecture, scale, whe
     """On text that nothing was fitted to.
 
     A token that changes its experts costs a thousand times as much as rounding does, and which few do is chance: so a
-    token's divergence counts up to the 95th percentile of those that keep their experts to nearest.
+    token's divergence counts up to five times the median of rounding to nearest.
     """
     checkpoint = Checkpoint(golden[architecture][0])
     config, calibration = checkpoint.config, random_ids(checkpoint.config, sequences=12)
