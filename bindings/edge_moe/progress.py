@@ -126,6 +126,7 @@ def _bar():
         task = bar.add_task("", total=1.0, count="")
 
         def show(now: Phases) -> None:
-            bar.update(task, description=now.title, completed=now.share, count=now.count)
+            began = now.title != bar.tasks[0].description  # each phase is drawn once, however short it is
+            bar.update(task, description=now.title, completed=now.share, count=now.count, refresh=began)
 
         yield show
