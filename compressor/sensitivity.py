@@ -215,12 +215,8 @@ class Sensitivity:
         at = Layer(layer, a, routing, norms, relative, place)
 
         def measured(expert: int):
-            if self.keep is None:
-                return self._expert(at, expert, self.weights.expert(layer, expert))
-            return self.keep(
-                f"measured-{layer:04}-{expert:04}",
-                lambda: self._expert(at, expert, self.weights.expert(layer, expert)),
-            )
+            compute = lambda: self._expert(at, expert, self.weights.expert(layer, expert))  # noqa: E731
+            return self.keep(f"measured-{layer:04}-{expert:04}", compute) if self.keep else compute()
 
         found = []
         for result in forward.in_order(self.workers, measured, range(config.experts)):

@@ -126,7 +126,8 @@ def _bar():
         task = bar.add_task("", total=1.0, count="")
 
         def show(now: Phases) -> None:
-            began = now.title != bar.tasks[0].description  # each phase is drawn once, however short it is
-            bar.update(task, description=now.title, completed=now.share, count=now.count, refresh=began)
+            # A phase is drawn as it begins and as it ends, however short it is.
+            drawn = now.title != bar.tasks[0].description or now.done == now.of
+            bar.update(task, description=now.title, completed=now.share, count=now.count, refresh=drawn)
 
         yield show
