@@ -15,8 +15,9 @@ from edge_moe.compressor import trunk
 from edge_moe.compressor.calibrate import Calibration
 from edge_moe.compressor.gptq import SWEEPS, Curvature, gptq
 from edge_moe.compressor.memory import Memory
+from edge_moe.compressor.round_trunk import FITTED_ROWS
 from edge_moe.compressor.sensitivity import FIT_BYTES, sampled_sequences
-from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.config import ModelConfig, trunk_shapes
 
 PIECE_ROWS, PIECE_COLS = 256, 1024  # of a matrix that is timed, at the most
 PRODUCT = 512  # rows and columns of the product that is timed
@@ -35,6 +36,9 @@ def estimate_seconds(compression, calibration: Calibration | None, memory: Memor
     workers, threads = memory.workers(compression.threads)
     with threadpool_limits(threads):  # as the run has it; more would wait for each other, and spin
         return _estimate(compression, calibration, workers)
+
+
+FIRST_OF_INPUT = (".q", ".q_a", ".q_b", ".kv_a", ".kv_b", ".o", ".gate", ".down", "head")
 
 
 def _estimate(compression, calibration: Calibration | None, workers: int) -> float:
@@ -68,7 +72,20 @@ def _estimate(compression, calibration: Calibration | None, workers: int) -> flo
     kinds = len(trunk.kinds(config)) if o.chooses_trunk else 0
     passes = (rows + sample * (len(config.moe_layers) / 2 + kinds)) if choices else 0
     passes += (rows + calibration.held_out.size * o.certificate) * (1 + 2 * forms)
-    return (experts * config.expert_count / workers) + 2 * per_flop * (active + common) * passes / workers + reading
+    fitted = forms * _trunk_seconds(config, rounding(SWEEPS) / config.expert_weights, per_flop)
+    beside = (experts * config.expert_count + 2 * per_flop * (active + common) * passes) / workers
+    return beside + fitted + reading
+
+
+def _trunk_seconds(config: ModelConfig, per_weight: float, per_flop: float) -> float:
+    """Of rounding the trunk once, but for the embedding."""
+    seconds, widths = 0.0, []
+    for name, shape in trunk_shapes(config).items():
+        if len(shape) == 2 and name != "embedding" and not name.endswith("router"):
+            seconds += per_weight * int(np.prod(shape))
+            widths += [shape[1]] * name.endswith(FIRST_OF_INPUT)
+    moment = {cols: _moment_seconds(cols) for cols in set(widths)}
+    return seconds + sum(3 * moment[cols] + per_flop * 4 * FITTED_ROWS * cols**2 for cols in widths)
 
 
 def _plain_seconds(compression, matrix: np.ndarray) -> float:

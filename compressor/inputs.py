@@ -12,52 +12,66 @@ import numpy as np
 from edge_moe.compressor.gptq import Curvature, damping_for
 
 
-def curvature_of(x: np.ndarray, token_weights: np.ndarray, order_group: int = 0) -> Curvature:
+def curvature_of(x: np.ndarray, token_weights: np.ndarray) -> Curvature:
     """The damped second moment of the inputs x (rows, cols), rows weighted by token_weights (rows,)."""
-    return Curvature.of(_moment(x, _normalised(token_weights)), damping_for(*x.shape), order_group)
+    return Curvature.of(_product(x, x, token_weights) / max(float(token_weights.sum()), 1e-30), damping_for(*x.shape))
+
+
+SQUARES = 44  # bytes of them for each entry of a (cols, cols) matrix, at the most: moments, curvatures, their factors
 
 
 class Inputs:
-    """Inputs x (rows, cols), rows weighted by token_weights (rows,): their curvature, and the steps they ask for."""
+    """The inputs of a matrix, added piece by piece: their curvature, and the step towards a target they ask for."""
 
-    def __init__(self, x: np.ndarray, token_weights: np.ndarray, order_group: int = 0):
-        self.x, self.token_weights = x, _normalised(token_weights)
-        self._moments = [_moment(x[half], self.token_weights[half]) for half in (_EVEN, _ODD)]
-        self.curvature = Curvature.of(sum(self._moments), damping_for(*x.shape), order_group)
-        self._of_halves = None
+    def __init__(self, order_group: int = 0):
+        self._order_group = order_group
+        self._rows, self._token_weights = 0, 0.0
+        self._moments: list = [0, 0]  # of each half of the rows: (cols, cols), and (targets, cols) of what is missing
+        self._asked: list = [0, 0]
+        self._curvature: Curvature | None = None
+        self._of_halves: list[Curvature] | None = None
 
-    def step(self, missing: np.ndarray) -> np.ndarray:
-        """The change (matrix rows, cols) that brings a matrix closest to a target, as far as it is confirmed.
+    def add(self, x: np.ndarray, token_weights: np.ndarray, missing: np.ndarray) -> None:
+        """x (rows, cols), weighted by token_weights (rows,), and what is missing there of the target (rows, targets).
 
-        missing: (rows, matrix rows), the target less what the matrix gives. Least squares, drawn to no change by the
-        damping; then each row is scaled by the share, 0 to 1, that lowers the error of the tokens that it was not
-        fitted to the most.
+        missing: of the matrix's output; or of its input, where the target is what it gives for another one.
         """
-        asked = [
-            (missing[half] * self.token_weights[half, None]).T @ self.x[half] for half in (_EVEN, _ODD)
-        ]  # (matrix rows, cols): mean of missing x^T, each half's part
+        for i, half in enumerate((slice(0, None, 2), slice(1, None, 2))):
+            self._moments[i] = self._moments[i] + _product(x[half], x[half], token_weights[half])
+            self._asked[i] = self._asked[i] + _product(missing[half], x[half], token_weights[half])
+        self._rows += len(x)
+        self._token_weights += float(token_weights.sum(dtype=np.float64))
+
+    @property
+    def curvature(self) -> Curvature:
+        """The damped second moment."""
+        if self._curvature is None:
+            self._curvature = self._damped(sum(self._moments), self._rows, self._order_group)
+        return self._curvature
+
+    def step(self, matrix: np.ndarray | None = None) -> np.ndarray:
+        """The change (matrix rows, cols) that brings a matrix closest to its target, as far as it is confirmed.
+
+        matrix: what gives the target, where inputs are missing. Least squares, drawn to no change by the damping; then
+        each row is scaled by the share, 0 to 1, that lowers the error of the tokens that it was not fitted to the most.
+        """
+        asked = [its / max(self._token_weights, 1e-30) for its in self._asked]
+        if matrix is not None:
+            asked = [matrix @ its for its in asked]
+        if self._of_halves is None:
+            self._of_halves = [self._damped(moment, self._rows // 2) for moment in self._moments]
         gain, curve = np.zeros((2, len(asked[0])), np.float32)
-        for fitted, its in enumerate(self._curvatures()):
-            other = 1 - fitted
-            step = its.solve(asked[fitted])
+        for fitted, other in ((0, 1), (1, 0)):
+            step = self._of_halves[fitted].solve(asked[fitted])
             gain += (step * asked[other]).sum(axis=1)
-            curve += ((step @ self._moments[other]) * step).sum(axis=1)
+            curve += ((step @ self._moments[other]) * step).sum(axis=1) / max(self._token_weights, 1e-30)
         share = np.clip(gain / np.maximum(curve, 1e-30), 0, 1)
         return self.curvature.solve(sum(asked)) * share[:, None]
 
-    def _curvatures(self) -> list[Curvature]:
-        if self._of_halves is None:
-            rows, cols = self.x.shape
-            self._of_halves = [Curvature.of(moment, damping_for(rows // 2, cols)) for moment in self._moments]
-        return self._of_halves
+    def _damped(self, moment: np.ndarray, rows: int, order_group: int = 0) -> Curvature:
+        moment = moment / max(self._token_weights, 1e-30)
+        return Curvature.of(moment, damping_for(rows, len(moment)), order_group)
 
 
-_EVEN, _ODD = slice(0, None, 2), slice(1, None, 2)
-
-
-def _normalised(token_weights: np.ndarray) -> np.ndarray:
-    return token_weights / max(float(token_weights.sum()), 1e-30)
-
-
-def _moment(x: np.ndarray, token_weights: np.ndarray) -> np.ndarray:
-    return (x * token_weights[:, None]).T @ x
+def _product(of: np.ndarray, x: np.ndarray, token_weights: np.ndarray) -> np.ndarray:
+    return (of * token_weights[:, None]).T @ x

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from edge_moe import _core
 from edge_moe.compressor.calibrate import Calibration
 from edge_moe.compressor.certificate import LOGITS_BYTES
+from edge_moe.compressor.inputs import SQUARES
+from edge_moe.compressor.round_trunk import PIECE_WEIGHTS, widest_input
 from edge_moe.compressor.sensitivity import FIT_BYTES, sampled_sequences
 from edge_moe.compressor.sizes import TRUNK_KINDS
 from edge_moe.compressor.streams import BLOCK_ROWS
@@ -48,9 +50,9 @@ class Memory:
             carried = sample * (len(config.moe_layers) + len(TRUNK_KINDS) * o.chooses_trunk)
             streams = max(ROUNDING_STREAMS * rows, 3 * (rows + carried)) * config.dim * 4  # input, attended, output
             attention = 4 * (BLOCK_ROWS * 8 * config.heads * config.head_dim + 3 * config.heads * tokens * tokens)
-            fixed += 2 * 4 * rows * config.experts + max(attention, 6 * LOGITS_BYTES)
-            # a second moment in float32, its factor in float64 and then float32; inputs and outputs of its rows
-            worker += 16 * widest * widest + 5 * min(FIT_BYTES, 4 * rows * config.dim)
+            trunk = SQUARES * widest_input(config) ** 2 + 6 * 4 * PIECE_WEIGHTS
+            fixed += 2 * 4 * rows * config.experts + max(attention + trunk, 6 * LOGITS_BYTES)
+            worker += SQUARES * widest * widest + 5 * min(FIT_BYTES, 4 * rows * config.dim)
         ram = resolve_ram("auto" if o.ram is None else o.ram)
         if o.ram is not None and fixed + worker > o.ram:
             raise MemoryError(f"compressing this model takes {fixed + worker:,} bytes, ram is {o.ram:,}; raise ram")

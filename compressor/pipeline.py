@@ -383,6 +383,7 @@ class Compression:
                 for suffix in rounding.names:
                     j.forget(f"round-{layer - 1:04}.{suffix}")
                 j.forget(f"packed-{layer:04}-*")
+            rounding.head()
             self.tell("round", total, total)
             if o.certificate:
                 self.begin("certify")

@@ -22,11 +22,12 @@ from edge_moe.compressor import forward
 from edge_moe.compressor.gptq import SWEEPS, gptq
 from edge_moe.compressor.inputs import Inputs
 from edge_moe.compressor.quantise import dequantise, quantise
+from edge_moe.compressor.round_trunk import TrunkFit, fitted_rows
 from edge_moe.compressor.sensitivity import fitting_rows, with_nearest
 from edge_moe.compressor.streams import Stream
 from edge_moe.compressor.writer import BundleWriter, Packing, Quantised, record_bytes_of
 from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.config import ModelConfig, trunk_shapes
 
 
 @dataclass(slots=True)
@@ -59,21 +60,37 @@ class Track:
 
 @dataclass(slots=True)
 class PackedTrunk:
-    """A checkpoint's trunk as a track has it: rounded, routers cut to the experts kept. Writes what is read."""
+    """A checkpoint's trunk as a track has it: rounded, routers cut to the experts kept. Writes what it gives.
+
+    Tensors that were not put are rounded to nearest.
+    """
 
     checkpoint: object
     config: ModelConfig
     packing: dict[str, Packing]
     writer: BundleWriter | None
     threads: int
+    rounded: dict[str, Quantised] = field(default_factory=dict)  # of the layer that is worked on
+
+    def put(self, name: str, packed: Quantised) -> None:
+        self.rounded[name] = packed
+
+    def whole(self, name: str) -> np.ndarray:
+        """The tensor before it is rounded."""
+        return cut_router(self.config, name, self.checkpoint.trunk(name))
 
     def trunk(self, name: str) -> np.ndarray:
-        tensor = cut_router(self.config, name, self.checkpoint.trunk(name))
-        width, group = self.packing[name].widths[0], self.packing[name].group
-        packed = quantise(tensor, width, group, threads=self.threads)
+        width, group, packed = self.packing[name].widths[0], self.packing[name].group, self.rounded.get(name)
+        if packed is None:
+            packed = quantise(self.whole(name), width, group, threads=self.threads)
         if self.writer is not None:
             self.writer.write_trunk(name, packed)
-        return dequantise(packed, width, tensor.shape[-1]).reshape(tensor.shape)
+        shape = self.shapes[name]
+        return dequantise(packed, width, shape[-1]).reshape(shape)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return trunk_shapes(self.config)
 
 
 @dataclass(slots=True)
@@ -121,12 +138,17 @@ class Rounding:
 
     def layer(self, layer: int, tell) -> None:
         """Round one layer and go past it. tell(experts done) is called as it goes."""
-        tokens, self._norms = self.ids.shape[1], forward.Held(self.checkpoint)
+        self._norms = forward.Held(self.checkpoint)
         for track in self.tracks:
             track.norms = forward.Held(track.trunk)
-        a, y = self._common(self.config, self.checkpoint, layer, self.x, tokens, "source")
+        a = self._attention(self.config, self.checkpoint, layer, self.x, "source")
+        y = self._common_mlp(self.config, self.checkpoint, layer, a, "source")
         for track in self.tracks:
-            track.a, track.y = self._common(track.config, track.trunk, layer, track.x, tokens, track.name)
+            fit = self._trunk_fit(track, layer)
+            fit.attention(track.x, self.x, a)
+            track.a = self._attention(track.config, track.trunk, layer, track.x, track.name)
+            fit.mlp(track.a, a, y)
+            track.y = self._common_mlp(track.config, track.trunk, layer, track.a, track.name)
         if layer not in self.config.dense_layers:
             self._source_experts(layer, a, y)
             self._rounded_experts(layer, a, tell)
@@ -136,12 +158,29 @@ class Rounding:
         a.close()
         for track in self.tracks:
             track.a.close()
+            track.trunk.rounded.clear()
 
-    def _common(self, config, weights, layer, x: Stream, tokens: int, name: str) -> tuple[Stream, Stream]:
-        a, y = self.new_stream(f"{name}-attended", x.rows), self.new_stream(f"{name}-next", x.rows)
-        forward.attention(config, weights, layer, x, tokens, a)
+    def head(self) -> None:
+        """Round the head, after the last layer."""
+        self._norms = forward.Held(self.checkpoint)
+        for track in self.tracks:
+            self._trunk_fit(track, None).head(track.x, self.x)
+
+    def _trunk_fit(self, track: Track, layer: int | None) -> TrunkFit:
+        tokens, threads = self.ids.shape[1], self.workers * self.threads
+        rows = fitted_rows(self.config, self.calibration_rows, tokens)
+        options = self.sweeps, threads, self.act_order
+        return TrunkFit(track.config, self._norms, track.trunk, layer, tokens, rows, *options)
+
+    def _attention(self, config, weights, layer, x: Stream, name: str) -> Stream:
+        a = self.new_stream(f"{name}-attended", x.rows)
+        forward.attention(config, weights, layer, x, self.ids.shape[1], a)
+        return a
+
+    def _common_mlp(self, config, weights, layer, a: Stream, name: str) -> Stream:
+        y = self.new_stream(f"{name}-next", a.rows)
         forward.common_mlp(config, weights, layer, a, y)
-        return a, y
+        return y
 
     def _source_experts(self, layer: int, a: Stream, y: Stream) -> None:
         """Finish the source's layer in y, and find what each track will lack, a routing weight of one taken.
@@ -244,19 +283,19 @@ class Rounding:
         clean = forward.expert_input(config, self._norms, layer, a, rows)
         packed, rounded = [], []
 
-        def pack(matrix: np.ndarray, target: np.ndarray, inputs: Inputs, width: int) -> None:
-            best = matrix + inputs.step(target - inputs.x @ matrix.T)
-            one = gptq(best, inputs.curvature, width, packing.group, sweeps=self.sweeps, threads=self.threads)
+        def pack(matrix: np.ndarray, step: np.ndarray, inputs: Inputs, width: int) -> None:
+            one = gptq(matrix + step, inputs.curvature, width, packing.group, sweeps=self.sweeps, threads=self.threads)
             packed.append(one)
             rounded.append(dequantise(one, width, matrix.shape[1]))
 
-        order_group = packing.group if self.act_order else 0
-        inputs = Inputs(h, counts, order_group)
+        inputs, inner_inputs = (Inputs(packing.group if self.act_order else 0) for _ in range(2))
+        inputs.add(h, counts, clean - h)
         for matrix, width in zip(matrices[:2], packing.widths[:2], strict=True):
-            pack(matrix, clean @ matrix.T, inputs, width)
-        inner = Inputs(reference.expert_inner(config, h, *rounded), counts, order_group)
+            pack(matrix, inputs.step(matrix), inputs, width)
+        inner = reference.expert_inner(config, h, *rounded)
         target = reference.expert(config, clean, *matrices) + track.lacking.take(rows)
-        pack(matrices[2], target, inner, packing.widths[2])
+        inner_inputs.add(inner, counts, target - inner @ matrices[2].T)
+        pack(matrices[2], inner_inputs.step(), inner_inputs, packing.widths[2])
         return packed
 
 

@@ -4,7 +4,8 @@ The oracle that the engines are tested against, and the pass that calibration ru
 be read beside the C++ engine: the same sections in the same order. Speed is left to the engines.
 
 `weights` is any object with trunk(name) and expert(layer, expert) -> (gate, up, down), numpy float32 arrays,
-by canonical name: a compressor Checkpoint is one. `x` is (sequences, tokens, dim); `h` is normed and flat,
+by canonical name: a compressor Checkpoint is one. One with product(name, x) of its own sees what the trunk's matrices
+are multiplied by. `x` is (sequences, tokens, dim); `h` is normed and flat,
 (rows, dim), a row for each token. Which expert takes which row is decided on the host, in numpy.
 """
 
@@ -54,8 +55,8 @@ def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None):
 
 def head(config: ModelConfig, weights, x, xp=np):
     """Logits (sequences, tokens, vocab) of the last layer's output x (sequences, tokens, dim)."""
-    w_head = weights.trunk("embedding" if config.tied_head else "head")  # (vocab, dim)
-    return rms_norm(x, weights.trunk("output_norm"), config.norm_eps, xp) @ _array(w_head, xp).T
+    h = rms_norm(x, weights.trunk("output_norm"), config.norm_eps, xp)
+    return product(weights, "embedding" if config.tied_head else "head", h, xp)
 
 
 def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
@@ -64,23 +65,29 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
     def trunk(name):
         return _array(weights.trunk(f"layers.{layer}.{name}"), xp)
 
+    def times(name, x):
+        return product(weights, f"layers.{layer}.{name}", x, xp)
+
     # attention norm
     h = rms_norm(x, trunk("attention_norm"), config.norm_eps, xp)
 
     # q k v: (sequences, tokens, heads of that kind, head_dim or v_dim)
-    q, k, v = (latent_qkv if config.latent else qkv)(config, trunk, h, xp)
+    q, k, v = (latent_qkv if config.latent else qkv)(config, trunk, times, h, xp)
 
     # attention: a sequence at a time, so that the scores of one are all that memory holds
     y = xp.stack([attention(config, q[i], k[i], v[i], xp) for i in range(len(q))])
 
     # output projection
-    return y @ trunk("o").T
+    return times("o", y)
 
 
-def qkv(config: ModelConfig, trunk, h, xp=np):
-    """Queries, keys and values of h (sequences, tokens, dim), the first two turned by their positions."""
+def qkv(config: ModelConfig, trunk, times, h, xp=np):
+    """Queries, keys and values of h (sequences, tokens, dim), the first two turned by their positions.
+
+    trunk(name) is a tensor of the layer, times(name, x) the product of x with a matrix of it.
+    """
     sequences, tokens, _ = h.shape
-    q, k, v = h @ trunk("q").T, h @ trunk("k").T, h @ trunk("v").T
+    q, k, v = times("q", h), times("k", h), times("v", h)
     if config.qkv_bias:
         q, k, v = q + trunk("q_bias"), k + trunk("k_bias"), v + trunk("v_bias")
     if config.qk_norm == "full":
@@ -96,21 +103,21 @@ def qkv(config: ModelConfig, trunk, h, xp=np):
     return rotate(q, cos, sin, xp), rotate(k, cos, sin, xp), v
 
 
-def latent_qkv(config: ModelConfig, trunk, h, xp=np):
+def latent_qkv(config: ModelConfig, trunk, times, h, xp=np):
     """qkv() where keys and values of all heads come from one latent a token, and position from one key beside it."""
     sequences, tokens, _ = h.shape
     latent, heads = config.latent, config.heads
     kv_rank, nope_dim = latent.kv_rank, latent.nope_dim
     if latent.q_rank:
-        q = rms_norm(h @ trunk("q_a").T, trunk("q_a_norm"), latent.norm_eps, xp) @ trunk("q_b").T
+        q = times("q_b", rms_norm(times("q_a", h), trunk("q_a_norm"), latent.norm_eps, xp))
     else:
-        q = h @ trunk("q").T
-    kv = h @ trunk("kv_a").T  # (sequences, tokens, kv_rank + rope_dim)
+        q = times("q", h)
+    kv = times("kv_a", h)  # (sequences, tokens, kv_rank + rope_dim)
     q = q.reshape(sequences, tokens, heads, config.head_dim)
 
     # keys and values of every head, out of the latent
     c = rms_norm(kv[..., :kv_rank], trunk("kv_a_norm"), latent.norm_eps, xp)
-    expanded = (c @ trunk("kv_b").T).reshape(sequences, tokens, heads, nope_dim + latent.v_dim)
+    expanded = times("kv_b", c).reshape(sequences, tokens, heads, nope_dim + latent.v_dim)
 
     # the dimensions with position
     cos, sin = rope_tables(config, tokens, xp)
@@ -293,6 +300,12 @@ def expert_inner(config: ModelConfig, h, w_gate, w_up, xp=np):
     return inner
 
 
+def product(weights, name: str, x, xp=np):
+    """x (..., inputs) times the trunk's matrix of that name (outputs, inputs), transposed."""
+    its_own = getattr(weights, "product", None)
+    return its_own(name, x) if its_own else x @ _array(weights.trunk(name), xp).T
+
+
 def rms_norm(x, weight, eps: float, xp=np):
     """Scale the last axis to a root mean square of one, then by weight."""
     y = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
@@ -343,8 +356,9 @@ def gelu_tanh(x, xp=np):
 
 
 def _trunk_mlp(config: ModelConfig, weights, prefix: str, h, xp):
-    w_gate, w_up, w_down = (weights.trunk(f"{prefix}.{part}") for part in ("gate", "up", "down"))
-    return expert(config, h, w_gate, w_up, w_down, xp)
+    inner = (silu if config.activation == "silu" else gelu_tanh)(product(weights, f"{prefix}.gate", h, xp), xp)
+    inner *= product(weights, f"{prefix}.up", h, xp)
+    return product(weights, f"{prefix}.down", inner, xp)
 
 
 def _array(value, xp):

@@ -60,6 +60,7 @@ def go_through(
         rounding.start()
         for layer in range(config.layers):
             rounding.layer(layer, lambda done: None)
+        rounding.head()
         return rounding
 
     if out is None:

@@ -18,7 +18,7 @@ from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.quantise import dequantise, quantise, trunk_packing
 from edge_moe.compressor.sensitivity import Sensitivity
 from edge_moe.compressor.streams import Stream
-from edge_moe.compressor.trunk import PROBED, WIDTHS, ProbedTrunk, choose_widths, expected, packing_of, rate_at
+from edge_moe.compressor.trunk import FITTED, PROBED, WIDTHS, ProbedTrunk, choose_widths, expected, packing_of, rate_at
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import load_config, trunk_shapes
@@ -187,8 +187,9 @@ class Problem:
     def curves(self, config):
         """(nats, bytes) of each kind's widths."""
         law = np.array([expected(width) for width in WIDTHS])
+        left = dict.fromkeys(self.divergence, FITTED) | {"embedding": 1}
         return {
-            kind: (nats * law, np.array([kind_bytes(config, kind, width) for width in WIDTHS]))
+            kind: (nats * left[kind] * law, np.array([kind_bytes(config, kind, width) for width in WIDTHS]))
             for kind, nats in self.divergence.items()
         }
 

@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     add("--context", type=int, default=256, help="tokens of a window")
     add("--trunk-width", type=int, default=8, choices=(8, 16), help="of every row's trunk")
     add("--bits", type=float, nargs="+", default=[1.6, 2.0, 2.5, 3.0, 3.5, 4.5], help="true bits of an expert weight")
-    add("--methods", nargs="+", help="first words of rows' names, as `rtn pmq mlx_lm`; by default all")
+    add("--methods", nargs="+", help="names of rows, as rtn uniform pmq; by default all")
     add("--ablate", type=float, nargs="*", default=[2.5], help="bits of the ablation")
     add("--repeats", type=int, default=2, help="samples of calibration text in the ablation")
     add("--parts", nargs="+", default=PARTS, choices=PARTS)
@@ -101,7 +101,7 @@ def make_report(study: Study, arguments: argparse.Namespace, tell) -> str:
 
 def rows_at(study: Study, bits: float, wanted: list[str] | None) -> list[Form]:
     forms = methods(study, bits) + (peers.mlx_forms(bits) if peers.installed() else [])
-    return [form for form in forms if wanted is None or form.name.split()[0].strip(",") in wanted]
+    return [form for form in forms if wanted is None or form.name in wanted]
 
 
 def figures(study: Study, forms: list[Form]) -> dict[str, dict]:
