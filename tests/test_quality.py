@@ -64,7 +64,9 @@ def records(bundle: Path, layer: int) -> list[bytes]:
 
 def test_the_pmq_row_is_the_bundle_that_compress_writes(study, tmp_path):
     forms.compressed(study, form(study, "pmq"), tmp_path / "row.emoe")
-    theirs = compress(REFERENCE, tmp_path / "theirs.emoe", bits=BITS, method="pmq", **study.options)
+    theirs = compress(
+        REFERENCE, tmp_path / "theirs.emoe", bits=BITS, method="pmq", **study.options | {"certificate": True}
+    )
     for file in theirs.path.iterdir():
         assert (tmp_path / "row.emoe" / file.name).read_bytes() == file.read_bytes()
 
@@ -287,10 +289,10 @@ def test_gptq_alone_is_not_refined(study, tmp_path, monkeypatch):
     seen, its = [], round_layers.gptq
     spy = lambda *args, **given: seen.append(given["sweeps"]) or its(*args, **given)  # noqa: E731
     monkeypatch.setattr(round_layers, "gptq", spy)
-    for name, sweeps in (("pmq", SWEEPS), ("GPTQ alone, without refinement", 0)):
+    for name, sweeps, tracks in (("pmq", SWEEPS, 2), ("GPTQ alone, without refinement", 0, 1)):  # one is certified
         seen.clear()
         forms.compressed(study, form(study, name), tmp_path / f"{sweeps}.emoe")
-        assert set(seen) == {sweeps} and len(seen) == 3 * CONFIG.expert_count
+        assert set(seen) == {sweeps} and len(seen) == tracks * 3 * CONFIG.expert_count
 
 
 # ---- keeping what is done
@@ -371,7 +373,8 @@ def test_the_ratios_error_is_over_windows_by_text():
 def test_bars_are_met_or_missed_by_the_figures(study):
     texts = replace(study, texts=dict.fromkeys(["brown", "code", "news", "reviews", "wiki"]))
     low = {"rtn": row([1.0], [1.0]), "uniform": row([0.40], [0.60]), "pmq": row([0.41], [0.35])}
-    high = {"uniform": row([0.02], [0.02]), "pmq": row([0.010], [0.010])}
+    llama = {"llama.cpp IQ3_S": row([0.011], [0.011]), "llama.cpp Q4_K": row([0.009], [0.009])}
+    high = {"uniform": row([0.02], [0.02]), "pmq": row([0.010], [0.010])} | llama
     found = {text: met for text, met, _ in report.bars({2.5: low, 3.5: high, 4.5: high}, texts)}
     assert found == {
         "2.5 bits: pmq at most 0.4 x rtn": True,
@@ -386,7 +389,6 @@ def test_bars_are_met_or_missed_by_the_figures(study):
         "4.5 bits: pmq not above uniform on any text": True,
         "4.5 bits: pmq below llama.cpp's Q4_K": False,
     }
-    assert not any("llama" in text for text, _, _ in report.bars({3.5: high}, study))  # other texts
     worse = low | {"pmq": row([0.5], [0.55])}
     assert [met for _, met, _ in report.bars({2.5: worse}, texts)] == [False, False, False, False]
     assert "| 2.5 bits: pmq not above uniform | **MISSED** | 1.050 ± nan |" in report.bar_table(
@@ -415,6 +417,14 @@ def test_tables_have_a_row_a_form_and_a_column_a_text():
     assert ablated[3] == "| without | 0.30000 | 0.30000 | 2.000 ± 0.000 | 2.00 | worse |"
 
 
+def test_a_certificate_stands_beside_what_each_text_shows_of_it():
+    said = {"bundle": {"kld_mean": 0.2, "kld_p99": 1.5, "top1_agreement": 0.75}}
+    results = {2.5: {"rtn": row([1.0], [1.0]), "pmq": row([0.1, 0.2], [0.2, 0.1]) | {"certificate": said}}}
+    lines = report.certificate_table(results, ["t0", "t1"]).splitlines()
+    assert lines[2:] == ["| pmq | 2.500 | 0.20000 | 1.500 | 0.7500 | 0.75 | 0.75 | 0.9000 |"]
+    assert report.certificate_table({2.5: {"rtn": row([1.0], [1.0])}}, ["t0"]) == ""
+
+
 def command(*arguments) -> subprocess.CompletedProcess:
     given = [sys.executable, "-m", "edge_moe.bench.quality", *map(str, arguments)]
     return subprocess.run(given, capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
@@ -428,11 +438,14 @@ def test_the_command_writes_the_report_and_goes_on_with_what_is_kept(tmp_path):
     assert "4/4" in first.stderr
     lines = first.stdout.splitlines()
     assert lines[0] == "# Quality of compressed experts"
-    assert [line.split("|")[1].strip() for line in lines if line.startswith(("| rtn", "| uniform"))] == [
+    rows_of = lines[: lines.index("## Certificates")]
+    assert [line.split("|")[1].strip() for line in rows_of if line.startswith(("| rtn", "| uniform"))] == [
         "rtn",
         "uniform",
     ]
-    assert "1,024 tokens of argparse.py" in first.stdout and "IQ3_S | 3.44" in first.stdout
+    assert "1,024 tokens of argparse.py" in first.stdout
+    certified = lines[lines.index("## Certificates") :]
+    assert [line.split("|")[1].strip() for line in certified if line.startswith("| uniform")] == ["uniform"]
     again = command(
         "--text", TEXTS[0], "--calibration", STDLIB / "argparse.py", *small, *rows, "--out", tmp_path / "r.md"
     )

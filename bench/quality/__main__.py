@@ -3,7 +3,7 @@
     python -m edge_moe.bench.quality --text A.txt B.txt --calibration C.txt > quality.md
 
 Without texts it is of Python's standard library. Rows are kept in --work: a run that was killed goes on there. mlx_lm's
-rows are left out where it is not installed. Progress goes to stderr.
+and llama.cpp's rows are left out where mlx_lm, or llama_cpp and gguf, are not installed. Progress goes to stderr.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from edge_moe import bench
-from edge_moe.bench.quality import cost, peers, report
+from edge_moe.bench.quality import cost, llama_types, peers, report
 from edge_moe.bench.quality.forms import Form, ablations, bases, methods
 from edge_moe.bench.quality.study import Study, open_study, run
 from edge_moe.compressor.targets import DEFAULT_TOKENS
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     add("--context", type=int, default=256, help="tokens of a window")
     add("--trunk-width", type=int, default=8, choices=(8, 16), help="of every row's trunk")
     add("--bits", type=float, nargs="+", default=[1.6, 2.0, 2.5, 3.0, 3.5, 4.5], help="true bits of an expert weight")
-    add("--methods", nargs="+", help="names of rows, as rtn uniform pmq; by default all")
+    add("--methods", nargs="+", help="names of rows or their first words, as rtn pmq llama.cpp; by default all")
     add("--ablate", type=float, nargs="*", default=[2.5], help="bits of the ablation")
     add("--repeats", type=int, default=2, help="samples of calibration text in the ablation")
     add("--parts", nargs="+", default=PARTS, choices=PARTS)
@@ -88,7 +88,9 @@ def make_report(study: Study, arguments: argparse.Namespace, tell) -> str:
             sections += [f"## {bits:g} bits", report.method_table(rows, texts)]
         missing = "" if peers.installed() else " mlx_lm's rows are left out: it is not installed here."
         sections += [report.NOTES + missing, report.MLX_NOTES] if peers.installed() else [report.NOTES + missing]
-        sections += ["## llama.cpp", report.LLAMA_CPP_NOTES, report.llama_cpp_table()]
+        sections += [report.LLAMA_CPP_NOTES] if llama_types.installed() else []
+        if certificates := report.certificate_table(results, texts):
+            sections += ["## Certificates", report.CERTIFICATE_NOTES, certificates]
     for bits, repeats in ablated.items():
         rows = [figures(study, forms) for forms in repeats]
         sections += [f"## Ablation at {bits:g} bits", report.ablation_table(rows, texts)]
@@ -101,7 +103,8 @@ def make_report(study: Study, arguments: argparse.Namespace, tell) -> str:
 
 def rows_at(study: Study, bits: float, wanted: list[str] | None) -> list[Form]:
     forms = methods(study, bits) + (peers.mlx_forms(bits) if peers.installed() else [])
-    return [form for form in forms if wanted is None or form.name in wanted]
+    forms += llama_types.forms(bits) if llama_types.installed() else []
+    return [form for form in forms if wanted is None or {form.name, form.name.split()[0]} & set(wanted)]
 
 
 def figures(study: Study, forms: list[Form]) -> dict[str, dict]:

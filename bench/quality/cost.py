@@ -72,17 +72,22 @@ def one_size(dim: int, hidden: int, choices: int) -> dict:
     shapes = ((hidden, dim), (hidden, dim), (dim, hidden))
     matrices = [random.standard_normal(shape, np.float32) * np.float32(0.02) for shape in shapes]
     weights = np.full(ROWS, 1 / ROWS, np.float32)
-    seen: list = []
-    moments = seconds_of(lambda: seen.extend((Inputs(x, weights), Inputs(inner, weights))))
-    inputs = (seen[0], seen[0], seen[1])
+    inputs = [Inputs() for _ in range(2)]
+
+    def take() -> None:
+        for its, values in zip(inputs, (x, inner), strict=True):
+            its.add(values, weights, 0.1 * values)
+            its.curvature  # noqa: B018 (taken once)
+
+    moments, (of_x, of_inner) = seconds_of(take), inputs
 
     def measure(width: int) -> None:
-        for matrix, its in zip(matrices, inputs, strict=True):
+        for matrix, its in zip(matrices, (of_x, of_x, of_inner), strict=True):
             dequantise(gptq(matrix, its.curvature, width, GROUP, sweeps=0), width, matrix.shape[1])
 
     def round_all() -> None:
-        for matrix, its in zip(matrices, inputs, strict=True):
-            gptq(matrix + its.step(0.1 * (its.x @ matrix.T)), its.curvature, 3, GROUP)
+        for matrix, its in zip(matrices, (of_x, of_x, of_inner), strict=True):
+            gptq(matrix + its.step(matrix), its.curvature, 3, GROUP)
 
     measuring = choices * sum(seconds_of(lambda width=width: measure(width)) for width in WIDTHS) / len(WIDTHS)
     rounding = seconds_of(round_all)

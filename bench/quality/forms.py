@@ -47,6 +47,7 @@ class Form:
     mixed: Callable | None = None  # (compression, measures, budget, unit) -> packings, instead of allocate.mixed()
     rounding: type = Rounding
     make: Callable[[Study, "Form", Path], None] = field(default=compressed)
+    true_bits: float | None = None  # where the bundle holds wider weights than the form has
 
     @property
     def key(self) -> str:
@@ -116,18 +117,18 @@ def methods(study: Study, bits: float) -> list[Form]:
     """The rows of one size, but for other tools'. rtn: the one width and group that `uniform` takes."""
     config = study.config
     one = targets.uniform_packing(config, bits, targets.groups(targets.Options(method="uniform"), config))
-    pmq = {"method": "pmq", "bits": bits}
+    pmq, certified = {"method": "pmq", "bits": bits}, {"certificate": True}
     fewer = {"method": "pmq", "bits": bits / (1 - DROPPED), "drop_experts": DROPPED, "drop_counts": "equal"}
     forms = [
         Form("rtn", bits, {"method": "rtn", "width": one.widths[0], "group": one.group}),
-        Form("uniform", bits, {"method": "uniform", "bits": bits}),
+        Form("uniform", bits, {"method": "uniform", "bits": bits} | certified),
     ]
     low, high = published_bits(config)
     if low <= bits <= high:
         forms += [Form(name, bits, {"method": name, "bits": bits}) for name in ("mc", "mc-release")]
     return [
         *forms,
-        Form("pmq", bits, pmq),
+        Form("pmq", bits, pmq | certified),
         Form("pmq, trunk too", bits, {"method": "pmq", "trunk_width": None, "size": bundle_bytes(study, bits)}),
         Form("pmq, experts dropped", bits, fewer),
         Form("pmq, experts dropped by sensitivity", bits, {**fewer, "drop_counts": "sensitivity"}),

@@ -1,7 +1,7 @@
 """Other tools' forms of the same checkpoint, in the same bundle format and harness.
 
 mlx_lm's come from its own code, run here; only its experts are taken, the trunk is as in every other row. Its packed
-codes are read as MLX reads them, so nothing is rounded twice. llama.cpp's are figures, measured before.
+codes are read as MLX reads them, so nothing is rounded twice. llama.cpp's types are in llama_types.py.
 """
 
 import contextlib
@@ -30,24 +30,6 @@ GPTQ_WIDTHS = (2, 4)  # those below 8 that its GPTQ packs
 SENSITIVITY_TOKENS = 8192  # of calibration for dynamic_quant: ten seconds of one core for 512
 NEAR = 0.01  # bits by which a row may miss the size it is shown at
 MATRIX = re.compile(r"layers\.(\d+)\..*switch_mlp\.(gate|up|down)_proj$")
-
-# llama.cpp of 2026-11 on the reference MoE: its own quantiser with an importance matrix from the calibration text, its
-# tensors dequantised into this harness: five texts, first 12,288 tokens each, context 256, experts only, trunk
-# bfloat16. type, true bits a weight, perplexity, KLD, same top token.
-LLAMA_CPP = (
-    ("IQ1_S", 1.56, 41.32, 0.1409, 0.753),
-    ("IQ1_M", 1.75, 40.37, 0.1130, 0.773),
-    ("IQ2_XXS", 2.06, 37.95, 0.0581, 0.828),
-    ("IQ2_XS", 2.31, 37.41, 0.0427, 0.851),
-    ("IQ2_S", 2.56, 37.03, 0.0295, 0.875),
-    ("Q2_K", 2.62, 37.36, 0.0417, 0.854),
-    ("IQ3_XXS", 3.06, 36.36, 0.0149, 0.909),
-    ("IQ3_S", 3.44, 36.19, 0.0103, 0.923),
-    ("Q3_K", 3.44, 36.31, 0.0109, 0.922),
-    ("IQ4_XS", 4.25, 35.96, 0.0031, 0.957),
-    ("Q4_K", 4.50, 35.97, 0.0026, 0.962),
-    ("Q4_0", 4.50, 35.98, 0.0035, 0.956),
-)
 
 
 def installed() -> bool:

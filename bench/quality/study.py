@@ -24,7 +24,7 @@ from edge_moe import _core, compressor, runtime
 from edge_moe.bench import evaluate, texts
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
-from edge_moe.runtime.config import ModelConfig, load_config
+from edge_moe.runtime.config import ModelConfig, load_config, read_json
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS, Score
 from edge_moe.runtime.tokenizer import Tokenizer
@@ -116,10 +116,16 @@ def make_and_score(study: Study, form) -> dict:
     for left in (out, *(out.with_name(out.name + suffix) for suffix in (".work", ".partial"))):  # by a killed run
         _remove(left)
     form.make(study, form, out)
-    result = study.score(out) | {"seconds": time.monotonic() - began}
+    result = study.score(out) | {"seconds": time.monotonic() - began, "certificate": certificate_of(out)}
+    if form.true_bits is not None:
+        result["true_bits"] = form.true_bits
     _remove(out)
     study.keep(form.key, result)
     return result
+
+
+def certificate_of(bundle: Path) -> dict | None:
+    return read_json(bundle / "bundle.json").get("certificate")
 
 
 def run(study: Study, forms: list, processes: int, tell: Callable[[str], None]) -> None:

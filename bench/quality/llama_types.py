@@ -1,0 +1,148 @@
+"""llama.cpp's types on the same experts, in the same harness: its own quantiser, with an importance matrix.
+
+The experts alone are in the type, the trunk is as in every row that nothing was fitted to. Their weights are read back
+by gguf, whose code is not the quantiser's, and scored as bfloat16. A row of 576 inputs is no multiple of the 256
+that its blocks have, for which llama.cpp takes a wider type; here blocks go on in the next row, which its types need
+not be padded for. Importance: mean squares of an expert's inputs over the calibration tokens that chose it, as
+llama-imatrix takes them.
+"""
+
+import ctypes
+import importlib.util
+import math
+import os
+import pickle
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe.bench.quality.forms import Form
+from edge_moe.bench.quality.peers import GROUP, calibration_ids
+from edge_moe.bench.quality.study import Study
+from edge_moe.compressor import forward
+from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.quantise import to_bfloat16, trunk_packing
+from edge_moe.compressor.round_layers import PackedTrunk
+from edge_moe.compressor.streams import Stream
+from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig, trunk_shapes
+
+TYPES = {  # true bits a weight
+    "IQ1_S": 1.5625,
+    "IQ1_M": 1.75,
+    "IQ2_XXS": 2.0625,
+    "IQ2_XS": 2.3125,
+    "IQ2_S": 2.5625,
+    "Q2_K": 2.625,
+    "IQ3_XXS": 3.0625,
+    "IQ3_S": 3.4375,
+    "Q3_K": 3.4375,
+    "IQ4_XS": 4.25,
+    "Q4_K": 4.5,
+    "Q4_0": 4.5,
+}
+NEAR = 0.15  # bits by which a type may miss the size it is shown at
+BLOCK = 256  # weights that a block has, or a multiple of what it has
+
+Importance = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]  # by layer and expert: of gate and up, of down
+
+
+def installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
+
+
+def forms(bits: float) -> list[Form]:
+    """The types of about these true bits."""
+    return [
+        Form(f"llama.cpp {name}", bits, {}, make=partial(make, name=name), true_bits=its)
+        for name, its in TYPES.items()
+        if abs(its - bits) < NEAR
+    ]
+
+
+def make(study: Study, form: Form, out: Path, name: str) -> None:
+    """The bundle of a type's experts, each weight as the type has it, and of the checkpoint's trunk."""
+    how, importance = Quantiser(name), importance_of(study)
+    with Checkpoint(study.model) as checkpoint:
+        config = checkpoint.config
+        trunk = trunk_packing(trunk_shapes(config), study.trunk_width, GROUP)
+        experts = dict.fromkeys(importance, Packing((16,) * 3, 0))
+        with BundleWriter(out, study.model, config, trunk, experts, extra={"method": {"name": "llama.cpp"}}) as writer:
+            for tensor in trunk:
+                PackedTrunk(checkpoint, config, trunk, writer, 1).trunk(tensor)
+            for (layer, expert), (of_input, of_inner) in importance.items():
+                matrices = zip(checkpoint.expert(layer, expert), (of_input, of_input, of_inner), strict=True)
+                writer.write_expert(layer, expert, [Quantised(to_bfloat16(how(*its))) for its in matrices])
+            writer.finish()
+
+
+class Quantiser:
+    """ggml_quantize_chunk() of one type, and what gguf reads of it."""
+
+    def __init__(self, name: str):
+        from gguf import GGMLQuantizationType
+
+        package = Path(importlib.util.find_spec("llama_cpp").origin).parent
+        directory = Path(os.environ.get("LLAMA_CPP_LIB_PATH", package / "lib"))
+        self.type, self.library = GGMLQuantizationType[name], ctypes.CDLL(str(directory / "libggml-base.so"))
+        self.library.ggml_quantize_init(ctypes.c_int(self.type))
+        floats = ctypes.POINTER(ctypes.c_float)
+        self.library.ggml_quantize_chunk.argtypes = [
+            *(ctypes.c_int, floats, ctypes.c_void_p, *[ctypes.c_int64] * 3, floats)
+        ]
+        self.library.ggml_quantize_chunk.restype = ctypes.c_size_t
+
+    def __call__(self, weights: np.ndarray, importance: np.ndarray) -> np.ndarray:
+        """float32 (rows, cols) as the type has it; importance: (cols,)."""
+        from gguf import quant_shape_to_byte_shape
+        from gguf.quants import dequantize
+
+        rows_a_line = math.lcm(weights.shape[1], BLOCK) // weights.shape[1]
+        lines = np.ascontiguousarray(weights, np.float32).reshape(-1, rows_a_line * weights.shape[1])
+        counts = np.ascontiguousarray(np.tile(importance, rows_a_line), np.float32)
+        packed = np.empty(quant_shape_to_byte_shape(lines.shape, self.type), np.uint8)
+        pointer = ctypes.POINTER(ctypes.c_float)
+        written = self.library.ggml_quantize_chunk(
+            *(self.type, lines.ctypes.data_as(pointer), packed.ctypes.data, 0, *lines.shape),
+            counts.ctypes.data_as(pointer),
+        )
+        if written != packed.nbytes:
+            raise AssertionError(f"{self.type.name}: {written} bytes were written, expected {packed.nbytes}")
+        return dequantize(packed, self.type).reshape(weights.shape)
+
+
+def importance_of(study: Study) -> Importance:
+    """Of every expert of the model; kept in the work directory."""
+    kept = study.work / "importance.pickle"
+    if not kept.exists():
+        partial_file = kept.with_suffix(f".{os.getpid()}")
+        with Checkpoint(study.model) as checkpoint:
+            ids = calibration_ids(study, study.calibration_tokens)
+            partial_file.write_bytes(pickle.dumps(mean_squares(checkpoint.config, checkpoint, ids)))
+        os.replace(partial_file, kept)
+    return pickle.loads(kept.read_bytes())
+
+
+def mean_squares(config: ModelConfig, weights, ids: np.ndarray) -> Importance:
+    """Of the inputs of each expert's matrices over the tokens (sequences, tokens) that chose it; 1 without any."""
+    found, x = {}, Stream(ids.size, config.dim)
+    forward.embed(config, weights, ids, x)
+    for layer in range(config.layers):
+        a, y, norms = Stream(ids.size, config.dim), Stream(ids.size, config.dim), forward.Held(weights)
+        forward.attention(config, weights, layer, x, ids.shape[1], a)
+        forward.common_mlp(config, weights, layer, a, y)
+        if layer in config.moe_layers:
+            routing = forward.route(config, weights, layer, a)
+            for expert in range(config.experts):
+                (rows, weight), matrices = routing.rows_of(expert), weights.expert(layer, expert)
+                h = forward.expert_input(config, norms, layer, a, rows)
+                inner = reference.expert_inner(config, h, *matrices[:2])
+                y.add(rows, inner @ matrices[2].T * weight[:, None])
+                found[layer, expert] = tuple(
+                    np.square(its).mean(axis=0) if len(rows) else np.ones(its.shape[1], np.float32)
+                    for its in (h, inner)
+                )
+        x = y
+    return found
