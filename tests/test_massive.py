@@ -94,21 +94,24 @@ def test_calibrated_is_no_worse_than_to_nearest(golden, architecture, scale, whe
     """On text that nothing was fitted to.
 
     A token that changes its experts costs a thousand times as much as rounding does, and which few do is chance: so a
-    token's divergence counts up to five times the median of rounding to nearest.
+    token's divergence counts up to five times the median of rounding to nearest. Where one expert adds a massive value,
+    a change of its routing weight is more than all of rounding; the figures of one sample then lie up to 0.05 from the
+    mean, and eight samples are taken together.
     """
     checkpoint = Checkpoint(golden[architecture][0])
-    config, calibration = checkpoint.config, random_ids(checkpoint.config, sequences=12)
-    held_out = random_ids(config, sequences=160, tokens=TOKENS, seed=9)
+    config, samples = checkpoint.config, 8 if where is expert_row and scale == 30_000 else 1
     weights = Changed(checkpoint, where(checkpoint, config.moe_layers[0], scale))
-    source = Trail(config, weights, held_out)
     for width in (2, 4, 8):
-        written = {}
-        go_through(checkpoint, weights, calibration, (width,) * 3, 32, written=written)
-        ours, kept = source.compared(Trail(config, Changed(weights, written), held_out))
-        nearest, kept_too = source.compared(Trail(config, Nearest(weights, width), held_out))
-        most = 5 * np.median(nearest)
-        allowed = 1.02
-        if where is expert_row and scale == 30_000:  # a change of routing weights is then more than all of rounding
-            allowed = 1.05
-        assert np.minimum(ours, most).mean() <= allowed * np.minimum(nearest, most).mean()
-        assert kept.mean() >= 0.9 * kept_too.mean()
+        ratios, shares = [], np.zeros(2)
+        for sample in range(samples):
+            calibration = random_ids(config, sequences=12, seed=4 + sample)
+            held_out = random_ids(config, sequences=160, tokens=TOKENS, seed=99 + sample)
+            source, written = Trail(config, weights, held_out), {}
+            go_through(checkpoint, weights, calibration, (width,) * 3, 32, written=written)
+            ours, kept = source.compared(Trail(config, Changed(weights, written), held_out))
+            nearest, kept_too = source.compared(Trail(config, Nearest(weights, width), held_out))
+            most = 5 * np.median(nearest)
+            ratios.append(np.minimum(ours, most).mean() / np.minimum(nearest, most).mean())
+            shares += kept.mean(), kept_too.mean()
+        assert np.mean(ratios) <= 1.02
+        assert shares[0] >= 0.9 * shares[1]
