@@ -2,9 +2,10 @@
 
 A step towards a target is fitted to tokens, and what it promises on these it need not keep on others: with few tokens
 for many inputs, or where a few tokens miss their target by a thousand times as much as the others, it is mostly noise.
-So each half of the tokens is asked what it wants, and the other half what that is worth, row by row of the matrix. On
-the reference model (8,192 tokens, KLD on 5,100 of five other texts): no step 0.0531, whole steps 0.0436, confirmed ones
-0.0451 at 2 bits; 0.0096, 0.0096 and 0.0088 at 3 bits.
+So each half of the tokens is asked what it wants, and the other half what that is worth, row by row of the matrix.
+KLD, one width everywhere. SmolLM2, 2 bits, 8,192 tokens: no step 1.69, confirmed ones 0.976, twice as far from nothing
+(2s / (1 + s) of a share s) 1.037, s squared 1.012. The reference model (8,192 tokens, KLD on 5,100 of five other
+texts): no step 0.0531, whole steps 0.0436, confirmed ones 0.0451 at 2 bits; 0.0096, 0.0096 and 0.0088 at 3 bits.
 """
 
 import numpy as np
