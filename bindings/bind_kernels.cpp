@@ -10,6 +10,7 @@
 
 #include "../devices/half.h"
 #include "../devices/kernels.h"
+#include "../devices/position_sums.h"
 #include "arrays.h"
 #include "gil.h"
 
@@ -233,7 +234,12 @@ void bind_kernels(nb::module_& m) {
         }
         its.attend_scores(q_rows.data(), queries, cache, begin, end, head_dim, scale, scores.data(), positions);
         for (int i = 0; i < queries; ++i) its.softmax(scores.data() + i * positions, begin, end);
-        its.attend_values(scores.data(), positions, queries, cache, begin, end, n, out_rows.data());
+        std::vector<float> pieces(out.size());
+        std::vector<float*> piece_rows;
+        for (int i = 0; i < queries; ++i) piece_rows.push_back(pieces.data() + size_t(i) * n);
+        sum_positions(begin, end, queries, n, out_rows.data(), piece_rows.data(), [&](int from, int to, auto rows) {
+          its.attend_values(scores.data(), positions, queries, cache, from, to, n, rows);
+        });
         return to_numpy(std::move(out), {size_t(queries), size_t(n)});
       },
       nb::arg("kernels"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("begin"), nb::arg("scale"),

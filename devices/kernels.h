@@ -103,7 +103,7 @@ struct Kernels {
                         float scale, float* scores, size_t scores_stride);
 
   // out[query] += the weighted sum of values [begin, end), n floats: out = fma(weight, value, out), position by
-  // position.
+  // position; who calls cuts many of them into pieces (position_sums.h).
   void (*attend_values)(const float* weights, size_t weights_stride, int queries, const KeyValues& cache, int begin,
                         int end, int n, float* const* out);
 

@@ -142,6 +142,20 @@ def test_paged_equals_resident_for_any_slots_threads_and_chunks(mixed, golden, a
             assert (engine.counters["expert_misses"] > 0) == (slots is not None)
 
 
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3"])  # a window of its keys, and latents
+def test_chunks_and_threads_change_nothing_where_sums_over_positions_have_several_pieces(mixed, architecture):
+    path = mixed(architecture)
+    engine = make_engine(path, context=4_200, threads=1)
+    ids = np.random.default_rng(0).integers(0, Bundle.open(path).config.vocab, 4_120)
+    want = run_engine(engine, ids, 32)[4_090:]
+    for threads, chunk in ((2, 7), (1, 1)):
+        engine = make_engine(path, context=4_200, threads=threads)
+        run_engine(engine, ids[:4_090], 32)
+        parts = [ids[at : at + chunk] for at in range(4_090, len(ids), chunk)]
+        got = np.concatenate([engine.forward(np.asarray(part, np.int32), ALL) for part in parts])
+        assert same_bits(got, want), (threads, chunk)
+
+
 @pytest.mark.parametrize("architecture", DROPPED)
 def test_paged_equals_resident_without_the_dropped_experts(dropped_of, golden, architecture):
     path, ids = dropped_of(architecture, (3, 8, 5)), golden[architecture][1]

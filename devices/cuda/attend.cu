@@ -118,7 +118,7 @@ EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span spa
   for (int i = begin + thread; i < end; i += kThreads) x[i] = x[i] * inverse;
 }
 
-// A thread takes a dimension of one head of one token; positions are added one after the other.
+// A thread takes a dimension of one head of one token; positions are added as position_sums.h says.
 EDGE_MOE_KERNEL(kThreads)
 value_kernel(const float* weights, Heads heads, LayerCache cache, Span span, float* attended) {
   const int n = heads.head_dim, d = int(blockIdx.x * kThreads + threadIdx.x), head = int(blockIdx.y);
@@ -126,11 +126,17 @@ value_kernel(const float* weights, Heads heads, LayerCache cache, Span span, flo
   const int end = end_of(span, 0);
   const size_t room = size_t(head / (heads.heads / heads.kv_heads)) * cache.positions * n + d;
   const float* weight = weights + size_t(head) * cache.positions;
-  float sum = 0.0f;
-  EDGE_MOE_UNROLL_8
-  for (int at = first_seen(heads, end); at < end; ++at)
-    sum = fmaf(weight[at], get(cache.values, cache.half, room + size_t(at) * n), sum);
-  attended[(size_t(span.first) * heads.heads + head) * n + d] = sum;
+  const int begin = first_seen(heads, end);
+  float total = 0.0f;
+  for (int from = begin, to; from < end; from = to) {
+    to = end_of_piece(from, end);
+    float sum = 0.0f;
+    EDGE_MOE_UNROLL_8
+    for (int at = from; at < to; ++at)
+      sum = fmaf(weight[at], get(cache.values, cache.half, room + size_t(at) * n), sum);
+    total = from == begin ? sum : total + sum;
+  }
+  attended[(size_t(span.first) * heads.heads + head) * n + d] = total;
 }
 
 // The same for all queries of a block at once. A weight of zero, where a query does not see a position that others do,
@@ -144,7 +150,20 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
   const int end = end_of(span, queries.first_token + queries.tokens - 1);
   const size_t room = size_t(queries.kv_head) * cache.positions * n + (d < n ? d : 0);
   float sums[kPrefillQueries] = {};
-  for (int first = begin; first < end; first += kTile) {
+  auto keep = [&](bool more) {  // a piece's sums, in the result
+    if (d >= n) return;
+    EDGE_MOE_UNROLL
+    for (int query = 0; query < kPrefillQueries; ++query) {
+      if (!queries.has(query)) continue;
+      float* y = attended + (queries.row(query, heads.heads) + size_t(span.first) * heads.heads) * n + d;
+      *y = more ? *y + sums[query] : sums[query];
+      sums[query] = 0.0f;
+    }
+  };
+  bool more = false;
+  for (int first = begin, count; first < end; first += count) {
+    const int stop = end_of_piece(first, end);
+    count = stop - first < kTile ? stop - first : kTile;
     __syncthreads();
     for (int i = thread; i < kTile * kPrefillQueries; i += kThreads) {
       const int query = i / kTile, at = first + i % kTile, seen = end_of(span, queries.token(query));
@@ -153,7 +172,6 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
           sees ? weights[queries.row(query, heads.heads) * cache.positions + at] : 0.0f;
     }
     __syncthreads();
-    const int count = end - first < kTile ? end - first : kTile;
     EDGE_MOE_UNROLL_4
     for (int i = 0; i < count; ++i) {
       const float value = get(cache.values, cache.half, room + size_t(first + i) * n);
@@ -161,12 +179,8 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
       for (int query = 0; query < kPrefillQueries; ++query)
         sums[query] = fmaf(tile[i * kPrefillQueries + query], value, sums[query]);
     }
+    if (first + count == stop) keep(more), more = true;
   }
-  if (d >= n) return;
-  EDGE_MOE_UNROLL
-  for (int query = 0; query < kPrefillQueries; ++query)
-    if (queries.has(query))
-      attended[(queries.row(query, heads.heads) + size_t(span.first) * heads.heads) * n + d] = sums[query];
 }
 
 // A thread takes a token of the pass and a head; tokens of the span are added one after the other.

@@ -98,7 +98,8 @@ latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache
   }
 }
 
-// A thread takes a value of the latents for some heads of one token; positions are added one after the other.
+// A thread takes a value of the latents for some heads of one token; positions are added as
+// position_sums.h says.
 EDGE_MOE_KERNEL(kThreads)
 mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span, float* mixed) {
   const int i = int(blockIdx.x * kThreads + threadIdx.x), first = int(blockIdx.y) * kHeadsAtOnce;
@@ -106,17 +107,23 @@ mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span
   const int cols = heads.cached(), end = end_of(span, int(blockIdx.z));
   const size_t row = size_t(blockIdx.z) * heads.heads + first;
   const int count = heads.heads - first < kHeadsAtOnce ? heads.heads - first : kHeadsAtOnce;
-  float sums[kHeadsAtOnce] = {};
-  EDGE_MOE_UNROLL_4
-  for (int at = 0; at < end; ++at) {
-    const float value = get(cache.latents, cache.half, size_t(at) * cols + i);
+  for (int from = 0, to; from < end; from = to) {
+    to = end_of_piece(from, end);
+    float sums[kHeadsAtOnce] = {};
+    EDGE_MOE_UNROLL_4
+    for (int at = from; at < to; ++at) {
+      const float value = get(cache.latents, cache.half, size_t(at) * cols + i);
+      EDGE_MOE_UNROLL
+      for (int head = 0; head < kHeadsAtOnce; ++head)
+        sums[head] = sums[head] + (head < count ? weights[(row + head) * cache.positions + at] : 0.0f) * value;
+    }
     EDGE_MOE_UNROLL
-    for (int head = 0; head < kHeadsAtOnce; ++head)
-      sums[head] = sums[head] + (head < count ? weights[(row + head) * cache.positions + at] : 0.0f) * value;
+    for (int head = 0; head < kHeadsAtOnce; ++head) {
+      if (head >= count) continue;
+      float* y = mixed + (row + head) * heads.rank + i;
+      *y = from ? *y + sums[head] : sums[head];
+    }
   }
-  EDGE_MOE_UNROLL
-  for (int head = 0; head < kHeadsAtOnce; ++head)
-    if (head < count) mixed[(row + head) * heads.rank + i] = sums[head];
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../half.h"
+#include "../position_sums.h"
 #include "lanes.cuh"
 #include "layer.h"
 
@@ -30,6 +31,12 @@ __device__ __forceinline__ void put(void* to, bool half, size_t at, float value)
 
 __device__ __forceinline__ float get(const void* from, bool half, size_t at) {
   return half ? half_to_float(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
+}
+
+// One past the last position of the piece that one sum takes, from `from` on.
+__device__ __forceinline__ int end_of_piece(int from, int end) {
+  const int to = from / kSumPositions * kSumPositions + kSumPositions;
+  return to < end ? to : end;
 }
 
 // One past the last position that token `token` of a span sees.

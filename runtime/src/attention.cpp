@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../../devices/half.h"
+#include "../../devices/position_sums.h"
 #include "cpu_math.h"
 #include "rope.h"
 
@@ -83,11 +84,12 @@ void CpuMath::attend(int layer, const Step& step, int first_token, int tokens, i
   float* scores = s_.scores + size_t(thread) * kHeadQueries * stride;
   const KeyValues cache = cached(layer, first_head / (c.heads / c.kv_heads));
   const float* q[kHeadQueries];
-  float* out[kHeadQueries];
+  float *out[kHeadQueries], *piece[kHeadQueries];
   for (int query = 0; query < queries; ++query) {
     const size_t row = size_t(first_token + query / heads) * c.heads + first_head + query % heads;
     q[query] = s_.q + row * c.head_dim;
     out[query] = s_.attended + row * c.head_dim;
+    piece[query] = s_.piece + (size_t(thread) * kHeadQueries + query) * c.head_dim;
     std::fill_n(out[query], c.head_dim, 0.0f);
   }
   const auto end_of = [&](int token) { return step.position + first_token + token + 1; };
@@ -99,14 +101,17 @@ void CpuMath::attend(int layer, const Step& step, int first_token, int tokens, i
 
   // what all tokens see, together, between what the first ones alone and the last ones alone see
   const int begin = begin_of(tokens - 1), end = std::max(begin, end_of(0));
-  auto values = [&](int token, int from, int to) {
-    if (from < to)
-      kernels_.attend_values(scores + token * heads * stride, stride, heads, cache, from, to, c.head_dim,
-                             out + token * heads);
-  };
-  for (int token = 0; token < tokens; ++token) values(token, begin_of(token), std::min(begin, end_of(token)));
-  if (begin < end) kernels_.attend_values(scores, stride, queries, cache, begin, end, c.head_dim, out);
-  for (int token = 0; token < tokens; ++token) values(token, end, end_of(token));
+  sum_positions(begin_of(0), end_of(tokens - 1), queries, c.head_dim, out, piece, [&](int first, int last, auto rows) {
+    auto values = [&](int token, int count, int from, int to) {
+      from = std::max(from, first), to = std::min(to, last);
+      if (from < to)
+        kernels_.attend_values(scores + token * heads * stride, stride, count * heads, cache, from, to, c.head_dim,
+                               rows + token * heads);
+    };
+    for (int token = 0; token < tokens; ++token) values(token, 1, begin_of(token), std::min(begin, end_of(token)));
+    values(0, tokens, begin, end);
+    for (int token = 0; token < tokens; ++token) values(token, 1, end, end_of(token));
+  });
 }
 
 // A token's key and value of one KV head into the cache.

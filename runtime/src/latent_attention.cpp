@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "../../devices/half.h"
+#include "../../devices/position_sums.h"
 #include "cpu_math.h"
 #include "rope.h"
 
@@ -119,13 +120,19 @@ void CpuMath::attend_latent(int layer, const Step& step, int first_token, int to
 
   // sums of latents, in order of position
   std::fill_n(mixed, size_t(queries) * rank, 0.0f);
-  for (int begin = 0; begin < end; begin += kLatentRows) {
-    const float* block = latents_from(begin, std::min(kLatentRows, end - begin));
-    for (int query = 0; query < queries; ++query)
-      for (int position = begin; position < std::min(begin + kLatentRows, end_of(query)); ++position)
-        kernels_.add_scaled(mixed + query * rank, block + (position - begin) * cached,
-                            scores[query * context + position], rank);
-  }
+  float *out[kLatentQueries], *piece[kLatentQueries];
+  for (int query = 0; query < queries; ++query)
+    out[query] = mixed + query * rank, piece[query] = s_.piece + (first_query + query) * rank;
+  sum_positions(0, end, queries, rank, out, piece, [&](int first, int last, auto sums) {
+    for (int begin = first; begin < last; begin += kLatentRows) {
+      const int count = std::min(kLatentRows, last - begin);
+      const float* block = latents_from(begin, count);
+      for (int query = 0; query < queries; ++query)
+        for (int position = begin; position < std::min(begin + count, end_of(query)); ++position)
+          kernels_.add_scaled(sums[query], block + (position - begin) * cached, scores[query * context + position],
+                              rank);
+    }
+  });
 
   // and their values
   for (int head = 0; head < heads; ++head) {

@@ -36,6 +36,7 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   Carver carver(base);
   carve(carver, c, queries, s);
   carver.carve(s.all_tokens, chunk);
+  carver.carve(s.piece, queries * (c.kv_rank ? c.kv_rank : c.head_dim));
   carve(carver, s.normed_q, chunk, c.dim);
   carve(carver, s.attended_q, chunk, size_t(c.heads) * c.v_dim);
   carve(carver, s.hidden_q, chunk * most(c.top_k), widest);

@@ -15,6 +15,7 @@ inline constexpr int kLatentRows = 8;      // latents, or rows of kv_b as floats
 
 struct Scratch : LayerScratch {
   int32_t* all_tokens;  // (chunk,)
+  float* piece;         // (queries, head_dim or kv_rank): attention's sums over some positions
   Quantised normed_q, attended_q, hidden_q;
 
   // Attention over a latent alone.

@@ -3,6 +3,7 @@
 
 #include "../../devices/cuda/latent.h"
 #include "../../devices/half.h"
+#include "../../devices/position_sums.h"
 #include "../../runtime/src/rope.h"
 #include "check_cuda.h"
 
@@ -60,7 +61,7 @@ void check_attention(const Shape& s, int position, int tokens) {
       latents[at * cached + i] = s.half ? half_to_float(halves[at * cached + i]) : latent[i];
     }
   }
-  Floats scores(room), want(size_t(tokens) * s.heads * s.rank, 0.0f), got(want.size(), NAN);
+  Floats scores(room), piece(s.rank), want(size_t(tokens) * s.heads * s.rank, 0.0f), got(want.size(), NAN);
   for (int t = 0; t < tokens; ++t)
     for (int head = 0; head < s.heads; ++head) {
       const size_t query = size_t(t) * s.heads + head;
@@ -72,8 +73,11 @@ void check_attention(const Shape& s, int position, int tokens) {
       x.values = absorbed.data(), x.count = 1, x.cols = cached;
       kScalarKernels.matmul(keys, x, scores.data(), 0, 0, keys.rows);
       kScalarKernels.softmax(scores.data(), 0, keys.rows);
-      for (int at = 0; at < keys.rows; ++at)
-        kScalarKernels.add_scaled(&want[query * s.rank], &latents[size_t(at) * cached], scores[at], s.rank);
+      float *sum = &want[query * s.rank], *into = piece.data();
+      sum_positions(0, keys.rows, 1, s.rank, &sum, &into, [&](int from, int to, float* const* sums) {
+        for (int at = from; at < to; ++at)
+          kScalarKernels.add_scaled(sums[0], &latents[size_t(at) * cached], scores[at], s.rank);
+      });
     }
 
   const Values<int32_t> at = {position};
@@ -105,4 +109,6 @@ void check_latent() {
     check_attention({9, 32, 16, 24, 96, 3, 32, false, false}, position, tokens);
     check_attention({8, 16, 32, 16, 128, 32, 64, true, true}, position, tokens);
   }
+  for (auto [position, tokens] : {std::pair{2 * kSumPositions, 1}, std::pair{kSumPositions - 5, 12}})
+    check_attention({2, 16, 8, 16, 32, 4, 32, true, true}, position, tokens);
 }

@@ -3,6 +3,7 @@
 
 #include "../../devices/cuda/layer.h"
 #include "../../devices/half.h"
+#include "../../devices/position_sums.h"
 #include "../../runtime/src/rope.h"
 #include "check_cuda.h"
 
@@ -162,7 +163,7 @@ void check_attention(const Shape& s, int position, int tokens) {
     }
   }
   const size_t stride = size_t(tokens) + 3;
-  Floats scores(room), received(s.heads * stride);
+  Floats scores(room), piece(n), received(s.heads * stride);
   for (int t = 0; t < tokens; ++t)
     for (int head = 0; head < s.heads; ++head) {
       const size_t cache = size_t(head / (s.heads / s.kv_heads)) * room * n * value_bytes;
@@ -172,7 +173,10 @@ void check_attention(const Shape& s, int position, int tokens) {
       float* out = &want[(size_t(t) * s.heads + head) * n];
       kScalarKernels.attend_scores(&query, 1, kv, begin, end, n, 0.125f, scores.data(), 0);
       kScalarKernels.softmax(scores.data(), begin, end);
-      kScalarKernels.attend_values(scores.data(), 0, 1, kv, begin, end, n, &out);
+      float* into = piece.data();
+      sum_positions(begin, end, 1, n, &out, &into, [&](int from, int to, float* const* rows) {
+        kScalarKernels.attend_values(scores.data(), 0, 1, kv, from, to, n, rows);
+      });
       for (int of = std::max(begin - position, 0); of <= t; ++of) received[head * stride + of] += scores[position + of];
     }
 
@@ -217,4 +221,7 @@ void check_layer() {
       check_attention({4, 4, 32, 16, 0, half, true, false, 0.5f}, position, tokens);
       check_attention({11, 1, 48, 48, 40, half, true, true, 0}, position, tokens);
     }
+  for (auto [position, tokens] : {std::pair{2 * kSumPositions, 1}, std::pair{kSumPositions - 5, 12}})
+    for (int window : {0, kSumPositions - 100})
+      check_attention({2, 1, 32, 32, window, true, false, true, 0}, position, tokens);
 }
