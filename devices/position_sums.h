@@ -1,8 +1,8 @@
 // Sums over positions, in pieces.
 //
 // One running float32 sum over 131,072 positions is off by 1e-4 of its size where weights are uneven, more than half
-// precision in the cache costs; a sum for every 4,096 positions, and one of these sums, by 1e-6. Pieces end at multiples
-// of absolute positions, so that a result does not depend on how a prompt was cut.
+// precision in the cache costs; a sum for every 4,096 positions, and one of these sums, by 3e-6. Pieces end at
+// multiples of 4,096 in absolute positions, so that a result does not depend on how a prompt was cut.
 #pragma once
 
 #include <algorithm>
