@@ -18,7 +18,7 @@ def curvature_of(x: np.ndarray, token_weights: np.ndarray) -> Curvature:
     return Curvature.of(_product(x, x, token_weights) / max(float(token_weights.sum()), 1e-30), damping_for(*x.shape))
 
 
-SQUARES = 44  # bytes of them for each entry of a (cols, cols) matrix, at the most: moments, curvatures, their factors
+SQUARES = 28  # bytes of them for each entry of a (cols, cols) matrix, at the most: two moments, their sum, its factor
 
 
 class Inputs:
@@ -30,7 +30,6 @@ class Inputs:
         self._moments: list = [0, 0]  # of each half of the rows: (cols, cols), and (targets, cols) of what is missing
         self._asked: list = [0, 0]
         self._curvature: Curvature | None = None
-        self._of_halves: list[Curvature] | None = None
 
     def add(self, x: np.ndarray, token_weights: np.ndarray, missing: np.ndarray) -> None:
         """x (rows, cols), weighted by token_weights (rows,), and what is missing there of the target (rows, targets).
@@ -59,11 +58,9 @@ class Inputs:
         asked = [its / max(self._token_weights, 1e-30) for its in self._asked]
         if matrix is not None:
             asked = [matrix @ its for its in asked]
-        if self._of_halves is None:
-            self._of_halves = [self._damped(moment, self._rows // 2) for moment in self._moments]
         gain, curve = np.zeros((2, len(asked[0])), np.float32)
         for fitted, other in ((0, 1), (1, 0)):
-            step = self._of_halves[fitted].solve(asked[fitted])
+            step = self._damped(self._moments[fitted], self._rows // 2).solve(asked[fitted])
             gain += (step * asked[other]).sum(axis=1)
             curve += ((step @ self._moments[other]) * step).sum(axis=1) / max(self._token_weights, 1e-30)
         share = np.clip(gain / np.maximum(curve, 1e-30), 0, 1)

@@ -43,7 +43,7 @@ class Memory:
         largest = max(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in trunk_shapes(config).values())
         matrix, widest = config.dim * config.expert_hidden, max(config.dim, config.expert_hidden)
         fixed = _core.resident_bytes() + LIBRARY_BYTES + 2 * 4 * largest
-        worker, streams = 12 * 4 * matrix, 0
+        worker, streams, trunk = 12 * 4 * matrix, 0, 0
         if calibration is not None:
             rows, tokens = calibration.ids.size + calibration.held_out.size, calibration.ids.shape[1]
             sample = sampled_sequences(config, *calibration.ids.shape) * tokens
@@ -51,11 +51,12 @@ class Memory:
             streams = max(ROUNDING_STREAMS * rows, 3 * (rows + carried)) * config.dim * 4  # input, attended, output
             attention = 4 * (BLOCK_ROWS * 8 * config.heads * config.head_dim + 3 * config.heads * tokens * tokens)
             trunk = SQUARES * widest_input(config) ** 2 + 6 * 4 * PIECE_WEIGHTS
-            fixed += 2 * 4 * rows * config.experts + max(attention + trunk, 6 * LOGITS_BYTES)
+            fixed += 2 * 4 * rows * config.experts + max(attention, 6 * LOGITS_BYTES)
             worker += SQUARES * widest * widest + 5 * min(FIT_BYTES, 4 * rows * config.dim)
         ram = resolve_ram("auto" if o.ram is None else o.ram)
-        if o.ram is not None and fixed + worker > o.ram:
-            raise MemoryError(f"compressing this model takes {fixed + worker:,} bytes, ram is {o.ram:,}; raise ram")
-        in_memory = fixed + worker + streams <= ram
+        work = max(worker, trunk)  # one after the other
+        if o.ram is not None and fixed + work > o.ram:
+            raise MemoryError(f"compressing this model takes {fixed + work:,} bytes, ram is {o.ram:,}; raise ram")
+        in_memory = fixed + work + streams <= ram
         room = ram - fixed - (streams if in_memory else 0)
         return cls(fixed, worker, streams, in_memory, max(room // worker, 1))

@@ -290,8 +290,9 @@ class Rounding:
 
         inputs, inner_inputs = (Inputs(packing.group if self.act_order else 0) for _ in range(2))
         inputs.add(h, counts, clean - h)
-        for matrix, width in zip(matrices[:2], packing.widths[:2], strict=True):
-            pack(matrix, inputs.step(matrix), inputs, width)
+        steps = np.split(inputs.step(np.concatenate(matrices[:2])), 2)
+        for matrix, step, width in zip(matrices[:2], steps, packing.widths[:2], strict=True):
+            pack(matrix, step, inputs, width)
         inner = reference.expert_inner(config, h, *rounded)
         target = reference.expert(config, clean, *matrices) + track.lacking.take(rows)
         inner_inputs.add(inner, counts, target - inner @ matrices[2].T)

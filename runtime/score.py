@@ -7,6 +7,9 @@ import numpy as np
 LOGITS_ROWS = 32  # positions scored at once: bounds memory where the vocabulary is large; the plan counts them
 
 
+MOST_NATS = 300.0  # a token: a perplexity of 2e130 says enough, and ratios of it are numbers, too
+
+
 @dataclass(slots=True)
 class Score:
     """Running sums over scored positions."""
@@ -28,7 +31,8 @@ class Score:
 
     def result(self) -> dict:
         """tokens, perplexity and, when compared, kld_mean, kld_p99 (nats a token) and top1_agreement."""
-        out = {"tokens": self.tokens, "perplexity": float(np.exp(self.nll / max(self.tokens, 1)))}
+        nats = min(self.nll / max(self.tokens, 1), MOST_NATS)
+        out = {"tokens": self.tokens, "perplexity": float(np.exp(nats))}
         if self.kld:
             out |= {
                 "kld_mean": float(np.mean(self.kld)),

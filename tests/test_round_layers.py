@@ -74,6 +74,17 @@ def go_through(
     return rounding
 
 
+def test_a_perplexity_beyond_all_numbers_is_still_one():
+    logits = np.zeros((2, 4), np.float32)
+    logits[:, 0] = 2000
+    score = Score()
+    score.add(logits, np.array([1, 2]))
+    assert score.result() == {"tokens": 2, "perplexity": pytest.approx(np.exp(300.0))}
+    score = Score()
+    score.add(logits, np.array([0, 0]))
+    assert score.result()["perplexity"] == pytest.approx(1)
+
+
 def heads(rounding: Rounding) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the source and of the track, (rows, vocab)."""
     track = rounding.tracks[0]
