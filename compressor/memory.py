@@ -50,8 +50,10 @@ class Memory:
             carried = sample * (len(config.moe_layers) + len(TRUNK_KINDS) * o.chooses_trunk)
             streams = max(ROUNDING_STREAMS * rows, 3 * (rows + carried)) * config.dim * 4  # input, attended, output
             attention = 4 * (BLOCK_ROWS * 8 * config.heads * config.head_dim + 3 * config.heads * tokens * tokens)
-            trunk = SQUARES * widest_input(config) ** 2 + 6 * 4 * PIECE_WEIGHTS
-            fixed += 2 * 4 * rows * config.experts + max(attention, 6 * LOGITS_BYTES)
+            beside = max(attention, 6 * LOGITS_BYTES)
+            fixed += 2 * 4 * rows * config.experts + beside
+            # what the trunk's rounding takes beyond that: no logits are there yet
+            trunk = attention + SQUARES * widest_input(config) ** 2 + 6 * 4 * PIECE_WEIGHTS - beside
             worker += SQUARES * widest * widest + 5 * min(FIT_BYTES, 4 * rows * config.dim)
         ram = resolve_ram("auto" if o.ram is None else o.ram)
         work = max(worker, trunk)  # one after the other
