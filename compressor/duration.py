@@ -15,7 +15,7 @@ from edge_moe.compressor import trunk
 from edge_moe.compressor.calibrate import Calibration
 from edge_moe.compressor.gptq import SWEEPS, Curvature, gptq
 from edge_moe.compressor.memory import Memory
-from edge_moe.compressor.round_trunk import FITTED_ROWS
+from edge_moe.compressor.round_trunk import FITTED_ROWS, attention_stages
 from edge_moe.compressor.sensitivity import FIT_BYTES, sampled_sequences
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 
@@ -36,9 +36,6 @@ def estimate_seconds(compression, calibration: Calibration | None, memory: Memor
     workers, threads = memory.workers(compression.threads)
     with threadpool_limits(threads):  # as the run has it; more would wait for each other, and spin
         return _estimate(compression, calibration, workers)
-
-
-FIRST_OF_INPUT = (".q", ".q_a", ".q_b", ".kv_a", ".kv_b", ".o", ".gate", ".down", "head")
 
 
 def _estimate(compression, calibration: Calibration | None, workers: int) -> float:
@@ -80,10 +77,11 @@ def _estimate(compression, calibration: Calibration | None, workers: int) -> flo
 def _trunk_seconds(config: ModelConfig, per_weight: float, per_flop: float) -> float:
     """Of rounding the trunk once, but for the embedding."""
     seconds, widths = 0.0, []
+    first_of_input = {stage[0] for stage in attention_stages(config)} | {"gate", "down", "head"}
     for name, shape in trunk_shapes(config).items():
         if len(shape) == 2 and name != "embedding" and not name.endswith("router"):
             seconds += per_weight * int(np.prod(shape))
-            widths += [shape[1]] * name.endswith(FIRST_OF_INPUT)
+            widths += [shape[1]] * (name.rpartition(".")[2] in first_of_input)
     moment = {cols: _moment_seconds(cols) for cols in set(widths)}
     return seconds + sum(3 * moment[cols] + per_flop * 4 * FITTED_ROWS * cols**2 for cols in widths)
 

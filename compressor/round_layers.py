@@ -27,7 +27,7 @@ from edge_moe.compressor.sensitivity import fitting_rows, with_nearest
 from edge_moe.compressor.streams import Stream
 from edge_moe.compressor.writer import BundleWriter, Packing, Quantised, record_bytes_of
 from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from edge_moe.runtime.config import ModelConfig
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Track:
 
 @dataclass(slots=True)
 class PackedTrunk:
-    """A checkpoint's trunk as a track has it: rounded, routers cut to the experts kept. Writes what it gives.
+    """A checkpoint's trunk as a track has it: rounded, routers cut to the experts kept. Each tensor is written.
 
     Tensors that were not put are rounded to nearest.
     """
@@ -74,23 +74,23 @@ class PackedTrunk:
 
     def put(self, name: str, packed: Quantised) -> None:
         self.rounded[name] = packed
+        if self.writer is not None:
+            self.writer.write_trunk(name, packed)
 
     def whole(self, name: str) -> np.ndarray:
         """The tensor before it is rounded."""
         return cut_router(self.config, name, self.checkpoint.trunk(name))
 
     def trunk(self, name: str) -> np.ndarray:
-        width, group, packed = self.packing[name].widths[0], self.packing[name].group, self.rounded.get(name)
-        if packed is None:
-            packed = quantise(self.whole(name), width, group, threads=self.threads)
+        width, group = self.packing[name].widths[0], self.packing[name].group
+        if name in self.rounded:
+            packed = self.rounded[name]
+            return dequantise(packed, width, packed.scales.shape[-1] * group)
+        tensor = self.whole(name)
+        packed = quantise(tensor, width, group, threads=self.threads)
         if self.writer is not None:
             self.writer.write_trunk(name, packed)
-        shape = self.shapes[name]
-        return dequantise(packed, width, shape[-1]).reshape(shape)
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return trunk_shapes(self.config)
+        return dequantise(packed, width, tensor.shape[-1]).reshape(tensor.shape)
 
 
 @dataclass(slots=True)

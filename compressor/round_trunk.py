@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from edge_moe.compressor.forward import Held
 from edge_moe.compressor.gptq import gptq
 from edge_moe.compressor.inputs import Inputs
 from edge_moe.compressor.streams import BLOCK_ROWS, Stream
@@ -96,7 +97,7 @@ class TrunkFit:
             return reference.attention_block(self.config, weights, self.layer, sequences)
 
         streams = (x, source_x, source_a)
-        *first, (last,) = _attention_stages(self.config)
+        *first, (last,) = attention_stages(self.config)
         for names in first:
             self._follow(self._named(names), part, streams)
         self._reach(self._name(last), part, streams)
@@ -128,9 +129,9 @@ class TrunkFit:
     def _follow(self, names: tuple[str, ...], part, streams: tuple[Stream, ...], relative: bool = False) -> None:
         """Matrices of one input, each to give what the source's gives. relative: errors to the stream's norm."""
         if self._is_rounded(names[0]):
-            inputs = self._inputs(names[0])
+            inputs, rounded = self._inputs(names[0]), Held(self.rounded)
             for block in self._blocks(streams):
-                x = input_of(names[0], self.rounded, lambda weights, its=block.track: part(weights, its))
+                x = input_of(names[0], rounded, lambda weights, its=block.track: part(weights, its))
                 source_x = input_of(names[0], self.source, lambda weights, its=block.source: part(weights, its))
                 alike = np.ones(len(x), np.float32)
                 inputs.add(x, block.token_weights if relative else alike, source_x - x)
@@ -140,9 +141,9 @@ class TrunkFit:
     def _reach(self, name: str, part, streams: tuple[Stream, ...]) -> None:
         """The last matrix, to give all that the stream of the track lacks."""
         if self._is_rounded(name):
-            inputs, matrix = self._inputs(name), self.rounded.whole(name)
+            inputs, matrix, rounded = self._inputs(name), self.rounded.whole(name), Held(self.rounded)
             for block in self._blocks(streams):
-                x = input_of(name, self.rounded, lambda weights, its=block.track: part(weights, its))
+                x = input_of(name, rounded, lambda weights, its=block.track: part(weights, its))
                 inputs.add(x, block.token_weights, block.wanted - block.track - x @ matrix.T)
             self._pack(name, matrix + inputs.step(), inputs)
 
@@ -176,7 +177,7 @@ class TrunkFit:
         return tuple(map(self._name, names))
 
 
-def _attention_stages(config: ModelConfig) -> list[tuple[str, ...]]:
+def attention_stages(config: ModelConfig) -> list[tuple[str, ...]]:
     """Attention's matrices in the order in which they are used, those of one input together."""
     if not config.latent:
         return [("q", "k", "v"), ("o",)]

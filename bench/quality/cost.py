@@ -86,8 +86,9 @@ def one_size(dim: int, hidden: int, choices: int) -> dict:
             dequantise(gptq(matrix, its.curvature, width, GROUP, sweeps=0), width, matrix.shape[1])
 
     def round_all() -> None:
-        for matrix, its in zip(matrices, (of_x, of_x, of_inner), strict=True):
-            gptq(matrix + its.step(matrix), its.curvature, 3, GROUP)
+        steps = [*np.split(of_x.step(np.concatenate(matrices[:2])), 2), of_inner.step(matrices[2])]
+        for matrix, step, its in zip(matrices, steps, (of_x, of_x, of_inner), strict=True):
+            gptq(matrix + step, its.curvature, 3, GROUP)
 
     measuring = choices * sum(seconds_of(lambda width=width: measure(width)) for width in WIDTHS) / len(WIDTHS)
     rounding = seconds_of(round_all)
