@@ -1,10 +1,9 @@
 """llama.cpp's types on the same experts, in the same harness: its own quantiser, with an importance matrix.
 
 The experts alone are in the type, the trunk is as in every row that nothing was fitted to. Their weights are read back
-by gguf, whose code is not the quantiser's, and scored as bfloat16. A row of 576 inputs is no multiple of the 256
-that its blocks have, for which llama.cpp takes a wider type; here blocks go on in the next row, which its types need
-not be padded for. Importance: mean squares of an expert's inputs over the calibration tokens that chose it, as
-llama-imatrix takes them.
+by gguf, whose code is not the quantiser's, and scored as bfloat16. Where a row is no multiple of a block's 256 weights
+llama.cpp takes a wider type; here a block goes on in the next row instead. Importance: mean squares of an expert's
+inputs over the calibration tokens that chose it, as llama-imatrix takes them.
 """
 
 import ctypes
@@ -18,16 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe.bench.quality.forms import Form
-from edge_moe.bench.quality.peers import GROUP, calibration_ids
+from edge_moe.bench.quality.peers import calibration_ids, write_bundle
 from edge_moe.bench.quality.study import Study
 from edge_moe.compressor import forward
 from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import to_bfloat16, trunk_packing
-from edge_moe.compressor.round_layers import PackedTrunk
+from edge_moe.compressor.quantise import to_bfloat16
 from edge_moe.compressor.streams import Stream
-from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
+from edge_moe.compressor.writer import Packing, Quantised
 from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from edge_moe.runtime.config import ModelConfig
 
 TYPES = {  # true bits a weight
     "IQ1_S": 1.5625,
@@ -65,17 +63,13 @@ def forms(bits: float) -> list[Form]:
 def make(study: Study, form: Form, out: Path, name: str) -> None:
     """The bundle of a type's experts, each weight as the type has it, and of the checkpoint's trunk."""
     how, importance = Quantiser(name), importance_of(study)
-    with Checkpoint(study.model) as checkpoint:
-        config = checkpoint.config
-        trunk = trunk_packing(trunk_shapes(config), study.trunk_width, GROUP)
-        experts = dict.fromkeys(importance, Packing((16,) * 3, 0))
-        with BundleWriter(out, study.model, config, trunk, experts, extra={"method": {"name": "llama.cpp"}}) as writer:
-            for tensor in trunk:
-                PackedTrunk(checkpoint, config, trunk, writer, 1).trunk(tensor)
-            for (layer, expert), (of_input, of_inner) in importance.items():
-                matrices = zip(checkpoint.expert(layer, expert), (of_input, of_input, of_inner), strict=True)
-                writer.write_expert(layer, expert, [Quantised(to_bfloat16(how(*its))) for its in matrices])
-            writer.finish()
+
+    def record_of(checkpoint: Checkpoint, key: tuple[int, int]) -> list[Quantised]:
+        of_input, of_inner = importance[key]
+        matrices = zip(checkpoint.expert(*key), (of_input, of_input, of_inner), strict=True)
+        return [Quantised(to_bfloat16(how(*its))) for its in matrices]
+
+    write_bundle(study, out, "llama.cpp", dict.fromkeys(importance, Packing((16,) * 3, 0)), record_of)
 
 
 class Quantiser:

@@ -137,13 +137,19 @@ def write(study: Study, model, out: Path) -> None:
                     raise AssertionError(f"{path}: expert {expert} is not what mx.dequantize reads")
                 packed.setdefault((layer, expert), [None] * 3)[part] = one
                 widths.setdefault((layer, expert), [None] * 3)[part] = module.bits
+    experts = {key: Packing(tuple(its), GROUP) for key, its in sorted(widths.items())}
+    write_bundle(study, out, "mlx_lm", experts, lambda checkpoint, key: packed[key])
+
+
+def write_bundle(study: Study, out: Path, tool: str, experts: dict, record_of) -> None:
+    """Another tool's bundle, with the checkpoint's trunk. experts: their packings; record_of(checkpoint, key): one."""
     with Checkpoint(study.model) as checkpoint:
         config = checkpoint.config
         trunk = trunk_packing(trunk_shapes(config), study.trunk_width, GROUP)
-        experts = {key: Packing(tuple(its), GROUP) for key, its in sorted(widths.items())}
-        with BundleWriter(out, study.model, config, trunk, experts, extra={"method": {"name": "mlx_lm"}}) as writer:
+        with BundleWriter(out, study.model, config, trunk, experts, extra={"method": {"name": tool}}) as writer:
+            packed_trunk = PackedTrunk(checkpoint, config, trunk, writer, 1)
             for name in trunk:
-                PackedTrunk(checkpoint, config, trunk, writer, 1).trunk(name)
-            for (layer, expert), matrices in packed.items():
-                writer.write_expert(layer, expert, matrices)
+                packed_trunk.trunk(name)
+            for key in experts:
+                writer.write_expert(*key, record_of(checkpoint, key))
             writer.finish()
