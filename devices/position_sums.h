@@ -7,16 +7,24 @@
 
 #include <algorithm>
 
+#include "lane_math.h"
+
 namespace edge_moe {
 
 inline constexpr int kSumPositions = 4096;
+
+// One past the last position of the piece that one sum takes, from `from` on.
+EDGE_MOE_BOTH static inline int end_of_piece(int from, int end) {
+  const int to = from / kSumPositions * kSumPositions + kSumPositions;
+  return to < end ? to : end;
+}
 
 // out[query] = the sum over positions [begin, end), n floats of each query. sum(from, to, rows) adds those of
 // [from, to) to rows[query]; out and piece are of `queries` rows, out of zeros.
 template <typename Sum>
 void sum_positions(int begin, int end, int queries, int n, float* const* out, float* const* piece, Sum sum) {
   for (int from = begin; from < end;) {
-    const int to = std::min(end, from / kSumPositions * kSumPositions + kSumPositions);
+    const int to = end_of_piece(from, end);
     if (from == begin) {
       sum(from, to, out);
     } else {

@@ -33,12 +33,6 @@ __device__ __forceinline__ float get(const void* from, bool half, size_t at) {
   return half ? half_to_float(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
 }
 
-// One past the last position of the piece that one sum takes, from `from` on.
-__device__ __forceinline__ int end_of_piece(int from, int end) {
-  const int to = from / kSumPositions * kSumPositions + kSumPositions;
-  return to < end ? to : end;
-}
-
 // One past the last position that token `token` of a span sees.
 __device__ __forceinline__ int end_of(const Span& span, int token) { return *span.position + span.first + token + 1; }
 
