@@ -289,12 +289,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source, name, filename):
         tree = super()._parse(source, name, filename)
-        todo, count, nbytes = [tree], 0, 0
-        while todo:
-            node = todo.pop()
+        waiting, count, nbytes = [tree], 0, 0
+        while waiting:
+            node = waiting.pop()
             count += 1
             nbytes += NODE + (MACRO if isinstance(node, nodes.Macro | nodes.CallBlock) else 0)
-            todo.extend(node.iter_child_nodes())
+            waiting.extend(node.iter_child_nodes())
             if count > MOST_NODES:
                 raise TooMuch(f"it has more than {MOST_NODES:,} parts")
         self.meter.allow(nbytes)
