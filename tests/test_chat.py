@@ -283,6 +283,7 @@ def test_lines_that_are_pasted_are_one_message(templated, tmp_path):
     chat.wait_for("> ")
     chat.type(f"/save {file}\n")
     chat.wait_for("1 message and what was answered")
+    chat.wait_for("> ")  # a Ctrl-D that is typed before is lost when line editing takes the terminal over
     chat.type("\x04")
     assert chat.exit_code() == 0
     assert json.loads(file.read_text())[0] == {"role": "user", "content": "one\n\ttwo\nthree"}
