@@ -214,10 +214,10 @@ def test_the_changed_file_is_named(copy_of, name, message):
 @pytest.mark.parametrize("resident", [True, False])
 def test_after_a_failed_read_the_runtime_works_on(copy_of, resident):
     path = copy_of("reference", width=4)
-    with Runtime(path, "2GB", 64, threads=1) as runtime:
+    with Runtime(path, "2GB", 64, threads=2) as runtime:
         want = runtime.generate("import os", 16)
     file, _ = first_record(path)
-    with Runtime(path, "2GB", 64, threads=1) if resident else paged_runtime(path) as runtime:
+    with Runtime(path, "2GB", 64, threads=2) if resident else paged_runtime(path) as runtime:
         begun = runtime.generate("import os", 2)
         assert begun.tokens == want.tokens[:2]
         for layer in range(4):  # one expert of each layer that the next prompt uses
@@ -225,7 +225,7 @@ def test_after_a_failed_read_the_runtime_works_on(copy_of, resident):
             [flip(file, at) for at in flips]
             if resident:  # what was verified once is not read again
                 runtime.close()
-                runtime = Runtime(path, "2GB", 64, threads=1)
+                runtime = Runtime(path, "2GB", 64, threads=2)
             with pytest.raises(OSError, match=rf"expert \d+ of layer {layer} does not match its checksum"):
                 for prompt in ("class A:", "1 2 3 4", "the quick brown fox", "\n\n\n    return x"):
                     runtime.generate(prompt, 16)

@@ -24,9 +24,7 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
   // q k v
   const bool quantised = std::min({w.q.width, w.k.width, w.v.width}) < 16;  // a bundle may mix widths
   Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, quantised);
-  matmul(w.q, x, s_.q);
-  matmul(w.k, x, s_.k);
-  matmul(w.v, x, s_.v);
+  matmuls({{w.q, s_.q}, {w.k, s_.k}, {w.v, s_.v}}, x);
   auto add_bias = [&](float* vector, int n, const float* bias) {
     for (int i = 0; bias && i < n; ++i) vector[i] += bias[i];
   };

@@ -201,11 +201,17 @@ void CpuMath::add_to_residual(const float* out, int tokens) {
   pool_.run(tokens, [&](int t, int) { kernels_.add_scaled(s_.x + t * dim, out + t * dim, 1.0f, int(dim)); });
 }
 
-// y (tokens, rows) = x . matrix, rows split over threads
-void CpuMath::matmul(const Matrix& matrix, const Activations& x, float* y) {
-  const int rows = std::clamp(matrix.rows / (pool_.threads() * 8) / 16 * 16, 16, 1024);
-  pool_.run((matrix.rows + rows - 1) / rows, [&](int i, int) {
-    kernels_.matmul(matrix, x, y, matrix.rows, i * rows, std::min((i + 1) * rows, matrix.rows));
+// y (tokens, rows) = x . matrix of each product, rows of all of them split over threads at once
+void CpuMath::matmuls(std::initializer_list<Product> products, const Activations& x) {
+  int all_rows = 0, tasks = 0;
+  for (const Product& product : products) all_rows += product.matrix.rows;
+  const int rows = std::clamp(all_rows / (pool_.threads() * 8) / 16 * 16, 16, 1024);
+  for (const Product& product : products) tasks += (product.matrix.rows + rows - 1) / rows;
+  pool_.run(tasks, [&](int i, int) {
+    const Product* product = products.begin();
+    for (int its; i >= (its = (product->matrix.rows + rows - 1) / rows); ++product) i -= its;
+    const Matrix& matrix = product->matrix;
+    kernels_.matmul(matrix, x, product->y, matrix.rows, i * rows, std::min((i + 1) * rows, matrix.rows));
   });
 }
 

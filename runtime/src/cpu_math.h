@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <initializer_list>
 #include <vector>
 
 #include "device.h"
@@ -59,7 +60,12 @@ class CpuMath : public LayerMath {
   void run_jobs(std::span<const ExpertJob> jobs, float* out);
   void add_tasks(const ExpertJob& job, const Matrix* matrix, int count, int piece);
   void add_to_residual(const float* out, int tokens);
-  void matmul(const Matrix& matrix, const Activations& x, float* y);
+  struct Product {
+    const Matrix& matrix;
+    float* y;  // (tokens, rows)
+  };
+  void matmul(const Matrix& matrix, const Activations& x, float* y) { matmuls({{matrix, y}}, x); }
+  void matmuls(std::initializer_list<Product> products, const Activations& x);
   void float_matmul(const Matrix& matrix, const float* x, int count, float* y);
   Activations prepare(const float* values, int count, int cols, const Quantised& into, bool quantised);
   void quantise_vector(const float* values, int cols, const Quantised& into, int vector);

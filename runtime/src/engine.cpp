@@ -182,6 +182,7 @@ void Engine::experts(int layer, const Step& step) {
     if (r_.first_pair[e + 1] > r_.first_pair[e]) pending_.push_back(e);
   // Asked once for each: a read ahead that fails meanwhile would change the answer.
   std::partition(pending_.begin(), pending_.end(), [&](int e) { return cache_.holds(first_record + e); });
+  if (store_.mapped()) store_.verify_together(first_record, pending_, pool_);
   size_t acquired = 0, computed = 0;  // of pending_: [0, computed) done, [computed, acquired) pinned
   bool ahead = wants.ahead;
   try {

@@ -64,7 +64,7 @@ void ExpertStore::read(int record, uint8_t* out) const {
 const uint8_t* ExpertStore::map(int record) {
   if (!in_use_) begin_use();
   const Record& r = records_[record];
-  const uint8_t* bytes = maps_[r.file].data() + r.offset;
+  const uint8_t* bytes = mapped_bytes(r);
   if (verified_[record]) return bytes;
   try {
     verify(r, bytes);
@@ -75,6 +75,18 @@ const uint8_t* ExpertStore::map(int record) {
   }
   verified_[record] = true;
   return bytes;
+}
+
+void ExpertStore::verify_together(int first, std::span<const int> after_it, ThreadPool& pool) {
+  if (!in_use_) begin_use();
+  unverified_.clear();
+  for (int i : after_it)
+    if (!verified_[first + i]) unverified_.push_back(first + i);
+  if (unverified_.empty()) return;
+  pool.run(int(unverified_.size()), [&](int i, int) {
+    const Record& record = records_[unverified_[i]];
+    verified_[unverified_[i]] = crc32c(mapped_bytes(record), record.padded) == record.checksum;
+  });
 }
 
 // What was verified holds for as long as nobody writes to the file. To checksum each mapped record at each use instead

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "../../devices/kernels.h"
 #include "os.h"
 #include "read_fault.h"
+#include "threads.h"
 
 namespace edge_moe {
 
@@ -50,6 +52,10 @@ class ExpertStore {
   // The record in the memory map, verified on its first use and again after its file was written to. Not thread safe.
   const uint8_t* map(int record);
 
+  // Verify those of the records first + i that map() would have to, by all threads of the pool at once. One that is
+  // damaged is left for map() to name. Not thread safe.
+  void verify_together(int first, std::span<const int> after_it, ThreadPool& pool);
+
   // To be called after the last use of bytes of map() and before its result is given out: throws when they may have
   // been others meanwhile, because a file was cut short, written to or not readable. Not thread safe.
   void end_use();
@@ -62,12 +68,14 @@ class ExpertStore {
  private:
   void begin_use();
   void check_unchanged(int file) const;
+  const uint8_t* mapped_bytes(const Record& record) const { return maps_[record.file].data() + record.offset; }
   void verify(const Record& record, const uint8_t* bytes) const;
 
   std::vector<std::unique_ptr<File>> files_;
   std::vector<FileMap> maps_;
   std::vector<Record> records_;
-  std::vector<bool> verified_;     // of mapped records
+  std::vector<uint8_t> verified_;  // of mapped records; a byte each, as threads write them side by side
+  std::vector<int> unverified_;    // of verify_together()
   std::vector<FileStamp> stamps_;  // of mapped files, when the use began
   bool in_use_ = false;            // map() has been called since the last end_use()
   std::unique_ptr<ReadFaults> faults_ = std::make_unique<ReadFaults>();

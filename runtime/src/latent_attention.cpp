@@ -29,8 +29,7 @@ void CpuMath::latent_attention(int layer, const Step& step) {
   // queries, through a latent of their own or not, and what is cached
   const Matrix& first = c.q_rank ? w.q_a : w.q;
   Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, std::min(first.width, w.kv_a.width) < 16);
-  matmul(first, x, c.q_rank ? s_.q_latent : s_.q);
-  matmul(w.kv_a, x, s_.k);
+  matmuls({{first, c.q_rank ? s_.q_latent : s_.q}, {w.kv_a, s_.k}}, x);
   if (c.q_rank) {
     pool_.run(tokens, [&](int t, int) {
       float* q_latent = s_.q_latent + size_t(t) * c.q_rank;
