@@ -1,14 +1,17 @@
 """What rounding the inputs of products costs, beside what rounding the weights does: bench/reports/input-precision.md.
 
-    python -m edge_moe.bench.input_precision --text wiki.txt --text code.txt [MODEL ...]
+    python -m edge_moe.bench.input_precision --text wiki.txt --text code.txt --calibration mixed.txt [MODEL ...]
 
 Without MODEL it is the embedded model, whose activations are mild; checkpoints of pretrained models have massive ones.
 The forward pass is the reference in float32, so that nothing else is rounded: not the KV cache, no bfloat16. Inputs of
 products are rounded by the kernels' own quantise_activations(): to int8 alone, or with the second plane of codes that
-blocks with an outlier have. Weights are rounded to nearest, experts at one width and the trunk's matrices at 8 bits.
+blocks with an outlier have. Weights are those of calibrated bundles of one width, which compress() makes.
 """
 
 import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +19,17 @@ import numpy as np
 from edge_moe import _core
 from edge_moe.bench.evaluate import windows
 from edge_moe.bench.markdown import table
+from edge_moe.compressor.bundle_weights import BundleWeights
 from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import dequantise, largest_group, quantise
+from edge_moe.compressor.pipeline import compress
 from edge_moe.runtime import reference
 from edge_moe.runtime.score import Score
 from edge_moe.runtime.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "reference_moe"
-WIDTHS = (16, 8, 4, 3, 2)  # of experts
+WEIGHTS = ((8, 64), (4, 64), (2, 32), (2, 64))  # width and group of experts, beside weights as they are
 TRUNK_WIDTH = 8
-GROUP = 64
+CALIBRATION_TOKENS = 8192
 BLOCK = 64  # inputs that share a scale
 CONTEXT = 256
 TOKENS = 2048  # of each text
@@ -79,53 +83,66 @@ class Matrix:
 
 
 class Weights:
-    """A checkpoint's weights, rounded once and kept, whose products round their inputs by `inputs`."""
+    """The weights of a checkpoint or bundle (config, trunk(name), expert(layer, number)), read once and kept, whose
+    products round their inputs by `inputs`."""
 
-    def __init__(self, checkpoint: Checkpoint, width: int):
-        self.config, self.inputs = checkpoint.config, as_they_are
-        self._checkpoint, self._width, self._kept = checkpoint, width, {}
+    def __init__(self, source):
+        self.config, self.inputs = source.config, as_they_are
+        self._source, self._kept = source, {}
 
     def trunk(self, name: str):
-        is_product = name.split(".")[-1] in PRODUCTS
         if name not in self._kept:
-            values = self._checkpoint.trunk(name)
-            self._kept[name] = self._rounded(values, min(self._width, TRUNK_WIDTH)) if is_product else values
-        return Matrix(self._kept[name], self.inputs) if is_product else self._kept[name]
+            self._kept[name] = self._source.trunk(name)
+        values = self._kept[name]
+        return Matrix(values, self.inputs) if name.split(".")[-1] in PRODUCTS else values
 
     def expert(self, layer: int, expert: int) -> tuple[Matrix, ...]:
         if (layer, expert) not in self._kept:
-            matrices = self._checkpoint.expert(layer, expert)
-            self._kept[layer, expert] = [self._rounded(values, self._width) for values in matrices]
+            self._kept[layer, expert] = self._source.expert(layer, expert)
         return tuple(Matrix(values, self.inputs) for values in self._kept[layer, expert])
 
-    def _rounded(self, values: np.ndarray, width: int) -> np.ndarray:
-        group = largest_group(GROUP, values.shape[1])
-        if self._width == 16 or not group:
-            return values
-        return dequantise(quantise(values, width, group, threads=2), width, values.shape[1])
+
+def bundles(
+    model: Path, calibration: Sequence[Path], calibration_tokens: int = CALIBRATION_TOKENS
+) -> Iterator[tuple[float, BundleWeights]]:
+    """Bits a weight and weights of a bundle for each of WEIGHTS; each is gone when the next one is asked for."""
+    for width, group in WEIGHTS:
+        with tempfile.TemporaryDirectory() as temporary:
+            made = compress(
+                model,
+                Path(temporary) / "uniform.emoe",
+                method="uniform",
+                width=width,
+                group=group,
+                trunk_width=TRUNK_WIDTH,
+                calibration=calibration,
+                tokens=calibration_tokens,
+                certificate=False,
+            )
+            yield made.bits_per_weight, BundleWeights(made)
 
 
-def precision(model: Path, texts: list[Path], tokens: int = TOKENS, widths: tuple[int, ...] = WIDTHS):
-    """(width, kind of inputs, Score.result()) for every width and kind of INPUTS."""
+def precision(model: Path, texts: Sequence[Path], forms: Iterator[tuple[float, object]], tokens: int = TOKENS):
+    """(bits, kind of inputs, Score.result()) for the checkpoint as it is and every form, and every kind of INPUTS."""
     checkpoint, tokenizer = Checkpoint(model), Tokenizer(model)
     parts = []
     for text in texts:
         parts += windows(tokenizer.encode(text.read_text(encoding="utf-8")[: 16 * tokens]), CONTEXT, tokens)
-    exact = Weights(checkpoint, 16)
-    wanted = [reference.forward(exact.config, exact, part)[:-1] for part in parts]
-    for width in widths:
-        weights = Weights(checkpoint, width)
+    wanted = []
+    for bits, source in chain([(16, checkpoint)], forms):
+        weights = Weights(source)
+        wanted = wanted or [reference.forward(weights.config, weights, part)[:-1] for part in parts]
         for kind, inputs in INPUTS.items():
             weights.inputs, score = inputs, Score()
             for part, want in zip(parts, wanted, strict=True):
                 score.add(reference.forward(weights.config, weights, part)[:-1], part[1:], want)
-            yield width, kind, score.result()
+            yield bits, kind, score.result()
 
 
 def share_of_two_planes(model: Path, texts: list[Path]) -> float:
     """Of all blocks of inputs that one window of each text multiplies, those with two planes."""
     checkpoint, tokenizer = Checkpoint(model), Tokenizer(model)
-    weights, counts = Weights(checkpoint, 16), np.zeros(2, int)
+    weights, counts = Weights(checkpoint), np.zeros(2, int)
 
     def count(x: np.ndarray) -> np.ndarray:
         padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)]).astype(np.float32)
@@ -144,14 +161,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, default=[EMBEDDED], metavar="MODEL")
     parser.add_argument("--text", type=Path, action="append", required=True)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--calibration", type=Path, action="append", default=[], help="without it the standard library")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each text")
+    parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
     options = parser.parse_args()
+    calibration = ", ".join(text.name for text in options.calibration) or "the standard library's source"
     print(
         "# What rounding inputs costs\n\nBy `python -m edge_moe.bench.input_precision`: KL divergence in nats a token "
         "from the checkpoint in float32, its 99th percentile, and agreement of the first choice, in windows of "
-        f"{CONTEXT} tokens. Weights are rounded to nearest in groups of {GROUP}, experts at the width and the trunk at "
-        f"{TRUNK_WIDTH} bits; with 16 bits neither is. `int8` has one plane of codes for every block of inputs, `as it "
-        "runs` a second one for blocks with an outlier; `float32` has inputs as they are."
+        f"{CONTEXT} tokens. Weights are those of bundles by `compress` with the method `uniform`, experts at "
+        f"{', '.join(f'{width} bits in groups of {group}' for width, group in WEIGHTS)}, the trunk at {TRUNK_WIDTH} "
+        f"bits, calibrated on {options.calibration_tokens:,} tokens of {calibration}; with 16 bits they are as they "
+        "are. `int8` has one plane of codes for every block of inputs, `as it runs` a second one for blocks with an "
+        "outlier; `float32` has inputs as they are."
     )
     for model in options.models:
         share = share_of_two_planes(model, options.text)
@@ -159,11 +181,10 @@ def main() -> None:
             f"\n## {model.resolve().name}\n\n{options.tokens:,} tokens of each of {len(options.text)} texts "
             f"({', '.join(text.stem for text in options.text)}). Two planes have {share:.0%} of all blocks of inputs.\n"
         )
-        rows = []
-        for width, kind, result in precision(model, options.text, options.tokens):
-            bits = "16" if width == 16 else f"{width + 32 / GROUP:g}"
+        rows, forms = [], bundles(model, options.calibration, options.calibration_tokens)
+        for bits, kind, result in precision(model, options.text, forms, options.tokens):
             numbers = f"{result['kld_mean']:.5f}", f"{result['kld_p99']:.4f}", f"{result['top1_agreement']:.4f}"
-            rows.append([bits, kind, *numbers])
+            rows.append([f"{bits:.3g}", kind, *numbers])
         print(table(["bits", "inputs", "KLD", "p99", "same top token"], rows, right=True), flush=True)
 
 

@@ -8,6 +8,7 @@ from edge_moe.bench.input_precision import Weights, as_kernels_do, as_they_are, 
 from edge_moe.compressor.bundle_weights import BundleWeights
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.runtime import reference
+from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.runtime import Runtime
 
 
@@ -22,7 +23,7 @@ def test_inputs_are_rounded_in_blocks_of_their_own():
 
 
 def test_products_alone_round_their_inputs():
-    weights = Weights(Checkpoint(REFERENCE), 16)
+    weights = Weights(Checkpoint(REFERENCE))
     ids = np.arange(20, 52)
     exact = reference.forward(weights.config, Checkpoint(REFERENCE), ids)
     assert np.array_equal(reference.forward(weights.config, weights, ids), exact)
@@ -35,19 +36,23 @@ def test_products_alone_round_their_inputs():
     assert 4 * config.layers < len(seen) <= (4 + 3 * config.experts) * config.layers + 1
 
 
-def test_float_inputs_cost_nothing_and_rounded_ones_little(tmp_path):
+def test_float_inputs_cost_nothing_and_rounded_ones_little_beside_weights(tmp_path, bundle_of):
     text = tmp_path / "text.txt"
     text.write_text("def forward(self, x):\n    return self.layers(x) + x\n" * 20)
-    kld = {kind: score["kld_mean"] for _, kind, score in precision(REFERENCE, [text], 128, (16,))}
-    assert kld["float32"] == pytest.approx(0, abs=1e-9)
-    assert 0 < kld["as it runs"] < 1e-3 and 0 < kld["int8"] < 1e-3  # 1e-4, mostly by a few choices of experts
+    packed = BundleWeights(Bundle.open(bundle_of("reference", width=4)))
+    found = precision(REFERENCE, [text], [(4.5, packed)], 128)
+    kld = {(bits, kind): score["kld_mean"] for bits, kind, score in found}
+    assert kld[16, "float32"] == pytest.approx(0, abs=1e-9)
+    assert 0 < kld[16, "as it runs"] < 1e-3 and 0 < kld[16, "int8"] < 1e-3  # 1e-4, mostly by a few choices of experts
+    assert kld[4.5, "float32"] > 10 * kld[16, "as it runs"]
+    assert kld[4.5, "as it runs"] == pytest.approx(kld[4.5, "float32"], rel=0.1)
 
 
 def test_the_engine_rounds_as_the_bench_does(bundle_of):
     ids = np.arange(30, 94)
     with Runtime(bundle_of("reference", width=8), kv="float32") as runtime:
         got = runtime.logits(ids)
-        weights = Weights(BundleWeights(runtime.bundle), 16)
+        weights = Weights(BundleWeights(runtime.bundle))
     errors = {}
     for kind, inputs in (("int8", to_int8), ("planes", as_kernels_do)):
         weights.inputs = inputs

@@ -10,9 +10,10 @@ from golden_checkpoints import ARCHITECTURES
 from test_inputs import step_by_definition
 from test_sensitivity import Changed
 
+from edge_moe.compressor import round_layers
 from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.gptq import Curvature, damping_for, gptq
-from edge_moe.compressor.quantise import dequantise, trunk_packing
+from edge_moe.compressor.quantise import dequantise, quantise, trunk_packing
 from edge_moe.compressor.round_layers import PackedTrunk, Rounding, Track
 from edge_moe.compressor.streams import Stream
 from edge_moe.compressor.writer import BundleWriter, Packing
@@ -244,6 +245,28 @@ def test_on_a_trained_model_calibration_takes_a_good_part_of_the_divergence_away
 
 
 # ---- tracks
+
+
+def test_an_expert_that_calibration_would_make_worse_is_rounded_to_nearest(golden, tmp_path, monkeypatch):
+    checkpoint, found = Checkpoint(golden["qwen3_moe"][0]), []
+
+    def sometimes_wrong(matrix, *arguments, **options):
+        found.append(matrix)
+        return gptq(matrix if (len(found) - 1) % 6 < 3 else -matrix, *arguments, **options)
+
+    monkeypatch.setattr(round_layers, "gptq", sometimes_wrong)
+    go_through(checkpoint, checkpoint, random_ids(checkpoint.config), (2, 2, 3), 4, out=tmp_path / "new.emoe")
+    made, to_nearest = weights_of(tmp_path / "new.emoe"), []
+    for key in (
+        (layer, expert) for layer in checkpoint.config.moe_layers for expert in range(checkpoint.config.experts)
+    ):
+        want = (
+            dequantise(quantise(m, w, 32), w, m.shape[1])
+            for m, w in zip(checkpoint.expert(*key), (2, 2, 3), strict=True)
+        )
+        to_nearest.append(all(map(np.array_equal, made.expert(*key), want)))
+    assert np.mean(to_nearest) == 0.5
+    assert len(found) == 3 * len(to_nearest)
 
 
 def test_a_track_numbers_the_experts_that_were_kept(golden):
