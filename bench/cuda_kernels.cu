@@ -139,9 +139,8 @@ cuda::VectorBuffer vectors(int count, int cols) {
 }
 
 void release(cuda::VectorBuffer& x) {
-  for (void* memory :
-       {static_cast<void*>(x.codes), static_cast<void*>(x.lows), static_cast<void*>(x.two_planes),
-        static_cast<void*>(x.scales), static_cast<void*>(x.sums[0]), static_cast<void*>(x.sums[1])})
+  for (void* memory : {static_cast<void*>(x.codes), static_cast<void*>(x.lows), static_cast<void*>(x.two_planes),
+                       static_cast<void*>(x.scales), static_cast<void*>(x.sums[0]), static_cast<void*>(x.sums[1])})
     cuda::release(memory);
 }
 

@@ -1,18 +1,18 @@
-// The extension module edge_moe._core: one bind_*.cpp a topic.
+// The extension module edge_moe._core: assembled of the bind_*.cpp that stand beside what they bind.
 #include <nanobind/nanobind.h>
 
-#include "gil.h"
+#include "../devices/python/gil.h"
 
 namespace nb = nanobind;
 
 void bind_kernels(nb::module_& m);
-void bind_runtime(nb::module_& m);
-void bind_compressor(nb::module_& m);
+void bind_engine(nb::module_& m);
+void bind_rounding(nb::module_& m);
 
 NB_MODULE(_core, m) {
   m.doc() = "The C++ core of edge_moe: packed formats, kernels, the engine.";
   bind_kernels(m);
-  bind_runtime(m);
-  bind_compressor(m);
+  bind_engine(m);
+  bind_rounding(m);
   register_exit_hook();
 }

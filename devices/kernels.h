@@ -49,7 +49,10 @@ struct Quantised {
   // From a vector on.
   Quantised from(size_t vector, int cols) const {
     const size_t blocks = (size_t(cols) + kBlock - 1) / kBlock, at = vector * blocks;
-    return {codes + at * kBlock, lows + at * kBlock, two_planes + at, scales + at,
+    return {codes + at * kBlock,
+            lows + at * kBlock,
+            two_planes + at,
+            scales + at,
             {sums[0] + 2 * at, sums[1] + at, sums[2] + vector * ((blocks + 1) / 2)}};
   }
 

@@ -184,11 +184,9 @@ template <bool Wide, int Planes, int Parts, typename Codes>
 template <int Width, int Planes, int Parts>
 [[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
                                               Vector (&dots)[Planes][Parts]) {
-  dots_of<(Width > 6)>(
-      [&](int r, int half) EDGE_MOE_INLINED {
-        return load_half<Width>(codes + r * stride + half * kHalfBytes<Width>);
-      },
-      x, dots);
+  dots_of<(Width > 6)>([&](int r, int half)
+                           EDGE_MOE_INLINED { return load_half<Width>(codes + r * stride + half * kHalfBytes<Width>); },
+                       x, dots);
 }
 
 template <int Tokens, int Parts, bool Wide>
@@ -264,8 +262,8 @@ inline int sum_of(__m256i lanes) {
 
 // 32 integers as bytes, those above 127 as 127.
 inline __m256i as_bytes(const __m256i* integers) {
-  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(integers[0], integers[1]),
-                                           _mm256_packs_epi32(integers[2], integers[3]));
+  const __m256i bytes =
+      _mm256_packs_epi16(_mm256_packs_epi32(integers[0], integers[1]), _mm256_packs_epi32(integers[2], integers[3]));
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 

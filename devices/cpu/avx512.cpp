@@ -188,8 +188,8 @@ template <int Width, int Planes, int Parts>
       sum = _mm512_dpbusd_epi32(sum, eight, eight_inputs(x[plane] + 8 * step));
     });
   });
-  unrolled<Planes * Parts>(
-      [&](auto i) EDGE_MOE_INLINED { dots[i / Parts][i % Parts] = add_pairs(sums[i][0], sums[i][1]); });
+  unrolled<Planes * Parts>([&](auto i)
+                               EDGE_MOE_INLINED { dots[i / Parts][i % Parts] = add_pairs(sums[i][0], sums[i][1]); });
 }
 
 // fours: of four rows each, the sums of each quarter of a span.
@@ -211,9 +211,9 @@ template <int Parts>
   }
 }
 
-// A register is 64 bytes of one row, whose codes are multiplied a field of each byte at a time: sums are put in lanes of
-// rows, not codes. Against block_dots, from the second-level cache: 1.3 times as fast; a model's decoding 1.11 to 1.18 times at 4
-// bits, 1.01 to 1.07 at 2. Fetching a line with each row, not all before the first: 1.02 to 1.06.
+// A register is 64 bytes of one row, whose codes are multiplied a field of each byte at a time: sums are put in lanes
+// of rows, not codes. Against block_dots, from the second-level cache: 1.3 times as fast; a model's decoding 1.11
+// to 1.18 times at 4 bits, 1.01 to 1.07 at 2. Fetching a line with each row, not all before the first: 1.02 to 1.06.
 // With 3 bits, widened to four bytes for three, it was 0.95 to 1.0 of block_dots.
 template <int Width, int Planes, int Parts>
 [[gnu::always_inline]] inline void span_dots(const uint8_t* codes, size_t stride, int left, const int8_t* const* x,

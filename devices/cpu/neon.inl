@@ -125,9 +125,8 @@ template <bool Wide, int Planes, int Parts, typename Codes>
       unrolled<kEach>([&](auto i) EDGE_MOE_INLINED {
         constexpr int piece = part * kEach + i;
         const int8x16_t codes = as_signed<Wide>(codes_of(r, std::integral_constant<int, piece>{}));
-        unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
-          sums[plane][r] = vdotq_s32(sums[plane][r], codes, inputs[plane][i]);
-        });
+        unrolled<Planes>([&](auto plane)
+                             EDGE_MOE_INLINED { sums[plane][r] = vdotq_s32(sums[plane][r], codes, inputs[plane][i]); });
       });
     });
     unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
@@ -141,9 +140,9 @@ template <bool Wide, int Planes, int Parts, typename Codes>
 template <int Width, int Planes, int Parts>
 [[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
                                               Vector (&dots)[Planes][Parts]) {
-  dots_of<(Width > 6)>(
-      [&](int r, auto piece) EDGE_MOE_INLINED { return sixteen<Width, decltype(piece)::value>(codes + r * stride); },
-      x, dots);
+  dots_of<(Width > 6)>([&](int r, auto piece)
+                           EDGE_MOE_INLINED { return sixteen<Width, decltype(piece)::value>(codes + r * stride); },
+                       x, dots);
 }
 
 #ifdef __ARM_FEATURE_MATMUL_INT8

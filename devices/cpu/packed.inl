@@ -21,8 +21,8 @@ constexpr int kMostArranged = 1 << 15;  // inputs of a product that are put in a
 // f(0), ..., f(N-1) with constants, so that an array of sums indexed by them lives in registers.
 template <int N, typename F>
 [[gnu::always_inline]] inline void unrolled(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) EDGE_MOE_INLINED { (f(std::integral_constant<int, I>{}), ...); }
-  (std::make_integer_sequence<int, N>{});
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      EDGE_MOE_INLINED { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
 // The first row of a tile; the others follow it.

@@ -117,9 +117,7 @@ __device__ __forceinline__ void load_inputs(const int8_t* plane, uint32_t* input
 }
 
 // A dot product as warp_rows_of puts it into shared memory: of codes, or of both planes in steps of the lows.
-__device__ __forceinline__ float dot_value(int dot, bool two) {
-  return two ? float(dot) * kLowStep : small_float(dot);
-}
+__device__ __forceinline__ float dot_value(int dot, bool two) { return two ? float(dot) * kLowStep : small_float(dot); }
 
 // Add to a row's sum what its blocks [first, end) come to.
 __device__ __forceinline__ float add_blocks(const Matrix& m, int row, const QuantisedVector& x, const int* dots,

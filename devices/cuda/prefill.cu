@@ -24,8 +24,8 @@ struct alignas(16) Tiles {
   uint8_t codes[kRows * kStride];
   uint8_t inputs[kTokens * kStride], lows[kTokens * kStride];
   uint64_t two_planes[kTiles];  // a byte for each of a tile's tokens
-  float scales[kTokens];   // of the tokens' block
-  float sums[2][kTokens];  // of the groups that begin in it: one, or two of 32
+  float scales[kTokens];        // of the tokens' block
+  float sums[2][kTokens];       // of the groups that begin in it: one, or two of 32
 };
 
 // Half a block of one row's codes, eight words.
@@ -110,7 +110,7 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
       }
       EDGE_MOE_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {
-        auto multiply = [&](const uint8_t* plane, int(&dots)[4]) {
+        auto multiply = [&](const uint8_t* plane, int (&dots)[4]) {
           EDGE_MOE_UNROLL
           for (int of = 0; of < 2; ++of) {
             if (parts == 2 && of != part) continue;

@@ -117,12 +117,9 @@ double product_seconds(CudaMemory& memory, bool shared) {
   m.rows = kRows, m.cols = kCols, m.width = 4, m.group = kGroup;
   int8_t* codes = reinterpret_cast<int8_t*>(vector.data());
   float* floats = reinterpret_cast<float*>(vector.data() + 4 * kCols);
-  const cuda::VectorBuffer x = {codes,
-                                codes + kCols,
-                                vector.data() + 2 * kCols,
-                                floats,
-                                {floats + kCols / kBlock, floats + 3 * kCols / kBlock},
-                                kCols};
+  const cuda::VectorBuffer x = {
+      codes, codes + kCols, vector.data() + 2 * kCols, floats, {floats + kCols / kBlock, floats + 3 * kCols / kBlock},
+      kCols};
   const cuda::ProductJob job = cuda::whole(m, 1, reinterpret_cast<float*>(out.data()));
   const CudaStream stream;
   const std::vector<uint8_t> one_plane(kCols / kBlock);

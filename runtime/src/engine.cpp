@@ -187,8 +187,7 @@ void Engine::experts(int layer, const Step& step) {
   bool ahead = wants.ahead;
   try {
     while (computed < pending_.size()) {
-      while (acquired < pending_.size() && acquire(first_record, pending_[acquired]))
-        ++acquired;
+      while (acquired < pending_.size() && acquire(first_record, pending_[acquired])) ++acquired;
       if (std::exchange(ahead, false)) prefetch_next(layer);
       jobs_.clear();
       for (size_t i = computed; i < acquired; ++i) {

@@ -48,7 +48,7 @@ struct EngineConfig {
   int chunk = 0;           // most tokens of one forward()
   int logits_rows = 1;     // most rows of logits of one forward()
   int threads = 1;
-  bool spin = true;        // threads that have nothing to do spin for some microseconds before they sleep
+  bool spin = true;  // threads that have nothing to do spin for some microseconds before they sleep
 
   size_t kv_cache_bytes() const {
     const size_t a_token = kv_rank ? latent_cached() : 2 * kv_heads * head_dim;

@@ -33,8 +33,7 @@ ExpertCache::ExpertCache(ExpertStore& store, const Device& device, size_t bytes,
   slots_[0].bytes = bytes;
   for (int i = int(slots_.size()) - 1; i > 0; --i) unused_.push_back(i);
   by_worth_.emplace(0.0, 0);
-  start_threads(
-      readers_, readers, [this](int reader) { read_requests(reader); }, [this] { stop(); });
+  start_threads(readers_, readers, [this](int reader) { read_requests(reader); }, [this] { stop(); });
 }
 
 ExpertCache::~ExpertCache() { stop(); }

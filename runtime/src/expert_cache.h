@@ -103,8 +103,8 @@ class ExpertCache {
   const double half_life_;
   bool holds_all_ = true;
   std::unique_ptr<DeviceMemory> memory_;
-  std::vector<Slot> slots_;        // in no order; a list from slots_[0] on by `next` is in that of memory
-  std::vector<int> unused_;        // places in slots_
+  std::vector<Slot> slots_;                    // in no order; a list from slots_[0] on by `next` is in that of memory
+  std::vector<int> unused_;                    // places in slots_
   std::set<std::pair<double, int>> by_worth_;  // (worth, slot) of all slots in use; of free memory 0
   std::vector<int> slot_of_;                   // by record; -1: not in memory
   std::vector<double> worth_;                  // by record: its uses, each times the unit of its time

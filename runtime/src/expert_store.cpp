@@ -112,8 +112,7 @@ void ExpertStore::end_use() {
 void ExpertStore::check_unchanged(int file) const {
   const FileStamp now = files_[file]->stamp();
   const std::string& path = files_[file]->path;
-  if (now.bytes < files_[file]->bytes)
-    throw DamagedFile(path + ": was cut short while in use; copy the bundle again");
+  if (now.bytes < files_[file]->bytes) throw DamagedFile(path + ": was cut short while in use; copy the bundle again");
   if (maps_[file].lost()) throw FileInUse(path + ": could not be read while in use; " + kTryAgain);
   if (now != stamps_[file]) throw FileInUse(path + ": was written to while in use; " + kTryAgain);
 }

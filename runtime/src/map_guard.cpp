@@ -54,7 +54,7 @@ bool give_zeros(uintptr_t address) {
 }
 
 void end_by_default(int number) {
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_handler = SIG_DFL;
   sigaction(number, &action, nullptr);
   raise(number);  // comes when this handler returns
@@ -100,7 +100,7 @@ void install() {
   const bool same = spare && spare->before == below && spare->action.sa_flags == now.sa_flags &&
                     spare->action.sa_sigaction == now.sa_sigaction;
   previous.store(same ? spare : new Handler{now, below});
-  struct sigaction ours {};
+  struct sigaction ours{};
   ours.sa_sigaction = on_bus_error;
   ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigemptyset(&ours.sa_mask);

@@ -109,12 +109,12 @@ void read_exactly(const File& file, uint64_t offset, uint8_t* out, size_t bytes)
 // The same for the end of a file, at any offset and length (fewer than 4096 bytes).
 void read_tail(const File& file, uint64_t offset, uint8_t* out, size_t bytes);
 
-size_t resident_bytes();  // of this process now, as the system counts it
-size_t peak_bytes();      // the most it ever was, or was since reset_peak_bytes()
-bool reset_peak_bytes();  // counts the peak from what there is now on; false where the system cannot
+size_t resident_bytes();   // of this process now, as the system counts it
+size_t peak_bytes();       // the most it ever was, or was since reset_peak_bytes()
+bool reset_peak_bytes();   // counts the peak from what there is now on; false where the system cannot
 size_t untouched_bytes();  // of all Arenas and FileMaps of this process, which resident_bytes() may still grow by
-size_t free_bytes();      // what the system could give to programs now
-int performance_cores();  // of a processor that has slower ones too; 0 where all are alike or the system does not tell
+size_t free_bytes();       // what the system could give to programs now
+int performance_cores();   // of a processor that has slower ones too; 0 where all are alike or the system does not tell
 void return_freed_memory();  // give the system what this process has freed and its allocator keeps
 
 }  // namespace edge_moe

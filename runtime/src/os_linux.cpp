@@ -21,8 +21,7 @@ int64_t changed_ns(const struct stat& info) {
 
 // Without fsync's flush of the disk's own cache, which may take long. Where it fails there was nothing to write.
 void write_back(int descriptor) {
-  sync_file_range(descriptor, 0, 0,
-                  SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+  sync_file_range(descriptor, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
 }
 
 File::File(const std::string& path) : path(path) {

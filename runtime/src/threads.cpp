@@ -40,8 +40,7 @@ void start_threads(std::vector<std::thread>& threads, int count, const std::func
 
 ThreadPool::ThreadPool(int threads, bool spin) : spins_(spin ? kSpins : 0) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1");
-  start_threads(
-      workers_, threads - 1, [this](int i) { work(i + 1); }, [this] { stop(); });
+  start_threads(workers_, threads - 1, [this](int i) { work(i + 1); }, [this] { stop(); });
 }
 
 ThreadPool::~ThreadPool() { stop(); }

@@ -14,8 +14,8 @@ Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const s
     : path_(path) {
   const File file(path);
   if (file.bytes != bytes)
-    throw DamagedFile(path + ": has " + std::to_string(file.bytes) + " bytes, expected " +
-                      std::to_string(bytes) + "; copy the bundle again");
+    throw DamagedFile(path + ": has " + std::to_string(file.bytes) + " bytes, expected " + std::to_string(bytes) +
+                      "; copy the bundle again");
   // A direct read wants whole blocks; only what the file has arrives, and the rest of the memory is not used.
   constexpr uint64_t kStep = 8 << 20;
   memory_ = device.memory(align_up(bytes, kSmallAlignment) + kSmallAlignment, 1, kStep, false);

@@ -27,9 +27,9 @@ class Trunk {
         const Device& device, Interrupt* interrupt = nullptr);
 
   // Where the device finds them.
-  Matrix matrix(const std::string& name) const;                    // throws DamagedFile when it is missing
-  Matrix matrix_if_any(const std::string& name) const;             // empty when it is missing
-  const float* vector(const std::string& name, int length) const;  // float32 values, checked length
+  Matrix matrix(const std::string& name) const;                           // throws DamagedFile when it is missing
+  Matrix matrix_if_any(const std::string& name) const;                    // empty when it is missing
+  const float* vector(const std::string& name, int length) const;         // float32 values, checked length
   const float* vector_if_any(const std::string& name, int length) const;  // null when it is missing
 
   // A vector's values for the host; none when it is missing.

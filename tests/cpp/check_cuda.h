@@ -71,8 +71,7 @@ struct Packed {
 
 // Vectors and their int8 forms, by scalar.cpp and in the layout of the kernels, which lack only the sums over 128.
 struct Vectors {
-  Vectors(int count, int cols, Floats given = {})
-      : values(std::move(given)), cols(cols) {
+  Vectors(int count, int cols, Floats given = {}) : values(std::move(given)), cols(cols) {
     const size_t blocks = size_t(cols + kBlock - 1) / kBlock;
     if (values.empty()) {
       values = floats(size_t(count) * cols);
@@ -88,8 +87,8 @@ struct Vectors {
       kScalarKernels.quantise(&values[t * cols], cols, quantised().from(t, cols));
   }
   Quantised quantised() {
-    return {codes.data(), lows.data(), two_planes.data(), scales.data(),
-            {sums[0].data(), sums[1].data(), sums[2].data()}};
+    return {
+        codes.data(), lows.data(), two_planes.data(), scales.data(), {sums[0].data(), sums[1].data(), sums[2].data()}};
   }
   Activations activations(int first, int count) {
     Activations x;
@@ -98,8 +97,7 @@ struct Vectors {
     return x;
   }
   cuda::VectorBuffer buffer() {
-    return {codes.data(),  lows.data(), two_planes.data(),
-            scales.data(), {sums[0].data(), sums[1].data()}, cols};
+    return {codes.data(), lows.data(), two_planes.data(), scales.data(), {sums[0].data(), sums[1].data()}, cols};
   }
   Floats values, scales, sums[3];
   Values<int8_t> codes, lows;

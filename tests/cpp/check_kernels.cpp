@@ -74,8 +74,8 @@ struct Inputs {
     for (int i = 0; i < 3; ++i)
       sums[i].resize(size_t(count) * (i == 0 ? 2 * blocks : i == 1 ? blocks : (blocks + 1) / 2));
     x.values = values.data(), x.count = count, x.cols = cols;
-    x.quantised = {codes.data(), lows.data(), two_planes.data(), scales.data(),
-                   {sums[0].data(), sums[1].data(), sums[2].data()}};
+    x.quantised = {
+        codes.data(), lows.data(), two_planes.data(), scales.data(), {sums[0].data(), sums[1].data(), sums[2].data()}};
   }
   void quantise(const Kernels& kernels) {
     for (size_t t = 0; t < size_t(x.count); ++t)

@@ -8,11 +8,11 @@
 
 #include <algorithm>
 
-#include "../devices/half.h"
-#include "../devices/kernels.h"
-#include "../devices/position_sums.h"
-#include "arrays.h"
-#include "gil.h"
+#include "half.h"
+#include "kernels.h"
+#include "position_sums.h"
+#include "python/arrays.h"
+#include "python/gil.h"
 
 using namespace edge_moe;
 
@@ -62,8 +62,8 @@ struct Inputs {
     two_planes.resize(n * blocks + kPlaneFlags);
     scales.resize(n * blocks);
     sums[0].resize(n * blocks * 2), sums[1].resize(n * blocks), sums[2].resize(n * ((blocks + 1) / 2));
-    x.quantised = {codes.data(), lows.data(), two_planes.data(), scales.data(),
-                   {sums[0].data(), sums[1].data(), sums[2].data()}};
+    x.quantised = {
+        codes.data(), lows.data(), two_planes.data(), scales.data(), {sums[0].data(), sums[1].data(), sums[2].data()}};
     for (size_t v = 0; v < n; ++v) kernels.quantise(values + v * cols, cols, x.quantised.from(v, cols));
   }
 };

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "../devices/kernels.h"
+#include "../kernels.h"
 
 namespace nb = nanobind;
 
@@ -27,7 +27,7 @@ ArrayOut<T> to_numpy(std::vector<T>&& values, std::initializer_list<size_t> shap
   return ArrayOut<T>(owned->data(), shape, owner);
 }
 
-// The kernel set of that name; throws std::invalid_argument when this machine has none. Defined in bind_kernels.cpp.
+// The kernel set of that name; throws std::invalid_argument when this machine has none. Defined in ../bind_kernels.cpp.
 const edge_moe::Kernels& find_kernels(const std::string& name);
 
 inline void expect(bool right, const std::string& message) {

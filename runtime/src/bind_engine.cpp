@@ -3,7 +3,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
-
 #include <unistd.h>
 
 #include <cerrno>
@@ -11,12 +10,12 @@
 #include <map>
 #include <numeric>
 
-#include "../devices/checksum.h"
-#include "../devices/cuda/device.h"
-#include "../runtime/src/cuda_math.h"
-#include "../runtime/src/engine.h"
-#include "arrays.h"
-#include "gil.h"
+#include "../../devices/checksum.h"
+#include "../../devices/cuda/device.h"
+#include "../../devices/python/arrays.h"
+#include "../../devices/python/gil.h"
+#include "cuda_math.h"
+#include "engine.h"
 
 using namespace edge_moe;
 
@@ -130,7 +129,7 @@ const Kernels& best_kernels() {
 
 }  // namespace
 
-void bind_runtime(nb::module_& m) {
+void bind_engine(nb::module_& m) {
   nb::exception<DamagedFile>(m, "DamagedFile", PyExc_OSError);
   nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
     try {

@@ -1,12 +1,12 @@
 // The compressor's compiled parts for Python: round to nearest, and the blocks of GPTQ.
 #include <nanobind/stl/optional.h>
 
-#include "../compressor/src/affine.h"
-#include "../compressor/src/gptq.h"
-#include "../compressor/src/quantise.h"
-#include "../devices/format.h"
-#include "arrays.h"
-#include "gil.h"
+#include "../../devices/format.h"
+#include "../../devices/python/arrays.h"
+#include "../../devices/python/gil.h"
+#include "affine.h"
+#include "gptq.h"
+#include "quantise.h"
 
 using namespace edge_moe;
 
@@ -23,7 +23,7 @@ void expect_group(size_t n, const ArrayIn<float, 2>& square) {
 
 }  // namespace
 
-void bind_compressor(nb::module_& m) {
+void bind_rounding(nb::module_& m) {
   m.def(
       "quantise_matrix",
       [](ArrayIn<float, 2> weights, int width, int group, std::optional<ArrayIn<float, 1>> importance, bool search,

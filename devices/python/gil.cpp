@@ -8,7 +8,7 @@
 namespace nb = nanobind;
 
 static std::atomic<bool> exiting{false};
-static std::thread::id exit_thread;  // runs the exit hooks and all that comes after; set before `exiting`
+static std::thread::id exit_thread;    // runs the exit hooks and all that comes after; set before `exiting`
 static std::atomic<int> acquiring{0};  // threads that have seen that Python goes on, and do not have its lock yet
 
 static void stop_threads() {
