@@ -17,7 +17,7 @@ import numpy as np
 from edge_moe import bench
 from edge_moe.bench.evaluate import Cached, windows
 from edge_moe.bench.prune_report import texts_of
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.config import ModelConfig
 

@@ -21,13 +21,13 @@ from edge_moe import _core
 from edge_moe.bench import peers
 from edge_moe.bench.bandwidth import machine_bandwidth
 from edge_moe.bench.bench import Measurement
-from edge_moe.bench.child import answer, call
 from edge_moe.bench.conditions import processor, stolen
 from edge_moe.bench.kernel_bandwidth import COLS, GROUP, kernel_bandwidth
 from edge_moe.bench.markdown import table
 from edge_moe.bench.paging_bound import ROUNDS, TOKENS, paging_bound
 from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.devices.probe import default_threads
+from edge_moe.runtime.child import answer, call
 
 CONFIG = Path(__file__).parent / "configs" / "qwen3-30b-a3b.json"
 VOCAB, LAYERS = 4096, 4

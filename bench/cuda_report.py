@@ -19,12 +19,12 @@ from pathlib import Path
 
 from edge_moe import _core
 from edge_moe.bench.bench import Measurement
-from edge_moe.bench.child import answer, call
 from edge_moe.bench.conditions import processor
 from edge_moe.bench.markdown import table
 from edge_moe.bench.synthetic import make_in_child
 from edge_moe.devices.nvidia import find_driver, nvcc_version
 from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.child import answer, call
 
 CONFIG = Path(__file__).parent / "configs" / "qwen3-30b-a3b.json"
 LAYERS, VOCAB = 8, 32768

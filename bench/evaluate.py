@@ -64,7 +64,7 @@ def checkpoint_logits(directory: str | Path, most_bytes: int | None = None):
 
     most_bytes: of tensors that are kept in memory; None keeps all of them.
     """
-    from edge_moe.compressor.checkpoint import Checkpoint
+    from edge_moe.compressor.source.checkpoint import Checkpoint
 
     checkpoint = Cached(Checkpoint(directory), most_bytes)
     return checkpoint.config, lambda ids: reference.forward(checkpoint.config, checkpoint, ids)

@@ -19,9 +19,9 @@ import numpy as np
 from edge_moe import _core
 from edge_moe.bench.evaluate import windows
 from edge_moe.bench.markdown import table
-from edge_moe.compressor.bundle_weights import BundleWeights
-from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.rounding.bundle_weights import BundleWeights
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.score import Score
 from edge_moe.runtime.tokenizer import Tokenizer

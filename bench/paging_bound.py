@@ -16,8 +16,8 @@ import numpy as np
 
 from edge_moe.bench.bandwidth import disk_read_gbps
 from edge_moe.bench.bench import generate_run
-from edge_moe.bench.child import answer, call
 from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.child import answer, call
 from edge_moe.runtime.plan import READERS
 from edge_moe.runtime.runtime import Runtime
 

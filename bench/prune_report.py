@@ -21,10 +21,10 @@ from edge_moe.bench.conditions import processor, stolen, timed
 from edge_moe.bench.evaluate import Cached, Remembered, windows
 from edge_moe.bench.prune_paged import paged_table
 from edge_moe.bench.texts import held_out_modules
-from edge_moe.compressor.bundle_weights import BundleWeights
-from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.prune import calibrate_pruning
+from edge_moe.compressor.pruning.prune import calibrate_pruning
+from edge_moe.compressor.rounding.bundle_weights import BundleWeights
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle

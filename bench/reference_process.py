@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe import _core
-from edge_moe.bench.child import ERRORS
+from edge_moe.runtime.child import ERRORS
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 from edge_moe.runtime.plan import LOGIT_BYTES, parse_bytes, resolve_ram
 from edge_moe.runtime.score import LOGITS_ROWS
@@ -127,13 +127,13 @@ def shares(bundle: str | Path, model: str | Path, ram: int | str, context: int) 
 
 def _needs(path: str | Path, total: int, context: int) -> tuple[int, int]:
     """(bytes that a process needs to compute a model's logits, bytes with which it keeps all of the model)."""
-    from edge_moe.compressor.estimate import estimate
+    from edge_moe.compressor.choosing.estimate import estimate
 
     if (Path(path) / "bundle.json").is_file():
         plan = estimate(path, total, context=context).plan
         more = SPARE_BYTES + LOGIT_BYTES * LOGITS_ROWS * _vocab(path)
         return plan.floor_bytes + more, plan.resident_bytes + more
-    from edge_moe.compressor.checkpoint import Checkpoint
+    from edge_moe.compressor.source.checkpoint import Checkpoint
 
     with Checkpoint(path) as checkpoint:
         return checkpoint_bytes(checkpoint.config, context)

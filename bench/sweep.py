@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edge_moe.bench.bench import Measurement, measure
-from edge_moe.bench.child import answer, call
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.child import answer, call
 from edge_moe.runtime.device import device_name
 from edge_moe.runtime.plan import CHUNKS, LEAST_BYTES, BelowFloor, Plan, engine_memory, resolve_ram
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_moe.bench.evaluate import evaluate
 from edge_moe.bench.reference_process import ReferenceProcess, shares
-from edge_moe.compressor.texts import STDLIB_BYTES, stdlib_files
+from edge_moe.compressor.passes.texts import STDLIB_BYTES, stdlib_files
 from edge_moe.runtime.model_path import find_model
 from edge_moe.runtime.plan import resolve_ram
 from edge_moe.runtime.runtime import Runtime

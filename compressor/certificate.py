@@ -7,8 +7,8 @@ is the share of uses of kept experts, mean over layers, that the source has and 
 
 import numpy as np
 
-from edge_moe.compressor import forward
-from edge_moe.compressor.round_layers import Rounding
+from edge_moe.compressor.passes import forward
+from edge_moe.compressor.rounding.round_layers import Rounding
 from edge_moe.runtime.score import Score
 
 LOGITS_BYTES = 64_000_000  # of one model's logits at a time

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 from edge_moe import _core
-from edge_moe.compressor.calibrate import Calibration
 from edge_moe.compressor.certificate import LOGITS_BYTES
-from edge_moe.compressor.inputs import SQUARES
-from edge_moe.compressor.round_trunk import PIECE_WEIGHTS, widest_input
-from edge_moe.compressor.sensitivity import FIT_BYTES, sampled_sequences
-from edge_moe.compressor.sizes import TRUNK_KINDS
-from edge_moe.compressor.streams import BLOCK_ROWS
-from edge_moe.runtime.config import trunk_shapes
+from edge_moe.compressor.choosing.sensitivity import sampled_sequences
+from edge_moe.compressor.passes.calibrate import Calibration
+from edge_moe.compressor.passes.expert_rows import FIT_BYTES
+from edge_moe.compressor.passes.streams import BLOCK_ROWS
+from edge_moe.compressor.rounding.inputs import SQUARES
+from edge_moe.compressor.rounding.round_trunk import PIECE_WEIGHTS, widest_input
+from edge_moe.runtime.config import TRUNK_KINDS, trunk_shapes
 from edge_moe.runtime.plan import resolve_ram
 
 LIBRARY_BYTES = 120_000_000  # of scipy and the solver, which are loaded later

@@ -14,21 +14,22 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from edge_moe import __version__, _core
-from edge_moe.compressor import allocate, choose, own, targets, trunk
-from edge_moe.compressor.adjust_top_k import adjust_top_k
-from edge_moe.compressor.calibrate import Calibration, load_calibration
 from edge_moe.compressor.certificate import certify
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.choose import Choosing
-from edge_moe.compressor.journal import CHOICE, FINISHED, Journal, partial_of, work_of
+from edge_moe.compressor.choosing import allocate, choose, targets, trunk
+from edge_moe.compressor.choosing.adjust_top_k import adjust_top_k
+from edge_moe.compressor.choosing.choose import Choosing
+from edge_moe.compressor.choosing.sensitivity import Measures, Sensitivity, load_measure, save_measure
+from edge_moe.compressor.choosing.targets import DEFAULT_TOKENS, Options, true_bits
 from edge_moe.compressor.memory import Memory
-from edge_moe.compressor.quantise import quantise, trunk_packing
-from edge_moe.compressor.round_layers import PackedTrunk, Rounding, Track
-from edge_moe.compressor.sensitivity import Measures, Sensitivity, load_measure, save_measure
-from edge_moe.compressor.source_files import contents
-from edge_moe.compressor.streams import Stream
-from edge_moe.compressor.targets import DEFAULT_TOKENS, Options, true_bits
-from edge_moe.compressor.writer import BundleWriter, Packing
+from edge_moe.compressor.passes.calibrate import Calibration, load_calibration
+from edge_moe.compressor.passes.streams import Stream
+from edge_moe.compressor.rounding.quantise import quantise, trunk_packing
+from edge_moe.compressor.rounding.round_layers import PackedTrunk, Rounding, Track
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.source.copied_files import contents
+from edge_moe.compressor.writing import own
+from edge_moe.compressor.writing.journal import CHOICE, FINISHED, Journal, partial_of, work_of
+from edge_moe.compressor.writing.writer import BundleWriter, Packing
 from edge_moe.devices.probe import default_threads
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import ModelConfig, read_json, trunk_shapes

@@ -7,7 +7,7 @@
     experts-0000I-of-0000N.safetensors   one U8 tensor an expert, `layers.L.experts.E`; a checksum for each record
 
 A quantised trunk tensor NAME is NAME.codes (U32, as MLX packs), NAME.scales and NAME.biases (BF16). Writing is in
-compressor/writer.py; packed layouts are devices/format.h's.
+compressor/writing/writer.py; packed layouts are devices/format.h's.
 
 Experts that were dropped have no record: the table's `dropped` lists their numbers in the checkpoint, by layer with
 experts, and those left are numbered from 0 in the same order, as are the router's rows and biases. `top_k` lists each

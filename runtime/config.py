@@ -1,7 +1,7 @@
 """What a model is: the shapes and rules of one architecture, read from its config.json.
 
 This file maps every supported architecture onto one ModelConfig; the names of its tensors are in
-compressor/checkpoint.py. Both spellings of config.json are read: the hub's (`num_experts`, `rope_theta`) and
+compressor/source/checkpoint.py. Both spellings of config.json are read: the hub's (`num_experts`, `rope_theta`) and
 the one transformers 5 writes (`num_local_experts`, `rope_parameters`). Layers for multi-token prediction, which
 a checkpoint may have behind the model's own, are no part of it.
 """
@@ -221,6 +221,15 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     )
     _check(config, where)
     return config
+
+
+TRUNK_KINDS = ("shared", "attention", "dense", "embedding", "head")
+
+
+def trunk_kind(name: str) -> str:
+    """Which of TRUNK_KINDS a matrix of the trunk is. name: canonical, with its layer or without."""
+    first = (name.split(".", 2)[2] if name.startswith("layers.") else name).split(".")[0]
+    return first if first in TRUNK_KINDS else "attention"
 
 
 def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 import edge_moe.bench
 from edge_moe import _core
-from edge_moe.compressor.bundle_weights import BundleWeights
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import quantise, trunk_packing
-from edge_moe.compressor.writer import BundleWriter, Packing, table_bytes
+from edge_moe.compressor.rounding.bundle_weights import BundleWeights
+from edge_moe.compressor.rounding.quantise import quantise, trunk_packing
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import BundleWriter, Packing, table_bytes
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, verify
 from edge_moe.runtime.config import ModelConfig, trunk_shapes

@@ -10,10 +10,10 @@ import pytest
 from bundles import REFERENCE, Kept, write_bundle
 from golden_checkpoints import CHECKPOINTS, DROPPED, write_checkpoint
 
-from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.quantise import trunk_packing
-from edge_moe.compressor.writer import Packing
+from edge_moe.compressor.rounding.quantise import trunk_packing
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.tokenizer import Tokenizer

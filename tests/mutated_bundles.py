@@ -22,10 +22,10 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from edge_moe import _core
-from edge_moe.compressor import writer
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import trunk_packing
-from edge_moe.compressor.writer import Packing, table_bytes
+from edge_moe.compressor.rounding.quantise import trunk_packing
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing import writer
+from edge_moe.compressor.writing.writer import Packing, table_bytes
 from edge_moe.runtime.bundle import TRUNK_FILE
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.pruning import MASK_FILE

@@ -10,12 +10,12 @@ from bundles import Kept, logits_of, weights_of
 from golden_checkpoints import DROPPED
 from test_resume import hashes, kill, start
 
-from edge_moe.compressor import adjust_top_k as module
-from edge_moe.compressor.adjust_top_k import adjust_top_k, fewest
-from edge_moe.compressor.calibrate import load_calibration
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.choosing import adjust_top_k as module
+from edge_moe.compressor.choosing.adjust_top_k import adjust_top_k, fewest
+from edge_moe.compressor.passes.calibrate import load_calibration
+from edge_moe.compressor.passes.streams import Stream
 from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.streams import Stream
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle, verify
 from edge_moe.runtime.config import load_config

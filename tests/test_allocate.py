@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_moe.compressor.allocate import RELATIVE_GAP, allocate_layer, allocate_model
+from edge_moe.compressor.choosing.allocate import RELATIVE_GAP, allocate_layer, allocate_model
 
 WIDTHS = (1, 2, 3)
 PAPER, RELEASE = (1.0, 1.0, 2.0), (1.0, 1.5, 1.0)

@@ -8,13 +8,13 @@ from bundles import REFERENCE, weights_of
 from golden_checkpoints import ARCHITECTURES
 
 from edge_moe import _core
-from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.quantise import to_bfloat16
-from edge_moe.report import describe_bundle
+from edge_moe.compressor.rounding.quantise import to_bfloat16
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, parts_to_verify, verify
 from edge_moe.runtime.bundle_table import table_checksum
 from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.describe import describe_bundle
 from edge_moe.runtime.tensorfile import read_header
 
 PACKED = [width for width in _core.WIDTHS if width < 16]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from bundles import REFERENCE
 
-from edge_moe.compressor.calibrate import domains_of, load_calibration
-from edge_moe.compressor.texts import WHOLE_BYTES, open_text, stdlib_files
+from edge_moe.compressor.passes.calibrate import domains_of, load_calibration
+from edge_moe.compressor.passes.texts import WHOLE_BYTES, open_text, stdlib_files
 from edge_moe.runtime.config import load_config
 from edge_moe.runtime.tokenizer import Tokenizer
 
@@ -176,7 +176,7 @@ def test_of_a_large_text_the_places_are_read_that_windows_are_drawn_from(tokeniz
 
 
 def test_a_text_that_is_encoded_in_blocks_has_the_tokens_of_the_whole(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("edge_moe.compressor.texts.WHOLE_BYTES", 10_000)
+    monkeypatch.setattr("edge_moe.compressor.passes.texts.WHOLE_BYTES", 10_000)
     file = numbered_lines(tmp_path / "text.txt", 1000)
     found = open_text(file, tokenizer, tokens=1_000_000)
     np.testing.assert_array_equal(found.ids, tokenizer.encode(file.read_text()))

@@ -8,8 +8,8 @@ from bundles import weights_of
 from golden_checkpoints import ARCHITECTURES
 
 from edge_moe.bench.evaluate import checkpoint_logits, evaluate
-from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.runtime import Runtime

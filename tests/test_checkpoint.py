@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from golden_checkpoints import ARCHITECTURES, write_checkpoint
 
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.config import ARCHITECTURES as SUPPORTED
 
 NUMPY = {"F16": np.float16, "F32": np.float32}
@@ -177,7 +177,7 @@ def test_half_and_single_precision_are_read_too(olmoe, dtype):
 
 def test_neither_torch_nor_transformers_is_needed(olmoe):
     code = (
-        "import sys; from edge_moe.compressor.checkpoint import Checkpoint; "
+        "import sys; from edge_moe.compressor.source.checkpoint import Checkpoint; "
         "Checkpoint(sys.argv[1]).expert(0, 0); assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code, str(olmoe)]) == 0

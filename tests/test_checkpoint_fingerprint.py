@@ -9,7 +9,7 @@ from golden_checkpoints import ARCHITECTURES, write_checkpoint
 from quantised_checkpoints import write_fp8, write_mxfp4
 from test_checkpoint import fuse_experts, read_file, refusal, shard, write_file
 
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 
 
 @pytest.fixture

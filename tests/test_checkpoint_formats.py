@@ -12,8 +12,8 @@ from golden_checkpoints import ARCHITECTURES, write_checkpoint
 from quantised_checkpoints import E4M3, nearest, write_fp8, write_mxfp4, write_plain
 from test_checkpoint import DAMAGED, assert_same_tensors, read_file, refusal, shard, write_file
 
-from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.bundle import Bundle
 
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight"

@@ -2,11 +2,11 @@
 
 import pytest
 
-from edge_moe.bench.child import call
+from edge_moe.runtime.child import call
 
 MODULE = """
 import os, signal
-from edge_moe.bench.child import answer
+from edge_moe.runtime.child import answer
 
 def work(what, **values):
     if what == "refuse":

@@ -15,8 +15,8 @@ from bundles import REFERENCE
 from test_checkpoint import bf16, read_file, write_file
 from test_cli import error_of, object_of, succeeds
 
+from edge_moe.compressor.needs import needs_of
 from edge_moe.compressor.pipeline import compress
-from edge_moe.needs import needs_of
 from edge_moe.report import certificate_text, duration_text, spread_text
 from edge_moe.runtime.bundle import Bundle
 
@@ -134,7 +134,7 @@ def test_an_interrupted_compress_says_how_to_go_on_and_does(model, sent):
     arguments = ["compress", model, "out.emoe", "--bits", "5", *map(str, CALIBRATED)]
     hook = f"""
 import os, signal, sys
-from edge_moe.compressor import writer
+from edge_moe.compressor.writing import writer
 write = writer.BundleWriter.write_expert
 def interrupted(self, layer, index, matrices):
     if layer == 1:
@@ -162,7 +162,7 @@ def test_a_compress_interrupted_before_anything_was_done_leaves_nothing(tmp_path
     command = ["compress", str(REFERENCE), "out.emoe", "--bits", "16", "--json"]
     hook = f"""
 import sys, signal, os
-from edge_moe.compressor import writer
+from edge_moe.compressor.writing import writer
 write = writer.BundleWriter.write_expert
 def interrupted(self, layer, index, matrices):
     if layer == 2:

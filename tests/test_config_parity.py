@@ -9,7 +9,7 @@ from make_golden import logits_of as transformers_logits
 from make_golden import random_model
 from test_checkpoint import read_file, write_file
 
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.config import ARCHITECTURES, parse_config
 from edge_moe.runtime.config_keys import COMMON_DEFAULTS, DEFAULTS

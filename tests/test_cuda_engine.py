@@ -24,7 +24,7 @@ from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED
 
 from edge_moe import _core
 from edge_moe.bench.synthetic import make_synthetic
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.plan import KV_TYPES
 from edge_moe.runtime.runtime import Runtime

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from bundles import Kept, logits_of, weights_of
 
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.drop_experts import drop, score
+from edge_moe.compressor.choosing.drop_experts import drop, score
+from edge_moe.compressor.choosing.sensitivity import LayerMeasure, Measures
 from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.sensitivity import LayerMeasure, Measures
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle, verify
 from edge_moe.runtime.config import RouterConfig, load_config

@@ -23,9 +23,9 @@ from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, dropped_logi
 
 from edge_moe import _core
 from edge_moe.bench.evaluate import evaluate
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import trunk_packing
-from edge_moe.compressor.writer import Packing
+from edge_moe.compressor.rounding.quantise import trunk_packing
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes

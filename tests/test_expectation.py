@@ -12,7 +12,7 @@ from bundles import REFERENCE
 from edge_moe.bench.expectation import LEAST, MOST, expected_speed
 from edge_moe.bench.machine import WIDTHS, Machine, machine_of, mount_of
 from edge_moe.bench.synthetic import make_synthetic
-from edge_moe.compressor.estimate import estimate
+from edge_moe.compressor.choosing.estimate import estimate
 from edge_moe.compressor.pipeline import compress
 from edge_moe.machine_file import NAME, disk_of, known_machine, remember_machine
 from edge_moe.runtime.runtime import Runtime

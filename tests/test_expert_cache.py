@@ -7,9 +7,9 @@ from bundles import REFERENCE, make_engine, run_engine, write_bundle
 from edge_moe import _core
 from edge_moe.bench.cache_policies import HALF_LIFE, record
 from edge_moe.bench.evaluate import Cached
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import trunk_packing
-from edge_moe.compressor.writer import Packing
+from edge_moe.compressor.rounding.quantise import trunk_packing
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import load_config, trunk_shapes
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from edge_moe import _core
-from edge_moe.compressor.gptq import Curvature, damping_for, gptq
-from edge_moe.compressor.quantise import dequantise, quantise
+from edge_moe.compressor.rounding.gptq import Curvature, damping_for, gptq
+from edge_moe.compressor.rounding.quantise import dequantise, quantise
 
 PACKED = [width for width in _core.WIDTHS if width < 16]
 PARTS = ("codes", "scales", "biases")
@@ -83,9 +83,9 @@ def test_codes_are_those_of_the_definition(width, group):
 def test_spans_of_columns_change_the_order_of_sums_alone(span, sweeps, monkeypatch):
     weights, curvature = gaussian(24, 640), Curvature.of(moment_of(inputs(640, 900)))
     whole = gptq(weights, curvature, 3, 64, sweeps=sweeps)
-    monkeypatch.setattr("edge_moe.compressor.gptq.SPAN", 1024)
+    monkeypatch.setattr("edge_moe.compressor.rounding.gptq.SPAN", 1024)
     alone = gptq(weights, curvature, 3, 64, sweeps=sweeps)
-    monkeypatch.setattr("edge_moe.compressor.gptq.SPAN", span)
+    monkeypatch.setattr("edge_moe.compressor.rounding.gptq.SPAN", span)
     parts = gptq(weights, curvature, 3, 64, sweeps=sweeps)
     want = codes_of(alone, 3, 640)
     for packed in (whole, parts):

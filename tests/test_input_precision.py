@@ -5,8 +5,8 @@ import pytest
 from bundles import REFERENCE
 
 from edge_moe.bench.input_precision import Weights, as_kernels_do, as_they_are, precision, rounded, to_int8
-from edge_moe.compressor.bundle_weights import BundleWeights
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.rounding.bundle_weights import BundleWeights
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.runtime import Runtime

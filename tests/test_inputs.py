@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from edge_moe.compressor.gptq import damping_for
-from edge_moe.compressor.inputs import Inputs, curvature_of
+from edge_moe.compressor.rounding.gptq import damping_for
+from edge_moe.compressor.rounding.inputs import Inputs, curvature_of
 
 
 def step_by_definition(x: np.ndarray, token_weights: np.ndarray, missing: np.ndarray) -> np.ndarray:

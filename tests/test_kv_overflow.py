@@ -12,7 +12,7 @@ import pytest
 from bundles import logits_of, same_bits, write_lossless
 from golden_checkpoints import write_checkpoint
 
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.runtime import Runtime
 
 SCALE = np.float32(2.0**24)

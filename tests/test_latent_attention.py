@@ -10,9 +10,9 @@ from golden_checkpoints import write_checkpoint
 
 from edge_moe import _core
 from edge_moe.bench.synthetic import make_synthetic
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import dequantise, largest_group, quantise, trunk_packing
-from edge_moe.compressor.writer import Packing
+from edge_moe.compressor.rounding.quantise import dequantise, largest_group, quantise, trunk_packing
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime import reference
 from edge_moe.runtime.config import parse_config, trunk_shapes
 from edge_moe.runtime.plan import engine_memory

@@ -5,7 +5,7 @@ import pytest
 from bundles import REFERENCE
 
 from edge_moe.bench.quality import llama_types
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 
 

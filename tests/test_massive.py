@@ -5,8 +5,8 @@ import pytest
 from test_round_layers import go_through, random_ids
 from test_sensitivity import Changed
 
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import dequantise, quantise
+from edge_moe.compressor.rounding.quantise import dequantise, quantise
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.score import log_softmax
 

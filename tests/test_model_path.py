@@ -10,7 +10,7 @@ from golden_checkpoints import write_checkpoint
 from test_checkpoint import read_file, shard, write_file
 from test_cli import error_of
 
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.model_path import find_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 4976698672\n"

@@ -11,8 +11,9 @@ import pytest
 from test_resume import hashes, killed_after, killed_at, refused
 from test_writer import small_disk  # noqa: F401 (a fixture)
 
-from edge_moe.compressor import allocate, own
+from edge_moe.compressor.choosing import allocate
 from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.writing import own
 from edge_moe.runtime.bundle import Bundle
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs links")

@@ -7,7 +7,7 @@ import pytest
 from bundles import REFERENCE
 
 from edge_moe.bench.expectation import Speed
-from edge_moe.compressor.estimate import estimate
+from edge_moe.compressor.choosing.estimate import estimate
 from edge_moe.plan_text import UNKNOWN, estimate_text
 
 QWEN = REFERENCE.parent / "configs" / "qwen3-30b-a3b.json"

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from bundles import REFERENCE, logits_of, use
 
-from edge_moe.compressor import adjoint, prune, prune_curves, prune_losses
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.mask_routers import fit_losses, train_otp
-from edge_moe.compressor.prune import calibrate_pruning, set_default
-from edge_moe.compressor.prune_losses import LayerLosses, collect, losses_of
-from edge_moe.compressor.streams import Stream
+from edge_moe.compressor.passes import adjoint
+from edge_moe.compressor.passes.streams import Stream
+from edge_moe.compressor.pruning import prune, prune_curves, prune_losses
+from edge_moe.compressor.pruning.mask_routers import fit_losses, train_otp
+from edge_moe.compressor.pruning.prune import calibrate_pruning, set_default
+from edge_moe.compressor.pruning.prune_losses import LayerLosses, collect, losses_of
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle, verify
 from edge_moe.runtime.config import load_config

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from bundles import Pruned, mask_routers_of, prunable
 
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.pruning import LEARNED, PruneRule
 from edge_moe.runtime.runtime import Runtime

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 from test_cli import error_of, object_of, succeeds
 
 from edge_moe import _core
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.report import describe_bundle
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.bundle import Bundle, verify
+from edge_moe.runtime.describe import describe_bundle
 from edge_moe.runtime.pruning import MASK_FILE
 from edge_moe.runtime.runtime import Runtime
 

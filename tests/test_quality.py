@@ -19,13 +19,14 @@ from edge_moe.bench.quality import forms, peers, report
 from edge_moe.bench.quality.forms import Form
 from edge_moe.bench.quality.study import make_and_score, open_study, run
 from edge_moe.bench.texts import evaluate_texts, reference_logits
-from edge_moe.compressor import allocate, round_layers, targets
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.gptq import SWEEPS
+from edge_moe.compressor.choosing import allocate, targets
+from edge_moe.compressor.choosing.sensitivity import LayerMeasure, Measures
+from edge_moe.compressor.passes.texts import STDLIB_BYTES, stdlib_files
 from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.sensitivity import LayerMeasure, Measures
-from edge_moe.compressor.texts import STDLIB_BYTES, stdlib_files
-from edge_moe.compressor.writer import Packing
+from edge_moe.compressor.rounding import round_layers
+from edge_moe.compressor.rounding.gptq import SWEEPS
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime.bundle import Bundle, record_alignment, record_bytes
 from edge_moe.runtime.config import load_config
 from edge_moe.runtime.runtime import Runtime

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge_moe import _core
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import dequantise, quantise, to_bfloat16, trunk_packing
-from edge_moe.compressor.writer import Packing
+from edge_moe.compressor.rounding.quantise import dequantise, quantise, to_bfloat16, trunk_packing
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing
 
 PACKED = [width for width in _core.WIDTHS if width < 16]
 

@@ -12,7 +12,7 @@ from bundles import Kept
 from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, dropped_logits, write_checkpoint
 
 import edge_moe.bench
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.config import RouterConfig
 

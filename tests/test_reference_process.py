@@ -11,7 +11,7 @@ from test_cli import error_of, object_of
 from edge_moe.bench import reference_process
 from edge_moe.bench.evaluate import Cached, checkpoint_logits
 from edge_moe.bench.reference_process import ReferenceProcess
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.runtime import Runtime
 

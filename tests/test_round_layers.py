@@ -10,13 +10,13 @@ from golden_checkpoints import ARCHITECTURES
 from test_inputs import step_by_definition
 from test_sensitivity import Changed
 
-from edge_moe.compressor import round_layers
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.gptq import Curvature, damping_for, gptq
-from edge_moe.compressor.quantise import dequantise, quantise, trunk_packing
-from edge_moe.compressor.round_layers import PackedTrunk, Rounding, Track
-from edge_moe.compressor.streams import Stream
-from edge_moe.compressor.writer import BundleWriter, Packing
+from edge_moe.compressor.passes.streams import Stream
+from edge_moe.compressor.rounding import round_layers
+from edge_moe.compressor.rounding.gptq import Curvature, damping_for, gptq
+from edge_moe.compressor.rounding.quantise import dequantise, quantise, trunk_packing
+from edge_moe.compressor.rounding.round_layers import PackedTrunk, Rounding, Track
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import BundleWriter, Packing
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, verify
 from edge_moe.runtime.config import trunk_shapes

@@ -8,11 +8,11 @@ from test_inputs import step_by_definition
 from test_round_layers import go_through, heads, random_ids
 from test_trunk import kind_of
 
-from edge_moe.compressor import round_layers
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.gptq import Curvature, damping_for, gptq
-from edge_moe.compressor.quantise import dequantise, quantise
-from edge_moe.compressor.round_trunk import fitted_rows
+from edge_moe.compressor.rounding import round_layers
+from edge_moe.compressor.rounding.gptq import Curvature, damping_for, gptq
+from edge_moe.compressor.rounding.quantise import dequantise, quantise
+from edge_moe.compressor.rounding.round_trunk import fitted_rows
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.score import log_softmax
 

@@ -7,7 +7,7 @@ import pytest
 from bundles import Kept, logits_of, make_engine, run_engine, write_lossless
 from golden_checkpoints import write_checkpoint
 
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import RouterConfig

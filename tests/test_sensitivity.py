@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from golden_checkpoints import ARCHITECTURES
 
-from edge_moe.compressor.calibrate import Calibration
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.gptq import Curvature, damping_for, gptq
-from edge_moe.compressor.quantise import dequantise
-from edge_moe.compressor.sensitivity import (
-    LEAST_ROWS,
+from edge_moe.compressor.choosing.sensitivity import (
     LayerMeasure,
     Sensitivity,
     load_measure,
     save_measure,
 )
-from edge_moe.compressor.streams import Stream
+from edge_moe.compressor.passes.calibrate import Calibration
+from edge_moe.compressor.passes.expert_rows import LEAST_ROWS
+from edge_moe.compressor.passes.streams import Stream
+from edge_moe.compressor.rounding.gptq import Curvature, damping_for, gptq
+from edge_moe.compressor.rounding.quantise import dequantise
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.score import log_softmax
 

@@ -9,11 +9,18 @@ import pytest
 from bundles import REFERENCE, write_bundle
 from golden_checkpoints import ARCHITECTURES
 
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.estimate import estimate, keep_experts_of
-from edge_moe.compressor.quantise import trunk_packing
-from edge_moe.compressor.sizes import Sizes, at_edge, collaborative_bits, packed_sizes, sizes_by_bits, widths_by_kind
-from edge_moe.compressor.writer import Packing
+from edge_moe.compressor.choosing.estimate import estimate, keep_experts_of
+from edge_moe.compressor.choosing.sizes import (
+    Sizes,
+    at_edge,
+    collaborative_bits,
+    packed_sizes,
+    sizes_by_bits,
+    widths_by_kind,
+)
+from edge_moe.compressor.rounding.quantise import trunk_packing
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle
 from edge_moe.runtime.config import load_config, parse_config, read_json, trunk_shapes
 from edge_moe.runtime.plan import CHUNKS, TOKEN_BYTES, engine_memory

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edge_moe.bench.quality import smollm2
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 
 gguf = pytest.importorskip("gguf")

@@ -9,9 +9,9 @@ import pytest
 from bundles import REFERENCE
 from golden_checkpoints import write_checkpoint
 
-from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.source_files import contents
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.source.copied_files import contents
 from edge_moe.runtime.bundle import COPIED
 from edge_moe.runtime.tokenizer import Tokenizer
 

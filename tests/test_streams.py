@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_moe.compressor.streams import BLOCK_ROWS, Stream
+from edge_moe.compressor.passes.streams import BLOCK_ROWS, Stream
 
 ROWS, DIM = 57, 6
 

@@ -11,14 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from edge_moe.compressor import sensitivity, trunk
-from edge_moe.compressor.calibrate import Calibration
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.choosing import sensitivity, trunk
+from edge_moe.compressor.choosing.sensitivity import Sensitivity
+from edge_moe.compressor.choosing.trunk import (
+    FITTED,
+    PROBED,
+    WIDTHS,
+    ProbedTrunk,
+    choose_widths,
+    expected,
+    packing_of,
+    rate_at,
+)
+from edge_moe.compressor.passes.calibrate import Calibration
+from edge_moe.compressor.passes.streams import Stream
 from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.quantise import dequantise, quantise, trunk_packing
-from edge_moe.compressor.sensitivity import Sensitivity
-from edge_moe.compressor.streams import Stream
-from edge_moe.compressor.trunk import FITTED, PROBED, WIDTHS, ProbedTrunk, choose_widths, expected, packing_of, rate_at
+from edge_moe.compressor.rounding.quantise import dequantise, quantise, trunk_packing
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import load_config, trunk_shapes

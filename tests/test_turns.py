@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from bundles import mask_routers_of, paged_runtime, prunable
 
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.runtime import Runtime
 
 PROMPT = "def read_lines(path):"

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from bundles import make_engine, run_engine
 
-from edge_moe.compressor import own, writer
 from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.quantise import quantise, trunk_packing
-from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
+from edge_moe.compressor.rounding.quantise import quantise, trunk_packing
+from edge_moe.compressor.writing import own, writer
+from edge_moe.compressor.writing.writer import BundleWriter, Packing, Quantised
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, record_bytes, verify
 from edge_moe.runtime.config import load_config, trunk_shapes
 

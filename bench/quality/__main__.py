@@ -15,7 +15,7 @@ from edge_moe import bench
 from edge_moe.bench.quality import cost, llama_types, peers, report
 from edge_moe.bench.quality.forms import Form, ablations, bases, methods
 from edge_moe.bench.quality.study import Study, open_study, run
-from edge_moe.compressor.targets import DEFAULT_TOKENS
+from edge_moe.compressor.choosing.targets import DEFAULT_TOKENS
 from edge_moe.devices.probe import default_threads
 
 PARTS = ("methods", "ablation", "time")

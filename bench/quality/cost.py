@@ -11,12 +11,12 @@ from threadpoolctl import threadpool_limits
 
 from edge_moe.bench.conditions import processor, stolen
 from edge_moe.bench.quality.study import Study
-from edge_moe.compressor import targets
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.gptq import gptq
-from edge_moe.compressor.inputs import Inputs
+from edge_moe.compressor.choosing import targets
 from edge_moe.compressor.pipeline import Compression, compress
-from edge_moe.compressor.quantise import dequantise
+from edge_moe.compressor.rounding.gptq import gptq
+from edge_moe.compressor.rounding.inputs import Inputs
+from edge_moe.compressor.rounding.quantise import dequantise
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.devices.probe import default_threads
 
 SIZES = (256, 512, 1024, 2048)  # inputs of an expert; its inner size is half of that

@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe.bench.quality.study import Study
-from edge_moe.compressor import allocate, forward, targets
-from edge_moe.compressor.checkpoint import Checkpoint
+from edge_moe.compressor.choosing import allocate, targets
+from edge_moe.compressor.choosing.sensitivity import Measures
+from edge_moe.compressor.passes import forward
+from edge_moe.compressor.passes.streams import Stream
 from edge_moe.compressor.pipeline import Compression
-from edge_moe.compressor.quantise import trunk_packing
-from edge_moe.compressor.round_layers import Rounding, Track
-from edge_moe.compressor.sensitivity import Measures
-from edge_moe.compressor.streams import Stream
-from edge_moe.compressor.writer import Packing
+from edge_moe.compressor.rounding.quantise import trunk_packing
+from edge_moe.compressor.rounding.round_layers import Rounding, Track
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime.bundle import record_alignment, record_bytes
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 

@@ -19,11 +19,11 @@ import numpy as np
 from edge_moe.bench.quality.forms import Form
 from edge_moe.bench.quality.peers import calibration_ids, write_bundle
 from edge_moe.bench.quality.study import Study
-from edge_moe.compressor import forward
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import to_bfloat16
-from edge_moe.compressor.streams import Stream
-from edge_moe.compressor.writer import Packing, Quantised
+from edge_moe.compressor.passes import forward
+from edge_moe.compressor.passes.streams import Stream
+from edge_moe.compressor.rounding.quantise import to_bfloat16
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing, Quantised
 from edge_moe.runtime import reference
 from edge_moe.runtime.config import ModelConfig
 

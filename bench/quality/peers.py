@@ -16,11 +16,11 @@ import numpy as np
 
 from edge_moe.bench.quality.forms import Form
 from edge_moe.bench.quality.study import Study
-from edge_moe.compressor.calibrate import load_calibration
-from edge_moe.compressor.checkpoint import Checkpoint
-from edge_moe.compressor.quantise import dequantise, trunk_packing
-from edge_moe.compressor.round_layers import PackedTrunk
-from edge_moe.compressor.writer import BundleWriter, Packing, Quantised
+from edge_moe.compressor.passes.calibrate import load_calibration
+from edge_moe.compressor.rounding.quantise import dequantise, trunk_packing
+from edge_moe.compressor.rounding.round_layers import PackedTrunk
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import BundleWriter, Packing, Quantised
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.tokenizer import Tokenizer
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from edge_moe import _core, compressor, runtime
 from edge_moe.bench import evaluate, texts
-from edge_moe.compressor.checkpoint import Checkpoint
 from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.config import ModelConfig, load_config, read_json
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS, Score
@@ -198,7 +198,7 @@ def open_study(model: Path, files: list[Path], calibration: list[Path], work: Pa
 def _digest(model: Path, ids: dict[str, np.ndarray], calibration: list[Path], options: dict) -> str:
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     folders = [Path(folder) for package in (runtime, compressor) for folder in package.__path__]
-    sources = [file for folder in (*folders, Path(__file__).parent) for file in sorted(folder.glob("*.py"))]
+    sources = [file for folder in (*folders, Path(__file__).parent) for file in sorted(folder.rglob("*.py"))]
     sources += [Path(module.__file__) for module in (evaluate, texts, _core)]
     for file in (*(source for source in sources if source.name not in SHOWS), *calibration):
         digest.update(file.read_bytes())

@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; _HOMES brings
     from edge_moe.bench.bench import Report
     from edge_moe.bench.bench import bench as benchmark
     from edge_moe.bench.texts import evaluate_bundle as evaluate
-    from edge_moe.compressor.estimate import Estimate
-    from edge_moe.compressor.estimate import estimate as plan
+    from edge_moe.compressor.choosing.estimate import Estimate
+    from edge_moe.compressor.choosing.estimate import estimate as plan
     from edge_moe.compressor.pipeline import compress
     from edge_moe.doctor import examine
     from edge_moe.runtime.answer import Generation
@@ -30,7 +30,7 @@ _HOMES = {  # the module and its name there; `edge_moe.bench` and `edge_moe.doct
     "BelowFloor": ("edge_moe.runtime.plan", "BelowFloor"),
     "Bundle": ("edge_moe.runtime.bundle", "Bundle"),
     "EdgeMoeError": ("edge_moe.runtime.plan", "EdgeMoeError"),
-    "Estimate": ("edge_moe.compressor.estimate", "Estimate"),
+    "Estimate": ("edge_moe.compressor.choosing.estimate", "Estimate"),
     "Generation": ("edge_moe.runtime.answer", "Generation"),
     "ModelConfig": ("edge_moe.runtime.config", "ModelConfig"),
     "Plan": ("edge_moe.runtime.plan", "Plan"),
@@ -41,7 +41,7 @@ _HOMES = {  # the module and its name there; `edge_moe.bench` and `edge_moe.doct
     "compress": ("edge_moe.compressor.pipeline", "compress"),
     "evaluate": ("edge_moe.bench.texts", "evaluate_bundle"),
     "examine": ("edge_moe.doctor", "examine"),
-    "plan": ("edge_moe.compressor.estimate", "estimate"),
+    "plan": ("edge_moe.compressor.choosing.estimate", "estimate"),
 }
 __all__ = [
     "BelowFloor",

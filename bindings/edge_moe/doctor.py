@@ -9,7 +9,7 @@ from pathlib import Path
 from edge_moe import __version__, _core, bench
 from edge_moe.bench.expectation import expected_speed
 from edge_moe.bench.machine import measure_machine, mount_of
-from edge_moe.compressor.estimate import estimate
+from edge_moe.compressor.choosing.estimate import estimate
 from edge_moe.devices.nvidia import find_driver, nvcc_version
 from edge_moe.devices.probe import cgroup_limit_bytes, default_threads, memory_limit_bytes
 from edge_moe.machine_file import known_machine, remember_machine

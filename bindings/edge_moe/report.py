@@ -3,82 +3,10 @@
 Imports nothing heavy: `edge-moe generate` uses it, and its memory counts under the cap.
 """
 
-from collections import Counter
-
-from edge_moe.runtime.bundle_table import PROVENANCE, TABLE_FILE, Reader
-from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.plan_table import size, table
 
 STDLIB_NOTE = "calibrated on Python source; for other kinds of text pass --calibration FILE"
 DROP_COUNTS = {"equal": "as many in every layer", "sensitivity": "more where it costs less"}
-
-
-def widths_name(widths: tuple[int, int, int]) -> str:
-    """ "2" where gate, up and down agree, else "2/2/3"."""
-    return str(widths[0]) if len(set(widths)) == 1 else "/".join(map(str, widths))
-
-
-def describe_bundle(bundle) -> dict:
-    """What `inspect` shows of a Bundle, as one JSON object.
-
-    Raises ValueError where what bundle.json says of the bundle's making is not of the shape it must have.
-    """
-    from edge_moe.compressor.sizes import trunk_kind
-
-    config, extra = bundle.config, bundle.table
-    Reader(bundle.path / TABLE_FILE).check(extra, PROVENANCE, "")
-    per_layer, per_group = {layer: Counter() for layer in config.moe_layers}, {}
-    for expert in bundle.experts.values():
-        per_layer[expert.layer][expert.widths] += 1
-        per_group.setdefault(expert.group, Counter())[expert.widths] += 1
-    total = sum(per_layer.values(), Counter())
-    every = range(config.experts)
-    trunk_widths = {}
-    for name, shape in trunk_shapes(config).items():
-        if (kind := trunk_kind(name, shape)) != "float32":
-            trunk_widths.setdefault(kind, set()).add(bundle.table["trunk"]["tensors"][name]["width"])
-    trunk_widths = {kind: sorted(widths) for kind, widths in trunk_widths.items()}
-
-    def named(counts: Counter) -> dict[str, int]:
-        return {widths_name(widths): counts[widths] for widths in sorted(counts)}
-
-    return {
-        "path": str(bundle.path),
-        "tool": extra.get("tool"),
-        "architecture": config.architecture,
-        "layers": config.layers,
-        "dim": config.dim,
-        "heads": config.heads,
-        "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "vocab": config.vocab,
-        "context": config.context,
-        "experts": config.experts,
-        "top_k": config.top_k,
-        "expert_hidden": config.expert_hidden,
-        "shared_hidden": config.shared_hidden,
-        "bundle_bytes": bundle.nbytes,
-        "trunk_bytes": bundle.trunk_bytes,
-        "expert_bytes": bundle.expert_bytes,
-        "bits_per_weight": bundle.bits_per_weight,
-        "trunk_widths": trunk_widths,
-        "groups": sorted(per_group),
-        "widths": named(total),
-        "widths_by_group": {str(group): named(per_group[group]) for group in sorted(per_group)},
-        "widths_by_layer": {str(layer): named(counts) for layer, counts in per_layer.items()},
-        "experts_by_layer": {str(layer): config.experts_of(layer) for layer in config.moe_layers},
-        "top_k_by_layer": {str(layer): config.top_k_of(layer) for layer in config.moe_layers},
-        "dropped": sum(map(len, extra["dropped"])),
-        "dropped_by_layer": {
-            str(layer): sorted(set(every) - set(config.kept[layer])) if config.kept else []
-            for layer in config.moe_layers
-        },
-        "method": extra.get("method"),
-        "calibration": extra.get("calibration"),
-        "certificate": extra.get("certificate"),
-        "pruning": bundle.pruning and bundle.pruning.about(),
-        "unlisted_files": list(bundle.unlisted),
-    }
 
 
 def bundle_text(about: dict) -> str:
@@ -146,7 +74,7 @@ def _widths_tables(about: dict) -> list[str]:
 
 def compressed_text(about: dict) -> str:
     """What compress made, how good it is, and what to know about it."""
-    from edge_moe.compressor.calibrate import STDLIB
+    from edge_moe.compressor.passes.calibrate import STDLIB
 
     widths = ", ".join(f"{count:,} of {name}" for name, count in about["widths"].items())
     calibrated, method = about["calibration"] or {}, about["method"]
@@ -165,7 +93,7 @@ def compressed_text(about: dict) -> str:
 
 def spread_text(method: dict, widths: dict) -> str:
     """How unlike the experts are, and what pmq made of it: bundle.json's `method` and experts by width."""
-    from edge_moe.compressor.allocate import FLAT
+    from edge_moe.compressor.choosing.allocate import FLAT
 
     found = f"sensitivity spread {method['spread']:.3g} (90th over 10th percentile of experts)"
     if method.get("flat"):

@@ -1,5 +1,5 @@
 // Which of its chosen experts a token keeps: the heaviest few, by one of several rules. What a rule needs is calibrated
-// by compressor/prune.py; runtime/reference.py has the same rules to read beside these.
+// by compressor/pruning/prune.py; runtime/reference.py has the same rules to read beside these.
 #pragma once
 
 #include <cstdint>

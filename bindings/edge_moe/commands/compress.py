@@ -132,9 +132,10 @@ def compress(
     if context is not None and ram is None:
         raise typer.BadParameter("--context belongs to --ram: it says how much memory running takes")
     from edge_moe.compressor import pipeline
-    from edge_moe.needs import needs_of
+    from edge_moe.compressor.needs import needs_of
     from edge_moe.progress import phases
-    from edge_moe.report import compressed_text, describe_bundle, needs_text
+    from edge_moe.report import compressed_text, needs_text
+    from edge_moe.runtime.describe import describe_bundle
     from edge_moe.runtime.model_path import utf8_path
 
     utf8_path(out)  # before hours of work

@@ -7,8 +7,9 @@ from edge_moe.terminal import show
 
 def inspect(bundle: options.Bundle, json_output: options.Json = False) -> None:
     """Show a bundle's shapes, bytes and widths."""
-    from edge_moe.report import bundle_text, describe_bundle
+    from edge_moe.report import bundle_text
     from edge_moe.runtime.bundle import Bundle
+    from edge_moe.runtime.describe import describe_bundle
 
     about = describe_bundle(Bundle.open(bundle))
     if json_output:

@@ -71,7 +71,7 @@ def plan(
     Nothing is loaded: a bundle's tables are enough, or a config.json before any download. Shows where memory would go,
     and what speed to expect once `edge-moe doctor` has measured this machine. Fails when the cap is below the floor.
     """
-    from edge_moe.compressor.estimate import estimate
+    from edge_moe.compressor.choosing.estimate import estimate
     from edge_moe.runtime.plan import BelowFloor
 
     as_made = {"bits": bits, "size": size, "width": width, "widths": widths_of(widths), "trunk_width": trunk_width}

@@ -38,7 +38,7 @@ def prune(
     weights stay as they are, and a run without --prune uses all experts where --default sets nothing else.
     """
     from edge_moe.bench.conditions import timed
-    from edge_moe.compressor.prune import DEFAULT_RULES, calibrate_pruning, set_default
+    from edge_moe.compressor.pruning.prune import DEFAULT_RULES, calibrate_pruning, set_default
     from edge_moe.progress import progress_bar
     from edge_moe.report import pruning_text
     from edge_moe.runtime.bundle import Bundle

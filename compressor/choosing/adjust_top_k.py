@@ -1,0 +1,133 @@
+"""How many experts a token should choose in each layer once some were dropped (Collaborative Compression).
+
+A token whose experts are gone takes its next best, which the model was never meant to use for it: fewer may be nearer
+to the source. Each layer is tried with fewer, alone, with experts in full precision; what gets nearer is kept.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edge_moe.compressor.choosing.sensitivity import Form
+from edge_moe.compressor.passes import forward
+from edge_moe.compressor.rounding.round_layers import cut_router
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.score import log_softmax
+
+SEQUENCES = 32  # of calibration text, spread evenly
+LOGITS_BYTES = 64_000_000  # of one form's logits at a time
+
+
+@dataclass(frozen=True, slots=True)
+class CutTrunk:
+    """A checkpoint's trunk with routers cut to the experts that are kept."""
+
+    checkpoint: object
+    config: ModelConfig
+
+    def trunk(self, name: str) -> np.ndarray:
+        return cut_router(self.config, name, self.checkpoint.trunk(name))
+
+
+def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, workers: int, tell) -> tuple[int, ...]:
+    """Experts a token chooses, by layer (0 in a dense one), of a config with `kept`.
+
+    Tried are those from the share kept of top_k, rounded, up to top_k. ids: (sequences, tokens). new_stream: (name,
+    rows) -> Stream. tell(layers done) is called as it goes.
+    """
+    ids = ids[np.unique(np.linspace(0, len(ids) - 1, min(len(ids), SEQUENCES)).astype(np.int64))]
+    full = replace(config, kept=(), layer_top_k=())
+    source, base = Form(checkpoint), Form(CutTrunk(checkpoint, config))
+    tried = Form(base.weights)  # each trial so far, one after another
+    for form in (source, base):
+        form.x = new_stream("top-k", ids.size)
+        forward.embed(config, form.weights, ids, form.x)
+    trials = []  # (layer, top_k)
+    for layer in range(config.layers):
+        present = [(full, source), (config, base), *([(config, tried)] if trials else [])]
+        for its, form in present:
+            form.enter(its, layer, ids.shape[1], new_stream)
+        new = []
+        if layer not in config.dense_layers:
+            for top_k in range(fewest(config, layer), config.top_k):
+                trials.append((layer, top_k))
+                trial = replace(config, layer_top_k=(top_k,) * config.layers)
+                new.append((trial, _beside(trial, base, layer, new_stream)))
+            _add_experts(full, checkpoint, layer, present + new, workers)
+        for _, form in present:
+            form.leave()
+        tried.x = _joined(tried.x, [form.y for _, form in new], new_stream)
+        tell(layer + 1)
+    found = _divergence(config, source, [base, tried], ids.size)
+    for form in (source, base, tried):
+        if form.x is not None:
+            form.x.close()
+    best = dict.fromkeys(config.moe_layers, (found[0], config.top_k))
+    for (layer, top_k), nats in zip(trials, found[1:], strict=True):
+        best[layer] = min(best[layer], (nats, top_k))
+    return tuple(best[layer][1] if layer in best else 0 for layer in range(config.layers))
+
+
+def fewest(config: ModelConfig, layer: int) -> int:
+    """The least experts a token that are tried."""
+    return max(round(config.top_k * config.experts_of(layer) / config.experts), 1)
+
+
+def _beside(config: ModelConfig, base: Form, layer: int, new_stream) -> Form:
+    """`base` within a layer, with another routing."""
+    form = Form(base.weights, a=base.a, y=new_stream("top-k-next", base.y.rows))
+    for start, stop in base.y.blocks():
+        form.y.write(start, base.y.read(start, stop))
+    form.routing = forward.route(config, base.weights, layer, base.a)
+    return form
+
+
+def _add_experts(
+    full: ModelConfig, checkpoint, layer: int, forms: list[tuple[ModelConfig, Form]], workers: int
+) -> None:
+    norms = forward.Held(checkpoint)
+
+    def one(expert: int):
+        matrices, outputs = checkpoint.expert(layer, expert), []
+        for config, form in forms:
+            number = config.number_of(layer, expert)
+            if number is not None:
+                rows, weight = form.routing.rows_of(number)
+                parts = forward.expert_parts(full, norms, layer, form.a, matrices, rows, weight)
+                outputs.append((form.y, forward.held(parts, len(rows), full.dim)))
+        return outputs
+
+    for outputs in forward.in_order(workers, one, range(full.experts)):
+        for into, parts in outputs:
+            forward.add_all(into, parts)
+
+
+def _joined(before, new: list, new_stream):
+    """One stream of all rows, in order; the others are closed. None of none."""
+    parts = [stream for stream in (before, *new) if stream is not None]
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    out, at = new_stream("top-k-tried", sum(stream.rows for stream in parts)), 0
+    for stream in parts:
+        for start, stop in stream.blocks():
+            out.write(at + start, stream.read(start, stop))
+        at += stream.rows
+        stream.close()
+    return out
+
+
+def _divergence(config: ModelConfig, source: Form, forms: list[Form], rows: int) -> list[float]:
+    """KL divergence from the source of each `rows` rows of the forms, nats a token."""
+    step = max(LOGITS_BYTES // (8 * config.vocab), 1)
+    held, found = forward.Held(source.weights), []
+    for form in forms:
+        for first in range(0, form.x.rows if form.x else 0, rows):
+            total = 0.0
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                clean = log_softmax(reference.head(config, held, source.x.read(start, stop)))
+                moved = log_softmax(reference.head(config, held, form.x.read(first + start, first + stop)))
+                total += float((np.exp(clean) * (clean - moved)).sum())
+            found.append(total / rows)
+    return found

@@ -1,0 +1,138 @@
+"""What each expert and each kind of the trunk gets: experts to drop, widths, groups, within the target's bytes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edge_moe.compressor.choosing import allocate, targets, trunk
+from edge_moe.compressor.choosing.drop_experts import drop, drop_in_program
+from edge_moe.compressor.choosing.sensitivity import Measures
+from edge_moe.compressor.choosing.targets import Options
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing
+from edge_moe.runtime.config import ModelConfig
+
+
+@dataclass(slots=True)
+class Choosing:
+    """The choice for one run, by its options and what measuring found; `config` and `trunk` become the bundle's."""
+
+    checkpoint: Checkpoint
+    o: Options
+    trunk: dict[str, Packing]  # before: as narrow as it may become, where measuring decides
+    measures: Measures | None
+    adjusted_top_k: Callable[[ModelConfig], tuple[int, ...]]
+    mixed: Callable[..., list[Packing]]  # allocate.mixed, or a study's in its place
+    config: ModelConfig = None
+
+    def run(self) -> tuple[dict, dict, dict]:
+        """Packing of every expert by (layer, number), that of one width to compare with, and what bundle.json says."""
+        o, method = self.o, {"name": self.o.method}
+        self.config = self.checkpoint.config
+        if o.drop_experts:
+            method |= {"drop_counts": o.drop_counts} | ({} if self.drops_in_program else {"drop_score": o.drop_score})
+            self.config = self.dropped()
+            self.measures = self.measures.of(self.config)
+            if o.adjust_top_k:
+                self.config = replace(self.config, layer_top_k=self.adjusted_top_k(self.config))
+        budget = self.budget()
+        if o.chooses_trunk:
+            method["trunk"] = self.trunk_widths(budget)
+            self.trunk = trunk.packing_of(self.config, method["trunk"])
+            budget = self.budget()
+        config, uniform = self.config, self.uniform(budget)
+        chosen = [uniform] * config.expert_count
+        if o.method == "pmq":
+            bits = 8 * budget / (config.expert_weights * config.expert_count)
+            near = allocate.unit_of(config, self.measures, bits)  # for the unit of each kind of text
+            choice = self.measures.choices.index((near.widths[0], near.group))
+            method["spread"] = round(self.measures.spread(choice), 2)
+            method["flat"] = method["spread"] < allocate.FLAT
+            if not method["flat"]:
+                chosen = self.mixed(config, self.measures, budget, near, self.paging(budget))
+        elif o.method != "uniform":
+            chosen = allocate.published(config, self.measures, budget, o.method, targets.groups(o, config)[0])
+        keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts_of(layer))]
+        return dict(zip(keys, chosen, strict=True)), dict.fromkeys(keys, uniform), method
+
+    @property
+    def drops_in_program(self) -> bool:
+        return self.o.method == "pmq" and self.o.drop_counts == "sensitivity"
+
+    def dropped(self) -> ModelConfig:
+        """The config without the experts that are to go."""
+        o, config = self.o, self.config
+        if not self.drops_in_program:
+            return drop(config, self.measures, o.drop_experts, o.drop_score, o.drop_counts)
+        left = config.expert_count - int(o.drop_experts * config.expert_count + 1e-9)
+        budget = self.budget()
+        if o.bits or o.paged:  # which are of what stays
+            budget *= left / config.expert_count
+        bits = 8 * budget / (config.expert_weights * left)
+        return drop_in_program(config, self.measures, o.drop_experts, bits, budget)
+
+    def budget(self) -> float | None:
+        """Bytes for the experts beside the trunk as it is; None where there is one width instead."""
+        if self.o.width is not None:
+            return None
+        if self.o.paged:
+            return targets.paged_budget(self.o, self.checkpoint, self.frequency, self.trunk)
+        return targets.expert_budget(self.o, self.checkpoint, self.config, self.trunk)
+
+    def uniform(self, budget: float | None) -> Packing:
+        """One width and group for all experts: what was asked for, or the most that the budget allows."""
+        if budget is None:
+            return Packing((self.o.width,) * 3, targets.groups(replace(self.o, method="rtn"), self.config)[0])
+        every = targets.groups(replace(self.o, method="uniform"), self.config)
+        bits = 8 * budget / (self.config.expert_weights * self.config.expert_count)
+        return targets.uniform_packing(self.config, bits, every)
+
+    def trunk_widths(self, budget: float) -> dict[str, int]:
+        """Each kind's. budget: of the experts, beside the narrowest trunk where the target is of the whole."""
+        curves, whole = allocate.curves(self.config, self.measures), not self.o.bits
+        if self.o.paged:  # the trunk shares the cap with the experts that are used most
+            hot = targets.hot_experts(self.frequency)
+            curves, budget = [curves[i] for i in np.flatnonzero(hot)], budget * hot.mean()
+        return trunk.choose_widths(self.config, self.measures.trunk, curves, budget, whole)
+
+    @property
+    def frequency(self) -> np.ndarray:
+        """(experts of all layers,) uses a token in calibration."""
+        return np.concatenate([m.frequency for m in self.measures.layers if m is not None])
+
+    def paging(self, budget: float) -> allocate.Paging | None:
+        """What the bundle is to keep in memory and to read, where it is made for a cap below its size."""
+        if not self.o.paged:
+            return None
+        hot, each = targets.hot_experts(self.frequency), budget / len(self.frequency)
+        room, missed = each * np.count_nonzero(hot), each * float(self.frequency[~hot].sum())
+        most_used = max(self.config.top_k_of(layer) for layer in self.config.moe_layers)
+        return allocate.Paging(hot, room, self.frequency, missed, max(each, room / most_used))
+
+
+def as_json(config: ModelConfig, trunk: dict[str, Packing], chosen: tuple[dict, dict, dict]) -> dict:
+    """A choice as the journal keeps it, without layer_top_k, which is there already.
+
+    A run that goes on must not choose again: another version of the solver may find another packing.
+    """
+    packing, compared, method = chosen
+    return {
+        "kept": config.kept,
+        "trunk": {name: [how.widths, how.group] for name, how in trunk.items()},
+        "experts": [[how.widths, how.group] for how in packing.values()],
+        "uniform": [[how.widths, how.group] for how in compared.values()],
+        "method": method,
+    }
+
+
+def from_json(config: ModelConfig, saved: dict) -> tuple[ModelConfig, dict[str, Packing], tuple[dict, dict, dict]]:
+    """What as_json() was given, for the checkpoint's config."""
+    config = replace(config, kept=tuple(map(tuple, saved["kept"])))
+    trunk = {name: Packing(tuple(widths), group) for name, (widths, group) in saved["trunk"].items()}
+    keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts_of(layer))]
+    packing, compared = (
+        {key: Packing(tuple(widths), group) for key, (widths, group) in zip(keys, saved[name], strict=True)}
+        for name in ("experts", "uniform")
+    )
+    return config, trunk, (packing, compared, saved["method"])

@@ -1,0 +1,285 @@
+"""The plan of a model that is not compressed, or not even downloaded yet: its config.json says every size."""
+
+import math
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe import _core
+from edge_moe.compressor.choosing import targets
+from edge_moe.compressor.choosing.sizes import (
+    EDGES,
+    GROUP,
+    RECIPES,
+    TRUNK_WIDTH,
+    Part,
+    Sizes,
+    mixed_sizes,
+    packed_sizes,
+    sizes_by_bits,
+    widths_by_kind,
+)
+from edge_moe.compressor.rounding.quantise import largest_group
+from edge_moe.compressor.source.formats import scale_blocks
+from edge_moe.devices.probe import default_threads
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.child import answer
+from edge_moe.runtime.config import ModelConfig, parse_config, read_json, trunk_shapes
+from edge_moe.runtime.device import device_name
+from edge_moe.runtime.model_path import check_quantised, find_model, raise_if_other_format
+from edge_moe.runtime.plan import KV_TYPES, Plan, make_plan, resolve_ram
+from edge_moe.runtime.runtime import DEFAULT_CONTEXT
+from edge_moe.runtime.tokenizer import tokenizer_of
+
+SHOWN_BITS = (2.0, 2.5, 3.0, 3.5, 4.5)  # that a cap is compared at
+COMMAND_LINE_BYTES = 14_000_000  # that a command line has in memory beside the library, typer and pydantic, at most
+TABLE_BYTES, RECORD_BYTES = 2_500_000, 1_200  # of memory that reading bundle.json takes: 4.7 MB were for 2,000 experts
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A plan and what its tokens read; for what is no bundle yet its parts and how long a context the cap allows."""
+
+    plan: Plan
+    layers: int
+    bits: float  # mean bits of an expert weight, scales, biases and padding included
+    trunk_bits: float  # the same of the trunk
+    trunk_read_bytes: int  # of the trunk for each token: all but the rows of the embedding that it is not
+    disk_bytes: int  # of the bundle but for its tables
+    hit_rate: float  # share of expert uses that will be in memory
+    calibrated: bool  # the hit rate is from calibration's frequencies; else experts are taken to be used evenly
+    parts: tuple[Part, ...] = ()  # none for a bundle, nor the rest
+    largest_context: int = 0  # tokens with which the plan is not below its floor; 0: with none
+    largest_resident_context: int = 0  # tokens with which, besides, every expert is in memory
+    assumed: str = ""  # what was taken for granted
+    others: tuple["Estimate", ...] = ()  # the same cap at SHOWN_BITS
+
+    def __str__(self) -> str:
+        return str(self.plan)
+
+    def as_dict(self) -> dict:
+        """The plan's keys and what else is known; for what is not a bundle yet `parts` and both contexts too."""
+        more = {
+            "parts": [part.as_dict() for part in self.parts],
+            "largest_context": self.largest_context,
+            "largest_resident_context": self.largest_resident_context,
+        }
+        known = {
+            "bits_per_weight": self.bits,
+            "disk_bytes": self.disk_bytes,
+            "expected_hit_rate": self.hit_rate,
+            "calibrated": self.calibrated,
+        }
+        return self.plan.as_dict() | known | (more if self.parts else {})
+
+
+def estimate(
+    model: str | Path,
+    ram: int | str = "auto",
+    *,
+    context: int | None = None,
+    bits: float | None = None,
+    size: int | str | None = None,
+    width: int | None = None,
+    widths: dict[str, int] | None = None,
+    trunk_width: int | None = None,
+    keep_experts: int | float | None = None,
+    recipe: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    kv: str = KV_TYPES[0],
+) -> Estimate:
+    """The plan of a bundle, a checkpoint's directory or a config.json; a plan below its floor is returned, not refused.
+
+    Of what is not a bundle yet: bits and size as compress() takes them, and like there 2.5 bits where nothing is said;
+    width, trunk_width and widths are bits as widths_by_kind() takes them; recipe: instead, a published mix by name;
+    keep_experts: how many a layer keeps, or as a float their share. device: where it would be computed; a GPU is one
+    that shares the processor's memory, and what its driver takes is not in the plan. The interpreter counts as it is in
+    this process, with the tokenizer where there is one. Raises ValueError for bad options and what reading the config
+    or the bundle raises.
+    """
+    path = find_model(model)
+    choices = {"bits": bits, "size": size, "width": width, "widths": widths, "trunk_width": trunk_width}
+    choices["recipe"] = recipe
+    given = [name for name, value in {**choices, "keep_experts": keep_experts}.items() if value is not None]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such bundle, model directory or config.json")
+    bundle = Bundle.open(path) if (path / "bundle.json").is_file() else None
+    if bundle and given:
+        raise ValueError(f"{path}: a bundle has its widths and experts already; leave {given[0]} out")
+    config = bundle.config if bundle else _config_of(path, keep_experts)
+    sizes, assumed = _bundle_sizes(bundle) if bundle else _config_sizes(config, str(path), **choices)
+    context = min(DEFAULT_CONTEXT, config.context) if context is None else context
+    if not 1 <= context <= config.context:
+        raise ValueError(f"context is {context}, expected 1 to {config.context}, the model's own")
+    tokenizer = tokenizer_of(path)
+    table_bytes = 0 if bundle else TABLE_BYTES + RECORD_BYTES * config.expert_count
+    fixed = {
+        "ram_bytes": resolve_ram(ram),
+        "interpreter_bytes": _core.resident_bytes() + table_bytes,
+        "threads": threads or default_threads(),
+        "kv": kv,
+        "device": device_name(device),
+        "refuse": False,
+    }
+    del tokenizer  # counted
+
+    def plan(sizes: Sizes, context: int) -> Plan:
+        each = {name: getattr(sizes, name) for name in ("trunk_bytes", "all_experts_bytes", "slot_bytes")}
+        return make_plan(config, context=context, **each, **fixed)
+
+    def made(sizes: Sizes, **more) -> Estimate:
+        planned = plan(sizes, context)
+        return Estimate(planned, **_about(config, sizes, planned, bundle), **more)
+
+    if bundle:
+        return made(sizes)
+
+    def largest(needed: str) -> int:
+        """The most tokens with which the plan's field `needed` is within the cap; it grows with them."""
+        counts = range(1, config.context + 1)
+        return bisect_left(counts, True, key=lambda n: getattr(plan(sizes, n), needed) > fixed["ram_bytes"])
+
+    others = ()
+    if recipe is None and largest_group(GROUP, config.dim, config.expert_hidden):
+        others = tuple(made(mixed_sizes(config, each, trunk_width or TRUNK_WIDTH)) for each in SHOWN_BITS)
+    contexts = {"largest_context": largest("floor_bytes"), "largest_resident_context": largest("resident_bytes")}
+    return made(sizes, parts=sizes.parts, assumed=assumed, others=others, **contexts)
+
+
+def _about(config: ModelConfig, sizes: Sizes, plan: Plan, bundle: Bundle | None) -> dict:
+    """Estimate's fields beside the plan."""
+    shapes = trunk_shapes(config)
+    embedding, dim = shapes["embedding"]
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    bits = 8 * sizes.trunk_bytes / weights
+    unread = round((embedding - 1) * dim * bits / 8) if "head" in shapes else 0
+    frequency = np.array([expert.frequency for expert in bundle.experts.values()]) if bundle else np.zeros(0)
+    calibrated = bool(frequency.any())
+    share = plan.experts_bytes / plan.all_experts_bytes
+    return {
+        "layers": config.layers,
+        "bits": 8 * sizes.all_experts_bytes / (config.expert_count * config.expert_weights),
+        "trunk_bits": bits,
+        "trunk_read_bytes": sizes.trunk_bytes - unread,
+        "disk_bytes": sizes.trunk_bytes + sizes.all_experts_bytes,
+        "hit_rate": _hits_of_most_used(bundle, frequency, plan.experts_bytes) if calibrated else share,
+        "calibrated": calibrated,
+    }
+
+
+def _hits_of_most_used(bundle: Bundle, frequency: np.ndarray, room_bytes: int) -> float:
+    """Share of expert uses that the records used most, as many as fit into the room, answer.
+
+    frequency: (experts of all layers,), of its layer's tokens.
+    """
+    uses = frequency * [bundle.config.top_k_of(expert.layer) for expert in bundle.experts.values()]
+    nbytes = np.array([expert.nbytes for expert in bundle.experts.values()])
+    order = np.argsort(-uses / nbytes, kind="stable")
+    fits = np.cumsum(nbytes[order]) <= room_bytes
+    return float(uses[order][fits].sum() / uses.sum())
+
+
+def keep_experts_of(config: ModelConfig, keep: int | float) -> ModelConfig:
+    """The model with so many experts a layer, or with that share of them if `keep` is a float, rounded up.
+
+    Raises ValueError for fewer than a token uses or more than there are.
+    """
+    is_share = isinstance(keep, float) and 0 < keep <= 1
+    count = math.ceil(keep * config.experts - 1e-9) if is_share else keep
+    if isinstance(keep, float) != is_share or not config.top_k <= count <= config.experts:
+        raise ValueError(
+            f"keep_experts is {keep}, expected {config.top_k}, which a token uses, to {config.experts}, "
+            "or a share of them as 0.75"
+        )
+    kept = tuple(range(count))
+    return replace(config, kept=tuple(() if layer in config.dense_layers else kept for layer in range(config.layers)))
+
+
+def _bundle_sizes(bundle: Bundle) -> tuple[Sizes, str]:
+    slot_bytes = max(expert.nbytes for expert in bundle.experts.values())
+    return Sizes((), bundle.trunk_bytes, bundle.expert_bytes, slot_bytes), ""
+
+
+def _config_of(path: Path, keep_experts: int | float | None) -> ModelConfig:
+    """The model as it would be."""
+    file = path / "config.json" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise_if_other_format(path)
+    raw = read_json(file)
+    check_quantised(raw, str(file))
+    scale_blocks(raw.get("quantization_config"), str(file))
+    config = parse_config(raw, where=str(file))
+    return config if keep_experts is None else keep_experts_of(config, keep_experts)
+
+
+def _config_sizes(
+    config: ModelConfig, where: str, *, bits: float | None, size: int | str | None, recipe: str | None, **widths
+) -> tuple[Sizes, str]:
+    """The sizes of a model as it would be, and what was assumed."""
+    if recipe is not None:
+        sizes = _recipe_sizes(config, recipe, {"bits": bits, "size": size, **widths})
+        assumed = f"the bits a weight of the published mix {recipe!r}, which is another format"
+    elif bits is not None or size is not None or (widths["width"] is None and widths["widths"] is None):
+        sizes, assumed = _sizes_as_compressed(config, bits, size, widths, where)
+    else:
+        chosen = widths_by_kind(widths["width"], widths["trunk_width"], widths["widths"])
+        sizes = packed_sizes(config, chosen, where)
+        told = [part.name for part in sizes.parts if part.name in chosen]
+        told += [edge for edge in EDGES if chosen[edge] != chosen[edge.removeprefix("edge_")]]
+        assumed = "widths " + ", ".join(f"{name} {chosen[name]}" for name in told)
+    experts = config.experts_of(config.moe_layers[0])
+    return sizes, f"computed from the config: {assumed}; {experts} of {config.experts} experts a layer"
+
+
+def _sizes_as_compressed(
+    config: ModelConfig, bits: float | None, size: int | str | None, widths: dict, where: str
+) -> tuple[Sizes, str]:
+    """What compress() would make with bits or size, before anything is measured; and what was assumed."""
+    if given := [name for name in ("width", "widths") if widths[name] is not None]:
+        raise ValueError(f"bits and size are of all experts together; leave {given[0]} out")
+    asked = targets.check(targets.Options(bits=bits, size=size, trunk_width=widths["trunk_width"]), config)
+    if asked.bits == 16:
+        return packed_sizes(config, widths_by_kind(16), where), "all weights as they are"
+    trunk_width = widths["trunk_width"] or TRUNK_WIDTH
+    bits = asked.bits or _bits_within(config, asked.size, trunk_width)
+    told = f"{bits:.3g} bits of an expert weight, {trunk_width} bits of all others"
+    return mixed_sizes(config, bits, trunk_width), told + ("" if widths["trunk_width"] else " at the most")
+
+
+def _bits_within(config: ModelConfig, size_bytes: int, trunk_width: int) -> float:
+    """Bits of an expert weight in a bundle of so many bytes, tables included."""
+    entries = len(trunk_shapes(config)) + config.expert_count
+    fixed = mixed_sizes(config, 1, trunk_width).trunk_bytes + targets.TABLE_BYTES * entries + targets.OTHER_BYTES
+    bits = 8 * (size_bytes - fixed) / (config.expert_weights * config.expert_count)
+    least = targets.true_bits(config, (1, 1, 1), largest_group(128, config.dim, config.expert_hidden))
+    if bits < least:
+        experts = math.ceil(least * config.expert_weights * config.expert_count / 8)
+        raise ValueError(
+            f"size is {size_bytes:,} bytes, expected at least {fixed + experts:,}: {experts:,} for experts of width 1 "
+            f"and {fixed:,} for the rest; raise it, lower trunk_width, or keep fewer experts"
+        )
+    return min(bits, 16)
+
+
+def _recipe_sizes(config: ModelConfig, recipe: str, widths: dict) -> Sizes:
+    if given := [name for name, value in widths.items() if value is not None]:
+        raise ValueError(f"recipe {recipe!r} has its own widths; leave {given[0]} out")
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe is {recipe!r}, expected one of {', '.join(RECIPES)}")
+    architecture, bits_of = RECIPES[recipe]
+    if config.architecture != architecture:
+        raise ValueError(f"recipe {recipe!r} is for {architecture}, the model is {config.architecture}")
+    return sizes_by_bits(config, bits_of)
+
+
+def _rest_bytes(model: str, context: int | None) -> int:
+    """Bytes of memory that running the model from the command line takes beside experts and trunk."""
+    plan = estimate(model, "1000TB", context=context, width=1).plan
+    return plan.resident_bytes - plan.all_experts_bytes - plan.trunk_bytes + COMMAND_LINE_BYTES
+
+
+if __name__ == "__main__":
+    answer(_rest_bytes)

@@ -1,0 +1,377 @@
+"""What each width of each matrix would cost the model: measured, with the quantiser that is used.
+
+One pass over the layers with full-precision inputs. Every matrix of every expert is rounded (GPTQ without refinement)
+at every choice of width and group, alone, and the change of the layer's output on calibration tokens is taken. Layers
+are weighed by measurement too: each layer's experts are rounded together at one choice, that error is carried through
+the rest of the model, and the KL divergence of the predictions per unit of error is the layer's gain. Beside these go
+forms of the model with one kind of its trunk rounded (trunk.py), for their divergence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe.compressor.passes import forward
+from edge_moe.compressor.passes.calibrate import Calibration
+from edge_moe.compressor.passes.expert_rows import fitting_rows, with_nearest
+from edge_moe.compressor.passes.streams import Stream
+from edge_moe.compressor.rounding.gptq import gptq
+from edge_moe.compressor.rounding.inputs import curvature_of
+from edge_moe.compressor.rounding.quantise import dequantise
+from edge_moe.compressor.writing.files import write_whole
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.score import log_softmax
+
+MOST_ROWS = 1024  # tokens of an expert on which its error is measured; more are sampled evenly
+GAIN_ROWS = 40_000  # rows of all layers' carried errors together, at the most, but GAIN_SEQUENCES a layer
+GAIN_SEQUENCES = 16
+
+Choice = tuple[int, int]  # width and group of one matrix
+
+
+@dataclass(slots=True)
+class LayerMeasure:
+    """One layer's calibration: experts in rows; a choice is a (width, group) of one matrix."""
+
+    frequency: np.ndarray  # (experts,) assignments / tokens
+    routing_weight: np.ndarray  # (experts,) mean over all tokens of the score where chosen, before renormalisation
+    rows: np.ndarray  # (experts,) tokens routed to each
+    norm_errors: np.ndarray  # (experts, 3, choices) Frobenius norm of the change of the block's output (MC)
+    # (experts, 3, choices, domains + 1) mean over a domain's tokens of the squared change of the residual stream,
+    # relative to its squared norm. The last column stands for text unlike all of it, which uses every expert alike: it
+    # keeps experts that calibration seldom saw from being starved.
+    errors: np.ndarray
+    drop_errors: np.ndarray  # (experts, domains + 1) the same for the expert's whole output gone
+    carried: np.ndarray  # (domains,) the same for all of the layer's experts rounded at the carried choice
+
+
+@dataclass(slots=True)
+class Measures:
+    """What measuring found: layers (None for dense ones), the choices, and each layer's gain."""
+
+    layers: list[LayerMeasure | None]
+    choices: list[Choice]
+    gain: np.ndarray  # (layers, domains + 1) nats of KL divergence a unit of relative squared error
+    trunk: dict[str, float] = field(default_factory=dict)  # nats of each kind of the trunk at trunk.PROBED, by kind
+
+    def cost(self) -> np.ndarray:
+        """(experts of all layers, 3, choices, domains + 1) expected KL divergence, nats a token."""
+        present = [(m, gain) for m, gain in zip(self.layers, self.gain, strict=True) if m is not None]
+        return np.concatenate([m.errors * gain for m, gain in present])
+
+    def of(self, config: ModelConfig) -> "Measures":
+        """Of the experts that `config` keeps alone."""
+        layers = []
+        for layer, measure in enumerate(self.layers):
+            if measure is None:
+                layers.append(None)
+                continue
+            kept = list(config.kept[layer])
+            cut = {f.name: getattr(measure, f.name)[kept] for f in fields(LayerMeasure) if f.name != "carried"}
+            layers.append(LayerMeasure(**cut, carried=measure.carried))
+        return Measures(layers, self.choices, self.gain, self.trunk)
+
+    def frequencies(self) -> dict[tuple[int, int], float]:
+        """Uses of each expert a token, by layer and number."""
+        present = [(layer, m) for layer, m in enumerate(self.layers) if m is not None]
+        return {(layer, i): float(f) for layer, m in present for i, f in enumerate(m.frequency)}
+
+    def spread(self, choice: int) -> float:
+        """How unlike the experts are: 90th over 10th percentile of what one choice for all of it costs, by weight."""
+        cost = self.cost()[:, :, choice, :-1].mean(axis=-1).sum(axis=1)
+        low, high = np.quantile(cost, (0.1, 0.9))
+        return float(high / max(low, 1e-30))
+
+
+@dataclass(slots=True)
+class Layer:
+    """What measuring a layer's experts has in common."""
+
+    index: int
+    a: Stream  # after attention
+    routing: forward.Routing
+    norms: forward.Held
+    relative: np.ndarray  # (rows,) 1 / the squared norm of the residual stream after the layer, which later norms see
+    place: np.ndarray  # (rows,) in the sample that carries errors, -1 outside of it
+
+
+@dataclass(slots=True)
+class Form:
+    """One form of the model on its way through the layers: the source, or one with an error that is carried along."""
+
+    weights: object  # trunk(name)
+    x: Stream | None = None  # None before there is anything to carry
+    # within a layer
+    a: Stream | None = None
+    y: Stream | None = None
+    routing: forward.Routing | None = None
+
+    def enter(self, config: ModelConfig, layer: int, tokens: int, new_stream) -> None:
+        """Everything of a layer but its experts, which add to y."""
+        self.a, self.y = new_stream("attended", self.x.rows), new_stream("next", self.x.rows)
+        forward.attention(config, self.weights, layer, self.x, tokens, self.a)
+        forward.common_mlp(config, self.weights, layer, self.a, self.y)
+        self.routing = None
+        if layer not in config.dense_layers:
+            self.routing = forward.route(config, self.weights, layer, self.a)
+
+    def leave(self) -> None:
+        self.x.close()
+        self.a.close()
+        self.x = self.y
+
+
+@dataclass(slots=True)
+class Sensitivity:
+    """The pass, layer by layer; its state can be saved after each."""
+
+    config: ModelConfig
+    weights: object  # trunk(name), expert(layer, expert)
+    calibration: Calibration
+    choices: list[Choice]
+    carried_choice: int
+    workers: int  # experts at a time
+    threads: int  # of each
+    new_stream: Callable[[str, int], Stream]  # (name, rows) -> an empty one
+    keep: object = None  # (name, compute) -> arrays, those of a run before this one where there are any
+    trunks: dict[str, object] = field(default_factory=dict)  # forms of the trunk whose divergence is measured, by kind
+    forms: dict[str, Form] = field(default_factory=dict)  # source, carried, and one for each kind of the trunk
+    sample: np.ndarray = None  # sequences whose rows carry errors
+
+    def __post_init__(self):
+        sequences, tokens = self.calibration.ids.shape
+        count = sampled_sequences(self.config, sequences, tokens)
+        self.sample = np.linspace(0, sequences - 1, count).astype(np.int64)
+        # carried: of each layer so far, the model with that layer's error: (layers so far * rows, dim)
+        self.forms = {"source": Form(self.weights), "carried": Form(self.weights)}
+        self.forms |= {kind: Form(weights) for kind, weights in self.trunks.items()}
+
+    def start(self) -> None:
+        """Fill the streams of all forms with the first layer's inputs."""
+        for name, form in self.forms.items():
+            if name != "carried":
+                ids = self.calibration.ids[slice(None) if name == "source" else self.sample]
+                form.x = self.new_stream(name, ids.size)
+                forward.embed(self.config, form.weights, ids, form.x)
+
+    @property
+    def sample_rows(self) -> np.ndarray:
+        tokens = self.calibration.ids.shape[1]
+        return (self.sample[:, None] * tokens + np.arange(tokens)).reshape(-1)
+
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """The state between two layers, by form."""
+        return {name: form.x for name, form in self.forms.items() if form.x is not None}
+
+    def go_on(self, streams: dict[str, Stream]) -> None:
+        """Take up the state that a run before this one left."""
+        for name, stream in streams.items():
+            self.forms[name].x = stream
+
+    def layer(self, layer: int, tell: Callable[[int], None]) -> LayerMeasure | None:
+        """Measure one layer and go past it. tell(experts done) is called as it goes."""
+        config, measure = self.config, None
+        present = [form for form in self.forms.values() if form.x is not None]
+        for form in present:
+            form.enter(config, layer, self.calibration.ids.shape[1], self.new_stream)
+        change = None
+        if layer not in config.dense_layers:
+            change = np.zeros((len(self.sample_rows), config.dim), np.float32)
+            measure = self._experts(layer, present, change, tell)
+        for form in present:
+            form.leave()
+        if change is not None:
+            self._carry(change)
+        return measure
+
+    def _experts(self, layer: int, forms: list[Form], change: np.ndarray, tell) -> LayerMeasure:
+        """Measure the layer's experts and add their outputs to every form; `change` gets the carried choice's error."""
+        config, norms, source = self.config, forward.Held(self.weights), self.forms["source"]
+        a, routing = source.a, source.routing
+
+        def outputs_of(expert: int):
+            """(stream, pieces of what the expert adds to it) of each form."""
+            matrices, outputs = self.weights.expert(layer, expert), []
+            for form in forms:
+                rows, routed = form.routing.rows_of(expert)
+                parts = forward.expert_parts(config, norms, layer, form.a, matrices, rows, routed)
+                outputs.append((form.y, forward.held(parts, len(rows), config.dim)))
+            return outputs
+
+        for outputs in forward.in_order(self.workers, outputs_of, range(config.experts)):
+            for into, parts in outputs:
+                forward.add_all(into, parts)
+
+        place = np.full(a.rows, -1)
+        place[self.sample_rows] = np.arange(len(self.sample_rows))
+        relative = np.empty(a.rows, np.float32)
+        for start, stop in source.y.blocks():
+            relative[start:stop] = 1 / np.maximum(np.square(source.y.read(start, stop)).sum(-1), 1e-12)
+        at = Layer(layer, a, routing, norms, relative, place)
+
+        def measured(expert: int):
+            compute = lambda: self._expert(at, expert, self.weights.expert(layer, expert))  # noqa: E731
+            return self.keep(f"measured-{layer:04}-{expert:04}", compute) if self.keep else compute()
+
+        found = []
+        for result in forward.in_order(self.workers, measured, range(config.experts)):
+            change[result["moved_at"]] += result["moved"]
+            found.append(result)
+            tell(len(found))
+        count, norm_errors, errors = (
+            np.array([its[key] for its in found]) for key in ("count", "norm_errors", "errors")
+        )
+        scores = np.zeros_like(routing.scores)
+        np.put_along_axis(scores, routing.chosen, np.take_along_axis(routing.scores, routing.chosen, -1), -1)
+        return LayerMeasure(
+            count / a.rows,
+            scores.mean(0),
+            count,
+            norm_errors,
+            errors[:, :-1].reshape(config.experts, 3, len(self.choices), -1),
+            errors[:, -1],
+            self._of_sample(np.square(change, dtype=np.float64).sum(-1) * relative[self.sample_rows]),
+        )
+
+    def _expert(self, at: "Layer", expert: int, matrices) -> dict[str, np.ndarray]:
+        """One expert's part of a LayerMeasure, and how all three of its matrices at the carried choice move the output
+        of the sampled rows."""
+        config, routing = self.config, at.routing
+        domain = np.repeat(self.calibration.domains, self.calibration.ids.shape[1])  # (rows,)
+        domain_tokens = np.bincount(domain)
+        rows, routed = routing.rows_of(expert)
+        given, share = with_nearest(routing, expert, *fitting_rows(rows, routed, config.dim), at.a.rows)
+        kept = sampled(len(given))
+        relative = at.relative[given]
+        h = forward.expert_input(config, at.norms, at.index, at.a, given)
+        squared, gone, rounded = self._changes(matrices, h, share**2 * relative, kept)
+        # the last row is the output itself: what dropping the expert takes away
+        squared = np.concatenate([squared.reshape(-1, len(kept)), gone[None]]) * share[kept] ** 2
+        scale = len(rows) / max(len(kept), 1)
+        norm_errors = np.sqrt(squared[:-1].sum(-1) * scale).reshape(3, -1)
+        squared *= relative[kept]
+        in_domain = [np.bincount(domain[given[kept]], one, len(domain_tokens)) for one in squared]
+        unseen = squared.mean(-1) * config.top_k / config.experts
+
+        sample = at.place[rows] >= 0
+        h = forward.expert_input(config, at.norms, at.index, at.a, rows[sample])
+        moved = reference.expert(config, h, *rounded) - reference.expert(config, h, *matrices)
+        return {
+            "count": np.array(len(rows)),
+            "norm_errors": norm_errors,
+            "errors": np.column_stack([np.array(in_domain) * scale / domain_tokens, unseen]),
+            "moved_at": at.place[rows[sample]],
+            "moved": moved * routed[sample, None],
+        }
+
+    def _changes(self, matrices, h, token_weights, kept):
+        """Squared norm of the change of one expert's output, (3, choices, kept rows), for each matrix alone.
+
+        Also that of the output itself, (kept rows,), and the three matrices at the carried choice. They are rounded
+        for the other rows, every second one: an expert with few rows would seem to fit better than it does.
+        """
+        config = self.config
+        inner = reference.expert_inner(config, h, *matrices[:2])
+        curvature = curvature_of(h[::2], token_weights[::2])
+        curvature_down = curvature_of(inner[::2], token_weights[::2])
+        h_kept, inner_kept = h[kept], inner[kept]
+        gate, up = h_kept @ matrices[0].T, h_kept @ matrices[1].T
+        y = inner_kept @ matrices[2].T
+        squared = np.empty((3, len(self.choices), len(kept)), np.float64)
+        carried = None
+        for i, (width, group) in enumerate(self.choices):
+            rounded = []
+            for matrix, its in zip(matrices, (curvature, curvature, curvature_down), strict=True):
+                packed = gptq(matrix, its, width, group, sweeps=0, threads=self.threads)
+                rounded.append(dequantise(packed, width, matrix.shape[1]))
+            gates, ups = h_kept @ rounded[0].T, h_kept @ rounded[1].T
+            act = reference.silu if config.activation == "silu" else reference.gelu_tanh
+            squared[0, i] = np.square((act(gates) * up) @ matrices[2].T - y).sum(-1)
+            squared[1, i] = np.square((act(gate) * ups) @ matrices[2].T - y).sum(-1)
+            squared[2, i] = np.square(inner_kept @ rounded[2].T - y).sum(-1)
+            if i == self.carried_choice:
+                carried = rounded
+        return squared, np.square(y, dtype=np.float64).sum(-1), carried
+
+    def _of_sample(self, values: np.ndarray) -> np.ndarray:
+        """(domains,) mean of a figure of each sampled row."""
+        domain = np.repeat(self.calibration.domains[self.sample], self.calibration.ids.shape[1])
+        domains = int(self.calibration.domains.max()) + 1
+        return np.bincount(domain, values, domains) / np.maximum(np.bincount(domain, minlength=domains), 1)
+
+    def _carry(self, change: np.ndarray) -> None:
+        """Start carrying this layer's error beside those of the layers before."""
+        rows, form = self.sample_rows, self.forms["carried"]
+        before = form.x.rows if form.x else 0
+        out = self.new_stream("carried", before + len(rows))
+        if form.x:
+            for start, stop in form.x.blocks():
+                out.write(start, form.x.read(start, stop))
+            form.x.close()
+        out.write(before, self.forms["source"].x.take(rows) + change)
+        form.x = out
+
+    def close(self) -> None:
+        for stream in self.streams.values():
+            stream.close()
+
+    def finish(self, layers: list[LayerMeasure | None], logits_rows: int) -> Measures:
+        """What all of it costs in nats, after the last layer.
+
+        A layer's gain is KL divergence a unit of relative squared error. A domain's own figure is drawn towards the
+        mean over domains, as few tokens stand behind it.
+        """
+        config, rows = self.config, self.sample_rows
+        domain = np.repeat(self.calibration.domains[self.sample], self.calibration.ids.shape[1])
+        domains = int(self.calibration.domains.max()) + 1
+        tokens = np.bincount(domain, minlength=domains)
+        sums, trunk = np.zeros((len(config.moe_layers), domains)), dict.fromkeys(self.trunks, 0.0)
+        held = {name: forward.Held(form.weights) for name, form in self.forms.items()}
+        for start in range(0, len(rows), logits_rows):
+            at = slice(start, min(start + logits_rows, len(rows)))
+            clean = log_softmax(reference.head(config, held["source"], self.forms["source"].x.take(rows[at])))
+            p = np.exp(clean)
+
+            def divergence(form: str, first: int, at=at, clean=clean, p=p) -> np.ndarray:
+                moved = self.forms[form].x.read(first + at.start, first + at.stop)
+                return (p * (clean - log_softmax(reference.head(config, held[form], moved)))).sum(-1)
+
+            for i in range(len(sums)):
+                sums[i] += np.bincount(domain[at], divergence("carried", i * len(rows)), domains)
+            for kind in trunk:
+                trunk[kind] += float(divergence(kind, 0).sum()) / len(rows)
+        gain = np.zeros((config.layers, domains + 1))
+        for i, layer in enumerate(config.moe_layers):
+            carried = layers[layer].carried
+            mean = sums[i].sum() / max((carried * tokens).sum(), 1e-30)
+            own = sums[i] / np.maximum(carried * tokens, 1e-30)
+            trust = tokens / (tokens + len(rows) / (2 * domains))
+            gain[layer, :-1] = np.where(carried > 0, trust * own + (1 - trust) * mean, mean)
+            gain[layer, -1] = mean
+        return Measures(layers, self.choices, gain, trunk)
+
+
+def sampled_sequences(config: ModelConfig, sequences: int, tokens: int) -> int:
+    """How many of so many sequences of `tokens` carry errors."""
+    return min(sequences, max(GAIN_SEQUENCES, 2 * GAIN_ROWS // (tokens * (len(config.moe_layers) + 1))))
+
+
+def sampled(rows: int) -> np.ndarray:
+    """Which of an expert's rows its error is measured on: of every second one."""
+    others = np.arange(1, rows, 2)
+    return others[np.unique(np.linspace(0, len(others) - 1, min(len(others), MOST_ROWS)).astype(np.int64))]
+
+
+def save_measure(path: Path, measure: LayerMeasure | None) -> None:
+    """Write one layer's measure, whole or not at all."""
+    arrays = {} if measure is None else {f.name: getattr(measure, f.name) for f in fields(LayerMeasure)}
+    write_whole(path, lambda file: np.savez(file, **arrays))
+
+
+def load_measure(path: Path) -> LayerMeasure | None:
+    with np.load(path, allow_pickle=False) as arrays:
+        return LayerMeasure(**{name: arrays[name] for name in arrays.files}) if arrays.files else None

@@ -1,0 +1,239 @@
+"""Bytes of every part of a model from its shapes alone, in either of two accounts.
+
+packed_sizes(): our own format, codes with a scale and a bias a group, records padded. sizes_by_bits(): any other
+format, by the bits that a weight of each tensor takes there; RECIPES has the published mixes.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from edge_moe import _core
+from edge_moe.compressor.choosing.targets import packed_bytes
+from edge_moe.compressor.rounding.quantise import largest_group, trunk_packing
+from edge_moe.compressor.writing.writer import Packing
+from edge_moe.runtime.bundle import record_alignment, record_bytes
+from edge_moe.runtime.config import TRUNK_KINDS, ModelConfig, trunk_kind, trunk_shapes
+
+GROUP = 64
+DEFAULT_WIDTH, TRUNK_WIDTH = 4, 8
+WIDEST = 8  # bits that an expert gets at the most, unless all are left as they are
+PROJECTIONS = ("gate", "up", "down")  # of the routed experts
+EDGES = tuple(f"edge_{name}" for name in PROJECTIONS)  # the same in the first and last eighth of the MoE layers
+PARTS = (*PROJECTIONS, "padding", *TRUNK_KINDS, "float32")  # float32: norms, biases and routers
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """All tensors of one kind; `padding` fills records up and has no weights."""
+
+    name: str  # one of PARTS
+    weights: int
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.weights if self.weights else 0.0
+
+    def as_dict(self) -> dict:
+        bits = self.bits_per_weight
+        return {"name": self.name, "weights": self.weights, "bits_per_weight": bits, "bytes": self.nbytes}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A model's bytes. The parts that a model has, and the sums that a plan needs."""
+
+    parts: tuple[Part, ...]
+    trunk_bytes: int
+    all_experts_bytes: int
+    slot_bytes: int  # of the largest record
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor and its place: the `at`-th of the `of` layers that have one of its name."""
+
+    kind: str  # one of PARTS
+    name: str  # canonical, without the layer
+    shape: tuple[int, ...]
+    at: int
+    of: int
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+
+def widths_by_kind(
+    width: int | None = None, trunk_width: int | None = None, changes: dict[str, int] | None = None
+) -> dict[str, int]:
+    """Bits of each projection, each kind of trunk tensor and each of EDGES.
+
+    width: of the routed experts (default 4). trunk_width: of the rest (default 8, or 16 with width 16). changes: by
+    name, over either; an edge that is not given is as wide as its projection. Raises ValueError for other names or
+    widths.
+    """
+    width = DEFAULT_WIDTH if width is None else width
+    trunk_width = trunk_width if trunk_width is not None else 16 if width == 16 else TRUNK_WIDTH
+    changes = changes or {}
+    known = (*PROJECTIONS, *EDGES, *TRUNK_KINDS)
+    if unknown := [name for name in changes if name not in known]:
+        raise ValueError(f"widths has {unknown[0]!r}, expected some of {', '.join(known)}")
+    given = {"width": width, "trunk_width": trunk_width, **{f"width of {name}": bits for name, bits in changes.items()}}
+    for name, bits in given.items():
+        if bits not in _core.WIDTHS:
+            raise ValueError(f"{name} is {bits}, expected one of {', '.join(map(str, _core.WIDTHS))}")
+    widths = dict.fromkeys(PROJECTIONS, width) | dict.fromkeys(TRUNK_KINDS, trunk_width) | changes
+    return widths | {edge: changes.get(edge, widths[name]) for edge, name in zip(EDGES, PROJECTIONS, strict=True)}
+
+
+def packed_sizes(config: ModelConfig, widths: dict[str, int], where: str = "config.json") -> Sizes:
+    """What a bundle with these widths (see widths_by_kind) would have, but for its headers and tables.
+
+    Raises ValueError for experts that cannot be grouped.
+    """
+    group = largest_group(GROUP, config.dim, config.expert_hidden)
+    if group is None and any(widths[name] < 16 for name in (*PROJECTIONS, *EDGES)):
+        raise ValueError(
+            f"{where}: experts are {config.expert_hidden} x {config.dim}, not multiples of 32; use width 16"
+        )
+
+    def width_of(tensor: Tensor) -> int:
+        edge = tensor.kind in PROJECTIONS and at_edge(tensor.at, tensor.of)
+        return widths[f"edge_{tensor.kind}" if edge else tensor.kind]
+
+    def nbytes(tensor: Tensor) -> int:
+        if tensor.kind in PROJECTIONS:
+            return packed_bytes(tensor.shape, Packing((width_of(tensor),), group or GROUP))
+        width = TRUNK_WIDTH if tensor.kind == "float32" else width_of(tensor)  # which trunk_packing sees by itself
+        return packed_bytes(tensor.shape, trunk_packing({tensor.name: tensor.shape}, width, GROUP)[tensor.name])
+
+    def record(projections: tuple[Tensor, ...]) -> int:
+        chosen = tuple(width_of(tensor) for tensor in projections)
+        return record_bytes(config, chosen, group or GROUP, record_alignment(config))
+
+    return _sizes(config, nbytes, record)
+
+
+def mixed_sizes(config: ModelConfig, bits: float, trunk_width: int) -> Sizes:
+    """What a bundle has whose experts' widths are chosen to take so many bits a weight, padding included.
+
+    Which expert gets which width is not known yet: the largest record is taken to have 8 bits.
+    """
+
+    def nbytes(tensor: Tensor) -> int:
+        if tensor.kind in PROJECTIONS:
+            return math.ceil(tensor.weights * bits / 8)
+        return packed_bytes(tensor.shape, trunk_packing({tensor.name: tensor.shape}, trunk_width, GROUP)[tensor.name])
+
+    sizes = _sizes(config, nbytes, lambda projections: sum(map(nbytes, projections)))
+    group = largest_group(GROUP, config.dim, config.expert_hidden) or GROUP
+    largest = record_bytes(config, (WIDEST,) * 3, group, record_alignment(config))
+    return replace(sizes, slot_bytes=max(sizes.slot_bytes, largest))
+
+
+def sizes_by_bits(config: ModelConfig, bits_of: Callable[[Tensor], float]) -> Sizes:
+    """What a file has in which each weight of a tensor takes bits_of(tensor), everything included."""
+
+    def nbytes(tensor: Tensor) -> int:
+        return math.ceil(tensor.weights * bits_of(tensor) / 8)
+
+    return _sizes(config, nbytes, lambda projections: sum(map(nbytes, projections)))
+
+
+def at_edge(at: int, of: int) -> bool:
+    """Whether a layer is in the first or last eighth of `of` layers."""
+    return at < of // 8 or at >= of - of // 8
+
+
+# ---- published mixes
+
+# Bits a weight of the types of llama.cpp that occur below, scales included.
+Q8_0, Q6_K, Q5_K, Q4_K, Q2_K = 8.5, 6.5625, 5.5, 4.5, 2.625
+IQ4_XS, IQ3_S, IQ2_XXS, IQ1_M, IQ1_S = 4.25, 3.4375, 2.0625, 1.75, 1.5625
+
+
+def collaborative_bits(tensor: Tensor) -> float:
+    """Bits a weight in Collaborative Compression's file of DeepSeek-V3 (arXiv 2509.25689).
+
+    Theirs is the rule, from the quantiser published with the paper (moe-quant/llama-quant.cpp of
+    github.com/moxin-org/CC-MoE). Our reading is that the file type is IQ1_S, as the rule's comments say, and that kv_b
+    is one matrix, as in the checkpoint; as the two that newer converters write, the file has 0.3 % more. With 192 of
+    256 experts it has 111.39e9 bytes = 103.74 GiB, 1.756 bits a weight; the paper says 103 GB.
+    """
+    more = _uses_more_bits(tensor.at, tensor.of)
+    edge = at_edge(tensor.at, tensor.of)
+    bits = {
+        "gate": IQ1_M if edge else IQ1_S,
+        "up": IQ1_M if edge else IQ1_S,
+        "down": IQ2_XXS if edge else IQ1_M,
+        "embedding": Q2_K,
+        "head": Q5_K,
+        "q_a": Q4_K,
+        "q_b": Q2_K,
+        "kv_a": Q4_K,
+        "kv_b": Q4_K if tensor.at < tensor.of // 8 else Q2_K if more else IQ1_S,
+        "o": IQ4_XS if more else IQ3_S,
+        "dense.gate": Q4_K,
+        "dense.up": Q4_K,
+        "dense.down": Q6_K,
+        "shared.gate": IQ4_XS if more else IQ3_S,
+        "shared.up": IQ4_XS if more else IQ3_S,
+        "shared.down": Q5_K if more else IQ4_XS,
+    }
+    if tensor.kind == "float32":
+        return 32.0
+    return bits.get(tensor.name, IQ1_S) if tensor.shape[-1] % 256 == 0 else Q8_0  # all but Q8_0 have blocks of 256
+
+
+def _uses_more_bits(at: int, of: int) -> bool:
+    """llama.cpp's choice of layers: the first and last eighth, and every third between."""
+    return at < of // 8 or at >= 7 * of // 8 or (at - of // 8) % 3 == 2
+
+
+RECIPES = {"collaborative": ("deepseek_v3", collaborative_bits)}  # the architecture a mix is for, and its bits
+
+
+# ---- the walk that both accounts share
+
+
+def _sizes(config: ModelConfig, nbytes: Callable[[Tensor], int], record: Callable[[tuple[Tensor, ...]], int]) -> Sizes:
+    weights, sums, slot_bytes, experts_bytes = Counter(), Counter(), 0, 0
+    for tensor in _trunk_tensors(config):
+        weights[tensor.kind] += tensor.weights
+        sums[tensor.kind] += nbytes(tensor)
+    trunk_bytes = sums.total()
+    hidden, dim = config.expert_hidden, config.dim
+    for at, layer in enumerate(config.moe_layers):
+        shapes = ((hidden, dim), (hidden, dim), (dim, hidden))
+        place = (at, len(config.moe_layers))
+        projections = tuple(Tensor(name, name, shape, *place) for name, shape in zip(PROJECTIONS, shapes, strict=True))
+        experts, whole = config.experts_of(layer), record(projections)
+        for tensor in projections:
+            weights[tensor.kind] += experts * tensor.weights
+            sums[tensor.kind] += experts * nbytes(tensor)
+        sums["padding"] += experts * (whole - sum(map(nbytes, projections)))
+        slot_bytes, experts_bytes = max(slot_bytes, whole), experts_bytes + experts * whole
+    parts = tuple(Part(name, weights[name], sums[name]) for name in PARTS if sums[name])
+    return Sizes(parts, trunk_bytes, experts_bytes, slot_bytes)
+
+
+def _trunk_tensors(config: ModelConfig) -> Iterator[Tensor]:
+    shapes = trunk_shapes(config)
+    names = [_without_layer(name) for name in shapes]
+    of, at = Counter(names), Counter()
+    for name, shape in zip(names, shapes.values(), strict=True):
+        yield Tensor(kind_of(name, shape), name, shape, at[name], of[name])
+        at[name] += 1
+
+
+def kind_of(name: str, shape: tuple[int, ...]) -> str:
+    """Which of TRUNK_KINDS a tensor is, or `float32`. name: canonical, with its layer or without."""
+    name = _without_layer(name)
+    return "float32" if trunk_packing({name: shape}, TRUNK_WIDTH, GROUP)[name].widths == (32,) else trunk_kind(name)
+
+
+def _without_layer(name: str) -> str:
+    return name.split(".", 2)[2] if name.startswith("layers.") else name

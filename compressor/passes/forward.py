@@ -1,0 +1,137 @@
+"""One layer of the model over streams: the steps of runtime/reference.py, in blocks that memory holds."""
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_moe.compressor.passes.streams import BLOCK_ROWS, Stream
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig
+
+PART_BYTES = 64_000_000  # of one expert's output that a worker may hold
+
+
+@dataclass(slots=True)
+class Routing:
+    """Where the rows of a layer go: chosen and weights (rows, top_k), scores (rows, experts) before the choice."""
+
+    chosen: np.ndarray
+    weights: np.ndarray
+    scores: np.ndarray
+
+    def rows_of(self, expert: int, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that chose the expert, of the first `rows`, and their routing weights."""
+        found, place = np.nonzero(self.chosen[:rows] == expert)
+        return found, self.weights[found, place]
+
+    def nearest_rows(self, expert: int, count: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """`count` more rows, those that came closest to choosing the expert, and the weights they would have given."""
+        ranked = np.argsort(-self.scores[:rows, expert], kind="stable")
+        others = ranked[~(self.chosen[ranked] == expert).any(axis=1)][:count]
+        others = np.sort(others)
+        of_chosen = np.take_along_axis(self.scores[others], self.chosen[others], axis=1).sum(axis=1)
+        share = self.scores[others, expert] / np.maximum(of_chosen, 1e-30)
+        return others, share * self.weights[others].sum(axis=1)
+
+
+def embed(config: ModelConfig, weights, ids: np.ndarray, out: Stream) -> None:
+    """Fill `out` with the first layer's input for ids (sequences, tokens)."""
+    table, flat = weights.trunk("embedding"), ids.reshape(-1)
+    for start, stop in out.blocks():
+        out.write(start, table[flat[start:stop]])
+
+
+def attention(config: ModelConfig, weights, layer: int, x: Stream, tokens: int, out: Stream) -> None:
+    """out = x + attention(x), for sequences of `tokens` rows."""
+    trunk = Held(weights)
+    for start, stop in x.blocks(of=tokens):
+        block = x.read(start, stop).reshape(-1, tokens, x.dim)
+        block += reference.attention_block(config, trunk, layer, block)
+        out.write(start, block.reshape(-1, x.dim))
+
+
+def route(config: ModelConfig, weights, layer: int, a: Stream) -> Routing:
+    """Where the rows of `a`, the layer's stream after attention, go."""
+    trunk, parts = Held(weights), []
+    for start, stop in a.blocks():
+        h = reference.mlp_input(config, trunk, layer, a.read(start, stop))
+        scores = reference.router_scores(config, trunk, layer, h)
+        parts.append((*reference.route(config, trunk, layer, h), scores))
+    return Routing(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def common_mlp(config: ModelConfig, weights, layer: int, a: Stream, out: Stream) -> None:
+    """out = a + what every row passes through: the dense MLP or the shared expert, where the layer has one."""
+    trunk = Held(weights)
+    for start, stop in a.blocks():
+        block = a.read(start, stop)
+        if layer in config.dense_layers:
+            block += reference.dense_block(config, trunk, layer, reference.mlp_input(config, trunk, layer, block))
+        elif config.shared_hidden:
+            block += reference.shared_expert(config, trunk, layer, reference.mlp_input(config, trunk, layer, block))
+        out.write(start, block)
+
+
+def expert_input(config: ModelConfig, weights, layer: int, a: Stream, rows: np.ndarray) -> np.ndarray:
+    """The normed input of the layer's experts for some rows, (len(rows), dim)."""
+    return reference.mlp_input(config, weights, layer, a.take(rows))
+
+
+def expert_parts(config: ModelConfig, norms, layer: int, a: Stream, matrices, rows: np.ndarray, weight: np.ndarray):
+    """One expert's weighted output, piece by piece: (rows, values (rows, dim)). matrices: gate, up and down."""
+    for start in range(0, len(rows), BLOCK_ROWS):
+        at = slice(start, start + BLOCK_ROWS)
+        h = expert_input(config, norms, layer, a, rows[at])
+        yield rows[at], reference.expert(config, h, *matrices) * weight[at, None]
+
+
+def held(parts, rows: int, dim: int):
+    """The pieces computed now where they fit in PART_BYTES, else as they will be asked for."""
+    return list(parts) if 4 * rows * dim <= PART_BYTES else parts
+
+
+def add_all(stream: Stream, parts) -> None:
+    for rows, values in parts:
+        stream.add(rows, values)
+
+
+def in_order(workers: int, function, items):
+    """function(item) for each item, on so many threads; results in order, few of them waiting at a time.
+
+    Sums stay the same for any number of workers, as one thread adds results up.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # an item may take minutes, which who ends a run does not wait for
+        pool.shutdown(wait=not waiting, cancel_futures=True)
+
+
+def head_blocks(config: ModelConfig, weights, x: Stream, rows: int, first: int = 0):
+    """(start, stop, logits) over the stream after the last layer from row `first`, at most `rows` rows at a time."""
+    trunk = Held(weights)
+    for start in range(first, x.rows, rows):
+        stop = min(start + rows, x.rows)
+        yield start, stop, reference.head(config, trunk, x.read(start, stop))
+
+
+class Held:
+    """Weights whose trunk tensors are read once; for one step of one layer."""
+
+    def __init__(self, weights):
+        self._weights, self._trunk = weights, {}
+
+    def trunk(self, name: str) -> np.ndarray:
+        if name not in self._trunk:
+            self._trunk[name] = self._weights.trunk(name)
+        return self._trunk[name]

@@ -1,0 +1,164 @@
+"""What leaving out a token's lighter experts does to predictions, measured on calibration text without trying it.
+
+The loss of keeping the first r experts of a token in one layer is expected KL divergence to second order: with e the
+change of the layer's output and g the gradient of the log-likelihood of a label drawn from the model's predictions, the
+mean of (g . e)^2 / 2 over labels. e is a sum over the experts, so g . (each expert's weighted output) is all that is
+kept of a token: the mean of its outer products is the Gram matrix of the experts as the predictions see them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_moe.compressor.passes import adjoint, forward
+from edge_moe.compressor.passes.streams import Stream
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig
+
+SAMPLES = 8  # labels drawn for each token
+BLOCK = 512  # rows of an expert whose gradients are held at a time
+
+
+@dataclass(slots=True)
+class LayerLosses:
+    """One layer of the calibration text, a row for each token."""
+
+    attended: Stream  # (rows, dim) before the layer's MLP
+    weights: np.ndarray  # (rows, top_k), heaviest first
+    losses: np.ndarray  # (rows, top_k) nats when only the first 1, 2, ... experts are kept; the last is 0
+
+    @property
+    def share(self) -> np.ndarray:
+        """(rows, top_k) of the sum of routing weights."""
+        return self.weights / self.weights.sum(axis=-1, keepdims=True)
+
+    def inputs(self, config: ModelConfig, weights, layer: int) -> np.ndarray:
+        """What a mask router sees, (rows, dim + 2 top_k + 1)."""
+        h = forward.expert_input(config, forward.Held(weights), layer, self.attended, np.arange(self.attended.rows))
+        return reference.mask_inputs(h, self.weights)
+
+
+def losses_of(config: ModelConfig, weights: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Loss of keeping the first 1, 2, ..., top_k experts of each row, (rows, top_k), in nats.
+
+    weights: (rows, top_k). q: (samples, rows, top_k), each expert's weighted output along each gradient.
+    """
+    kept = np.cumsum(weights, axis=-1)
+    found = []
+    for count in range(1, weights.shape[1] + 1):
+        stays = np.zeros_like(weights)
+        scale = kept[:, -1] / np.maximum(kept[:, count - 1], 1e-20) if config.router.renormalise else 1.0
+        stays[:, :count] = np.broadcast_to(scale, len(weights))[:, None]
+        found.append(np.square((q * (1 - stays)).sum(-1)).mean(0) / 2)
+    return np.stack(found, axis=-1)
+
+
+def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: int, seed: int, tell) -> dict:
+    """LayerLosses of each layer with experts, of tokens ids (sequences, tokens). tell(layers done, of) as it goes.
+
+    The caller closes their streams.
+    """
+    tokens, total = ids.shape[1], 2 * config.layers
+    x = new_stream("input", ids.size)
+    forward.embed(config, weights, ids, x)
+    attended, routings = [], []
+    for layer in range(config.layers):
+        a, y = new_stream(f"attended-{layer}", x.rows), new_stream("output", x.rows)
+        forward.attention(config, weights, layer, x, tokens, a)
+        forward.common_mlp(config, weights, layer, a, y)
+        routings.append(None)
+        if layer not in config.dense_layers:
+            routings[-1] = forward.route(config, weights, layer, a)
+            _add_experts(config, weights, layer, a, y, routings[-1], workers)
+        attended.append(a)
+        x.close()
+        x = y
+        tell(layer + 1, total)
+    found, g = {}, new_stream("gradient", SAMPLES * x.rows)
+    random = np.random.default_rng(seed)
+    for start, stop in x.blocks():
+        blocks = adjoint.head_backward(config, forward.Held(weights), x.read(start, stop), SAMPLES, random)
+        for sample, block in enumerate(blocks):
+            g.write(sample * x.rows + start, block)
+    x.close()
+    for layer in reversed(range(config.layers)):
+        back, a, routing = new_stream("gradient", g.rows), attended[layer], routings[layer]
+        q = _layer_backward(config, weights, layer, a, routing, g, back, workers)
+        g.close()
+        g = back
+        if q is None:
+            a.close()
+        else:
+            found[layer] = LayerLosses(a, routing.weights, losses_of(config, routing.weights, q))
+        tell(2 * config.layers - layer, total)
+    g.close()
+    return dict(sorted(found.items()))
+
+
+def _add_experts(config, weights, layer: int, a: Stream, y: Stream, routing, workers: int) -> None:
+    norms = forward.Held(weights)
+
+    def one(expert: int):
+        rows, weight = routing.rows_of(expert)
+        return list(forward.expert_parts(config, norms, layer, a, weights.expert(layer, expert), rows, weight))
+
+    for parts in forward.in_order(workers, one, range(config.experts_of(layer))):
+        forward.add_all(y, parts)
+
+
+def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, back: Stream, workers: int):
+    """Bring the gradient at the layer's output, `g`, to its input, `back`; both (SAMPLES * rows, dim).
+
+    Returns (SAMPLES, rows, top_k), the gradient along each expert's weighted output; None for a dense layer.
+    """
+    rows, held = a.rows, forward.Held(weights)
+    norm = held.trunk(f"layers.{layer}.mlp_norm")
+    for start, stop in g.blocks():
+        back.write(start, g.read(start, stop))
+
+    def add(its: np.ndarray, g_h: np.ndarray) -> None:
+        """A gradient (SAMPLES, len(its), dim) at the normed input of some rows."""
+        through = adjoint.norm_backward(a.take(its), norm, config.norm_eps, g_h)
+        for sample, values in enumerate(through):
+            back.add(sample * rows + its, values)
+
+    def gradient(its: np.ndarray) -> np.ndarray:
+        return np.stack([g.take(sample * rows + its) for sample in range(SAMPLES)])
+
+    def one(part):
+        matrices, its, place = part
+        h, g_y = forward.expert_input(config, held, layer, a, its), gradient(its)
+        weight = routing.weights[its, place][:, None]
+        y, g_h = adjoint.mlp_backward(config, h, matrices, g_y * weight)
+        return its, place, (g_y * (y * weight)).sum(-1), g_h
+
+    q = None if routing is None else np.zeros((SAMPLES, rows, routing.chosen.shape[1]), np.float32)
+    for its, place, along, g_h in forward.in_order(workers, one, _parts(config, weights, layer, routing)):
+        q[:, its, place] = along
+        add(its, g_h)
+    for start in range(0, rows, BLOCK):
+        its = np.arange(start, min(start + BLOCK, rows))
+        h, g_y = forward.expert_input(config, held, layer, a, its), gradient(its)
+        if routing is None:
+            add(its, adjoint.dense_backward(config, held, layer, h, g_y))
+            continue
+        g_weights = q[:, its] / np.maximum(routing.weights[its], 1e-20)
+        chosen = routing.chosen[its], routing.weights[its]
+        router = held.trunk(f"layers.{layer}.router")
+        g_h = adjoint.router_backward(config, router, routing.scores[its], *chosen, g_weights)
+        if config.shared_hidden:
+            g_h += adjoint.shared_backward(config, held, layer, h, g_y)
+        add(its, g_h)
+    return q
+
+
+def _parts(config: ModelConfig, weights, layer: int, routing):
+    """(matrices, rows, which of their experts it is) of a layer's experts, at most BLOCK rows at a time."""
+    if routing is None:
+        return
+    for expert in range(config.experts_of(layer)):
+        its, place = np.nonzero(routing.chosen == expert)
+        matrices = weights.expert(layer, expert) if len(its) else None
+        for start in range(0, len(its), BLOCK):
+            at = slice(start, start + BLOCK)
+            yield matrices, its[at], place[at]

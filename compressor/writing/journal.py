@@ -1,0 +1,160 @@
+"""What a run has done so far, on disk beside its output, so that a killed one can go on where it was.
+
+OUT.work/ holds identity.json (what the result depends on), a file for each finished step, and the state that the next
+step needs. A step counts once its file has its name: state is written first, under a temporary name, and brought to
+disk. What is large has a checksum in a step's file: what another run left is taken for what it was, or refused.
+Scratch files are in OUT.work/scratch/ and mean nothing to another run.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from edge_moe.compressor.writing import own
+from edge_moe.compressor.writing.files import named, write_whole
+
+IDENTITY, LOCK = "identity.json", "lock"
+CHOICE, FINISHED = "choice.json", "finished.json"
+
+
+class Journal:
+    """The work directory of one output; a context manager that holds its lock.
+
+    An unfinished run of the same identity is gone on with. Raises FileExistsError when there is one and `resume` is
+    off, or when OUT.work is not ours; ValueError when it was another one (of another checkpoint, version or option),
+    unless `force` starts anew; BlockingIOError while it still runs.
+    """
+
+    def __init__(self, out: Path, identity: dict, resume: bool = True, force: bool = False):
+        self.directory = work_of(out)
+        self._lock = self._locked(out)
+        try:
+            self.resumed = (self.directory / IDENTITY).is_file()
+            if self.resumed and not resume and not force:
+                raise FileExistsError(
+                    f"{self.directory}: an unfinished run is there; --resume goes on with it, removing it starts anew"
+                )
+            if self.resumed and (other := self._differs(identity)):
+                if not force:
+                    raise ValueError(
+                        f"{self.directory}: belongs to another run ({other}); "
+                        "give the same options, or remove it to start anew"
+                    )
+                self.resumed = False
+            if not self.resumed:
+                own.discard(partial_of(out))  # nothing that it holds is known to be of this run
+                self._clear()
+                self.write(IDENTITY, identity)
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    @classmethod
+    def has_finished(cls, out: Path, identity: dict, checksum: str | None) -> bool:
+        """Whether OUT, with this checksum, is what a run of this identity made that was killed before it cleared up."""
+        journal = cls.__new__(cls)
+        journal.directory = work_of(out)
+        if checksum is None or not own.is_own(journal.directory) or not journal.has(FINISHED):
+            return False
+        return journal.read(FINISHED) == checksum and not journal._differs(identity)
+
+    def _locked(self, out: Path):
+        """The directory's lock file, held. Another run's end may remove it between opening and locking it."""
+        while True:
+            own.make(self.directory)
+            with named(self.directory / LOCK):
+                handle = os.open(self.directory / LOCK, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            lock = open(handle, "w")  # noqa: SIM115 (closed by __exit__)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise BlockingIOError(f"{out}: another process is writing it; wait for it or end it") from None
+            try:
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(self.directory / LOCK)):
+                    return lock
+            except FileNotFoundError:
+                pass
+            lock.close()
+
+    def _clear(self) -> None:
+        """Remove what a run left that did not come as far as its identity."""
+        for left in self.directory.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            elif left.name not in (LOCK, own.MARK):
+                left.unlink()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.close()
+
+    @property
+    def scratch(self) -> Path:
+        return self.directory / "scratch"
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    def has(self, name: str) -> bool:
+        return self.path(name).is_file()
+
+    def started(self) -> bool:
+        """Whether any step is done."""
+        others = (IDENTITY, LOCK, own.MARK, CHOICE, "scratch")
+        return any(file.name not in others for file in self.directory.iterdir())
+
+    def write(self, name: str, value) -> None:
+        """Write a step's file: whole or not at all."""
+        write_whole(self.path(name), lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+    def read(self, name: str):
+        """What write() wrote. Raises ValueError where it is no JSON."""
+        try:
+            return json.loads(self.path(name).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            raise ValueError(f"{self.path(name)}: is damaged; remove {self.directory} to start anew") from None
+
+    def arrays(self, name: str, compute) -> dict[str, np.ndarray]:
+        """The arrays of a step: compute()'s, once they are on disk, or those that a run before this one left."""
+        file = self.path(name)
+        if not file.is_file():
+            found = compute()
+            write_whole(file, lambda handle: np.savez(handle, **found))
+        with np.load(file, allow_pickle=False) as saved:
+            return {key: saved[key] for key in saved.files}
+
+    def forget(self, pattern: str) -> None:
+        """Remove state that no later step needs."""
+        for file in self.directory.glob(pattern):
+            file.unlink()
+
+    def remove(self) -> None:
+        own.discard(self.directory)
+
+    def _differs(self, identity: dict) -> str:
+        """In what an unfinished run differs from this one, in words; nothing where it is the same."""
+        try:
+            before = self.read(IDENTITY)
+        except ValueError:
+            before = {}
+        before = before if isinstance(before, dict) else {}
+        identity = json.loads(json.dumps(identity))
+        other = sorted(key for key in identity.keys() | before.keys() if identity.get(key) != before.get(key))
+        return "; ".join(f"{key} was {before.get(key)!r}, is {identity.get(key)!r}" for key in other[:3])
+
+
+def work_of(out: Path) -> Path:
+    return out.with_name(out.name + ".work")
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")

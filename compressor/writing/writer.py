@@ -1,0 +1,378 @@
+"""Writing a bundle: under a temporary name, layer by layer, whole or not at all.
+
+All sizes are known before the first byte is written, so every header comes first and nothing is moved later. The
+directory gets its real name only when every file is on disk; after any error the temporary one is removed. A bundle
+that is replaced is there until the new one is whole.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from edge_moe import __version__, _core
+from edge_moe.compressor.source.copied_files import contents
+from edge_moe.compressor.writing import own
+from edge_moe.compressor.writing.files import named, sync
+from edge_moe.runtime.bundle import (
+    TRUNK_FILE,
+    codec_of,
+    dropped_keys,
+    record_alignment,
+    record_bytes,
+)
+from edge_moe.runtime.bundle_table import table_checksum
+from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from edge_moe.runtime.tensorfile import make_header
+
+BLOCK_BYTES = 1 << 24  # read at a time
+SHARD_BYTES = 4_000_000_000  # an expert file is closed after the record that passes this
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How one matrix or expert is packed: widths in bits (one, or gate, up, down) and inputs a scale."""
+
+    widths: tuple[int, ...]
+    group: int
+
+
+@dataclass(slots=True)
+class Quantised:
+    """One packed matrix: codes uint8 (rows, bytes), scales and biases bfloat16 bits (rows, groups) below width 16."""
+
+    codes: np.ndarray
+    scales: np.ndarray | None = None
+    biases: np.ndarray | None = None
+
+
+@dataclass(slots=True)
+class BundleWriter:
+    """A bundle being written; a context manager that leaves OUT whole, or not there.
+
+    config: with `kept` and `layer_top_k` as the bundle is to have them; routers come sliced to the experts kept.
+    trunk: packing of each trunk tensor by name; experts: packing of each expert by (layer, index among those kept).
+    Raises FileExistsError when OUT is there already and OSError when the disk is too small or fills up.
+    """
+
+    out: Path
+    source: Path  # the checkpoint's directory, for the copied files
+    config: ModelConfig
+    trunk: dict[str, Packing]
+    experts: dict[tuple[int, int], Packing]
+    frequency: dict[tuple[int, int], float] = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)  # further keys of bundle.json: calibration, certificate
+    resumable: bool = False  # what another run wrote is gone on with, and left there after an error
+    begun: bool = False  # another run did write: its files must be there
+    replace: bool = False  # a bundle that is there as `out` gives way to the new one
+    trunk_written: dict[str, int] = field(default_factory=dict)  # CRC-32C by name
+    _partial: Path = None
+    _trunk_parts: dict = field(default_factory=dict)
+    _alignment: int = 0
+    _files: list = field(default_factory=list)
+    _records: dict = field(default_factory=dict)  # (layer, index) -> (file, offset, bytes)
+    _checksums: dict = field(default_factory=dict)
+    _trunk_checksum: int = 0
+    _trunk_bytes: int = 0
+    _trunk_header: bytes = b""
+    _handles: dict = field(default_factory=dict)
+    _writing: Lock = field(default_factory=Lock)  # a place is sought and written to by one thread at a time
+
+    def __enter__(self) -> "BundleWriter":
+        self.out = Path(self.out)
+        own.check_name(self.out)
+        if self.out.exists() or self.out.is_symlink():
+            if not self.replace:
+                raise FileExistsError(f"{self.out}: exists already; choose another name or remove it")
+            own.check_bundle(self.out)
+            own.check(self._old)
+        self._partial = self.out.with_name(self.out.name + ".partial")
+        if self.resumable:
+            own.check(self._partial)
+        else:
+            own.discard(self._partial)  # left by a run that was killed
+        self._lay_out()
+        if self.begun:
+            self._check_what_is_there()
+        own.make(self._partial)
+        try:
+            self._reserve()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for handle in self._handles.values():
+            with suppress(OSError):  # what a full disk could not take; finish() has flushed what counts
+                handle.close()
+        self._handles.clear()
+        if kind is not None and not self.resumable:
+            own.discard(self._partial)
+        if isinstance(error, OSError):
+            with named(self.out):
+                raise error
+
+    def write_trunk(self, name: str, tensor: Quantised) -> None:
+        """Write one trunk tensor, in any order, from any thread."""
+        handle, checksum = self._handle(TRUNK_FILE), 0
+        for part, offset, nbytes in self._trunk_parts[name]:
+            data = np.ascontiguousarray(getattr(tensor, part)).view(np.uint8).reshape(-1)
+            if data.nbytes != nbytes:
+                raise AssertionError(f"{name}.{part} has {data.nbytes} bytes, planned {nbytes}")
+            self._write(handle, offset, data)
+            checksum = _core.crc32c_array(data, checksum)
+        self.trunk_written[name] = checksum
+
+    def flush(self) -> None:
+        """Bring what was written to disk."""
+        for handle in self._handles.values():
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def checksums(self, layer: int) -> dict[int, int]:
+        """Of a layer's records that were written, by expert."""
+        return {index: checksum for (at, index), checksum in self._checksums.items() if at == layer}
+
+    def restore(self, layer: int, checksums: dict[int, int], trunk: dict[str, int]) -> None:
+        """Take a layer's records and trunk tensors as written by a run before this one, once they are read and checked.
+
+        Raises ValueError where one is not what that run wrote.
+        """
+        for index, checksum in checksums.items():
+            file, offset, nbytes = self._records[layer, index]
+            self._check(self._files[file][0], [(offset, nbytes)], checksum, f"expert {index} of layer {layer}")
+            self._checksums[layer, index] = checksum
+        for name in trunk.keys() - self.trunk_written.keys():
+            parts = [(offset, nbytes) for _, offset, nbytes in self._trunk_parts[name]]
+            self._check(TRUNK_FILE, parts, trunk[name], f"tensor {name}")
+            self.trunk_written[name] = trunk[name]
+
+    def _check(self, name: str, parts: list[tuple[int, int]], wanted: int, what: str) -> None:
+        handle, checksum = self._handle(name), 0
+        for offset, nbytes in parts:
+            handle.seek(offset)
+            for done in range(0, nbytes, BLOCK_BYTES):
+                block = np.frombuffer(handle.read(min(BLOCK_BYTES, nbytes - done)), np.uint8)
+                checksum = _core.crc32c_array(block, checksum)
+        if checksum != wanted:
+            raise ValueError(
+                f"{self._partial / name}: {what} is not what the unfinished run wrote; remove its .work to start anew"
+            )
+
+    def write_expert(self, layer: int, index: int, matrices: list[Quantised]) -> None:
+        """Write one expert's record: gate, up, down."""
+        packing = self.experts[layer, index]
+        file, offset, nbytes = self._records[layer, index]
+        _, parts = _core.record_layout(self.config.dim, self.config.expert_hidden, list(packing.widths), packing.group)
+        record = np.zeros(nbytes, np.uint8)
+        for matrix, (codes, codes_bytes, scales, scales_bytes, biases) in zip(
+            matrices, np.reshape(parts, (3, 5)).tolist(), strict=True
+        ):
+            record[codes : codes + codes_bytes] = matrix.codes.view(np.uint8).reshape(-1)
+            if scales_bytes:
+                record[scales : scales + scales_bytes] = matrix.scales.view(np.uint8).reshape(-1)
+                record[biases : biases + scales_bytes] = matrix.biases.view(np.uint8).reshape(-1)
+        self._checksums[layer, index] = _core.crc32c_array(record)
+        handle = self._handle(self._files[file][0])
+        self._write(handle, offset, record)
+
+    def _write(self, handle, offset: int, data: np.ndarray) -> None:
+        with self._writing:
+            handle.seek(offset)
+            handle.write(data.data)
+
+    def finish(self, publish: Callable[[str], None] | None = None) -> None:
+        """Write bundle.json, bring everything to disk and give the directory its real name.
+
+        publish: called with the checksum that bundle.json has when nothing but the name is missing. Raises ValueError
+        where the temporary directory has a file that is not of this bundle.
+        """
+        missing = self.experts.keys() - self._checksums.keys()
+        if missing:
+            raise AssertionError(f"{len(missing)} experts were not written")
+        if missing := self.trunk.keys() - self.trunk_written:
+            raise AssertionError(f"{len(missing)} trunk tensors were not written, {min(missing)} among them")
+        copies = {}
+        for name, content in contents(self.source, self.config.tied_head).items():
+            (self._partial / name).write_bytes(content)
+            copies[name] = hashlib.sha256(content).hexdigest()
+        self._handle(TRUNK_FILE).flush()
+        self._trunk_checksum = _file_checksum(self._partial / TRUNK_FILE)
+        table = self._table(copies)
+        (self._partial / "bundle.json").write_bytes(table_bytes(table))
+        self.flush()
+        names = {*copies, "bundle.json", TRUNK_FILE, own.MARK, *(name for name, _, _ in self._files)}
+        if strangers := sorted(set(os.listdir(self._partial)) - names):
+            raise ValueError(f"{self._partial / strangers[0]}: edge-moe did not write this; move it away and go on")
+        for path in (*(self._partial / name for name in (*copies, "bundle.json")), self._partial):
+            sync(path)
+        if publish:
+            publish(table_checksum(table))
+        self._rename()
+
+    @property
+    def _old(self) -> Path:
+        """What a bundle is called while it is replaced."""
+        return self.out.with_name(self.out.name + ".old")
+
+    def _rename(self) -> None:
+        if self.out.exists():
+            own.check_bundle(self.out)
+            own.mark(self.out)
+            os.rename(self.out, self._old)
+        os.rename(self._partial, self.out)
+        own.unmark(self.out)
+        sync(self.out.parent)
+        if self.replace:
+            own.discard(self._old)
+
+    def _lay_out(self) -> None:
+        """Decide the files and where every record goes."""
+        expected = {(layer, e) for layer in self.config.moe_layers for e in range(self.config.experts_of(layer))}
+        if self.experts.keys() != expected:
+            raise AssertionError(f"{len(self.experts)} experts to write, config has {len(expected)}")
+        self._alignment = record_alignment(self.config)
+        sizes = {
+            key: record_bytes(self.config, packing.widths, packing.group, self._alignment)
+            for key, packing in self.experts.items()
+        }
+        shards, filled = [[]], 0
+        for key, size in sizes.items():
+            if filled > SHARD_BYTES:
+                shards.append([])
+                filled = 0
+            shards[-1].append(key)
+            filled += size
+        for number, keys in enumerate(shards):
+            name = f"experts-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            tensors = [(f"layers.{layer}.experts.{e}", "U8", (sizes[layer, e],), sizes[layer, e]) for layer, e in keys]
+            header = make_header(tensors, _core.DATA_ALIGNMENT)
+            at = len(header)
+            for key in keys:
+                self._records[key] = (number, at, sizes[key])
+                at += sizes[key]
+            self._files.append((name, header, at))
+        self._lay_out_trunk()
+
+    def _check_what_is_there(self) -> None:
+        """Raise ValueError when a file that another run wrote to is not there, or is not as long as it was."""
+        for name, size in ((TRUNK_FILE, self._trunk_bytes), *((name, size) for name, _, size in self._files)):
+            file = self._partial / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise ValueError(f"{file}: what the unfinished run wrote is gone; remove its .work to start anew")
+
+    def _reserve(self) -> None:
+        """Write the headers and give every file its full length, so that a full disk shows now."""
+        needed = self._trunk_bytes + sum(size for _, _, size in self._files)
+        there = sum(file.stat().st_size for file in self._partial.iterdir())
+        free = shutil.disk_usage(self._partial).free
+        if needed > free + there:
+            raise OSError(
+                f"{self.out}: needs {math.ceil(needed / 1e6):,} MB, the disk has {free // 1_000_000:,} MB free; "
+                "make room or choose another disk"
+            )
+        for name, header, size in ((TRUNK_FILE, self._trunk_header, self._trunk_bytes), *self._files):
+            handle = self._handle(name)
+            handle.write(header)
+            handle.truncate(size)
+
+    def _lay_out_trunk(self) -> None:
+        shapes = trunk_shapes(self.config)
+        tensors = []  # float32 first, then uint32, then bfloat16: every part is aligned to its own type
+        for name, shape in shapes.items():
+            width, group = self.trunk[name].widths[0], self.trunk[name].group
+            if width >= 16:
+                dtype, size = ("F32", 4) if width == 32 else ("BF16", 2)
+                tensors.append((name, "codes", name, dtype, shape, int(np.prod(shape)) * size))
+            else:
+                rows, cols = shape
+                words, groups = cols * width // 32, cols // group
+                tensors.append((name, "codes", f"{name}.codes", "U32", (rows, words), rows * words * 4))
+                for part in ("scales", "biases"):
+                    tensors.append((name, part, f"{name}.{part}", "BF16", (rows, groups), rows * groups * 2))
+        tensors.sort(key=lambda tensor: ("F32", "U32", "BF16").index(tensor[3]))
+        header = make_header([tensor[2:] for tensor in tensors], _core.PART_ALIGNMENT)
+        at, self._trunk_parts = len(header), {name: [] for name in shapes}
+        for name, part, _, _, _, nbytes in tensors:
+            self._trunk_parts[name].append((part, at, nbytes))
+            at += nbytes
+        self._trunk_header, self._trunk_bytes = header, at
+
+    def _table(self, copies: dict) -> dict:
+        rows = []
+        for layer in self.config.moe_layers:
+            row = []
+            for index in range(self.config.experts_of(layer)):
+                packing = self.experts[layer, index]
+                file, offset, nbytes = self._records[layer, index]
+                row.append(
+                    {
+                        "widths": list(packing.widths),
+                        "codecs": [codec_of(width) for width in packing.widths],
+                        "group": packing.group,
+                        "file": file,
+                        "offset": offset,
+                        "bytes": nbytes,
+                        "crc32c": f"{self._checksums[layer, index]:08x}",
+                        "frequency": round(self.frequency.get((layer, index), 0.0), 6),
+                    }
+                )
+            rows.append(row)
+        trunk = {
+            name: {"width": p.widths[0]} | ({"group": p.group} if p.widths[0] < 16 else {})
+            for name, p in self.trunk.items()
+        }
+        return {
+            "format": "emoe",
+            "version": _core.FORMAT_VERSION,
+            "tool": f"edge-moe {__version__}",
+            "copies": copies,
+            "copy_bytes": {name: (self._partial / name).stat().st_size for name in copies},
+            "trunk": {
+                "bytes": self._trunk_bytes,
+                "crc32c": f"{self._trunk_checksum:08x}",
+                "tensors": trunk,
+            },
+            "experts": {
+                "alignment": self._alignment,
+                "files": [{"name": name, "bytes": size} for name, _, size in self._files],
+                "records": rows,
+            },
+            **dropped_keys(self.config),
+            "pruning": None,
+            **self.extra,
+        }
+
+    def _handle(self, name: str):
+        if name not in self._handles:
+            fresh = 0 if self.resumable else os.O_TRUNC
+            handle = os.open(self._partial / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | fresh, 0o666)
+            self._handles[name] = open(handle, "rb+")  # noqa: SIM115 (closed by __exit__)
+        return self._handles[name]
+
+
+def table_bytes(table: dict) -> bytes:
+    """The content of bundle.json, its checksum included."""
+    return (json.dumps({**table, "checksum": table_checksum(table)}, indent=1) + "\n").encode()
+
+
+def _file_checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            checksum = _core.crc32c(block, checksum)
+    return checksum
+
+
+def record_bytes_of(config: ModelConfig, packing: Packing) -> int:
+    """Bytes of one expert's record in a new bundle, padding included."""
+    return record_bytes(config, packing.widths, packing.group, record_alignment(config))

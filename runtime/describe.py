@@ -1,0 +1,72 @@
+"""What there is to know of a bundle, as one JSON object."""
+
+from collections import Counter
+
+from edge_moe.runtime.bundle_table import PROVENANCE, TABLE_FILE, Reader
+from edge_moe.runtime.config import trunk_kind
+
+
+def widths_name(widths: tuple[int, int, int]) -> str:
+    """ "2" where gate, up and down agree, else "2/2/3"."""
+    return str(widths[0]) if len(set(widths)) == 1 else "/".join(map(str, widths))
+
+
+def describe_bundle(bundle) -> dict:
+    """What `inspect` shows of a Bundle, as one JSON object.
+
+    Raises ValueError where what bundle.json says of the bundle's making is not of the shape it must have.
+    """
+    config, extra = bundle.config, bundle.table
+    Reader(bundle.path / TABLE_FILE).check(extra, PROVENANCE, "")
+    per_layer, per_group = {layer: Counter() for layer in config.moe_layers}, {}
+    for expert in bundle.experts.values():
+        per_layer[expert.layer][expert.widths] += 1
+        per_group.setdefault(expert.group, Counter())[expert.widths] += 1
+    total = sum(per_layer.values(), Counter())
+    every = range(config.experts)
+    trunk_widths = {}
+    for tensor in bundle.trunk:
+        if tensor.width < 32:
+            trunk_widths.setdefault(trunk_kind(tensor.name), set()).add(tensor.width)
+    trunk_widths = {kind: sorted(widths) for kind, widths in trunk_widths.items()}
+
+    def named(counts: Counter) -> dict[str, int]:
+        return {widths_name(widths): counts[widths] for widths in sorted(counts)}
+
+    return {
+        "path": str(bundle.path),
+        "tool": extra.get("tool"),
+        "architecture": config.architecture,
+        "layers": config.layers,
+        "dim": config.dim,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab": config.vocab,
+        "context": config.context,
+        "experts": config.experts,
+        "top_k": config.top_k,
+        "expert_hidden": config.expert_hidden,
+        "shared_hidden": config.shared_hidden,
+        "bundle_bytes": bundle.nbytes,
+        "trunk_bytes": bundle.trunk_bytes,
+        "expert_bytes": bundle.expert_bytes,
+        "bits_per_weight": bundle.bits_per_weight,
+        "trunk_widths": trunk_widths,
+        "groups": sorted(per_group),
+        "widths": named(total),
+        "widths_by_group": {str(group): named(per_group[group]) for group in sorted(per_group)},
+        "widths_by_layer": {str(layer): named(counts) for layer, counts in per_layer.items()},
+        "experts_by_layer": {str(layer): config.experts_of(layer) for layer in config.moe_layers},
+        "top_k_by_layer": {str(layer): config.top_k_of(layer) for layer in config.moe_layers},
+        "dropped": sum(map(len, extra["dropped"])),
+        "dropped_by_layer": {
+            str(layer): sorted(set(every) - set(config.kept[layer])) if config.kept else []
+            for layer in config.moe_layers
+        },
+        "method": extra.get("method"),
+        "calibration": extra.get("calibration"),
+        "certificate": extra.get("certificate"),
+        "pruning": bundle.pruning and bundle.pruning.about(),
+        "unlisted_files": list(bundle.unlisted),
+    }
