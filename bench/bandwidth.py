@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.devices.probe import memory_limit_bytes
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.plan import READERS
+from .. import _core
+from ..devices.probe import memory_limit_bytes
+from ..runtime.bundle import Bundle
+from ..runtime.plan import READERS
 
 MEMORY_BYTES = 1 << 29  # far beyond any cache
 DISK_BYTES = 1 << 28  # read at most

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.bench.bandwidth import machine_bandwidth
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import trunk_shapes
-from edge_moe.runtime.plan import Plan
-from edge_moe.runtime.runtime import LAST, NOTHING, Runtime
+from ..runtime.bundle import Bundle
+from ..runtime.config import trunk_shapes
+from ..runtime.plan import Plan
+from ..runtime.runtime import LAST, NOTHING, Runtime
+from .bandwidth import machine_bandwidth
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def bench_synthetic(
     """
     import tempfile
 
-    from edge_moe.bench.synthetic import make_in_child
+    from .synthetic import make_in_child
 
     config = Path(config)
     name = config.resolve().name if config.is_dir() else config.stem

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import bench
-from edge_moe.bench.evaluate import Cached, windows
-from edge_moe.bench.prune_report import texts_of
-from edge_moe.compressor.source.checkpoint import Checkpoint
-from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig
+from .. import bench
+from ..compressor.source.checkpoint import Checkpoint
+from ..runtime import reference
+from ..runtime.config import ModelConfig
+from .evaluate import Cached, windows
+from .prune_report import texts_of
 
 CONTEXT = 256
 HALF_LIFE = 32  # tokens, as in runtime/src/engine.cpp

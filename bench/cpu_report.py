@@ -17,17 +17,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from edge_moe import _core
-from edge_moe.bench import peers
-from edge_moe.bench.bandwidth import machine_bandwidth
-from edge_moe.bench.bench import Measurement
-from edge_moe.bench.conditions import processor, stolen
-from edge_moe.bench.kernel_bandwidth import COLS, GROUP, kernel_bandwidth
-from edge_moe.bench.markdown import table
-from edge_moe.bench.paging_bound import ROUNDS, TOKENS, paging_bound
-from edge_moe.bench.synthetic import make_synthetic
-from edge_moe.devices.probe import default_threads
-from edge_moe.runtime.child import answer, call
+from .. import _core
+from ..devices.probe import default_threads
+from ..runtime.child import answer, call
+from . import peers
+from .bandwidth import machine_bandwidth
+from .bench import Measurement
+from .conditions import processor, stolen
+from .kernel_bandwidth import COLS, GROUP, kernel_bandwidth
+from .markdown import table
+from .paging_bound import ROUNDS, TOKENS, paging_bound
+from .synthetic import make_synthetic
 
 CONFIG = Path(__file__).parent / "configs" / "qwen3-30b-a3b.json"
 VOCAB, LAYERS = 4096, 4
@@ -179,7 +179,7 @@ def measured(bundle: Path, repeats: int, depths=(0,)) -> list[Measurement]:
 def _measure(**asked) -> list[dict]:
     from dataclasses import asdict
 
-    from edge_moe.bench.bench import measure
+    from .bench import measure
 
     return [asdict(row) for row in measure(**asked)[0]]
 

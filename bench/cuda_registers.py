@@ -10,8 +10,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_moe.bench.markdown import table
-from edge_moe.devices.nvidia import nvcc_version
+from ..devices.nvidia import nvcc_version
+from .markdown import table
 
 ARCHITECTURES = {"sm_87": "Orin", "sm_90": "H100, H200", "sm_110": "Thor"}
 OPTIONS = ("-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "--Werror", "all-warnings")

@@ -17,14 +17,14 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from edge_moe import _core
-from edge_moe.bench.bench import Measurement
-from edge_moe.bench.conditions import processor
-from edge_moe.bench.markdown import table
-from edge_moe.bench.synthetic import make_in_child
-from edge_moe.devices.nvidia import find_driver, nvcc_version
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.child import answer, call
+from .. import _core
+from ..devices.nvidia import find_driver, nvcc_version
+from ..runtime.bundle import Bundle
+from ..runtime.child import answer, call
+from .bench import Measurement
+from .conditions import processor
+from .markdown import table
+from .synthetic import make_in_child
 
 CONFIG = Path(__file__).parent / "configs" / "qwen3-30b-a3b.json"
 LAYERS, VOCAB = 8, 32768
@@ -156,7 +156,7 @@ def memory() -> dict:
 
 def _memory(bundle: str) -> dict:
     """In a process of its own, which has not used the GPU before."""
-    from edge_moe.runtime.runtime import Runtime
+    from ..runtime.runtime import Runtime
 
     before = _core.free_bytes()
     gpu = _core.cuda_gpu()
@@ -182,8 +182,8 @@ def _answer(memory_of: str = "", **asked):
 
 def _measure(graphs: bool = True, paged: float = 0, **asked) -> list[dict]:
     """In a process of its own: the rows of one way to run. paged: bytes of slots, instead of a cap."""
-    from edge_moe.bench.bench import measure
-    from edge_moe.runtime.plan import BelowFloor
+    from ..runtime.plan import BelowFloor
+    from .bench import measure
 
     if not graphs:
         os.environ["EDGE_MOE_CUDA_GRAPHS"] = "0"

@@ -21,11 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.bench.bench import generate_run, prompt_run
-from edge_moe.bench.cgroup import Cgroup
-from edge_moe.bench.conditions import process_seconds
-from edge_moe.bench.synthetic import GROUP
-from edge_moe.runtime.config import read_json
+from ..runtime.config import read_json
+from .bench import generate_run, prompt_run
+from .cgroup import Cgroup
+from .conditions import process_seconds
+from .synthetic import GROUP
 
 BATCH = 512  # of llama.cpp, both kinds: its default for the smaller one
 
@@ -49,7 +49,7 @@ class EdgeMoe:
     """Our own engine. ram: the cap; without one every expert must fit."""
 
     def __init__(self, model: Model, ram: int | str | None = None):
-        from edge_moe.runtime.runtime import Runtime
+        from ..runtime.runtime import Runtime
 
         self.runtime = Runtime(model.path, ram or "auto", model.context, threads=model.threads, prune="off")
         if ram is None and not self.runtime.plan.resident:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.runtime import reference
-from edge_moe.runtime.runtime import Runtime
-from edge_moe.runtime.score import Score
+from ..runtime import reference
+from ..runtime.runtime import Runtime
+from ..runtime.score import Score
 
 
 def windows(ids, context: int, tokens: int | None = None) -> Iterable[np.ndarray]:
@@ -64,7 +64,7 @@ def checkpoint_logits(directory: str | Path, most_bytes: int | None = None):
 
     most_bytes: of tensors that are kept in memory; None keeps all of them.
     """
-    from edge_moe.compressor.source.checkpoint import Checkpoint
+    from ..compressor.source.checkpoint import Checkpoint
 
     checkpoint = Cached(Checkpoint(directory), most_bytes)
     return checkpoint.config, lambda ids: reference.forward(checkpoint.config, checkpoint, ids)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from edge_moe.bench.machine import Machine
-from edge_moe.compressor.choosing.estimate import Estimate
+from ..compressor.choosing.estimate import Estimate
+from .machine import Machine
 
 LAYER_S = 40e-6  # of a layer beside its weights: norms, routing, and threads that begin and end
 # Of 14 runs recorded on a quiet machine (tests/test_expectation.py has them) the slowest, at the floor, had 0.75 of the

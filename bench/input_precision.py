@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.bench.evaluate import windows
-from edge_moe.bench.markdown import table
-from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.rounding.bundle_weights import BundleWeights
-from edge_moe.compressor.source.checkpoint import Checkpoint
-from edge_moe.runtime import reference
-from edge_moe.runtime.score import Score
-from edge_moe.runtime.tokenizer import Tokenizer
+from .. import _core
+from ..compressor.pipeline import compress
+from ..compressor.rounding.bundle_weights import BundleWeights
+from ..compressor.source.checkpoint import Checkpoint
+from ..runtime import reference
+from ..runtime.score import Score
+from ..runtime.tokenizer import Tokenizer
+from .evaluate import windows
+from .markdown import table
 
 EMBEDDED = Path(__file__).parent / "reference_moe"
 WEIGHTS = ((8, 64), (4, 64), (2, 32), (2, 64))  # width and group of experts, beside weights as they are

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe import _core
+from .. import _core
 
 NOISE_BYTES = 1 << 29  # codes, scales and biases; beyond caches, of which the largest have 0.3 GB
 COLS = 2048

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.runtime.tensorfile import make_header
+from ..runtime.tensorfile import make_header
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.bench.bandwidth import directory_read_gbps, disk_read_gbps, memory_read_gbps
-from edge_moe.bench.conditions import processor
-from edge_moe.bench.kernel_bandwidth import kernel_bandwidth
-from edge_moe.devices.probe import default_threads, memory_limit_bytes
-from edge_moe.runtime.bundle import Bundle
+from .. import _core
+from ..devices.probe import default_threads, memory_limit_bytes
+from ..runtime.bundle import Bundle
+from .bandwidth import directory_read_gbps, disk_read_gbps, memory_read_gbps
+from .conditions import processor
+from .kernel_bandwidth import kernel_bandwidth
 
 WIDTHS = (1, 2, 3, 4, 6, 8)  # that are measured; between them speeds are interpolated
 KERNEL_BYTES = 1 << 28  # of a matrix; less where memory is short

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.bench.bandwidth import disk_read_gbps
-from edge_moe.bench.bench import generate_run
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.child import answer, call
-from edge_moe.runtime.plan import READERS
-from edge_moe.runtime.runtime import Runtime
+from ..runtime.bundle import Bundle
+from ..runtime.child import answer, call
+from ..runtime.plan import READERS
+from ..runtime.runtime import Runtime
+from .bandwidth import disk_read_gbps
+from .bench import generate_run
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the floor to every expert in memory
 TOKENS, ROUNDS = 32, 5

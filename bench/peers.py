@@ -30,15 +30,15 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.bench import cgroup
-from edge_moe.bench.bandwidth import memory_read_gbps
-from edge_moe.bench.bench import weight_bytes
-from edge_moe.bench.conditions import busy_seconds, processor
-from edge_moe.bench.engines import Child, Model
-from edge_moe.bench.gguf_model import MIXES, bytes_per_token, make_gguf
-from edge_moe.bench.synthetic import make_synthetic
-from edge_moe.devices.probe import default_threads
-from edge_moe.runtime.bundle import Bundle
+from ..devices.probe import default_threads
+from ..runtime.bundle import Bundle
+from . import cgroup
+from .bandwidth import memory_read_gbps
+from .bench import weight_bytes
+from .conditions import busy_seconds, processor
+from .engines import Child, Model
+from .gguf_model import MIXES, bytes_per_token, make_gguf
+from .synthetic import make_synthetic
 
 CONFIG = Path(__file__).parent / "configs" / "qwen3-30b-a3b.json"
 VOCAB = 4096

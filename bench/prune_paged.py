@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.bench.bench import generate_run
-from edge_moe.runtime.runtime import Runtime
+from ..runtime.runtime import Runtime
+from .bench import generate_run
 
 SETTINGS = ("off", "loss:0.2", "loss:0.35", "loss:0.5")
 ROUNDS = 7

@@ -16,22 +16,22 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import bench
-from edge_moe.bench.conditions import processor, stolen, timed
-from edge_moe.bench.evaluate import Cached, Remembered, windows
-from edge_moe.bench.prune_paged import paged_table
-from edge_moe.bench.texts import held_out_modules
-from edge_moe.compressor.pipeline import compress
-from edge_moe.compressor.pruning.prune import calibrate_pruning
-from edge_moe.compressor.rounding.bundle_weights import BundleWeights
-from edge_moe.compressor.source.checkpoint import Checkpoint
-from edge_moe.devices.probe import default_threads
-from edge_moe.runtime import reference
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.pruning import read_mask_routers
-from edge_moe.runtime.runtime import Runtime
-from edge_moe.runtime.score import LOGITS_ROWS, Score
-from edge_moe.runtime.tokenizer import Tokenizer
+from .. import bench
+from ..compressor.pipeline import compress
+from ..compressor.pruning.prune import calibrate_pruning
+from ..compressor.rounding.bundle_weights import BundleWeights
+from ..compressor.source.checkpoint import Checkpoint
+from ..devices.probe import default_threads
+from ..runtime import reference
+from ..runtime.bundle import Bundle
+from ..runtime.pruning import read_mask_routers
+from ..runtime.runtime import Runtime
+from ..runtime.score import LOGITS_ROWS, Score
+from ..runtime.tokenizer import Tokenizer
+from .conditions import processor, stolen, timed
+from .evaluate import Cached, Remembered, windows
+from .prune_paged import paged_table
+from .texts import held_out_modules
 
 CUTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 SHOWN = (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)

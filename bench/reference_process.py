@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.runtime.child import ERRORS
-from edge_moe.runtime.config import ModelConfig, trunk_shapes
-from edge_moe.runtime.plan import LOGIT_BYTES, parse_bytes, resolve_ram
-from edge_moe.runtime.score import LOGITS_ROWS
+from .. import _core
+from ..runtime.child import ERRORS
+from ..runtime.config import ModelConfig, trunk_shapes
+from ..runtime.plan import LOGIT_BYTES, parse_bytes, resolve_ram
+from ..runtime.score import LOGITS_ROWS
 
 SPARE_BYTES = 12_000_000  # that a process may have grown by when its plan is made
 WHOLE_BYTES = 16_000_000  # of a window's logits that are handed over at once
@@ -127,20 +127,20 @@ def shares(bundle: str | Path, model: str | Path, ram: int | str, context: int) 
 
 def _needs(path: str | Path, total: int, context: int) -> tuple[int, int]:
     """(bytes that a process needs to compute a model's logits, bytes with which it keeps all of the model)."""
-    from edge_moe.compressor.choosing.estimate import estimate
+    from ..compressor.choosing.estimate import estimate
 
     if (Path(path) / "bundle.json").is_file():
         plan = estimate(path, total, context=context).plan
         more = SPARE_BYTES + LOGIT_BYTES * LOGITS_ROWS * _vocab(path)
         return plan.floor_bytes + more, plan.resident_bytes + more
-    from edge_moe.compressor.source.checkpoint import Checkpoint
+    from ..compressor.source.checkpoint import Checkpoint
 
     with Checkpoint(path) as checkpoint:
         return checkpoint_bytes(checkpoint.config, context)
 
 
 def _vocab(path: str | Path) -> int:
-    from edge_moe.runtime.config import load_config
+    from ..runtime.config import load_config
 
     return load_config(path).vocab
 
@@ -181,12 +181,12 @@ def _serve(model: str, ram: int, context: int, threads: int | None) -> None:
 def _opened(model: str, ram: int, context: int, threads: int | None):
     """The vocabulary of a model and a function from ids to blocks of logits (rows, vocab) float32."""
     if (Path(model) / "bundle.json").is_file():
-        from edge_moe.runtime.runtime import Runtime
+        from ..runtime.runtime import Runtime
 
         runtime = Runtime(model, ram, context, threads=threads, logits_rows=LOGITS_ROWS, prune="off")
         return runtime.config.vocab, lambda ids: (np.ascontiguousarray(b) for b in runtime.logits_blocks(ids))
-    from edge_moe.bench.evaluate import checkpoint_logits
-    from edge_moe.runtime.config import load_config
+    from ..runtime.config import load_config
+    from .evaluate import checkpoint_logits
 
     least, _ = checkpoint_bytes(load_config(model), context)
     config, logits = checkpoint_logits(model, max(parse_bytes(ram) - least, 0))

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from edge_moe.bench.bench import Measurement, measure
-from edge_moe.devices.probe import default_threads
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.child import answer, call
-from edge_moe.runtime.device import device_name
-from edge_moe.runtime.plan import CHUNKS, LEAST_BYTES, BelowFloor, Plan, engine_memory, resolve_ram
+from ..devices.probe import default_threads
+from ..runtime.bundle import Bundle
+from ..runtime.child import answer, call
+from ..runtime.device import device_name
+from ..runtime.plan import CHUNKS, LEAST_BYTES, BelowFloor, Plan, engine_memory, resolve_ram
+from .bench import Measurement, measure
 
 CAPS = 6
 MARGIN = 1_000_000  # by so much does one start of the interpreter differ from the next, and more

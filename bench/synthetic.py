@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.compressor.rounding.quantise import largest_group, to_bfloat16, trunk_packing
-from edge_moe.compressor.writing.writer import BundleWriter, Packing, Quantised
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.child import answer, call
-from edge_moe.runtime.config import parse_config, read_json, trunk_shapes
+from .. import _core
+from ..compressor.rounding.quantise import largest_group, to_bfloat16, trunk_packing
+from ..compressor.writing.writer import BundleWriter, Packing, Quantised
+from ..runtime.bundle import Bundle
+from ..runtime.child import answer, call
+from ..runtime.config import parse_config, read_json, trunk_shapes
 
 GROUP = 64
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from edge_moe.bench.evaluate import evaluate
-from edge_moe.bench.reference_process import ReferenceProcess, shares
-from edge_moe.compressor.passes.texts import STDLIB_BYTES, stdlib_files
-from edge_moe.runtime.model_path import find_model
-from edge_moe.runtime.plan import resolve_ram
-from edge_moe.runtime.runtime import Runtime
-from edge_moe.runtime.score import LOGITS_ROWS
+from ..compressor.passes.texts import STDLIB_BYTES, stdlib_files
+from ..runtime.model_path import find_model
+from ..runtime.plan import resolve_ram
+from ..runtime.runtime import Runtime
+from ..runtime.score import LOGITS_ROWS
+from .evaluate import evaluate
+from .reference_process import ReferenceProcess, shares
 
 MEANS = ("kld_mean", "kld_p99", "top1_agreement", "experts_used")  # of the texts' own; perplexity is geometric
 

@@ -7,9 +7,9 @@ is the share of uses of kept experts, mean over layers, that the source has and 
 
 import numpy as np
 
-from edge_moe.compressor.passes import forward
-from edge_moe.compressor.rounding.round_layers import Rounding
-from edge_moe.runtime.score import Score
+from ..runtime.score import Score
+from .passes import forward
+from .rounding.round_layers import Rounding
 
 LOGITS_BYTES = 64_000_000  # of one model's logits at a time
 

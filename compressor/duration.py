@@ -11,14 +11,14 @@ from collections.abc import Callable
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from edge_moe.compressor.choosing import trunk
-from edge_moe.compressor.choosing.sensitivity import sampled_sequences
-from edge_moe.compressor.memory import Memory
-from edge_moe.compressor.passes.calibrate import Calibration
-from edge_moe.compressor.passes.expert_rows import FIT_BYTES
-from edge_moe.compressor.rounding.gptq import SWEEPS, Curvature, gptq
-from edge_moe.compressor.rounding.round_trunk import FITTED_ROWS, attention_stages
-from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from ..runtime.config import ModelConfig, trunk_shapes
+from .choosing import trunk
+from .choosing.sensitivity import sampled_sequences
+from .memory import Memory
+from .passes.calibrate import Calibration
+from .passes.expert_rows import FIT_BYTES
+from .rounding.gptq import SWEEPS, Curvature, gptq
+from .rounding.round_trunk import FITTED_ROWS, attention_stages
 
 PIECE_ROWS, PIECE_COLS = 256, 1024  # of a matrix that is timed, at the most
 PRODUCT = 512  # rows and columns of the product that is timed
@@ -89,7 +89,7 @@ def _trunk_seconds(config: ModelConfig, per_weight: float, per_flop: float) -> f
 
 def _plain_seconds(compression, matrix: np.ndarray) -> float:
     """Of packing one matrix without any text, as the run will."""
-    from edge_moe.compressor.rounding.quantise import quantise
+    from .rounding.quantise import quantise
 
     o = compression.o
     width = 16 if o.bits == 16 else o.width or WIDTH

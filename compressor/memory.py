@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
-from edge_moe import _core
-from edge_moe.compressor.certificate import LOGITS_BYTES
-from edge_moe.compressor.choosing.sensitivity import sampled_sequences
-from edge_moe.compressor.passes.calibrate import Calibration
-from edge_moe.compressor.passes.expert_rows import FIT_BYTES
-from edge_moe.compressor.passes.streams import BLOCK_ROWS
-from edge_moe.compressor.rounding.inputs import SQUARES
-from edge_moe.compressor.rounding.round_trunk import PIECE_WEIGHTS, widest_input
-from edge_moe.runtime.config import TRUNK_KINDS, trunk_shapes
-from edge_moe.runtime.plan import resolve_ram
+from .. import _core
+from ..runtime.config import TRUNK_KINDS, trunk_shapes
+from ..runtime.plan import resolve_ram
+from .certificate import LOGITS_BYTES
+from .choosing.sensitivity import sampled_sequences
+from .passes.calibrate import Calibration
+from .passes.expert_rows import FIT_BYTES
+from .passes.streams import BLOCK_ROWS
+from .rounding.inputs import SQUARES
+from .rounding.round_trunk import PIECE_WEIGHTS, widest_input
 
 LIBRARY_BYTES = 120_000_000  # of scipy and the solver, which are loaded later
 ROUNDING_STREAMS = 14  # of all calibration rows, alive at once at the most

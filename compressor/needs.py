@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.compressor.choosing import targets, trunk
-from edge_moe.compressor.choosing.sensitivity import sampled_sequences
-from edge_moe.compressor.choosing.targets import Options
-from edge_moe.compressor.duration import estimate_seconds
-from edge_moe.compressor.memory import Memory
-from edge_moe.compressor.passes.calibrate import HELD_OUT_TOKENS, SEQUENCE_TOKENS, Calibration
-from edge_moe.compressor.passes.texts import check_file, open_text, stdlib_text
-from edge_moe.compressor.pipeline import Compression
-from edge_moe.compressor.source.checkpoint import Checkpoint
+from .choosing import targets, trunk
+from .choosing.sensitivity import sampled_sequences
+from .choosing.targets import Options
+from .duration import estimate_seconds
+from .memory import Memory
+from .passes.calibrate import HELD_OUT_TOKENS, SEQUENCE_TOKENS, Calibration
+from .passes.texts import check_file, open_text, stdlib_text
+from .pipeline import Compression
+from .source.checkpoint import Checkpoint
 
 WIDEST = 8  # bits that experts get at the most, unless all are left as they are
 

@@ -13,27 +13,27 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from edge_moe import __version__, _core
-from edge_moe.compressor.certificate import certify
-from edge_moe.compressor.choosing import allocate, choose, targets, trunk
-from edge_moe.compressor.choosing.adjust_top_k import adjust_top_k
-from edge_moe.compressor.choosing.choose import Choosing
-from edge_moe.compressor.choosing.sensitivity import Measures, Sensitivity, load_measure, save_measure
-from edge_moe.compressor.choosing.targets import DEFAULT_TOKENS, Options, true_bits
-from edge_moe.compressor.memory import Memory
-from edge_moe.compressor.passes.calibrate import Calibration, load_calibration
-from edge_moe.compressor.passes.streams import Stream
-from edge_moe.compressor.rounding.quantise import quantise, trunk_packing
-from edge_moe.compressor.rounding.round_layers import PackedTrunk, Rounding, Track
-from edge_moe.compressor.source.checkpoint import Checkpoint
-from edge_moe.compressor.source.copied_files import contents
-from edge_moe.compressor.writing import own
-from edge_moe.compressor.writing.journal import CHOICE, FINISHED, Journal, partial_of, work_of
-from edge_moe.compressor.writing.writer import BundleWriter, Packing
-from edge_moe.devices.probe import default_threads
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import ModelConfig, read_json, trunk_shapes
-from edge_moe.runtime.tokenizer import tokenizer_of
+from .. import __version__, _core
+from ..devices.probe import default_threads
+from ..runtime.bundle import Bundle
+from ..runtime.config import ModelConfig, read_json, trunk_shapes
+from ..runtime.tokenizer import tokenizer_of
+from .certificate import certify
+from .choosing import allocate, choose, targets, trunk
+from .choosing.adjust_top_k import adjust_top_k
+from .choosing.choose import Choosing
+from .choosing.sensitivity import Measures, Sensitivity, load_measure, save_measure
+from .choosing.targets import DEFAULT_TOKENS, Options, true_bits
+from .memory import Memory
+from .passes.calibrate import Calibration, load_calibration
+from .passes.streams import Stream
+from .rounding.quantise import quantise, trunk_packing
+from .rounding.round_layers import PackedTrunk, Rounding, Track
+from .source.checkpoint import Checkpoint
+from .source.copied_files import contents
+from .writing import own
+from .writing.journal import CHOICE, FINISHED, Journal, partial_of, work_of
+from .writing.writer import BundleWriter, Packing
 
 Progress = Callable[[str, int, int], None]  # (step, done, of)
 Phase = Callable[[str, tuple[str, ...]], None]  # (name, all names)

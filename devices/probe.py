@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge_moe import _core
+from .. import _core
 
 # (controller of /proc/self/cgroup, mount point under /sys/fs/cgroup, limit file, usage file, prefix of the keys of
 # memory.stat that count the cgroups below too); version 2 names no controller.

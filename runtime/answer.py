@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edge_moe.runtime.turns import PATIENCE_S
+from .turns import PATIENCE_S
 
 if TYPE_CHECKING:
-    from edge_moe.runtime.runtime import Runtime
+    from .runtime import Runtime
 
 
 PEAK_S = 0.1  # between two looks at the process's peak

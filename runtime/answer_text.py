@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Sequence
 
-from edge_moe.runtime.tokenizer import Detokenizer, Tokenizer
+from .tokenizer import Detokenizer, Tokenizer
 
 
 class AnswerText:

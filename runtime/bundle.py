@@ -24,13 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.runtime.bundle_table import LISTED, REMEDY, TABLE_FILE, Reader, is_number, read_table
-from edge_moe.runtime.config import ModelConfig, load_config, parse_config, read_json, trunk_shapes
-from edge_moe.runtime.files import pieces, real_path
-from edge_moe.runtime.model_path import check_quantised, find_model, raise_if_other_format
-from edge_moe.runtime.pruning import MASK_FILE, Pruning, read_mask_routers, read_pruning
-from edge_moe.runtime.tensorfile import Stored, read_header
+from .. import _core
+from .bundle_table import LISTED, REMEDY, TABLE_FILE, Reader, is_number, read_table
+from .config import ModelConfig, load_config, parse_config, read_json, trunk_shapes
+from .files import pieces, real_path
+from .model_path import check_quantised, find_model, raise_if_other_format
+from .pruning import MASK_FILE, Pruning, read_mask_routers, read_pruning
+from .tensorfile import Stored, read_header
 
 COPIED = {  # files of a checkpoint that a bundle has and that are used, and the most bytes of each
     "config.json": 4_000_000,

@@ -8,8 +8,8 @@ import json
 import math
 from pathlib import Path
 
-from edge_moe import _core
-from edge_moe.runtime.files import MOST_JSON_BYTES, parse_json, read_bounded, real_path
+from .. import _core
+from .files import MOST_JSON_BYTES, parse_json, read_bounded, real_path
 
 REMEDY = "copy the bundle again"
 TABLE_FILE = "bundle.json"

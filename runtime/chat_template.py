@@ -7,9 +7,9 @@ import gc
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 
-from edge_moe import _core
-from edge_moe.runtime.template_environment import Environment
-from edge_moe.runtime.template_meter import Meter
+from .. import _core
+from .template_environment import Environment
+from .template_meter import Meter
 
 MOST_SOURCE = 200_000  # characters of a template; the longest in use have 20,000
 LITTER = 1_000_000  # bytes that were asked for, from which on they are given back at once

@@ -10,10 +10,10 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_moe.runtime.config_keys import Keys, keys_of
-from edge_moe.runtime.files import MOST_JSON_BYTES, parse_json, read_bounded
-from edge_moe.runtime.model_path import check_pointer, utf8_path, what_it_is
-from edge_moe.runtime.rope_config import YarnScaling, read_rope
+from .config_keys import Keys, keys_of
+from .files import MOST_JSON_BYTES, parse_json, read_bounded
+from .model_path import check_pointer, utf8_path, what_it_is
+from .rope_config import YarnScaling, read_rope
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
 EXPERTS_KEYS = {"deepseek_v3": ("n_routed_experts", "num_local_experts")}

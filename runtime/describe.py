@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from edge_moe.runtime.bundle_table import PROVENANCE, TABLE_FILE, Reader
-from edge_moe.runtime.config import trunk_kind
+from .bundle_table import PROVENANCE, TABLE_FILE, Reader
+from .config import trunk_kind
 
 
 def widths_name(widths: tuple[int, int, int]) -> str:

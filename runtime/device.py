@@ -1,7 +1,7 @@
 """Where a model is computed: on the processor, or on an NVIDIA GPU, whose memory counts under the cap as well."""
 
-from edge_moe import _core
-from edge_moe.devices.nvidia import find_driver
+from .. import _core
+from ..devices.nvidia import find_driver
 
 DEVICES = ("auto", "cpu", "cuda")
 OTHER_NAMES = ("metal", "mps", "mlx", "gpu")  # of a Mac's GPU

@@ -5,11 +5,11 @@ import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
-from edge_moe import _core
-from edge_moe.devices.probe import cgroup_limit_bytes, memory_limit_bytes
-from edge_moe.runtime.config import ModelConfig
-from edge_moe.runtime.plan_table import plan_text
-from edge_moe.runtime.rope import rope_frequency, rope_scale, softmax_scale
+from .. import _core
+from ..devices.probe import cgroup_limit_bytes, memory_limit_bytes
+from .config import ModelConfig
+from .plan_table import plan_text
+from .rope import rope_frequency, rope_scale, softmax_scale
 
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best first
 READERS = 4  # threads that fetch records: reads of 128 KiB to 2 MB with 8 or 16 were no faster (0.96 to 1.04 times)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edge_moe.runtime.plan import Plan
+    from .plan import Plan
 
 
 def plan_text(plan: "Plan") -> str:

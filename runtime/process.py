@@ -6,12 +6,12 @@ import warnings
 import weakref
 from typing import TYPE_CHECKING
 
-from edge_moe import _core
-from edge_moe.devices.probe import cgroup_limit_bytes, memory_limit_bytes, usable_processors
-from edge_moe.runtime.plan import resolve_ram
+from .. import _core
+from ..devices.probe import cgroup_limit_bytes, memory_limit_bytes, usable_processors
+from .plan import resolve_ram
 
 if TYPE_CHECKING:
-    from edge_moe.runtime.runtime import Runtime
+    from .runtime import Runtime
 
 # The system counts memory by process, so what a cap means to one Runtime depends on all others: these are them.
 _runtimes: "weakref.WeakSet[Runtime]" = weakref.WeakSet()

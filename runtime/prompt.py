@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from edge_moe.runtime.tokenizer import Tokenizer
+from .tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # "role" and "content", and what else the model's chat template knows
 Prompt = str | Sequence[Message] | Sequence[int]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.runtime.bundle_table import LISTED, PRUNING_CERTIFICATE, REMEDY, TABLE_FILE, Reader, is_number, shown
-from edge_moe.runtime.config import ModelConfig
-from edge_moe.runtime.files import read_bounded, real_path
-from edge_moe.runtime.tensorfile import read_header
+from .. import _core
+from .bundle_table import LISTED, PRUNING_CERTIFICATE, REMEDY, TABLE_FILE, Reader, is_number, shown
+from .config import ModelConfig
+from .files import read_bounded, real_path
+from .tensorfile import read_header
 
 MASK_FILE = "mask-routers.safetensors"
 RULES = {"odp": "ratio", "share": "share", "otp": "otp", "loss": "loss"}  # names in bundle.json, and the engine's

@@ -13,8 +13,8 @@ import math
 
 import numpy as np
 
-from edge_moe.runtime.config import ModelConfig
-from edge_moe.runtime.rope import rope_frequency, rope_scale, softmax_scale
+from .config import ModelConfig
+from .rope import rope_frequency, rope_scale, softmax_scale
 
 EXP_MOST = np.float32(87)  # exp of it is the largest that float32 holds, nearly
 

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from edge_moe.runtime.config import ModelConfig
+from .config import ModelConfig
 
 
 def rope_frequency(config: ModelConfig) -> np.ndarray:

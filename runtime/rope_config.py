@@ -7,7 +7,7 @@ refused where that would make a difference. Angles are computed in rope.py.
 
 from dataclasses import dataclass
 
-from edge_moe.runtime.config_keys import Keys, check_agree
+from .config_keys import Keys, check_agree
 
 DEFAULT_THETA = 1e4  # where the architecture has none of its own
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}

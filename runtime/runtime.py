@@ -14,14 +14,14 @@ from typing import NoReturn
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.devices.probe import default_threads, usable_processors
-from edge_moe.runtime.answer import Account, Generation
-from edge_moe.runtime.answer_text import AnswerText
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.device import begin_device
-from edge_moe.runtime.plan import KV_TYPES, READERS, BelowFloor, Plan, engine_config, make_plan
-from edge_moe.runtime.process import (
+from .. import _core
+from ..devices.probe import default_threads, usable_processors
+from .answer import Account, Generation
+from .answer_text import AnswerText
+from .bundle import Bundle
+from .device import begin_device
+from .plan import KV_TYPES, READERS, BelowFloor, Plan, engine_config, make_plan
+from .process import (
     add_runtime,
     loading,
     others_bytes,
@@ -29,12 +29,12 @@ from edge_moe.runtime.process import (
     taken_bytes,
     warn_of_threads,
 )
-from edge_moe.runtime.prompt import Prompt, prompt_ids
-from edge_moe.runtime.pruning import OFF, PruneRule, prune_rule, read_mask_routers
-from edge_moe.runtime.sampling import Sampler, whole_number
-from edge_moe.runtime.tokenizer import ENCODING_ROOM, tokenizer_of
-from edge_moe.runtime.tokenizer_file import reading_bytes
-from edge_moe.runtime.turns import Stream, Turns, Wanted
+from .prompt import Prompt, prompt_ids
+from .pruning import OFF, PruneRule, prune_rule, read_mask_routers
+from .sampling import Sampler, whole_number
+from .tokenizer import ENCODING_ROOM, tokenizer_of
+from .tokenizer_file import reading_bytes
+from .turns import Stream, Turns, Wanted
 
 TEXT_COPIES = 8  # bytes that a byte of a prompt's text may take: as read, decoded to 4 a character, and in a template
 DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.runtime.config import read_json
+from .config import read_json
 
 EDGES = (1e-2, 1e-4, 0.0)  # of the largest weight, below which top_p need not look where those above have its share
 BLOCK = 512  # weights that are summed before the draw looks for the one it fell on

@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace, pass_eval_context
 from jinja2.visitor import NodeTransformer
 
-from edge_moe.runtime.template_meter import Meter, TooMuch, listed
+from .template_meter import Meter, TooMuch, listed
 
 MOST_NODES = 10_000  # of a template's syntax tree; the largest in use have 3,000
 NODE, MACRO = 7_000, 18_000  # bytes of memory that compiling a node takes, at most, and a macro more than that

@@ -12,7 +12,7 @@ from types import GeneratorType
 from jinja2.utils import Namespace
 from markupsafe import Markup
 
-from edge_moe import _core
+from .. import _core
 
 ROOM = 256_000_000  # bytes of memory where the caller names none
 MOST_STEPS = 1_000_000  # a step is an operation, an item of a loop, or 256 characters that an operation looks at

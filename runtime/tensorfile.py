@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.runtime.files import check_values, pieces
-from edge_moe.runtime.model_path import check_pointer
+from .files import check_values, pieces
+from .model_path import check_pointer
 
 NUMPY_DTYPES = {  # as read from disk; what numpy lacks is its bits
     "BF16": np.dtype("<u2"),

@@ -8,8 +8,8 @@ for. chat_template.py makes a text of messages.
 from contextlib import suppress
 from pathlib import Path
 
-from edge_moe.runtime.text_cuts import Cuts
-from edge_moe.runtime.tokenizer_file import library_errors, read_tokenizer
+from .text_cuts import Cuts
+from .tokenizer_file import library_errors, read_tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence decodes to
 ENCODING = 450  # bytes of memory that a byte of text takes while it is encoded, at most; 415 were measured
@@ -95,7 +95,7 @@ class Tokenizer:
         """
         if not self.chat_templates:
             raise ValueError("this model has no chat template; pass a prompt as text")
-        from edge_moe.runtime.chat_template import render
+        from .chat_template import render
 
         text = render(
             self._template(
@@ -120,7 +120,7 @@ class Tokenizer:
                 self._template(name, room_bytes)
 
     def _template(self, name: str, room_bytes: int | None):
-        from edge_moe.runtime.chat_template import ChatTemplate
+        from .chat_template import ChatTemplate
 
         if name not in self.chat_templates:
             named = ", ".join(self.chat_templates)

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_moe.runtime.config import read_json
-from edge_moe.runtime.files import read_bounded
-from edge_moe.runtime.text_cuts import parts
+from .config import read_json
+from .files import read_bounded
+from .text_cuts import parts
 
 LOADING = 13  # bytes of memory that the library takes for a byte of tokenizer.json, at most; 12 were measured
 LIBRARY, TEMPLATES = 6_500_000, 4_000_000  # and for itself; what Jinja takes, before it compiles a template

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, NoReturn, TypeVar
 
-from edge_moe import _core
+from .. import _core
 
 PATIENCE_S = 0.1  # from a call's step to its next, while others wait
 WAKE_S = 0.05  # how often one who waits for a turn looks whether it is still wanted

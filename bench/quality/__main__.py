@@ -11,12 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from edge_moe import bench
-from edge_moe.bench.quality import cost, llama_types, peers, report
-from edge_moe.bench.quality.forms import Form, ablations, bases, methods
-from edge_moe.bench.quality.study import Study, open_study, run
-from edge_moe.compressor.choosing.targets import DEFAULT_TOKENS
-from edge_moe.devices.probe import default_threads
+from ... import bench
+from ...compressor.choosing.targets import DEFAULT_TOKENS
+from ...devices.probe import default_threads
+from . import cost, llama_types, peers, report
+from .forms import Form, ablations, bases, methods
+from .study import Study, open_study, run
 
 PARTS = ("methods", "ablation", "time")
 QUICK = {"bits": [2.5], "ablate": [2.5], "repeats": 1, "tokens": 1024, "calibration_tokens": 4096}

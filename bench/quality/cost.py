@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from edge_moe.bench.conditions import processor, stolen
-from edge_moe.bench.quality.study import Study
-from edge_moe.compressor.choosing import targets
-from edge_moe.compressor.pipeline import Compression, compress
-from edge_moe.compressor.rounding.gptq import gptq
-from edge_moe.compressor.rounding.inputs import Inputs
-from edge_moe.compressor.rounding.quantise import dequantise
-from edge_moe.compressor.source.checkpoint import Checkpoint
-from edge_moe.devices.probe import default_threads
+from ...compressor.choosing import targets
+from ...compressor.pipeline import Compression, compress
+from ...compressor.rounding.gptq import gptq
+from ...compressor.rounding.inputs import Inputs
+from ...compressor.rounding.quantise import dequantise
+from ...compressor.source.checkpoint import Checkpoint
+from ...devices.probe import default_threads
+from ..conditions import processor, stolen
+from .study import Study
 
 SIZES = (256, 512, 1024, 2048)  # inputs of an expert; its inner size is half of that
 ROWS = 2048  # tokens of an expert, as calibration's default gives one of 64 with 4 chosen

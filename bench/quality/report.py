@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from edge_moe.bench.markdown import table
-from edge_moe.bench.quality.forms import DROPPED
-from edge_moe.bench.quality.study import Study
+from ..markdown import table
+from .forms import DROPPED
+from .study import Study
 
 LLAMA_CPP_BARS = {"IQ3_S": 3.5, "Q4_K": 4.5}  # types that pmq is to be below, at about these bits
 NEAR = 0.1  # bits

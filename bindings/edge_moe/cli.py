@@ -14,8 +14,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from edge_moe import __version__
-from edge_moe.commands import (
+from . import __version__
+from .commands import (
     bench,
     chat,
     compress,
@@ -29,7 +29,7 @@ from edge_moe.commands import (
     spelling,
     verify,
 )
-from edge_moe.commands.output import fail
+from .commands.output import fail
 
 WITHOUT_VALUE = {"--sweep-ram": str(bench.SWEEP_CAPS)}  # options that need no number, and what they then mean
 

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import bench
-from edge_moe.bench.evaluate import Remembered, evaluate, windows
-from edge_moe.bench.texts import held_out_modules
-from edge_moe.compressor.passes.calibrate import load_calibration
-from edge_moe.compressor.pipeline import compress
-from edge_moe.report import certificate_text, spread_text
-from edge_moe.runtime.config import load_config
-from edge_moe.runtime.describe import describe_bundle
-from edge_moe.runtime.plan_table import size, table
-from edge_moe.runtime.runtime import Runtime
-from edge_moe.runtime.score import LOGITS_ROWS
-from edge_moe.runtime.tokenizer import Tokenizer
+from . import bench
+from .bench.evaluate import Remembered, evaluate, windows
+from .bench.texts import held_out_modules
+from .compressor.passes.calibrate import load_calibration
+from .compressor.pipeline import compress
+from .report import certificate_text, spread_text
+from .runtime.config import load_config
+from .runtime.describe import describe_bundle
+from .runtime.plan_table import size, table
+from .runtime.runtime import Runtime
+from .runtime.score import LOGITS_ROWS
+from .runtime.tokenizer import Tokenizer
 
 MODEL = Path(bench.__file__).parent / "reference_moe"
 BITS = 2.5

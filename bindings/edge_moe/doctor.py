@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from edge_moe import __version__, _core, bench
-from edge_moe.bench.expectation import expected_speed
-from edge_moe.bench.machine import measure_machine, mount_of
-from edge_moe.compressor.choosing.estimate import estimate
-from edge_moe.devices.nvidia import find_driver, nvcc_version
-from edge_moe.devices.probe import cgroup_limit_bytes, default_threads, memory_limit_bytes
-from edge_moe.machine_file import known_machine, remember_machine
-from edge_moe.runtime.device import device_name
-from edge_moe.runtime.plan_table import size, table
+from . import __version__, _core, bench
+from .bench.expectation import expected_speed
+from .bench.machine import measure_machine, mount_of
+from .compressor.choosing.estimate import estimate
+from .devices.nvidia import find_driver, nvcc_version
+from .devices.probe import cgroup_limit_bytes, default_threads, memory_limit_bytes
+from .machine_file import known_machine, remember_machine
+from .runtime.device import device_name
+from .runtime.plan_table import size, table
 
 CONFIGS = Path(bench.__file__).parent / "configs"
 MODELS = {"Qwen3-30B-A3B": "qwen3-30b-a3b", "Qwen3-235B-A22B": "qwen3-235b-a22b", "DeepSeek-V3": "deepseek-v3"}

@@ -10,8 +10,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from edge_moe.terminal import styled
-from edge_moe.user_files import state_directory
+from .terminal import styled
+from .user_files import state_directory
 
 QUOTES = '"""'
 PROMPT, MORE = "> ", "... "

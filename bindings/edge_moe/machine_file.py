@@ -5,8 +5,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from edge_moe.bench.machine import Machine, machine_of, mount_of
-from edge_moe.user_files import cache_directory
+from .bench.machine import Machine, machine_of, mount_of
+from .user_files import cache_directory
 
 NAME = "machine.json"
 

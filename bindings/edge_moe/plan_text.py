@@ -4,7 +4,7 @@ import shutil
 import textwrap
 from pathlib import Path
 
-from edge_moe.runtime.plan_table import plan_text, size, table
+from .runtime.plan_table import plan_text, size, table
 
 PART_NAMES = {  # of sizes.Part
     **{name: f"experts, {name}" for name in ("gate", "up", "down", "padding")},

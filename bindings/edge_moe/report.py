@@ -3,7 +3,7 @@
 Imports nothing heavy: `edge-moe generate` uses it, and its memory counts under the cap.
 """
 
-from edge_moe.runtime.plan_table import size, table
+from .runtime.plan_table import size, table
 
 STDLIB_NOTE = "calibrated on Python source; for other kinds of text pass --calibration FILE"
 DROP_COUNTS = {"equal": "as many in every layer", "sensitivity": "more where it costs less"}
@@ -74,7 +74,7 @@ def _widths_tables(about: dict) -> list[str]:
 
 def compressed_text(about: dict) -> str:
     """What compress made, how good it is, and what to know about it."""
-    from edge_moe.compressor.passes.calibrate import STDLIB
+    from .compressor.passes.calibrate import STDLIB
 
     widths = ", ".join(f"{count:,} of {name}" for name, count in about["widths"].items())
     calibrated, method = about["calibration"] or {}, about["method"]
@@ -93,7 +93,7 @@ def compressed_text(about: dict) -> str:
 
 def spread_text(method: dict, widths: dict) -> str:
     """How unlike the experts are, and what pmq made of it: bundle.json's `method` and experts by width."""
-    from edge_moe.compressor.choosing.allocate import FLAT
+    from .compressor.choosing.allocate import FLAT
 
     found = f"sensitivity spread {method['spread']:.3g} (90th over 10th percentile of experts)"
     if method.get("flat"):

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edge_moe.compressor.choosing.sensitivity import Form
-from edge_moe.compressor.passes import forward
-from edge_moe.compressor.rounding.round_layers import cut_router
-from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig
-from edge_moe.runtime.score import log_softmax
+from ...runtime import reference
+from ...runtime.config import ModelConfig
+from ...runtime.score import log_softmax
+from ..passes import forward
+from ..rounding.round_layers import cut_router
+from .sensitivity import Form
 
 SEQUENCES = 32  # of calibration text, spread evenly
 LOGITS_BYTES = 64_000_000  # of one form's logits at a time

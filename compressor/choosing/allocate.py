@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe.compressor.choosing.sensitivity import Measures
-from edge_moe.compressor.writing.writer import Packing, record_bytes_of
-from edge_moe.runtime.config import ModelConfig
+from ...runtime.config import ModelConfig
+from ..writing.writer import Packing, record_bytes_of
+from .sensitivity import Measures
 
 MC_WIDTHS = (1, 2, 3)
 MC_EXPONENTS = {"mc": (1.0, 1.0, 2.0), "mc-release": (1.0, 1.5, 1.0)}  # alpha, beta, gamma: as printed, as released

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edge_moe.compressor.choosing import allocate, targets, trunk
-from edge_moe.compressor.choosing.drop_experts import drop, drop_in_program
-from edge_moe.compressor.choosing.sensitivity import Measures
-from edge_moe.compressor.choosing.targets import Options
-from edge_moe.compressor.source.checkpoint import Checkpoint
-from edge_moe.compressor.writing.writer import Packing
-from edge_moe.runtime.config import ModelConfig
+from ...runtime.config import ModelConfig
+from ..source.checkpoint import Checkpoint
+from ..writing.writer import Packing
+from . import allocate, targets, trunk
+from .drop_experts import drop, drop_in_program
+from .sensitivity import Measures
+from .targets import Options
 
 
 @dataclass(slots=True)

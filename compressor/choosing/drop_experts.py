@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from edge_moe.compressor.choosing import allocate
-from edge_moe.compressor.choosing.sensitivity import Measures
-from edge_moe.runtime.config import ModelConfig
+from ...runtime.config import ModelConfig
+from . import allocate
+from .sensitivity import Measures
 
 SCORES = ("mixture", "weight", "frequency", "mean-weight")
 

@@ -7,9 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.compressor.choosing import targets
-from edge_moe.compressor.choosing.sizes import (
+from ... import _core
+from ...devices.probe import default_threads
+from ...runtime.bundle import Bundle
+from ...runtime.child import answer
+from ...runtime.config import ModelConfig, parse_config, read_json, trunk_shapes
+from ...runtime.device import device_name
+from ...runtime.model_path import check_quantised, find_model, raise_if_other_format
+from ...runtime.plan import KV_TYPES, Plan, make_plan, resolve_ram
+from ...runtime.runtime import DEFAULT_CONTEXT
+from ...runtime.tokenizer import tokenizer_of
+from ..rounding.quantise import largest_group
+from ..source.formats import scale_blocks
+from . import targets
+from .sizes import (
     EDGES,
     GROUP,
     RECIPES,
@@ -21,17 +32,6 @@ from edge_moe.compressor.choosing.sizes import (
     sizes_by_bits,
     widths_by_kind,
 )
-from edge_moe.compressor.rounding.quantise import largest_group
-from edge_moe.compressor.source.formats import scale_blocks
-from edge_moe.devices.probe import default_threads
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.child import answer
-from edge_moe.runtime.config import ModelConfig, parse_config, read_json, trunk_shapes
-from edge_moe.runtime.device import device_name
-from edge_moe.runtime.model_path import check_quantised, find_model, raise_if_other_format
-from edge_moe.runtime.plan import KV_TYPES, Plan, make_plan, resolve_ram
-from edge_moe.runtime.runtime import DEFAULT_CONTEXT
-from edge_moe.runtime.tokenizer import tokenizer_of
 
 SHOWN_BITS = (2.0, 2.5, 3.0, 3.5, 4.5)  # that a cap is compared at
 COMMAND_LINE_BYTES = 14_000_000  # that a command line has in memory beside the library, typer and pydantic, at most

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.compressor.passes import forward
-from edge_moe.compressor.passes.calibrate import Calibration
-from edge_moe.compressor.passes.expert_rows import fitting_rows, with_nearest
-from edge_moe.compressor.passes.streams import Stream
-from edge_moe.compressor.rounding.gptq import gptq
-from edge_moe.compressor.rounding.inputs import curvature_of
-from edge_moe.compressor.rounding.quantise import dequantise
-from edge_moe.compressor.writing.files import write_whole
-from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig
-from edge_moe.runtime.score import log_softmax
+from ...runtime import reference
+from ...runtime.config import ModelConfig
+from ...runtime.score import log_softmax
+from ..passes import forward
+from ..passes.calibrate import Calibration
+from ..passes.expert_rows import fitting_rows, with_nearest
+from ..passes.streams import Stream
+from ..rounding.gptq import gptq
+from ..rounding.inputs import curvature_of
+from ..rounding.quantise import dequantise
+from ..writing.files import write_whole
 
 MOST_ROWS = 1024  # tokens of an expert on which its error is measured; more are sampled evenly
 GAIN_ROWS = 40_000  # rows of all layers' carried errors together, at the most, but GAIN_SEQUENCES a layer

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from edge_moe import _core
-from edge_moe.compressor.choosing.targets import packed_bytes
-from edge_moe.compressor.rounding.quantise import largest_group, trunk_packing
-from edge_moe.compressor.writing.writer import Packing
-from edge_moe.runtime.bundle import record_alignment, record_bytes
-from edge_moe.runtime.config import TRUNK_KINDS, ModelConfig, trunk_kind, trunk_shapes
+from ... import _core
+from ...runtime.bundle import record_alignment, record_bytes
+from ...runtime.config import TRUNK_KINDS, ModelConfig, trunk_kind, trunk_shapes
+from ..rounding.quantise import largest_group, trunk_packing
+from ..writing.writer import Packing
+from .targets import packed_bytes
 
 GROUP = 64
 DEFAULT_WIDTH, TRUNK_WIDTH = 4, 8

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.compressor.choosing.drop_experts import SCORES
-from edge_moe.compressor.passes.calibrate import check_tokens, paths_of
-from edge_moe.compressor.rounding.quantise import largest_group
-from edge_moe.compressor.source.checkpoint import Checkpoint
-from edge_moe.compressor.source.copied_files import copied_bytes
-from edge_moe.compressor.writing.writer import Packing
-from edge_moe.runtime.bundle import record_alignment, record_bytes
-from edge_moe.runtime.child import call
-from edge_moe.runtime.config import ModelConfig, trunk_shapes
-from edge_moe.runtime.plan import READER_BYTES, READERS, parse_bytes
+from ... import _core
+from ...runtime.bundle import record_alignment, record_bytes
+from ...runtime.child import call
+from ...runtime.config import ModelConfig, trunk_shapes
+from ...runtime.plan import READER_BYTES, READERS, parse_bytes
+from ..passes.calibrate import check_tokens, paths_of
+from ..rounding.quantise import largest_group
+from ..source.checkpoint import Checkpoint
+from ..source.copied_files import copied_bytes
+from ..writing.writer import Packing
+from .drop_experts import SCORES
 
 METHODS = ("pmq", "mc", "mc-release", "uniform", "rtn")
 MC_WIDTHS = (1, 2, 3)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe.compressor.choosing.sizes import kind_of
-from edge_moe.compressor.choosing.targets import packed_bytes
-from edge_moe.compressor.rounding.quantise import dequantise, quantise, trunk_packing
-from edge_moe.compressor.writing.writer import Packing
-from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from ...runtime.config import ModelConfig, trunk_shapes
+from ..rounding.quantise import dequantise, quantise, trunk_packing
+from ..writing.writer import Packing
+from .sizes import kind_of
+from .targets import packed_bytes
 
 WIDTHS = (4, 5, 6, 8)  # that a kind may get
 PROBED = 4  # the width that is measured, rounded to nearest

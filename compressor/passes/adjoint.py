@@ -7,8 +7,8 @@ out. Arrays: g (samples, rows, dim), one gradient for each label that was drawn.
 
 import numpy as np
 
-from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig
+from ...runtime import reference
+from ...runtime.config import ModelConfig
 
 
 def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, random) -> np.ndarray:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.compressor.passes.texts import STDLIB, Ids, LargeText, check_file, content_hash, open_text, stdlib_text
-from edge_moe.runtime.config import ModelConfig
+from ...runtime.config import ModelConfig
+from .texts import STDLIB, Ids, LargeText, check_file, content_hash, open_text, stdlib_text
 
 LEAST_TOKENS = 256  # of calibration text
 SEQUENCE_TOKENS = 256  # of one calibration sequence, or the model's context if shorter

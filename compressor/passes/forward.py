@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe.compressor.passes.streams import BLOCK_ROWS, Stream
-from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig
+from ...runtime import reference
+from ...runtime.config import ModelConfig
+from .streams import BLOCK_ROWS, Stream
 
 PART_BYTES = 64_000_000  # of one expert's output that a worker may hold
 

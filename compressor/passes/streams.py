@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.compressor.writing.files import named, write_whole
+from ... import _core
+from ..writing.files import named, write_whole
 
 BLOCK_ROWS = 2048  # of a pass over all rows
 

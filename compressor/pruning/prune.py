@@ -14,25 +14,25 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from edge_moe import _core
-from edge_moe.compressor.passes.calibrate import check_tokens, load_calibration, paths_of
-from edge_moe.compressor.passes.streams import Stream
-from edge_moe.compressor.pruning import prune_curves
-from edge_moe.compressor.pruning.mask_routers import fit_losses, train_otp
-from edge_moe.compressor.pruning.prune_losses import SAMPLES, collect
-from edge_moe.compressor.rounding.bundle_weights import BundleWeights
-from edge_moe.compressor.writing.files import write_whole
-from edge_moe.compressor.writing.writer import table_bytes
-from edge_moe.devices.probe import default_threads
-from edge_moe.runtime import reference
-from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.bundle_table import TABLE_FILE
-from edge_moe.runtime.plan import resolve_ram
-from edge_moe.runtime.pruning import LEARNED, MASK_FILE, RULES
-from edge_moe.runtime.runtime import Runtime
-from edge_moe.runtime.score import LOGITS_ROWS, Score
-from edge_moe.runtime.tensorfile import make_header
-from edge_moe.runtime.tokenizer import tokenizer_of
+from ... import _core
+from ...devices.probe import default_threads
+from ...runtime import reference
+from ...runtime.bundle import Bundle
+from ...runtime.bundle_table import TABLE_FILE
+from ...runtime.plan import resolve_ram
+from ...runtime.pruning import LEARNED, MASK_FILE, RULES
+from ...runtime.runtime import Runtime
+from ...runtime.score import LOGITS_ROWS, Score
+from ...runtime.tensorfile import make_header
+from ...runtime.tokenizer import tokenizer_of
+from ..passes.calibrate import check_tokens, load_calibration, paths_of
+from ..passes.streams import Stream
+from ..rounding.bundle_weights import BundleWeights
+from ..writing.files import write_whole
+from ..writing.writer import table_bytes
+from . import prune_curves
+from .mask_routers import fit_losses, train_otp
+from .prune_losses import SAMPLES, collect
 
 DEFAULT_TOKENS = 32_768
 DEFAULT_CUT = 0.2

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edge_moe.compressor.pruning.prune_losses import LayerLosses
-from edge_moe.runtime.config import ModelConfig
+from ...runtime.config import ModelConfig
+from .prune_losses import LayerLosses
 
 CUTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 THRESHOLDS = np.linspace(0, 1, 101)  # that are tried

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe.compressor.passes import adjoint, forward
-from edge_moe.compressor.passes.streams import Stream
-from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig
+from ...runtime import reference
+from ...runtime.config import ModelConfig
+from ..passes import adjoint, forward
+from ..passes.streams import Stream
 
 SAMPLES = 8  # labels drawn for each token
 BLOCK = 512  # rows of an expert whose gradients are held at a time

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.compressor.rounding.quantise import dequantise
-from edge_moe.compressor.writing.writer import Quantised
-from edge_moe.runtime.bundle import TRUNK_FILE, Bundle
-from edge_moe.runtime.config import ModelConfig
+from ... import _core
+from ...runtime.bundle import TRUNK_FILE, Bundle
+from ...runtime.config import ModelConfig
+from ..writing.writer import Quantised
+from .quantise import dequantise
 
 
 @dataclass(frozen=True, slots=True)

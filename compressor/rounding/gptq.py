@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.compressor.rounding.quantise import MOST, from_bfloat16, quantise, to_bfloat16
-from edge_moe.compressor.writing.writer import Quantised
+from ... import _core
+from ..writing.writer import Quantised
+from .quantise import MOST, from_bfloat16, quantise, to_bfloat16
 
 DAMPING = 0.01  # of the mean diagonal, added to it
 MASSIVE = 64  # times the median of the diagonal: what lies above counts as so much in that mean

@@ -10,7 +10,7 @@ texts): no step 0.0531, whole steps 0.0436, confirmed ones 0.0451 at 2 bits; 0.0
 
 import numpy as np
 
-from edge_moe.compressor.rounding.gptq import Curvature, damping_for
+from .gptq import Curvature, damping_for
 
 
 def curvature_of(x: np.ndarray, token_weights: np.ndarray) -> Curvature:

@@ -5,8 +5,8 @@ The search for scales is compiled (src/quantise.cpp); this is its door, and the 
 
 import numpy as np
 
-from edge_moe import _core
-from edge_moe.compressor.writing.writer import Packing, Quantised
+from ... import _core
+from ..writing.writer import Packing, Quantised
 
 MOST = 1e37  # the largest weight that can be packed
 

@@ -18,16 +18,16 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from edge_moe.compressor.passes import forward
-from edge_moe.compressor.passes.expert_rows import fitting_rows, with_nearest
-from edge_moe.compressor.passes.streams import Stream
-from edge_moe.compressor.rounding.gptq import SWEEPS, gptq
-from edge_moe.compressor.rounding.inputs import Inputs
-from edge_moe.compressor.rounding.quantise import dequantise, quantise
-from edge_moe.compressor.rounding.round_trunk import TrunkFit, fitted_rows
-from edge_moe.compressor.writing.writer import BundleWriter, Packing, Quantised, record_bytes_of
-from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig
+from ...runtime import reference
+from ...runtime.config import ModelConfig
+from ..passes import forward
+from ..passes.expert_rows import fitting_rows, with_nearest
+from ..passes.streams import Stream
+from ..writing.writer import BundleWriter, Packing, Quantised, record_bytes_of
+from .gptq import SWEEPS, gptq
+from .inputs import Inputs
+from .quantise import dequantise, quantise
+from .round_trunk import TrunkFit, fitted_rows
 
 
 @dataclass(slots=True)

@@ -14,13 +14,13 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from edge_moe.compressor.passes.forward import Held
-from edge_moe.compressor.passes.streams import BLOCK_ROWS, Stream
-from edge_moe.compressor.rounding.gptq import gptq
-from edge_moe.compressor.rounding.inputs import Inputs
-from edge_moe.compressor.writing.writer import Quantised
-from edge_moe.runtime import reference
-from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from ...runtime import reference
+from ...runtime.config import ModelConfig, trunk_shapes
+from ..passes.forward import Held
+from ..passes.streams import BLOCK_ROWS, Stream
+from ..writing.writer import Quantised
+from .gptq import gptq
+from .inputs import Inputs
 
 PIECE_WEIGHTS = 8_000_000  # of a matrix that is rounded at a time
 FITTED_ROWS = 16_384  # of calibration that a layer's trunk is fitted to, or twice the inputs of its widest matrix

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.compressor.source.formats import Block, Tensor, locate, read, read_bytes, scale_blocks
-from edge_moe.runtime.config import ModelConfig, load_config, read_json, trunk_shapes
-from edge_moe.runtime.files import real_path
-from edge_moe.runtime.model_path import check_quantised, find_model, raise_if_other_format
-from edge_moe.runtime.tensorfile import Stored, read_header
+from ...runtime.config import ModelConfig, load_config, read_json, trunk_shapes
+from ...runtime.files import real_path
+from ...runtime.model_path import check_quantised, find_model, raise_if_other_format
+from ...runtime.tensorfile import Stored, read_header
+from .formats import Block, Tensor, locate, read, read_bytes, scale_blocks
 
 SAMPLE_BYTES = 4096  # of each layer's o that the fingerprint reads
 MOST_MISSING = 100_000  # tensors that are counted: a config.json may claim millions

@@ -7,11 +7,11 @@ away: links out of it are not followed.
 import json
 from pathlib import Path
 
-from edge_moe.runtime.bundle import COPIED, TEMPLATES
-from edge_moe.runtime.config import parse_config
-from edge_moe.runtime.files import read_bounded, real_path
-from edge_moe.runtime.model_path import check_pointer
-from edge_moe.runtime.tokenizer_file import MOST_TEMPLATE_BYTES
+from ...runtime.bundle import COPIED, TEMPLATES
+from ...runtime.config import parse_config
+from ...runtime.files import read_bounded, real_path
+from ...runtime.model_path import check_pointer
+from ...runtime.tokenizer_file import MOST_TEMPLATE_BYTES
 
 MISSING = "; put the file itself there"
 

@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 
-from edge_moe.runtime.tensorfile import NUMPY_DTYPES, Stored
+from ...runtime.tensorfile import NUMPY_DTYPES, Stored
 
 PLAIN = ("BF16", "F16", "F32")
 FP8, MXFP4 = "F8_E4M3", "MXFP4"

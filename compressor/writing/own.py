@@ -12,9 +12,9 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from edge_moe.compressor.writing.files import named
-from edge_moe.runtime.bundle import TRUNK_FILE
-from edge_moe.runtime.pruning import MASK_FILE
+from ...runtime.bundle import TRUNK_FILE
+from ...runtime.pruning import MASK_FILE
+from .files import named
 
 MARK = ".edge-moe"
 CONTENT = b"made by edge-moe compress, which goes on from here or removes this directory\n"

@@ -18,20 +18,20 @@ from threading import Lock
 
 import numpy as np
 
-from edge_moe import __version__, _core
-from edge_moe.compressor.source.copied_files import contents
-from edge_moe.compressor.writing import own
-from edge_moe.compressor.writing.files import named, sync
-from edge_moe.runtime.bundle import (
+from ... import __version__, _core
+from ...runtime.bundle import (
     TRUNK_FILE,
     codec_of,
     dropped_keys,
     record_alignment,
     record_bytes,
 )
-from edge_moe.runtime.bundle_table import table_checksum
-from edge_moe.runtime.config import ModelConfig, trunk_shapes
-from edge_moe.runtime.tensorfile import make_header
+from ...runtime.bundle_table import table_checksum
+from ...runtime.config import ModelConfig, trunk_shapes
+from ...runtime.tensorfile import make_header
+from ..source.copied_files import contents
+from . import own
+from .files import named, sync
 
 BLOCK_BYTES = 1 << 24  # read at a time
 SHARD_BYTES = 4_000_000_000  # an expert file is closed after the record that passes this

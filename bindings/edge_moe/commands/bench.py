@@ -7,9 +7,9 @@ from enum import Enum
 
 import typer
 
-from edge_moe.commands import options
-from edge_moe.commands.options import argument, option
-from edge_moe.terminal import show
+from ..terminal import show
+from . import options
+from .options import argument, option
 
 SWEEP_CAPS = 6
 _TESTS, _RANDOM = "Tests", "Instead of a BUNDLE"
@@ -85,16 +85,16 @@ def bench(
         raise typer.BadParameter("give either a BUNDLE or --synthetic CONFIG")
     if bundle and any(value is not None for value in (layers, width, vocab, keep)):
         raise typer.BadParameter("--layers, --width, --vocab and --keep belong to --synthetic")
-    from edge_moe.bench import bench as benchmark
-    from edge_moe.bench_text import bench_text, cut_text
-    from edge_moe.progress import progress_bar
+    from ..bench import bench as benchmark
+    from ..bench_text import bench_text, cut_text
+    from ..progress import progress_bar
 
     given = {"ram": ram, "prompt": prompt, "generate": generate, "repeats": repeats}
     given |= {"device": device, "threads": threads}
     given |= {"depths": depths_of(depth), "prune": prune and [options.prune_of(one) for one in prune]}
     run = benchmark.bench
     if sweep_ram is not None:
-        from edge_moe.bench.sweep import sweep
+        from ..bench.sweep import sweep
 
         run = functools.partial(sweep, caps=sweep_ram)
     if synthetic:

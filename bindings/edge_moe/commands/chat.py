@@ -2,9 +2,9 @@
 
 import sys
 
-from edge_moe.commands import options
-from edge_moe.commands.options import option
-from edge_moe.terminal import show
+from ..terminal import show
+from . import options
+from .options import option
 
 MaxTokens = option(
     int | None, "-n", "--max-tokens", metavar="N", parser=options.tokens_of,
@@ -46,10 +46,10 @@ def chat(
     """
     import signal
 
-    from edge_moe import chat
-    from edge_moe.report import default_pruning_text
-    from edge_moe.runtime.runtime import Runtime
-    from edge_moe.runtime.sampling import sampling_defaults
+    from .. import chat
+    from ..report import default_pruning_text
+    from ..runtime.runtime import Runtime
+    from ..runtime.sampling import sampling_defaults
 
     sampling = options.given(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,

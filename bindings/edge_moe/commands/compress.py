@@ -9,10 +9,10 @@ from pathlib import Path
 
 import typer
 
-from edge_moe.commands import options
-from edge_moe.commands.options import argument, option
-from edge_moe.commands.output import fail, print_json
-from edge_moe.terminal import show
+from ..terminal import show
+from . import options
+from .options import argument, option
+from .output import fail, print_json
 
 _SMALL, _HOW = "How small (one of these; default: --bits 2.5)", "How"
 
@@ -131,12 +131,12 @@ def compress(
     """
     if context is not None and ram is None:
         raise typer.BadParameter("--context belongs to --ram: it says how much memory running takes")
-    from edge_moe.compressor import pipeline
-    from edge_moe.compressor.needs import needs_of
-    from edge_moe.progress import phases
-    from edge_moe.report import compressed_text, needs_text
-    from edge_moe.runtime.describe import describe_bundle
-    from edge_moe.runtime.model_path import utf8_path
+    from ..compressor import pipeline
+    from ..compressor.needs import needs_of
+    from ..progress import phases
+    from ..report import compressed_text, needs_text
+    from ..runtime.describe import describe_bundle
+    from ..runtime.model_path import utf8_path
 
     utf8_path(out)  # before hours of work
 

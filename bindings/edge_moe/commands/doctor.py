@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from edge_moe.commands import options
-from edge_moe.commands.options import argument
-from edge_moe.commands.output import print_json
-from edge_moe.terminal import show
+from ..terminal import show
+from . import options
+from .options import argument
+from .output import print_json
 
 Where = argument(str, "WHERE", "A bundle, or the directory that will hold one [default: the current one].")
 
@@ -16,8 +16,8 @@ def doctor(where: Where = ".", json_output: options.Json = False) -> None:
     For a directory that is no bundle a file of 268 MB is written there, read and removed. What is measured is kept
     for `edge-moe plan`.
     """
-    from edge_moe.doctor import examination_text, examine
-    from edge_moe.progress import progress_bar
+    from ..doctor import examination_text, examine
+    from ..progress import progress_bar
 
     with progress_bar(quiet=json_output) as progress:
         found = examine(Path(where), progress)

@@ -1,9 +1,9 @@
 """`edge-moe eval`: score a bundle on text."""
 
-from edge_moe.commands import options
-from edge_moe.commands.options import option
-from edge_moe.commands.output import print_json
-from edge_moe.terminal import show
+from ..terminal import show
+from . import options
+from .options import option
+from .output import print_json
 
 Texts = option(list[str], "--text", metavar="FILE", help="Text to score; repeatable.")
 Against = option(str | None, "--against", metavar="MODEL|BUNDLE", help="Compare predictions with this model's.")
@@ -28,9 +28,9 @@ def evaluate(
     Perplexity per token, and with --against the divergence from another model's predictions. Several texts are
     scored alone and together: geometric mean of perplexity, mean of the rest.
     """
-    from edge_moe.bench.texts import evaluate_bundle
-    from edge_moe.progress import progress_bar
-    from edge_moe.report import evaluation_text
+    from ..bench.texts import evaluate_bundle
+    from ..progress import progress_bar
+    from ..report import evaluation_text
 
     given = {"context": context, "tokens": tokens, "prune": options.prune_of(prune)}
     given |= {"ram": ram, "device": device, "threads": threads}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import typer
 
-from edge_moe.commands import options
-from edge_moe.commands.options import argument, option
-from edge_moe.commands.output import print_json
-from edge_moe.terminal import AnswerWriter, PromptProgress, has_colours, opens_thinking, show
+from ..terminal import AnswerWriter, PromptProgress, has_colours, opens_thinking, show
+from . import options
+from .options import argument, option
+from .output import print_json
 
 CONTINUED_TOKENS = 64  # of a text that is continued: it has no end of its own
 ONE = "an argument, -p TEXT, -f FILE or --tokens 1,2,3"
@@ -76,9 +76,9 @@ def generate(
         raise typer.BadParameter(f"give one prompt: {ONE}" + ("" if given else ", or through a pipe"))
     if system is not None and (raw or tokens is not None):
         raise typer.BadParameter("--system belongs to a message: leave --raw and --tokens out")
-    from edge_moe.report import default_pruning_text, statistics_text
-    from edge_moe.runtime.runtime import Runtime
-    from edge_moe.runtime.sampling import sampling_defaults
+    from ..report import default_pruning_text, statistics_text
+    from ..runtime.runtime import Runtime
+    from ..runtime.sampling import sampling_defaults
 
     if file not in (None, "-") and not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file")

@@ -1,15 +1,15 @@
 """`edge-moe inspect`: what a bundle is."""
 
-from edge_moe.commands import options
-from edge_moe.commands.output import print_json
-from edge_moe.terminal import show
+from ..terminal import show
+from . import options
+from .output import print_json
 
 
 def inspect(bundle: options.Bundle, json_output: options.Json = False) -> None:
     """Show a bundle's shapes, bytes and widths."""
-    from edge_moe.report import bundle_text
-    from edge_moe.runtime.bundle import Bundle
-    from edge_moe.runtime.describe import describe_bundle
+    from ..report import bundle_text
+    from ..runtime.bundle import Bundle
+    from ..runtime.describe import describe_bundle
 
     about = describe_bundle(Bundle.open(bundle))
     if json_output:

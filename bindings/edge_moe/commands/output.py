@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from edge_moe.terminal import printable, show, wrapped
+from ..terminal import printable, show, wrapped
 
 
 def print_json(value: dict) -> None:

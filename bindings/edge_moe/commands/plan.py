@@ -3,10 +3,10 @@
 from enum import Enum
 from pathlib import Path
 
-from edge_moe.commands import options
-from edge_moe.commands.options import argument, option
-from edge_moe.commands.output import print_json
-from edge_moe.terminal import show
+from ..terminal import show
+from . import options
+from .options import argument, option
+from .output import print_json
 
 _MODEL = "For a MODEL, which is no bundle yet"
 GLOSSARY = """\b
@@ -71,16 +71,16 @@ def plan(
     Nothing is loaded: a bundle's tables are enough, or a config.json before any download. Shows where memory would go,
     and what speed to expect once `edge-moe doctor` has measured this machine. Fails when the cap is below the floor.
     """
-    from edge_moe.compressor.choosing.estimate import estimate
-    from edge_moe.runtime.plan import BelowFloor
+    from ..compressor.choosing.estimate import estimate
+    from ..runtime.plan import BelowFloor
 
     as_made = {"bits": bits, "size": size, "width": width, "widths": widths_of(widths), "trunk_width": trunk_width}
     model_as = {"keep_experts": keep_experts_of(keep_experts), "recipe": recipe and recipe.value}
     run = {"context": context, "device": device, "threads": threads, "kv": kv.value}
     result = estimate(model, ram, **run, **as_made, **model_as)
-    from edge_moe.bench.expectation import expected_speed  # after the estimate, which counts this process's memory
-    from edge_moe.machine_file import disk_of, known_machine
-    from edge_moe.plan_text import estimate_text
+    from ..bench.expectation import expected_speed  # after the estimate, which counts this process's memory
+    from ..machine_file import disk_of, known_machine
+    from ..plan_text import estimate_text
 
     where, machine = Path(model) if not result.parts else Path("."), known_machine()
 

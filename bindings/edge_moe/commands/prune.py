@@ -2,10 +2,10 @@
 
 import sys
 
-from edge_moe.commands import options
-from edge_moe.commands.options import option
-from edge_moe.commands.output import print_json
-from edge_moe.terminal import show
+from ..terminal import show
+from . import options
+from .options import option
+from .output import print_json
 
 Default = option(
     str | None, "--default", metavar="SHARE|off",
@@ -37,11 +37,11 @@ def prune(
     It learns which of its experts a token hardly needs; a run with --prune neither reads nor computes these. The
     weights stay as they are, and a run without --prune uses all experts where --default sets nothing else.
     """
-    from edge_moe.bench.conditions import timed
-    from edge_moe.compressor.pruning.prune import DEFAULT_RULES, calibrate_pruning, set_default
-    from edge_moe.progress import progress_bar
-    from edge_moe.report import pruning_text
-    from edge_moe.runtime.bundle import Bundle
+    from ..bench.conditions import timed
+    from ..compressor.pruning.prune import DEFAULT_RULES, calibrate_pruning, set_default
+    from ..progress import progress_bar
+    from ..report import pruning_text
+    from ..runtime.bundle import Bundle
 
     source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}
     rules = tuple(rule or DEFAULT_RULES)

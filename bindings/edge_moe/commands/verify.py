@@ -1,17 +1,17 @@
 """`edge-moe verify`: every byte of a bundle against its checksums."""
 
-from edge_moe.commands import options
-from edge_moe.terminal import show
+from ..terminal import show
+from . import options
 
 
 def verify(bundle: options.Bundle) -> None:
     """Read all of a bundle and check it."""
     import time
 
-    from edge_moe.progress import progress_bar
-    from edge_moe.report import unlisted_text
-    from edge_moe.runtime import bundle as bundles
-    from edge_moe.runtime.plan_table import size
+    from ..progress import progress_bar
+    from ..report import unlisted_text
+    from ..runtime import bundle as bundles
+    from ..runtime.plan_table import size
 
     opened, checked, began = bundles.Bundle.open(bundle), 0, time.perf_counter()
     with progress_bar() as progress:
