@@ -27,5 +27,5 @@ cmake --build "$work/devices" --target check_cuda bench_cuda -j "$jobs" >>"$work
 "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$work/site" . \
   -Ccmake.define.EDGE_MOE_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES="$architecture"
 
-PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" "$python" -m edge_moe.bench.cuda_report \
+PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" "$python" -m bench.laboratory.cuda_report \
   "$work/devices" tests "$out" "$@"

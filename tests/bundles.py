@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-import edge_moe.bench
 from edge_moe import _core
+from edge_moe.bench import EMBEDDED
 from edge_moe.compressor.rounding.bundle_weights import BundleWeights
 from edge_moe.compressor.rounding.quantise import quantise, trunk_packing
 from edge_moe.compressor.source.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ from edge_moe.runtime.plan import engine_config
 from edge_moe.runtime.pruning import LEARNED, MASK_FILE, mask_router_shape
 from edge_moe.runtime.runtime import Runtime
 
-REFERENCE = Path(edge_moe.bench.__file__).parent / "reference_moe"
+REFERENCE = EMBEDDED
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits that Engine.forward returns
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from edge_moe.bench import cgroup
-from edge_moe.bench.cgroup import Cgroup
+from bench.laboratory import cgroup
+from bench.laboratory.cgroup import Cgroup
 
 
 def make(limit_bytes: int) -> Cgroup:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from bundles import REFERENCE
 
+from bench.laboratory.cache_policies import HALF_LIFE, LFRU, LFU, LRU, SHARES, Belady, Static, hits, record, table
 from edge_moe.bench.bench import generate_run
-from edge_moe.bench.cache_policies import HALF_LIFE, LFRU, LFU, LRU, SHARES, Belady, Static, hits, record, table
 from edge_moe.bench.evaluate import Cached
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.config import load_config

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from bundles import run_python
 
+from bench.laboratory.cuda_registers import ARCHITECTURES, kernels
 from edge_moe import _core
-from edge_moe.bench.cuda_registers import ARCHITECTURES, kernels
 from edge_moe.devices.nvidia import find_driver
 from edge_moe.runtime.runtime import Runtime
 

@@ -4,8 +4,8 @@ from dataclasses import asdict
 
 import pytest
 
+from bench.laboratory.cuda_report import MEMORY, markdown, verdicts
 from edge_moe.bench.bench import measure
-from edge_moe.bench.cuda_report import MEMORY, markdown, verdicts
 
 
 @pytest.fixture(scope="module")

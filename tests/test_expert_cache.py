@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from bundles import REFERENCE, make_engine, run_engine, write_bundle
 
+from bench.laboratory.cache_policies import HALF_LIFE, record
 from edge_moe import _core
-from edge_moe.bench.cache_policies import HALF_LIFE, record
 from edge_moe.bench.evaluate import Cached
 from edge_moe.compressor.rounding.quantise import trunk_packing
 from edge_moe.compressor.source.checkpoint import Checkpoint

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from bundles import REFERENCE
 
-from edge_moe.bench.input_precision import Weights, as_kernels_do, as_they_are, precision, rounded, to_int8
+from bench.laboratory.input_precision import Weights, as_kernels_do, as_they_are, precision, rounded, to_int8
 from edge_moe.compressor.rounding.bundle_weights import BundleWeights
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from bundles import REFERENCE
 
-from edge_moe.bench.quality import llama_types
+from bench.laboratory.quality import llama_types
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 

@@ -8,11 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from edge_moe.bench import peers
-from edge_moe.bench.bench import weight_bytes
-from edge_moe.bench.engines import Child, LlamaCpp, MlxLm, Model
-from edge_moe.bench.gguf_model import BLOCKS, MIXES, bytes_per_token, make_gguf, tensors
-from edge_moe.bench.peers import (
+from bench.laboratory import peers
+from bench.laboratory.engines import Child, LlamaCpp, MlxLm, Model
+from bench.laboratory.gguf_model import BLOCKS, MIXES, bytes_per_token, make_gguf, tensors
+from bench.laboratory.peers import (
     CONFIG,
     VOCAB,
     Report,
@@ -24,6 +23,7 @@ from edge_moe.bench.peers import (
     markdown,
     run_rounds,
 )
+from edge_moe.bench.bench import weight_bytes
 from edge_moe.bench.synthetic import make_synthetic, raw_config
 from edge_moe.runtime.config import parse_config
 
@@ -221,7 +221,7 @@ def test_missing_peers_are_named_with_the_extra_that_installs_them(monkeypatch):
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_blocks_are_laid_out_as_gguf_reads_them(kind):
     gguf = pytest.importorskip("gguf")
-    from edge_moe.bench.gguf_model import _blocks
+    from bench.laboratory.gguf_model import _blocks
 
     its = gguf.GGMLQuantizationType[kind]
     assert gguf.GGML_QUANT_SIZES[its] == (BLOCKS[kind].weights, BLOCKS[kind].nbytes)

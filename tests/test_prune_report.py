@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from bundles import REFERENCE
 
-from edge_moe.bench import prune_report
+from bench.laboratory import prune_report
+from bench.laboratory.prune_report import Counting, Point, at, bars, curves, frontier_table
 from edge_moe.bench.evaluate import Remembered
-from edge_moe.bench.prune_report import Counting, Point, at, bars, curves, frontier_table
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.config import load_config

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from bundles import REFERENCE
 
-from edge_moe.bench.quality import forms, peers, report
-from edge_moe.bench.quality.forms import Form
-from edge_moe.bench.quality.study import make_and_score, open_study, run
+from bench.laboratory.quality import forms, peers, report
+from bench.laboratory.quality.forms import Form
+from bench.laboratory.quality.study import make_and_score, open_study, run
 from edge_moe.bench.texts import evaluate_texts, reference_logits
 from edge_moe.compressor.choosing import allocate, targets
 from edge_moe.compressor.choosing.sensitivity import LayerMeasure, Measures
@@ -427,7 +427,7 @@ def test_a_certificate_stands_beside_what_each_text_shows_of_it():
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    given = [sys.executable, "-m", "edge_moe.bench.quality", *map(str, arguments)]
+    given = [sys.executable, "-m", "bench.laboratory.quality", *map(str, arguments)]
     return subprocess.run(given, capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
 
 
@@ -457,7 +457,7 @@ def test_the_command_writes_the_report_and_goes_on_with_what_is_kept(tmp_path):
 def test_a_killed_report_leaves_no_worker(tmp_path):
     given = ["--text", TEXTS[0], "--tokens", 300, "--context", 128, "--calibration-tokens", 8192, "--bits", 2.5]
     given += ["--processes", 2, "--parts", "methods", "--methods", "uniform", "rtn", "--work", tmp_path]
-    command = [sys.executable, "-m", "edge_moe.bench.quality", *map(str, given)]
+    command = [sys.executable, "-m", "bench.laboratory.quality", *map(str, given)]
     report = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (left := workers_of(report.pid)) and report.poll() is None:
         pass
@@ -476,7 +476,7 @@ def workers_of(pid: int) -> list[int]:
 
 
 def test_cost_is_of_the_choices_that_pmq_weighs(study):
-    from edge_moe.bench.quality import cost
+    from bench.laboratory.quality import cost
 
     (size,) = cost.by_size(study, (256,))
     with Checkpoint(REFERENCE) as checkpoint:

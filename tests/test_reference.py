@@ -4,14 +4,13 @@ Tolerance: two float32 evaluations of these models differ by 1e-5 to 2e-5 in log
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from bundles import Kept
 from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, dropped_logits, write_checkpoint
 
-import edge_moe.bench
+from edge_moe.bench import EMBEDDED
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.config import RouterConfig
@@ -144,7 +143,7 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path, token):
 
 
 def test_the_embedded_model_gives_finite_logits():
-    checkpoint = Checkpoint(Path(edge_moe.bench.__file__).parent / "reference_moe")
+    checkpoint = Checkpoint(EMBEDDED)
     logits = reference.forward(checkpoint.config, checkpoint, [0, 17, 300, 4095])
     assert logits.shape == (4, 4096) and np.isfinite(logits).all()
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from edge_moe.bench.quality import smollm2
+from bench.laboratory.quality import smollm2
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 

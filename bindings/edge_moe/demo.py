@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import bench
+from .bench import EMBEDDED
 from .bench.evaluate import Remembered, evaluate, windows
 from .bench.texts import held_out_modules
 from .compressor.passes.calibrate import load_calibration
@@ -25,7 +25,6 @@ from .runtime.runtime import Runtime
 from .runtime.score import LOGITS_ROWS
 from .runtime.tokenizer import Tokenizer
 
-MODEL = Path(bench.__file__).parent / "reference_moe"
 BITS = 2.5
 VARIANTS = {  # options of compress() by the name that is shown; the last two calibrate on the same text
     "bf16": {"bits": 16},
@@ -44,8 +43,12 @@ SEED = 0
 def run_demo(keep: str | Path | None = None, progress=None) -> dict:
     """Compress, score and run; the report as one JSON object. keep: a directory that holds the bundles afterwards.
 
-    Raises FileExistsError when `keep` has such bundles already.
+    Raises FileExistsError when `keep` has such bundles already, FileNotFoundError where the model was left out.
     """
+    if not EMBEDDED.is_dir():
+        raise FileNotFoundError(
+            f"{EMBEDDED}: this wheel is without the demo's model; `pip install .` in a checkout has it"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(keep or temporary)
         directory.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,7 @@ def run_demo(keep: str | Path | None = None, progress=None) -> dict:
         for name, options in VARIANTS.items():
             if name == "pmq":
                 options = {**options, "size": sum(file.stat().st_size for file in paths["uniform"].iterdir())}
-            bundle = compress(MODEL, paths[name], progress=_named(progress, name), **text, **options)
+            bundle = compress(EMBEDDED, paths[name], progress=_named(progress, name), **text, **options)
         return {
             "model": "embedded reference MoE: 14.4 M parameters, 4 layers of 16 experts, top 4",
             "text": "standard library modules that calibration did not see",
@@ -67,9 +70,9 @@ def run_demo(keep: str | Path | None = None, progress=None) -> dict:
 
 def _save_text(directory: Path) -> dict:
     """Calibration and held-out text as token ids in files; compress()'s options that name them."""
-    tokenizer, files = Tokenizer(MODEL), {"calibration": "stdlib.npy", "held_out": "stdlib-held-out.npy"}
+    tokenizer, files = Tokenizer(EMBEDDED), {"calibration": "stdlib.npy", "held_out": "stdlib-held-out.npy"}
     paths = {name: directory / file for name, file in files.items()}
-    np.save(paths["calibration"], load_calibration(tokenizer, load_config(MODEL), [], CALIBRATION_TOKENS, SEED).ids)
+    np.save(paths["calibration"], load_calibration(tokenizer, load_config(EMBEDDED), [], CALIBRATION_TOKENS, SEED).ids)
     np.save(paths["held_out"], held_out_modules(tokenizer, SEED, WINDOWS, CONTEXT))
     return {name: (path,) for name, path in paths.items()} | {"tokens": CALIBRATION_TOKENS, "seed": SEED}
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from . import __version__, _core, bench
+from . import __version__, _core
+from .bench import CONFIGS
 from .bench.expectation import expected_speed
 from .bench.machine import measure_machine, mount_of
 from .compressor.choosing.estimate import estimate
@@ -16,7 +17,6 @@ from .machine_file import known_machine, remember_machine
 from .runtime.device import device_name
 from .runtime.plan_table import size, table
 
-CONFIGS = Path(bench.__file__).parent / "configs"
 MODELS = {"Qwen3-30B-A3B": "qwen3-30b-a3b", "Qwen3-235B-A22B": "qwen3-235b-a22b", "DeepSeek-V3": "deepseek-v3"}
 BITS = 2.5  # at which they are looked at: what compress makes
 SMALL_CAP = 8_000_000_000  # at which the smallest is looked at too, where there is more

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ...compressor.passes.calibrate import load_calibration
-from ...compressor.rounding.quantise import dequantise, trunk_packing
-from ...compressor.rounding.round_layers import PackedTrunk
-from ...compressor.source.checkpoint import Checkpoint
-from ...compressor.writing.writer import BundleWriter, Packing, Quantised
-from ...runtime.config import trunk_shapes
-from ...runtime.tokenizer import Tokenizer
+from edge_moe.compressor.passes.calibrate import load_calibration
+from edge_moe.compressor.rounding.quantise import dequantise, trunk_packing
+from edge_moe.compressor.rounding.round_layers import PackedTrunk
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import BundleWriter, Packing, Quantised
+from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.tokenizer import Tokenizer
+
 from .forms import Form
 from .study import Study
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ...compressor.choosing import targets
-from ...compressor.pipeline import Compression, compress
-from ...compressor.rounding.gptq import gptq
-from ...compressor.rounding.inputs import Inputs
-from ...compressor.rounding.quantise import dequantise
-from ...compressor.source.checkpoint import Checkpoint
-from ...devices.probe import default_threads
-from ..conditions import processor, stolen
+from edge_moe.bench.conditions import processor, stolen
+from edge_moe.compressor.choosing import targets
+from edge_moe.compressor.pipeline import Compression, compress
+from edge_moe.compressor.rounding.gptq import gptq
+from edge_moe.compressor.rounding.inputs import Inputs
+from edge_moe.compressor.rounding.quantise import dequantise
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.devices.probe import default_threads
+
 from .study import Study
 
 SIZES = (256, 512, 1024, 2048)  # inputs of an expert; its inner size is half of that

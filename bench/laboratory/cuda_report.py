@@ -17,16 +17,18 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from .. import _core
-from ..devices.nvidia import find_driver, nvcc_version
-from ..runtime.bundle import Bundle
-from ..runtime.child import answer, call
-from .bench import Measurement
-from .conditions import processor
-from .markdown import table
-from .synthetic import make_in_child
+from edge_moe import _core
+from edge_moe.bench import CONFIGS
+from edge_moe.bench.bench import Measurement
+from edge_moe.bench.conditions import processor
+from edge_moe.bench.synthetic import make_in_child
+from edge_moe.devices.nvidia import find_driver, nvcc_version
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.child import answer, call
 
-CONFIG = Path(__file__).parent / "configs" / "qwen3-30b-a3b.json"
+from .markdown import table
+
+CONFIG = CONFIGS / "qwen3-30b-a3b.json"
 LAYERS, VOCAB = 8, 32768
 WIDTHS = (4, 2)
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -140,7 +142,7 @@ def models(widths: tuple[int, ...], repeats: int) -> list[dict]:
                 ("paged", {"device": "cuda", "paged": PAGED_SHARE * opened.expert_bytes, **given}),
             ):
                 tell(f"{width} bits, {how}")
-                found = call("edge_moe.bench.cuda_report", options, "measuring was killed")
+                found = call("bench.laboratory.cuda_report", options, "measuring was killed")
                 rows += [{"how": how, "width": width, **row} for row in found]
             shutil.rmtree(bundle)
     return rows
@@ -151,12 +153,12 @@ def memory() -> dict:
     with tempfile.TemporaryDirectory() as directory:
         bundle = Path(directory) / "4.emoe"
         make_in_child(directory, CONFIG, bundle, 2, 4, VOCAB)
-        return call("edge_moe.bench.cuda_report", {"memory_of": str(bundle)}, "measuring was killed")
+        return call("bench.laboratory.cuda_report", {"memory_of": str(bundle)}, "measuring was killed")
 
 
 def _memory(bundle: str) -> dict:
     """In a process of its own, which has not used the GPU before."""
-    from ..runtime.runtime import Runtime
+    from edge_moe.runtime.runtime import Runtime
 
     before = _core.free_bytes()
     gpu = _core.cuda_gpu()
@@ -182,8 +184,8 @@ def _answer(memory_of: str = "", **asked):
 
 def _measure(graphs: bool = True, paged: float = 0, **asked) -> list[dict]:
     """In a process of its own: the rows of one way to run. paged: bytes of slots, instead of a cap."""
-    from ..runtime.plan import BelowFloor
-    from .bench import measure
+    from edge_moe.bench.bench import measure
+    from edge_moe.runtime.plan import BelowFloor
 
     if not graphs:
         os.environ["EDGE_MOE_CUDA_GRAPHS"] = "0"

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ...compressor.choosing import allocate, targets
-from ...compressor.choosing.sensitivity import Measures
-from ...compressor.passes import forward
-from ...compressor.passes.streams import Stream
-from ...compressor.pipeline import Compression
-from ...compressor.rounding.quantise import trunk_packing
-from ...compressor.rounding.round_layers import Rounding, Track
-from ...compressor.source.checkpoint import Checkpoint
-from ...compressor.writing.writer import Packing
-from ...runtime.bundle import record_alignment, record_bytes
-from ...runtime.config import ModelConfig, trunk_shapes
+from edge_moe.compressor.choosing import allocate, targets
+from edge_moe.compressor.choosing.sensitivity import Measures
+from edge_moe.compressor.passes import forward
+from edge_moe.compressor.passes.streams import Stream
+from edge_moe.compressor.pipeline import Compression
+from edge_moe.compressor.rounding.quantise import trunk_packing
+from edge_moe.compressor.rounding.round_layers import Rounding, Track
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing
+from edge_moe.runtime.bundle import record_alignment, record_bytes
+from edge_moe.runtime.config import ModelConfig, trunk_shapes
+
 from .study import Study
 
 DROPPED = 0.25  # of the experts, in the rows that drop some

@@ -1,6 +1,6 @@
 """What rounding the inputs of products costs, beside what rounding the weights does: bench/reports/input-precision.md.
 
-    python -m edge_moe.bench.input_precision --text wiki.txt --text code.txt --calibration mixed.txt [MODEL ...]
+    python -m bench.laboratory.input_precision --text wiki.txt --text code.txt --calibration mixed.txt [MODEL ...]
 
 Without MODEL it is the embedded model, whose activations are mild; checkpoints of pretrained models have massive ones.
 The forward pass is the reference in float32, so that nothing else is rounded: not the KV cache, no bfloat16. Inputs of
@@ -16,17 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import _core
-from ..compressor.pipeline import compress
-from ..compressor.rounding.bundle_weights import BundleWeights
-from ..compressor.source.checkpoint import Checkpoint
-from ..runtime import reference
-from ..runtime.score import Score
-from ..runtime.tokenizer import Tokenizer
-from .evaluate import windows
+from edge_moe import _core
+from edge_moe.bench import EMBEDDED
+from edge_moe.bench.evaluate import windows
+from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.rounding.bundle_weights import BundleWeights
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.runtime import reference
+from edge_moe.runtime.score import Score
+from edge_moe.runtime.tokenizer import Tokenizer
+
 from .markdown import table
 
-EMBEDDED = Path(__file__).parent / "reference_moe"
 WEIGHTS = ((8, 64), (4, 64), (2, 32), (2, 64))  # width and group of experts, beside weights as they are
 TRUNK_WIDTH = 8
 CALIBRATION_TOKENS = 8192
@@ -167,7 +168,7 @@ def main() -> None:
     options = parser.parse_args()
     calibration = ", ".join(text.name for text in options.calibration) or "the standard library's source"
     print(
-        "# What rounding inputs costs\n\nBy `python -m edge_moe.bench.input_precision`: KL divergence in nats a token "
+        "# What rounding inputs costs\n\nBy `python -m bench.laboratory.input_precision`: KL divergence, nats a token, "
         "from the checkpoint in float32, its 99th percentile, and agreement of the first choice, in windows of "
         f"{CONTEXT} tokens. Weights are those of bundles by `compress` with the method `uniform`, experts at "
         f"{', '.join(f'{width} bits in groups of {group}' for width, group in WEIGHTS)}, the trunk at {TRUNK_WIDTH} "

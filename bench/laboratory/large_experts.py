@@ -2,7 +2,7 @@
 
 A random FP8 checkpoint with experts of 7168 x 2048 is written (the rest of the model is small), compressed by
 `edge-moe compress --ram CAP` in a process of its own, then again in runs that are killed at random moments and gone on
-with. Run: python -m edge_moe.bench.large_experts --work DIR
+with. Run: python -m bench.laboratory.large_experts --work DIR
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.tensorfile import make_header
+from edge_moe.runtime.tensorfile import make_header
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],

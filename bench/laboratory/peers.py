@@ -1,6 +1,6 @@
 """How fast other engines run what we run: random models of the same shapes, side by side on this machine.
 
-    python -m edge_moe.bench.peers [--layers 4] [--rounds 5] [--types Q2_K,Q4_0,Q4_K_M] [--keep DIR] [--json]
+    python -m bench.laboratory.peers [--layers 4] [--rounds 5] [--types Q2_K,Q4_0,Q4_K_M] [--keep DIR] [--json]
 
 Qwen3-30B-A3B's layers with 4,096 tokens of vocabulary, as a GGUF file of one of llama-quantize's mixes and as bundles
 of about as many bytes. Engines take turns on every test, and a ratio is of one turn, so that a machine whose speed
@@ -30,17 +30,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..devices.probe import default_threads
-from ..runtime.bundle import Bundle
+from edge_moe.bench import CONFIGS
+from edge_moe.bench.bandwidth import memory_read_gbps
+from edge_moe.bench.bench import weight_bytes
+from edge_moe.bench.conditions import busy_seconds, processor
+from edge_moe.bench.synthetic import make_synthetic
+from edge_moe.devices.probe import default_threads
+from edge_moe.runtime.bundle import Bundle
+
 from . import cgroup
-from .bandwidth import memory_read_gbps
-from .bench import weight_bytes
-from .conditions import busy_seconds, processor
 from .engines import Child, Model
 from .gguf_model import MIXES, bytes_per_token, make_gguf
-from .synthetic import make_synthetic
 
-CONFIG = Path(__file__).parent / "configs" / "qwen3-30b-a3b.json"
+CONFIG = CONFIGS / "qwen3-30b-a3b.json"
 VOCAB = 4096
 CONTEXT = 512
 WIDTHS = {"Q2_K": 2, "Q4_0": 4, "Q4_K_M": 4}  # ours of about as many bytes

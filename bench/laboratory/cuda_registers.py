@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA kernels for each board: bench/reports/cuda-registers.md by one command, without a GPU.
 
-python -m edge_moe.bench.cuda_registers DEVICES > bench/reports/cuda-registers.md      DEVICES: the sources' directory
+python -m bench.laboratory.cuda_registers DEVICES > bench/reports/cuda-registers.md      DEVICES: the sources' directory
 """
 
 import re
@@ -10,7 +10,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..devices.nvidia import nvcc_version
+from edge_moe.devices.nvidia import nvcc_version
+
 from .markdown import table
 
 ARCHITECTURES = {"sm_87": "Orin", "sm_90": "H100, H200", "sm_110": "Thor"}

@@ -1,6 +1,6 @@
 """The pruning report: what leaving out experts costs by each rule, at equal numbers of experts used.
 
-    python -m edge_moe.bench.prune_report --text A.txt B.txt --calibration C.txt --out prune.md --plot prune.svg
+    python -m bench.laboratory.prune_report --text A.txt B.txt --calibration C.txt --out prune.md --plot prune.svg
 
 The rules that bundles offer run in the engine, at full precision and on a compressed bundle; those they are compared
 with (a smaller top_k, top-p, random masks, one threshold of share everywhere) in runtime/reference.py. Each is scored
@@ -16,22 +16,23 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import bench
-from ..compressor.pipeline import compress
-from ..compressor.pruning.prune import calibrate_pruning
-from ..compressor.rounding.bundle_weights import BundleWeights
-from ..compressor.source.checkpoint import Checkpoint
-from ..devices.probe import default_threads
-from ..runtime import reference
-from ..runtime.bundle import Bundle
-from ..runtime.pruning import read_mask_routers
-from ..runtime.runtime import Runtime
-from ..runtime.score import LOGITS_ROWS, Score
-from ..runtime.tokenizer import Tokenizer
-from .conditions import processor, stolen, timed
-from .evaluate import Cached, Remembered, windows
+from edge_moe.bench import EMBEDDED
+from edge_moe.bench.conditions import processor, stolen, timed
+from edge_moe.bench.evaluate import Cached, Remembered, windows
+from edge_moe.bench.texts import held_out_modules
+from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.pruning.prune import calibrate_pruning
+from edge_moe.compressor.rounding.bundle_weights import BundleWeights
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.devices.probe import default_threads
+from edge_moe.runtime import reference
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.pruning import read_mask_routers
+from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.score import LOGITS_ROWS, Score
+from edge_moe.runtime.tokenizer import Tokenizer
+
 from .prune_paged import paged_table
-from .texts import held_out_modules
 
 CUTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 SHOWN = (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
@@ -93,13 +94,12 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m edge_moe.bench.prune_report",
+        prog="python -m bench.laboratory.prune_report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    model = Path(bench.__file__).parent / "reference_moe"
-    add("--model", type=Path, default=model, help="checkpoint; by default the reference MoE")
+    add("--model", type=Path, default=EMBEDDED, help="checkpoint; by default the reference MoE")
     add("--text", type=Path, nargs="+", default=[], help="files to score; by default modules of the standard library")
     add("--calibration", type=Path, nargs="+", default=[], help="files; by default other modules of it")
     add("--tokens", type=int, default=4096, help="of each text, its first")

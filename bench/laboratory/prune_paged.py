@@ -1,6 +1,6 @@
 """What pruning saves where experts are paged in: bytes read and speed of decoding under a cap, in one process.
 
-    python -m edge_moe.bench.prune_paged BUNDLE IDS.npy --ram SIZE
+    python -m bench.laboratory.prune_paged BUNDLE IDS.npy --ram SIZE
 
 Text goes through one token at a time, as when an answer is generated; the settings take turns, so that what else the
 machine does falls on all of them. Prints one JSON object; prune_report.py makes a table of it.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.runtime import Runtime
-from .bench import generate_run
+from edge_moe.bench.bench import generate_run
+from edge_moe.runtime.runtime import Runtime
 
 SETTINGS = ("off", "loss:0.2", "loss:0.35", "loss:0.5")
 ROUNDS = 7
@@ -79,7 +79,7 @@ def paged_table(bundle: Path, texts: dict[str, np.ndarray], tell) -> str:
 
 
 def _child(*arguments) -> dict:
-    command = [sys.executable, "-m", "edge_moe.bench.prune_paged", *map(str, arguments)]
+    command = [sys.executable, "-m", "bench.laboratory.prune_paged", *map(str, arguments)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if child.returncode:
         raise OSError(f"{' '.join(command[1:4])} failed")

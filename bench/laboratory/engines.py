@@ -1,6 +1,6 @@
 """Engines that run the same kind of model, each in a process of its own that times the runs its parent asks for.
 
-    python -m edge_moe.bench.engines '{"engine": "llama.cpp", "path": "model.gguf", ...}'    (the fields of Model)
+    python -m bench.laboratory.engines '{"engine": "llama.cpp", "path": "model.gguf", ...}'    (the fields of Model)
 
 The child loads its model once, says so, and answers lines of JSON on stdin: {"kind": "pp", "tokens": 128, "seed": 0}
 with {"seconds": ...}. So a parent can let engines take turns, and a machine that slows down slows all of them.
@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.config import read_json
-from .bench import generate_run, prompt_run
+from edge_moe.bench.bench import generate_run, prompt_run
+from edge_moe.bench.conditions import process_seconds
+from edge_moe.bench.synthetic import GROUP
+from edge_moe.runtime.config import read_json
+
 from .cgroup import Cgroup
-from .conditions import process_seconds
-from .synthetic import GROUP
 
 BATCH = 512  # of llama.cpp, both kinds: its default for the smaller one
 
@@ -49,7 +50,7 @@ class EdgeMoe:
     """Our own engine. ram: the cap; without one every expert must fit."""
 
     def __init__(self, model: Model, ram: int | str | None = None):
-        from ..runtime.runtime import Runtime
+        from edge_moe.runtime.runtime import Runtime
 
         self.runtime = Runtime(model.path, ram or "auto", model.context, threads=model.threads, prune="off")
         if ram is None and not self.runtime.plan.resident:
@@ -166,7 +167,7 @@ class Child:
 
     def __init__(self, model: Model, cgroup: Cgroup | None = None):
         self.model = model
-        command = [sys.executable, "-m", "edge_moe.bench.engines", json.dumps(asdict(model))]
+        command = [sys.executable, "-m", "bench.laboratory.engines", json.dumps(asdict(model))]
         join = {"preexec_fn": cgroup.join} if cgroup else {}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **join)
         try:

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ...compressor.passes import forward
-from ...compressor.passes.streams import Stream
-from ...compressor.rounding.quantise import to_bfloat16
-from ...compressor.source.checkpoint import Checkpoint
-from ...compressor.writing.writer import Packing, Quantised
-from ...runtime import reference
-from ...runtime.config import ModelConfig
+from edge_moe.compressor.passes import forward
+from edge_moe.compressor.passes.streams import Stream
+from edge_moe.compressor.rounding.quantise import to_bfloat16
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.writing.writer import Packing, Quantised
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig
+
 from .forms import Form
 from .peers import calibration_ids, write_bundle
 from .study import Study

@@ -4,7 +4,7 @@ Compute is the time of a token with every expert in memory, the bandwidth that o
 measured between the rounds by the same process: a disk that others use changes from one second to the next. Reads that
 are done while a layer is computed can bring more than this bound; waiting for one record at a time brings less.
 
-    python -m edge_moe.bench.paging_bound JSON     # one cap, for paging_bound() alone
+    python -m bench.laboratory.paging_bound JSON     # one cap, for paging_bound() alone
 """
 
 import statistics
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.bundle import Bundle
-from ..runtime.child import answer, call
-from ..runtime.plan import READERS
-from ..runtime.runtime import Runtime
-from .bandwidth import disk_read_gbps
-from .bench import generate_run
+from edge_moe.bench.bandwidth import disk_read_gbps
+from edge_moe.bench.bench import generate_run
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.child import answer, call
+from edge_moe.runtime.plan import READERS
+from edge_moe.runtime.runtime import Runtime
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the floor to every expert in memory
 TOKENS, ROUNDS = 32, 5
@@ -63,7 +63,7 @@ def _row(its: dict, compute: float) -> AtCap:
 
 
 def _at(bundle: str | Path, cap: int) -> dict:
-    return call("edge_moe.bench.paging_bound", {"bundle": str(bundle), "cap": cap}, "measuring a cap was killed")
+    return call("bench.laboratory.paging_bound", {"bundle": str(bundle), "cap": cap}, "measuring a cap was killed")
 
 
 def _measure(bundle: str, cap: int) -> dict:

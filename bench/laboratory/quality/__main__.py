@@ -1,6 +1,6 @@
 """The quality report: what each method makes of a model at equal true bytes, on texts it was not calibrated on.
 
-    python -m edge_moe.bench.quality --text A.txt B.txt --calibration C.txt > quality.md
+    python -m bench.laboratory.quality --text A.txt B.txt --calibration C.txt > quality.md
 
 Without texts it is of Python's standard library. Rows are kept in --work: a run that was killed goes on there. mlx_lm's
 and llama.cpp's rows are left out where mlx_lm, or llama_cpp and gguf, are not installed. Progress goes to stderr.
@@ -11,9 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ... import bench
-from ...compressor.choosing.targets import DEFAULT_TOKENS
-from ...devices.probe import default_threads
+from edge_moe.bench import EMBEDDED
+from edge_moe.compressor.choosing.targets import DEFAULT_TOKENS
+from edge_moe.devices.probe import default_threads
+
 from . import cost, llama_types, peers, report
 from .forms import Form, ablations, bases, methods
 from .study import Study, open_study, run
@@ -35,14 +36,13 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    model = Path(bench.__file__).parent / "reference_moe"
     parser = argparse.ArgumentParser(
-        prog="python -m edge_moe.bench.quality",
+        prog="python -m bench.laboratory.quality",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", type=Path, default=model, help="checkpoint; by default the reference MoE")
+    add("--model", type=Path, default=EMBEDDED, help="checkpoint; by default the reference MoE")
     add("--text", type=Path, nargs="+", default=[], help="files to score; by default modules of the standard library")
     add("--calibration", type=Path, nargs="+", default=[], help="files; by default other modules of it")
     add("--tokens", type=int, default=12_288, help="of each text, its first")

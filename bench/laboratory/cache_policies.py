@@ -1,6 +1,6 @@
 """How often experts are in memory when they are needed, by what decides who leaves: simulated over recorded text.
 
-    python -m edge_moe.bench.cache_policies --text A.txt B.txt > policies.md
+    python -m bench.laboratory.cache_policies --text A.txt B.txt > policies.md
 
 The router's choices are recorded token by token, as in decoding; each policy then runs over the same record with the
 same number of slots. LFRU is the runtime's own (runtime/src/expert_cache.h), reproduced hit by hit. Belady's optimum
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import bench
-from ..compressor.source.checkpoint import Checkpoint
-from ..runtime import reference
-from ..runtime.config import ModelConfig
-from .evaluate import Cached, windows
+from edge_moe.bench import EMBEDDED
+from edge_moe.bench.evaluate import Cached, windows
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.runtime import reference
+from edge_moe.runtime.config import ModelConfig
+
 from .prune_report import texts_of
 
 CONTEXT = 256
@@ -166,7 +167,7 @@ def table(trace: Trace, frequency: np.ndarray, config: ModelConfig) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, default=Path(bench.__file__).parent / "reference_moe", help="checkpoint")
+    add("--model", type=Path, default=EMBEDDED, help="checkpoint")
     add("--text", type=Path, nargs="+", default=[], help="files; by default modules of the standard library")
     add("--tokens", type=int, default=2048, help="of each text, its first")
     a = parser.parse_args()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.config import ModelConfig, parse_config
-from .synthetic import random_bytes, raw_config
+from edge_moe.bench.synthetic import random_bytes, raw_config
+from edge_moe.runtime.config import ModelConfig, parse_config
 
 SAMPLE = 4096  # blocks whose deviation is measured
 

@@ -1,6 +1,6 @@
 """The CPU's speed, measured again: bench/reports/cpu.md by one command.
 
-    python -m edge_moe.bench.cpu_report [--quick] > bench/reports/cpu.md
+    python -m bench.laboratory.cpu_report [--quick] > bench/reports/cpu.md
 
 Random bundles with Qwen3-30B-A3B's layer shapes and 4,096 tokens of vocabulary: speed by width, the kernels alone,
 beside llama.cpp where the extra `peers` is installed, under caps beside what the disk allows, and as context, layers
@@ -17,19 +17,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .. import _core
-from ..devices.probe import default_threads
-from ..runtime.child import answer, call
+from edge_moe import _core
+from edge_moe.bench import CONFIGS
+from edge_moe.bench.bandwidth import machine_bandwidth
+from edge_moe.bench.bench import Measurement
+from edge_moe.bench.conditions import processor, stolen
+from edge_moe.bench.kernel_bandwidth import COLS, GROUP, kernel_bandwidth
+from edge_moe.bench.synthetic import make_synthetic
+from edge_moe.devices.probe import default_threads
+from edge_moe.runtime.child import answer, call
+
 from . import peers
-from .bandwidth import machine_bandwidth
-from .bench import Measurement
-from .conditions import processor, stolen
-from .kernel_bandwidth import COLS, GROUP, kernel_bandwidth
 from .markdown import table
 from .paging_bound import ROUNDS, TOKENS, paging_bound
-from .synthetic import make_synthetic
 
-CONFIG = Path(__file__).parent / "configs" / "qwen3-30b-a3b.json"
+CONFIG = CONFIGS / "qwen3-30b-a3b.json"
 VOCAB, LAYERS = 4096, 4
 BUNDLES = ((2, 4), (2, 8), (3, 8), (4, 4), (4, 8), (8, 8))  # widths of experts and trunk
 PAGED = (4, 8)
@@ -173,13 +175,13 @@ def remove(bundle: Path) -> None:
 def measured(bundle: Path, repeats: int, depths=(0,)) -> list[Measurement]:
     """A row for each test and depth, in a process of its own."""
     asked = {"bundle": str(bundle), "ram": "20GB", "repeats": repeats, "depths": depths, **TESTS}
-    return [Measurement(**row) for row in call("edge_moe.bench.cpu_report", asked, "measuring was killed")]
+    return [Measurement(**row) for row in call("bench.laboratory.cpu_report", asked, "measuring was killed")]
 
 
 def _measure(**asked) -> list[dict]:
     from dataclasses import asdict
 
-    from .bench import measure
+    from edge_moe.bench.bench import measure
 
     return [asdict(row) for row in measure(**asked)[0]]
 

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import _core, compressor, runtime
-from ...compressor.pipeline import compress
-from ...compressor.source.checkpoint import Checkpoint
-from ...runtime.config import ModelConfig, load_config, read_json
-from ...runtime.runtime import Runtime
-from ...runtime.score import LOGITS_ROWS, Score
-from ...runtime.tokenizer import Tokenizer
-from .. import evaluate, texts
+from edge_moe import _core, compressor, runtime
+from edge_moe.bench import evaluate, texts
+from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.runtime.config import ModelConfig, load_config, read_json
+from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.score import LOGITS_ROWS, Score
+from edge_moe.runtime.tokenizer import Tokenizer
 
 SHOWS = ("__main__.py", "cost.py", "report.py")  # code that no row depends on
 HELD_OUT = "stdlib"  # the name of the text where none was given
