@@ -16,6 +16,7 @@ import numpy as np
 from ...runtime import reference
 from ...runtime.config import ModelConfig
 from ...runtime.score import log_softmax
+from ..files import write_whole
 from ..passes import forward
 from ..passes.calibrate import Calibration
 from ..passes.expert_rows import fitting_rows, with_nearest
@@ -23,7 +24,6 @@ from ..passes.streams import Stream
 from ..rounding.gptq import gptq
 from ..rounding.inputs import curvature_of
 from ..rounding.quantise import dequantise
-from ..writing.files import write_whole
 
 MOST_ROWS = 1024  # tokens of an expert on which its error is measured; more are sampled evenly
 GAIN_ROWS = 40_000  # rows of all layers' carried errors together, at the most, but GAIN_SEQUENCES a layer

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ... import _core
-from ..writing.files import named, write_whole
+from ..files import named, write_whole
 
 BLOCK_ROWS = 2048  # of a pass over all rows
 

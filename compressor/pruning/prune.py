@@ -25,10 +25,10 @@ from ...runtime.runtime import Runtime
 from ...runtime.score import LOGITS_ROWS, Score
 from ...runtime.tensorfile import make_header
 from ...runtime.tokenizer import tokenizer_of
+from ..files import write_whole
 from ..passes.calibrate import check_tokens, load_calibration, paths_of
 from ..passes.streams import Stream
 from ..rounding.bundle_weights import BundleWeights
-from ..writing.files import write_whole
 from ..writing.writer import table_bytes
 from . import prune_curves
 from .mask_routers import fit_losses, train_otp

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import named, write_whole
 from . import own
-from .files import named, write_whole
 
 IDENTITY, LOCK = "identity.json", "lock"
 CHOICE, FINISHED = "choice.json", "finished.json"

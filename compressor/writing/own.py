@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ...runtime.bundle import TRUNK_FILE
 from ...runtime.pruning import MASK_FILE
-from .files import named
+from ..files import named
 
 MARK = ".edge-moe"
 CONTENT = b"made by edge-moe compress, which goes on from here or removes this directory\n"

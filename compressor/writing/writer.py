@@ -29,9 +29,9 @@ from ...runtime.bundle import (
 from ...runtime.bundle_table import table_checksum
 from ...runtime.config import ModelConfig, trunk_shapes
 from ...runtime.tensorfile import make_header
+from ..files import named, sync
 from ..source.copied_files import contents
 from . import own
-from .files import named, sync
 
 BLOCK_BYTES = 1 << 24  # read at a time
 SHARD_BYTES = 4_000_000_000  # an expert file is closed after the record that passes this
