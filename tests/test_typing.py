@@ -1,5 +1,6 @@
 """What type checkers and editors see of edge_moe: misspelt options and attributes of a client are found."""
 
+import json
 import os
 import re
 import subprocess
@@ -94,6 +95,21 @@ def test_a_client_that_is_right_passes_and_what_is_misspelt_is_found(tree):
         errors = [line for line in found.splitlines() if line.startswith(f"wrong.py:{number}: error")]
         assert any(message in error for error in errors), f"{call}: {found}"
     assert len(re.findall(r": error: ", found)) == len(WRONG)
+
+
+def test_pyright_finds_the_same(tree):
+    """As editors show it: by an installation with py.typed, sources that are nobody's business left alone."""
+    pytest.importorskip("pyright")
+    lines = "\n".join(WRONG)
+    (tree / "client.py").write_text(CLIENT)
+    (tree / "wrong.py").write_text(f"from edge_moe import Runtime, compress, evaluate, plan\n{lines}\n")
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "client.py", "wrong.py"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}
+    )
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    errors = {(Path(one["file"]).name, one["range"]["start"]["line"]) for one in found if one["severity"] == "error"}
+    assert errors == {("wrong.py", number) for number in range(1, len(WRONG) + 1)}, found
 
 
 def test_what_programs_import_is_typed_without_errors(tree):
