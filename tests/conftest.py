@@ -18,9 +18,42 @@ from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.tokenizer import Tokenizer
 
+# What tests need beside this package and its dependencies, by words of the reasons they are skipped for without it.
+CHECKS = {
+    "arm": ("g++-aarch64", "qemu-user"),
+    "parity": ("'torch'", "'transformers'"),
+    "mlx": ("'mlx.",),
+    "nvcc": ("nvcc",),
+}
+missing = {}  # by check: a reason
+
 
 def pytest_addoption(parser):
     parser.addoption("--all-hostile", action="store_true", help="take all 200 runs of test_hostile_prompts.py")
+    parser.addoption("--must-run", action="append", default=[], choices=CHECKS, help="fail where this check is skipped")
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        missing.update((check, reason) for check, words in CHECKS.items() if any(word in reason for word in words))
+
+
+pytest_collectreport = pytest_runtest_logreport
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == pytest.ExitCode.OK and missing.keys() & set(session.config.getoption("--must-run")):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.args_source != pytest.Config.ArgsSource.TESTPATHS:
+        return  # of some tests alone
+    terminalreporter.section("beside the package")
+    for check in CHECKS:
+        must = " (--must-run)" if check in missing.keys() & set(config.getoption("--must-run")) else ""
+        terminalreporter.line(f"{check}: {'not run' + must + ', ' + missing[check] if check in missing else 'ran'}")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ DEVICES = TESTS.parent / "devices"
 BINDINGS = TESTS.parent / "bindings"
 NVCC = shutil.which("nvcc")
 KERNELS = sorted(path for path in (DEVICES / "cuda").glob("*.cu") if path.stem != "device")
-KERNELS.append(TESTS.parent / "bench" / "cuda_kernels.cu")
+KERNELS.append(TESTS.parent / "bench" / "laboratory" / "cuda_kernels.cu")
 
 
 FIND_GPU = """
