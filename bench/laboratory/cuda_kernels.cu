@@ -13,9 +13,9 @@
 #include <string>
 #include <vector>
 
-#include "../devices/cuda/latent.h"
-#include "../devices/cuda/prefill.h"
-#include "../devices/cuda/simt.h"
+#include "../../devices/cuda/latent.h"
+#include "../../devices/cuda/prefill.h"
+#include "../../devices/cuda/simt.h"
 
 using namespace edge_moe;
 
