@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from edge_moe.runtime.sampling import Sampler, largest, likeliest, sampling_defaults
+from edge_moe._core import largest, likeliest
+from edge_moe.runtime.sampling import Sampler, sampling_defaults
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.125, 0.1, 0.025], np.float32))
 
