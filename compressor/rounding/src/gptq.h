@@ -1,5 +1,5 @@
-// GPTQ and its refinement, one group of columns at a time; compressor/rounding/gptq.py runs the blocks and the products between
-// them.
+// GPTQ and its refinement, one group of columns at a time; compressor/rounding/gptq.py runs the blocks and the products
+// between them.
 //
 // Both minimise tr(E H E^T), E = weights - rounded weights (rows, cols), H the second moment of the matrix's inputs.
 // Rows are independent: they are split over `threads`, and the result does not depend on how many.
