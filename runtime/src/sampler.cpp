@@ -80,9 +80,7 @@ Sampler::Sampler(Sampling options, std::span<const int32_t> prompt, const Kernel
 
 int32_t Sampler::operator()(std::span<const float> logits) {
   logits = adjusted(logits);
-  const int32_t token = options_.temperature == 0
-                            ? int32_t(std::max_element(logits.begin(), logits.end()) - logits.begin())
-                            : draw(logits);
+  const int32_t token = options_.temperature == 0 ? first_largest(logits) : draw(logits);
   if (remembers()) ++counts_[token];
   return token;
 }
