@@ -226,9 +226,14 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
 TRUNK_KINDS = ("shared", "attention", "dense", "embedding", "head")
 
 
+def without_layer(name: str) -> str:
+    """A tensor's canonical name without the layer that it is of, which may be none."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
+
+
 def trunk_kind(name: str) -> str:
     """Which of TRUNK_KINDS a matrix of the trunk is. name: canonical, with its layer or without."""
-    first = (name.split(".", 2)[2] if name.startswith("layers.") else name).split(".")[0]
+    first = without_layer(name).split(".")[0]
     return first if first in TRUNK_KINDS else "attention"
 
 

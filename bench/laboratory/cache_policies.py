@@ -10,16 +10,15 @@ knows the future: no policy can be above it. Without texts they are of Python's 
 import argparse
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from edge_moe.bench import EMBEDDED
 from edge_moe.bench.evaluate import Cached, windows
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.config import ModelConfig
 
+from .options import add_texts
 from .prune_report import texts_of
 
 CONTEXT = 256
@@ -166,10 +165,7 @@ def table(trace: Trace, frequency: np.ndarray, config: ModelConfig) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", type=Path, default=EMBEDDED, help="checkpoint")
-    add("--text", type=Path, nargs="+", default=[], help="files; by default modules of the standard library")
-    add("--tokens", type=int, default=2048, help="of each text, its first")
+    add_texts(parser, tokens=2048)
     a = parser.parse_args()
     texts = texts_of(a.model, a.text, 2 * a.tokens)
     with Checkpoint(a.model) as checkpoint:

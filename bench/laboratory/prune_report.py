@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.bench import EMBEDDED
 from edge_moe.bench.conditions import processor, stolen, timed
 from edge_moe.bench.evaluate import Cached, Remembered, windows
 from edge_moe.bench.texts import held_out_modules
@@ -32,6 +31,7 @@ from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS, Score
 from edge_moe.runtime.tokenizer import Tokenizer
 
+from .options import add_texts
 from .prune_paged import paged_table
 
 CUTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
@@ -98,12 +98,8 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_texts(parser, tokens=4096, calibration_tokens=32_768)
     add = parser.add_argument
-    add("--model", type=Path, default=EMBEDDED, help="checkpoint; by default the reference MoE")
-    add("--text", type=Path, nargs="+", default=[], help="files to score; by default modules of the standard library")
-    add("--calibration", type=Path, nargs="+", default=[], help="files; by default other modules of it")
-    add("--tokens", type=int, default=4096, help="of each text, its first")
-    add("--calibration-tokens", type=int, default=32_768)
     add("--bits", type=float, nargs="+", default=[16, 2.5], help="of the experts; 16: full precision")
     add("--seeds", type=int, default=3, help="of calibration at full precision")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "edge-moe-prune", help="where bundles are kept")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ... import _core
 from ...runtime.bundle import record_alignment, record_bytes
-from ...runtime.config import TRUNK_KINDS, ModelConfig, trunk_kind, trunk_shapes
+from ...runtime.config import TRUNK_KINDS, ModelConfig, trunk_kind, trunk_shapes, without_layer
 from ..rounding.quantise import largest_group, trunk_packing
 from ..writing.writer import Packing
 from .targets import packed_bytes
@@ -222,7 +222,7 @@ def _sizes(config: ModelConfig, nbytes: Callable[[Tensor], int], record: Callabl
 
 def _trunk_tensors(config: ModelConfig) -> Iterator[Tensor]:
     shapes = trunk_shapes(config)
-    names = [_without_layer(name) for name in shapes]
+    names = [without_layer(name) for name in shapes]
     of, at = Counter(names), Counter()
     for name, shape in zip(names, shapes.values(), strict=True):
         yield Tensor(kind_of(name, shape), name, shape, at[name], of[name])
@@ -231,9 +231,5 @@ def _trunk_tensors(config: ModelConfig) -> Iterator[Tensor]:
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
     """Which of TRUNK_KINDS a tensor is, or `float32`. name: canonical, with its layer or without."""
-    name = _without_layer(name)
+    name = without_layer(name)
     return "float32" if trunk_packing({name: shape}, TRUNK_WIDTH, GROUP)[name].widths == (32,) else trunk_kind(name)
-
-
-def _without_layer(name: str) -> str:
-    return name.split(".", 2)[2] if name.startswith("layers.") else name

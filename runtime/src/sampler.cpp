@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <numeric>
 #include <stdexcept>
 
 namespace edge_moe {
@@ -112,7 +111,7 @@ int32_t Sampler::draw(std::span<const float> logits) {
     weights_.assign(logits.begin(), logits.end());
   }
   const float top = max_of(weights_);
-  const float scale = float(std::clamp(1.0 / double(options_.temperature), 1e-37, 1e37));
+  const float scale = 1 / options_.temperature;
   for (float& weight : weights_) {
     const float exponent = (weight - top) * scale;
     weight = exponent > kNever ? exponent : kNever;  // of a NaN, too
@@ -207,13 +206,6 @@ std::vector<int32_t> likeliest(std::span<const float> weights, double share) {
   }
   std::sort(kept.begin(), kept.end());
   return kept;
-}
-
-double log_of_sum(std::span<const float> logits) {
-  const double top = max_of(logits);
-  double sum = 0;
-  for (float logit : logits) sum += std::exp(double(logit) - top);
-  return top + std::log(sum);
 }
 
 }  // namespace edge_moe

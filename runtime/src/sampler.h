@@ -61,7 +61,4 @@ std::vector<int32_t> largest(std::span<const float> values, int count);
 // weights: none negative, not all 0.
 std::vector<int32_t> likeliest(std::span<const float> weights, double share);
 
-// The natural logarithm of each token's probability: logits minus the logarithm of the sum of their exponentials.
-double log_of_sum(std::span<const float> logits);
-
 }  // namespace edge_moe

@@ -11,10 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from edge_moe.bench import EMBEDDED
 from edge_moe.compressor.choosing.targets import DEFAULT_TOKENS
 from edge_moe.devices.probe import default_threads
 
+from ..options import add_texts
 from . import cost, llama_types, peers, report
 from .forms import Form, ablations, bases, methods
 from .study import Study, open_study, run
@@ -41,12 +41,8 @@ def parse() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_texts(parser, tokens=12_288, calibration_tokens=DEFAULT_TOKENS)
     add = parser.add_argument
-    add("--model", type=Path, default=EMBEDDED, help="checkpoint; by default the reference MoE")
-    add("--text", type=Path, nargs="+", default=[], help="files to score; by default modules of the standard library")
-    add("--calibration", type=Path, nargs="+", default=[], help="files; by default other modules of it")
-    add("--tokens", type=int, default=12_288, help="of each text, its first")
-    add("--calibration-tokens", type=int, default=DEFAULT_TOKENS)
     add("--context", type=int, default=256, help="tokens of a window")
     add("--trunk-width", type=int, default=8, choices=(8, 16), help="of every row's trunk")
     add("--bits", type=float, nargs="+", default=[1.6, 2.0, 2.5, 3.0, 3.5, 4.5], help="true bits of an expert weight")
