@@ -23,9 +23,11 @@ echo "compute capability $architecture; building in $work" >&2
 
 # The kernels' own programs, then the package, for this GPU alone.
 cmake -S devices -B "$work/devices" -DEDGE_MOE_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$architecture" >"$work/cmake.log"
-cmake --build "$work/devices" --target check_cuda bench_cuda -j "$jobs" >>"$work/cmake.log"
+cmake --build "$work/devices" --target check_cuda bench_cuda -j "$jobs" >>"$work/cmake.log" &
+programs=$!
 "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps --upgrade --target "$work/site" . \
   -Ccmake.define.EDGE_MOE_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES="$architecture"
+wait "$programs"
 
 PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" "$python" -m bench.laboratory.cuda_report \
   "$work/devices" tests "$out" "$@"

@@ -164,7 +164,7 @@ def test_a_runtime_keeps_its_cap_and_gives_the_same_answer(bundle_of, monkeypatc
             pytest.skip("a real GPU is what it is")
         monkeypatch.setenv("EDGE_MOE_SIMULATE_DISCRETE", "1")
     path = bundle_of("reference", bits=16)
-    with Runtime(path, "8GB", 256, threads=1) as runtime:
+    with Runtime(path, "8GB", 256, "cpu", threads=1) as runtime:
         assert runtime._engine.in_place
         want = runtime.generate("import os", 10)
     cap = int(run_python(FLOOR, path).stdout) + 4_000_000

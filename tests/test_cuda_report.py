@@ -13,7 +13,7 @@ def report(bundle_of):
     rows, _ = measure(bundle_of("reference", width=4), ram="2GB", prompt=8, generate=4, repeats=1, device="cpu")
     gpu = {"name": "Orin", "compute_capability": "8.7", "integrated": True, "multiprocessors": 16, "memory_bytes": 64e9}
     return {
-        "conditions": {"gpu": gpu, "driver": "12.6", "nvcc": "12.6", "processor": "Cortex-A78AE"},
+        "conditions": {"gpu": gpu, "driver": "12.6", "nvcc": "12.6", "processor": "Cortex-A78AE", "quick": True},
         "parity": {"status": 0, "said": "755"},
         "sanitizer": {
             "memcheck": {"status": 9, "said": "========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error"},
@@ -41,6 +41,7 @@ def test_a_check_that_failed_is_told_from_one_that_could_not_run(report):
 
 def test_figures_stand_beside_the_gpus_own(report):
     text = markdown(report)
+    assert "By `bench/gpu_check.sh --quick`." in text
     assert "# The cuda device on Orin\n" in text and "64 GB shared with the processor" in text
     assert "| 4 bits, down | 135.0 GB/s | 75% |" in text
     assert text.count(" | 12 MB |") == len(MEMORY)

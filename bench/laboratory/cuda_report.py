@@ -53,15 +53,20 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the directory of the reports")
     parser.add_argument("--quick", action="store_true", help="no compute-sanitizer, one width, fewer repeats")
     given = parser.parse_args()
-    report = {"conditions": conditions(), "parity": parity(given.programs)}
-    report["sanitizer"] = {} if given.quick else {tool: sanitised(tool, given.programs) for tool in TOOLS}
-    report["gates"] = gates(given.tests)
-    report["kernels"] = kernels(given.programs)
-    report["memory"] = memory()
-    report["models"] = models(WIDTHS[:1] if given.quick else WIDTHS, 2 if given.quick else 5)
+    report = {"conditions": {**conditions(), "quick": given.quick}}
     name = "cuda-" + "-".join(report["conditions"]["gpu"]["name"].lower().replace("/", " ").split())
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    for section, make in {
+        "parity": lambda: parity(given.programs),
+        "sanitizer": lambda: {} if given.quick else {tool: sanitised(tool, given.programs) for tool in TOOLS},
+        "gates": lambda: gates(given.tests),
+        "kernels": lambda: kernels(given.programs),
+        "memory": memory,
+        "models": lambda: models(WIDTHS[:1] if given.quick else WIDTHS, 2 if given.quick else 5),
+    }.items():
+        report[section] = make()
+        # what there is, should the next fail
+        (given.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     (given.out / f"{name}.md").write_text(markdown(report))
     print(markdown(report))
     if failed := [what for what, passed in verdicts(report).items() if not passed]:
@@ -92,6 +97,8 @@ def run(*command, seconds: float | None = None, **environment: str) -> dict:
         )
     except subprocess.TimeoutExpired:
         return {"status": None, "said": f"stopped after {seconds:.0f} s"}
+    if ran.returncode:
+        tell(ran.stdout[-6000:])
     return {"status": ran.returncode, "said": ran.stdout[-2000:].strip()}
 
 
@@ -213,7 +220,8 @@ def markdown(report: dict) -> str:
     sections = [
         f"# The cuda device on {gpu['name']}\n\nCompute capability {gpu['compute_capability']}, "
         f"{gpu['multiprocessors']} multiprocessors, {gpu['memory_bytes'] / 1e9:.0f} GB {memory}; driver for CUDA "
-        f"{about['driver']}, nvcc {about['nvcc']}; {about['processor']}. By `bench/gpu_check.sh`.",
+        f"{about['driver']}, nvcc {about['nvcc']}; {about['processor']}. By `bench/gpu_check.sh"
+        f"{' --quick' if about['quick'] else ''}`.",
         "## Checks\n\n" + table(["check", "", "last line"], check_rows(report)),
         "## Kernels alone\n\nOne token, or a prompt of 512, times matrices that no cache holds; medians. The share is "
         "of reading alone or of tensor cores alone.\n\n" + table(["what", "", "share"], kernel_rows(report["kernels"])),

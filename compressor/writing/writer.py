@@ -287,7 +287,9 @@ class BundleWriter:
 
     def _lay_out_trunk(self) -> None:
         shapes = trunk_shapes(self.config)
-        tensors = []  # float32 first, then uint32, then bfloat16: every part is aligned to its own type
+        # Every part is aligned to its own type, and codes of 64 weights to what a GPU reads at once: they come first,
+        # those of lengths that keep the alignment of what follows before others.
+        tensors = []
         for name, shape in shapes.items():
             width, group = self.trunk[name].widths[0], self.trunk[name].group
             if width >= 16:
@@ -299,7 +301,7 @@ class BundleWriter:
                 tensors.append((name, "codes", f"{name}.codes", "U32", (rows, words), rows * words * 4))
                 for part in ("scales", "biases"):
                     tensors.append((name, part, f"{name}.{part}", "BF16", (rows, groups), rows * groups * 2))
-        tensors.sort(key=lambda tensor: ("F32", "U32", "BF16").index(tensor[3]))
+        tensors.sort(key=lambda tensor: (("U32", "F32", "BF16").index(tensor[3]), tensor[5] % _core.PART_ALIGNMENT > 0))
         header = make_header([tensor[2:] for tensor in tensors], _core.PART_ALIGNMENT)
         at, self._trunk_parts = len(header), {name: [] for name in shapes}
         for name, part, _, _, _, nbytes in tensors:

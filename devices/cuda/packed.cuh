@@ -150,7 +150,7 @@ __device__ __forceinline__ float add_blocks(const Matrix& m, int row, const Quan
 template <int Width>
 __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVector& x, int* dots) {
   const int lane = int(threadIdx.x) % kWarp, blocks = (m.cols + kBlock - 1) / kBlock;
-  const bool aligned = m.cols % kBlock == 0;
+  const bool aligned = m.cols % kBlock == 0 && reinterpret_cast<uintptr_t>(m.codes) % (Width % 2 ? 8 : 16) == 0;
   const size_t row_bytes = size_t(m.cols) / 8 * Width;
   auto clamped = [&](int row) { return row < m.rows ? row : m.rows - 1; };
   float sum = 0.0f;

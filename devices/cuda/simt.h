@@ -131,10 +131,10 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 using dim3 = edge_moe::cuda::simt::Index;
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
