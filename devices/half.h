@@ -1,4 +1,5 @@
 // IEEE half precision, in which the KV cache is kept by default: to and from float, rounding to nearest, ties to even.
+// A GPU's own instructions give the same bits, but for which not-a-number comes of one.
 //
 // Static: sources compiled for different instruction sets include this, and must not share what one of them made of it.
 #pragma once
@@ -11,6 +12,11 @@
 namespace edge_moe {
 
 EDGE_MOE_BOTH static inline float half_to_float(uint16_t half) {
+#if defined(__CUDA_ARCH__)
+  float converted;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(converted) : "h"(half));
+  return converted;
+#else
   const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
   uint32_t bits;
   if (rest >= 0x7c00) {  // infinity and not-a-number
@@ -25,12 +31,18 @@ EDGE_MOE_BOTH static inline float half_to_float(uint16_t half) {
   float value;
   memcpy(&value, &bits, 4);
   return value;
+#endif
 }
 
 // From here on a float's magnitude rounds to infinity: halfway past the largest half, 65504.
 constexpr float kHalfOverflow = 65520.0f;
 
 EDGE_MOE_BOTH static inline uint16_t float_to_half(float value) {
+#if defined(__CUDA_ARCH__)
+  uint16_t converted;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(converted) : "f"(value));
+  return converted;
+#else
   uint32_t bits;
   memcpy(&bits, &value, 4);
   const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
@@ -46,6 +58,7 @@ EDGE_MOE_BOTH static inline uint16_t float_to_half(float value) {
   }
   bits -= (127 - 15) << 23;
   return sign | uint16_t((bits + 0xfff + (bits >> 13 & 1)) >> 13);
+#endif
 }
 
 }  // namespace edge_moe

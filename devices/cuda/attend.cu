@@ -17,6 +17,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kPrefillQueries = 16;  // at once
 constexpr int kDecodeQueries = 8;    // whose scores are computed at once
 constexpr int kTile = 32;            // positions whose weights are in shared memory
+constexpr int kAhead = 64;           // positions whose values a thread waits for together
 
 __device__ __forceinline__ int first_seen(const Heads& heads, int end) {
   return heads.sliding_window && end > heads.sliding_window ? end - heads.sliding_window : 0;
@@ -60,7 +61,7 @@ __device__ __forceinline__ Queries queries_of(const Heads& heads, const Span& sp
 }
 
 // A thread takes a position, for all queries of a block.
-template <int Most>
+template <int Most, int Ahead>
 EDGE_MOE_KERNEL(kThreads)
 scores_kernel(const float* q, Heads heads, LayerCache cache, Span span, float* scores) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
@@ -80,12 +81,17 @@ scores_kernel(const float* q, Heads heads, LayerCache cache, Span span, float* s
   const size_t key =
       size_t(queries.kv_head) * cache.positions * n + size_t(at / kKeyBlock) * n * kKeyBlock + at % kKeyBlock;
   float sums[Most] = {};
-  EDGE_MOE_UNROLL_8
-  for (int d = 0; d < n; ++d) {
-    const float value = get(cache.keys, cache.half, key + size_t(d) * kKeyBlock);
+  auto add = [&](int d, float value) {
     EDGE_MOE_UNROLL
     for (int query = 0; query < Most; ++query) sums[query] = fmaf(values[d * Most + query], value, sums[query]);
+  };
+  int d = 0;
+  for (Raw<Ahead> some; d + Ahead <= n; d += Ahead) {
+    some.load(cache.keys, cache.half, key + size_t(d) * kKeyBlock, kKeyBlock);
+    EDGE_MOE_UNROLL
+    for (int i = 0; i < Ahead; ++i) add(d + i, some.as_float(i));
   }
+  for (; d < n; ++d) add(d, get(cache.keys, cache.half, key + size_t(d) * kKeyBlock));
   EDGE_MOE_UNROLL
   for (int query = 0; query < Most; ++query)
     if (queries.has(query))
@@ -99,6 +105,7 @@ EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span spa
   float* x = scores + (size_t(blockIdx.y) * heads.heads + blockIdx.x) * positions;
   const int end = end_of(span, int(blockIdx.y)), begin = first_seen(heads, end), thread = int(threadIdx.x);
   float top = x[begin];
+  EDGE_MOE_UNROLL_4
   for (int i = begin + thread; i < end; i += kThreads) top = x[i] > top ? x[i] : top;
   top = warp_top(top);
   if (thread % kWarp == 0) of_warps[thread / kWarp] = top;
@@ -108,8 +115,10 @@ EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span spa
   __syncthreads();
   if (thread < kWarp) {  // lanes follow the absolute position
     float sum = 0.0f;
-    for (int i = begin / kLanes * kLanes + thread % kLanes; i < end; i += kLanes)
-      if (i >= begin) sum = sum + x[i];
+    int i = begin / kLanes * kLanes + thread % kLanes;
+    if (i < begin) i += kLanes;
+    EDGE_MOE_UNROLL_8
+    for (; i < end; i += kLanes) sum = sum + x[i];
     sum = fold_lanes(sum);
     if (thread == 0) total = sum;
   }
@@ -121,22 +130,34 @@ EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span spa
 // A thread takes a dimension of one head of one token; positions are added as position_sums.h says.
 EDGE_MOE_KERNEL(kThreads)
 value_kernel(const float* weights, Heads heads, LayerCache cache, Span span, float* attended) {
-  const int n = heads.head_dim, d = int(blockIdx.x * kThreads + threadIdx.x), head = int(blockIdx.y);
-  if (d >= n) return;
-  const int end = end_of(span, 0);
-  const size_t room = size_t(head / (heads.heads / heads.kv_heads)) * cache.positions * n + d;
+  __shared__ float tile[kAhead];
+  const int thread = int(threadIdx.x), n = heads.head_dim, head = int(blockIdx.y), end = end_of(span, 0);
+  const int d = int(blockIdx.x) * kThreads + thread, column = d < n ? d : 0, begin = first_seen(heads, end);
+  const size_t room = size_t(head / (heads.heads / heads.kv_heads)) * cache.positions * n + column;
   const float* weight = weights + size_t(head) * cache.positions;
-  const int begin = first_seen(heads, end);
   float total = 0.0f;
   for (int from = begin, to; from < end; from = to) {
     to = end_of_piece(from, end);
     float sum = 0.0f;
-    EDGE_MOE_UNROLL_8
-    for (int at = from; at < to; ++at)
-      sum = fmaf(weight[at], get(cache.values, cache.half, room + size_t(at) * n), sum);
+    for (int first = from; first < to; first += kAhead) {
+      const int count = to - first < kAhead ? to - first : kAhead;
+      Raw<kAhead> values;
+      if (count == kAhead) values.load(cache.values, cache.half, room + size_t(first) * n, n);
+      __syncthreads();
+      if (thread < count) tile[thread] = weight[first + thread];
+      __syncthreads();
+      if (count == kAhead) {
+        EDGE_MOE_UNROLL
+        for (int i = 0; i < kAhead; ++i) sum = fmaf(tile[i], values.as_float(i), sum);
+      } else {
+        EDGE_MOE_UNROLL_8
+        for (int i = 0; i < count; ++i)
+          sum = fmaf(tile[i], get(cache.values, cache.half, room + size_t(first + i) * n), sum);
+      }
+    }
     total = from == begin ? sum : total + sum;
   }
-  attended[(size_t(span.first) * heads.heads + head) * n + d] = total;
+  if (d < n) attended[(size_t(span.first) * heads.heads + head) * n + d] = total;
 }
 
 // The same for all queries of a block at once. A weight of zero, where a query does not see a position that others do,
@@ -161,9 +182,20 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
     }
   };
   bool more = false;
-  for (int first = begin, count; first < end; first += count) {
+  const auto count_of = [&](int first) {
     const int stop = end_of_piece(first, end);
-    count = stop - first < kTile ? stop - first : kTile;
+    return stop - first < kTile ? stop - first : kTile;
+  };
+  const auto is_whole = [&](int first) { return first < end && count_of(first) == kTile; };
+  Raw<kTile> values, next;  // the next tile's are on their way while this one's are added
+  const auto load = [&](int first) {
+    if (is_whole(first)) next.load(cache.values, cache.half, room + size_t(first) * n, n);
+  };
+  load(begin);
+  for (int first = begin, count; first < end; first += count) {
+    count = count_of(first);
+    values = next;
+    load(first + count);
     __syncthreads();
     for (int i = thread; i < kTile * kPrefillQueries; i += kThreads) {
       const int query = i / kTile, at = first + i % kTile, seen = end_of(span, queries.token(query));
@@ -172,14 +204,18 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
           sees ? weights[queries.row(query, heads.heads) * cache.positions + at] : 0.0f;
     }
     __syncthreads();
-    EDGE_MOE_UNROLL_4
-    for (int i = 0; i < count; ++i) {
-      const float value = get(cache.values, cache.half, room + size_t(first + i) * n);
+    const auto add = [&](int i, float value) {
       EDGE_MOE_UNROLL
       for (int query = 0; query < kPrefillQueries; ++query)
         sums[query] = fmaf(tile[i * kPrefillQueries + query], value, sums[query]);
+    };
+    if (count == kTile) {
+      EDGE_MOE_UNROLL
+      for (int i = 0; i < kTile; ++i) add(i, values.as_float(i));
+    } else {
+      for (int i = 0; i < count; ++i) add(i, get(cache.values, cache.half, room + size_t(first + i) * n));
     }
-    if (first + count == stop) keep(more), more = true;
+    if (first + count == end_of_piece(first, end)) keep(more), more = true;
   }
 }
 
@@ -216,18 +252,18 @@ void softmax(const Heads& heads, size_t positions, const Span& span, float* scor
                   positions, span, scores);
 }
 
-template <int Most>
+template <int Most, int Ahead>
 static void scores(const float* q, const Heads& heads, const LayerCache& cache, const Span& span, float* scores,
                    Stream stream) {
-  EDGE_MOE_LAUNCH(scores_kernel<Most>, grid_of(heads, span, pieces(size_t(span.most) + 1, kThreads), Most),
+  EDGE_MOE_LAUNCH((scores_kernel<Most, Ahead>), grid_of(heads, span, pieces(size_t(span.most) + 1, kThreads), Most),
                   dim3(kThreads), size_t(Most) * heads.head_dim * sizeof(float), stream, q, heads, cache, span, scores);
 }
 
 void attend(const float* q, const Heads& heads, const LayerCache& cache, const Span& span, float* scores,
             float* attended, Stream stream) {
   const unsigned blocks = pieces(size_t(heads.head_dim), kThreads);
-  (span.count == 1 ? cuda::scores<kDecodeQueries> : cuda::scores<kPrefillQueries>)(q, heads, cache, span, scores,
-                                                                                   stream);
+  (span.count == 1 ? cuda::scores<kDecodeQueries, 32> : cuda::scores<kPrefillQueries, 16>)(q, heads, cache, span,
+                                                                                           scores, stream);
   softmax(heads, cache.positions, span, scores, stream);
   if (span.count == 1)
     EDGE_MOE_LAUNCH(value_kernel, dim3(blocks, unsigned(heads.heads)), dim3(kThreads), 0, stream, scores, heads, cache,

@@ -12,10 +12,13 @@ namespace {
 
 constexpr int kWarps = 4;  // of a block
 constexpr int kThreads = kWarps * kWarp;
+constexpr int kFewRows = 4;    // of a warp, where a multiprocessor would get less than two blocks
 constexpr int kMostWarps = 8;  // of a block, of which each takes an expert
+constexpr int kBlockWarps = kBlock / kWarpRows;
+constexpr int kGateUpThreads = 2 * kBlockWarps * kWarp;
 
-__device__ __forceinline__ int* dots_of_warp(uint8_t* shared) {
-  return reinterpret_cast<int*>(shared) + threadIdx.x / kWarp * kWarpDots;
+__device__ __forceinline__ WarpSteps& steps_of_warp(uint8_t* shared) {
+  return reinterpret_cast<WarpSteps*>(shared)[threadIdx.x / kWarp];
 }
 
 __device__ __forceinline__ QuantisedVector vector_of(const VectorBuffer& x, size_t v) {
@@ -34,41 +37,36 @@ EDGE_MOE_KERNEL(kThreads) quantise_kernel(const float* values, VectorBuffer into
                  blockIdx.y * into.blocks() + block);
 }
 
-EDGE_MOE_KERNEL(kThreads) product_kernel(Batch<ProductJob> batch, VectorBuffer x) {
+template <int Rows>
+EDGE_MOE_KERNEL(kThreads)
+product_kernel(Batch<ProductJob> batch, VectorBuffer x) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
   const ProductJob job = batch.jobs[blockIdx.z];
-  const int first = int(blockIdx.x * kWarps + threadIdx.x / kWarp) * kWarpRows, t = int(blockIdx.y);
+  const int first = int(blockIdx.x * kWarps + threadIdx.x / kWarp) * Rows, t = int(blockIdx.y);
   if (first >= job.matrix.rows || t >= job.count) return;
-  const float sum = warp_rows(job.matrix, first, vector_of(x, job.vector(t)), dots_of_warp(shared));
+  const float sum = warp_rows<Rows>(job.matrix, first, vector_of(x, job.vector(t)), steps_of_warp(shared));
   const int lane = int(threadIdx.x) % kWarp;
-  if (lane < kWarpRows && first + lane < job.matrix.rows) job.y[t * job.stride + first + lane] = sum;
+  if (lane < Rows && first + lane < job.matrix.rows) job.y[t * job.stride + first + lane] = sum;
 }
 
-// A block's threads take 64 rows of gate and of up of one expert, which are one block of inputs of down.
-EDGE_MOE_KERNEL(kThreads)
+// A block's threads take 64 rows of gate and of up of one expert, which are one block of inputs of down: half of the
+// warps take gate's, the others up's.
+EDGE_MOE_KERNEL(kGateUpThreads)
 gate_up_kernel(Batch<ExpertJob> batch, VectorBuffer x, VectorBuffer hidden, int activation) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
-  __shared__ float values[kWarps * kWarpRows];
-  static_assert(kWarps * kWarpRows == kBlock);
+  __shared__ float values[2][kBlock];
   const ExpertJob& job = batch.jobs[blockIdx.y];
-  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp;
-  const int first = int(blockIdx.x) * kBlock + warp * kWarpRows, rows = job.gate.rows;
-  const QuantisedVector input = vector_of(x, size_t(job.vector));
+  const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, is_up = warp / kBlockWarps;
+  const int row = warp % kBlockWarps * kWarpRows, first = int(blockIdx.x) * kBlock + row, rows = job.gate.rows;
   float value = 0.0f;
-  if (first < rows) {
-    float gate = 0.0f, up = 0.0f;
-    EDGE_MOE_NO_UNROLL
-    for (int which = 0; which < 2; ++which) {  // one after the other: half the code and fewer registers
-      gate = up;
-      const Matrix matrix = which ? job.up : job.gate;
-      up = warp_rows(matrix, first, input, dots_of_warp(shared));
-    }
-    if (lane < kWarpRows && first + lane < rows) value = gated(gate, up, activation);
-  }
-  if (lane < kWarpRows) values[warp * kWarpRows + lane] = value;
+  if (first < rows)
+    value = warp_rows<kWarpRows>(is_up ? job.up : job.gate, first, vector_of(x, job.vector), steps_of_warp(shared));
+  if (lane < kWarpRows) values[is_up][row + lane] = first + lane < rows ? value : 0.0f;
   __syncthreads();
-  if (warp) return;
-  quantise_block(values, kBlock, hidden, job.pair * hidden.blocks() + blockIdx.x);
+  const int thread = int(threadIdx.x);
+  if (thread < kBlock) values[0][thread] = gated(values[0][thread], values[1][thread], activation);
+  __syncthreads();
+  if (warp == 0) quantise_block(values[0], kBlock, hidden, job.pair * hidden.blocks() + blockIdx.x);
 }
 
 // A block's warps take the same rows of down, each of an expert; then the token's experts are added in order of rank.
@@ -81,7 +79,7 @@ down_kernel(Batch<ExpertJob> batch, VectorBuffer hidden, float* down, RankedSum 
   for (int i = int(threadIdx.x) / kWarp; i < batch.count; i += warps) {
     const Matrix matrix = batch.jobs[i].down;
     const size_t pair = size_t(batch.jobs[i].pair);
-    const float value = warp_rows(matrix, first, vector_of(hidden, pair), dots_of_warp(shared));
+    const float value = warp_rows<kWarpRows>(matrix, first, vector_of(hidden, pair), steps_of_warp(shared));
     if (lane < kWarpRows && row < rows) down[pair * rows + row] = value;
   }
   if (!sum.places) return;
@@ -93,7 +91,7 @@ down_kernel(Batch<ExpertJob> batch, VectorBuffer hidden, float* down, RankedSum 
   sum.x[row] = x;
 }
 
-constexpr size_t kSharedOfWarp = kWarpDots * sizeof(int);
+constexpr size_t kSharedOfWarp = sizeof(WarpSteps);
 
 }  // namespace
 
@@ -104,9 +102,13 @@ void quantise(const float* values, int vectors, const VectorBuffer& into, Stream
 
 void product(const ProductJob* jobs, int count, const VectorBuffer& x, Stream stream) {
   in_batches(jobs, count, [&](const Batch<ProductJob>& batch, bool) {
-    const dim3 grid = grid_of(batch, kWarps * kWarpRows);
-    if (grid.x && grid.y)
-      EDGE_MOE_LAUNCH(product_kernel, grid, dim3(kThreads), kWarps * kSharedOfWarp, stream, batch, x);
+    const dim3 grid = grid_of(batch, kWarps * kWarpRows), more = grid_of(batch, kWarps * kFewRows);
+    if (!grid.x || !grid.y) return;
+    constexpr size_t kShared = kWarps * kSharedOfWarp;
+    if (grid.x * grid.y * grid.z < unsigned(2 * multiprocessors()))
+      EDGE_MOE_LAUNCH(product_kernel<kFewRows>, more, dim3(kThreads), kShared, stream, batch, x);
+    else
+      EDGE_MOE_LAUNCH(product_kernel<kWarpRows>, grid, dim3(kThreads), kShared, stream, batch, x);
   });
 }
 
@@ -114,8 +116,8 @@ void gate_up(const ExpertJob* jobs, int count, int rows, const VectorBuffer& x, 
              int activation, Stream stream) {
   in_batches(jobs, count, [&](const Batch<ExpertJob>& batch, bool) {
     if (batch.count)
-      EDGE_MOE_LAUNCH(gate_up_kernel, dim3(pieces(rows, kBlock), unsigned(batch.count)), dim3(kThreads),
-                      kWarps * kSharedOfWarp, stream, batch, x, hidden, activation);
+      EDGE_MOE_LAUNCH(gate_up_kernel, dim3(pieces(rows, kBlock), unsigned(batch.count)), dim3(kGateUpThreads),
+                      kGateUpThreads / kWarp * kSharedOfWarp, stream, batch, x, hidden, activation);
   });
 }
 

@@ -46,6 +46,12 @@ Properties open() {
   return p;
 }
 
+int multiprocessors() {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "ask for the GPU's properties");
+  return count;
+}
+
 void* allocate(size_t bytes) {
   void* memory = nullptr;
   if (bytes) check(cudaMalloc(&memory, bytes), "allocate memory of the GPU");

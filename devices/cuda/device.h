@@ -26,8 +26,9 @@ struct Properties {
   size_t memory = 0, free = 0;
 };
 
-const char* build();  // "cuda", "simulated" or "none"
-Properties open();    // begin to use the first GPU
+const char* build();    // "cuda", "simulated" or "none"
+Properties open();      // begin to use the first GPU
+int multiprocessors();  // of it
 
 // Memory of the GPU alone; of both, that the processor reads and writes and kernels too, at the same address.
 void* allocate(size_t bytes);

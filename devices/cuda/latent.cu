@@ -12,6 +12,7 @@ constexpr int kHalves = kThreads / kLanes;  // half warps of a block: each takes
 constexpr int kPositions = 8 * kHalves;     // of a block
 constexpr int kTokensAtOnce = 8;            // that share a weight of kv_b
 constexpr int kHeadsAtOnce = 8;             // that share a latent
+constexpr int kAhead = 8;                   // values of a thread that it waits for together
 
 // A warp takes one head of one token, or the token's latent.
 EDGE_MOE_KERNEL(kWarp)
@@ -84,12 +85,17 @@ latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache
   for (int step = 0; step < kPositions; step += kHalves) {
     const int at = begin + step + int(threadIdx.x) / kLanes, from = at < end ? at : end - 1;
     float sums[kHeadsAtOnce] = {};
-    EDGE_MOE_UNROLL_4
-    for (int i = lane; i < cols; i += kLanes) {
-      const float value = get(cache.latents, cache.half, size_t(from) * cols + i);
+    auto add = [&](int i, float value) {
       EDGE_MOE_UNROLL
       for (int head = 0; head < kHeadsAtOnce; ++head) sums[head] = fmaf(value, queries[head * cols + i], sums[head]);
+    };
+    int i = lane;
+    for (Raw<kAhead> some; i + (kAhead - 1) * kLanes < cols; i += kAhead * kLanes) {
+      some.load(cache.latents, cache.half, size_t(from) * cols + i, kLanes);
+      EDGE_MOE_UNROLL
+      for (int j = 0; j < kAhead; ++j) add(i + j * kLanes, some.as_float(j));
     }
+    for (; i < cols; i += kLanes) add(i, get(cache.latents, cache.half, size_t(from) * cols + i));
     EDGE_MOE_UNROLL
     for (int head = 0; head < kHeadsAtOnce; ++head) {
       const float sum = fold_lanes(sums[head]);
@@ -110,13 +116,18 @@ mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span
   for (int from = 0, to; from < end; from = to) {
     to = end_of_piece(from, end);
     float sums[kHeadsAtOnce] = {};
-    EDGE_MOE_UNROLL_4
-    for (int at = from; at < to; ++at) {
-      const float value = get(cache.latents, cache.half, size_t(at) * cols + i);
+    auto add = [&](int at, float value) {
       EDGE_MOE_UNROLL
       for (int head = 0; head < kHeadsAtOnce; ++head)
         sums[head] = sums[head] + (head < count ? weights[(row + head) * cache.positions + at] : 0.0f) * value;
+    };
+    int at = from;
+    for (Raw<kAhead> some; at + kAhead <= to; at += kAhead) {
+      some.load(cache.latents, cache.half, size_t(at) * cols + i, cols);
+      EDGE_MOE_UNROLL
+      for (int j = 0; j < kAhead; ++j) add(at + j, some.as_float(j));
     }
+    for (; at < to; ++at) add(at, get(cache.latents, cache.half, size_t(at) * cols + i));
     EDGE_MOE_UNROLL
     for (int head = 0; head < kHeadsAtOnce; ++head) {
       if (head >= count) continue;

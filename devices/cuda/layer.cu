@@ -12,26 +12,28 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
+constexpr int kNormThreads = 512;  // of one vector
+constexpr int kAhead = 16;         // weights of a lane that it waits for together
 
 // ---- norms, embeddings, float products
 
-EDGE_MOE_KERNEL(kThreads)
+EDGE_MOE_KERNEL(kNormThreads)
 rms_norm_kernel(const float* x, const float* weight, float eps, int n, float* y, VectorBuffer into) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
   float* values = reinterpret_cast<float*>(shared);
   const float* from = x + size_t(blockIdx.x) * n;
-  for (int i = int(threadIdx.x); i < n; i += kThreads) values[i] = from[i];
+  for (int i = int(threadIdx.x); i < n; i += kNormThreads) values[i] = from[i];
   __syncthreads();
   const float inverse = inverse_norm(values, n, eps);  // every warp for itself
   __syncthreads();
-  for (int i = int(threadIdx.x); i < n; i += kThreads) {
+  for (int i = int(threadIdx.x); i < n; i += kNormThreads) {
     values[i] = values[i] * inverse * weight[i];
     y[size_t(blockIdx.x) * n + i] = values[i];
   }
   if (!into.codes) return;
   __syncthreads();
   EDGE_MOE_NO_UNROLL
-  for (int block = int(threadIdx.x) / kWarp; block * kBlock < n; block += kWarps)
+  for (int block = int(threadIdx.x) / kWarp; block * kBlock < n; block += kNormThreads / kWarp)
     quantise_block(values + block * kBlock, n - block * kBlock, into, blockIdx.x * into.blocks() + block);
 }
 
@@ -49,17 +51,22 @@ EDGE_MOE_KERNEL(kThreads) float_product_kernel(Batch<ProductJob> batch, const fl
   const int t = int(blockIdx.y);
   if (t >= job.count || int(blockIdx.x) * (kThreads / kLanes) >= m.rows) return;
   const float* values = x + job.vector(t) * m.cols;
+  const size_t first = size_t(row) * m.cols;
+  const bool is_half = m.width == 16;
   float sum = 0.0f;
-  if (m.width == 16) {
-    const uint16_t* weights = reinterpret_cast<const uint16_t*>(m.codes) + size_t(row) * m.cols;
-    EDGE_MOE_UNROLL_8
-    for (int i = int(threadIdx.x) % kLanes; i < m.cols; i += kLanes)
-      sum = fmaf(from_bfloat16(weights[i]), values[i], sum);
-  } else {
-    const float* weights = reinterpret_cast<const float*>(m.codes) + size_t(row) * m.cols;
-    EDGE_MOE_UNROLL_8
-    for (int i = int(threadIdx.x) % kLanes; i < m.cols; i += kLanes) sum = fmaf(weights[i], values[i], sum);
+  const auto add = [&](uint32_t bits, int i) {
+    if (is_half) bits <<= 16;
+    float weight;
+    memcpy(&weight, &bits, 4);
+    sum = fmaf(weight, values[i], sum);
+  };
+  int i = int(threadIdx.x) % kLanes;
+  for (Raw<kAhead> some; i + (kAhead - 1) * kLanes < m.cols; i += kAhead * kLanes) {
+    some.load(m.codes, is_half, first + i, kLanes);
+    EDGE_MOE_UNROLL
+    for (int j = 0; j < kAhead; ++j) add(some.bits[j], i + j * kLanes);
   }
+  for (Raw<1> one; i < m.cols; i += kLanes) one.load(m.codes, is_half, first + i, 0), add(one.bits[0], i);
   sum = fold_lanes(sum);
   if (threadIdx.x % kLanes == 0 && half < m.rows) job.y[t * job.stride + row] = sum;
 }
@@ -147,7 +154,7 @@ store_keys_kernel(Projections p, Heads heads, LayerCache cache, const int32_t* p
 
 void rms_norm(const float* x, const float* weight, float eps, int vectors, int n, float* y, const VectorBuffer& into,
               Stream stream) {
-  EDGE_MOE_LAUNCH(rms_norm_kernel, dim3(unsigned(vectors)), dim3(kThreads), size_t(n) * sizeof(float), stream, x,
+  EDGE_MOE_LAUNCH(rms_norm_kernel, dim3(unsigned(vectors)), dim3(kNormThreads), size_t(n) * sizeof(float), stream, x,
                   weight, eps, n, y, into);
 }
 

@@ -16,6 +16,7 @@ namespace {
 
 const char* build() { return "none"; }
 Properties open() { refuse(); }
+int multiprocessors() { refuse(); }
 
 void* allocate(size_t) { refuse(); }
 void* allocate_shared(size_t) { refuse(); }

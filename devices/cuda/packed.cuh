@@ -1,8 +1,8 @@
 // Dot products of packed rows with one vector of int8 inputs, by a warp: the bits that cpu/scalar.cpp defines.
 //
 // A lane takes 64 neighbouring codes of each of the warp's rows, so that a warp reads a row's bytes side by side, and
-// multiplies them four at a time. What a row's blocks come to is put in shared memory; then a lane adds up one row, as
-// the order of float additions is part of the result.
+// multiplies them four at a time. What a row's blocks come to is put in shared memory, with all that turns it into a
+// sum; then a lane adds up one row, as the order of float additions is part of the result.
 #pragma once
 
 #include <type_traits>
@@ -11,10 +11,17 @@
 
 namespace edge_moe::cuda {
 
-constexpr int kWarpRows = 16;  // that a warp multiplies at a time
+constexpr int kWarpRows = 8;  // that a warp multiplies at a time, or fewer where there would be too few warps
 constexpr int kBlockWords = kBlock / 4;
-constexpr int kDotStride = 2 * kWarp + 1;  // of a row's dots: two a block at most, and rows in banks of their own
-constexpr int kWarpDots = kWarpRows * kDotStride;
+constexpr int kStepStride = kWarp + 1;  // rows in banks of their own
+
+// A warp's part of shared memory: 32 steps of each row, one or two of a block.
+struct WarpSteps {
+  float dots[kWarpRows * kStepStride];
+  uint32_t scales[kWarpRows * kStepStride];  // of weights: a scale's 16 bits, and a bias's above them
+  float input_scales[kWarp];                 // of blocks
+  float input_sums[kWarp];                   // of the inputs of groups
+};
 
 // One input vector as Kernels::quantise leaves it; its sums over 128 inputs are made of those over 64.
 struct QuantisedVector {
@@ -119,43 +126,26 @@ __device__ __forceinline__ void load_inputs(const int8_t* plane, uint32_t* input
 // A dot product as warp_rows_of puts it into shared memory: of codes, or of both planes in steps of the lows.
 __device__ __forceinline__ float dot_value(int dot, bool two) { return two ? float(dot) * kLowStep : small_float(dot); }
 
-// Add to a row's sum what its blocks [first, end) come to.
-__device__ __forceinline__ float add_blocks(const Matrix& m, int row, const QuantisedVector& x, const int* dots,
-                                            int first, int end, int blocks, float sum) {
-  const int groups = m.cols / m.group;
-  const uint16_t* scales = m.scales + size_t(row) * groups;
-  const uint16_t* biases = m.biases + size_t(row) * groups;
-  for (int block = first; block < end; ++block) {
-    const float x_scale = x.scales[block];
-    const bool two = x.two_planes[block];
-    const int* dot = dots + 2 * (block - first);
-    if (m.group == 32) {
-      for (int half = 0; half < 2 && 2 * block + half < groups; ++half) {
-        const int group = 2 * block + half;
-        sum = fmaf(from_bfloat16(biases[group]), x.sums[0][group], sum);
-        sum = fmaf(dot_value(dot[half], two), from_bfloat16(scales[group]) * x_scale, sum);
-      }
-    } else {
-      const int group = block * kBlock / m.group;
-      if (block * kBlock % m.group == 0)
-        sum = fmaf(from_bfloat16(biases[group]), group_sum(x, m.group, group, blocks), sum);
-      sum = fmaf(dot_value(dot[0] + dot[1], two), from_bfloat16(scales[group]) * x_scale, sum);
-    }
-  }
-  return sum;
+// The scale and the bias of one group of weights.
+__device__ __forceinline__ uint32_t scale_and_bias(const Matrix& m, size_t at) {
+  return uint32_t(m.scales[at]) | uint32_t(m.biases[at]) << 16;
 }
 
-// Rows [first_row, first_row + kWarpRows) times x, by all lanes of a warp: lane i < kWarpRows gets row first_row + i's,
-// or that of the last row where there are fewer. dots: kWarpDots integers of shared memory of the warp's own.
-template <int Width>
-__device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVector& x, int* dots) {
+// Rows [first_row, first_row + Rows) times x, by all lanes of a warp: lane i < Rows gets row first_row + i's, or that
+// of the last row where there are fewer.
+template <int Width, int Rows>
+__device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVector& x, WarpSteps& steps) {
+  static_assert(Rows <= kWarpRows);
   const int lane = int(threadIdx.x) % kWarp, blocks = (m.cols + kBlock - 1) / kBlock;
-  const bool aligned = m.cols % kBlock == 0 && reinterpret_cast<uintptr_t>(m.codes) % (Width % 2 ? 8 : 16) == 0;
+  const int groups = m.cols / m.group, halves = m.group == 32 ? 2 : 1, blocks_a_group = m.group == 128 ? 2 : 1;
   const size_t row_bytes = size_t(m.cols) / 8 * Width;
-  auto clamped = [&](int row) { return row < m.rows ? row : m.rows - 1; };
+  const bool aligned = m.cols % kBlock == 0 && reinterpret_cast<uintptr_t>(m.codes) % (Width % 2 ? 8 : 16) == 0;
+  // Of a row; others take other rows.
+  const int lanes = blocks <= 8 ? 8 : blocks <= 16 || halves == 2 ? 16 : kWarp;
+  auto clamped = [&](int row) { return size_t(row < m.rows ? row : m.rows - 1); };
   float sum = 0.0f;
-  for (int first = 0; first < blocks; first += kWarp) {
-    const int block = first + lane, end = first + kWarp < blocks ? first + kWarp : blocks;
+  for (int first = 0; first < blocks; first += lanes) {
+    const int of_block = lane % lanes, block = first + of_block;
     if (block < blocks) {
       const bool whole = (block + 1) * kBlock <= m.cols;
       const bool two = x.two_planes[block];
@@ -166,11 +156,19 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
         load_inputs<Width>(x.codes + at, inputs + half * kBlockWords / 2);
         if (two) load_inputs<Width>(x.lows + at, lows + half * kBlockWords / 2);
       }
+      const int group = block * halves / blocks_a_group;
+      if (lane < lanes) {
+        steps.input_scales[of_block] = x.scales[block];
+        for (int half = 0; half < halves && group + half < groups; ++half)
+          steps.input_sums[of_block * halves + half] = group_sum(x, m.group, group + half, blocks);
+      }
       EDGE_MOE_UNROLL_4
-      for (int r = 0; r < kWarpRows; ++r) {
+      for (int r = lane / lanes; r < Rows; r += kWarp / lanes) {
+        const size_t row = clamped(first_row + r), at = row * groups + group;
         uint32_t words[2 * Width];
-        load_block<Width>(m.codes + clamped(first_row + r) * row_bytes + size_t(block) * (kBlock / 8 * Width), aligned,
-                          whole, words);
+        load_block<Width>(m.codes + row * row_bytes + size_t(block) * (kBlock / 8 * Width), aligned, whole, words);
+        uint32_t scales[2] = {scale_and_bias(m, at), 0};
+        if (halves == 2 && whole) scales[1] = scale_and_bias(m, at + 1);
         int dot[2] = {0, 0};
         EDGE_MOE_UNROLL
         for (int i = 0; i < kBlockWords; ++i)
@@ -181,13 +179,29 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
           for (int i = 0; i < kBlockWords; ++i)
             dot[i / 8] = dot_bytes(four_codes<Width>(words + i / 8 * Width, i % 8), lows[i], dot[i / 8]);
         }
-        dots[r * kDotStride + 2 * lane] = dot[0];
-        dots[r * kDotStride + 2 * lane + 1] = dot[1];
+        const int to = r * kStepStride + of_block * halves;
+        if (halves == 2) {
+          EDGE_MOE_UNROLL
+          for (int half = 0; half < 2; ++half)
+            steps.dots[to + half] = dot_value(dot[half], two), steps.scales[to + half] = scales[half];
+        } else {
+          steps.dots[to] = dot_value(dot[0] + dot[1], two), steps.scales[to] = scales[0];
+        }
       }
     }
     __syncwarp();
-    if (lane < kWarpRows)
-      sum = add_blocks(m, clamped(first_row + lane), x, dots + lane * kDotStride, first, end, blocks, sum);
+    if (lane < Rows) {
+      const int left = (halves == 2 ? groups : blocks) - first * halves;
+      const int count = left < lanes * halves ? left : lanes * halves;
+      const float* dots = steps.dots + lane * kStepStride;
+      const uint32_t* scales = steps.scales + lane * kStepStride;
+      EDGE_MOE_UNROLL_8
+      for (int i = 0; i < count; ++i) {
+        const float bias = from_bfloat16(uint16_t(scales[i] >> 16)), scale = from_bfloat16(uint16_t(scales[i]));
+        if (blocks_a_group == 1 || i % 2 == 0) sum = fmaf(bias, steps.input_sums[i], sum);
+        sum = fmaf(dots[i], scale * steps.input_scales[i / halves], sum);
+      }
+    }
     __syncwarp();
   }
   return sum;
@@ -215,8 +229,10 @@ __device__ __forceinline__ auto with_width(int width, const F& f) {
 }
 
 // warp_rows_of a matrix of any packed width.
-__device__ inline float warp_rows(const Matrix& m, int first_row, const QuantisedVector& x, int* dots) {
-  return with_width(m.width, [&](auto width) { return warp_rows_of<decltype(width)::value>(m, first_row, x, dots); });
+template <int Rows>
+__device__ float warp_rows(const Matrix& m, int first_row, const QuantisedVector& x, WarpSteps& steps) {
+  return with_width(m.width,
+                    [&](auto width) { return warp_rows_of<decltype(width)::value, Rows>(m, first_row, x, steps); });
 }
 
 }  // namespace edge_moe::cuda

@@ -63,6 +63,8 @@ Properties open() {
   return p;
 }
 
+int multiprocessors() { return 1; }
+
 void* allocate(size_t bytes) { return unset(bytes); }
 void* allocate_shared(size_t bytes) { return unset(bytes); }
 void release(void* memory) noexcept { std::free(memory); }

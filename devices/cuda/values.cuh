@@ -33,6 +33,31 @@ __device__ __forceinline__ float get(const void* from, bool half, size_t at) {
   return half ? half_to_float(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
 }
 
+// `Count` values, `step` apart, as they lie in memory: all are on their way before the first is waited for, and none is
+// before as_float() is asked what it is.
+template <int Count>
+struct Raw {
+  uint32_t bits[Count];
+  bool half;
+
+  __device__ __forceinline__ void load(const void* from, bool is_half, size_t at, size_t step) {
+    half = is_half;
+    if (half) {
+      EDGE_MOE_UNROLL
+      for (int i = 0; i < Count; ++i) bits[i] = static_cast<const uint16_t*>(from)[at + i * step];
+    } else {
+      EDGE_MOE_UNROLL
+      for (int i = 0; i < Count; ++i) bits[i] = static_cast<const uint32_t*>(from)[at + i * step];
+    }
+  }
+  __device__ __forceinline__ float as_float(int i) const {
+    if (half) return half_to_float(uint16_t(bits[i]));
+    float value;
+    memcpy(&value, &bits[i], 4);
+    return value;
+  }
+};
+
 // One past the last position that token `token` of a span sees.
 __device__ __forceinline__ int end_of(const Span& span, int token) { return *span.position + span.first + token + 1; }
 
