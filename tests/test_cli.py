@@ -229,6 +229,14 @@ def test_an_answer_is_sampled_as_the_model_advises_unless_it_is_said(templated):
     assert object_of(*given, "--raw")["tokens"] == raw
 
 
+def test_logits_are_biased_as_given(bundle):
+    given = ("generate", bundle, "-p", "import os", "--raw", "-n", "1", "--json")
+    (likeliest,) = object_of(*given)["tokens"]
+    (second,) = object_of(*given, "-l", f"{likeliest}-inf")["tokens"]
+    assert second != likeliest
+    assert object_of(*given, "--logit-bias", "7+1000", "--logit-bias", f"{likeliest}-2.5")["tokens"] == [7]
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
 def test_streams_that_the_caller_closed_are_no_error_and_never_files(bundle, tmp_path, closed):
     command = f"{sys.executable} -m edge_moe generate {bundle} a -n 4 {closed}"
@@ -286,6 +294,11 @@ def test_options_reach_the_library(bundle):
         (["-p", "a", "--ram", "8XB"], "size '8XB' is not understood; write 8GB, 8GiB, 500MB or a number of bytes"),
         (["-p", "a", "--temp", "-1"], "temperature is -1.0, expected 0 or more"),
         (["-p", "a", "-n", "0"], "max_tokens is 0, expected at least 1"),
+        (
+            ["-p", "a", "-l", "15043=2"],
+            "logit-bias '15043=2' is not a token id, + or - and a number, as 15043+1 or 15043-inf",
+        ),
+        (["-p", "a", "-l", "99999999+1"], "a token id of logit_bias is 99999999, expected 0 to 4,095"),
         (["-p", "a", "--context", "2000"], "context is 2000, expected 1 to 1024, the model's own"),
     ],
 )

@@ -5,6 +5,7 @@ import sys
 from ..terminal import show
 from . import options
 from .options import option
+from .sampling import takes_sampling
 
 MaxTokens = option(
     int | None, "-n", "--max-tokens", metavar="N", parser=options.tokens_of,
@@ -16,6 +17,7 @@ DropOldest = option(
 NoHistory = option(bool, "--no-history", help="Neither read nor keep the lines typed in earlier chats.")
 
 
+@takes_sampling
 def chat(
     bundle: options.Bundle,
     system: options.System = None,
@@ -24,14 +26,8 @@ def chat(
     max_tokens: MaxTokens = None,
     drop_oldest: DropOldest = False,
     no_history: NoHistory = False,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    seed: options.SamplingSeed = None,
+    *,
+    sampling: dict,
     ram: options.Ram = "auto",
     context: options.Context = None,
     kv: options.Kv = options.KvType.float16,
@@ -51,10 +47,6 @@ def chat(
     from ..runtime.runtime import Runtime
     from ..runtime.sampling import sampling_defaults
 
-    sampling = options.given(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed,
-    )  # fmt: skip
     told = options.template_kwargs(thinking, chat_template_kwargs)
     sampling["max_tokens"] = None if max_tokens == -1 else max_tokens
     run = {"device": device, "threads": threads, "kv": kv.value}

@@ -10,6 +10,7 @@ from ..terminal import AnswerWriter, PromptProgress, has_colours, opens_thinking
 from . import options
 from .options import argument, option
 from .output import print_json
+from .sampling import takes_sampling
 
 CONTINUED_TOKENS = 64  # of a text that is continued: it has no end of its own
 ONE = "an argument, -p TEXT, -f FILE or --tokens 1,2,3"
@@ -39,6 +40,7 @@ MaxTokens = option(
 Stop = option(list[str] | None, "--stop", metavar="TEXT", help="End before this text; repeatable.")
 
 
+@takes_sampling
 def generate(
     bundle: options.Bundle,
     prompt: PromptArgument = None,
@@ -51,14 +53,8 @@ def generate(
     chat_template_kwargs: options.TemplateKwargs = None,
     max_tokens: MaxTokens = None,
     stop: Stop = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    seed: options.SamplingSeed = None,
+    *,
+    sampling: dict,
     ram: options.Ram = "auto",
     context: options.Context = None,
     kv: options.Kv = options.KvType.float16,
@@ -83,10 +79,7 @@ def generate(
     if file not in (None, "-") and not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file")
     start = None if tokens is None else token_ids_of(tokens)
-    sampling = options.given(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, seed=seed, stop=stop,
-    )  # fmt: skip
+    sampling |= options.given(stop=stop)
     told = options.template_kwargs(thinking, chat_template_kwargs)
     run = {"device": device, "threads": threads, "kv": kv.value}
     with (

@@ -68,8 +68,7 @@ Prune = option(
     "[default: off, where the bundle sets no other].",
 )  # fmt: skip
 
-# Of generate and chat; an answer to a message is sampled as the model's makers advise where nothing else is said
-_SAMPLING = "Sampling (default: as the model's makers advise; of a raw text --temp 0)"
+# Of generate and chat
 PROMPT_SECTION = "Prompt"
 System = option(
     str | None,
@@ -86,37 +85,6 @@ TemplateKwargs = option(
     str | None, "--chat-template-kwargs", metavar="JSON", section=PROMPT_SECTION,
     help="Tell it more, as '{\"reasoning_effort\": \"low\"}'.",
 )  # fmt: skip
-Temperature = option(
-    float | None, "--temp", metavar="T", section=_SAMPLING, help="Temperature; 0: always the likeliest token."
-)
-TopP = option(
-    float | None, "--top-p", metavar="P", section=_SAMPLING, help="The likeliest tokens that reach this probability."
-)
-TopK = option(int | None, "--top-k", metavar="N", section=_SAMPLING, help="The N likeliest tokens; 0: all.")
-MinP = option(
-    float | None,
-    "--min-p",
-    metavar="P",
-    section=_SAMPLING,
-    help="Tokens of at least this share of the likeliest's probability.",
-)
-RepetitionPenalty = option(
-    float | None, "--repetition-penalty", metavar="X", section=_SAMPLING,
-    help="Above 1: less of what is in the prompt or the answer already.",
-)  # fmt: skip
-PresencePenalty = option(
-    float | None,
-    "--presence-penalty",
-    metavar="X",
-    section=_SAMPLING,
-    help="Taken from logits of tokens in the answer.",
-)
-FrequencyPenalty = option(
-    float | None, "--frequency-penalty", metavar="X", section=_SAMPLING,
-    help="The same for each time that a token is there.",
-)  # fmt: skip
-SamplingSeed = option(int | None, "--seed", metavar="N", section=_SAMPLING, help="The same seed gives the same text.")
-
 # Of compress and prune
 CalibrationFiles = option(
     list[str] | None, "--calibration", metavar="FILE", section=_TEXT,
