@@ -7,6 +7,7 @@ namespace nb = nanobind;
 
 void bind_kernels(nb::module_& m);
 void bind_engine(nb::module_& m);
+void bind_residency(nb::module_& m);
 void bind_sampler(nb::module_& m);
 void bind_rounding(nb::module_& m);
 
@@ -14,6 +15,7 @@ NB_MODULE(_core, m) {
   m.doc() = "The C++ core of edge_moe: packed formats, kernels, the engine.";
   bind_kernels(m);
   bind_engine(m);
+  bind_residency(m);
   bind_sampler(m);
   bind_rounding(m);
   register_exit_hook();

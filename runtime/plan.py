@@ -281,6 +281,37 @@ def make_plan(
     return smallest
 
 
+def with_cap(plan: Plan, config: ModelConfig, ram_bytes: int, interpreter_bytes: int, device: str) -> Plan:
+    """The plan of a Runtime that has all but its experts in memory already, under another cap.
+
+    interpreter_bytes: what Python and all else in the process has by now, and may come to need. Raises BelowFloor.
+    """
+    mapped = device == "cpu"
+    read_bytes = READERS * (READER_BYTES + (0 if mapped else plan.slot_bytes))
+    fixed = plan.trunk_bytes + plan.kv_cache_bytes + plan.scratch_bytes + interpreter_bytes
+    least = max(config.top_k_of(layer) for layer in config.moe_layers) * plan.slot_bytes
+    plan = replace(
+        plan,
+        ram_bytes=ram_bytes,
+        interpreter_bytes=interpreter_bytes,
+        resident_bytes=fixed + plan.all_experts_bytes + plan.io_buffers_bytes,
+        floor_bytes=fixed + min(read_bytes + least, plan.all_experts_bytes + plan.io_buffers_bytes),
+    )
+    if plan.resident and ram_bytes >= plan.resident_bytes:
+        return plan
+    if ram_bytes < plan.floor_bytes:
+        raise BelowFloor(plan)
+    experts = min(ram_bytes - fixed - read_bytes, plan.all_experts_bytes)
+    return replace(
+        plan,
+        io_buffers_bytes=read_bytes,
+        resident=False,
+        experts_bytes=experts,
+        slots=experts * config.expert_count // plan.all_experts_bytes,
+        resident_bytes=fixed + plan.all_experts_bytes + read_bytes,
+    )
+
+
 def refusal(plan: Plan) -> str:
     """What to say about a plan below its floor; the cap is rounded down and the floor up, so the floor named works."""
     return (

@@ -21,8 +21,9 @@ CALLER = 3  # frames from warnings.warn() up to whoever makes a Runtime
 UNLIMITED = 1 << 62
 
 
-def process_cap(ram: int | float | str) -> int:
-    """The cap of one more Runtime in bytes: what was asked for, or less, with a warning that says why.
+def process_cap(ram: int | float | str, of: "Runtime | None" = None) -> int:
+    """The cap of one more Runtime in bytes, or of one that is open: what was asked for, or less, with a warning that
+    says why.
 
     All Runtimes of a process have the lowest of their caps in common, and no cap is above what the limit of a
     container (a cgroup) leaves: there the system kills.
@@ -39,7 +40,7 @@ def process_cap(ram: int | float | str) -> int:
             "which is its cap now",
             stacklevel=CALLER,
         )
-    others = min((runtime.plan.ram_bytes for runtime in open_runtimes()), default=cap)
+    others = min((runtime.plan.ram_bytes for runtime in open_runtimes() if runtime is not of), default=cap)
     if others < cap:
         if not isinstance(ram, str) or ram.strip().lower() not in ("auto", "max"):
             warnings.warn(

@@ -20,7 +20,7 @@ from .answer import Account, Generation
 from .answer_text import AnswerText
 from .bundle import Bundle
 from .device import begin_device
-from .plan import KV_TYPES, READERS, BelowFloor, Plan, engine_config, make_plan
+from .plan import KV_TYPES, READERS, BelowFloor, Plan, engine_config, make_plan, with_cap
 from .process import (
     add_runtime,
     loading,
@@ -182,6 +182,26 @@ class Runtime:
         """Totals since loading, and the memory in use: counters of the engine, ram_bytes, peak_memory_bytes."""
         counters = dict(self._open().counters)
         return {**counters, "ram_bytes": self.plan.ram_bytes, "peak_memory_bytes": self._peak_bytes(counters)}
+
+    def set_ram(self, ram: int | str) -> Plan:
+        """Lower or raise the cap between two steps of whatever runs, and return the new plan. No result changes.
+
+        What is given up is the system's again on return; what is gained fills as experts are used. Context and length
+        of a step stay. ram: as for Runtime(). Raises BelowFloor for less than the floor, and nothing has changed then.
+        """
+        with loading, self._turns.between():
+            engine = self._open()
+            ram_bytes, before = process_cap(ram, of=self), self.plan
+            own = before.trunk_bytes + before.kv_cache_bytes + before.scratch_bytes + before.experts_bytes
+            others = taken_bytes() - own - before.spare_bytes  # Python, and other Runtimes
+            plan = with_cap(before, self.config, ram_bytes, max(before.interpreter_bytes, others), self.device)
+            if plan.experts_bytes != before.experts_bytes or plan.resident != before.resident:
+                engine.resize_slots(plan.experts_bytes)
+            self.plan = plan
+            if ram_bytes < before.ram_bytes:
+                _core.return_freed_memory()
+                _core.reset_peak_bytes()
+            return plan
 
     def generate(
         self,

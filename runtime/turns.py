@@ -29,22 +29,57 @@ class Turns:
         self._running: object | None = None  # a step of this call is being computed
         self._kept_by: object | None = None  # this call has had the last step and may come back
         self._kept_until = 0.0
+        self._thread: int | None = None  # that computes it
+        self._waiting = 0  # calls, for a turn
+        self._interjections = 0  # that wait or run
+        self._interjected = False  # since the last step
 
     @contextmanager
     def take(self, call: object, unwanted: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """A turn for one step of a call. Raises Interrupted when unwanted() is true before it comes."""
         with self._changed:
-            while not self._free_for(call):
-                if unwanted():
-                    raise _core.Interrupted("interrupted")
-                self._changed.wait(WAKE_S)
-            self._running = self._kept_by = call
+            self._raise_if_inside()
+            self._waiting += 1
+            try:
+                while not self._free_for(call):
+                    if unwanted():
+                        raise _core.Interrupted("interrupted")
+                    self._changed.wait(WAKE_S)
+            finally:
+                self._waiting -= 1
+            self._kept_by, self._interjected = call, False
+            self._begin(call)
         try:
             yield
         finally:
             with self._changed:
-                self._running, self._kept_until = None, time.monotonic() + PATIENCE_S
-                self._changed.notify_all()
+                self._end()
+
+    @contextmanager
+    def between(self) -> Iterator[None]:
+        """Between two steps, whoever computes them: the call that has had the last one goes on afterwards.
+
+        Where calls wait for a turn, a step comes before the next interjection.
+        """
+        with self._changed:
+            self._raise_if_inside()
+            while self._interjected and self._waiting:
+                self._changed.wait(WAKE_S)
+            self._interjections += 1
+            try:
+                while self._running is not None:
+                    self._changed.wait()
+            except BaseException:
+                self._interjections -= 1
+                raise
+            self._interjected = True
+            self._begin(self)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._interjections -= 1
+                self._end()
 
     def leave(self, call: object) -> None:
         """The call has had its last step."""
@@ -53,9 +88,20 @@ class Turns:
                 self._kept_by = None
                 self._changed.notify_all()
 
+    def _begin(self, call: object) -> None:
+        self._running, self._thread = call, threading.get_ident()
+
+    def _end(self) -> None:
+        self._running, self._thread, self._kept_until = None, None, time.monotonic() + PATIENCE_S
+        self._changed.notify_all()
+
+    def _raise_if_inside(self) -> None:
+        if self._thread == threading.get_ident():
+            raise RuntimeError("this thread is computing a step of this Runtime, and would wait for itself")
+
     def _free_for(self, call: object) -> bool:
         kept = self._kept_by not in (None, call) and time.monotonic() < self._kept_until
-        return self._running is None and not kept
+        return self._running is None and not kept and not self._interjections
 
 
 class Wanted:

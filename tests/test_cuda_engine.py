@@ -64,6 +64,21 @@ def test_any_slots_and_chunks_give_the_processors_bits(mixed, golden, architectu
     assert same_bits(run_engine(engine, ids[:12], 1), want[:12])
 
 
+def test_memory_that_is_lowered_and_raised_changes_no_bit(mixed, golden):
+    path, ids = mixed("olmoe"), golden["olmoe"][1]
+    opened = Bundle.open(path)
+    largest = max(expert.nbytes for expert in opened.experts.values())
+    want = run_engine(make_engine(path), ids)
+    engine = make_engine(path, device="cuda")
+    for nbytes in (opened.expert_bytes, 9 * largest, 5 * largest, 12 * largest, opened.expert_bytes):
+        engine.resize_slots(nbytes)
+        assert same_bits(run_engine(engine, ids, 5), want)
+        assert engine.counters["records_held"] * min(e.nbytes for e in opened.experts.values()) <= nbytes
+    with pytest.raises(ValueError, match="the slots must hold the largest record"):
+        engine.resize_slots(largest - 1)
+    assert same_bits(run_engine(engine, ids, 5), want)
+
+
 @pytest.mark.parametrize("width", _core.WIDTHS)
 def test_every_width_gives_the_processors_bits(bundle_of, stdlib_ids, width):
     path = bundle_of("reference", width=width, trunk_width=width)

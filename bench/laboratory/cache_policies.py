@@ -3,7 +3,7 @@
     python -m bench.laboratory.cache_policies --text A.txt B.txt > policies.md
 
 The router's choices are recorded token by token, as in decoding; each policy then runs over the same record with the
-same number of slots. LFRU is the runtime's own (runtime/src/expert_cache.h), reproduced hit by hit. Belady's optimum
+same number of slots. LFRU is the runtime's own (runtime/src/worths.h), reproduced hit by hit. Belady's optimum
 knows the future: no policy can be above it. Without texts they are of Python's standard library.
 """
 

@@ -294,6 +294,16 @@ void bind_engine(nb::module_& m) {
       .def(
           "rewind", [](BoundEngine& self, int position) { self->rewind(position); }, nb::arg("position"),
           "Forget the positions from `position` on.")
+      .def(
+          "resize_slots",
+          [](BoundEngine& self, uint64_t bytes) {
+            Engine& engine = *self;
+            GilReleased released;
+            engine.resize_slots(bytes);
+          },
+          nb::arg("bytes"),
+          "Memory for experts of so many bytes from now on, between two calls of forward(); what is given up is the\n"
+          "system's on return, and mapped records are read into slots from now on. It changes no result.")
       .def_prop_ro("kernels", [](const BoundEngine& self) { return self->device().name(); })
       .def_prop_ro(
           "in_place", [](const BoundEngine& self) { return self->device().in_place(); },
@@ -318,20 +328,20 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro(
           "worths",
           [](const BoundEngine& self) {
-            std::vector<double> worths = self->cache().worths();
+            std::vector<double> worths = self->residency().worths();
             const size_t records = worths.size();
             return to_numpy(std::move(worths), {records});
           },
           nb::rv_policy::move,
-          "By what it is decided which records leave, float64 (experts of all layers,); see expert_cache.h.")
+          "By what it is decided which records leave, float64 (experts of all layers,); see worths.h.")
       .def_prop_ro("faults_met", [](const BoundEngine& self) { return self->store().faults_met(); })
       .def_prop_ro(
           "counters",
           [](const BoundEngine& self) {
-            const CacheStats cache = self->cache().stats();
+            const ResidencyStats cache = self->residency().stats();
             const EngineStats& stats = self->stats();
             nb::dict d;
-            d["records_held"] = self->cache().records_held();
+            d["records_held"] = self->residency().records_held();
             d["uncounted_bytes"] = self->device().uncounted_bytes();
             d["expert_hits"] = cache.hits;
             d["expert_misses"] = cache.misses;

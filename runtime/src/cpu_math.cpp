@@ -17,8 +17,8 @@ class CpuDevice : public Device {
   explicit CpuDevice(const Kernels& kernels) : kernels_(kernels) {}
   const char* name() const override { return kernels_.name; }
   const Kernels& host() const override { return kernels_; }
-  std::unique_ptr<DeviceMemory> memory(size_t bytes, int, size_t, bool) const override {
-    return std::make_unique<HostMemory>(bytes);
+  std::unique_ptr<DeviceMemory> memory(size_t bytes, size_t room, int, size_t, bool) const override {
+    return std::make_unique<HostMemory>(bytes, room);
   }
   std::unique_ptr<LayerMath> math(const EngineConfig& config, const Trunk& trunk, ThreadPool& pool) const override {
     return std::make_unique<CpuMath>(config, trunk, kernels_, pool);

@@ -21,7 +21,7 @@ class CudaDevice : public Device {
   CudaDevice(const Kernels& host, bool graphs) : host_(host), graphs_(graphs) {}
   const char* name() const override { return "cuda"; }
   const Kernels& host() const override { return host_; }
-  std::unique_ptr<DeviceMemory> memory(size_t bytes, int lanes, size_t piece, bool again) const override {
+  std::unique_ptr<DeviceMemory> memory(size_t bytes, size_t, int lanes, size_t piece, bool again) const override {
     return memory_->filled(bytes, lanes, piece, again);
   }
   std::unique_ptr<LayerMath> math(const EngineConfig& config, const Trunk& trunk, ThreadPool&) const override {

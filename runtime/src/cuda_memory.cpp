@@ -14,7 +14,7 @@
 namespace edge_moe {
 
 // Whether pinned memory is counted differs between drivers, so it is looked up each time.
-CudaBlock::CudaBlock(CudaMemory& memory, size_t bytes, bool shared) : memory_(&memory), shared_(shared) {
+CudaBlock::CudaBlock(CudaMemory& memory, size_t bytes, bool shared) : memory_(&memory), bytes_(bytes), shared_(shared) {
   const size_t before = resident_bytes();
   try {
     data_ = static_cast<uint8_t*>(shared ? cuda::allocate_shared(bytes) : cuda::allocate(bytes));
@@ -37,9 +37,23 @@ CudaBlock::CudaBlock(CudaBlock&& other) noexcept { *this = std::move(other); }
 CudaBlock& CudaBlock::operator=(CudaBlock&& other) noexcept {
   std::swap(memory_, other.memory_);
   std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
   std::swap(shared_, other.shared_);
   std::swap(uncounted_, other.uncounted_);
   return *this;
+}
+
+void CudaBlock::replace(size_t bytes) {
+  CudaMemory& memory = *memory_;
+  const size_t before = bytes_;
+  const bool shared = shared_;
+  *this = CudaBlock();
+  try {
+    *this = CudaBlock(memory, bytes, shared);
+  } catch (const SystemError&) {
+    *this = CudaBlock(memory, before, shared);
+    throw;
+  }
 }
 
 namespace {
@@ -64,6 +78,8 @@ class InPlace : public DeviceMemory {
     read(buffer.data());
     std::memcpy(data() + at, buffer.data(), bytes);
   }
+  size_t resize(size_t bytes) override { return block_.replace(bytes), 0; }
+  size_t bytes() const override { return block_.bytes(); }
   void copy_out(size_t at, size_t bytes, void* to) const override { std::memcpy(to, data() + at, bytes); }
 
  private:
@@ -86,6 +102,8 @@ class Staged : public DeviceMemory {
     cuda::wait(by.stream);
   }
   void filled() override { lanes_.clear(); }
+  size_t resize(size_t bytes) override { return block_.replace(bytes), 0; }
+  size_t bytes() const override { return block_.bytes(); }
   void copy_out(size_t at, size_t bytes, void* to) const override {
     const CudaStream stream;
     cuda::copy(to, data() + at, bytes, stream);

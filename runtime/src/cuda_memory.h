@@ -18,10 +18,16 @@ class CudaBlock {
   CudaBlock& operator=(CudaBlock&& other) noexcept;
 
   uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+  // Another block of so many bytes in its place, which is given back first; where there is no memory for it, one of as
+  // many as before.
+  void replace(size_t bytes);
 
  private:
   CudaMemory* memory_ = nullptr;
   uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
   bool shared_ = false;
   size_t uncounted_ = 0;
 };

@@ -30,6 +30,12 @@ class DeviceMemory {
   // No fill() comes any more: what only that needs may be given back.
   virtual void filled() {}
 
+  // Memory of so many bytes from now on, at most the room that there was asked for; nobody may use it meanwhile. What
+  // is given up is the system's again. Returns how many of the first bytes are as they were. Throws SystemError where
+  // there is no more: then as much is there as before, or none.
+  virtual size_t resize(size_t bytes) = 0;
+  virtual size_t bytes() const = 0;
+
   // `bytes` bytes from data() + at to the host's memory.
   virtual void copy_out(size_t at, size_t bytes, void* to) const = 0;
 };
@@ -43,9 +49,10 @@ class Device {
   // The host's kernels, for what the host does for any device: routing.
   virtual const Kernels& host() const = 0;
 
-  // `bytes` of memory, filled from `lanes` lanes at once by at most `piece` bytes each, again and again or once for
-  // all. Throws SystemError when there is no more.
-  virtual std::unique_ptr<DeviceMemory> memory(size_t bytes, int lanes, size_t piece, bool again) const = 0;
+  // `bytes` of memory, to be resized to `room` at most, filled from `lanes` lanes at once by at most `piece` bytes
+  // each, again and again or once for all. Throws SystemError when there is no more.
+  virtual std::unique_ptr<DeviceMemory> memory(size_t bytes, size_t room, int lanes, size_t piece,
+                                               bool again) const = 0;
 
   // A model's arithmetic; the trunk is in this device's memory and outlives it.
   virtual std::unique_ptr<LayerMath> math(const EngineConfig& config, const Trunk& trunk, ThreadPool& pool) const = 0;

@@ -30,7 +30,7 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk
       device_(std::move(device)),
       trunk_(std::move(trunk)),
       store_(std::move(store)),
-      cache_(store_, *device_, slot_bytes, readers, double(kHalfLife) * config.layers),
+      residency_(store_, *device_, slot_bytes, readers, double(kHalfLife) * config.layers),
       pool_(config.threads, config.spin),
       math_(device_->math(config_, trunk_, pool_)) {
   const EngineConfig& c = config_;
@@ -96,9 +96,9 @@ std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want, 
   for (int32_t id : ids)
     if (id < 0 || id >= c.vocab) throw std::invalid_argument("token id out of range");
 
-  const CacheStats cache = cache_.stats();
+  const ResidencyStats cache = residency_.stats();
   prefetch_ =
-      tokens == 1 && !cache_.holds_all() && may_prefetch_ && gate_.open(cache.read_ahead, cache.read_ahead_used);
+      tokens == 1 && !residency_.holds_all() && may_prefetch_ && gate_.open(cache.read_ahead, cache.read_ahead_used);
   const Step step = {position_, tokens};
   std::span<const float> logits;
   Interrupt interrupt(std::move(unwanted));
@@ -131,13 +131,13 @@ void Engine::layers(const Step& step) {
     else
       math_->dense_layer(layer, step);
     check_wanted();
-    cache_.tick();
+    residency_.tick();
   }
 }
 
 // Whoever the device had pinned, when it is done with them.
 void Engine::release_used() {
-  for (int record : used_) cache_.release(record);
+  for (int record : used_) residency_.release(record);
   used_.clear();
 }
 
@@ -152,6 +152,12 @@ void Engine::abandon() {
   release_used();
 }
 
+void Engine::resize_slots(size_t bytes) {
+  math_->finish();  // graphs and kernels that read slots have ended
+  release_used();
+  residency_.resize(bytes);
+}
+
 void Engine::rewind(int position) {
   if (position < 0 || position > position_) throw std::invalid_argument("rewind goes back only");
   position_ = position;
@@ -160,7 +166,7 @@ void Engine::rewind(int position) {
 // Pins an expert of a layer, which is used by as many tokens as it has pairs; false where too much is pinned.
 bool Engine::acquire(int first_record, int e) {
   const int uses = r_.first_pair[e + 1] - r_.first_pair[e];
-  return cache_.acquire(first_record + e, uses) != ExpertCache::Acquired::kNoSlot;
+  return residency_.acquire(first_record + e, uses) != Residency::Acquired::kNoSlot;
 }
 
 void Engine::experts(int layer, const Step& step) {
@@ -176,12 +182,12 @@ void Engine::experts(int layer, const Step& step) {
   route_tokens(layer, tokens);
 
   // expert-major: those in memory are pinned first and computed while readers fetch the others
-  cache_.read_ahead({});  // what was not begun comes too late
+  residency_.read_ahead({});  // what was not begun comes too late
   pending_.clear();
   for (int e = 0; e < experts; ++e)
     if (r_.first_pair[e + 1] > r_.first_pair[e]) pending_.push_back(e);
   // Asked once for each: a read ahead that fails meanwhile would change the answer.
-  std::partition(pending_.begin(), pending_.end(), [&](int e) { return cache_.holds(first_record + e); });
+  std::partition(pending_.begin(), pending_.end(), [&](int e) { return residency_.holds(first_record + e); });
   if (store_.mapped()) store_.verify_together(first_record, pending_, pool_);
   size_t acquired = 0, computed = 0;  // of pending_: [0, computed) done, [computed, acquired) pinned
   bool ahead = wants.ahead;
@@ -192,7 +198,7 @@ void Engine::experts(int layer, const Step& step) {
       jobs_.clear();
       for (size_t i = computed; i < acquired; ++i) {
         const int e = pending_[i], record = first_record + e, first = r_.first_pair[e];
-        const uint8_t* bytes = cache_.bytes(record);
+        const uint8_t* bytes = residency_.bytes(record);
         if (!bytes) continue;
         jobs_.push_back({expert_weights(store_.records()[record], bytes), r_.pair_token + first,
                          r_.first_pair[e + 1] - first, first, record});
@@ -201,7 +207,7 @@ void Engine::experts(int layer, const Step& step) {
       if (jobs_.empty()) {
         check_wanted();
         if (used_.empty()) {
-          cache_.wait(Interrupt::kAskEvery);
+          residency_.wait(Interrupt::kAskEvery);
         } else {  // whose slots may be what is lacking
           math_->finish();
           release_used();
@@ -215,7 +221,7 @@ void Engine::experts(int layer, const Step& step) {
       if (!math_->asynchronous()) release_used();
     }
   } catch (...) {
-    for (size_t i = computed; i < acquired; ++i) cache_.release(first_record + pending_[i]);
+    for (size_t i = computed; i < acquired; ++i) residency_.release(first_record + pending_[i]);
     throw;
   }
 }

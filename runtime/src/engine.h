@@ -1,4 +1,4 @@
-// The forward pass of a Mixture-of-Experts transformer over a bundle: trunk in memory, experts through the cache.
+// The forward pass of a Mixture-of-Experts transformer over a bundle: trunk in memory, experts as they are needed.
 //
 // What a token needs is decided here, on the host: routing, pruning, whose records are read and who is evicted. What
 // is computed of it is a LayerMath's, on the processor or a GPU.
@@ -12,11 +12,11 @@
 #include <span>
 #include <vector>
 
-#include "expert_cache.h"
 #include "interrupt.h"
 #include "layer_math.h"
 #include "prefetch.h"
 #include "prune.h"
+#include "residency.h"
 #include "router.h"
 #include "threads.h"
 #include "trunk.h"
@@ -59,8 +59,11 @@ class Engine {
   int position() const { return position_; }
   void rewind(int position);  // forget positions from `position` on
 
+  // Memory for experts of so many bytes from now on; see Residency::resize. Not while forward() runs.
+  void resize_slots(size_t bytes);
+
   const EngineConfig& config() const { return config_; }
-  const ExpertCache& cache() const { return cache_; }
+  const Residency& residency() const { return residency_; }
   const ExpertStore& store() const { return store_; }
   ExpertStore& store() { return store_; }
   const EngineStats& stats() const { return stats_; }
@@ -87,7 +90,7 @@ class Engine {
   std::unique_ptr<Device> device_;
   Trunk trunk_;
   ExpertStore store_;
-  ExpertCache cache_;
+  Residency residency_;
   ThreadPool pool_;
   std::unique_ptr<LayerMath> math_;
   std::vector<std::vector<float>> router_bias_;  // (layers,), each (experts,) or none

@@ -103,6 +103,12 @@ void ExpertStore::begin_use() {
   in_use_ = true;
 }
 
+void ExpertStore::unmap() {
+  maps_.clear();
+  stamps_.clear();
+  in_use_ = false;
+}
+
 void ExpertStore::end_use() {
   if (!in_use_) return;
   in_use_ = false;

@@ -56,6 +56,9 @@ class ExpertStore {
   // damaged is left for map() to name. Not thread safe.
   void verify_together(int first, std::span<const int> after_it, ThreadPool& pool);
 
+  // Records are served by read() from now on. Nobody may use what map() gave. Not thread safe.
+  void unmap();
+
   // To be called after the last use of bytes of map() and before its result is given out: throws when they may have
   // been others meanwhile, because a file was cut short, written to or not readable. Not thread safe.
   void end_use();

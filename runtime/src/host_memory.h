@@ -1,6 +1,7 @@
 // The processor's own memory as a device's: storage is read straight into it.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "device.h"
@@ -10,9 +11,15 @@ namespace edge_moe {
 
 class HostMemory : public DeviceMemory {
  public:
-  explicit HostMemory(size_t bytes) : arena_(bytes) {}
+  HostMemory(size_t bytes, size_t room) : arena_(bytes, room) {}
   uint8_t* data() const override { return arena_.data(); }
   void fill(int, size_t at, size_t, const std::function<void(uint8_t*)>& read) override { read(arena_.data() + at); }
+  size_t resize(size_t bytes) override {
+    const size_t before = arena_.bytes();
+    arena_.resize(bytes);
+    return std::min(before, bytes);
+  }
+  size_t bytes() const override { return arena_.bytes(); }
   void copy_out(size_t at, size_t bytes, void* to) const override { std::memcpy(to, arena_.data() + at, bytes); }
 
  private:

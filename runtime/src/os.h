@@ -67,7 +67,8 @@ struct File {
 class Arena {
  public:
   Arena() = default;
-  explicit Arena(size_t bytes);
+  // room: bytes that it may be resized to, which are addresses alone until then. Throws std::bad_alloc.
+  explicit Arena(size_t bytes, size_t room = 0);
   ~Arena();
   Arena(Arena&& other) noexcept;
   Arena& operator=(Arena&& other) noexcept;
@@ -75,9 +76,13 @@ class Arena {
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
 
+  // So many bytes from now on, the first as they were; what is given up is the system's on return. Throws SystemError
+  // for more than its room, and where the system has no more.
+  void resize(size_t bytes);
+
  private:
   uint8_t* data_ = nullptr;
-  size_t bytes_ = 0;
+  size_t bytes_ = 0, room_ = 0;
 };
 
 // A whole file mapped for reading. Where a page cannot be read, because the file was cut short or its disk fails, there

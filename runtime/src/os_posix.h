@@ -92,24 +92,55 @@ size_t untouched_bytes() {
   return untouched;
 }
 
-Arena::Arena(size_t bytes) : bytes_(bytes) {
-  if (bytes == 0) return;
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+inline size_t whole_pages(size_t bytes) {
+  const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  return (bytes + page - 1) / page * page;
+}
+
+// Addresses without memory.
+inline void* reserve(void* at, size_t bytes) {
+  return mmap(at, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE | (at ? MAP_FIXED : 0), -1, 0);
+}
+
+Arena::Arena(size_t bytes, size_t room) : bytes_(bytes), room_(whole_pages(std::max(bytes, room))) {
+  if (room_ == 0) return;
+  void* memory = reserve(nullptr, room_);
+  if (memory == MAP_FAILED) {  // a limit of addresses: what is needed now may fit
+    room_ = whole_pages(bytes);
+    memory = reserve(nullptr, room_);
+  }
   if (memory == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<uint8_t*>(memory);
+  if (mprotect(data_, whole_pages(bytes), PROT_READ | PROT_WRITE) != 0) {
+    munmap(data_, room_);
+    throw std::bad_alloc();
+  }
   add_place(data_, bytes_);
 }
 Arena::~Arena() {
   if (!data_) return;
   remove_place(data_);
-  munmap(data_, bytes_);
+  munmap(data_, room_);
 }
 Arena::Arena(Arena&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+    : data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)),
+      room_(std::exchange(other.room_, 0)) {}
 Arena& Arena::operator=(Arena&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(bytes_, other.bytes_);
+  std::swap(room_, other.room_);
   return *this;
+}
+
+void Arena::resize(size_t bytes) {
+  const size_t before = whole_pages(bytes_), now = whole_pages(bytes);
+  if (now > room_) throw SystemError("more memory for experts", ENOMEM);
+  if (now < before && reserve(data_ + now, before - now) == MAP_FAILED) throw SystemError("give memory back", errno);
+  if (now > before && mprotect(data_ + before, now - before, PROT_READ | PROT_WRITE) != 0)
+    throw SystemError("more memory for experts", errno);
+  bytes_ = bytes;
+  add_place(data_, bytes_);
 }
 
 FileMap::FileMap(const File& file) : bytes_(file.bytes) {

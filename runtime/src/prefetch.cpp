@@ -10,7 +10,7 @@ void Engine::prefetch_next(int layer) {
   route(device_->host(), router_rule(next), r_.ahead_logits, config_.experts[next], top_k, r_.group_scores,
         r_.ahead_ids, r_.ahead_weights);
   for (int i = 0; i < top_k; ++i) r_.ahead_ids[i] += first_record_[next];
-  cache_.read_ahead({r_.ahead_ids, size_t(top_k)});
+  residency_.read_ahead({r_.ahead_ids, size_t(top_k)});
 }
 
 }  // namespace edge_moe

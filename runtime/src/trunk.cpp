@@ -18,7 +18,8 @@ Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const s
                       "; copy the bundle again");
   // A direct read wants whole blocks; only what the file has arrives, and the rest of the memory is not used.
   constexpr uint64_t kStep = 8 << 20;
-  memory_ = device.memory(align_up(bytes, kSmallAlignment) + kSmallAlignment, 1, kStep, false);
+  const size_t room = align_up(bytes, kSmallAlignment) + kSmallAlignment;
+  memory_ = device.memory(room, room, 1, kStep, false);
   const uint64_t whole = bytes / kSmallAlignment * kSmallAlignment;
   uint32_t sum = 0;
   for (uint64_t at = 0; at < bytes;) {

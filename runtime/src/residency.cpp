@@ -1,0 +1,220 @@
+// Records in memory; see residency.h.
+#include "residency.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <stdexcept>
+#include <utility>
+
+namespace edge_moe {
+
+static std::vector<double> frequencies(const std::vector<Record>& records) {
+  std::vector<double> found;
+  for (const Record& record : records) found.push_back(record.frequency);
+  return found;
+}
+
+Residency::Residency(ExpertStore& store, const Device& device, size_t bytes, int readers, double half_life)
+    : store_(store),
+      device_(device),
+      reader_count_(readers),
+      worths_(frequencies(store.records()), half_life),
+      slots_(store.records().size(), store.smallest_record()) {
+  for (const Record& record : store.records()) all_bytes_ += record.padded;
+  if (!store.mapped()) take_memory(bytes);
+}
+
+Residency::~Residency() = default;
+
+// Memory and readers, of which there were none.
+void Residency::take_memory(size_t bytes) {
+  bytes = bytes / kSmallAlignment * kSmallAlignment;
+  if (bytes < store_.largest_record()) throw std::invalid_argument("the slots must hold the largest record");
+  memory_ = device_.memory(bytes, std::max(bytes, all_bytes_), reader_count_, store_.largest_record(), true);
+  holds_all_ = bytes >= all_bytes_;
+  end_slots(bytes);
+  readers_ = std::make_unique<Readers>(reader_count_, static_cast<ReadClient&>(*this));
+}
+
+void Residency::resize(size_t bytes) {
+  std::unique_lock lock(mutex_);
+  bytes = bytes / kSmallAlignment * kSmallAlignment;
+  if (bytes < store_.largest_record()) throw std::invalid_argument("the slots must hold the largest record");
+  if (in_epoch_) throw std::logic_error("an epoch is open");
+  if (store_.mapped()) {
+    store_.unmap();
+    return take_memory(bytes);
+  }
+  for (const Load& load : loads_)
+    if (load.wanted) throw std::logic_error("a record is in use");
+  resizing_ = true;  // nothing is read ahead meanwhile
+  landed_.wait(lock, [this] { return loading_ == 0; });
+  try {
+    end_slots(std::min(bytes, slots_.bytes()));
+    end_slots(std::min(memory_->resize(bytes), slots_.bytes()));
+  } catch (...) {
+    end_slots(0);
+    end_slots(memory_->bytes());
+    resizing_ = false;
+    throw;
+  }
+  end_slots(bytes);
+  holds_all_ = bytes >= all_bytes_;
+  resizing_ = false;
+}
+
+void Residency::end_slots(size_t bytes) {
+  slots_.resize(bytes);
+  loads_.resize(slots_.count());
+}
+
+Residency::Acquired Residency::acquire(int record, int uses) {
+  std::lock_guard lock(mutex_);
+  if (store_.mapped()) {
+    ++stats_.hits;
+    return Acquired::kHit;
+  }
+  int slot = slots_.of(record);
+  if (slot >= 0) {
+    Load& load = loads_[slot];
+    ++stats_.hits;
+    stats_.read_ahead_used += std::exchange(load.ahead, false);
+    if (load.wanted == 0) load.left = load.state == State::kLoading;
+  } else {
+    const std::optional<Read> read = begin(record);
+    if (!read) return Acquired::kNoSlot;
+    ++stats_.misses;
+    slot = read->slot;
+    readers_->ask(*read);
+  }
+  ++loads_[slot].wanted;
+  slots_.pin(slot);
+  worths_.use(record, uses);
+  slots_.set_worth(slot, worths_.of(record));
+  return loads_[slot].state == State::kReady ? Acquired::kHit : Acquired::kLoading;
+}
+
+// A slot for a record whose read begins, which pins it; none where too much is pinned.
+std::optional<Read> Residency::begin(int record) {
+  if (slots_.bytes() < store_.largest_record()) throw SystemError("there is no memory for experts", ENOMEM);
+  const size_t bytes = store_.records()[record].padded;
+  const int slot = slots_.place(record, bytes, worths_.of(record));
+  if (slot < 0) return {};
+  loads_[slot] = {};
+  ++loading_;
+  stats_.bytes_read += bytes;
+  return Read{record, slot, slots_[slot].offset, bytes};
+}
+
+void Residency::read_ahead(std::span<const int32_t> records) {
+  if (readers_) readers_->ask_ahead(records);
+}
+
+std::optional<Read> Residency::read_ahead_now(int record) {
+  std::lock_guard lock(mutex_);
+  if (resizing_ || slots_.of(record) >= 0) return {};
+  const std::optional<Read> read = begin(record);
+  if (!read) return {};
+  loads_[read->slot].ahead = true;
+  ++stats_.read_ahead;
+  return read;
+}
+
+void Residency::fill(int reader, const Read& read) {
+  memory_->fill(reader, read.offset, read.bytes, [&](uint8_t* to) { store_.read(read.record, to); });
+}
+
+bool Residency::ended(const Read& read, std::exception_ptr error) {
+  std::lock_guard lock(mutex_);
+  Load& load = loads_[read.slot];
+  if (error && load.left && load.wanted > 0) {  // whoever wants it now has not tried yet
+    load.left = false;
+    return true;
+  }
+  load.error = error;
+  load.state = error ? State::kFailed : State::kReady;
+  slots_.unpin(read.slot);
+  if (!error)
+    slots_.publish(read.slot);
+  else if (load.wanted == 0)
+    slots_.remove(read.slot);
+  --loading_;
+  ++ended_;
+  landed_.notify_all();
+  return false;
+}
+
+bool Residency::holds(int record) const {
+  if (store_.mapped()) return true;
+  std::lock_guard lock(mutex_);
+  return slots_.of(record) >= 0;
+}
+
+const uint8_t* Residency::bytes(int record) {
+  if (store_.mapped()) return store_.map(record);
+  std::lock_guard lock(mutex_);
+  const int slot = slots_.of(record);
+  if (loads_[slot].state == State::kFailed) std::rethrow_exception(loads_[slot].error);
+  return loads_[slot].state == State::kReady ? memory_->data() + slots_[slot].offset : nullptr;
+}
+
+bool Residency::wait(std::chrono::milliseconds most) {
+  std::unique_lock lock(mutex_);
+  const bool landed = landed_.wait_for(lock, most, [this] { return ended_ != seen_; });
+  seen_ = ended_;
+  return landed;
+}
+
+void Residency::release(int record) {
+  if (store_.mapped()) return;
+  std::lock_guard lock(mutex_);
+  const int slot = slots_.of(record);
+  slots_.unpin(slot);
+  if (--loads_[slot].wanted > 0 || loads_[slot].state != State::kFailed) return;
+  loads_[slot].error = nullptr;
+  slots_.remove(slot);  // a failed read is tried again the next time it is wanted
+}
+
+void Residency::tick() {
+  std::lock_guard lock(mutex_);
+  if (worths_.tick()) slots_.sort(worths_.all());
+}
+
+Slot Residency::slot(int number) const {
+  std::lock_guard lock(mutex_);
+  return slots_[number];
+}
+
+void Residency::begin_epoch() {
+  std::lock_guard lock(mutex_);
+  in_epoch_ = true;
+  slots_.keep();
+}
+
+void Residency::end_epoch() {
+  std::lock_guard lock(mutex_);
+  in_epoch_ = false;
+  slots_.keep_no_longer();
+}
+
+ResidencyStats Residency::stats() const {
+  std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+std::vector<double> Residency::worths() const {
+  std::lock_guard lock(mutex_);
+  return worths_.all();
+}
+
+int Residency::records_held() const {
+  std::lock_guard lock(mutex_);
+  return slots_.held();
+}
+
+size_t Residency::bytes() const {
+  std::lock_guard lock(mutex_);
+  return slots_.bytes();
+}
+
+}  // namespace edge_moe
