@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,7 @@ def make_engine(
     kv: str = "float32",
     config: ModelConfig | None = None,
     device: str = "cpu",
+    sequences: int = 1,
     **options,
 ):
     """An Engine with memory for `slots` of a bundle's largest records, or resident, that returns all rows of logits.
@@ -103,8 +105,10 @@ def make_engine(
     bundle = Bundle.open(path)
     largest = max(expert.nbytes for expert in bundle.experts.values())
     records, frequency = bundle.record_table()
+    sizes = engine_config(config or bundle.config, context, chunk, logits_rows=chunk, threads=threads, kv=kv)
+    sizes.sequences = sequences
     return _core.Engine(
-        engine_config(config or bundle.config, context, chunk, logits_rows=chunk, threads=threads, kv=kv),
+        sizes,
         str(path / TRUNK_FILE),
         bundle.trunk_bytes,
         bundle.trunk_checksum,
@@ -126,6 +130,45 @@ def run_engine(engine, ids, chunk: int = 32) -> np.ndarray:
     engine.rewind(0)
     parts = [ids[at : at + chunk] for at in range(0, len(ids), chunk)]
     return np.concatenate([engine.forward(np.asarray(part, np.int32), ALL) for part in parts])
+
+
+@dataclass
+class Request:
+    """Token ids that a sequence takes `chunk` a step, from step `arrives` on, under a rule of pruning."""
+
+    ids: np.ndarray
+    chunk: int = 1
+    arrives: int = 0
+    rule: tuple = ("off",)  # of Engine.set_prune
+    logits: list[np.ndarray] = field(default_factory=list)  # what run_together gave
+
+
+def run_together(engine, requests: list[Request], sequences: int) -> list[np.ndarray]:
+    """Logits of every position of each request: one that arrives takes a sequence that is free, or waits for one."""
+    waiting = sorted(requests, key=lambda request: request.arrives)
+    running: dict[int, Request] = {}
+    step = 0
+    while waiting or running:
+        for sequence in range(sequences):
+            if sequence not in running and waiting and waiting[0].arrives <= step:
+                running[sequence] = waiting.pop(0)
+                engine.rewind(0, sequence=sequence)
+                engine.set_prune(*running[sequence].rule, sequence=sequence)
+        step += 1
+        parts = []
+        for sequence, request in running.items():
+            done = sum(map(len, request.logits))
+            parts.append((sequence, request.ids[done : done + request.chunk].astype(np.int32), ALL))
+        if not parts:
+            continue
+        rows = engine.step(parts)
+        for sequence, ids, _ in parts:
+            request = running[sequence]
+            request.logits.append(rows[: len(ids)])
+            rows = rows[len(ids) :]
+            if sum(map(len, request.logits)) == len(request.ids):
+                del running[sequence]
+    return [np.concatenate(request.logits) for request in requests]
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from bundles import (
     LAST,
+    Request,
     logits_of,
     make_engine,
     mask_routers_of,
@@ -17,6 +18,7 @@ from bundles import (
     routers_of,
     run_engine,
     run_python,
+    run_together,
     same_bits,
     write_lossless,
 )
@@ -77,6 +79,17 @@ def test_memory_that_is_lowered_and_raised_changes_no_bit(mixed, golden):
     with pytest.raises(ValueError, match="the slots must hold the largest record"):
         engine.resize_slots(largest - 1)
     assert same_bits(run_engine(engine, ids, 5), want)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_several_sequences_give_the_processors_bits(mixed, golden, architecture, graphs):
+    path, random = mixed(architecture), np.random.default_rng(2)
+    vocab, top_k = golden[architecture][2].shape[1], Bundle.open(path).config.top_k
+    asked = [Request(random.integers(0, vocab, 5 + 4 * i), 1 + 4 * (i % 2), i // 2) for i in range(5)]
+    engine = make_engine(path, sequences=3, slots=top_k + 1, device="cuda", graphs=graphs)
+    for request, got in zip(asked, run_together(engine, asked, 3), strict=True):
+        assert same_bits(got, run_engine(make_engine(path), request.ids, request.chunk))
 
 
 @pytest.mark.parametrize("width", _core.WIDTHS)

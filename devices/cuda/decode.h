@@ -19,6 +19,12 @@ struct VectorBuffer {
   int cols;
 
   EDGE_MOE_BOTH size_t blocks() const { return size_t(cols + kBlock - 1) / kBlock; }
+
+  VectorBuffer from(size_t vector) const {  // on
+    const size_t at = vector * blocks();
+    return {
+        codes + at * kBlock, lows + at * kBlock, two_planes + at, scales + at, {sums[0] + 2 * at, sums[1] + at}, cols};
+  }
 };
 
 // A matrix on some vectors: y[t * stride + row] = matrix[row] . the vector of t, for t in [0, count).

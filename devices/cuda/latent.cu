@@ -17,9 +17,9 @@ constexpr int kAhead = 8;                   // values of a thread that it waits 
 // A warp takes one head of one token, or the token's latent.
 EDGE_MOE_KERNEL(kWarp)
 store_latents_kernel(float* q, float* latents, const float* norm, const float* cos, const float* sin, LatentHeads heads,
-                     LatentCache cache, const int32_t* position) {
+                     LatentCache cache, Span span) {
   const int lane = int(threadIdx.x), half = heads.rope_dim / 2, head = int(blockIdx.x);
-  const size_t token = blockIdx.y, at = size_t(*position) + token;
+  const size_t token = size_t(span.first) + blockIdx.y, at = size_t(*span.position + int(token));
   const bool is_latent = head == heads.heads;
   float* x = is_latent ? latents + token * heads.cached() : q + (token * heads.heads + head) * heads.head_dim;
   float* turned = x + (is_latent ? heads.rank : heads.nope_dim());
@@ -142,7 +142,7 @@ mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span
 void store_latents(float* q, float* latents, const float* norm, const float* cos, const float* sin,
                    const LatentHeads& heads, const LatentCache& cache, const Span& span, Stream stream) {
   EDGE_MOE_LAUNCH(store_latents_kernel, dim3(unsigned(heads.heads + 1), unsigned(span.count)), dim3(kWarp), 0, stream,
-                  q, latents, norm, cos, sin, heads, cache, span.position);
+                  q, latents, norm, cos, sin, heads, cache, span);
 }
 
 void attend_latents(const float* q, const Matrix& kv_b, const LatentHeads& heads, const LatentCache& cache,

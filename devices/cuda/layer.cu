@@ -111,11 +111,11 @@ EDGE_MOE_KERNEL(kThreads) add_gated_kernel(float* x, const float* y, const float
 
 // A warp takes one head of one token: those of q, then those of k with their values.
 EDGE_MOE_KERNEL(kWarp)
-store_keys_kernel(Projections p, Heads heads, LayerCache cache, const int32_t* position) {
+store_keys_kernel(Projections p, Heads heads, LayerCache cache, Span span) {
   const int lane = int(threadIdx.x), n = heads.head_dim, half = heads.rope_dim / 2;
   const bool is_key = int(blockIdx.x) >= heads.heads;
   const int head = is_key ? int(blockIdx.x) - heads.heads : int(blockIdx.x);
-  const size_t token = blockIdx.y, at = size_t(*position) + token;
+  const size_t token = size_t(span.first) + blockIdx.y, at = size_t(*span.position + int(token));
   const size_t row = (token * (is_key ? heads.kv_heads : heads.heads) + head) * n;
   float* x = (is_key ? p.k : p.q) + row;
   const float* bias = is_key ? p.k_bias : p.q_bias;
@@ -198,7 +198,7 @@ void add_gated(float* x, const float* y, const float* gates, int tokens, int dim
 
 void store_keys(const Projections& p, const Heads& heads, const LayerCache& cache, const Span& span, Stream stream) {
   EDGE_MOE_LAUNCH(store_keys_kernel, dim3(unsigned(heads.heads + heads.kv_heads), unsigned(span.count)), dim3(kWarp), 0,
-                  stream, p, heads, cache, span.position);
+                  stream, p, heads, cache, span);
 }
 
 }  // namespace edge_moe::cuda

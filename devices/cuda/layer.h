@@ -49,8 +49,8 @@ struct Heads {
   int sliding_window;
 };
 
-// Tokens [first, first + count) of a pass whose token 0 is at a position that the device's memory has, so that a graph
-// serves every position. `most`: no token is at a position above it.
+// Tokens [first, first + count) of a pass. Token t is at `*position` + t, which the device's memory has so that a graph
+// serves every position. `most`: none of them is at a position above it.
 struct Span {
   const int32_t* position;
   int first, count, most;

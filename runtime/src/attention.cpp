@@ -15,7 +15,7 @@
 namespace edge_moe {
 
 void CpuMath::attention(int layer, const Step& step, bool received) {
-  const auto [first_position, tokens] = step;
+  const int tokens = step.tokens;
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
   const int q_dim = c.heads * c.head_dim, kv_dim = c.kv_heads * c.head_dim, half = c.rope_dim / 2;
@@ -37,60 +37,67 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
   };
 
   // norms of q and k, rope, and into the KV cache; one task the tokens that share key blocks
-  const int first_block = first_position / kKeyBlock, last_block = (first_position + tokens - 1) / kKeyBlock;
-  pool_.run(last_block - first_block + 1, [&](int task, int) {
-    const int begin = std::max((first_block + task) * kKeyBlock - first_position, 0);
-    const int end = std::min((first_block + task + 1) * kKeyBlock - first_position, tokens);
-    for (int t = begin; t < end; ++t) {
+  const auto blocks = [](const TokenSpan& span) {
+    return (span.position + span.count - 1) / kKeyBlock - span.position / kKeyBlock + 1;
+  };
+  run_spans(step, blocks, [&](const TokenSpan& span, int task, int) {
+    const int block = span.position / kKeyBlock + task;
+    const int begin = std::max(block * kKeyBlock - span.position, 0);
+    const int end = std::min((block + 1) * kKeyBlock - span.position, span.count);
+    for (int t = span.first + begin; t < span.first + end; ++t) {
       float *q = s_.q + size_t(t) * q_dim, *k = s_.k + size_t(t) * kv_dim, *v = s_.v + size_t(t) * kv_dim;
       add_bias(q, q_dim, w.q_bias), add_bias(k, kv_dim, w.k_bias), add_bias(v, kv_dim, w.v_bias);
       norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
       clip(q, q_dim), clip(k, kv_dim), clip(v, kv_dim);
-      const int position = first_position + t;
+      const int position = span.position + t - span.first;
       const float *cos = s_.cos + size_t(position) * half, *sin = s_.sin + size_t(position) * half;
       for (int head = 0; head < c.heads; ++head) rotate(q + head * c.head_dim, cos, sin, half, false);
       for (int head = 0; head < c.kv_heads; ++head) {
         float *key = k + head * c.head_dim, *value = v + head * c.head_dim;
         rotate(key, cos, sin, half, false);
-        c.half_cache ? store<uint16_t>(layer, head, position, key, value)
-                     : store<float>(layer, head, position, key, value);
+        c.half_cache ? store<uint16_t>(span.sequence, layer, head, position, key, value)
+                     : store<float>(span.sequence, layer, head, position, key, value);
       }
     }
   });
 
   // attention, one task some heads that share a KV head, for some tokens
-  const int shared_by = c.heads / c.kv_heads;
-  const int tokens_a_task = std::clamp(kHeadQueries / shared_by, 1, tokens), tiles = (tokens - 1) / tokens_a_task + 1;
+  const int shared_by = c.heads / c.kv_heads, most_tokens = std::max(1, kHeadQueries / shared_by);
+  const auto tiles_of = [&](const TokenSpan& span) { return (span.count - 1) / std::min(most_tokens, span.count) + 1; };
+  int tiles = 0;
+  for (const TokenSpan& span : step.spans) tiles += tiles_of(span);
   const int most_heads = c.kv_heads * tiles < pool_.threads() ? c.heads * tiles / pool_.threads() : shared_by;
   const int heads_a_task = std::clamp(most_heads, 1, std::min(shared_by, kHeadQueries));
   const int parts = (shared_by - 1) / heads_a_task + 1;
-  pool_.run(tiles * c.kv_heads * parts, [&](int task, int thread) {
-    const int token = task % tiles * tokens_a_task, kv_head = task / tiles / parts;
-    const int in_group = task / tiles % parts * heads_a_task;
-    attend(layer, step, token, std::min(tokens_a_task, tokens - token), kv_head * shared_by + in_group,
+  const auto tasks = [&](const TokenSpan& span) { return tiles_of(span) * c.kv_heads * parts; };
+  run_spans(step, tasks, [&](const TokenSpan& span, int task, int thread) {
+    const int of_span = tiles_of(span), token = task % of_span * most_tokens, kv_head = task / of_span / parts;
+    const int in_group = task / of_span % parts * heads_a_task;
+    attend(layer, span, token, std::min(most_tokens, span.count - token), kv_head * shared_by + in_group,
            std::min(heads_a_task, shared_by - in_group), thread);
   });
   if (received) received_attention(layer, step);
   attention_output(layer, tokens);
 }
 
-// Attention of some heads, which share a KV head, for some tokens of the chunk: from q to attended.
-void CpuMath::attend(int layer, const Step& step, int first_token, int tokens, int first_head, int heads, int thread) {
+// Attention of some heads, which share a KV head, for some tokens of a span: from q to attended.
+void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
+                     int thread) {
   const EngineConfig& c = config_;
   const size_t stride = c.key_positions();
   const int queries = heads * tokens;
   float* scores = s_.scores + size_t(thread) * kHeadQueries * stride;
-  const KeyValues cache = cached(layer, first_head / (c.heads / c.kv_heads));
+  const KeyValues cache = cached(span.sequence, layer, first_head / (c.heads / c.kv_heads));
   const float* q[kHeadQueries];
   float *out[kHeadQueries], *piece[kHeadQueries];
   for (int query = 0; query < queries; ++query) {
-    const size_t row = size_t(first_token + query / heads) * c.heads + first_head + query % heads;
+    const size_t row = size_t(span.first + first_token + query / heads) * c.heads + first_head + query % heads;
     q[query] = s_.q + row * c.head_dim;
     out[query] = s_.attended + row * c.head_dim;
     piece[query] = s_.piece + (size_t(thread) * kHeadQueries + query) * c.head_dim;
     std::fill_n(out[query], c.head_dim, 0.0f);
   }
-  const auto end_of = [&](int token) { return step.position + first_token + token + 1; };
+  const auto end_of = [&](int token) { return span.position + first_token + token + 1; };
   const auto begin_of = [&](int token) { return c.sliding_window ? std::max(0, end_of(token) - c.sliding_window) : 0; };
   kernels_.attend_scores(q, queries, cache, begin_of(0), end_of(tokens - 1), c.head_dim, c.softmax_scale, scores,
                          stride);
@@ -114,8 +121,8 @@ void CpuMath::attend(int layer, const Step& step, int first_token, int tokens, i
 
 // A token's key and value of one KV head into the cache.
 template <typename T>
-void CpuMath::store(int layer, int head, int position, const float* key, const float* value) {
-  const KeyValues cache = cached(layer, head);
+void CpuMath::store(int sequence, int layer, int head, int position, const float* key, const float* value) {
+  const KeyValues cache = cached(sequence, layer, head);
   auto stored = [](float x) {
     if constexpr (std::is_same_v<T, uint16_t>)
       return float_to_half(x);
@@ -123,34 +130,35 @@ void CpuMath::store(int layer, int head, int position, const float* key, const f
       return x;
   };
   const size_t dim = config_.head_dim;
-  if (std::is_same_v<T, uint16_t>) note_overflow(key, dim), note_overflow(value, dim);
+  if (std::is_same_v<T, uint16_t>) note_overflow(sequence, key, dim), note_overflow(sequence, value, dim);
   T* keys = static_cast<T*>(const_cast<void*>(cache.keys)) + position / kKeyBlock * dim * kKeyBlock;
   T* values = static_cast<T*>(const_cast<void*>(cache.values)) + position * dim;
   for (size_t i = 0; i < dim; ++i) keys[i * kKeyBlock + position % kKeyBlock] = stored(key[i]);
   for (size_t i = 0; i < dim; ++i) values[i] = stored(value[i]);
 }
 
-void CpuMath::note_overflow(const float* values, size_t count) {
+void CpuMath::note_overflow(int sequence, const float* values, size_t count) {
   float largest = 0;
   for (size_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(values[i]));
-  if (largest >= kHalfOverflow) kv_overflow_.store(true, std::memory_order_relaxed);
+  if (largest >= kHalfOverflow) kv_overflow_.store(sequence, std::memory_order_relaxed);
 }
 
 // How much attention each of the chunk's tokens receives from those at and after it in the chunk, by head. Done anew,
 // head by head, so that sums have one order; it is only for prompts whose tokens are protected from pruning.
 void CpuMath::received_attention(int layer, const Step& step) {
   const EngineConfig& c = config_;
+  const TokenSpan& span = step.spans.front();
   pool_.run(c.heads, [&](int head, int thread) {
-    const KeyValues cache = cached(layer, head / (c.heads / c.kv_heads));
+    const KeyValues cache = cached(span.sequence, layer, head / (c.heads / c.kv_heads));
     float* received = s_.received + size_t(head) * c.chunk;
     float* scores = s_.scores + size_t(thread) * kHeadQueries * c.key_positions();
     std::fill_n(received, step.tokens, 0.0f);
     for (int t = 0; t < step.tokens; ++t) {
-      const int end = step.position + t + 1, begin = c.sliding_window ? std::max(0, end - c.sliding_window) : 0;
+      const int end = span.position + t + 1, begin = c.sliding_window ? std::max(0, end - c.sliding_window) : 0;
       const float* q = s_.q + (size_t(t) * c.heads + head) * c.head_dim;
       kernels_.attend_scores(&q, 1, cache, begin, end, c.head_dim, c.softmax_scale, scores, 0);
       kernels_.softmax(scores, begin, end);
-      for (int at = std::max(begin, step.position); at < end; ++at) received[at - step.position] += scores[at];
+      for (int at = std::max(begin, span.position); at < end; ++at) received[at - span.position] += scores[at];
     }
   });
 }
@@ -170,10 +178,11 @@ void CpuMath::attention_output(int layer, int tokens) {
   add_to_residual(s_.normed, tokens);
 }
 
-KeyValues CpuMath::cached(int layer, int head) const {
+KeyValues CpuMath::cached(int sequence, int layer, int head) const {
+  const size_t all = config_.kv_cache_bytes();
   const size_t bytes = config_.key_positions() * config_.head_dim * (config_.half_cache ? 2 : 4);
-  const size_t at = (size_t(layer) * config_.kv_heads + head) * bytes;
-  return {keys_ + at, values_ + at, size_t(config_.head_dim), config_.half_cache};
+  uint8_t* keys = kv_arena_.data() + sequence * all + (size_t(layer) * config_.kv_heads + head) * bytes;
+  return {keys, keys + all / 2, size_t(config_.head_dim), config_.half_cache};
 }
 
 }  // namespace edge_moe

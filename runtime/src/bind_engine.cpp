@@ -33,6 +33,7 @@ std::vector<TrunkTensor> trunk_tensors(const std::vector<TensorRow>& rows) {
 void check_config(const EngineConfig& c) {
   const size_t layers = c.layers;
   expect(c.threads >= 1, "threads must be at least 1");
+  expect(c.sequences >= 1, "sequences must be at least 1");
   expect(c.experts.size() == layers && c.top_k.size() == layers, "experts and top_k must have one value a layer");
   for (size_t i = 0; i < layers; ++i)
     expect(c.top_k[i] <= c.experts[i] && c.top_k[i] >= (c.experts[i] > 0), "top_k must be 1 to a layer's experts");
@@ -122,6 +123,34 @@ bool unwanted_by(const nb::object& stop) {
   return PyErr_CheckSignals() != 0 || (!stop.is_none() && nb::cast<bool>(stop()));
 }
 
+void check_sequence(const Engine& engine, int sequence) {
+  expect(sequence >= 0 && sequence < engine.config().sequences, "there is no such sequence");
+}
+
+// Engine::step with Python's lock released, and its logits as an array (rows, vocab).
+ArrayOut<float> run_step(BoundEngine& self, const std::vector<Engine::Part>& parts, const nb::object& stop) {
+  std::span<const float> logits;
+  Engine& engine = *self;
+  try {
+    GilReleased released;
+    logits = engine.step(parts, [&] {
+      return released.with_gil([&] {
+        try {
+          return unwanted_by(stop);
+        } catch (nb::python_error& error) {
+          error.restore();
+          return true;
+        }
+      });
+    });
+  } catch (const Interrupted&) {
+    if (PyErr_Occurred()) throw nb::python_error();
+    throw;
+  }
+  const size_t vocab = engine.config().vocab;
+  return to_numpy(std::vector<float>(logits.begin(), logits.end()), {logits.size() / vocab, vocab});
+}
+
 const Kernels& best_kernels() {
   int count;
   return *available_kernels(&count)[0];
@@ -179,6 +208,7 @@ void bind_engine(nb::module_& m) {
       .def_rw("groups", &EngineConfig::groups)
       .def_rw("top_groups", &EngineConfig::top_groups)
       .def_rw("expert_groups", &EngineConfig::expert_groups)
+      .def_rw("sequences", &EngineConfig::sequences)
       .def_rw("context", &EngineConfig::context)
       .def_rw("half_cache", &EngineConfig::half_cache)
       .def_rw("chunk", &EngineConfig::chunk)
@@ -247,53 +277,70 @@ void bind_engine(nb::module_& m) {
           "read, MemoryError where memory runs out and RuntimeError for what a GPU refuses.")
       .def(
           "forward",
-          [](BoundEngine& self, ArrayIn<int32_t, 1> tokens, int want, const nb::object& stop) {
-            std::span<const float> logits;
-            Engine& engine = *self;
-            try {
-              GilReleased released;
-              logits = engine.forward({tokens.data(), tokens.shape(0)}, Engine::Want(want), [&] {
-                return released.with_gil([&] {
-                  try {
-                    return unwanted_by(stop);
-                  } catch (nb::python_error& error) {
-                    error.restore();
-                    return true;
-                  }
-                });
-              });
-            } catch (const Interrupted&) {
-              if (PyErr_Occurred()) throw nb::python_error();
-              throw;
-            }
-            const size_t vocab = engine.config().vocab;
-            return to_numpy(std::vector<float>(logits.begin(), logits.end()), {logits.size() / vocab, vocab});
+          [](BoundEngine& self, ArrayIn<int32_t, 1> tokens, int want, const nb::object& stop, int sequence) {
+            return run_step(self, {{sequence, {tokens.data(), tokens.shape(0)}, Engine::Want(want)}}, stop);
           },
-          nb::arg("tokens"), nb::arg("want"), nb::arg("stop") = nb::none(),
-          "Run int32 tokens (at most `chunk`) at the next positions; want 0 no logits, 1 the last row, 2 all rows.\n"
-          "Returns float32 (rows, vocab). stop() is asked some twenty times a second; once it is true the call ends\n"
-          "with Interrupted, and the position is what it was before. A signal's handler that raises ends it too.")
+          nb::arg("tokens"), nb::arg("want"), nb::arg("stop") = nb::none(), nb::arg("sequence") = 0,
+          "step() of one sequence.")
+      .def(
+          "step",
+          [](BoundEngine& self, const std::vector<std::tuple<int, ArrayIn<int32_t, 1>, int>>& parts,
+             const nb::object& stop) {
+            std::vector<Engine::Part> asked;
+            for (const auto& [sequence, tokens, want] : parts)
+              asked.push_back({sequence, {tokens.data(), tokens.shape(0)}, Engine::Want(want)});
+            return run_step(self, asked, stop);
+          },
+          nb::arg("parts"), nb::arg("stop") = nb::none(),
+          "Run int32 tokens (at most `chunk` together) of some sequences at their next positions. parts: (sequence,\n"
+          "tokens, want); want 0 no logits, 1 the last row, 2 all rows. Returns float32 (rows, vocab), part by part: "
+          "the\n"
+          "bits of each do not depend on the others. stop() is asked some twenty times a second; once it is true the\n"
+          "call ends with Interrupted, and positions are what they were before. A signal's handler that raises ends "
+          "it\n"
+          "too.")
       .def(
           "set_prune",
-          [](BoundEngine& self, const std::string& rule, std::vector<float> threshold, float price, float protect) {
+          [](BoundEngine& self, const std::string& rule, std::vector<float> threshold, float price, float protect,
+             int sequence) {
             const std::map<std::string, Prune> rules = {{"off", Prune::kOff},
                                                         {"ratio", Prune::kRatio},
                                                         {"share", Prune::kShare},
                                                         {"otp", Prune::kOtp},
                                                         {"loss", Prune::kLoss}};
             expect(rules.count(rule), "rule must be off, ratio, share, otp or loss");
-            self->set_prune({rules.at(rule), std::move(threshold), price, protect});
+            check_sequence(*self, sequence);
+            self->set_prune(sequence, {rules.at(rule), std::move(threshold), price, protect});
           },
           nb::arg("rule"), nb::arg("threshold") = nb::list(), nb::arg("price") = 0.0f, nb::arg("protect") = 0.0f,
-          "Which experts tokens keep from now on; see prune.h. threshold: one a layer, for ratio and share. price: of\n"
-          "an expert, for otp and loss. protect: share of a prompt's tokens that keep all.")
+          nb::arg("sequence") = 0,
+          "Which experts a sequence's tokens keep from now on; see prune.h. threshold: one a layer, for ratio and\n"
+          "share. price: of an expert, for otp and loss. protect: share of a prompt's tokens that keep all.")
       .def(
           "set_prefetch", [](BoundEngine& self, bool on) { self->set_prefetch(on); }, nb::arg("on"),
           "Whether idle readers may read experts ahead of the next layer; it changes no result.")
-      .def_prop_ro("position", [](const BoundEngine& self) { return self->position(); })
+      .def_prop_ro("position", [](const BoundEngine& self) { return self->position(0); })
       .def(
-          "rewind", [](BoundEngine& self, int position) { self->rewind(position); }, nb::arg("position"),
-          "Forget the positions from `position` on.")
+          "rewind",
+          [](BoundEngine& self, int position, int sequence) {
+            check_sequence(*self, sequence);
+            self->rewind(sequence, position);
+          },
+          nb::arg("position"), nb::arg("sequence") = 0, "Forget a sequence's positions from `position` on.")
+      .def(
+          "sequence_counters",
+          [](const BoundEngine& self, int sequence) {
+            check_sequence(*self, sequence);
+            const SequenceStats& stats = self->stats(sequence);
+            nb::dict d;
+            d["tokens"] = stats.tokens, d["experts_used"] = stats.experts_used, d["moe_tokens"] = stats.moe_tokens;
+            d["dropped_weight"] = stats.dropped_weight, d["expert_hits"] = stats.expert_hits;
+            d["expert_misses"] = stats.expert_misses, d["bytes_read"] = stats.bytes_read;
+            return d;
+          },
+          nb::arg("sequence"),
+          "What a sequence took part in, as `counters` has it: an expert that several use in a step counts for the\n"
+          "first, and what is read ahead for none.")
       .def(
           "resize_slots",
           [](BoundEngine& self, uint64_t bytes) {

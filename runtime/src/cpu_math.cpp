@@ -34,7 +34,7 @@ std::unique_ptr<Device> cpu_device(const Kernels& kernels) { return std::make_un
 
 EngineMemory cpu_memory(const EngineConfig& c) {
   Scratch unused;
-  return {c.kv_cache_bytes(), carve_scratch(c, unused, nullptr)};
+  return {c.sequences * c.kv_cache_bytes(), carve_scratch(c, unused, nullptr)};
 }
 
 CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& kernels, ThreadPool& pool)
@@ -45,8 +45,6 @@ CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& 
   kv_arena_ = Arena(memory.kv_cache);
   scratch_arena_ = Arena(memory.scratch);
   carve_scratch(c, s_, scratch_arena_.data());
-  keys_ = kv_arena_.data();
-  values_ = keys_ + memory.kv_cache / 2;
   fill_rope(c.rope_frequency, c.rope_scale, 0, c.context, s_.cos, s_.sin);
   std::iota(s_.all_tokens, s_.all_tokens + c.chunk, 0);
   tasks_.reserve(4096);
@@ -86,7 +84,8 @@ void CpuMath::to_router(int layer, const Step& step, const RouterWants& wants, c
   any_attention(layer, step, wants.importance);
   mlp_norm(layer, step.tokens);
   float_matmul(layers_[layer].router, s_.normed, step.tokens, r.router_logits);
-  if (wants.mask_router) float_matmul(*wants.mask_router, s_.normed, step.tokens, r.mask_scores);
+  for (int rule = 0; rule < 2; ++rule)
+    if (wants.mask_routers[rule]) float_matmul(*wants.mask_routers[rule], s_.normed, step.tokens, r.mask_scores[rule]);
   if (wants.importance) importance(step, r.importance);
 }
 
@@ -133,11 +132,12 @@ void CpuMath::shared_expert(int layer, int tokens) {
   });
 }
 
-std::span<const float> CpuMath::logits(const Step& step, int rows) {
+std::span<const float> CpuMath::logits(std::span<const int32_t> tokens) {
   const EngineConfig& c = config_;
-  const float* last = s_.x + size_t(step.tokens - rows) * c.dim;
-  pool_.run(rows, [&](int t, int) {
-    kernels_.rms_norm(last + size_t(t) * c.dim, ends_.output_norm, c.norm_eps, s_.normed + size_t(t) * c.dim, c.dim);
+  const int rows = int(tokens.size());
+  pool_.run(rows, [&](int i, int) {
+    kernels_.rms_norm(s_.x + size_t(tokens[i]) * c.dim, ends_.output_norm, c.norm_eps, s_.normed + size_t(i) * c.dim,
+                      c.dim);
   });
   const Matrix& head = ends_.head;
   if (rows) matmul(head, prepare(s_.normed, rows, c.dim, s_.normed_q, head.width < 16), s_.logits);

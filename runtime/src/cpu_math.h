@@ -27,8 +27,8 @@ class CpuMath : public LayerMath {
   void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) override;
   void ahead_logits(int next_layer, const Routing& r) override;
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
-  std::span<const float> logits(const Step& step, int rows) override;
-  bool take_kv_overflow() override { return kv_overflow_.exchange(false); }
+  std::span<const float> logits(std::span<const int32_t> tokens) override;
+  int take_kv_overflow() override { return kv_overflow_.exchange(-1); }
   void finish() override {}
   bool asynchronous() const override { return false; }
 
@@ -42,17 +42,30 @@ class CpuMath : public LayerMath {
   // attention.cpp, latent_attention.cpp
   void any_attention(int layer, const Step& step, bool received);
   void attention(int layer, const Step& step, bool received);
-  void attend(int layer, const Step& step, int first_token, int tokens, int first_head, int heads, int thread);
+  void attend(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads, int thread);
   void latent_attention(int layer, const Step& step);
-  void attend_latent(int layer, const Step& step, int first_token, int tokens, int first_head, int heads, int thread);
-  void note_overflow(const float* values, size_t count);  // of what goes into a KV cache of halves
+  void attend_latent(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
+                     int thread);
+  void note_overflow(int sequence, const float* values, size_t count);  // of what goes into a KV cache of halves
   void attention_norm(int layer, int tokens);
   void attention_output(int layer, int tokens);
   void received_attention(int layer, const Step& step);
-  KeyValues cached(int layer, int head) const;
+  KeyValues cached(int sequence, int layer, int head) const;
   template <typename T>
-  void store(int layer, int head, int position, const float* key, const float* value);
-  uint8_t* cached_latents(int layer) const;
+  void store(int sequence, int layer, int head, int position, const float* key, const float* value);
+  uint8_t* cached_latents(int sequence, int layer) const;
+
+  // task(span, i, thread) for i in [0, count(span)) of every span, all by the pool at once.
+  template <typename Count, typename Task>
+  void run_spans(const Step& step, const Count& count, const Task& task) {
+    int all = 0;
+    for (const TokenSpan& span : step.spans) all += count(span);
+    pool_.run(all, [&](int i, int thread) {
+      const TokenSpan* span = step.spans.data();
+      for (int its; i >= (its = count(*span)); ++span) i -= its;
+      task(*span, i, thread);
+    });
+  }
 
   void mlp_norm(int layer, int tokens);
   void importance(const Step& step, float* of_tokens);
@@ -75,13 +88,12 @@ class CpuMath : public LayerMath {
   ThreadPool& pool_;
   EndWeights ends_;
   std::vector<LayerWeights> layers_;
-  Arena kv_arena_, scratch_arena_;
+  Arena kv_arena_, scratch_arena_;  // by sequence: keys (layers, kv_heads), values alike, each as KeyValues; or latents
+                                    // (layers, context, cached)
   std::vector<Arena> shared_;
-  uint8_t *keys_,
-      *values_;  // (layers, kv_heads), each as KeyValues; over latents keys_ alone (layers, context, cached)
   Scratch s_;
   std::vector<Task> tasks_;
-  std::atomic<bool> kv_overflow_{false};
+  std::atomic<int> kv_overflow_{-1};  // in the KV cache of this sequence
 };
 
 }  // namespace edge_moe

@@ -5,59 +5,69 @@
 
 namespace edge_moe {
 
-// x += attention of the normed x. most: no token is at a position above it.
+// x += attention of the normed x. most: of a pass of one span, no token is at a position above it; -1: above its own.
 void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
   cuda::rms_norm(s_.x, w.attention_norm, c.norm_eps, step.tokens, c.dim, s_.normed, s_.normed_q, stream_);
-  const cuda::Span all = {s_.position, 0, step.tokens, most};
   if (c.kv_rank)
-    latent_project(layer, all);
+    latent_project(layer, step.tokens);
   else
-    project(layer, all);
+    project(layer, step.tokens);
   const int at_once = attention_tokens(c);
-  for (int first = 0; first < step.tokens; first += at_once) {
-    const int count = std::min(at_once, step.tokens - first);
-    const cuda::Span span = {s_.position, first, count, most - (step.tokens - first - count)};
-    if (c.kv_rank) {
-      attend_latents(layer, span);
-      continue;
+  for (size_t i = 0; i < step.spans.size(); ++i) {
+    const TokenSpan& its = step.spans[i];
+    const int last = most >= 0 ? most : its.position + its.count - 1;
+    store_keys(layer, its.sequence, {s_.positions + i, its.first, its.count, last});
+    for (int done = 0; done < its.count; done += at_once) {
+      const int count = std::min(at_once, its.count - done);
+      const cuda::Span span = {s_.positions + i, its.first + done, count, last - (its.count - done - count)};
+      if (c.kv_rank) {
+        attend_latents(layer, its.sequence, span);
+        continue;
+      }
+      cuda::attend(s_.q, heads(), cache(its.sequence, layer), span, s_.scores, s_.attended, stream_);
+      if (received)
+        cuda::add_received(s_.scores, heads(), c.key_positions(), span, s_.received, size_t(c.chunk), stream_);
     }
-    const size_t positions = c.key_positions();
-    cuda::attend(s_.q, heads(), cache(layer), span, s_.scores, s_.attended, stream_);
-    if (received) cuda::add_received(s_.scores, heads(), positions, span, s_.received, size_t(c.chunk), stream_);
   }
   if (w.o.width < 16) cuda::quantise(s_.attended, step.tokens, s_.attended_q, stream_);
   multiply(w.o, step.tokens, s_.normed, s_.attended, s_.attended_q);
   cuda::add_gated(s_.x, s_.normed, nullptr, step.tokens, c.dim, stream_);
 }
 
-// q k v, and the latter two into the cache
-void CudaMath::project(int layer, const cuda::Span& all) {
-  const EngineConfig& c = config_;
+// q k v
+void CudaMath::project(int layer, int tokens) {
   const LayerWeights& w = layers_[layer];
-  const int tokens = all.count, q_dim = c.heads * c.head_dim, kv_dim = c.kv_heads * c.head_dim;
   const cuda::ProductJob jobs[] = {cuda::whole(w.q, tokens, s_.q), cuda::whole(w.k, tokens, s_.k),
                                    cuda::whole(w.v, tokens, s_.v)};
   multiply(jobs, s_.normed, s_.normed_q);
-  cuda::Projections p = {s_.q, s_.k, s_.v, w.q_bias, w.k_bias, w.v_bias, w.q_norm, w.k_norm, s_.cos, s_.sin};
-  if (c.qk_norm_full) {  // over all heads at once: not by the kernel that has one head
-    const auto norm = [&](float* x, const float* bias, const float* weight, int n) {
-      if (bias) cuda::add_bias(x, bias, tokens, n, stream_);
-      if (weight) cuda::rms_norm(x, weight, c.norm_eps, tokens, n, x, {}, stream_);
-    };
-    norm(s_.q, w.q_bias, w.q_norm, q_dim);
-    norm(s_.k, w.k_bias, w.k_norm, kv_dim);
-    p.q_bias = p.k_bias = p.q_norm = p.k_norm = nullptr;
-  }
-  cuda::store_keys(p, heads(), cache(layer), all, stream_);
+  const EngineConfig& c = config_;
+  if (!c.qk_norm_full) return;
+  const auto norm = [&](float* x, const float* bias, const float* weight, int n) {  // over all heads at once
+    if (bias) cuda::add_bias(x, bias, tokens, n, stream_);
+    if (weight) cuda::rms_norm(x, weight, c.norm_eps, tokens, n, x, {}, stream_);
+  };
+  norm(s_.q, w.q_bias, w.q_norm, c.heads * c.head_dim);
+  norm(s_.k, w.k_bias, w.k_norm, c.kv_heads * c.head_dim);
 }
 
-// Queries, through a latent of their own or not, and latents into the cache.
-void CudaMath::latent_project(int layer, const cuda::Span& all) {
+// Keys and values of a span, or its latents, into the cache; queries are turned.
+void CudaMath::store_keys(int layer, int sequence, const cuda::Span& span) {
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
-  const int tokens = all.count;
+  if (c.kv_rank)
+    return cuda::store_latents(s_.q, s_.k, w.kv_a_norm, s_.cos, s_.sin, latent_heads(), latent_cache(sequence, layer),
+                               span, stream_);
+  cuda::Projections p = {s_.q, s_.k, s_.v, w.q_bias, w.k_bias, w.v_bias, w.q_norm, w.k_norm, s_.cos, s_.sin};
+  if (c.qk_norm_full) p.q_bias = p.k_bias = p.q_norm = p.k_norm = nullptr;  // project() has done that
+  cuda::store_keys(p, heads(), cache(sequence, layer), span, stream_);
+}
+
+// Queries, through a latent of their own or not, and latents.
+void CudaMath::latent_project(int layer, int tokens) {
+  const EngineConfig& c = config_;
+  const LayerWeights& w = layers_[layer];
   const cuda::ProductJob jobs[] = {c.q_rank ? cuda::whole(w.q_a, tokens, s_.q_latent) : cuda::whole(w.q, tokens, s_.q),
                                    cuda::whole(w.kv_a, tokens, s_.k)};
   multiply(jobs, s_.normed, s_.normed_q);
@@ -65,14 +75,14 @@ void CudaMath::latent_project(int layer, const cuda::Span& all) {
     cuda::rms_norm(s_.q_latent, w.q_a_norm, c.latent_norm_eps, tokens, c.q_rank, s_.q_latent, s_.q_latent_q, stream_);
     multiply(w.q, tokens, s_.q, s_.q_latent, s_.q_latent_q);
   }
-  cuda::store_latents(s_.q, s_.k, w.kv_a_norm, s_.cos, s_.sin, latent_heads(), latent_cache(layer), all, stream_);
 }
 
-void CudaMath::attend_latents(int layer, const cuda::Span& span) {
+void CudaMath::attend_latents(int layer, int sequence, const cuda::Span& span) {
   const EngineConfig& c = config_;
   const Matrix& kv_b = layers_[layer].kv_b;
   const cuda::LatentHeads heads = latent_heads();
-  cuda::attend_latents(s_.q, kv_b, heads, latent_cache(layer), span, s_.absorbed, s_.scores, s_.mixed, stream_);
+  cuda::attend_latents(s_.q, kv_b, heads, latent_cache(sequence, layer), span, s_.absorbed, s_.scores, s_.mixed,
+                       stream_);
   // the values of each head's sums
   if (kv_b.width < 16) cuda::quantise(s_.mixed, span.count * c.heads, s_.mixed_q, stream_);
   const size_t stride = size_t(c.heads) * c.v_dim;
@@ -95,16 +105,17 @@ cuda::LatentHeads CudaMath::latent_heads() const {
   return {c.heads, c.head_dim, c.rope_dim, c.v_dim, c.kv_rank, c.latent_norm_eps, c.softmax_scale, c.rope_interleaved};
 }
 
-cuda::LayerCache CudaMath::cache(int layer) const {
+cuda::LayerCache CudaMath::cache(int sequence, int layer) const {
   const EngineConfig& c = config_;
-  const size_t layers = size_t(c.layers), bytes = c.kv_cache_bytes() / 2 / layers;
-  uint8_t* keys = kv_cache_.data() + layer * bytes;
-  return {keys, keys + layers * bytes, c.key_positions(), c.half_cache};
+  const size_t all = c.kv_cache_bytes();
+  uint8_t* keys = kv_cache_.data() + sequence * all + all / 2 / c.layers * layer;
+  return {keys, keys + all / 2, c.key_positions(), c.half_cache};
 }
 
-cuda::LatentCache CudaMath::latent_cache(int layer) const {
+cuda::LatentCache CudaMath::latent_cache(int sequence, int layer) const {
   const EngineConfig& c = config_;
-  return {kv_cache_.data() + c.kv_cache_bytes() / c.layers * layer, c.key_positions(), c.half_cache};
+  const size_t all = c.kv_cache_bytes();
+  return {kv_cache_.data() + sequence * all + all / c.layers * layer, c.key_positions(), c.half_cache};
 }
 
 }  // namespace edge_moe

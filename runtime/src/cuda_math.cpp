@@ -53,7 +53,7 @@ std::unique_ptr<Device> cuda_device(const Kernels& host, bool graphs) {
 EngineMemory cuda_memory(const EngineConfig& c) {
   CudaScratch scratch;
   CudaShared shared;
-  return {c.kv_cache_bytes(), carve_cuda(c, scratch, nullptr) + carve_cuda(c, shared, nullptr)};
+  return {c.sequences * c.kv_cache_bytes(), carve_cuda(c, scratch, nullptr) + carve_cuda(c, shared, nullptr)};
 }
 
 CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& memory, bool graphs)
@@ -61,7 +61,7 @@ CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& m
       memory_(memory),
       use_graphs_(graphs),
       ends_(end_weights(config, trunk)),
-      kv_cache_(memory, config.kv_cache_bytes(), false),
+      kv_cache_(memory, config.sequences * config.kv_cache_bytes(), false),
       scratch_(memory, carve_cuda(config, s_, nullptr), false),
       shared_block_(memory, carve_cuda(config, host_, nullptr), true) {
   const EngineConfig& c = config_;
@@ -70,7 +70,7 @@ CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& m
   for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(c, trunk, layer));
   carve_cuda(c, s_, scratch_.data());
   carve_cuda(c, host_, shared_block_.data());
-  graphs_.resize(c.layers);
+  graphs_.resize(size_t(c.sequences) * c.layers);
   packed_.reserve(3 * most(c.experts)), floats_.reserve(3 * most(c.experts)), products_.reserve(3 * most(c.experts));
   chosen_.reserve(most(c.experts)), rows_.reserve(most(c.experts));
   routed_ = cuda::make_event();
@@ -97,14 +97,14 @@ CudaMath::~CudaMath() {
 uint8_t* CudaMath::shared(size_t bytes) { return shared_.emplace_back(memory_, bytes, true).data(); }
 
 void CudaMath::begin(const Step& step, std::span<const int32_t> ids) {
-  *host_.position = step.position;
+  for (size_t i = 0; i < step.spans.size(); ++i) host_.positions[i] = step.spans[i].position - step.spans[i].first;
   std::copy(ids.begin(), ids.end(), host_.ids);
-  cuda::copy(s_.position, host_.position, sizeof(int32_t), stream_);
+  cuda::copy(s_.positions, host_.positions, step.spans.size() * sizeof(int32_t), stream_);
   cuda::embed(ends_.embedding, host_.ids, step.tokens, s_.x, stream_);
 }
 
 void CudaMath::dense_layer(int layer, const Step& step) {
-  attention(layer, step, false, step.position + step.tokens - 1);
+  attention(layer, step, false);
   mlp_norm(layer, step.tokens);
   mlp(layers_[layer].dense, step.tokens, s_.shared);
   cuda::add_gated(s_.x, s_.shared, nullptr, step.tokens, config_.dim, stream_);
@@ -116,7 +116,7 @@ void CudaMath::to_router(int layer, const Step& step, const RouterWants& wants, 
   if (use_graphs_ && step.tokens == 1)
     launch_graph(layer, step, wants, r);
   else
-    up_to_router(layer, step, wants, r, step.position + step.tokens - 1);
+    up_to_router(layer, step, wants, r);
   cuda::record(routed_, stream_);
   // while the host routes
   if (config_.shared_hidden) {
@@ -131,7 +131,8 @@ void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& want
   attention(layer, step, wants.importance, most);
   mlp_norm(layer, step.tokens);
   multiply(layers_[layer].router, step.tokens, r.router_logits, s_.normed, {});
-  if (wants.mask_router) multiply(*wants.mask_router, step.tokens, r.mask_scores, s_.normed, {});
+  for (int rule = 0; rule < 2; ++rule)
+    if (wants.mask_routers[rule]) multiply(*wants.mask_routers[rule], step.tokens, r.mask_scores[rule], s_.normed, {});
   if (wants.importance)
     cuda::importance(s_.normed, s_.received, size_t(c.chunk), c.heads, step.tokens, c.dim, r.importance, stream_);
   if (wants.ahead) {
@@ -143,12 +144,13 @@ void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& want
 // The same of one token as a graph, which is made when a layer first meets such a request, and anew for more positions:
 // it has launches for twice as many as there are, at most.
 void CudaMath::launch_graph(int layer, const Step& step, const RouterWants& wants, const Routing& r) {
-  LayerGraph& graph = graphs_[layer];
-  if (!graph.graph || graph.mask_router != wants.mask_router || graph.ahead != wants.ahead ||
-      step.position > graph.most) {
+  const TokenSpan& span = step.spans.front();
+  LayerGraph& graph = graphs_[size_t(span.sequence) * config_.layers + layer];
+  if (!graph.graph || graph.ahead != wants.ahead || span.position > graph.most ||
+      !std::equal(graph.mask_routers, graph.mask_routers + 2, wants.mask_routers)) {
     if (graph.graph) cuda::release_graph(graph.graph);
-    graph = {nullptr, wants.mask_router, wants.ahead, kFirstPositions - 1};
-    while (graph.most < step.position) graph.most = 2 * graph.most + 1;
+    graph = {nullptr, {wants.mask_routers[0], wants.mask_routers[1]}, wants.ahead, kFirstPositions - 1};
+    while (graph.most < span.position) graph.most = 2 * graph.most + 1;
     graph.most = std::min(graph.most, config_.context - 1);
     cuda::begin_capture(stream_);
     try {
@@ -277,11 +279,15 @@ void CudaMath::multiply(const Matrix& matrix, int tokens, float* y, const float*
   multiply({&job, 1}, values, quantised);
 }
 
-std::span<const float> CudaMath::logits(const Step& step, int rows) {
+std::span<const float> CudaMath::logits(std::span<const int32_t> tokens) {
   const EngineConfig& c = config_;
+  const int rows = int(tokens.size());
+  for (int first = 0, end; first < rows; first = end) {  // neighbours at once
+    for (end = first + 1; end < rows && tokens[end] == tokens[end - 1] + 1;) ++end;
+    cuda::rms_norm(s_.x + size_t(tokens[first]) * c.dim, ends_.output_norm, c.norm_eps, end - first, c.dim,
+                   s_.normed + size_t(first) * c.dim, s_.normed_q.from(first), stream_);
+  }
   if (rows) {
-    const float* last = s_.x + size_t(step.tokens - rows) * c.dim;
-    cuda::rms_norm(last, ends_.output_norm, c.norm_eps, rows, c.dim, s_.normed, s_.normed_q, stream_);
     multiply(ends_.head, rows, s_.logits, s_.normed, s_.normed_q);
     cuda::copy(host_.logits, s_.logits, size_t(rows) * c.vocab * sizeof(float), stream_);
   }

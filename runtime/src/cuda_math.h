@@ -29,25 +29,26 @@ class CudaMath : public LayerMath {
   void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) override;
   void ahead_logits(int, const Routing&) override {}  // came with to_router()
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
-  std::span<const float> logits(const Step& step, int rows) override;
+  std::span<const float> logits(std::span<const int32_t> tokens) override;
   void finish() override;
   bool asynchronous() const override { return true; }
 
  private:
-  // What was captured for a layer, and for which request.
+  // What was captured for a layer and a sequence, and for which request.
   struct LayerGraph {
     cuda::Graph graph = nullptr;
-    const Matrix* mask_router = nullptr;
+    const Matrix* mask_routers[2] = {};
     bool ahead = false;
     int most = -1;  // positions it serves
   };
 
-  void up_to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r, int most);
+  void up_to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r, int most = -1);
   void launch_graph(int layer, const Step& step, const RouterWants& wants, const Routing& r);
-  void attention(int layer, const Step& step, bool received, int most);
-  void project(int layer, const cuda::Span& all);
-  void latent_project(int layer, const cuda::Span& all);
-  void attend_latents(int layer, const cuda::Span& span);
+  void attention(int layer, const Step& step, bool received, int most = -1);
+  void project(int layer, int tokens);
+  void store_keys(int layer, int sequence, const cuda::Span& span);
+  void latent_project(int layer, int tokens);
+  void attend_latents(int layer, int sequence, const cuda::Span& span);
   void mlp_norm(int layer, int tokens);
   void mlp(const ExpertWeights& weights, int tokens, float* out);
   void chosen_experts(std::span<const ExpertJob> jobs, const Routing& r, int places);
@@ -57,8 +58,8 @@ class CudaMath : public LayerMath {
   void multiply(const Matrix& matrix, int tokens, float* y, const float* values, const cuda::VectorBuffer& quantised);
   cuda::Heads heads() const;
   cuda::LatentHeads latent_heads() const;
-  cuda::LayerCache cache(int layer) const;
-  cuda::LatentCache latent_cache(int layer) const;
+  cuda::LayerCache cache(int sequence, int layer) const;
+  cuda::LatentCache latent_cache(int sequence, int layer) const;
 
   const EngineConfig& config_;
   CudaMemory& memory_;
@@ -71,7 +72,7 @@ class CudaMath : public LayerMath {
   std::vector<CudaBlock> shared_;  // given out by shared()
   CudaStream stream_;
   cuda::Event routed_;
-  std::vector<LayerGraph> graphs_;  // by layer
+  std::vector<LayerGraph> graphs_;  // by sequence and layer
   bool copied_ = false;             // has copy_routing() been called for this layer?
   std::vector<cuda::ProductJob> packed_, floats_, products_;
   std::vector<cuda::ExpertJob> chosen_;

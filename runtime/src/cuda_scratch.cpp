@@ -39,7 +39,7 @@ size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
   carver.carve(s.routing_weights, pairs);
   carver.carve(s.pair_of, pairs);
   carver.carve(s.pair_token, pairs);
-  carver.carve(s.position, 1);
+  carver.carve(s.positions, c.sequences);
   carve(carver, s.normed_q, chunk, c.dim);
   carve(carver, s.attended_q, chunk, size_t(c.heads) * c.v_dim);
   carve(carver, s.hidden_q, hidden_blocks, kBlock);
@@ -53,7 +53,7 @@ size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
 size_t carve_cuda(const EngineConfig& c, CudaShared& s, uint8_t* base) {
   Carver carver(base);
   carver.carve(s.ids, c.chunk);
-  carver.carve(s.position, 1);
+  carver.carve(s.positions, c.sequences);
   carver.carve(s.logits, size_t(c.logits_rows) * c.vocab);
   return carver.used();
 }

@@ -9,14 +9,14 @@ namespace edge_moe {
 struct CudaScratch : LayerScratch {
   float* routing_weights;         // (chunk, top_k): copies of Routing's, as those below
   int32_t *pair_of, *pair_token;  // (chunk, top_k)
-  int32_t* position;              // of the pass's first token
+  int32_t* positions;             // (sequences,): of each span, less the number of its first token
   cuda::VectorBuffer normed_q, attended_q, hidden_q, q_latent_q, mixed_q;
 };
 
 // Pieces of memory that the host sees too.
 struct CudaShared {
-  int32_t *ids, *position;  // (chunk,), (1,)
-  float* logits;            // (logits_rows, vocab)
+  int32_t *ids, *positions;  // (chunk,), (sequences,)
+  float* logits;             // (logits_rows, vocab)
 };
 
 // Tokens whose attention is computed at once, so that its scores take little memory.

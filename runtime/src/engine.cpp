@@ -41,6 +41,8 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk
   std::exclusive_scan(c.experts.begin(), c.experts.end(), first_record_.begin(), 0);
   otp_ = load_mask_routers(otp);
   loss_ = load_mask_routers(loss);
+  sequences_.resize(c.sequences);
+  spans_.reserve(c.sequences), ids_.reserve(c.chunk), rows_.reserve(c.logits_rows);
   jobs_.reserve(most(c.experts));
   pending_.reserve(most(c.experts));
   used_.reserve(most(c.experts));
@@ -73,7 +75,7 @@ std::vector<MaskRouter> Engine::load_mask_routers(const MaskRouters& from) {
   return routers;
 }
 
-void Engine::set_prune(PruneRule rule) {
+void Engine::set_prune(int sequence, PruneRule rule) {
   const bool by_threshold = rule.kind == Prune::kRatio || rule.kind == Prune::kShare;
   if (by_threshold && rule.threshold.size() != size_t(config_.layers))
     throw std::invalid_argument("pruning needs one threshold a layer");
@@ -83,33 +85,51 @@ void Engine::set_prune(PruneRule rule) {
     throw std::invalid_argument(
         "this rule protects tokens by the attention they receive, which attention over a latent does not tell; "
         "choose another rule or calibrate the bundle again");
-  prune_ = std::move(rule);
+  sequences_.at(sequence).rule = std::move(rule);
 }
 
-std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want, std::function<bool()> unwanted) {
+// The parts as spans of one pass, their ids, and the tokens whose logits are wanted.
+void Engine::plan_step(std::span<const Part> parts) {
   const EngineConfig& c = config_;
-  const int tokens = int(ids.size());
-  const int rows = want == Want::kNothing ? 0 : want == Want::kLast ? 1 : tokens;
-  if (tokens < 1 || tokens > c.chunk) throw std::invalid_argument("forward takes 1 to chunk tokens");
-  if (rows > c.logits_rows) throw std::invalid_argument("more rows of logits wanted than were planned for");
-  if (position_ + tokens > c.context) throw std::invalid_argument("the context is full");
-  for (int32_t id : ids)
-    if (id < 0 || id >= c.vocab) throw std::invalid_argument("token id out of range");
+  spans_.clear(), ids_.clear(), rows_.clear();
+  for (const Part& part : parts) {
+    if (part.sequence < 0 || part.sequence >= c.sequences) throw std::invalid_argument("there is no such sequence");
+    const Sequence& sequence = sequences_[part.sequence];
+    const int tokens = int(part.tokens.size()), first = int(ids_.size());
+    if (tokens < 1 || first + tokens > c.chunk) throw std::invalid_argument("a step takes 1 to chunk tokens");
+    if (sequence.position + tokens > c.context) throw std::invalid_argument("the context is full");
+    for (const TokenSpan& span : spans_)
+      if (span.sequence == part.sequence) throw std::invalid_argument("a sequence takes part in a step once");
+    if (parts.size() > 1 && tokens > 1 && sequence.rule.protect > 0)
+      throw std::invalid_argument("a prompt whose tokens are protected from pruning is computed in a step of its own");
+    for (int32_t id : part.tokens)
+      if (id < 0 || id >= c.vocab) throw std::invalid_argument("token id out of range");
+    spans_.push_back({part.sequence, sequence.position, first, tokens});
+    ids_.insert(ids_.end(), part.tokens.begin(), part.tokens.end());
+    const int rows = part.want == Want::kNothing ? 0 : part.want == Want::kLast ? 1 : tokens;
+    for (int row = tokens - rows; row < tokens; ++row) rows_.push_back(first + row);
+  }
+  if (spans_.empty()) throw std::invalid_argument("a step takes 1 to chunk tokens");
+  if (rows_.size() > size_t(c.logits_rows))
+    throw std::invalid_argument("more rows of logits wanted than were planned for");
+}
 
-  const ResidencyStats cache = residency_.stats();
-  prefetch_ =
-      tokens == 1 && !residency_.holds_all() && may_prefetch_ && gate_.open(cache.read_ahead, cache.read_ahead_used);
-  const Step step = {position_, tokens};
+std::span<const float> Engine::step(std::span<const Part> parts, std::function<bool()> unwanted) {
+  plan_step(parts);
+  const Step step = {spans_, int(ids_.size())};
+  const ResidencyStats stats = residency_.stats();
+  prefetch_ = step.tokens == 1 && !residency_.holds_all() && may_prefetch_ &&
+              gate_.open(stats.read_ahead, stats.read_ahead_used);
   std::span<const float> logits;
   Interrupt interrupt(std::move(unwanted));
   interrupt_ = &interrupt;
   pool_.set_interrupt(interrupt_);
   try {
-    math_->begin(step, ids);
+    math_->begin(step, ids_);
     math_->take_kv_overflow();  // of a pass that was given up
     layers(step);
-    if (math_->take_kv_overflow()) throw KvOverflow();
-    logits = math_->logits(step, rows);
+    if (const int sequence = math_->take_kv_overflow(); sequence >= 0) throw KvOverflow(sequence);
+    logits = math_->logits(rows_);
     check_wanted();
     release_used();
   } catch (...) {
@@ -119,9 +139,18 @@ std::span<const float> Engine::forward(std::span<const int32_t> ids, Want want, 
   interrupt_ = nullptr;
   pool_.set_interrupt(nullptr);
   store_.end_use();
-  position_ += tokens;
-  stats_.tokens += tokens;
+  for (const TokenSpan& span : spans_) {
+    sequences_[span.sequence].position += span.count;
+    sequences_[span.sequence].stats.tokens += span.count;
+  }
+  stats_.tokens += step.tokens;
   return logits;
+}
+
+Engine::Sequence& Engine::sequence_of(const Step& step, int token) {
+  for (const TokenSpan& span : step.spans)
+    if (token < span.first + span.count) return sequences_[span.sequence];
+  throw std::logic_error("a token is in a span");
 }
 
 void Engine::layers(const Step& step) {
@@ -158,28 +187,37 @@ void Engine::resize_slots(size_t bytes) {
   residency_.resize(bytes);
 }
 
-void Engine::rewind(int position) {
-  if (position < 0 || position > position_) throw std::invalid_argument("rewind goes back only");
-  position_ = position;
+void Engine::rewind(int sequence, int position) {
+  Sequence& its = sequences_.at(sequence);
+  if (position < 0 || position > its.position) throw std::invalid_argument("rewind goes back only");
+  its.position = position;
 }
 
 // Pins an expert of a layer, which is used by as many tokens as it has pairs; false where too much is pinned.
-bool Engine::acquire(int first_record, int e) {
-  const int uses = r_.first_pair[e + 1] - r_.first_pair[e];
-  return residency_.acquire(first_record + e, uses) != Residency::Acquired::kNoSlot;
+bool Engine::acquire(const Step& step, int first_record, int e) {
+  const int first = r_.first_pair[e], record = first_record + e;
+  const bool hit = residency_.holds(record);
+  if (residency_.acquire(record, r_.first_pair[e + 1] - first) == Residency::Acquired::kNoSlot) return false;
+  SequenceStats& stats = sequence_of(step, r_.pair_token[first]).stats;
+  ++(hit ? stats.expert_hits : stats.expert_misses);
+  if (!hit) stats.bytes_read += store_.records()[record].padded;
+  return true;
 }
 
 void Engine::experts(int layer, const Step& step) {
-  const int experts = config_.experts[layer], first_record = first_record_[layer], tokens = step.tokens;
+  const int experts = config_.experts[layer], first_record = first_record_[layer];
   RouterWants wants;
-  const MaskRouter* mask_router = this->mask_router(layer);
-  wants.mask_router = mask_router ? &mask_router->of_input : nullptr;
-  wants.importance = protects(tokens);
+  for (const TokenSpan& span : step.spans) {
+    const PruneRule& rule = sequences_[span.sequence].rule;
+    if (const MaskRouter* router = mask_router(layer, rule.kind))
+      wants.mask_routers[rule.kind == Prune::kLoss] = &router->of_input;
+    wants.importance = wants.importance || (rule.protect > 0 && span.count > 1);
+  }
   wants.ahead = prefetch_ && layer + 1 < config_.layers && config_.experts[layer + 1];
   math_->to_router(layer, step, wants, r_);
   check_wanted();
   release_used();
-  route_tokens(layer, tokens);
+  route_tokens(layer, step);
 
   // expert-major: those in memory are pinned first and computed while readers fetch the others
   residency_.read_ahead({});  // what was not begun comes too late
@@ -193,7 +231,7 @@ void Engine::experts(int layer, const Step& step) {
   bool ahead = wants.ahead;
   try {
     while (computed < pending_.size()) {
-      while (acquired < pending_.size() && acquire(first_record, pending_[acquired])) ++acquired;
+      while (acquired < pending_.size() && acquire(step, first_record, pending_[acquired])) ++acquired;
       if (std::exchange(ahead, false)) prefetch_next(layer);
       jobs_.clear();
       for (size_t i = computed; i < acquired; ++i) {

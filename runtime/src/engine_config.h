@@ -43,13 +43,15 @@ struct EngineConfig {
   int groups = 1, top_groups = 1;
   std::vector<std::vector<int>> expert_groups;  // (layers, experts): the group of each; empty where there is one
 
-  int context = 0;         // positions in the KV cache
+  int sequences = 1;       // that there is a KV cache for
+  int context = 0;         // positions in each
   bool half_cache = true;  // keys and values, or latents, in half precision, else floats
   int chunk = 0;           // most tokens of one forward()
   int logits_rows = 1;     // most rows of logits of one forward()
   int threads = 1;
   bool spin = true;  // threads that have nothing to do spin for some microseconds before they sleep
 
+  // Of one sequence.
   size_t kv_cache_bytes() const {
     const size_t a_token = kv_rank ? latent_cached() : 2 * kv_heads * head_dim;
     return size_t(layers) * key_positions() * a_token * (half_cache ? sizeof(uint16_t) : sizeof(float));

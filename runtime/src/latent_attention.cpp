@@ -39,36 +39,40 @@ void CpuMath::latent_attention(int layer, const Step& step) {
   }
 
   // norm of the latent, rope, and into the KV cache
-  pool_.run(tokens, [&](int t, int) {
-    float *q = s_.q + size_t(t) * q_dim, *latent = s_.k + t * cached;
-    const size_t position = step.position + t;
+  const auto count = [](const TokenSpan& span) { return span.count; };
+  run_spans(step, count, [&](const TokenSpan& span, int in_span, int) {
+    const size_t t = size_t(span.first) + in_span, position = size_t(span.position) + in_span;
+    float *q = s_.q + t * q_dim, *latent = s_.k + t * cached;
+    uint8_t* to = cached_latents(span.sequence, layer);
     const float *cos = s_.cos + position * half, *sin = s_.sin + position * half;
     for (int head = 0; head < c.heads; ++head)
       rotate(q + head * c.head_dim + nope_dim, cos, sin, half, c.rope_interleaved);
     rotate(latent + c.kv_rank, cos, sin, half, c.rope_interleaved);
     kernels_.rms_norm(latent, w.kv_a_norm, c.latent_norm_eps, latent, c.kv_rank);
-    if (c.half_cache) note_overflow(latent, cached);
+    if (c.half_cache) note_overflow(span.sequence, latent, cached);
     if (c.half_cache)
-      std::transform(latent, latent + cached, reinterpret_cast<uint16_t*>(cached_latents(layer)) + position * cached,
-                     float_to_half);
+      std::transform(latent, latent + cached, reinterpret_cast<uint16_t*>(to) + position * cached, float_to_half);
     else
-      std::copy_n(latent, cached, reinterpret_cast<float*>(cached_latents(layer)) + position * cached);
+      std::copy_n(latent, cached, reinterpret_cast<float*>(to) + position * cached);
   });
 
   // attention, one task some tokens of a head, or some heads of the few tokens there are
-  const int tokens_a_task = std::min(tokens, kLatentQueries);
-  const int heads_a_task = std::clamp(c.heads / pool_.threads(), 1, kLatentQueries / tokens_a_task);
-  const int tasks_a_head = (tokens + tokens_a_task - 1) / tokens_a_task;
-  pool_.run((c.heads + heads_a_task - 1) / heads_a_task * tasks_a_head, [&](int task, int thread) {
-    const int token = task % tasks_a_head * tokens_a_task, head = task / tasks_a_head * heads_a_task;
-    attend_latent(layer, step, token, std::min(tokens_a_task, tokens - token), head,
-                  std::min(heads_a_task, c.heads - head), thread);
+  const auto heads_a_task = [&](const TokenSpan& span) {
+    return std::clamp(c.heads * int(step.spans.size()) / pool_.threads(), 1,
+                      kLatentQueries / std::min(span.count, kLatentQueries));
+  };
+  const auto tiles = [](const TokenSpan& span) { return (span.count - 1) / kLatentQueries + 1; };
+  const auto tasks = [&](const TokenSpan& span) { return ((c.heads - 1) / heads_a_task(span) + 1) * tiles(span); };
+  run_spans(step, tasks, [&](const TokenSpan& span, int task, int thread) {
+    const int token = task % tiles(span) * kLatentQueries, head = task / tiles(span) * heads_a_task(span);
+    attend_latent(layer, span, token, std::min(kLatentQueries, span.count - token), head,
+                  std::min(heads_a_task(span), c.heads - head), thread);
   });
   attention_output(layer, tokens);
 }
 
-// Attention of some heads for some tokens of the chunk: from q to attended.
-void CpuMath::attend_latent(int layer, const Step& step, int first_token, int tokens, int first_head, int heads,
+// Attention of some heads for some tokens of a span: from q to attended.
+void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
                             int thread) {
   const EngineConfig& c = config_;
   const Matrix& kv_b = layers_[layer].kv_b;
@@ -76,14 +80,15 @@ void CpuMath::attend_latent(int layer, const Step& step, int first_token, int to
   const size_t cached = c.latent_cached(), context = c.key_positions(), first_query = size_t(thread) * kLatentQueries;
   float *absorbed = s_.absorbed + first_query * cached, *mixed = s_.mixed + first_query * rank;
   float *scores = s_.scores + first_query * context, *rows = s_.rows + size_t(thread) * kLatentRows * cached;
-  const uint8_t* latents = cached_latents(layer);
+  const uint8_t* latents = cached_latents(span.sequence, layer);
+  const size_t first_row = size_t(span.first) + first_token;
   auto rows_of_head = [&](int head) { return (first_head + head) * (nope_dim + c.v_dim); };
 
   // queries against latents, keys^T q, and beside them their part with position
   for (int head = 0; head < heads; ++head) {
     const Matrix keys = rows_of(kv_b, rows_of_head(head), nope_dim);
     const size_t q_stride = size_t(c.heads) * c.head_dim;
-    const float* q = s_.q + first_token * q_stride + (first_head + head) * c.head_dim;
+    const float* q = s_.q + first_row * q_stride + (first_head + head) * c.head_dim;
     float* out = absorbed + head * tokens * cached;
     for (int t = 0; t < tokens; ++t) {
       std::fill_n(out + t * cached, rank, 0.0f);
@@ -100,7 +105,7 @@ void CpuMath::attend_latent(int layer, const Step& step, int first_token, int to
   }
 
   // attention: each query sees the positions up to its own
-  const int end = step.position + first_token + tokens;
+  const int end = span.position + first_token + tokens;
   auto end_of = [&](int query) { return end - tokens + query % tokens + 1; };
   auto latents_from = [&](int position, int count) -> const float* {
     if (!c.half_cache) return reinterpret_cast<const float*>(latents) + position * cached;
@@ -140,12 +145,13 @@ void CpuMath::attend_latent(int layer, const Step& step, int first_token, int to
     for (int t = 0; values.width < 16 && t < tokens; ++t)
       quantise_vector(s_.mixed + (first + t) * rank, rank, s_.mixed_q, int(first) + t);
     kernels_.matmul(values, activations(s_.mixed, s_.mixed_q, rank, first, tokens),
-                    s_.attended + first_token * v_stride + (first_head + head) * c.v_dim, v_stride, 0, c.v_dim);
+                    s_.attended + first_row * v_stride + (first_head + head) * c.v_dim, v_stride, 0, c.v_dim);
   }
 }
 
-uint8_t* CpuMath::cached_latents(int layer) const {
-  return keys_ + size_t(layer) * config_.key_positions() * config_.latent_cached() * (config_.half_cache ? 2 : 4);
+uint8_t* CpuMath::cached_latents(int sequence, int layer) const {
+  const size_t all = config_.kv_cache_bytes();
+  return kv_arena_.data() + sequence * all + all / config_.layers * layer;
 }
 
 }  // namespace edge_moe

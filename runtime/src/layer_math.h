@@ -14,14 +14,23 @@
 
 namespace edge_moe {
 
-// A key or value was too large for a KV cache in half precision.
+// A key or value of a sequence was too large for a KV cache in half precision.
 struct KvOverflow : std::runtime_error {
-  KvOverflow() : std::runtime_error("a key or value is beyond what float16 holds") {}
+  explicit KvOverflow(int sequence)
+      : std::runtime_error("a key or value is beyond what float16 holds"), sequence(sequence) {}
+  int sequence;
 };
 
-// The tokens of one forward pass: as many, at positions from `position` on.
+// Tokens of one sequence in a forward pass: those from `first` on, at positions from `position` on.
+struct TokenSpan {
+  int sequence, position, first, count;
+};
+
+// The tokens of one forward pass: of several sequences, a span of each, one after the other. What is computed of a
+// token depends on its own sequence alone.
 struct Step {
-  int position, tokens;
+  std::span<const TokenSpan> spans;
+  int tokens;
 };
 
 // One expert on some tokens: inputs of tokens[i], its outputs are pair first + i.
@@ -37,7 +46,7 @@ struct Routing {
   float* group_scores;                     // (threads, 2, groups)
   int32_t *routed, *pair_of, *pair_token;  // (chunk, top_k): expert ids; pair of (token, k); token of a pair
   int32_t* first_pair;                     // (experts+1,)
-  float* mask_scores;                      // (chunk, top_k)
+  float* mask_scores[2];                   // (chunk, top_k): by the mask routers of otp, of loss
   float* dropped;                          // (chunk,): share of a token's routing weight that pruning drops
   float* importance;                       // (chunk,): |input| x attention received from the chunk's tokens
   int32_t* by_importance;                  // (chunk,)
@@ -51,9 +60,9 @@ size_t carve_routing(const EngineConfig& config, Routing& r, uint8_t* base);
 
 // What a layer is asked for besides its router's logits.
 struct RouterWants {
-  const Matrix* mask_router = nullptr;  // its products into mask_scores
-  bool importance = false;              // of each token
-  bool ahead = false;                   // ahead_logits() of the next layer will be asked for
+  const Matrix* mask_routers[2] = {};  // otp, loss: their products into mask_scores; null: none
+  bool importance = false;             // of each token; only of a pass of one span
+  bool ahead = false;                  // ahead_logits() of the next layer will be asked for
 };
 
 class LayerMath {
@@ -79,12 +88,12 @@ class LayerMath {
   // of rank, and the shared expert go into the residual stream.
   virtual void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) = 0;
 
-  // Output norm and head of the last `rows` tokens: (rows, vocab), valid until the next call. Waits.
-  virtual std::span<const float> logits(const Step& step, int rows) = 0;
+  // Output norm and head of some of the pass's tokens: (tokens, vocab), valid until the next call. Waits.
+  virtual std::span<const float> logits(std::span<const int32_t> tokens) = 0;
 
-  // Whether a key or value has become infinite in the KV cache since this was last asked. A device that does not tell
-  // says no; then logits show it, where they are not finite.
-  virtual bool take_kv_overflow() { return false; }
+  // The sequence in whose KV cache a key or value has become infinite since this was last asked, or -1. A device that
+  // does not tell says -1; then logits show it, where they are not finite.
+  virtual int take_kv_overflow() { return -1; }
 
   // Wait until all that was asked for is done, and experts' weights are not read any more.
   virtual void finish() = 0;

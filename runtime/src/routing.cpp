@@ -17,7 +17,7 @@ size_t carve_routing(const EngineConfig& c, Routing& r, uint8_t* base) {
   carver.carve(r.pair_of, pairs);
   carver.carve(r.pair_token, pairs);
   carver.carve(r.first_pair, experts + 1);
-  carver.carve(r.mask_scores, pairs);
+  for (float*& scores : r.mask_scores) carver.carve(scores, pairs);
   carver.carve(r.dropped, chunk);
   carver.carve(r.importance, chunk);
   carver.carve(r.by_importance, chunk);
@@ -28,25 +28,25 @@ size_t carve_routing(const EngineConfig& c, Routing& r, uint8_t* base) {
   return carver.used();
 }
 
-// The mask router that the request's rule asks; null where it asks none, or the layer has none.
-const MaskRouter* Engine::mask_router(int layer) const {
-  const bool losses = prune_.kind == Prune::kLoss;
-  if (!losses && prune_.kind != Prune::kOtp) return nullptr;
+// The mask router that a rule asks; null where it asks none, or the layer has none.
+const MaskRouter* Engine::mask_router(int layer, Prune rule) const {
+  const bool losses = rule == Prune::kLoss;
+  if (!losses && rule != Prune::kOtp) return nullptr;
   const MaskRouter& router = (losses ? loss_ : otp_)[layer];
   return router ? &router : nullptr;
 }
 
 // Router logits -> routed, routing_weights; then (token, k) pairs sorted by expert: pair_of, pair_token, first_pair.
-void Engine::route_tokens(int layer, int tokens) {
+void Engine::route_tokens(int layer, const Step& step) {
   const EngineConfig& c = config_;
-  const int experts = c.experts[layer], top_k = c.top_k[layer];
+  const int tokens = step.tokens, experts = c.experts[layer], top_k = c.top_k[layer];
   const RouterRule rule = router_rule(layer);
   pool_.run(tokens, [&](int t, int thread) {
     route(device_->host(), rule, r_.router_logits + size_t(t) * experts, experts, top_k,
           r_.group_scores + size_t(thread) * 2 * c.groups, r_.routed + t * top_k, r_.routing_weights + t * top_k);
   });
   check_wanted();
-  if (prune_.kind != Prune::kOff) prune_tokens(layer, tokens);
+  for (const TokenSpan& span : step.spans) prune_tokens(layer, span, step.spans.size() == 1);
   const int places = tokens * top_k;  // some may be empty: -1
   std::fill(r_.first_pair, r_.first_pair + experts + 1, 0);
   for (int i = 0; i < places; ++i)
@@ -54,6 +54,12 @@ void Engine::route_tokens(int layer, int tokens) {
   std::partial_sum(r_.first_pair, r_.first_pair + experts + 1, r_.first_pair);
   stats_.moe_tokens += tokens;
   stats_.experts_used += r_.first_pair[experts];
+  for (const TokenSpan& span : step.spans) {
+    SequenceStats& stats = sequences_[span.sequence].stats;
+    stats.moe_tokens += span.count;
+    const int32_t* routed = r_.routed + size_t(span.first) * top_k;
+    stats.experts_used += std::count_if(routed, routed + size_t(span.count) * top_k, [](int32_t e) { return e >= 0; });
+  }
   for (int i = 0; i < places; ++i) {
     if (r_.routed[i] < 0) continue;
     const int pair = r_.first_pair[r_.routed[i]]++;
@@ -72,29 +78,34 @@ RouterRule Engine::router_rule(int layer) const {
   return rule;
 }
 
-// Takes away experts of routed and routing_weights by the request's rule.
-void Engine::prune_tokens(int layer, int tokens) {
+// Takes away experts of a span's routed and routing_weights by its sequence's rule. alone: it is the only span.
+void Engine::prune_tokens(int layer, const TokenSpan& span, bool alone) {
   const EngineConfig& c = config_;
+  Sequence& sequence = sequences_[span.sequence];
+  const PruneRule& rule = sequence.rule;
+  if (rule.kind == Prune::kOff) return;
   const int top_k = c.top_k[layer];
-  const bool losses = prune_.kind == Prune::kLoss, learned = losses || prune_.kind == Prune::kOtp;
-  const bool protect = protects(tokens);
-  const float threshold = learned ? 0.0f : prune_.threshold[layer];
-  const MaskRouter* router = mask_router(layer);
+  const bool losses = rule.kind == Prune::kLoss, learned = losses || rule.kind == Prune::kOtp;
+  const bool protect = alone && rule.protect > 0 && span.count > 1;
+  const float threshold = learned ? 0.0f : rule.threshold[layer];
+  const MaskRouter* router = mask_router(layer, rule.kind);
   if (learned && !router) return;
-  if (protect) protect_most(r_.importance, tokens, prune_.protect, r_.by_importance, r_.protects);
-  pool_.run(tokens, [&](int t, int) {
+  if (protect) protect_most(r_.importance, span.count, rule.protect, r_.by_importance, r_.protects);
+  pool_.run(span.count, [&](int in_span, int) {
+    const size_t t = size_t(span.first) + in_span;
     int32_t* ids = r_.routed + t * top_k;
     float* weights = r_.routing_weights + t * top_k;
     int kept = top_k;
-    if (prune_.kind == Prune::kRatio) kept = kept_by_ratio(weights, top_k, threshold);
-    if (prune_.kind == Prune::kShare) kept = kept_by_share(weights, top_k, threshold);
-    if (learned) kept = kept_by_router(*router, losses, r_.mask_scores + t * top_k, weights, top_k, prune_.price);
-    if (protect && r_.protects[t]) kept = top_k;
+    if (rule.kind == Prune::kRatio) kept = kept_by_ratio(weights, top_k, threshold);
+    if (rule.kind == Prune::kShare) kept = kept_by_share(weights, top_k, threshold);
+    if (learned) kept = kept_by_router(*router, losses, r_.mask_scores[losses] + t * top_k, weights, top_k, rule.price);
+    if (protect && r_.protects[in_span]) kept = top_k;
     r_.dropped[t] = keep_first(kept, top_k, c.renormalise, ids, weights);
   });
   check_wanted();
   double dropped = 0;
-  for (int t = 0; t < tokens; ++t) dropped += r_.dropped[t];
+  for (int t = span.first; t < span.first + span.count; ++t) dropped += r_.dropped[t];
+  sequence.stats.dropped_weight += dropped;
   stats_.dropped_weight.store(stats_.dropped_weight.load() + dropped);
 }
 
