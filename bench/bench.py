@@ -228,11 +228,8 @@ def _measure(runtime: Runtime, test: Test, ids: list[int], repeats: int, prune, 
 
 def hold(runtime: Runtime, ids: list[int], prune) -> None:
     """Leave exactly `ids` in the KV cache; what it holds of the run before is not computed again."""
-    runtime._use(runtime._rule(prune))
-    if runtime._cached[: len(ids)] != ids:
-        runtime._rewind(0)
-        compute(runtime, ids, runtime.plan.chunk)
-    runtime._rewind(len(ids))
+    sequence = runtime._session.begin(runtime, [*ids, 0], runtime._rule(prune))
+    compute(runtime, ids[len(sequence.tokens) :], runtime.plan.chunk)
 
 
 def compute(runtime: Runtime, ids: list[int], step: int) -> None:
@@ -240,8 +237,10 @@ def compute(runtime: Runtime, ids: list[int], step: int) -> None:
 
     Without generate()'s search for what is in the KV cache already: at a depth it would take longer than a token.
     """
+    (sequence,) = runtime._session.sequences.all
     for at in range(0, len(ids), step):
-        runtime._step(ids[at : at + step], LAST if step == 1 or at + step >= len(ids) else NOTHING)
+        want = LAST if step == 1 or at + step >= len(ids) else NOTHING
+        runtime._session.step(sequence, ids[at : at + step], want)
 
 
 def weight_bytes(bundle: Bundle, experts: float) -> float:

@@ -49,19 +49,22 @@ class Account:
         self.prompt_tps = 0.0
         self._used: dict[str, float] = {}  # in turns before this one
         self._before: dict[str, float] | None = None  # counters when this turn began; None: it is not our turn
+        self._sequence: int | None = None
         self._seconds = self._prefill_seconds = self._began = 0.0
         self._ahead_until = 0.0
         self._peak, self._peak_until = 0, 0.0
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, sequence: int | None = None) -> Iterator[None]:
+        """Steps that are computed for this call alone, or, among others, for this sequence."""
         # The engine is never kept here: an exception's traceback would keep its memory after close().
-        self._before, self._began = self.runtime._open().counters, time.perf_counter()
+        self._sequence = sequence
+        self._before, self._began = self._counters(), time.perf_counter()
         try:
             yield
         finally:
             if self.runtime.is_open:
-                self._used = self._used_by(self.runtime._open().counters)
+                self._used = self._used_by(self._counters())
             self._seconds = self._computed_seconds()
             self._before = None
 
@@ -85,7 +88,7 @@ class Account:
 
     def piece(self, text: str, tokens: list[int], finish_reason: str | None) -> Generation:
         runtime = self.runtime
-        counters = runtime._open().counters
+        counters = self._counters()
         used = self._used_by(counters)
         moe_tokens = max(used.get("moe_tokens", 0), 1)
         seconds = max(self._computed_seconds() - self._prefill_seconds, 1e-9)
@@ -120,6 +123,12 @@ class Account:
         if self._before is None:
             return self._used
         return {key: self._used.get(key, 0) + counters[key] - self._before[key] for key in counters}
+
+    def _counters(self) -> dict[str, float]:
+        engine = self.runtime._open()
+        if self._sequence is None:
+            return engine.counters
+        return {**engine.sequence_counters(self._sequence), "uncounted_bytes": engine.counters["uncounted_bytes"]}
 
     def _computed_seconds(self) -> float:
         return self._seconds + (0.0 if self._before is None else time.perf_counter() - self._began)

@@ -55,6 +55,7 @@ class Plan:
     working_set_bytes: int  # of so many records of mean size
     spare_bytes: int = 0  # of interpreter_bytes: what it may still come to need
     kv: str = KV_TYPES[0]  # what the KV cache is kept in
+    sequences: int = 1  # that have a KV cache of `context` tokens each
 
     @property
     def total_bytes(self) -> int:
@@ -150,7 +151,13 @@ def resolve_ram(ram: int | float | str) -> int:
 
 
 def engine_config(
-    config: ModelConfig, context: int, chunk: int, logits_rows: int = 1, threads: int = 1, kv: str = KV_TYPES[0]
+    config: ModelConfig,
+    context: int,
+    chunk: int,
+    logits_rows: int = 1,
+    threads: int = 1,
+    kv: str = KV_TYPES[0],
+    sequences: int = 1,
 ) -> _core.EngineConfig:
     """The core's form of a model's configuration and one run's sizes."""
     if kv not in KV_TYPES:
@@ -179,7 +186,7 @@ def engine_config(
     if router.groups > 1:
         c.expert_groups = [config.groups_of(layer) for layer in range(config.layers)]
     c.context, c.chunk, c.logits_rows, c.threads = context, chunk, logits_rows, threads
-    c.half_cache = kv == "float16"
+    c.half_cache, c.sequences = kv == "float16", sequences
     return c
 
 
@@ -191,9 +198,10 @@ def engine_memory(
     threads: int = 1,
     kv: str = KV_TYPES[0],
     device: str = "cpu",
+    sequences: int = 1,
 ) -> tuple[int, int]:
     """Bytes of the KV cache and of the scratch memory."""
-    return _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads, kv), device)
+    return _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads, kv, sequences), device)
 
 
 def make_plan(
@@ -210,6 +218,7 @@ def make_plan(
     threads: int = 1,
     kv: str = KV_TYPES[0],
     device: str = "cpu",
+    sequences: int = 1,
     refuse: bool = True,
 ) -> Plan:
     """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, then experts from what is left.
@@ -222,13 +231,13 @@ def make_plan(
     """
     working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
     least_slots = max(config.top_k_of(layer) for layer in config.moe_layers)
-    spare_bytes = INTERPRETER_SPARE + TOKEN_BYTES * context + LOGIT_BYTES * config.vocab * logits_rows
+    spare_bytes = INTERPRETER_SPARE + TOKEN_BYTES * context * sequences + LOGIT_BYTES * config.vocab * logits_rows
     interpreter_bytes += spare_bytes + THREAD_BYTES * (threads - 1)
     mapped = device == "cpu"  # records that all fit are used where they are mapped from their files
     read_bytes = READERS * (READER_BYTES + (0 if mapped else slot_bytes))  # a GPU gets them through a buffer, or may
 
     def plan(chunk: int, resident: bool) -> Plan:
-        kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads, kv, device)
+        kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads, kv, device, sequences)
         fixed = trunk_bytes + kv_cache + scratch + interpreter_bytes
         io_buffers = 0 if resident and mapped else read_bytes
         experts = all_experts_bytes if resident else max(0, min(ram_bytes - fixed - io_buffers, all_experts_bytes))
@@ -252,6 +261,7 @@ def make_plan(
             working_set_bytes=round(working_set * all_experts_bytes / config.expert_count),
             spare_bytes=spare_bytes,
             kv=kv,
+            sequences=sequences,
         )
 
     rows = min(logits_rows, context)

@@ -18,7 +18,11 @@ def plan_text(plan: "Plan") -> str:
     rows = [
         ["purpose", "bytes", ""],
         ["trunk", size(plan.trunk_bytes), "all weights but the routed experts"],
-        ["KV cache", size(plan.kv_cache_bytes), f"{plan.context:,} tokens of context"],
+        [
+            "KV cache",
+            size(plan.kv_cache_bytes),
+            f"{plan.context:,} tokens of context" + (f", {plan.sequences} times" if plan.sequences > 1 else ""),
+        ],
         ["scratch", size(plan.scratch_bytes), f"prompts in chunks of {plan.chunk}"],
         ["I/O buffers", size(plan.io_buffers_bytes), ""],
         ["interpreter", size(plan.interpreter_bytes), "about: Python and the tokenizer, where there is one"],

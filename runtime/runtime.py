@@ -6,7 +6,6 @@ which allocates everything. Nothing grows afterwards but the caller's own result
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,16 +29,17 @@ from .process import (
     warn_of_threads,
 )
 from .prompt import Prompt, prompt_ids
-from .pruning import OFF, PruneRule, prune_rule, read_mask_routers
+from .pruning import PruneRule, prune_rule, read_mask_routers
+from .request import Request
 from .sampling import Sampler, whole_number
+from .session import ALL, LAST, NOTHING, Progress, Session
 from .tokenizer import ENCODING_ROOM, tokenizer_of
 from .tokenizer_file import reading_bytes
-from .turns import Stream, Turns, Wanted
+from .turns import Stream, Wanted
 
 TEXT_COPIES = 8  # bytes that a byte of a prompt's text may take: as read, decoded to 4 a character, and in a template
 DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
-NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
-Progress = Callable[[str, int, int], None]  # a step's name, how much of it is done, and of how much
+MOST_SEQUENCES = 256
 
 
 class Runtime:
@@ -51,7 +51,8 @@ class Runtime:
     prune: which of its experts a token may leave out where a call does not say: "off"; a share of expert uses, as 0.2;
     "bundle", the share that the bundle was calibrated for; a rule by name ("loss", "otp", "share", "odp"), as "otp:0.2"
     with a share; by default "off", where the bundle sets no other. Rules that protect a prompt's important tokens (odp)
-    depend on how long its chunks are. logits_rows: rows of logits that one step may return; generate() needs one. kv:
+    depend on how long its chunks are. logits_rows: rows of logits that one step may return; generate() needs one.
+    sequences: conversations that have a KV cache of their own, and answers of batch() that are computed at once. kv:
     what keys and values are kept in, "float16" or "float32", which takes twice the memory.
 
     Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
@@ -72,6 +73,7 @@ class Runtime:
         prune: float | str | None = None,
         *,
         logits_rows: int = 1,
+        sequences: int = 1,
         kv: str = KV_TYPES[0],
         kernels: str = "",
     ):
@@ -79,6 +81,8 @@ class Runtime:
             raise ValueError(f"threads is {threads}, expected 1 to 1024")
         if logits_rows < 1:
             raise ValueError(f"logits_rows is {logits_rows}, expected at least 1")
+        if not 1 <= whole_number("sequences", sequences) <= MOST_SEQUENCES:
+            raise ValueError(f"sequences is {sequences}, expected 1 to {MOST_SEQUENCES}")
         warn_of_threads(threads or 1)
         with loading:
             ram_bytes = process_cap(ram)
@@ -93,7 +97,7 @@ class Runtime:
             if not 1 <= context <= self.config.context:
                 raise ValueError(f"context is {context}, expected 1 to {self.config.context}, the model's own")
             self.threads = threads or default_threads()
-            self.logits_rows = min(logits_rows, context)
+            self.logits_rows = max(min(logits_rows, context), sequences)
             self.device = begin_device(device)
 
             def plan(interpreter_bytes: int, loading_bytes: int) -> Plan:
@@ -110,6 +114,7 @@ class Runtime:
                     threads=self.threads,
                     kv=kv,
                     device=self.device,
+                    sequences=sequences,
                 )
 
             try:
@@ -128,15 +133,15 @@ class Runtime:
                 raise
             self._end_tokens = {*self.config.eos_tokens, self.tokenizer.end_token if self.tokenizer else None}
             self._engine: _core.Engine | None = self._load(mask_routers, kv, kernels)
-        self._cached: list[int] = []  # tokens whose keys and values the KV cache holds
-        self._cached_by: PruneRule = OFF  # how they were computed
-        self._cached_for: object | None = None  # the call that goes on from there
-        self._turns = Turns()
+        self._session = Session(self)
         self._process = os.getpid()
         add_runtime(self)
 
     def _load(self, mask_routers: dict[str, list[np.ndarray]], kv: str, kernels: str) -> "_core.Engine":
-        config = engine_config(self.config, self.plan.context, self.plan.chunk, self.logits_rows, self.threads, kv)
+        plan = self.plan
+        config = engine_config(
+            self.config, plan.context, plan.chunk, self.logits_rows, self.threads, kv, plan.sequences
+        )
         config.spin = self.threads <= usable_processors()
         records, frequency = self.bundle.record_table()
         try:
@@ -189,7 +194,7 @@ class Runtime:
         What is given up is the system's again on return; what is gained fills as experts are used. Context and length
         of a step stay. ram: as for Runtime(). Raises BelowFloor for less than the floor, and nothing has changed then.
         """
-        with loading, self._turns.between():
+        with loading, self._session.turns.between():
             engine = self._open()
             ram_bytes, before = process_cap(ram, of=self), self.plan
             own = before.trunk_bytes + before.kv_cache_bytes + before.scratch_bytes + before.experts_bytes
@@ -273,6 +278,59 @@ class Runtime:
         cancel(). progress("prompt", read, of) is called with numbers of tokens before, while and after the prompt is
         read. Raises ValueError for an empty prompt or one longer than the context.
         """
+        request = self._request(
+            prompt,
+            max_tokens,
+            **{key: value for key, value in locals().items() if key not in ("self", "prompt", "max_tokens")},
+        )
+        return Stream(self._pieces(request), request.wanted, lambda: self._leave(request.wanted))
+
+    def batch(
+        self, requests: Sequence[Prompt | Mapping[str, object]], max_tokens: int | None = 256, **options
+    ) -> list[Generation]:
+        """Complete several prompts at once and return their answers in order.
+
+        A request is a prompt, or a dict of generate()'s arguments, which go before `max_tokens` and `options`, so that
+        each can have its own pruning and sampling. As many are computed together as the Runtime has `sequences`, the
+        others after them; the bits of each are those that it has alone. Raises what stream() does before anything is
+        computed.
+        """
+        asked = []
+        for given in requests:
+            own = dict(given) if isinstance(given, Mapping) else {"prompt": given}
+            asked.append(self._request(**{"max_tokens": max_tokens, **options, **own}))
+        texts: dict[Request, list[str]] = {request: [] for request in asked}
+        done: dict[Request, Generation] = {}
+        closed = Wanted()
+        for request, piece in self._session.together(asked, self._unwanted(closed)):
+            texts[request].append(piece.text)
+            done[request] = piece
+        return [replace(done[request], text="".join(texts[request]), tokens=request.tokens) for request in asked]
+
+    def _request(
+        self,
+        prompt: Prompt,
+        max_tokens: int | None = 256,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        tools: Sequence[dict] | None = None,
+        documents: Sequence[dict] | None = None,
+        continue_final_message: bool | str = False,
+        chat_template_kwargs: Mapping[str, object] | None = None,
+        prune: float | str | None = None,
+        timeout: float | None = None,
+        stop_event: threading.Event | None = None,
+        progress: Progress | None = None,
+    ) -> Request:
         self._open()
         rule, wanted = self._rule(prune), Wanted(timeout, stop_event)
         if max_tokens is not None and whole_number("max_tokens", max_tokens) < 1:
@@ -302,66 +360,50 @@ class Runtime:
             prompt=ids,
             vocab=self.config.vocab,
         )
-        pieces = self._pieces(ids, max_tokens or self.plan.context, sampler, stops, rule, wanted, progress)
-        return Stream(pieces, wanted, lambda: self._turns.leave(wanted))
+        return Request(
+            ids,
+            max_tokens or self.plan.context,
+            self.plan.context,
+            sampler,
+            AnswerText(self.tokenizer, stops),
+            self._end_tokens,
+            rule,
+            wanted,
+            Account(self, len(ids)),
+            progress,
+        )
 
-    def _pieces(
-        self,
-        ids: list[int],
-        max_tokens: int,
-        sampler: Sampler,
-        stops: list[str],
-        rule: PruneRule,
-        wanted: Wanted,
-        progress: Progress | None,
-    ) -> Iterator[Generation]:
-        account, text = Account(self, len(ids)), AnswerText(self.tokenizer, stops)
-        steps = self._steps(ids, max_tokens, sampler, text, rule, wanted, account, progress)
+    def _pieces(self, request: Request) -> Iterator[Generation]:
+        account, unwanted = request.account, self._unwanted(request.wanted)
+        steps = self._steps(request)
         ended = False
         try:
             while not ended:
-                with self._turns.take(wanted, self._unwanted(wanted)), account.turn():
+                with self._session.turns.take(request.wanted, unwanted), account.turn():
                     pieces = [next(steps)]
                     while pieces[-1].finish_reason is None and account.runs_ahead():
                         pieces.append(next(steps))
                 ended = pieces[-1].finish_reason is not None
                 yield from pieces
         except _core.Interrupted:
-            yield account.piece(text.finish(), [], "cancelled")
+            yield request.cancelled()
 
-    def _steps(
-        self,
-        ids: list[int],
-        max_tokens: int,
-        sampler: Sampler,
-        text: AnswerText,
-        rule: PruneRule,
-        wanted: Wanted,
-        account: Account,
-        progress: Progress | None,
-    ) -> Iterator[Generation]:
+    def _steps(self, request: Request) -> Iterator[Generation]:
         """A piece a step, each in a turn of its own."""
-        tokens: list[int] = []
-        logits, computed, _ = self._prefill(ids, tokens, rule, wanted, progress)
-        account.prefilled(computed)
+        session, call, unwanted = self._session, request.wanted, self._unwanted(request.wanted)
+        logits, computed, _ = session.prefill(call, request.ids, [], request.rule, unwanted, request.progress)
+        request.account.prefilled(computed)
         while True:
-            token = sampler(logits)
-            tokens.append(token)
-            account.count = len(tokens)
-            if token in self._end_tokens or token in text.stop_tokens:
-                yield account.piece(text.finish(), [token], "stop")
+            piece = request.take(logits)
+            yield piece
+            if piece.finish_reason is not None:
                 return
-            piece = text.add(token)
-            full = len(ids) + len(tokens) > self.plan.context
-            if text.stopped or full or len(tokens) == max_tokens:
-                yield account.piece(piece + text.finish(), [token], "stop" if text.stopped else "length")
-                return
-            yield account.piece(piece, [token], None)
-            if self._cached_for is wanted:
-                logits = self._step([token], LAST, self._unwanted(wanted))[-1]
+            sequence = session.sequences.of(call)
+            if sequence is not None:
+                logits = session.step(sequence, request.tokens[-1:], LAST, unwanted)[-1]
             else:
-                logits, _, seconds = self._prefill(ids, tokens, rule, wanted)
-                account.recomputed(seconds)
+                logits, _, seconds = session.prefill(call, request.ids, request.tokens, request.rule, unwanted)
+                request.account.recomputed(seconds)
 
     def logits(self, token_ids, *, prune: float | str | None = None) -> np.ndarray:
         """Logits of every position of one sequence: token_ids (tokens,) -> float32 (tokens, vocab).
@@ -374,28 +416,34 @@ class Runtime:
     def logits_blocks(self, token_ids, *, prune: float | str | None = None) -> Iterator[np.ndarray]:
         """logits() in blocks of at most `logits_rows` rows, for a caller who needs no more than that at once."""
         self._open()
-        rule, call = self._rule(prune), Wanted()
+        rule, call, session = self._rule(prune), Wanted(), self._session
         ids, rows = self._prompt_ids(np.asarray(token_ids).reshape(-1).tolist()), self.logits_rows
         try:
             for at in range(0, len(ids), rows):
-                with self._turns.take(call, self._unwanted(call)):
-                    if self._cached_for is not call:
-                        self._use(rule)
-                        self._rewind(0)
+                with session.turns.take(call, self._unwanted(call)):
+                    sequence = session.sequences.of(call)
+                    if sequence is None:
+                        sequence = session.begin(call, ids, rule)
+                        session.rewind(sequence, 0)
                         for before in range(0, at, rows):
-                            self._step(ids[before : before + rows], NOTHING, self._unwanted(call))
-                        self._cached_for = call
-                    block = self._step(ids[at : at + rows], ALL, self._unwanted(call))
+                            session.step(sequence, ids[before : before + rows], NOTHING, self._unwanted(call))
+                        sequence.call = call
+                    block = session.step(sequence, ids[at : at + rows], ALL, self._unwanted(call))
                 yield block
         finally:
-            self._turns.leave(call)
+            self._leave(call)
 
     def reset(self) -> None:
-        """Forget the KV cache."""
+        """Forget what the KV cache holds, of all sequences."""
         self._open()
-        with self._turns.take(call := Wanted()):
-            self._rewind(0)
-        self._turns.leave(call)
+        with self._session.turns.take(call := Wanted()):
+            for sequence in self._session.sequences.all:
+                self._session.rewind(sequence, 0)
+        self._session.turns.leave(call)
+
+    def _leave(self, call: object) -> None:
+        self._session.sequences.leave(call)
+        self._session.turns.leave(call)
 
     def _unwanted(self, wanted: Wanted) -> Callable[[], bool]:
         return lambda: wanted.is_over() or self._engine is None
@@ -435,74 +483,8 @@ class Runtime:
             **chat,
         )
 
-    def _prefill(
-        self, ids: list[int], tokens: list[int], rule: PruneRule, wanted: Wanted, progress: Progress | None = None
-    ) -> tuple[np.ndarray, int, float]:
-        """Bring the KV cache to a prompt's ids and the tokens after it, reusing the beginning it already holds.
-
-        Returns the last one's logits, how many were computed and how many seconds that took. Under a rule that
-        protects tokens of a prompt what came after it is computed one by one, as it was the first time.
-        """
-        began, whole = time.perf_counter(), ids + tokens
-        self._use(rule)
-        shared = 0
-        while shared < min(len(self._cached), len(whole) - 1) and self._cached[shared] == whole[shared]:
-            shared += 1
-        self._rewind(shared)
-        chunk, step = self.plan.chunk, 1 if rule.protect else self.plan.chunk
-        parts = [ids[at : at + chunk] for at in range(shared, len(ids), chunk)]
-        parts += [tokens[at : at + step] for at in range(max(shared - len(ids), 0), len(tokens), step)]
-        for number, part in enumerate(parts, start=1):
-            if progress:
-                progress("prompt", len(self._cached), len(whole))
-            logits = self._step(part, LAST if number == len(parts) else NOTHING, self._unwanted(wanted))
-        if progress:
-            progress("prompt", len(whole), len(whole))
-        self._cached_for = wanted
-        return logits[-1], len(whole) - shared, time.perf_counter() - began
-
-    def _step(self, tokens: list[int], want: int, unwanted: Callable[[], bool] = lambda: False) -> np.ndarray:
-        if unwanted():
-            self._open()
-            raise _core.Interrupted("interrupted")
-        try:
-            logits = self._open().forward(np.asarray(tokens, np.int32), want, unwanted)
-        except _core.Interrupted:
-            self._open()  # it was closed
-            raise
-        except _core.KvOverflow:
-            raise ValueError(f"{self.bundle.path}: {self._overflow()}") from None
-        except RuntimeError as error:  # of a GPU
-            raise OSError(str(error)) from None
-        self._cached += tokens
-        if not np.isfinite(logits).all():
-            self._rewind(0)  # whatever it came from, no later call may go on from there
-            perhaps = f"perhaps {self._overflow()}, or " if self.plan.kv == "float16" else ""
-            raise ValueError(f"{self.bundle.path}: logits are not finite; {perhaps}compress the model again")
-        return logits
-
-    def _overflow(self) -> str:
-        more = f"{self.plan.kv_cache_bytes / 1e6:,.1f} MB more for {self.plan.context:,} tokens of context"
-        return f'a key or value is beyond what a KV cache in float16 holds: pass kv="float32" (--kv float32), {more}'
-
     def _rule(self, prune: float | str | None) -> PruneRule:
         return self._prune if prune is None else prune_rule(self.bundle.pruning, prune, self.bundle.path)
-
-    def _use(self, rule: PruneRule) -> None:
-        """Prune by a rule from now on; keys and values that another rule gave are forgotten.
-
-        So are those of a rule that protects tokens: which these are depends on the whole prompt.
-        """
-        if rule != self._cached_by or rule.protect:
-            self._rewind(0)
-        self._open().set_prune(rule.rule, list(rule.threshold), rule.price, rule.protect)
-        self._cached_by = rule
-
-    def _rewind(self, position: int) -> None:
-        engine = self._open()
-        self._cached_for = None
-        del self._cached[position:]  # first: after an interrupt it may be shorter than the KV cache, never longer
-        engine.rewind(position)
 
 
 def _mask_bytes(mask_routers: dict[str, list[np.ndarray]]) -> int:

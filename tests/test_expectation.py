@@ -93,7 +93,7 @@ def test_what_is_expected_to_be_read_is_read(shapes, tmp_path):
         runtime.reset()
         before = runtime.stats["bytes_read"]
         for token in ids[1]:  # one at a time, as in an answer
-            runtime._step([token], 1)
+            runtime._session.step(runtime._session.sequences.all[0], [token], 1)
         read = (runtime.stats["bytes_read"] - before) / 48
     expected = expected_speed(estimate(path, cap, context=48), XEON, 1.0).read_bytes_per_token
     assert 0.5 * expected < read < 1.1 * expected
@@ -116,7 +116,7 @@ def test_hits_are_those_of_the_experts_that_calibration_used_most(stdlib_calibra
         runtime.logits(stdlib_ids[:256])
         before = runtime.stats
         for token in stdlib_ids[256:512]:
-            runtime._step([token], 1)
+            runtime._session.step(runtime._session.sequences.all[0], [token], 1)
         now = runtime.stats
     hits, misses = (now[key] - before[key] for key in ("expert_hits", "expert_misses"))
     assert hits / (hits + misses) == pytest.approx(made.hit_rate, abs=0.1)

@@ -128,7 +128,7 @@ def test_whichever_read_of_an_answer_fails_the_next_call_gives_the_answer(runtim
             assert re.match(f"{file}: .* again", str(error))
         assert engine.faults_met == met + 1
         positions.append(engine.position)
-        assert engine.position == len(runtime._cached)  # what came before the error is kept
+        assert engine.position == len(runtime._session.sequences.all[0].tokens)  # what came before the error is kept
         again = in_time(runtime.generate, PROMPT, TOKENS)
         assert (again.text, again.tokens) == (answer.text, answer.tokens)
     assert min(positions) == 0

@@ -60,7 +60,7 @@ def test_an_overflow_names_float32_which_is_right_and_no_later_call_goes_on_from
         for call in (lambda: runtime.generate(ids, 4), lambda: runtime.logits(ids), lambda: runtime.generate(ids, 1)):
             with pytest.raises(ValueError, match=f"^{message}$"):
                 call()
-            assert (runtime._cached, runtime._engine.position) == ([], 0)
+            assert (runtime._session.sequences.all[0].tokens, runtime._engine.position) == ([], 0)
 
 
 def test_what_fits_is_kept_when_a_later_token_overflows(tmp_path):
@@ -84,5 +84,5 @@ def test_what_fits_is_kept_when_a_later_token_overflows(tmp_path):
         runtime.generate(ids, 1)
         with pytest.raises(ValueError, match="beyond what a KV cache in float16 holds"):
             runtime.generate([*ids, odd], 4)
-        assert runtime._cached == ids
+        assert runtime._session.sequences.all[0].tokens == ids
         np.testing.assert_array_equal(runtime.logits(ids), want)

@@ -1,0 +1,154 @@
+"""Several answers at once: the tokens of each are those that it has alone, and accounts add up."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from edge_moe.runtime.plan import BelowFloor
+from edge_moe.runtime.runtime import MOST_SEQUENCES, Runtime
+
+PROMPTS = ["import os", "def main(", "class A:\n    def", "for i in range(", "x = [", "return", "# The"]
+
+
+@pytest.fixture(scope="module")
+def path(bundle_of):
+    return bundle_of("reference", bits=16)
+
+
+@pytest.fixture(scope="module")
+def alone(path):
+    with Runtime(path, "2GB", 256, "cpu", threads=1) as runtime:
+        return [runtime.generate(prompt, 20 + number) for number, prompt in enumerate(PROMPTS)]
+
+
+def asked() -> list[dict]:
+    return [{"prompt": prompt, "max_tokens": 20 + number} for number, prompt in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 4, 8])
+def test_answers_are_those_that_each_has_alone(path, alone, sequences):
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=sequences) as runtime:
+        before, got = runtime.stats, runtime.batch(asked())
+        for one, want in zip(got, alone, strict=True):
+            assert (one.text, one.tokens, one.finish_reason) == (want.text, want.tokens, want.finish_reason)
+            assert one.prompt_tokens == want.prompt_tokens and one.generation_tokens == len(want.tokens)
+        for key in ("expert_hits", "expert_misses", "bytes_read"):
+            assert sum(getattr(one, key) for one in got) == runtime.stats[key] - before[key]
+        # every token but an answer's last went through the model once
+        steps = sum(one.prompt_tokens - one.cached_tokens + one.generation_tokens - 1 for one in got)
+        assert runtime.stats["tokens"] - before["tokens"] == steps
+
+
+def test_a_paged_bundle_reads_less_for_answers_at_once_and_gives_the_same(path, alone):
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=7) as runtime:
+        with pytest.raises(BelowFloor) as refused:
+            runtime.set_ram(1_000_000)
+        runtime.set_ram(refused.value.plan.floor_bytes + 5_000_000)
+        runtime._engine.set_prefetch(False)
+        one_by_one = [runtime.generate(**request) for request in asked()]
+        runtime.reset()
+        got = runtime.batch(asked())
+        assert [one.tokens for one in got] == [one.tokens for one in one_by_one] == [one.tokens for one in alone]
+        assert 0 < sum(one.bytes_read for one in got) < 0.8 * sum(one.bytes_read for one in one_by_one)
+
+
+def test_each_answer_has_its_own_sampling_stops_and_pruning(path):
+    own = [
+        {"prompt": "import os", "temperature": 0.8, "seed": 3},
+        {"prompt": "import os", "temperature": 0.8, "seed": 4, "top_k": 5},
+        {"prompt": "def main(", "stop": "\n"},
+        {"prompt": [5, 6, 7], "max_tokens": 4, "logit_bias": {9: 100.0}},
+    ]
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=3) as runtime:
+        want = [runtime.generate(**{"max_tokens": 16, **request}) for request in own]
+        got = runtime.batch(own, 16)
+        assert [one.tokens for one in got] == [one.tokens for one in want]
+        assert [one.finish_reason for one in got] == [one.finish_reason for one in want]
+        assert got[3].tokens == [9] * 4 and "\n" not in got[2].text
+
+
+def test_a_long_prompt_beside_short_ones_is_read_in_pieces(path, alone):
+    long = np.random.default_rng(0).integers(5, 4000, 200).tolist()
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=3) as runtime:
+        want = runtime.generate(long, 10).tokens
+        runtime.reset()
+        got = runtime.batch([PROMPTS[0], long, PROMPTS[1]], 10)
+        assert [got[0].tokens, got[1].tokens, got[2].tokens] == [alone[0].tokens[:10], want, alone[1].tokens[:10]]
+
+
+def test_an_answer_that_is_given_up_leaves_the_others_alone(path, alone):
+    stop = threading.Event()
+    stop.set()
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=2) as runtime:
+        requests = asked()
+        requests[1]["stop_event"] = stop
+        got = runtime.batch(requests)
+        assert got[1].finish_reason == "cancelled" and len(got[1].tokens) < 21
+        assert [one.tokens for one in got[2:]] == [one.tokens for one in alone[2:]]
+        assert all(sequence.call is None for sequence in runtime._session.sequences.all)
+
+
+def test_conversations_keep_a_cache_of_their_own(path, alone):
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=2) as runtime:
+        streams = [runtime.stream(PROMPTS[number], 20 + number) for number in range(2)]
+        before, got = runtime.stats["tokens"], [[], []]
+        for _ in range(10):
+            for stream, tokens in zip(streams, got, strict=True):
+                tokens += next(stream).tokens
+        for stream, tokens in zip(streams, got, strict=True):
+            tokens += [token for piece in stream for token in piece.tokens]
+        assert got == [one.tokens for one in alone[:2]]
+        steps = sum(one.prompt_tokens + len(one.tokens) - 1 for one in alone[:2])
+        assert runtime.stats["tokens"] - before == steps  # nothing was computed twice
+        again = runtime.generate(PROMPTS[1], 21)
+        assert again.tokens == alone[1].tokens and again.cached_tokens == again.prompt_tokens - 1
+
+
+def test_more_streams_than_sequences_take_turns_and_lose_nothing(path, alone):
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=2) as runtime:
+        got: dict[int, list[int]] = {}
+
+        def run(number: int) -> None:
+            got[number] = [t for piece in runtime.stream(PROMPTS[number], 20 + number) for t in piece.tokens]
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [got[number] for number in range(5)] == [one.tokens for one in alone[:5]]
+
+
+def test_the_plan_counts_a_cache_for_each_sequence(path):
+    with Runtime(path, "2GB", 256, "cpu", threads=1) as runtime:
+        one = runtime.plan
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=4) as runtime:
+        plan = runtime.plan
+        assert plan.kv_cache_bytes == 4 * one.kv_cache_bytes and plan.sequences == 4
+        assert "256 tokens of context, 4 times" in str(plan)
+        answers = runtime.batch(asked())
+        assert max(one.peak_memory_bytes for one in answers) <= plan.ram_bytes
+
+
+@pytest.mark.parametrize(
+    "requests, message",
+    [
+        ([{"prompt": "a", "temperature": -1}], "temperature is -1, expected 0 or more"),
+        (["a", ""], "the prompt is empty"),
+        ([{"prompt": "a", "max_tokens": 0}], "max_tokens is 0, expected at least 1"),
+    ],
+)
+def test_what_one_request_gets_wrong_is_said_before_anything_is_computed(path, requests, message):
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=2) as runtime:
+        before = runtime.stats["tokens"]
+        with pytest.raises(ValueError, match=message):
+            runtime.batch(requests)
+        assert runtime.stats["tokens"] == before
+        assert runtime.batch([]) == []
+
+
+@pytest.mark.parametrize("sequences", [0, -1, MOST_SEQUENCES + 1])
+def test_a_number_of_sequences_that_is_none_is_refused(path, sequences):
+    with pytest.raises(ValueError, match=f"sequences is {sequences}, expected 1 to {MOST_SEQUENCES}"):
+        Runtime(path, sequences=sequences)
