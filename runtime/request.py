@@ -1,5 +1,6 @@
 """One answer while it is computed: its prompt, what has been generated, and a piece of text for each token."""
 
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from .answer_text import AnswerText
 from .pruning import PruneRule
 from .sampling import Sampler
 from .turns import Wanted
+
+AHEAD = 4  # threads that ask for a piece each find it there, and little is lost where nobody does
 
 
 @dataclass(eq=False)
@@ -24,7 +27,10 @@ class Request:
     wanted: Wanted  # which also stands for the call, in turns and sequences
     account: Account
     progress: Callable[[str, int, int], None] | None = None
+    ahead: int = AHEAD  # pieces that may be computed before they are asked for, in a step that others need
     tokens: list[int] = field(default_factory=list)  # of the answer
+    pieces: deque[Generation | BaseException] = field(default_factory=deque)  # computed and not asked for yet
+    asked: float = 0.0  # when a piece was asked for last, of time.monotonic()
 
     @property
     def whole(self) -> list[int]:

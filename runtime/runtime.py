@@ -35,7 +35,7 @@ from .sampling import Sampler, whole_number
 from .session import ALL, LAST, NOTHING, Progress, Session
 from .tokenizer import ENCODING_ROOM, tokenizer_of
 from .tokenizer_file import reading_bytes
-from .turns import Stream, Wanted
+from .turns import AsyncStream, Stream, Wanted
 
 TEXT_COPIES = 8  # bytes that a byte of a prompt's text may take: as read, decoded to 4 a character, and in a template
 DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
@@ -283,7 +283,16 @@ class Runtime:
             max_tokens,
             **{key: value for key, value in locals().items() if key not in ("self", "prompt", "max_tokens")},
         )
-        return Stream(self._pieces(request), request.wanted, lambda: self._leave(request.wanted))
+        if self.plan.sequences == 1:
+            return Stream(self._pieces(request), request.wanted, lambda: self._leave(request.wanted))
+        return Stream(self._joined(request), request.wanted, lambda: self._session.leave(request))
+
+    def stream_async(self, prompt: Prompt, max_tokens: int | None = 256, **options) -> AsyncStream[Generation]:
+        """stream() for `async for`; options are stream()'s.
+
+        Several at once are computed together where the Runtime has as many `sequences`.
+        """
+        return AsyncStream(self.stream(prompt, max_tokens, **options))
 
     def batch(
         self, requests: Sequence[Prompt | Mapping[str, object]], max_tokens: int | None = 256, **options
@@ -299,13 +308,32 @@ class Runtime:
         for given in requests:
             own = dict(given) if isinstance(given, Mapping) else {"prompt": given}
             asked.append(self._request(**{"max_tokens": max_tokens, **options, **own}))
-        texts: dict[Request, list[str]] = {request: [] for request in asked}
-        done: dict[Request, Generation] = {}
-        closed = Wanted()
-        for request, piece in self._session.together(asked, self._unwanted(closed)):
-            texts[request].append(piece.text)
-            done[request] = piece
-        return [replace(done[request], text="".join(texts[request]), tokens=request.tokens) for request in asked]
+        try:
+            for request in asked:
+                request.ahead = self.plan.context
+                self._session.join(request)
+            return [self._whole(request) for request in asked]
+        finally:
+            for request in asked:
+                self._session.leave(request)
+
+    def _whole(self, request: Request) -> Generation:
+        texts: list[str] = []
+        for piece in self._pieces_together(request):
+            texts.append(piece.text)
+        return replace(piece, text="".join(texts), tokens=request.tokens)
+
+    def _joined(self, request: Request) -> Iterator[Generation]:
+        self._session.join(request)
+        yield from self._pieces_together(request)
+
+    def _pieces_together(self, request: Request) -> Iterator[Generation]:
+        while True:
+            self._open()
+            piece = self._session.next(request)
+            yield piece
+            if piece.finish_reason is not None:
+                return
 
     def _request(
         self,

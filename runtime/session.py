@@ -4,10 +4,10 @@ A call has a sequence of the engine while it goes on, and finds there what an ea
 begins alike. A step may have tokens of several calls: what each gets does not depend on the others.
 """
 
+import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,13 @@ from .plan import Plan
 from .pruning import PruneRule
 from .request import Request
 from .sequences import Sequence, Sequences
-from .turns import Turns
+from .turns import PATIENCE_S, WAKE_S, Turns
 
 if TYPE_CHECKING:
     from .runtime import Runtime
 
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
+Part = tuple[Request, Sequence, list[int], int]  # of a step: tokens, and what is wanted of them
 Progress = Callable[[str, int, int], None]  # a step's name, how much of it is done, and of how much
 
 
@@ -35,6 +36,11 @@ class Session:
         self._runtime = weakref.ref(runtime)
         self.sequences = Sequences(runtime.plan.sequences)
         self.turns = Turns()
+        self._turn = object()  # of steps for all answers that have joined
+        self._changed = threading.Condition()
+        self._joined: list[Request] = []
+        self._leading = False  # a thread computes a step for all
+        self._alone = False  # the last step was of one prompt alone
 
     @property
     def runtime(self) -> "Runtime":
@@ -133,66 +139,148 @@ class Session:
                 )
         return found
 
-    def together(
-        self, requests: Iterable[Request], unwanted: Callable[[], bool] = lambda: False
-    ) -> Iterator[tuple[Request, Generation]]:
-        """Pieces of several answers as they come. As many are computed at once as there are sequences; the others wait.
+    # ---- answers that are computed together
 
-        Each step has the next token of every answer that goes on, and of prompts as many tokens as there is room for.
+    def join(self, request: Request) -> None:
+        """Compute this answer with the others from now on, as soon as there is a sequence for it."""
+        with self._changed:
+            self._joined.append(request)
+
+    def leave(self, request: Request) -> None:
+        """No more pieces of it are wanted; what it has is free at once, or when the step ends that computes it."""
+        with self._changed:
+            if request in self._joined:
+                self._joined.remove(request)
+            self.sequences.leave(request.wanted)
+            self._changed.notify_all()
+
+    def next(self, request: Request) -> Generation:
+        """The next piece of an answer that has joined, from any thread.
+
+        Whoever has none yet computes a step for all, unless another thread does. Answers whose pieces are not asked for
+        run ahead by a few of them, so that threads which ask in turn find theirs there.
         """
-        waiting, running = deque(requests), {}  # by request: its sequence
-        turn = object()
-        try:
-            while waiting or running:
-                with self.turns.take(turn, unwanted):
-                    while waiting and len(running) < len(self.sequences.all):
-                        request = waiting.popleft()
-                        running[request] = self.begin(request.wanted, request.whole, request.rule)
-                        request.account.cached_tokens = len(running[request].tokens)
-                    pieces = self._step_together(running, unwanted)
-                for request, piece in pieces:
-                    if piece.finish_reason is not None:
-                        self.sequences.leave(request.wanted)
-                        del running[request]
-                yield from pieces
-        finally:
-            for request in running:
-                self.sequences.leave(request.wanted)
-            self.turns.leave(turn)
+        while True:
+            with self._changed:
+                if request.pieces:
+                    piece = request.pieces.popleft()
+                    request.asked = time.monotonic()
+                    if isinstance(piece, BaseException):
+                        raise piece
+                    return piece
+                if self._leading:
+                    self._changed.wait(WAKE_S)
+                    continue
+                self._leading = True
+            try:
+                self._lead(request)
+            finally:
+                with self._changed:
+                    self._leading = False
+                    self._changed.notify_all()
 
-    def _step_together(
-        self, running: dict[Request, Sequence], unwanted: Callable[[], bool]
-    ) -> list[tuple[Request, Generation]]:
-        pieces = []
-        for request in running:
-            if request.wanted.is_over():
-                pieces.append((request, request.cancelled()))
-            elif running[request].call is not request.wanted:  # another call needed it
-                running[request] = self.begin(request.wanted, request.whole, request.rule)
-        ended = {request for request, _ in pieces}
-        parts, room = [], self.plan.chunk
-        for request in sorted(running.keys() - ended, key=lambda one: len(one.whole) - len(running[one].tokens)):
-            sequence, whole = running[request], request.whole
-            left = whole[len(sequence.tokens) :]
-            alone = request.rule.protect and len(left) > 1  # a prompt in chunks of its own, then tokens one by one
-            if alone and (parts or not room):
-                continue
-            if alone:
-                end = len(request.ids) if len(sequence.tokens) < len(request.ids) else len(sequence.tokens) + 1
-                left = left[: min(room, end - len(sequence.tokens))]
-            left = left[:room]
-            if not left:
-                continue
-            want = LAST if len(sequence.tokens) + len(left) == len(whole) else NOTHING
-            parts.append((request, sequence, left, want))
-            room = 0 if alone else room - len(left)
+    def _lead(self, request: Request) -> None:
+        def over() -> bool:
+            return request.wanted.is_over() or not self.runtime.is_open
+
+        running: dict[Request, Sequence] = {}
+        try:
+            with self.turns.take(self._turn, over):
+                running = self._running(request)
+                for one, piece in self._step_together(running) if running else []:
+                    one.pieces.append(piece)
+                    if not isinstance(piece, Generation) or piece.finish_reason is not None:
+                        self.leave(one)
+        except _core.Interrupted:
+            self.runtime._open()
+            self.leave(request)
+            request.pieces.append(request.cancelled())
+        if not running:  # all sequences have answers that are being read
+            with self._changed:
+                self._changed.wait(WAKE_S)
+
+    def _running(self, leader: Request) -> dict[Request, Sequence]:
+        """The answers of the next step, and their sequences: those that are asked for, or not far ahead of that."""
+        with self._changed:
+            joined = list(self._joined)
+        running = {}
+        for request in joined:
+            sequence = self.sequences.of(request.wanted)
+            if sequence is None and (request is leader or not request.pieces):
+                if not self._is_one_free(joined):
+                    continue
+                sequence = self.begin(request.wanted, request.whole, request.rule)
+                if not request.tokens:
+                    request.account.cached_tokens = len(sequence.tokens)
+            if sequence is not None and len(request.pieces) < request.ahead:
+                running[request] = sequence
+        return running
+
+    def _is_one_free(self, joined: list[Request]) -> bool:
+        """Whether a sequence has no call, or one whose pieces nobody has asked for in a while: that one loses it."""
+        if any(sequence.call is None for sequence in self.sequences.all):
+            return True
+        late = time.monotonic() - PATIENCE_S
+        for request in joined:
+            if len(request.pieces) >= request.ahead and request.asked < late and self.sequences.of(request.wanted):
+                self.sequences.leave(request.wanted)
+                return True
+        return False
+
+    def _step_together(self, running: dict[Request, Sequence]) -> list[tuple[Request, Generation | BaseException]]:
+        """A step: the next token of every answer that goes on, and of prompts what there is room for."""
+        over = [request for request in running if request.wanted.is_over()]
+        pieces: list[tuple[Request, Generation | BaseException]] = [(request, request.cancelled()) for request in over]
+        parts = self._parts([request for request in running if request not in over], running)
         if not parts:
             return pieces
+        try:
+            return pieces + self._compute(parts)
+        except (ValueError, OSError, MemoryError) as error:  # of one of them, perhaps: each finds out for itself
+            if len(parts) == 1:
+                return [*pieces, (parts[0][0], error)]
+        for part in parts:
+            try:
+                pieces += self._compute([part])
+            except (ValueError, OSError, MemoryError) as error:
+                pieces.append((part[0], error))
+        return pieces
+
+    def _parts(self, requests: list[Request], running: dict[Request, Sequence]) -> list[Part]:
+        """Whose tokens come next, how many and what of them is wanted. Answers that go on come before prompts; a prompt
+        whose tokens are protected from pruning is computed in steps of its own, every other one."""
+        left = {request: request.whole[len(running[request].tokens) :] for request in requests}
+        alone = [request for request in requests if request.rule.protect and len(left[request]) > 1]
+        others = sorted((request for request in requests if request not in alone), key=lambda one: len(left[one]))
+        self._alone = bool(alone) and not (self._alone and others)
+        parts: list[Part] = []
+        room = self.plan.chunk
+        for request in alone[:1] if self._alone else others:
+            sequence, tokens = running[request], left[request]
+            if request.rule.protect and len(sequence.tokens) < len(request.ids):
+                tokens = tokens[: len(request.ids) - len(sequence.tokens)]
+            elif request.rule.protect:
+                tokens = tokens[:1]  # as it was the first time
+            tokens = tokens[:room]
+            room -= len(tokens)
+            if tokens:
+                is_last = len(sequence.tokens) + len(tokens) == len(request.whole)
+                parts.append((request, sequence, tokens, LAST if is_last else NOTHING))
+        return parts
+
+    def _compute(self, parts: list[Part]) -> list[tuple[Request, Generation | BaseException]]:
+        pieces: list[tuple[Request, Generation | BaseException]] = []
+
+        def unwanted() -> bool:
+            return not self.runtime.is_open or all(part[0].wanted.is_over() for part in parts)
+
         with ExitStack() as turns:
             for request, sequence, _, _ in parts:
                 turns.enter_context(request.account.turn(sequence.number))
             found = self.step_of([part[1:] for part in parts], unwanted)
-            for (request, _, _, want), rows in zip(parts, found, strict=True):
+            for (request, sequence, _, want), rows in zip(parts, found, strict=True):
+                if request.progress and not request.tokens:
+                    request.progress("prompt", len(sequence.tokens), len(request.ids))
                 if want == LAST:
                     if not request.tokens:
                         request.account.prefilled(len(request.ids) - request.account.cached_tokens)

@@ -7,10 +7,12 @@ while (PATIENCE_S), because its stream was abandoned or its reader is slow, give
 back, what the KV cache lost is computed again, which costs time and changes no bit of the result.
 """
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Generic, NoReturn, TypeVar
 
 from .. import _core
@@ -172,3 +174,41 @@ class Stream(Generic[Piece]):
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a stream cannot be copied or pickled; it is one answer of one Runtime")
+
+
+class AsyncStream(Generic[Piece]):
+    """A Stream for `async for`: steps are computed in asyncio's threads, so that the event loop goes on meanwhile.
+
+    A task that is cancelled while it waits cancels the answer, too. An asynchronous context manager that closes it.
+    """
+
+    def __init__(self, stream: Stream[Piece]) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> "AsyncStream[Piece]":
+        return self
+
+    async def __anext__(self) -> Piece:
+        try:
+            pieces = await asyncio.to_thread(lambda: list(islice(self._stream, 1)))
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if not pieces:
+            raise StopAsyncIteration
+        return pieces[0]
+
+    async def __aenter__(self) -> "AsyncStream[Piece]":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def cancel(self) -> None:
+        """End the answer where it is; see Stream.cancel()."""
+        self._stream.cancel()
+
+    async def aclose(self) -> None:
+        """Cancel, wait for the step that is being computed, and give no more pieces."""
+        self.cancel()
+        await asyncio.to_thread(self._stream.close)

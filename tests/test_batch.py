@@ -1,5 +1,6 @@
 """Several answers at once: the tokens of each are those that it has alone, and accounts add up."""
 
+import asyncio
 import threading
 
 import numpy as np
@@ -105,18 +106,130 @@ def test_conversations_keep_a_cache_of_their_own(path, alone):
         assert again.tokens == alone[1].tokens and again.cached_tokens == again.prompt_tokens - 1
 
 
+class Steps:
+    """Counts a Runtime's steps, and the most answers that one had."""
+
+    def __init__(self, runtime: Runtime, monkeypatch):
+        self.count, self.most, compute = 0, 0, runtime._session.step_of
+
+        def step_of(parts, unwanted=lambda: False):
+            self.count, self.most = self.count + 1, max(self.most, len(parts))
+            return compute(parts, unwanted)
+
+        monkeypatch.setattr(runtime._session, "step_of", step_of)
+
+
+def read_in_threads(runtime: Runtime, numbers) -> dict[int, list[int]]:
+    got: dict[int, list[int]] = {}
+
+    def run(number: int) -> None:
+        got[number] = [t for piece in runtime.stream(PROMPTS[number], 20 + number) for t in piece.tokens]
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in numbers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return got
+
+
+def test_streams_of_several_threads_share_steps(path, alone, monkeypatch):
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=4) as runtime:
+        steps = Steps(runtime, monkeypatch)
+        got = read_in_threads(runtime, range(4))
+        assert [got[number] for number in range(4)] == [one.tokens for one in alone[:4]]
+        assert steps.most == 4 and steps.count <= 0.6 * sum(map(len, got.values()))
+
+
+def test_streams_of_asyncio_share_steps_and_a_cancelled_task_ends_its_answer(path, alone, monkeypatch):
+    async def read(runtime, number, most=1000):
+        tokens = []
+        async with runtime.stream_async(PROMPTS[number], 20 + number) as stream:
+            async for piece in stream:
+                tokens += piece.tokens
+                if len(tokens) >= most:
+                    break
+        return tokens
+
+    async def run(runtime):
+        tasks = [asyncio.create_task(read(runtime, number)) for number in range(3)]
+        tasks.append(asyncio.create_task(read(runtime, 3, 5)))
+        forever = asyncio.create_task(read(runtime, 4))
+        short = await tasks[3]
+        forever.cancel()
+        got = await asyncio.gather(*tasks[:3])
+        with pytest.raises(asyncio.CancelledError):
+            await forever
+        return got, short
+
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=5) as runtime:
+        steps = Steps(runtime, monkeypatch)
+        got, short = asyncio.run(run(runtime))
+        assert got == [one.tokens for one in alone[:3]] and short == alone[3].tokens[: len(short)]
+        assert steps.most > 1
+        assert not runtime._session._joined and all(one.call is None for one in runtime._session.sequences.all)
+
+
+def test_a_stream_that_nobody_reads_gives_its_sequence_to_those_who_wait(path, alone):
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=2) as runtime:
+        idle = runtime.stream(PROMPTS[0], 20)
+        first = list(next(idle).tokens)
+        assert read_in_threads(runtime, range(1, 5)) == {number: alone[number].tokens for number in range(1, 5)}
+        assert first + [token for piece in idle for token in piece.tokens] == alone[0].tokens
+
+
+def test_a_stream_that_is_closed_frees_its_sequence_at_once(path, alone):
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=2) as runtime:
+        streams = [runtime.stream(prompt, 50) for prompt in PROMPTS[:2]]
+        for stream in streams:
+            next(stream)
+        assert all(one.call is not None for one in runtime._session.sequences.all)
+        streams[0].close()
+        assert [one.call is None for one in runtime._session.sequences.all].count(True) == 1
+        assert runtime.generate(PROMPTS[2], 22).tokens == alone[2].tokens
+        rest = list(streams[1])
+        assert rest[-1].finish_reason in ("stop", "length")
+
+
+def test_a_read_that_fails_once_is_nobodys_error_and_one_that_fails_for_good_is_everybodys(path, alone):
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=3) as runtime:
+        with pytest.raises(BelowFloor) as refused:
+            runtime.set_ram(1_000_000)
+        runtime.set_ram(refused.value.plan.floor_bytes + 4_000_000)
+        runtime._engine.inject("error", times=1)
+        got = runtime.batch(asked()[:3])
+        assert [one.tokens for one in got] == [one.tokens for one in alone[:3]]
+        runtime._engine.clear_faults()
+        runtime._engine.inject("error")
+        with pytest.raises(OSError):
+            runtime.batch(asked()[3:6])
+        runtime._engine.clear_faults()
+        assert [one.tokens for one in runtime.batch(asked())] == [one.tokens for one in alone]
+
+
+def test_the_cap_changes_under_answers_that_are_computed_together(path, alone):
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=4) as runtime:
+        with pytest.raises(BelowFloor) as refused:
+            runtime.set_ram(1_000_000)
+        floor, done, got = refused.value.plan.floor_bytes, threading.Event(), {}
+
+        def run():
+            got.update(read_in_threads(runtime, range(4)))
+            done.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        for turn in range(1000):
+            runtime.set_ram(floor + (turn % 7) * 3_000_000)
+            if done.is_set():
+                break
+        thread.join()
+        assert got == {number: alone[number].tokens for number in range(4)}
+
+
 def test_more_streams_than_sequences_take_turns_and_lose_nothing(path, alone):
     with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=2) as runtime:
-        got: dict[int, list[int]] = {}
-
-        def run(number: int) -> None:
-            got[number] = [t for piece in runtime.stream(PROMPTS[number], 20 + number) for t in piece.tokens]
-
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(5)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        got = read_in_threads(runtime, range(5))
         assert [got[number] for number in range(5)] == [one.tokens for one in alone[:5]]
 
 
