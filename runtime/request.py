@@ -1,8 +1,11 @@
-"""One answer while it is computed: its prompt, what has been generated, and a piece of text for each token."""
+"""One answer: what it is asked with, and while it is computed its tokens and a piece of text for each."""
 
+import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TypedDict
 
 import numpy as np
 
@@ -13,6 +16,50 @@ from .sampling import Sampler
 from .turns import Wanted
 
 AHEAD = 4  # threads that ask for a piece each find it there, and little is lost where nobody does
+
+
+class Options(TypedDict, total=False):
+    """What an answer is asked with beside its prompt and max_tokens; Runtime.generate() says what each means."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    tools: Sequence[dict] | None
+    documents: Sequence[dict] | None
+    continue_final_message: bool | str
+    chat_template_kwargs: Mapping[str, object] | None
+    prune: float | str | None
+    timeout: float | None
+    stop_event: threading.Event | None
+    progress: Callable[[str, int, int], None] | None
+
+
+OPTIONS = tuple(Options.__annotations__)
+SAMPLING = OPTIONS[: OPTIONS.index("seed") + 1]  # Sampler's
+CHAT = OPTIONS[OPTIONS.index("tools") : OPTIONS.index("prune")]  # the chat template's
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Raise TypeError for an option that there is none of."""
+    for name in options:
+        if name not in OPTIONS:
+            near = get_close_matches(name, OPTIONS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "help(Runtime.generate) names them"
+            raise TypeError(f"there is no option {name!r}; {hint}")
+
+
+def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    if not all(isinstance(one, str) for one in stops):
+        raise TypeError(f"stop is {stop!r:.60}, expected a text or a list of texts")
+    return stops
 
 
 @dataclass(eq=False)

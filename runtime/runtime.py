@@ -5,11 +5,10 @@ which allocates everything. Nothing grows afterwards but the caller's own result
 """
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -30,12 +29,15 @@ from .process import (
 )
 from .prompt import Prompt, prompt_ids
 from .pruning import PruneRule, prune_rule, read_mask_routers
-from .request import Request
+from .request import CHAT, SAMPLING, Options, Request, check_options, stop_strings
 from .sampling import Sampler, whole_number
-from .session import ALL, LAST, NOTHING, Progress, Session
+from .session import ALL, LAST, NOTHING, Session
 from .tokenizer import ENCODING_ROOM, tokenizer_of
 from .tokenizer_file import reading_bytes
 from .turns import AsyncStream, Stream, Wanted
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 TEXT_COPIES = 8  # bytes that a byte of a prompt's text may take: as read, decoded to 4 a character, and in a template
 DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
@@ -208,32 +210,29 @@ class Runtime:
                 _core.reset_peak_bytes()
             return plan
 
-    def generate(
-        self,
-        prompt: Prompt,
-        max_tokens: int | None = 256,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        tools: Sequence[dict] | None = None,
-        documents: Sequence[dict] | None = None,
-        continue_final_message: bool | str = False,
-        chat_template_kwargs: Mapping[str, object] | None = None,
-        prune: float | str | None = None,
-        timeout: float | None = None,
-        stop_event: threading.Event | None = None,
-        progress: Progress | None = None,
-    ) -> Generation:
-        """Complete a prompt and return the whole answer; everything as for stream()."""
-        options = {key: value for key, value in locals().items() if key not in ("self", "prompt", "max_tokens")}
+    def generate(self, prompt: Prompt, max_tokens: int | None = 256, **options: "Unpack[Options]") -> Generation:
+        """Complete a prompt and return the whole answer.
+
+        prompt: text, to be continued as it is; chat messages, brought to a text by the model's chat template; or token
+        ids (the only kind for a bundle without a tokenizer; the answer then is in `tokens`). max_tokens: None for as
+        many as the context holds. The options, all by name:
+
+        temperature (0, the most likely token), top_p (1), top_k (0, all), min_p (0), repetition_penalty (1),
+        presence_penalty (0), frequency_penalty (0), logit_bias, seed: how a token is chosen; see Sampler.
+        stop: texts at which the answer ends, which are not part of it; they may name special tokens.
+        tools, documents, continue_final_message, chat_template_kwargs: for the chat template, as
+        Tokenizer.apply_chat_template() says.
+        prune: which experts tokens may leave out, as for Runtime(), which says what is the default.
+        timeout: seconds, waiting for other calls included; stop_event: a threading.Event. After the one, or when the
+        other is set, the answer ends with what there is and the finish_reason "cancelled".
+        progress: called as progress("prompt", read, of) with numbers of tokens before, while and after the prompt is
+        read.
+
+        What an earlier call left in the KV cache and this prompt begins with is not computed again, which changes
+        nothing in the result. The answer ends at max_tokens, the model's end token, a stop text or a full context.
+        Raises ValueError for an empty prompt or one longer than the context, ValueError or TypeError for an option that
+        is not valid, and TypeError for one that there is none of.
+        """
         texts: list[str] = []
         tokens: list[int] = []
         for piece in self.stream(prompt, max_tokens, **options):
@@ -241,73 +240,41 @@ class Runtime:
             tokens += piece.tokens
         return replace(piece, text="".join(texts), tokens=tokens)
 
-    def stream(
-        self,
-        prompt: Prompt,
-        max_tokens: int | None = 256,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        tools: Sequence[dict] | None = None,
-        documents: Sequence[dict] | None = None,
-        continue_final_message: bool | str = False,
-        chat_template_kwargs: Mapping[str, object] | None = None,
-        prune: float | str | None = None,
-        timeout: float | None = None,
-        stop_event: threading.Event | None = None,
-        progress: Progress | None = None,
-    ) -> Stream[Generation]:
-        """Complete a prompt and yield pieces of text as they come.
-
-        prompt: text, to be continued as it is; chat messages, brought to a text by the model's chat template; or token
-        ids (the only kind for a bundle without a tokenizer; the answer then is in `tokens`). tools to
-        chat_template_kwargs go to the template, as Tokenizer.apply_chat_template() says. What an earlier call left in
-        the KV cache and this prompt begins with is not computed again, which changes nothing in the result. Ends at
-        max_tokens (None: as many as the context holds), the model's end token, a `stop` string (not part of the text;
-        it may name a special token) or a full context. How a token is chosen, from
-        temperature to seed, is said at Sampler. It also ends, with what there is and the finish_reason "cancelled",
-        after `timeout` seconds, waiting for other calls included, when `stop_event` is set, and by the stream's
-        cancel(). progress("prompt", read, of) is called with numbers of tokens before, while and after the prompt is
-        read. Raises ValueError for an empty prompt or one longer than the context.
-        """
-        request = self._request(
-            prompt,
-            max_tokens,
-            **{key: value for key, value in locals().items() if key not in ("self", "prompt", "max_tokens")},
-        )
+    def stream(self, prompt: Prompt, max_tokens: int | None = 256, **options: "Unpack[Options]") -> Stream[Generation]:
+        """generate() in pieces of text as they come. The stream's cancel() ends the answer, too."""
+        request = self._request(prompt, max_tokens, options)
         if self.plan.sequences == 1:
             return Stream(self._pieces(request), request.wanted, lambda: self._leave(request.wanted))
         return Stream(self._joined(request), request.wanted, lambda: self._session.leave(request))
 
-    def stream_async(self, prompt: Prompt, max_tokens: int | None = 256, **options) -> AsyncStream[Generation]:
-        """stream() for `async for`; options are stream()'s.
+    def stream_async(
+        self, prompt: Prompt, max_tokens: int | None = 256, **options: "Unpack[Options]"
+    ) -> AsyncStream[Generation]:
+        """stream() for `async for`.
 
         Several at once are computed together where the Runtime has as many `sequences`.
         """
         return AsyncStream(self.stream(prompt, max_tokens, **options))
 
     def batch(
-        self, requests: Sequence[Prompt | Mapping[str, object]], max_tokens: int | None = 256, **options
+        self,
+        requests: Sequence[Prompt | Mapping[str, object]],
+        max_tokens: int | None = 256,
+        **options: "Unpack[Options]",
     ) -> list[Generation]:
         """Complete several prompts at once and return their answers in order.
 
         A request is a prompt, or a dict of generate()'s arguments, which go before `max_tokens` and `options`, so that
         each can have its own pruning and sampling. As many are computed together as the Runtime has `sequences`, the
-        others after them; the bits of each are those that it has alone. Raises what stream() does before anything is
+        others after them; the bits of each are those that it has alone. Raises what generate() does before anything is
         computed.
         """
         asked = []
         for given in requests:
-            own = dict(given) if isinstance(given, Mapping) else {"prompt": given}
-            asked.append(self._request(**{"max_tokens": max_tokens, **options, **own}))
+            own = {"max_tokens": max_tokens, **options, **(given if isinstance(given, Mapping) else {"prompt": given})}
+            if "prompt" not in own:
+                raise ValueError("a request has no prompt")
+            asked.append(self._request(own.pop("prompt"), own.pop("max_tokens"), own))
         try:
             for request in asked:
                 request.ahead = self.plan.context
@@ -335,59 +302,20 @@ class Runtime:
             if piece.finish_reason is not None:
                 return
 
-    def _request(
-        self,
-        prompt: Prompt,
-        max_tokens: int | None = 256,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        logit_bias: Mapping[int, float] | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        tools: Sequence[dict] | None = None,
-        documents: Sequence[dict] | None = None,
-        continue_final_message: bool | str = False,
-        chat_template_kwargs: Mapping[str, object] | None = None,
-        prune: float | str | None = None,
-        timeout: float | None = None,
-        stop_event: threading.Event | None = None,
-        progress: Progress | None = None,
-    ) -> Request:
+    def _request(self, prompt, max_tokens, options: Mapping[str, Any]) -> Request:
+        """What a caller asks for, checked."""
         self._open()
-        rule, wanted = self._rule(prune), Wanted(timeout, stop_event)
+        check_options(options)
+        rule = self._rule(options.get("prune"))
+        wanted = Wanted(options.get("timeout"), options.get("stop_event"))
         if max_tokens is not None and whole_number("max_tokens", max_tokens) < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
-        if not all(isinstance(stop, str) for stop in stops):
-            raise TypeError(f"stop is {stop!r:.60}, expected a text or a list of texts")
+        stops = stop_strings(options.get("stop"))
         if stops and self.tokenizer is None:
             raise ValueError(f"{self.bundle.path}: this bundle has no tokenizer; stop strings need one")
-        ids = self._prompt_ids(
-            prompt,
-            tools=tools,
-            documents=documents,
-            continue_final_message=continue_final_message,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        sampler = Sampler(
-            temperature,
-            top_p,
-            seed,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=logit_bias,
-            prompt=ids,
-            vocab=self.config.vocab,
-        )
+        ids = self._prompt_ids(prompt, **{name: options[name] for name in CHAT if name in options})
+        sampling = {name: options[name] for name in SAMPLING if name in options}
+        sampler = Sampler(**sampling, prompt=ids, vocab=self.config.vocab)
         return Request(
             ids,
             max_tokens or self.plan.context,
@@ -398,7 +326,7 @@ class Runtime:
             rule,
             wanted,
             Account(self, len(ids)),
-            progress,
+            options.get("progress"),
         )
 
     def _pieces(self, request: Request) -> Iterator[Generation]:

@@ -7,7 +7,6 @@ while (PATIENCE_S), because its stream was abandoned or its reader is slow, give
 back, what the KV cache lost is computed again, which costs time and changes no bit of the result.
 """
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -189,6 +188,8 @@ class AsyncStream(Generic[Piece]):
         return self
 
     async def __anext__(self) -> Piece:
+        import asyncio  # 2 MB, for those who have it
+
         try:
             pieces = await asyncio.to_thread(lambda: list(islice(self._stream, 1)))
         except asyncio.CancelledError:
@@ -210,5 +211,7 @@ class AsyncStream(Generic[Piece]):
 
     async def aclose(self) -> None:
         """Cancel, wait for the step that is being computed, and give no more pieces."""
+        import asyncio
+
         self.cancel()
         await asyncio.to_thread(self._stream.close)

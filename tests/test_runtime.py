@@ -389,7 +389,12 @@ def test_progress_tells_how_much_of_a_prompt_is_read(path):
 
 def test_an_option_that_is_not_there_is_refused(path, runtime):
     assert "unexpected keyword argument 'rams'" in refused(Runtime, path, rams=1, error=TypeError)
-    assert "unexpected keyword argument 'topp'" in refused(runtime.generate, "x", topp=1, error=TypeError)
+    for call in (runtime.generate, runtime.stream, runtime.stream_async):
+        assert refused(call, "x", topp=1, error=TypeError) == "there is no option 'topp'; did you mean 'top_p'?"
+    batch = [{"prompt": "x", "beams": 1}]
+    message = "there is no option 'beams'; help(Runtime.generate) names them"
+    assert refused(runtime.batch, batch, error=TypeError) == message
+    assert refused(runtime.batch, [{"max_tokens": 3}]) == "a request has no prompt"
 
 
 @pytest.mark.parametrize("context", [None, 1, 1024])

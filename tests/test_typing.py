@@ -25,7 +25,15 @@ def ask(path: str) -> str:
             for piece in pieces:
                 table += piece.text
             stream.cancel()
-        return answer.text + table
+        both: list[Generation] = model.batch(["Once", {"prompt": [1, 2], "prune": 0.2}], 5, temperature=0.5)
+        return answer.text + table + both[0].text
+
+async def ask_later(model: Runtime) -> str:
+    text = ""
+    async with model.stream_async("Once", top_k=3) as stream:
+        async for piece in stream:
+            text += piece.text
+    return text
 
 def others(path: str) -> Plan:
     compress("MODEL", path, bits=2.5, calibration=["my.txt"])
@@ -43,6 +51,7 @@ WRONG = {
     'Runtime("m").generate("x", temprature=0.5)': 'Unexpected keyword argument "temprature"',
     'Runtime("m").generate("x", temperature="hot")': 'Argument "temperature" to "generate"',
     'Runtime("m").stream("x", max_token=3)': 'Unexpected keyword argument "max_token"',
+    'Runtime("m").batch(["x"], temprature=0.5)': 'Unexpected keyword argument "temprature"',
     'Runtime("m").generate("x").txt': '"Generation" has no attribute "txt"',
     'next(Runtime("m").stream("x")).txt': '"Generation" has no attribute "txt"',
     'Runtime("m").stream("x").cancle()': 'has no attribute "cancle"',

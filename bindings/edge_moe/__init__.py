@@ -22,11 +22,12 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; _HOMES brings
     from .runtime.config import ModelConfig
     from .runtime.plan import BelowFloor, EdgeMoeError, Plan
     from .runtime.runtime import Runtime
-    from .runtime.turns import Stream
+    from .runtime.turns import AsyncStream, Stream
 
 __version__ = "0.1.0"
 
 _HOMES = {  # the module and its name there; `edge_moe.bench` and `edge_moe.doctor` are modules
+    "AsyncStream": ("edge_moe.runtime.turns", "AsyncStream"),
     "BelowFloor": ("edge_moe.runtime.plan", "BelowFloor"),
     "Bundle": ("edge_moe.runtime.bundle", "Bundle"),
     "EdgeMoeError": ("edge_moe.runtime.plan", "EdgeMoeError"),
@@ -44,6 +45,7 @@ _HOMES = {  # the module and its name there; `edge_moe.bench` and `edge_moe.doct
     "plan": ("edge_moe.compressor.choosing.estimate", "estimate"),
 }
 __all__ = [
+    "AsyncStream",
     "BelowFloor",
     "Bundle",
     "EdgeMoeError",
