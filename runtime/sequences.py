@@ -59,3 +59,9 @@ class Sequences:
         with self._lock:
             if (found := self.of(call)) is not None:
                 found.call = None
+
+    def most_shared(self, ids: list[int], rule: PruneRule) -> tuple[Sequence, int]:
+        """The sequence, whoever has it, that holds most of the first ids, and how many."""
+        shared = [one.shares(ids, rule) for one in self.all]
+        best = max(range(len(shared)), key=shared.__getitem__)
+        return self.all[best], shared[best]

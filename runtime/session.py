@@ -1,7 +1,7 @@
 """Steps of the engine for the calls of a Runtime: whose tokens come next, what is computed already, what went wrong.
 
 A call has a sequence of the engine while it goes on, and finds there what an earlier call left, as far as its prompt
-begins alike. A step may have tokens of several calls: what each gets does not depend on the others.
+begins alike; what another sequence holds more of it, as of a system prompt, is copied. A step may have tokens of several calls: what each gets does not depend on the others.
 """
 
 import threading
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
+COPIED = 16  # tokens more that another sequence holds from which on they are copied
 Part = tuple[Request, Sequence, list[int], int]  # of a step: tokens, and what is wanted of them
 Progress = Callable[[str, int, int], None]  # a step's name, how much of it is done, and of how much
 
@@ -90,6 +91,10 @@ class Session:
         """The call's sequence, which holds as many of the first tokens as it can, all but one at the most."""
         sequence = self.sequences.take(call, whole, rule)
         self.rewind(sequence, min(sequence.shares(whole, rule), len(whole) - 1))
+        other, shared = self.sequences.most_shared(whole[:-1], rule)
+        if shared >= len(sequence.tokens) + COPIED:
+            self.engine.copy_positions(other.number, sequence.number, shared)
+            sequence.tokens[:] = whole[:shared]
         self.engine.set_prune(rule.rule, list(rule.threshold), rule.price, rule.protect, sequence=sequence.number)
         sequence.rule, sequence.call = rule, call
         return sequence

@@ -227,6 +227,24 @@ def test_the_cap_changes_under_answers_that_are_computed_together(path, alone):
         assert got == {number: alone[number].tokens for number in range(4)}
 
 
+def test_what_two_prompts_begin_with_is_computed_once(path):
+    random = np.random.default_rng(4)
+    system, ends = random.integers(5, 4000, 100).tolist(), random.integers(5, 4000, (3, 7)).tolist()
+    with Runtime(path, "2GB", 256, "cpu", threads=1) as runtime:
+        want = [runtime.generate(system + end, 8).tokens for end in ends]
+    for kv in ("float16", "float32"):
+        with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=3, kv=kv) as runtime:
+            first = runtime.stream(system + ends[0], 8)
+            tokens = list(next(first).tokens)
+            before = runtime.stats["tokens"]
+            second = runtime.generate(system + ends[1], 8)
+            assert second.cached_tokens == len(system)
+            third = runtime.generate(system + ends[2], 8, prune="off")
+            tokens += [token for piece in first for token in piece.tokens]
+            assert [tokens, second.tokens, third.tokens] == want
+            assert runtime.stats["tokens"] - before < 2 * (7 + 8) + 8 + 8
+
+
 def test_more_streams_than_sequences_take_turns_and_lose_nothing(path, alone):
     with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=2) as runtime:
         got = read_in_threads(runtime, range(5))

@@ -229,6 +229,17 @@ def test_the_temperature_can_be_changed(bundle):
     ]
 
 
+def test_the_cap_can_be_changed_between_two_answers(bundle):
+    lines = "import os\n/retry\n/ram\n/ram 1MB\n/ram much\n/ram 300MB\n/retry\n/ram\n"
+    done = piped(bundle, lines, "-n", "12", "--ram", "2GB", "--context", "64")
+    assert done.stdout == 3 * done.stdout[: len(done.stdout) // 3] != ""
+    said = [line for line in done.stderr.splitlines() if "cap" in line or "size" in line]
+    assert said[0] == "cap 2.00 GB, with memory for 100% of the experts"
+    assert said[1].startswith("a cap of 1 MB is below the floor of ")
+    assert said[2].startswith("size 'much' is not understood")
+    assert said[3:] == ["cap 300.0 MB, with memory for 100% of the experts"] * 2
+
+
 def test_a_file_that_exists_is_never_written_over(bundle, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     done = piped(bundle, f"a\n/save {tmp_path}/mine.txt\n/save {tmp_path}/no/a.txt\n/save\n", "-n", "1")

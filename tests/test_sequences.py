@@ -105,6 +105,25 @@ def test_a_sequence_is_rewound_alone(mixed, golden):
     assert engine.position == 13
 
 
+@pytest.mark.parametrize("kv", KV_TYPES)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
+def test_positions_are_copied_to_another_sequence(mixed, golden, architecture, kv):
+    path, ids = mixed(architecture), golden[architecture][1].astype(np.int32)
+    engine, want = make_engine(path, sequences=3, kv=kv), run_engine(make_engine(path, kv=kv), ids)
+    engine.forward(ids[:20], LAST, sequence=1)
+    for positions in (19, 16, 3, 0):
+        engine.copy_positions(1, 2, positions)
+        assert same_bits(engine.forward(ids[positions:], ALL, sequence=2), want[positions:])
+    assert same_bits(engine.forward(ids[20:], ALL, sequence=1), want[20:])
+    for arguments, message in (
+        ((1, 1, 3), "a sequence is not copied to itself"),
+        ((1, 2, len(ids) + 1), "there are not as many positions"),
+        ((1, 3, 1), "there is no such sequence"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.copy_positions(*arguments)
+
+
 def test_what_a_step_cannot_take_is_said_and_changes_nothing(mixed, golden):
     path, ids = mixed("olmoe"), golden["olmoe"][1].astype(np.int32)
     engine = make_engine(path, sequences=2, chunk=16, context=24, slots=4)

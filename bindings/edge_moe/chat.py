@@ -13,6 +13,7 @@ from pathlib import Path
 from .conversation import Conversation, Turn
 from .line_input import LineInput, MessageTooLong
 from .report import size, statistics_text
+from .runtime.plan import BelowFloor
 from .runtime.prompt import PromptTooLong
 from .runtime.runtime import Generation, Runtime
 from .terminal import AnswerWriter, PromptProgress, opens_thinking, printable, show
@@ -25,6 +26,7 @@ HELP = '''\
 /drop [N]       forget the oldest N messages and their answers [default: 1]
 /system [TEXT]  show or set the system prompt
 /temp [T]       show or set the temperature
+/ram [SIZE]     show or set the cap: memory is given back, or may be used, from now on
 /save FILE      write the conversation to a file, as JSON messages where it ends in .json
 /stats          speed, hits and memory of the last answer
 /exit           leave (also /bye, Ctrl-D)
@@ -175,6 +177,16 @@ class Chat:
             self.options = changed
         _say(f"temperature {self.options['temperature']:g}")
 
+    def ram(self, given: str) -> None:
+        if given:
+            try:
+                self.runtime.set_ram(given)
+            except (BelowFloor, ValueError) as error:
+                return _say(str(error))
+        plan = self.runtime.plan
+        share = min(plan.experts_bytes / plan.all_experts_bytes, 1)
+        _say(f"cap {size(plan.ram_bytes)}, with memory for {share:.0%} of the experts")
+
     def save(self, given: str) -> None:
         if not given:
             return _say("name a file: /save FILE")
@@ -205,6 +217,7 @@ class Chat:
             "/drop": self.drop,
             "/system": self.system,
             "/temp": self.temp,
+            "/ram": self.ram,
             "/save": self.save,
             "/stats": self.stats,
             "/help": lambda _: _say(HELP),

@@ -185,4 +185,15 @@ KeyValues CpuMath::cached(int sequence, int layer, int head) const {
   return {keys, keys + all / 2, size_t(config_.head_dim), config_.half_cache};
 }
 
+// Keys lie in blocks of positions, so whole blocks are copied of every row.
+void CpuMath::copy_positions(int from, int to, int positions) {
+  const EngineConfig& c = config_;
+  const size_t row = c.key_positions() * c.kv_position_bytes();
+  const size_t bytes = align_up(positions, kKeyBlock) * c.kv_position_bytes();
+  pool_.run(int(c.kv_rows()), [&](int i, int) {
+    std::memcpy(kv_arena_.data() + to * c.kv_cache_bytes() + i * row,
+                kv_arena_.data() + from * c.kv_cache_bytes() + i * row, bytes);
+  });
+}
+
 }  // namespace edge_moe

@@ -328,6 +328,16 @@ void bind_engine(nb::module_& m) {
           },
           nb::arg("position"), nb::arg("sequence") = 0, "Forget a sequence's positions from `position` on.")
       .def(
+          "copy_positions",
+          [](BoundEngine& self, int from, int to, int positions) {
+            check_sequence(*self, from), check_sequence(*self, to);
+            Engine& engine = *self;
+            GilReleased released;
+            engine.copy_positions(from, to, positions);
+          },
+          nb::arg("from_"), nb::arg("to"), nb::arg("positions"),
+          "The first positions of a sequence into another, which has these alone then.")
+      .def(
           "sequence_counters",
           [](const BoundEngine& self, int sequence) {
             check_sequence(*self, sequence);

@@ -27,6 +27,7 @@ class CpuMath : public LayerMath {
   void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) override;
   void ahead_logits(int next_layer, const Routing& r) override;
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
+  void copy_positions(int from, int to, int positions) override;
   std::span<const float> logits(std::span<const int32_t> tokens) override;
   int take_kv_overflow() override { return kv_overflow_.exchange(-1); }
   void finish() override {}

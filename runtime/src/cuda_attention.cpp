@@ -118,4 +118,14 @@ cuda::LatentCache CudaMath::latent_cache(int sequence, int layer) const {
   return {kv_cache_.data() + sequence * all + all / c.layers * layer, c.key_positions(), c.half_cache};
 }
 
+void CudaMath::copy_positions(int from, int to, int positions) {
+  const EngineConfig& c = config_;
+  const size_t row = c.key_positions() * c.kv_position_bytes();
+  const size_t bytes = align_up(positions, kKeyBlock) * c.kv_position_bytes();
+  for (size_t i = 0; i < c.kv_rows(); ++i)
+    cuda::copy(kv_cache_.data() + to * c.kv_cache_bytes() + i * row,
+               kv_cache_.data() + from * c.kv_cache_bytes() + i * row, bytes, stream_);
+  cuda::wait(stream_);
+}
+
 }  // namespace edge_moe

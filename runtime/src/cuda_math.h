@@ -29,6 +29,7 @@ class CudaMath : public LayerMath {
   void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) override;
   void ahead_logits(int, const Routing&) override {}  // came with to_router()
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
+  void copy_positions(int from, int to, int positions) override;
   std::span<const float> logits(std::span<const int32_t> tokens) override;
   void finish() override;
   bool asynchronous() const override { return true; }

@@ -193,6 +193,14 @@ void Engine::rewind(int sequence, int position) {
   its.position = position;
 }
 
+void Engine::copy_positions(int from, int to, int positions) {
+  if (from == to) throw std::invalid_argument("a sequence is not copied to itself");
+  if (positions < 0 || positions > sequences_.at(from).position)
+    throw std::invalid_argument("there are not as many positions");
+  if (positions) math_->copy_positions(from, to, positions);
+  sequences_.at(to).position = positions;
+}
+
 // Pins an expert of a layer, which is used by as many tokens as it has pairs; false where too much is pinned.
 bool Engine::acquire(const Step& step, int first_record, int e) {
   const int first = r_.first_pair[e], record = first_record + e;

@@ -74,6 +74,8 @@ class Engine {
 
   int position(int sequence) const { return sequences_.at(sequence).position; }
   void rewind(int sequence, int position);  // forget positions from `position` on
+  // The first positions of a sequence into another, which has these alone then.
+  void copy_positions(int from, int to, int positions);
   const SequenceStats& stats(int sequence) const { return sequences_.at(sequence).stats; }
 
   // Memory for experts of so many bytes from now on; see Residency::resize. Not while step() runs.

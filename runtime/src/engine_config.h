@@ -51,10 +51,12 @@ struct EngineConfig {
   int threads = 1;
   bool spin = true;  // threads that have nothing to do spin for some microseconds before they sleep
 
-  // Of one sequence.
-  size_t kv_cache_bytes() const {
-    const size_t a_token = kv_rank ? latent_cached() : 2 * kv_heads * head_dim;
-    return size_t(layers) * key_positions() * a_token * (half_cache ? sizeof(uint16_t) : sizeof(float));
+  // Of one sequence: rows of positions, of each layer its latents, or of each KV head its keys and then, of all,
+  // values.
+  size_t kv_cache_bytes() const { return kv_rows() * key_positions() * kv_position_bytes(); }
+  size_t kv_rows() const { return size_t(layers) * (kv_rank ? 1 : 2 * kv_heads); }
+  size_t kv_position_bytes() const {
+    return size_t(kv_rank ? latent_cached() : head_dim) * (half_cache ? sizeof(uint16_t) : sizeof(float));
   }
 };
 

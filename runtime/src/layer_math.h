@@ -88,6 +88,9 @@ class LayerMath {
   // of rank, and the shared expert go into the residual stream.
   virtual void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) = 0;
 
+  // What the KV cache of a sequence has of the first positions, into another's.
+  virtual void copy_positions(int from, int to, int positions) = 0;
+
   // Output norm and head of some of the pass's tokens: (tokens, vocab), valid until the next call. Waits.
   virtual std::span<const float> logits(std::span<const int32_t> tokens) = 0;
 
