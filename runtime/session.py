@@ -1,7 +1,8 @@
 """Steps of the engine for the calls of a Runtime: whose tokens come next, what is computed already, what went wrong.
 
 A call has a sequence of the engine while it goes on, and finds there what an earlier call left, as far as its prompt
-begins alike; what another sequence holds more of it, as of a system prompt, is copied. A step may have tokens of several calls: what each gets does not depend on the others.
+begins alike; what another sequence holds more of it, as of a system prompt, is copied. A step may have tokens of
+several calls: what each gets does not depend on the others.
 """
 
 import threading
