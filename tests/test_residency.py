@@ -39,8 +39,9 @@ def wait_for(client, record: int) -> np.ndarray:
 
 
 def take(client, record: int) -> np.ndarray:
-    """A record's bytes, which stay."""
-    assert client.acquire(record)
+    """A record's bytes, which stay; what is read ahead may be in the way for a while."""
+    while not client.acquire(record):
+        assert client.wait(10)
     return wait_for(client, record)
 
 
