@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 from bundles import (
+    ALL,
     LAST,
     Request,
     logits_of,
@@ -90,6 +91,16 @@ def test_several_sequences_give_the_processors_bits(mixed, golden, architecture,
     engine = make_engine(path, sequences=3, slots=top_k + 1, device="cuda", graphs=graphs)
     for request, got in zip(asked, run_together(engine, asked, 3), strict=True):
         assert same_bits(got, run_engine(make_engine(path), request.ids, request.chunk))
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "deepseek_v3"])
+def test_positions_are_copied_to_another_sequence(mixed, golden, architecture):
+    path, ids = mixed(architecture), golden[architecture][1].astype(np.int32)
+    engine, want = make_engine(path, sequences=2, device="cuda"), run_engine(make_engine(path), ids)
+    engine.forward(ids[:20], LAST)
+    engine.copy_positions(0, 1, 18)
+    assert same_bits(engine.forward(ids[18:], ALL, sequence=1), want[18:])
+    assert same_bits(engine.forward(ids[20:], ALL), want[20:])
 
 
 @pytest.mark.parametrize("width", _core.WIDTHS)
