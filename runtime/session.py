@@ -111,12 +111,16 @@ class Session:
         self, sequence: Sequence, tokens: list[int], want: int, unwanted: Callable[[], bool] = lambda: False
     ) -> np.ndarray:
         """A step of one sequence: its logits (rows, vocab)."""
-        return self.step_of([(sequence, tokens, want)], unwanted)[0]
+        (rows,) = self.step_of([(sequence, tokens, want)], unwanted)
+        if isinstance(rows, Exception):
+            raise rows
+        return rows
 
     def step_of(
         self, parts: list[tuple[Sequence, list[int], int]], unwanted: Callable[[], bool] = lambda: False
-    ) -> list[np.ndarray]:
-        """A step of some sequences, with tokens of each and how many rows are wanted: logits (rows, vocab) of each."""
+    ) -> list[np.ndarray | ValueError]:
+        """A step of some sequences, with tokens of each and how many rows are wanted: logits (rows, vocab) of each, or
+        what is wrong with them. Where it raises, nothing was computed."""
         if unwanted():
             self.runtime._open()
             raise _core.Interrupted("interrupted")
@@ -130,20 +134,18 @@ class Session:
             raise ValueError(f"{self.runtime.bundle.path}: {self._overflow()}") from None
         except RuntimeError as error:  # of a GPU
             raise OSError(str(error)) from None
-        found = []
+        found: list[np.ndarray | ValueError] = []
         for sequence, tokens, want in parts:
             sequence.tokens += tokens
             count = {NOTHING: 0, LAST: 1, ALL: len(tokens)}[want]
-            found.append(logits[:count])
-            logits = logits[count:]
-        for (sequence, _, _), rows in zip(parts, found, strict=True):
-            if not np.isfinite(rows).all():
-                self.rewind(sequence, 0)  # whatever it came from, no later call may go on from there
-                perhaps = f"perhaps {self._overflow()}, or " if self.plan.kv == "float16" else ""
-                raise ValueError(
-                    f"{self.runtime.bundle.path}: logits are not finite; {perhaps}compress the model again"
-                )
+            rows, logits = logits[:count], logits[count:]
+            found.append(rows if np.isfinite(rows).all() else self._not_finite(sequence))
         return found
+
+    def _not_finite(self, sequence: Sequence) -> ValueError:
+        self.rewind(sequence, 0)  # whatever it came from, no later call may go on from there
+        perhaps = f"perhaps {self._overflow()}, or " if self.plan.kv == "float16" else ""
+        return ValueError(f"{self.runtime.bundle.path}: logits are not finite; {perhaps}compress the model again")
 
     # ---- answers that are computed together
 
@@ -199,6 +201,8 @@ class Session:
                         self.leave(one)
         except _core.Interrupted:
             self.runtime._open()
+            if not request.wanted.is_over():
+                return  # the step was of others, who want no more
             self.leave(request)
             request.pieces.append(request.cancelled())
         if not running:  # all sequences have answers that are being read
@@ -250,6 +254,8 @@ class Session:
                 pieces += self._compute([part])
             except (ValueError, OSError, MemoryError) as error:
                 pieces.append((part[0], error))
+            except _core.Interrupted:  # it is not wanted any more, which the next step says
+                continue
         return pieces
 
     def _parts(self, requests: list[Request], running: dict[Request, Sequence]) -> list[Part]:
@@ -284,14 +290,25 @@ class Session:
             for request, sequence, _, _ in parts:
                 turns.enter_context(request.account.turn(sequence.number))
             found = self.step_of([part[1:] for part in parts], unwanted)
-            for (request, sequence, _, want), rows in zip(parts, found, strict=True):
-                if request.progress and not request.tokens:
-                    request.progress("prompt", len(sequence.tokens), len(request.ids))
-                if want == LAST:
-                    if not request.tokens:
-                        request.account.prefilled(len(request.ids) - request.account.cached_tokens)
-                    pieces.append((request, request.take(rows[-1])))
+            for part, rows in zip(parts, found, strict=True):
+                try:
+                    pieces += self._taken(part, rows)
+                except BaseException as error:  # its own, of sampling or of progress(): raised where it is asked for
+                    pieces.append((part[0], error))
         return pieces
+
+    def _taken(self, part: Part, rows: np.ndarray | ValueError) -> list[tuple[Request, Generation | BaseException]]:
+        """What a request makes of its rows of a step: a piece, or nothing yet of a prompt."""
+        request, sequence, _, want = part
+        if isinstance(rows, ValueError):
+            return [(request, rows)]
+        if request.progress and not request.tokens:
+            request.progress("prompt", len(sequence.tokens), len(request.ids))
+        if want == NOTHING:
+            return []
+        if not request.tokens:
+            request.account.prefilled(len(request.ids) - request.account.cached_tokens)
+        return [(request, request.take(rows[-1]))]
 
     def _overflow(self) -> str:
         plan = self.plan

@@ -207,6 +207,32 @@ def test_a_read_that_fails_once_is_nobodys_error_and_one_that_fails_for_good_is_
         assert [one.tokens for one in runtime.batch(asked())] == [one.tokens for one in alone]
 
 
+def test_an_error_of_one_answer_is_its_own(path, alone):
+    def stop_at(most):
+        def progress(name, done, of):
+            if done >= most:
+                raise LookupError("progress")
+
+        return progress
+
+    bad = [{"logit_bias": dict.fromkeys(range(4096), float("-inf"))}, {"progress": stop_at(1)}]
+    for own, error in zip(bad, ((ValueError, "leaves no token possible"), (LookupError, "progress")), strict=True):
+        with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=4) as runtime:
+            streams = [runtime.stream(prompt, 20 + number) for number, prompt in enumerate(PROMPTS[:3])]
+            streams.insert(1, runtime.stream("import sys", 20, **own))
+            got = [[] for _ in streams]
+            for stream, tokens in zip(streams, got, strict=True):
+                if stream is streams[1]:
+                    with pytest.raises(error[0], match=error[1]):
+                        next(stream)
+                else:
+                    tokens += next(stream).tokens
+            for stream, tokens in zip(streams, got, strict=True):
+                tokens += [token for piece in stream for token in piece.tokens]
+            assert [got[0], *got[2:]] == [one.tokens for one in alone[:3]] and not got[1]
+            assert not runtime._session._joined
+
+
 def test_the_cap_changes_under_answers_that_are_computed_together(path, alone):
     with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=4) as runtime:
         with pytest.raises(BelowFloor) as refused:
