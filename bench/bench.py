@@ -228,7 +228,7 @@ def _measure(runtime: Runtime, test: Test, ids: list[int], repeats: int, prune, 
 
 def hold(runtime: Runtime, ids: list[int], prune) -> None:
     """Leave exactly `ids` in the KV cache; what it holds of the run before is not computed again."""
-    sequence = runtime._session.begin(runtime, [*ids, 0], runtime._rule(prune))
+    sequence = runtime._session.begin(hold, [*ids, 0], runtime._rule(prune))
     compute(runtime, ids[len(sequence.tokens) :], runtime.plan.chunk)
 
 

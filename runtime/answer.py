@@ -1,9 +1,9 @@
 """An answer and its account: what one call computed, how fast, and what it took."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .turns import PATIENCE_S
@@ -37,6 +37,16 @@ class Generation:
     top_k: int  # of the checkpoint: a bundle may use fewer in some layers
     dropped_routing_weight: float  # mean share of routing weight that pruning left out
     device: str
+
+
+def whole_of(pieces: Iterable[Generation]) -> Generation:
+    """All pieces of an answer as one."""
+    texts: list[str] = []
+    tokens: list[int] = []
+    for piece in pieces:
+        texts.append(piece.text)
+        tokens += piece.tokens
+    return replace(piece, text="".join(texts), tokens=tokens)
 
 
 class Account:

@@ -194,14 +194,11 @@ def engine_memory(
     config: ModelConfig,
     context: int,
     chunk: int,
-    logits_rows: int = 1,
-    threads: int = 1,
-    kv: str = KV_TYPES[0],
     device: str = "cpu",
-    sequences: int = 1,
+    **sizes,
 ) -> tuple[int, int]:
-    """Bytes of the KV cache and of the scratch memory."""
-    return _core.engine_memory(engine_config(config, context, chunk, logits_rows, threads, kv, sequences), device)
+    """Bytes of the KV cache and of the scratch memory. sizes: engine_config()'s."""
+    return _core.engine_memory(engine_config(config, context, chunk, **sizes), device)
 
 
 def make_plan(
@@ -230,14 +227,15 @@ def make_plan(
     less than works).
     """
     working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
-    least_slots = max(config.top_k_of(layer) for layer in config.moe_layers)
+    least_bytes = _least_slots(config) * slot_bytes
     spare_bytes = INTERPRETER_SPARE + TOKEN_BYTES * context * sequences + LOGIT_BYTES * config.vocab * logits_rows
     interpreter_bytes += spare_bytes + THREAD_BYTES * (threads - 1)
     mapped = device == "cpu"  # records that all fit are used where they are mapped from their files
-    read_bytes = READERS * (READER_BYTES + (0 if mapped else slot_bytes))  # a GPU gets them through a buffer, or may
+    read_bytes = _read_bytes(slot_bytes, mapped)
+    sizes = {"logits_rows": logits_rows, "threads": threads, "kv": kv, "sequences": sequences}
 
     def plan(chunk: int, resident: bool) -> Plan:
-        kv_cache, scratch = engine_memory(config, context, chunk, logits_rows, threads, kv, device, sequences)
+        kv_cache, scratch = engine_memory(config, context, chunk, device, **sizes)
         fixed = trunk_bytes + kv_cache + scratch + interpreter_bytes
         io_buffers = 0 if resident and mapped else read_bytes
         experts = all_experts_bytes if resident else max(0, min(ram_bytes - fixed - io_buffers, all_experts_bytes))
@@ -251,11 +249,11 @@ def make_plan(
             io_buffers_bytes=io_buffers,
             interpreter_bytes=interpreter_bytes,
             slot_bytes=slot_bytes,
-            slots=0 if resident else experts * config.expert_count // all_experts_bytes,
+            slots=0 if resident else _mean_slots(experts, config, all_experts_bytes),
             resident=resident,
             experts_bytes=experts,
             all_experts_bytes=all_experts_bytes,
-            floor_bytes=fixed + read_bytes + least_slots * slot_bytes,
+            floor_bytes=fixed + read_bytes + least_bytes,
             resident_bytes=fixed + all_experts_bytes + (0 if mapped else read_bytes),
             working_set_experts=working_set,
             working_set_bytes=round(working_set * all_experts_bytes / config.expert_count),
@@ -286,7 +284,7 @@ def make_plan(
     for chunk in chunks:
         candidate = plan(chunk, False)
         room = ram_bytes - candidate.total_bytes + candidate.experts_bytes + candidate.scratch_bytes
-        if candidate.experts_bytes >= least_slots * slot_bytes and candidate.scratch_bytes * SCRATCH_PART <= room:
+        if candidate.experts_bytes >= least_bytes and candidate.scratch_bytes * SCRATCH_PART <= room:
             return limited(candidate)
     return smallest
 
@@ -296,16 +294,15 @@ def with_cap(plan: Plan, config: ModelConfig, ram_bytes: int, interpreter_bytes:
 
     interpreter_bytes: what Python and all else in the process has by now, and may come to need. Raises BelowFloor.
     """
-    mapped = device == "cpu"
-    read_bytes = READERS * (READER_BYTES + (0 if mapped else plan.slot_bytes))
+    read_bytes = _read_bytes(plan.slot_bytes, mapped=device == "cpu")
     fixed = plan.trunk_bytes + plan.kv_cache_bytes + plan.scratch_bytes + interpreter_bytes
-    least = max(config.top_k_of(layer) for layer in config.moe_layers) * plan.slot_bytes
+    least_bytes = _least_slots(config) * plan.slot_bytes
     plan = replace(
         plan,
         ram_bytes=ram_bytes,
         interpreter_bytes=interpreter_bytes,
         resident_bytes=fixed + plan.all_experts_bytes + plan.io_buffers_bytes,
-        floor_bytes=fixed + min(read_bytes + least, plan.all_experts_bytes + plan.io_buffers_bytes),
+        floor_bytes=fixed + min(read_bytes + least_bytes, plan.all_experts_bytes + plan.io_buffers_bytes),
     )
     if plan.resident and ram_bytes >= plan.resident_bytes:
         return plan
@@ -317,9 +314,23 @@ def with_cap(plan: Plan, config: ModelConfig, ram_bytes: int, interpreter_bytes:
         io_buffers_bytes=read_bytes,
         resident=False,
         experts_bytes=experts,
-        slots=experts * config.expert_count // plan.all_experts_bytes,
+        slots=_mean_slots(experts, config, plan.all_experts_bytes),
         resident_bytes=fixed + plan.all_experts_bytes + read_bytes,
     )
+
+
+def _least_slots(config: ModelConfig) -> int:
+    """As many as a token uses in one layer."""
+    return max(config.top_k_of(layer) for layer in config.moe_layers)
+
+
+def _mean_slots(nbytes: int, config: ModelConfig, all_experts_bytes: int) -> int:
+    return nbytes * config.expert_count // all_experts_bytes
+
+
+def _read_bytes(slot_bytes: int, mapped: bool) -> int:
+    """Of the readers. A GPU gets records through a buffer of each, or may."""
+    return READERS * (READER_BYTES + (0 if mapped else slot_bytes))
 
 
 def refusal(plan: Plan) -> str:

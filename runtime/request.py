@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from .turns import Wanted
 AHEAD = 4  # threads that ask for a piece each find it there, and little is lost where nobody does
 
 
-class Options(TypedDict, total=False):
-    """What an answer is asked with beside its prompt and max_tokens; Runtime.generate() says what each means."""
+class Sampling(TypedDict, total=False):
+    """Sampler's options."""
 
     temperature: float
     top_p: float
@@ -30,27 +30,37 @@ class Options(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float] | None
     seed: int | None
-    stop: str | Sequence[str] | None
+
+
+class Templating(TypedDict, total=False):
+    """The chat template's options."""
+
     tools: Sequence[dict] | None
     documents: Sequence[dict] | None
     continue_final_message: bool | str
     chat_template_kwargs: Mapping[str, object] | None
+
+
+class Options(Sampling, Templating, total=False):
+    """What an answer is asked with beside its prompt and max_tokens; Runtime.generate() says what each means."""
+
+    stop: str | Sequence[str] | None
     prune: float | str | None
     timeout: float | None
     stop_event: threading.Event | None
     progress: Callable[[str, int, int], None] | None
 
 
-OPTIONS = tuple(Options.__annotations__)
-SAMPLING = OPTIONS[: OPTIONS.index("seed") + 1]  # Sampler's
-CHAT = OPTIONS[OPTIONS.index("tools") : OPTIONS.index("prune")]  # the chat template's
+def options_of(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of one kind."""
+    return {name: options[name] for name in kind.__annotations__ if name in options}
 
 
 def check_options(options: Mapping[str, object]) -> None:
     """Raise TypeError for an option that there is none of."""
     for name in options:
-        if name not in OPTIONS:
-            near = get_close_matches(name, OPTIONS, 1)
+        if name not in Options.__annotations__:
+            near = get_close_matches(name, Options.__annotations__, 1)
             hint = f"did you mean {near[0]!r}?" if near else "help(Runtime.generate) names them"
             raise TypeError(f"there is no option {name!r}; {hint}")
 

@@ -6,7 +6,6 @@ which allocates everything. Nothing grows afterwards but the caller's own result
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from .. import _core
 from ..devices.probe import default_threads, usable_processors
-from .answer import Account, Generation
+from .answer import Account, Generation, whole_of
 from .answer_text import AnswerText
 from .bundle import Bundle
 from .device import begin_device
@@ -29,7 +28,7 @@ from .process import (
 )
 from .prompt import Prompt, prompt_ids
 from .pruning import PruneRule, prune_rule, read_mask_routers
-from .request import CHAT, SAMPLING, Options, Request, check_options, stop_strings
+from .request import Options, Request, Sampling, Templating, check_options, options_of, stop_strings
 from .sampling import Sampler, whole_number
 from .session import ALL, LAST, NOTHING, Session
 from .tokenizer import ENCODING_ROOM, tokenizer_of
@@ -60,9 +59,10 @@ class Runtime:
     Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
     cap below the floor, naming the floor.
 
-    May be used by any number of threads: one step is computed at a time, and calls wait for one another. A stream is
-    one call until it is exhausted, closed, cancelled or not read for a tenth of a second while others wait. It belongs
-    to no thread. A forked child cannot use the Runtime of its parent.
+    May be used by any number of threads: one step is computed at a time. With one sequence calls wait for one another,
+    with several so many of them share steps. A stream is one call until it is exhausted, closed, cancelled or not read
+    for a tenth of a second while others wait. It belongs to no thread. A forked child cannot use the Runtime of its
+    parent.
     """
 
     def __init__(
@@ -233,12 +233,7 @@ class Runtime:
         Raises ValueError for an empty prompt or one longer than the context, ValueError or TypeError for an option that
         is not valid, and TypeError for one that there is none of.
         """
-        texts: list[str] = []
-        tokens: list[int] = []
-        for piece in self.stream(prompt, max_tokens, **options):
-            texts.append(piece.text)
-            tokens += piece.tokens
-        return replace(piece, text="".join(texts), tokens=tokens)
+        return whole_of(self.stream(prompt, max_tokens, **options))
 
     def stream(self, prompt: Prompt, max_tokens: int | None = 256, **options: "Unpack[Options]") -> Stream[Generation]:
         """generate() in pieces of text as they come. The stream's cancel() ends the answer, too."""
@@ -279,16 +274,10 @@ class Runtime:
             for request in asked:
                 request.ahead = self.plan.context
                 self._session.join(request)
-            return [self._whole(request) for request in asked]
+            return [whole_of(self._pieces_together(request)) for request in asked]
         finally:
             for request in asked:
                 self._session.leave(request)
-
-    def _whole(self, request: Request) -> Generation:
-        texts: list[str] = []
-        for piece in self._pieces_together(request):
-            texts.append(piece.text)
-        return replace(piece, text="".join(texts), tokens=request.tokens)
 
     def _joined(self, request: Request) -> Iterator[Generation]:
         self._session.join(request)
@@ -313,9 +302,8 @@ class Runtime:
         stops = stop_strings(options.get("stop"))
         if stops and self.tokenizer is None:
             raise ValueError(f"{self.bundle.path}: this bundle has no tokenizer; stop strings need one")
-        ids = self._prompt_ids(prompt, **{name: options[name] for name in CHAT if name in options})
-        sampling = {name: options[name] for name in SAMPLING if name in options}
-        sampler = Sampler(**sampling, prompt=ids, vocab=self.config.vocab)
+        ids = self._prompt_ids(prompt, **options_of(Templating, options))
+        sampler = Sampler(**options_of(Sampling, options), prompt=ids, vocab=self.config.vocab)
         return Request(
             ids,
             max_tokens or self.plan.context,

@@ -38,18 +38,19 @@ class Sequences:
     def of(self, call: object) -> Sequence | None:
         return next((one for one in self.all if one.call is call), None)
 
-    def take(self, call: object, ids: list[int], rule: PruneRule) -> Sequence:
+    def take(self, call: object, shared: list[int]) -> Sequence:
         """The sequence that the call has; else one for it, which is its own from now on.
 
-        Of those that no call has, the one that holds most of the ids already, or the one used least recently; where
-        each has a call, the one used least recently. Its call has to begin anew then.
+        shared: how much of the call's tokens each holds already. Of those that no call has, the one that holds most, or
+        the one used least recently; where each has a call, the one used least recently. Its call has to begin anew
+        then.
         """
         with self._lock:
             found = self.of(call)
-            if found is None:
-                free = [one for one in self.all if one.call is None] or self.all
-                shared = {one.number: one.shares(ids, rule) if one.call is None else 0 for one in free}
+            if found is None and (free := [one for one in self.all if one.call is None]):
                 found = max(free, key=lambda one: (shared[one.number], -one.used))
+            elif found is None:
+                found = min(self.all, key=lambda one: one.used)
             self._taken += 1
             found.call, found.used = call, self._taken
             return found
@@ -59,9 +60,3 @@ class Sequences:
         with self._lock:
             if (found := self.of(call)) is not None:
                 found.call = None
-
-    def most_shared(self, ids: list[int], rule: PruneRule) -> tuple[Sequence, int]:
-        """The sequence, whoever has it, that holds most of the first ids, and how many."""
-        shared = [one.shares(ids, rule) for one in self.all]
-        best = max(range(len(shared)), key=shared.__getitem__)
-        return self.all[best], shared[best]

@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]  # a step's name, how much of it is d
 
 
 class Session:
-    """Of a Runtime, which it does not keep alive."""
+    """The steps of one Runtime, which it does not keep alive."""
 
     def __init__(self, runtime: "Runtime") -> None:
         self._runtime = weakref.ref(runtime)
@@ -85,17 +85,17 @@ class Session:
             logits = self.step(sequence, part, LAST if number == len(parts) else NOTHING, unwanted)
         if progress:
             progress("prompt", len(whole), len(whole))
-        sequence.call = call
         return logits[-1], len(whole) - shared, time.perf_counter() - began
 
     def begin(self, call: object, whole: list[int], rule: PruneRule) -> Sequence:
         """The call's sequence, which holds as many of the first tokens as it can, all but one at the most."""
-        sequence = self.sequences.take(call, whole, rule)
-        self.rewind(sequence, min(sequence.shares(whole, rule), len(whole) - 1))
-        other, shared = self.sequences.most_shared(whole[:-1], rule)
-        if shared >= len(sequence.tokens) + COPIED:
-            self.engine.copy_positions(other.number, sequence.number, shared)
-            sequence.tokens[:] = whole[:shared]
+        shared = [one.shares(whole[:-1], rule) for one in self.sequences.all]
+        sequence = self.sequences.take(call, shared)
+        self.rewind(sequence, shared[sequence.number])
+        other = max(self.sequences.all, key=lambda one: shared[one.number])
+        if shared[other.number] >= len(sequence.tokens) + COPIED:
+            self.engine.copy_positions(other.number, sequence.number, shared[other.number])
+            sequence.tokens[:] = whole[: shared[other.number]]
         self.engine.set_prune(rule.rule, list(rule.threshold), rule.price, rule.protect, sequence=sequence.number)
         sequence.rule, sequence.call = rule, call
         return sequence

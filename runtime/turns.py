@@ -1,10 +1,10 @@
 """Whose turn it is to compute, and the stream that a caller holds.
 
-The engine computes one step at a time, and the KV cache holds one sequence. A call takes a turn for each of its steps
-and keeps the KV cache between them, so others wait. It is the call that has the turn, not a thread: the steps of one
-stream may be asked for by any thread, as the thread pool of a web server does. A call that asks for nothing for a
-while (PATIENCE_S), because its stream was abandoned or its reader is slow, gives way to those that wait. When it comes
-back, what the KV cache lost is computed again, which costs time and changes no bit of the result.
+The engine computes one step at a time. A call takes a turn for each of its steps and keeps its place between them, so
+others wait; answers that are computed together take turns as one call. It is the call that has the turn, not a thread:
+the steps of one stream may be asked for by any thread, as the thread pool of a web server does. A call that asks for
+nothing for a while (PATIENCE_S), because its stream was abandoned or its reader is slow, gives way to those that wait.
+When it comes back, what its KV cache lost is computed again, which costs time and changes no bit of the result.
 """
 
 import threading
@@ -98,7 +98,9 @@ class Turns:
 
     def _raise_if_inside(self) -> None:
         if self._thread == threading.get_ident():
-            raise RuntimeError("this thread is computing a step of this Runtime, and would wait for itself")
+            raise RuntimeError(
+                "this thread is computing a step of this Runtime, and would wait for itself; call from another thread"
+            )
 
     def _free_for(self, call: object) -> bool:
         kept = self._kept_by not in (None, call) and time.monotonic() < self._kept_until

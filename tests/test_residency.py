@@ -149,6 +149,16 @@ def test_memory_cannot_change_under_whoever_uses_it(stored):
     client.resize(4 * LARGEST)
 
 
+def test_memory_that_cannot_be_had_is_refused_and_as_much_is_there_as_before(stored):
+    client = residency(stored, 8 * LARGEST)
+    take(client, 3), client.release(3)
+    with pytest.raises(MemoryError, match="more memory for experts: .*; ask for a lower cap"):
+        client.resize(10**12)
+    assert client.counters["bytes"] == 8 * LARGEST
+    client.read_ahead(np.arange(5, dtype=np.int32))
+    np.testing.assert_array_equal(take(client, 3), stored[2][3])
+
+
 def test_memory_of_any_size_in_turn_serves_records_of_any_size(stored):
     random, client = np.random.default_rng(7), residency(stored, 8 * LARGEST)
     for _ in range(400):

@@ -13,7 +13,6 @@ from pathlib import Path
 from .conversation import Conversation, Turn
 from .line_input import LineInput, MessageTooLong
 from .report import size, statistics_text
-from .runtime.plan import BelowFloor
 from .runtime.prompt import PromptTooLong
 from .runtime.runtime import Generation, Runtime
 from .terminal import AnswerWriter, PromptProgress, opens_thinking, printable, show
@@ -181,7 +180,7 @@ class Chat:
         if given:
             try:
                 self.runtime.set_ram(given)
-            except (BelowFloor, ValueError) as error:
+            except (MemoryError, ValueError) as error:  # BelowFloor is one
                 return _say(str(error))
         plan = self.runtime.plan
         share = min(plan.experts_bytes / plan.all_experts_bytes, 1)

@@ -81,17 +81,10 @@ scores_kernel(const float* q, Heads heads, LayerCache cache, Span span, float* s
   const size_t key =
       size_t(queries.kv_head) * cache.positions * n + size_t(at / kKeyBlock) * n * kKeyBlock + at % kKeyBlock;
   float sums[Most] = {};
-  auto add = [&](int d, float value) {
+  each_value<Ahead>(cache.keys, cache.half, key, kKeyBlock, n, [&](int d, float value) {
     EDGE_MOE_UNROLL
     for (int query = 0; query < Most; ++query) sums[query] = fmaf(values[d * Most + query], value, sums[query]);
-  };
-  int d = 0;
-  for (Raw<Ahead> some; d + Ahead <= n; d += Ahead) {
-    some.load(cache.keys, cache.half, key + size_t(d) * kKeyBlock, kKeyBlock);
-    EDGE_MOE_UNROLL
-    for (int i = 0; i < Ahead; ++i) add(d + i, some.as_float(i));
-  }
-  for (; d < n; ++d) add(d, get(cache.keys, cache.half, key + size_t(d) * kKeyBlock));
+  });
   EDGE_MOE_UNROLL
   for (int query = 0; query < Most; ++query)
     if (queries.has(query))

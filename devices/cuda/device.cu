@@ -47,9 +47,12 @@ Properties open() {
 }
 
 int multiprocessors() {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "ask for the GPU's properties");
-  return count;
+  static const int found = [] {  // asked for by every launch of a product
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "ask for the GPU's properties");
+    return count;
+  }();
+  return found;
 }
 
 void* allocate(size_t bytes) {

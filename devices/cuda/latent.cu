@@ -85,17 +85,13 @@ latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache
   for (int step = 0; step < kPositions; step += kHalves) {
     const int at = begin + step + int(threadIdx.x) / kLanes, from = at < end ? at : end - 1;
     float sums[kHeadsAtOnce] = {};
-    auto add = [&](int i, float value) {
-      EDGE_MOE_UNROLL
-      for (int head = 0; head < kHeadsAtOnce; ++head) sums[head] = fmaf(value, queries[head * cols + i], sums[head]);
-    };
-    int i = lane;
-    for (Raw<kAhead> some; i + (kAhead - 1) * kLanes < cols; i += kAhead * kLanes) {
-      some.load(cache.latents, cache.half, size_t(from) * cols + i, kLanes);
-      EDGE_MOE_UNROLL
-      for (int j = 0; j < kAhead; ++j) add(i + j * kLanes, some.as_float(j));
-    }
-    for (; i < cols; i += kLanes) add(i, get(cache.latents, cache.half, size_t(from) * cols + i));
+    const int count_of_lane = (cols - lane + kLanes - 1) / kLanes;
+    each_value<kAhead>(cache.latents, cache.half, size_t(from) * cols + lane, kLanes, count_of_lane,
+                       [&](int i, float value) {
+                         EDGE_MOE_UNROLL
+                         for (int head = 0; head < kHeadsAtOnce; ++head)
+                           sums[head] = fmaf(value, queries[head * cols + lane + i * kLanes], sums[head]);
+                       });
     EDGE_MOE_UNROLL
     for (int head = 0; head < kHeadsAtOnce; ++head) {
       const float sum = fold_lanes(sums[head]);
@@ -116,18 +112,11 @@ mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span
   for (int from = 0, to; from < end; from = to) {
     to = end_of_piece(from, end);
     float sums[kHeadsAtOnce] = {};
-    auto add = [&](int at, float value) {
+    each_value<kAhead>(cache.latents, cache.half, size_t(from) * cols + i, cols, to - from, [&](int j, float value) {
       EDGE_MOE_UNROLL
       for (int head = 0; head < kHeadsAtOnce; ++head)
-        sums[head] = sums[head] + (head < count ? weights[(row + head) * cache.positions + at] : 0.0f) * value;
-    };
-    int at = from;
-    for (Raw<kAhead> some; at + kAhead <= to; at += kAhead) {
-      some.load(cache.latents, cache.half, size_t(at) * cols + i, cols);
-      EDGE_MOE_UNROLL
-      for (int j = 0; j < kAhead; ++j) add(at + j, some.as_float(j));
-    }
-    for (; at < to; ++at) add(at, get(cache.latents, cache.half, size_t(at) * cols + i));
+        sums[head] = sums[head] + (head < count ? weights[(row + head) * cache.positions + from + j] : 0.0f) * value;
+    });
     EDGE_MOE_UNROLL
     for (int head = 0; head < kHeadsAtOnce; ++head) {
       if (head >= count) continue;

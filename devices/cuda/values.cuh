@@ -58,6 +58,19 @@ struct Raw {
   }
 };
 
+// add(i, value) of `count` values, in this order, `Ahead` of them on their way at a time.
+template <int Ahead, typename Add>
+__device__ __forceinline__ void each_value(const void* from, bool half, size_t at, size_t step, int count,
+                                           const Add& add) {
+  int i = 0;
+  for (Raw<Ahead> some; i + Ahead <= count; i += Ahead) {
+    some.load(from, half, at + size_t(i) * step, step);
+    EDGE_MOE_UNROLL
+    for (int j = 0; j < Ahead; ++j) add(i + j, some.as_float(j));
+  }
+  for (; i < count; ++i) add(i, get(from, half, at + size_t(i) * step));
+}
+
 // One past the last position that token `token` of a span sees.
 __device__ __forceinline__ int end_of(const Span& span, int token) { return *span.position + span.first + token + 1; }
 

@@ -359,7 +359,7 @@ void bind_engine(nb::module_& m) {
             engine.resize_slots(bytes);
           },
           nb::arg("bytes"),
-          "Memory for experts of so many bytes from now on, between two calls of forward(); what is given up is the\n"
+          "Memory for experts of so many bytes from now on, between two steps; what is given up is the\n"
           "system's on return, and mapped records are read into slots from now on. It changes no result.")
       .def_prop_ro("kernels", [](const BoundEngine& self) { return self->device().name(); })
       .def_prop_ro(
@@ -378,7 +378,7 @@ void bind_engine(nb::module_& m) {
           "good). kind: \"error\", with the errno `value` (EIO); \"end\", as at the end of the file; \"short\", at "
           "most\n"
           "`value` bytes at once (4096); \"flip\", a bit of byte `value`; \"slow\", `value` bytes a second (50 MB). A\n"
-          "read is one pread. Several calls add up. May be called from any thread during forward().")
+          "read is one pread. Several calls add up. May be called from any thread during a step.")
       .def(
           "clear_faults", [](BoundEngine& self) { self->store().clear_faults(); },
           "Undo inject(); reads that are being slowed down go on at once.")

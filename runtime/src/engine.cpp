@@ -204,8 +204,9 @@ void Engine::copy_positions(int from, int to, int positions) {
 // Pins an expert of a layer, which is used by as many tokens as it has pairs; false where too much is pinned.
 bool Engine::acquire(const Step& step, int first_record, int e) {
   const int first = r_.first_pair[e], record = first_record + e;
-  const bool hit = residency_.holds(record);
-  if (residency_.acquire(record, r_.first_pair[e + 1] - first) == Residency::Acquired::kNoSlot) return false;
+  const Residency::Acquired acquired = residency_.acquire(record, r_.first_pair[e + 1] - first);
+  if (acquired == Residency::Acquired::kNoSlot) return false;
+  const bool hit = acquired == Residency::Acquired::kHit;
   SequenceStats& stats = sequence_of(step, r_.pair_token[first]).stats;
   ++(hit ? stats.expert_hits : stats.expert_misses);
   if (!hit) stats.bytes_read += store_.records()[record].padded;

@@ -46,8 +46,8 @@ struct EngineConfig {
   int sequences = 1;       // that there is a KV cache for
   int context = 0;         // positions in each
   bool half_cache = true;  // keys and values, or latents, in half precision, else floats
-  int chunk = 0;           // most tokens of one forward()
-  int logits_rows = 1;     // most rows of logits of one forward()
+  int chunk = 0;           // most tokens of one step()
+  int logits_rows = 1;     // most rows of logits of one step()
   int threads = 1;
   bool spin = true;  // threads that have nothing to do spin for some microseconds before they sleep
 

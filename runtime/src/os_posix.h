@@ -133,12 +133,14 @@ Arena& Arena::operator=(Arena&& other) noexcept {
   return *this;
 }
 
+static constexpr const char* kLowerCap = "ask for a lower cap";
+
 void Arena::resize(size_t bytes) {
   const size_t before = whole_pages(bytes_), now = whole_pages(bytes);
-  if (now > room_) throw SystemError("more memory for experts", ENOMEM);
+  if (now > room_) throw SystemError("more memory for experts", ENOMEM, kLowerCap);
   if (now < before && reserve(data_ + now, before - now) == MAP_FAILED) throw SystemError("give memory back", errno);
   if (now > before && mprotect(data_ + before, now - before, PROT_READ | PROT_WRITE) != 0)
-    throw SystemError("more memory for experts", errno);
+    throw SystemError("more memory for experts", errno, kLowerCap);
   bytes_ = bytes;
   add_place(data_, bytes_);
 }

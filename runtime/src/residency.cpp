@@ -21,32 +21,34 @@ Residency::Residency(ExpertStore& store, const Device& device, size_t bytes, int
       worths_(frequencies(store.records()), half_life),
       slots_(store.records().size(), store.smallest_record()) {
   for (const Record& record : store.records()) all_bytes_ += record.padded;
-  if (!store.mapped()) take_memory(bytes);
+  if (!store.mapped()) take_memory(checked(bytes));
 }
 
 Residency::~Residency() = default;
 
-// Memory and readers, of which there were none.
-void Residency::take_memory(size_t bytes) {
+// In whole blocks.
+size_t Residency::checked(size_t bytes) const {
   bytes = bytes / kSmallAlignment * kSmallAlignment;
   if (bytes < store_.largest_record()) throw std::invalid_argument("the slots must hold the largest record");
+  return bytes;
+}
+
+// Memory and readers, where there is no memory.
+void Residency::take_memory(size_t bytes) {
+  if (!readers_) readers_ = std::make_unique<Readers>(reader_count_, static_cast<ReadClient&>(*this));
   memory_ = device_.memory(bytes, std::max(bytes, all_bytes_), reader_count_, store_.largest_record(), true);
   holds_all_ = bytes >= all_bytes_;
   end_slots(bytes);
-  readers_ = std::make_unique<Readers>(reader_count_, static_cast<ReadClient&>(*this));
 }
 
 void Residency::resize(size_t bytes) {
   std::unique_lock lock(mutex_);
-  bytes = bytes / kSmallAlignment * kSmallAlignment;
-  if (bytes < store_.largest_record()) throw std::invalid_argument("the slots must hold the largest record");
-  if (in_epoch_) throw std::logic_error("an epoch is open");
-  if (store_.mapped()) {
-    store_.unmap();
-    return take_memory(bytes);
-  }
+  bytes = checked(bytes);
+  if (in_epoch_) throw std::logic_error("an epoch is open; end it first");
+  if (store_.mapped()) store_.unmap();
+  if (!memory_) return take_memory(bytes);
   for (const Load& load : loads_)
-    if (load.wanted) throw std::logic_error("a record is in use");
+    if (load.wanted) throw std::logic_error("a record is in use; release it first");
   resizing_ = true;  // nothing is read ahead meanwhile
   landed_.wait(lock, [this] { return loading_ == 0; });
   try {
@@ -75,12 +77,15 @@ Residency::Acquired Residency::acquire(int record, int uses) {
     return Acquired::kHit;
   }
   int slot = slots_.of(record);
-  if (slot >= 0) {
+  const bool hit = slot >= 0;
+  if (hit) {
     Load& load = loads_[slot];
     ++stats_.hits;
     stats_.read_ahead_used += std::exchange(load.ahead, false);
     if (load.wanted == 0) load.left = load.state == State::kLoading;
   } else {
+    if (slots_.bytes() < store_.largest_record())
+      throw SystemError("there is no memory for experts", ENOMEM, "lower the cap, or load the bundle again");
     const std::optional<Read> read = begin(record);
     if (!read) return Acquired::kNoSlot;
     ++stats_.misses;
@@ -91,12 +96,11 @@ Residency::Acquired Residency::acquire(int record, int uses) {
   slots_.pin(slot);
   worths_.use(record, uses);
   slots_.set_worth(slot, worths_.of(record));
-  return loads_[slot].state == State::kReady ? Acquired::kHit : Acquired::kLoading;
+  return hit ? Acquired::kHit : Acquired::kMiss;
 }
 
-// A slot for a record whose read begins, which pins it; none where too much is pinned.
+// A slot for a record whose read begins, which pins it; none where too much is pinned. Does not throw.
 std::optional<Read> Residency::begin(int record) {
-  if (slots_.bytes() < store_.largest_record()) throw SystemError("there is no memory for experts", ENOMEM);
   const size_t bytes = store_.records()[record].padded;
   const int slot = slots_.place(record, bytes, worths_.of(record));
   if (slot < 0) return {};

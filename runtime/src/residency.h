@@ -36,9 +36,9 @@ class Residency final : ReadClient {
   ~Residency();
   Residency(const Residency&) = delete;
 
-  enum class Acquired { kHit, kLoading, kNoSlot };
+  enum class Acquired { kHit, kMiss, kNoSlot };
 
-  // Pin a record, starting its read if it is not in memory; kNoSlot when too much is pinned.
+  // Pin a record, starting its read if it is neither in memory nor on its way; kNoSlot when too much is pinned.
   Acquired acquire(int record, int uses = 1);  // uses: that this is, by as many tokens
 
   // Records that may be asked for soon, most likely first, instead of those named before. A reader with nothing else to
@@ -91,6 +91,7 @@ class Residency final : ReadClient {
   void fill(int reader, const Read& read) override;
   bool ended(const Read& read, std::exception_ptr error) override;
   std::optional<Read> begin(int record);
+  size_t checked(size_t bytes) const;
   void take_memory(size_t bytes);
   void end_slots(size_t bytes);
 

@@ -30,17 +30,20 @@ void Slots::resize(size_t bytes) {
     }
   }
   bytes_ = bytes;
-  for (int end = last(); slots_[end].offset + slots_[end].bytes > bytes; end = last()) {
+  int end = last();
+  while (slots_[end].offset + slots_[end].bytes > bytes) {
     if (slots_[end].pins) throw std::logic_error("a slot that is pinned cannot be taken away");
     vacate(end);
     if (slots_[end].offset >= bytes && end != 0) {
-      slots_[slots_[end].previous].next = -1;
+      const int before = slots_[end].previous;
+      slots_[before].next = -1;
       erase(end);
+      end = before;
     } else {
       slots_[end].bytes = bytes - slots_[end].offset;
     }
   }
-  const int end = last(), before = slots_[end].previous;
+  const int before = slots_[end].previous;
   if (before >= 0 && slots_[end].record < 0 && slots_[before].record < 0) absorb_next(before);
 }
 
