@@ -140,7 +140,7 @@ def _needs(path: str | Path, total: int, context: int) -> tuple[int, int]:
 
 
 def _vocab(path: str | Path) -> int:
-    from ..runtime.config import load_config
+    from ..runtime.config_file import load_config
 
     return load_config(path).vocab
 
@@ -149,7 +149,10 @@ def checkpoint_bytes(config: ModelConfig, context: int) -> tuple[int, int]:
     """(least, with every tensor kept) of the reference forward pass over a window of `context` tokens."""
     sizes = {name: int(np.prod(shape)) for name, shape in trunk_shapes(config).items()}
     expert = config.expert_weights
-    heads = config.heads * (config.head_dim + 3 * context) + 4 * (config.heads + config.kv_heads) * config.head_dim
+    heads = max(
+        its.heads * (its.head_dim + 3 * context) + 4 * (its.heads + its.kv_heads) * its.head_dim
+        for its in {layer.attention for layer in config.layers}
+    )
     rows = 4 * context * (8 * config.dim + 2 * config.vocab + heads + 4 * config.top_k * config.dim)
     least = _core.resident_bytes() + SPARE_BYTES + 10 * max(*sizes.values(), expert) + 4 * expert + rows
     return least, least + 4 * (sum(sizes.values()) + expert * config.expert_count)
@@ -185,7 +188,7 @@ def _opened(model: str, ram: int, context: int, threads: int | None):
 
         runtime = Runtime(model, ram, context, threads=threads, logits_rows=LOGITS_ROWS, prune="off")
         return runtime.config.vocab, lambda ids: (np.ascontiguousarray(b) for b in runtime.logits_blocks(ids))
-    from ..runtime.config import load_config
+    from ..runtime.config_file import load_config
     from .evaluate import checkpoint_logits
 
     least, _ = checkpoint_bytes(load_config(model), context)

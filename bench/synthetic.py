@@ -18,7 +18,8 @@ from ..compressor.rounding.quantise import largest_group, to_bfloat16, trunk_pac
 from ..compressor.writing.writer import BundleWriter, Packing, Quantised
 from ..runtime.bundle import Bundle
 from ..runtime.child import answer, call
-from ..runtime.config import parse_config, read_json, trunk_shapes
+from ..runtime.config import trunk_shapes
+from ..runtime.config_file import parse_config, read_json
 
 GROUP = 64
 

@@ -16,7 +16,8 @@ from threadpoolctl import threadpool_limits
 from .. import __version__, _core
 from ..devices.probe import default_threads
 from ..runtime.bundle import Bundle
-from ..runtime.config import ModelConfig, read_json, trunk_shapes
+from ..runtime.config import ModelConfig, trunk_shapes
+from ..runtime.config_file import read_json
 from ..runtime.tokenizer import tokenizer_of
 from .certificate import certify
 from .choosing import allocate, choose, targets, trunk
@@ -268,7 +269,7 @@ class Compression:
             self.keep,
             {kind: trunk.ProbedTrunk(self.checkpoint, config, kind) for kind in kinds},
         )
-        measures, total = [], config.layers * config.experts
+        measures, total = [], config.layer_count * config.experts
         while j.has(f"measure-{len(measures):04}.npz"):
             measures.append(load_measure(j.path(f"measure-{len(measures):04}.npz")))
         if j.has("gain.json"):
@@ -280,7 +281,7 @@ class Compression:
             pass_.go_on({form: self.load_stream(f"{name}.{form}", rows, crc) for form, (rows, crc) in saved})
         else:
             pass_.start()
-        for layer in range(len(measures), config.layers):
+        for layer in range(len(measures), config.layer_count):
             measures.append(
                 pass_.layer(layer, lambda e, layer=layer: self.tell("measure", layer * config.experts + e, total))
             )
@@ -325,9 +326,13 @@ class Compression:
         """Of each layer, once experts were dropped."""
         if not self.journal.has("top_k.json"):
             found = adjust_top_k(
-                config, self.checkpoint, self.calibration.ids, self.new_stream,
-                self.memory.workers(self.threads)[0], lambda layer: self.tell("adjust top_k", layer, config.layers),
-            )  # fmt: skip
+                config,
+                self.checkpoint,
+                self.calibration.ids,
+                self.new_stream,
+                self.memory.workers(self.threads)[0],
+                lambda layer: self.tell("adjust top_k", layer, config.layer_count),
+            )
             self.journal.write("top_k.json", found)
         return tuple(self.journal.read("top_k.json"))
 
@@ -368,8 +373,8 @@ class Compression:
                     track.changed = state["changed"][track.name]
             else:
                 rounding.start()
-            total = config.layers * self.checkpoint.config.experts
-            for layer in range(done, config.layers):
+            total = config.layer_count * self.checkpoint.config.experts
+            for layer in range(done, config.layer_count):
                 at = layer * self.checkpoint.config.experts
                 rounding.layer(layer, lambda e, at=at: self.tell("round", at + e, total))
                 name = f"round-{layer:04}"

@@ -26,7 +26,8 @@ import numpy as np
 
 from .. import _core
 from .bundle_table import LISTED, REMEDY, TABLE_FILE, Reader, is_number, read_table
-from .config import ModelConfig, load_config, parse_config, read_json, trunk_shapes
+from .config import ModelConfig, trunk_shapes
+from .config_file import load_config, parse_config, read_json
 from .files import pieces, real_path
 from .model_path import check_quantised, find_model, raise_if_other_format
 from .pruning import MASK_FILE, Pruning, read_mask_routers, read_pruning
@@ -256,7 +257,7 @@ def _without_dropped(config: ModelConfig, table: dict, read: Reader) -> ModelCon
         return dict(zip(layers, values, strict=True))
 
     if read.get(table, "dropped", list):
-        kept = [()] * config.layers
+        kept = [()] * config.layer_count
         for layer, numbers in by_layer("dropped").items():
             whole = isinstance(numbers, list) and all(type(number) is int for number in numbers)
             if not whole or numbers != sorted(everything.intersection(numbers)):
@@ -268,7 +269,7 @@ def _without_dropped(config: ModelConfig, table: dict, read: Reader) -> ModelCon
         config = replace(config, kept=tuple(kept))
     if table.get("top_k") is not None:
         top_k = by_layer("top_k")
-        config = replace(config, layer_top_k=tuple(top_k.get(layer, 0) for layer in range(config.layers)))
+        config = replace(config, layer_top_k=tuple(top_k.get(layer, 0) for layer in range(config.layer_count)))
     for layer in layers:
         top_k, left = config.top_k_of(layer), config.experts_of(layer)
         if type(top_k) is not int or not 1 <= top_k <= min(config.top_k, left):

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from .. import _core
 from ..devices.probe import cgroup_limit_bytes, memory_limit_bytes
 from .config import ModelConfig
+from .layers.attention import Attention
+from .layers.latent import LatentAttention
 from .plan_table import plan_text
-from .rope import rope_frequency, rope_scale, softmax_scale
+from .sampling import whole_number
 
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best first
 READERS = 4  # threads that fetch records: reads of 128 KiB to 2 MB with 8 or 16 were no faster (0.96 to 1.04 times)
@@ -20,6 +22,7 @@ TOKEN_BYTES = 64  # that Python takes for each token in the context: an int, and
 LOGIT_BYTES = 64  # that sampling or scoring may hold for each logit of a step: float64 copies, an order, a sum
 KV_TYPES = ("float16", "float32")  # that the KV cache is kept in
 SCRATCH_PART = 8  # when paging, a step's scratch takes at most one part in so many of what slots could have
+MOST_SEQUENCES = 256
 AUTO_SHARE = 0.8  # of free memory that ram="auto" takes
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -131,6 +134,12 @@ def parse_bytes(size: int | float | str) -> int:
     return value
 
 
+def check_sequences(sequences: int) -> None:
+    """Raise TypeError or ValueError for a number of sequences that no Runtime has."""
+    if not 1 <= whole_number("sequences", sequences) <= MOST_SEQUENCES:
+        raise ValueError(f"sequences is {sequences}, expected 1 to {MOST_SEQUENCES}")
+
+
 def resolve_ram(ram: int | float | str) -> int:
     """The cap in bytes: as given, or a share of what is free now within the cgroup's limit.
 
@@ -162,32 +171,50 @@ def engine_config(
     """The core's form of a model's configuration and one run's sizes."""
     if kv not in KV_TYPES:
         raise ValueError(f"kv is {kv!r}, expected one of {', '.join(KV_TYPES)}")
-    c, latent, router = _core.EngineConfig(), config.latent, config.router
+    c, router = _core.EngineConfig(), config.router
     for name in (
-        *("layers", "dim", "vocab", "heads", "kv_heads", "head_dim", "rope_dim", "expert_hidden"),
-        *("norm_eps", "qkv_clip", "sliding_window", "shared_hidden", "dense_hidden"),
+        *("dim", "vocab", "expert_hidden", "norm_eps", "shared_hidden", "dense_hidden"),
+        *("embedding_scale", "residual_scale", "logits_scale", "routing_scale"),
     ):
         setattr(c, name, getattr(config, name))
-    if latent:
-        c.q_rank, c.kv_rank, c.v_dim = latent.q_rank, latent.kv_rank, latent.v_dim
-        c.latent_norm_eps, c.rope_interleaved = latent.norm_eps, latent.interleaved
-    else:
-        c.v_dim = config.head_dim
-    c.rope_frequency = rope_frequency(config).tolist()
-    c.rope_scale, c.softmax_scale = rope_scale(config), softmax_scale(config)
+    kinds = list(dict.fromkeys(layer.attention for layer in config.layers))
+    c.layers, c.attention_of = config.layer_count, [kinds.index(layer.attention) for layer in config.layers]
+    c.attentions = [attention_config(kind, context) for kind in kinds]
     c.activation = {"silu": 0, "gelu_tanh": 1}[config.activation]
-    c.qk_norm_full = config.qk_norm == "full"
-    c.experts = [config.experts_of(layer) for layer in range(config.layers)]
-    c.top_k = [config.top_k_of(layer) for layer in range(config.layers)]
+    c.experts = [config.experts_of(layer) for layer in range(config.layer_count)]
+    c.top_k = [config.top_k_of(layer) for layer in range(config.layer_count)]
     c.sigmoid_score = {"softmax": False, "sigmoid": True}[router.score]
     c.group_top2sum = {"max": False, "top2sum": True}[router.group_score]
-    c.renormalise, c.router_scale = router.renormalise, router.scale
+    c.renormalise = router.renormalise
     c.groups, c.top_groups = router.groups, router.top_groups
     if router.groups > 1:
-        c.expert_groups = [config.groups_of(layer) for layer in range(config.layers)]
+        c.expert_groups = [config.groups_of(layer) for layer in range(config.layer_count)]
     c.context, c.chunk, c.logits_rows, c.threads = context, chunk, logits_rows, threads
     c.half_cache, c.sequences = kv == "float16", sequences
     return c
+
+
+def attention_config(attention: Attention | LatentAttention, context: int) -> _core.AttentionConfig:
+    """The core's form of one kind of attention, over `context` positions."""
+    a, rope = _core.AttentionConfig(), attention.rope
+    a.heads, a.kv_heads, a.head_dim, a.v_dim = (
+        attention.heads,
+        attention.kv_heads,
+        attention.head_dim,
+        attention.value_dim,
+    )
+    a.rope_dim, a.rope_frequency, a.rope_scale = rope.dim, rope.frequency().tolist(), rope.scale
+    a.rope_interleaved, a.softmax_scale = rope.interleaved, attention.softmax_scale
+    a.sliding_window = attention.window
+    if isinstance(attention, LatentAttention):
+        a.q_rank, a.kv_rank, a.latent_norm_eps = attention.q_rank, attention.kv_rank, attention.norm_eps
+        if attention.query_growth:
+            a.query_context = attention.query_context
+            a.query_scales = attention.query_scales(context)[:: a.query_context].tolist()
+    else:
+        a.qk_norm_full, a.norm_after_rope = attention.qk_norm == "full", attention.norm_after_rope
+        a.qkv_clip = attention.clip
+    return a
 
 
 def engine_memory(

@@ -93,7 +93,7 @@ class Pruning:
         if name in LEARNED:
             return PruneRule(name, price=float(settings[0]))
         threshold = dict(zip(self.config.moe_layers, settings.tolist(), strict=True))
-        by_layer = tuple(threshold.get(layer, 0.0) for layer in range(self.config.layers))
+        by_layer = tuple(threshold.get(layer, 0.0) for layer in range(self.config.layer_count))
         return PruneRule(RULES[name], by_layer, protect=curve.protect)
 
     def _asked_for(self, prune: float | str) -> tuple[str, float | None]:
@@ -197,7 +197,10 @@ def read_mask_routers(path: Path, pruning: Pruning | None, table: dict) -> dict[
     data = read_bounded(file, most, REMEDY)
     if f"{_core.crc32c(data, 0):08x}" != entry["crc32c"]:
         raise ValueError(f"{file}: does not match its checksum; {REMEDY}")
-    stored, found = read_header(file, REMEDY, most), {name: [np.zeros(0, np.float32)] * config.layers for name in rules}
+    stored, found = (
+        read_header(file, REMEDY, most),
+        {name: [np.zeros(0, np.float32)] * config.layer_count for name in rules},
+    )
     for rule, layers in found.items():
         for layer, shape in shapes.items():
             name = f"layers.{layer}.{rule}"

@@ -14,9 +14,8 @@ import math
 import numpy as np
 
 from .config import ModelConfig
-from .rope import rope_frequency, rope_scale, softmax_scale
-
-EXP_MOST = np.float32(87)  # exp of it is the largest that float32 holds, nearly
+from .layers.arrays import ACTIVATIONS, array, product, rms_norm, sigmoid, softmax
+from .layers.attention import attend
 
 
 def forward(config: ModelConfig, weights, token_ids, xp=np, prune=None):
@@ -28,7 +27,7 @@ def forward(config: ModelConfig, weights, token_ids, xp=np, prune=None):
     """
     token_ids = np.asarray(token_ids)
     x = embed(config, weights, np.atleast_2d(token_ids), xp)
-    for index in range(config.layers):
+    for index in range(config.layer_count):
         x = layer(config, weights, index, x, xp, prune)
     logits = head(config, weights, x, xp)
     return logits if token_ids.ndim == 2 else logits[0]
@@ -39,14 +38,15 @@ def embed(config: ModelConfig, weights, token_ids, xp=np):
     outside = token_ids[(token_ids < 0) | (token_ids >= config.vocab)]
     if outside.size:
         raise ValueError(f"token id {outside[0]} is outside the vocabulary of {config.vocab:,} tokens")
-    return _array(weights.trunk("embedding")[token_ids], xp)
+    x = array(weights.trunk("embedding")[token_ids], xp)
+    return x if config.embedding_scale == 1 else x * config.embedding_scale
 
 
 def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None):
     """One layer: x (sequences, tokens, dim) in and out."""
     x = x + attention_block(config, weights, layer, x, xp)
     h = mlp_input(config, weights, layer, x, xp)  # (rows, dim)
-    if layer in config.dense_layers:
+    if not config.has_experts(layer):
         y = dense_block(config, weights, layer, h, xp)
     else:
         y = moe_block(config, weights, layer, h, xp, prune)
@@ -56,14 +56,16 @@ def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None):
 def head(config: ModelConfig, weights, x, xp=np):
     """Logits (sequences, tokens, vocab) of the last layer's output x (sequences, tokens, dim)."""
     h = rms_norm(x, weights.trunk("output_norm"), config.norm_eps, xp)
-    return product(weights, "embedding" if config.tied_head else "head", h, xp)
+    logits = product(weights, "embedding" if config.tied_head else "head", h, xp)
+    return logits if config.logits_scale == 1 else logits * config.logits_scale
 
 
 def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
     """What attention adds to x (sequences, tokens, dim): norm, q k v with rope, attention, output projection."""
+    its = config.layers[layer].attention
 
     def trunk(name):
-        return _array(weights.trunk(f"layers.{layer}.{name}"), xp)
+        return array(weights.trunk(f"layers.{layer}.{name}"), xp)
 
     def times(name, x):
         return product(weights, f"layers.{layer}.{name}", x, xp)
@@ -72,79 +74,14 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
     h = rms_norm(x, trunk("attention_norm"), config.norm_eps, xp)
 
     # q k v: (sequences, tokens, heads of that kind, head_dim or v_dim)
-    q, k, v = (latent_qkv if config.latent else qkv)(config, trunk, times, h, xp)
+    q, k, v = its.qkv(trunk, times, h, config.norm_eps, xp)
 
     # attention: a sequence at a time, so that the scores of one are all that memory holds
-    y = xp.stack([attention(config, q[i], k[i], v[i], xp) for i in range(len(q))])
+    y = xp.stack([attend(q[i], k[i], v[i], its.softmax_scale, its.window, xp) for i in range(len(q))])
 
     # output projection
-    return times("o", y)
-
-
-def qkv(config: ModelConfig, trunk, times, h, xp=np):
-    """Queries, keys and values of h (sequences, tokens, dim), the first two turned by their positions.
-
-    trunk(name) is a tensor of the layer, times(name, x) the product of x with a matrix of it.
-    """
-    sequences, tokens, _ = h.shape
-    q, k, v = times("q", h), times("k", h), times("v", h)
-    if config.qkv_bias:
-        q, k, v = q + trunk("q_bias"), k + trunk("k_bias"), v + trunk("v_bias")
-    if config.qk_norm == "full":
-        q = rms_norm(q, trunk("q_norm"), config.norm_eps, xp)
-        k = rms_norm(k, trunk("k_norm"), config.norm_eps, xp)
-    if config.qkv_clip:
-        q, k, v = (xp.clip(part, -config.qkv_clip, config.qkv_clip) for part in (q, k, v))
-    q, k, v = (part.reshape(sequences, tokens, -1, config.head_dim) for part in (q, k, v))
-    if config.qk_norm == "head":
-        q = rms_norm(q, trunk("q_norm"), config.norm_eps, xp)
-        k = rms_norm(k, trunk("k_norm"), config.norm_eps, xp)
-    cos, sin = rope_tables(config, tokens, xp)
-    return rotate(q, cos, sin, xp), rotate(k, cos, sin, xp), v
-
-
-def latent_qkv(config: ModelConfig, trunk, times, h, xp=np):
-    """qkv() where keys and values of all heads come from one latent a token, and position from one key beside it."""
-    sequences, tokens, _ = h.shape
-    latent, heads = config.latent, config.heads
-    kv_rank, nope_dim = latent.kv_rank, latent.nope_dim
-    if latent.q_rank:
-        q = times("q_b", rms_norm(times("q_a", h), trunk("q_a_norm"), latent.norm_eps, xp))
-    else:
-        q = times("q", h)
-    kv = times("kv_a", h)  # (sequences, tokens, kv_rank + rope_dim)
-    q = q.reshape(sequences, tokens, heads, config.head_dim)
-
-    # keys and values of every head, out of the latent
-    c = rms_norm(kv[..., :kv_rank], trunk("kv_a_norm"), latent.norm_eps, xp)
-    expanded = times("kv_b", c).reshape(sequences, tokens, heads, nope_dim + latent.v_dim)
-
-    # the dimensions with position
-    cos, sin = rope_tables(config, tokens, xp)
-    q_rope = rotate(q[..., nope_dim:], cos, sin, xp, latent.interleaved)
-    k_rope = rotate(kv[..., None, kv_rank:], cos, sin, xp, latent.interleaved)
-    k_rope = xp.broadcast_to(k_rope, q_rope.shape)
-    q = xp.concatenate([q[..., :nope_dim], q_rope], axis=-1)
-    k = xp.concatenate([expanded[..., :nope_dim], k_rope], axis=-1)
-    return q, k, expanded[..., nope_dim:]
-
-
-def attention(config: ModelConfig, q, k, v, xp=np):
-    """Causal attention within one sequence: q (tokens, heads, head_dim), k and v (tokens, kv_heads, their size).
-
-    Returns (tokens, heads * v's size). Query head i reads key head i // (heads / kv_heads).
-    """
-    tokens, heads, head_dim = q.shape
-    kv_heads, v_dim = v.shape[1:]
-    q = q.transpose(1, 0, 2).reshape(kv_heads, heads // kv_heads, tokens, head_dim)
-    k = k.transpose(1, 2, 0)[:, None]  # (kv_heads, 1, head_dim, tokens)
-    v = v.transpose(1, 0, 2)[:, None]  # (kv_heads, 1, tokens, v_dim)
-
-    age = np.arange(tokens)[:, None] - np.arange(tokens)  # (query, key)
-    visible = (age >= 0) & (age < (config.sliding_window or tokens))
-    scores = xp.where(_array(visible, xp), q @ k * softmax_scale(config), -math.inf)
-    y = softmax(scores, xp) @ v  # (kv_heads, heads / kv_heads, tokens, v_dim)
-    return y.reshape(heads, tokens, v_dim).transpose(1, 0, 2).reshape(tokens, heads * v_dim)
+    y = times("o", y) + trunk("o_bias") if its.output_bias else times("o", y)
+    return _to_residual(config, y)
 
 
 def mlp_input(config: ModelConfig, weights, layer: int, x, xp=np):
@@ -170,11 +107,11 @@ def route(config: ModelConfig, weights, layer: int, h, xp=np):
     """
     scores = router_scores(config, weights, layer, h, xp)  # (rows, experts)
     chosen = choose_experts(config, weights, layer, np.asarray(scores))
-    routing_weights = xp.take_along_axis(scores, _array(chosen.clip(0), xp), axis=-1)
-    routing_weights = xp.where(_array(chosen >= 0, xp), routing_weights, 0.0)
+    routing_weights = xp.take_along_axis(scores, array(chosen.clip(0), xp), axis=-1)
+    routing_weights = xp.where(array(chosen >= 0, xp), routing_weights, 0.0)
     if config.router.renormalise:
         routing_weights = routing_weights / (xp.sum(routing_weights, axis=-1, keepdims=True) + 1e-20)
-    return chosen, routing_weights * config.router.scale
+    return chosen, routing_weights * config.routing_scale
 
 
 def keep_first(config: ModelConfig, chosen, routing_weights, kept):
@@ -224,7 +161,7 @@ def kept_by_router(mask_router, h, routing_weights, price: float, losses: bool):
 
 def router_scores(config: ModelConfig, weights, layer: int, h, xp=np):
     """The score of each expert of a layer for each row, (rows, experts)."""
-    logits = h @ _array(weights.trunk(f"layers.{layer}.router"), xp).T
+    logits = h @ array(weights.trunk(f"layers.{layer}.router"), xp).T
     return (softmax if config.router.score == "softmax" else sigmoid)(logits, xp)
 
 
@@ -269,7 +206,7 @@ def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights
         if not rows.size:
             continue
         w_gate, w_up, w_down = weights.expert(layer, index)
-        rows, place = _array(rows, xp), _array(place, xp)
+        rows, place = array(rows, xp), array(place, xp)
         out = expert(config, h[rows], w_gate, w_up, w_down, xp)
         y[rows] = y[rows] + out * routing_weights[rows, place][:, None]
     return y
@@ -277,89 +214,34 @@ def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights
 
 def shared_expert(config: ModelConfig, weights, layer: int, h, xp=np):
     """What the expert that every row passes through adds, (rows, dim), scaled by its own sigmoid gate if it has one."""
-    y = _trunk_mlp(config, weights, f"layers.{layer}.shared", h, xp)
+    y = _to_residual(config, _trunk_mlp(config, weights, f"layers.{layer}.shared", h, xp))
     if not config.shared_gate:
         return y
-    return y * sigmoid(h @ _array(weights.trunk(f"layers.{layer}.shared_router"), xp).T, xp)  # (rows, 1)
+    return y * sigmoid(h @ array(weights.trunk(f"layers.{layer}.shared_router"), xp).T, xp)  # (rows, 1)
 
 
 def dense_block(config: ModelConfig, weights, layer: int, h, xp=np):
     """What the MLP of a layer without experts adds, (rows, dim)."""
-    return _trunk_mlp(config, weights, f"layers.{layer}.dense", h, xp)
+    return _to_residual(config, _trunk_mlp(config, weights, f"layers.{layer}.dense", h, xp))
 
 
 def expert(config: ModelConfig, h, w_gate, w_up, w_down, xp=np):
     """One gated MLP, (rows, dim), for h (rows, dim), w_gate and w_up (inner, dim), w_down (dim, inner)."""
-    return expert_inner(config, h, w_gate, w_up, xp) @ _array(w_down, xp).T
+    return expert_inner(config, h, w_gate, w_up, xp) @ array(w_down, xp).T
 
 
 def expert_inner(config: ModelConfig, h, w_gate, w_up, xp=np):
     """The input of an expert's down projection, (rows, inner)."""
-    inner = (silu if config.activation == "silu" else gelu_tanh)(h @ _array(w_gate, xp).T, xp)
-    inner *= h @ _array(w_up, xp).T
+    inner = ACTIVATIONS[config.activation](h @ array(w_gate, xp).T, xp)
+    inner *= h @ array(w_up, xp).T
     return inner
 
 
-def product(weights, name: str, x, xp=np):
-    """x (..., inputs) times the trunk's matrix of that name (outputs, inputs), transposed."""
-    its_own = getattr(weights, "product", None)
-    return its_own(name, x) if its_own else x @ _array(weights.trunk(name), xp).T
-
-
-def rms_norm(x, weight, eps: float, xp=np):
-    """Scale the last axis to a root mean square of one, then by weight."""
-    y = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
-    y *= _array(weight, xp)
-    return y
-
-
-def rope_tables(config: ModelConfig, tokens: int, xp=np):
-    """cos and sin of each position's angles, both (tokens, rope_dim / 2)."""
-    angle = np.arange(tokens, dtype=np.float32)[:, None] * rope_frequency(config)
-    scale = np.float32(rope_scale(config))
-    return _array(np.cos(angle) * scale, xp), _array(np.sin(angle) * scale, xp)
-
-
-def rotate(x, cos, sin, xp=np, interleaved: bool = False):
-    """Turn the pairs (i, i + rope_dim / 2) of x (sequences, tokens, heads, rope_dim) by their angle.
-
-    With `interleaved` the pairs are (2i, 2i + 1); they come out as the others, which no product of two such x sees.
-    """
-    half = x.shape[-1] // 2
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
-    cos, sin = cos[:, None], sin[:, None]  # (tokens, 1, half)
-    return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def softmax(x, xp=np):
-    e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
-    return e / xp.sum(e, axis=-1, keepdims=True)
-
-
-def sigmoid(x, xp=np):
-    if xp is not np:
-        return xp.sigmoid(x)
-    y = np.minimum(np.negative(x), EXP_MOST)
-    np.exp(y, out=y)  # in place: a sixteenth of the time that fresh arrays and a choice of two forms take
-    y += 1
-    return np.reciprocal(y, out=y)
-
-
-def silu(x, xp=np):
-    y = sigmoid(x, xp)
-    y *= x
-    return y
-
-
-def gelu_tanh(x, xp=np):
-    return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+def _to_residual(config: ModelConfig, y):
+    return y if config.residual_scale == 1 else y * config.residual_scale
 
 
 def _trunk_mlp(config: ModelConfig, weights, prefix: str, h, xp):
-    inner = (silu if config.activation == "silu" else gelu_tanh)(product(weights, f"{prefix}.gate", h, xp), xp)
+    inner = ACTIVATIONS[config.activation](product(weights, f"{prefix}.gate", h, xp), xp)
     inner *= product(weights, f"{prefix}.up", h, xp)
     return product(weights, f"{prefix}.down", inner, xp)
-
-
-def _array(value, xp):
-    return value if xp is np else xp.array(value)

@@ -2,62 +2,68 @@
 
 transformers 5 writes `rope_parameters`; the hub's `rope_scaling` and `rope_theta` are older. Where both objects are
 there transformers takes `rope_scaling` and forgets the other with its theta, so the two are read together here and
-refused where that would make a difference. Angles are computed in rope.py.
+refused where that would make a difference. Angles are computed in layers/rope.py.
 """
 
-from dataclasses import dataclass
-
 from .config_keys import Keys, check_agree
+from .layers.rope import Rope, YarnScaling, magnitude
 
 DEFAULT_THETA = 1e4  # where the architecture has none of its own
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
+TYPES = ("default", "linear", "yarn")
 NEW, OLD = "rope_parameters", "rope_scaling"
 
 
-@dataclass(frozen=True, slots=True)
-class YarnScaling:
-    """YaRN (arXiv 2309.00071): how rotary angles are stretched beyond the context that was trained first."""
+def read_rope(
+    keys: Keys,
+    head_dim: int,
+    *,
+    of: int = 0,
+    partial: float | None = None,
+    interleaved: bool = False,
+    scales_softmax: bool = False,
+    ntk_alpha: bool = False,
+) -> Rope:
+    """Read the rotary position of an attention whose heads have `head_dim` dimensions that could be turned.
 
-    factor: float
-    original_context: int  # tokens
-    beta_fast: float  # turns within original_context from which on an angle is left as it is
-    beta_slow: float  # turns up to which it is divided by factor
-    mscale: float  # how much the factor adds to keys and queries; 0 is not given
-    mscale_all_dim: float  # likewise, but to all of their dimensions: by the scale of the softmax
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Base and scaling of the angles. `factor` and `mscale_all_dim` are those of linear scaling."""
-
-    theta: float
-    factor: float = 1.0
-    mscale_all_dim: float = 0.0
-    yarn: YarnScaling | None = None
-
-
-def read_rope(keys: Keys, kind: str, context: int) -> Rope:
-    """Read the rotary position of an architecture. context: the model's, in tokens.
-
-    Raises ValueError for a type that is not supported and for spellings that disagree.
+    of: size of the whole head, where that is more; partial: the share of head_dim that is turned where config.json does
+    not say, None where it is always all; scales_softmax: whether what a type of scaling adds to the softmax counts for
+    this architecture; ntk_alpha: whether type dynamic with a fixed alpha is known to it. Raises ValueError for a type
+    that is not supported and for spellings that disagree.
     """
-    rope = _merged(keys)
-    deepseek = kind == "deepseek_v3"
+    rope, where = _merged(keys), keys.where
     scaling = rope.any("rope_type", "type", default="default")
-    supported = ("default", "linear", "yarn") if deepseek else ("default", "linear")
-    if scaling not in supported:
-        raise ValueError(f"{keys.where}: rope type {scaling!r} is not supported; supported are {', '.join(supported)}")
-    if rope.number("partial_rotary_factor", default=1.0) != 1.0:
-        raise ValueError(f"{keys.where}: partial_rotary_factor other than 1 is not supported")
-    factor = 1.0 if scaling == "default" else rope.number("factor")
     theta = rope.number("rope_theta", default=_default_theta(keys))
+    if ntk_alpha and scaling == "dynamic" and rope.raw.get("alpha") and head_dim > 2:
+        theta *= rope.number("alpha") ** (head_dim / (head_dim - 2))
+        scaling = "default"
+    if scaling not in TYPES:
+        raise ValueError(f"{where}: rope type {scaling!r} is not supported; supported are {', '.join(TYPES)}")
+    share = rope.number("partial_rotary_factor", default=1.0 if partial is None else partial)
+    if of and share == head_dim / of:
+        share = 1.0
+    if (partial is None and share != 1.0) or not 0 < share <= 1:
+        raise ValueError(f"{where}: partial_rotary_factor other than 1 is not supported for {keys.kind}, found {share}")
+    factor = 1.0 if scaling == "default" else rope.number("factor")
     if theta <= 0 or factor <= 0:
-        raise ValueError(f"{keys.where}: rope_theta and factor must be above 0, found {theta} and {factor}")
+        raise ValueError(f"{where}: rope_theta and factor must be above 0, found {theta} and {factor}")
+    values = {"dim": int(head_dim * share), "theta": theta, "interleaved": interleaved}
+    mscale = rope.number("mscale_all_dim", default=0.0) if scales_softmax and scaling != "default" else 0.0
+    if mscale:
+        values["softmax_factor"] = magnitude(factor, mscale) ** 2
     if scaling == "yarn":
-        return Rope(theta, yarn=_yarn(rope, theta, factor, context))
-    # transformers' deepseek_v3 applies it for every type but the default one, the others for none
-    applies = deepseek and scaling == "linear"
-    return Rope(theta, factor, rope.number("mscale_all_dim", default=0.0) if applies else 0.0)
+        return Rope(**values, yarn=_yarn(rope, theta, factor, keys.count("max_position_embeddings")))
+    return Rope(**values, factor=factor)
+
+
+def rope_number(keys: Keys, name: str, default: float) -> float:
+    """A number that is said of rotary position, for what a family alone has."""
+    return _merged(keys).number(name, default=default)
+
+
+def rope_count(keys: Keys, name: str, default: int) -> int:
+    """The same of a whole number from 1."""
+    return _merged(keys).count(name, default=default)
 
 
 def _yarn(rope: Keys, theta: float, factor: float, context: int) -> YarnScaling:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import read_json
+from .config_file import read_json
 from .files import read_bounded
 from .text_cuts import parts
 

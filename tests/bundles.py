@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,30 @@ from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.writing.writer import BundleWriter, Packing, table_bytes
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, verify
-from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from edge_moe.runtime.config import Layer, ModelConfig, trunk_shapes
 from edge_moe.runtime.plan import engine_config
 from edge_moe.runtime.pruning import LEARNED, MASK_FILE, mask_router_shape
 from edge_moe.runtime.runtime import Runtime
 
 REFERENCE = EMBEDDED
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits that Engine.forward returns
+
+
+def changed(value, **changes):
+    """A description with other values; a dict changes some of a part's. Of a model, those of every layer, too."""
+    names = {field.name for field in fields(value)}
+    own = {
+        name: changed(getattr(value, name), **change) if isinstance(change, dict) else change
+        for name, change in changes.items()
+        if name in names
+    }
+    if "layers" in names:
+        rest = {name: change for name, change in changes.items() if name not in names}
+        of_attention = {**rest, **changes.get("attention", {})}
+        own["layers"] = tuple(
+            Layer(changed(layer.attention, **of_attention), changed(layer.mlp, **rest)) for layer in value.layers
+        )
+    return replace(value, **own)
 
 
 def logits_of(path: Path, ids, **options) -> np.ndarray:
@@ -283,7 +300,7 @@ def prunable(out: Path, source: Path, mask_routers: dict[str, np.ndarray], **pru
 
 def routers_of(bundle, rule: str) -> list[np.ndarray]:
     masks = load_file(bundle / MASK_FILE)
-    return [masks[f"layers.{layer}.{rule}"].reshape(-1) for layer in range(Bundle.open(bundle).config.layers)]
+    return [masks[f"layers.{layer}.{rule}"].reshape(-1) for layer in range(Bundle.open(bundle).config.layer_count)]
 
 
 def mask_routers_of(config, seed=0) -> dict[str, np.ndarray]:
@@ -294,3 +311,16 @@ def mask_routers_of(config, seed=0) -> dict[str, np.ndarray]:
         for layer in config.moe_layers
         for rule in LEARNED
     }
+
+
+def assert_logits_of_transformers(directory: Path) -> None:
+    """The reference and a lossless bundle give transformers' logits for what lies in `directory`; needs torch."""
+    from make_golden import logits_of as transformers_logits
+
+    ids = np.random.default_rng(5).integers(0, 128, 60)
+    want = transformers_logits(directory, ids)
+    checkpoint = Checkpoint(directory)
+    path = write_lossless(directory / "lossless.emoe", directory, checkpoint.config, checkpoint)
+    for got in (reference.forward(checkpoint.config, checkpoint, ids), logits_of(path, ids)):
+        assert np.abs(got - want).max() <= 1e-4
+        assert np.array_equal(got.argmax(-1), want.argmax(-1))

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
-CHECKPOINTS = (*ARCHITECTURES, "moonlight")  # which is of the last architecture
+ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")  # whose parts differ most
+FAMILIES = (
+    *("deepseek_v2", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "granitemoe", "hunyuan_v1_moe", "kimi_k25"),
+    *("minimax_m2", "mistral3", "mistral4", "qwen3_vl_moe"),
+)
+CHECKPOINTS = (*ARCHITECTURES, "moonlight", *FAMILIES)  # moonlight is another deepseek_v3
 DROPPED = {
     "mixtral": (((0, 2, 3, 5, 7), (1, 4, 6)), (2, 1)),
     "olmoe": (((0, 1, 2, 3, 4, 5, 6, 7), (3, 5, 6)), (2, 3)),

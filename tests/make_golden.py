@@ -1,11 +1,12 @@
 """Makes tests/golden/*.npz: a small random checkpoint of each architecture and the logits transformers gives,
 and in dropped.npz its logits without some of the experts.
 
-Run it by hand (`python tests/make_golden.py`, needs torch and transformers). The logits are float32
+Run it by hand (`python tests/make_golden.py [NAME ...]`, needs torch and transformers). The logits are float32
 arithmetic on the bfloat16 weights, eager attention. Weights are drawn wide, biases and norms away from 0 and
 1, so that a part left out or out of order shows. golden_checkpoints.py reads the files without torch.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,7 @@ COMMON = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
+LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 16}  # of the smaller ones
 CONFIGS = {
     "mixtral": {
         "intermediate_size": 32,
@@ -108,6 +110,173 @@ CONFIGS = {
         "routed_scaling_factor": 1.5,
         "rope_interleave": False,
     },
+    "deepseek_v2": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        **LATENT,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 12,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 4,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 3.0,
+    },
+    "glm4_moe": {
+        "num_hidden_layers": 3,
+        "head_dim": 24,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "routed_scaling_factor": 1.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+    },
+    "glm4_moe_lite": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        **LATENT,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+    },
+    "minimax_m2": {
+        "head_dim": 24,
+        "rotary_dim": 12,
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+    "ernie4_5_moe": {
+        "num_hidden_layers": 3,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "moe_num_experts": 8,
+        "moe_k": 3,
+        "moe_num_shared_experts": 2,
+        "tie_word_embeddings": True,
+    },
+    "mistral4": {
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 64,
+        **LATENT,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 2,
+        "topk_group": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 6.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
+    "granitemoe": {
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 3.0,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "hunyuan_v1_moe": {
+        "head_dim": 24,
+        "intermediate_size": 32,
+        "num_experts": 8,
+        "moe_topk": 3,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
+    },
+    "mistral3": {
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "mistral4",
+            "num_key_value_heads": 4,
+            "q_lora_rank": None,
+            **LATENT,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 3,
+            "rope_interleave": False,
+        },
+        "vision_config": {
+            "model_type": "pixtral",
+            "num_hidden_layers": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+        },
+    },
+    "qwen3_vl_moe": {
+        "text_config": {
+            "head_dim": 24,
+            "moe_intermediate_size": 64,
+            "intermediate_size": 96,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4, 4]},
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+    },
+    "kimi_k25": {
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "deepseek_v3",
+            "num_key_value_heads": 4,
+            "q_lora_rank": 64,
+            **LATENT,
+            "first_k_dense_replace": 0,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 3,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        "vision_config": {
+            "num_hidden_layers": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "pos_emb_height": 4,
+            "pos_emb_width": 4,
+        },
+        "projection_hidden_size": 16,
+    },
 }
 TOKENS = 32
 
@@ -115,17 +284,22 @@ TOKENS = 32
 def random_model(architecture: str, seed: int, **changes):
     """A transformers model with wide random weights, in bfloat16."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.for_model(**{"model_type": architecture, **COMMON, **CONFIGS[architecture], **changes})
-    model = AutoModelForCausalLM.from_config(config)
+    values = CONFIGS[architecture]
+    if "text_config" in values:
+        values = {**values, "text_config": {**COMMON, **values["text_config"], **changes}}
+        config = AutoConfig.for_model(architecture, **values)
+    else:
+        config = AutoConfig.for_model(**{"model_type": architecture, **COMMON, **values, **changes})
+    model = model_class(config)(config)
     random = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         drawn = torch.randn(weight.shape, generator=random)
         if "norm" in name:
             drawn = 1 + 0.3 * drawn
         elif "embed_tokens" in name:
-            drawn *= 0.3 if config.tie_word_embeddings else 1.0
+            drawn *= 0.3 if config.get_text_config().tie_word_embeddings else 1.0
         else:
             drawn *= 0.2
         weight.data.copy_(drawn)
@@ -135,6 +309,14 @@ def random_model(architecture: str, seed: int, **changes):
     return model.to(torch.bfloat16)
 
 
+def model_class(config):
+    """transformers' class of a configuration: not every family has an automatic one."""
+    import transformers
+
+    task = "ForConditionalGeneration" if hasattr(config, "text_config") else "ForCausalLM"
+    return getattr(transformers, type(config).__name__.removesuffix("Config") + task)
+
+
 def logits_of(directory: Path, token_ids: np.ndarray, kept=(), layer_top_k=(), bias=-np.inf) -> np.ndarray:
     """What transformers gives for token_ids (tokens,) in float32: logits (tokens, vocab).
 
@@ -142,9 +324,9 @@ def logits_of(directory: Path, token_ids: np.ndarray, kept=(), layer_top_k=(), b
     others, as mask_router() takes it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = model_class(AutoConfig.from_pretrained(directory)).from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     for layer, experts in enumerate(kept):
@@ -185,12 +367,12 @@ def mask_router(gate, experts: tuple[int, ...], bias: float) -> None:
 
 def main() -> None:
     dropped = {}
-    for architecture in CONFIGS:
+    for architecture in sys.argv[1:] or CONFIGS:
         with tempfile.TemporaryDirectory() as name:
             directory = Path(name)
             model = random_model(architecture, seed=7)
             model.save_pretrained(directory)
-            token_ids = np.random.default_rng(7).integers(0, model.config.vocab_size, TOKENS)
+            token_ids = np.random.default_rng(7).integers(0, model.config.get_text_config().vocab_size, TOKENS)
             logits = logits_of(directory, token_ids)
             if architecture in DROPPED:
                 dropped[architecture] = logits_of(directory, token_ids, *DROPPED[architecture])
@@ -203,7 +385,8 @@ def main() -> None:
                 logits=logits,
             )
         print(f"{path.name}: {path.stat().st_size:,} bytes, logits sd {logits.std():.2f}")
-    np.savez_compressed(path.with_name("dropped.npz"), **dropped)
+    if len(dropped) == len(DROPPED):
+        np.savez_compressed(path.with_name("dropped.npz"), **dropped)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Makes FP8 and MXFP4 versions of small checkpoints, as the hub has them, with neither torch nor transformers.
+"""Makes FP8, MXFP4 and INT4 versions of small checkpoints, as the hub has them, with neither torch nor transformers.
 
-write_fp8() and write_mxfp4() give back what every quantised tensor stands for, exactly, and write_plain() a checkpoint
-that holds just these values and is not quantised: reading one must give what reading the other gives.
+write_fp8(), write_mxfp4() and write_int4() give back what every quantised tensor stands for, exactly, and write_plain()
+a checkpoint that holds just these values and is not quantised: reading one must give what reading the other gives.
 """
 
 import json
@@ -94,6 +94,28 @@ def write_mxfp4(source: Path, out: Path, *, scales: str = "U8") -> dict[str, np.
     weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
     groups = {"group_0": {"weights": weights, "format": form}}
     _finish(out, tensors, {"quant_method": "compressed-tensors", "format": form, "config_groups": groups})
+    return values
+
+
+def write_int4(source: Path, out: Path, *, group: int = 32, scales: str = "BF16") -> dict[str, np.ndarray]:
+    """Write a version in integers of four bits as compressed-tensors does; as write_fp8()."""
+    tensors, values = read_file(_copy(source, out)), {}
+    for key, weights in _linear(tensors).items():
+        rows, cols = weights.shape
+        groups = weights.reshape(rows, -1, group)
+        stored = ENCODE[scales](np.abs(groups).max(-1) / np.float32(7))
+        factors = DECODE[scales](stored)[..., None]
+        codes = np.clip(np.rint(groups / factors), -8, 7)
+        values[key] = (codes * factors).astype(np.float32).reshape(rows, cols)
+        eights = (codes.astype(np.int64).reshape(rows, -1, 8) + 8) << np.arange(0, 32, 4)  # the first lowest
+        packed = eights.sum(-1).astype("<u4")
+        del tensors[key]
+        tensors[f"{key}_packed"] = "I32", list(packed.shape), packed.tobytes()
+        tensors[f"{key}_scale"] = scales, list(stored.shape), stored.tobytes()
+        tensors[f"{key}_shape"] = "I32", [2], np.array([rows, cols], "<i4").tobytes()
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    groups = {"group_0": {"weights": weights, "format": "pack-quantized"}}
+    _finish(out, tensors, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups})
     return values
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import Kept, logits_of, weights_of
+from bundles import Kept, changed, logits_of, weights_of
 from golden_checkpoints import DROPPED
 from test_resume import hashes, kill, start
 
@@ -18,7 +18,7 @@ from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle, verify
-from edge_moe.runtime.config import load_config
+from edge_moe.runtime.config_file import load_config
 from edge_moe.runtime.score import log_softmax
 
 # (layer, top_k) that are tried: from the share kept of top_k, rounded, up to top_k itself.
@@ -71,7 +71,7 @@ def divergences(config, checkpoint, ids, trials) -> list[float]:
         moved = log_softmax(reference.forward(its, Kept(checkpoint, its), ids).reshape(ids.size, -1))
         return float((np.exp(clean) * (clean - moved)).sum(-1).mean())
 
-    full = [0 if layer in config.dense_layers else config.top_k for layer in range(config.layers)]
+    full = [0 if layer in config.dense_layers else config.top_k for layer in range(config.layer_count)]
     tried = [tuple(top_k if at == layer else one for at, one in enumerate(full)) for layer, top_k in trials]
     return [of(tuple(full)), *(of(one) for one in tried)]
 
@@ -84,14 +84,14 @@ def test_each_trial_is_the_divergence_of_the_whole_model_and_the_best_is_taken(g
     direct = divergences(config, checkpoint, ids, trials)
     # Sums in another order: a token whose scores are as good as equal may take another expert.
     np.testing.assert_allclose(found.nats, direct, rtol=1e-4)
-    for layer in range(config.layers):
+    for layer in range(config.layer_count):
         if layer in config.dense_layers:
             assert found.top_k[layer] == 0
             continue
         options = {config.top_k: found.nats[0]}
         options |= {top_k: nats for (at, top_k), nats in zip(trials, found.nats[1:], strict=True) if at == layer}
         assert found.top_k[layer] == min(options, key=options.get)
-    assert found.told == list(range(1, config.layers + 1))
+    assert found.told == list(range(1, config.layer_count + 1))
     assert all(stream._values is None for stream in found.streams)  # closed
 
 
@@ -145,7 +145,7 @@ def test_where_no_fewer_can_be_nothing_is_tried(golden):
     [(8, 64, 128, 4), (8, 96, 128, 6), (8, 128, 128, 8), (6, 10, 128, 1), (2, 3, 8, 1), (1, 4, 8, 1), (5, 7, 16, 2)],
 )
 def test_the_fewest_are_the_share_kept_of_top_k_but_one(golden, top_k, left, of, want):
-    config = replace(load_config(golden["mixtral"][0]), experts=of, top_k=top_k)
+    config = changed(load_config(golden["mixtral"][0]), experts=of, top_k=top_k)
     assert fewest(replace(config, kept=(tuple(range(left)), tuple(range(of)))), 0) == want
     assert fewest(replace(config, kept=(tuple(range(left)), tuple(range(of)))), 1) == top_k
 

@@ -16,7 +16,7 @@ from edge_moe.bench.bench import bench, bench_synthetic, compute, hold, measure
 from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.bench_text import bench_csv, bench_markdown, bench_text, cut_text
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import load_config
+from edge_moe.runtime.config_file import load_config
 from edge_moe.runtime.plan_table import size
 from edge_moe.runtime.runtime import Runtime
 
@@ -147,7 +147,7 @@ def test_a_synthetic_bundle_is_kept_only_on_request(config, tmp_path):
     options = {"prompt": 0, "generate": 4, "repeats": 1, "threads": 1}
     report = bench_synthetic(config, layers=1, width=2, vocab=64, keep=tmp_path / "kept.emoe", **options)
     kept = Bundle.open(tmp_path / "kept.emoe")
-    assert (kept.config.layers, kept.config.vocab) == (1, 64)
+    assert (kept.config.layer_count, kept.config.vocab) == (1, 64)
     assert [row.test for row in report.rows] == ["tg4"] and report.rows[0].tps_sd == 0
     assert bench_synthetic(config, layers=1, **options).rows[0].model == "small-1L"
     with pytest.raises(FileExistsError):

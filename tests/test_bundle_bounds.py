@@ -11,7 +11,7 @@ from test_bundle_attacks import AGAIN, EXPERTS
 
 from edge_moe.report import bundle_text
 from edge_moe.runtime.bundle import COPIED, TRUNK_FILE, Bundle, verify
-from edge_moe.runtime.config import read_json
+from edge_moe.runtime.config_file import read_json
 from edge_moe.runtime.describe import describe_bundle
 from edge_moe.runtime.files import MOST_JSON_BYTES, MOST_JSON_VALUES
 from edge_moe.runtime.pruning import MASK_FILE

@@ -8,7 +8,7 @@ from bench.laboratory.cache_policies import HALF_LIFE, LFRU, LFU, LRU, SHARES, B
 from edge_moe.bench.bench import generate_run
 from edge_moe.bench.evaluate import Cached
 from edge_moe.compressor.source.checkpoint import Checkpoint
-from edge_moe.runtime.config import load_config
+from edge_moe.runtime.config_file import load_config
 from edge_moe.runtime.runtime import Runtime
 
 NONE = np.zeros(8)
@@ -57,7 +57,7 @@ def test_lfru_is_the_engines(bundle_of, stdlib_ids):
         found = runtime.stats
     with Checkpoint(REFERENCE) as checkpoint:
         trace = record(config, Cached(checkpoint), np.array(ids))
-    policy = LFRU(np.zeros(64), HALF_LIFE * config.layers)
+    policy = LFRU(np.zeros(64), HALF_LIFE * config.layer_count)
     uses = found["expert_hits"] + found["expert_misses"]
     assert uses == sum(map(len, trace))
     assert found["expert_hits"] == pytest.approx(

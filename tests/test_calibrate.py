@@ -8,7 +8,7 @@ from bundles import REFERENCE
 
 from edge_moe.compressor.passes.calibrate import domains_of, load_calibration
 from edge_moe.compressor.passes.texts import WHOLE_BYTES, open_text, stdlib_files
-from edge_moe.runtime.config import load_config
+from edge_moe.runtime.config_file import load_config
 from edge_moe.runtime.tokenizer import Tokenizer
 
 CONFIG = load_config(REFERENCE)

@@ -159,7 +159,7 @@ def test_choices_of_experts_that_changed_are_counted(golden, tmp_path, texts):
     config, routes = checkpoint.config, []
     for weights in (checkpoint, weights_of(made.path)):
         x, chosen = reference.embed(config, weights, windows), []
-        for layer in range(config.layers):
+        for layer in range(config.layer_count):
             a = x + reference.attention_block(config, weights, layer, x)
             h = reference.mlp_input(config, weights, layer, a)
             chosen.append(reference.route(config, weights, layer, h)[0])

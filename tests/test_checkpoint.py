@@ -11,7 +11,7 @@ import pytest
 from golden_checkpoints import ARCHITECTURES, write_checkpoint
 
 from edge_moe.compressor.source.checkpoint import Checkpoint
-from edge_moe.runtime.config import ARCHITECTURES as SUPPORTED
+from edge_moe.runtime.config_file import ARCHITECTURES as SUPPORTED
 
 NUMPY = {"F16": np.float16, "F32": np.float32}
 DAMAGED = "the checkpoint is damaged, download it again"

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: FP8 and MXFP4 read exactly what they stand for; what cannot be read has one clear error."""
+"""Quantised checkpoints: FP8, MXFP4 and INT4 read exactly what they stand for; the rest has one clear error."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from bundles import logits_of
 from golden_checkpoints import ARCHITECTURES, write_checkpoint
-from quantised_checkpoints import E4M3, nearest, write_fp8, write_mxfp4, write_plain
-from test_checkpoint import DAMAGED, assert_same_tensors, read_file, refusal, shard, write_file
+from quantised_checkpoints import E4M3, nearest, write_fp8, write_int4, write_mxfp4, write_plain
+from test_checkpoint import DAMAGED, assert_same_tensors, bf16, read_file, refusal, shard, write_file
 
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.source.checkpoint import Checkpoint
@@ -18,8 +18,9 @@ from edge_moe.runtime.bundle import Bundle
 
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
 SUPPORTED = (
-    "supported are BF16, F16, F32, FP8 (quant_method fp8 or compressed-tensors, F8_E4M3 with scales) and MXFP4 "
-    "(compressed-tensors, mxfp4-pack-quantized); use such a checkpoint, best the one that is not quantised"
+    "supported are BF16, F16, F32, FP8 (quant_method fp8 or compressed-tensors, F8_E4M3 with scales), MXFP4 "
+    "(compressed-tensors, mxfp4-pack-quantized) and INT4 (compressed-tensors, pack-quantized, symmetric); use such a "
+    "checkpoint, best the one that is not quantised"
 )
 NOT_TOGETHER = "config.json's quantization_config and the weights do not belong together"
 
@@ -112,7 +113,38 @@ def test_mxfp4_reads_as_the_values_it_stands_for(tmp_path, architecture, scales)
     assert_same_tensors(checkpoint, Checkpoint(tmp_path / "plain"))
 
 
-@pytest.mark.parametrize("write", [write_fp8, write_mxfp4])
+@pytest.mark.parametrize(("scales", "group"), [("BF16", 32), ("F16", 16), ("F32", 8)])
+@pytest.mark.parametrize("architecture", ["mixtral", "deepseek_v3"])
+def test_int4_reads_as_the_values_it_stands_for(tmp_path, architecture, scales, group):
+    source, _, _ = write_checkpoint(architecture, tmp_path / "source")
+    values = write_int4(source, tmp_path / "int4", scales=scales, group=group)
+    write_plain(source, tmp_path / "plain", values, "F32")
+    checkpoint = Checkpoint(tmp_path / "int4")
+    assert checkpoint.dtype("layers.0.o") == checkpoint.dtype("layers.1.experts.0.up") == "INT4"
+    assert checkpoint.dtype("embedding") == "BF16"
+    assert_same_tensors(checkpoint, Checkpoint(tmp_path / "plain"))
+
+
+def test_every_int4_word_is_what_compressed_tensors_makes_of_it(tmp_path, plain):
+    pytest.importorskip("torch")
+    compressed_tensors = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    import torch
+
+    write_int4(plain, tmp_path / "int4")
+    path = tmp_path / "int4" / "model.safetensors"
+    tensors = read_file(path)
+    words = np.frombuffer(tensors[f"{Q}_packed"][2], "<i4").reshape(tensors[f"{Q}_packed"][1])
+    codes = compressed_tensors.unpack_from_int32(torch.from_numpy(words.copy()), 4, tuple(plain_shape(plain)))
+    scales = bf16(tensors[f"{Q}_scale"][2]).reshape(len(words), -1)
+    wanted = codes.float().numpy() * scales.repeat(32, axis=1)
+    assert Checkpoint(tmp_path / "int4").trunk("layers.0.q").tobytes() == wanted.astype("<f4").tobytes()
+
+
+def plain_shape(directory):
+    return read_file(directory / "model.safetensors")[Q][1]
+
+
+@pytest.mark.parametrize("write", [write_fp8, write_mxfp4, write_int4])
 def test_scales_may_be_in_another_shard_than_their_values(plain, tmp_path, write):
     write(plain, tmp_path / "one")
     write(plain, tmp_path / "shards")
@@ -363,7 +395,7 @@ def test_a_quantization_config_of_null_or_of_odd_groups_changes_nothing(plain, t
         np.testing.assert_array_equal(Checkpoint(plain).trunk("layers.0.q"), before)
 
 
-@pytest.mark.parametrize("dtype", ["I32", "I8", "F8_E5M2", "U8"])
+@pytest.mark.parametrize("dtype", ["I64", "I8", "F8_E5M2", "U8"])
 def test_another_type_is_refused(plain, dtype):
     path = edit(plain, **{UP: (dtype, None, None if dtype == "I32" else bytes(32 * 64))})
     assert refusal(ValueError, lambda: Checkpoint(plain)) == (
@@ -379,14 +411,46 @@ def test_an_fp8_vector_is_refused(plain):
 
 
 @pytest.mark.parametrize(
-    "key, dtype", [(f"{UP}_packed", "I32"), (f"{UP}_scale", "F8_E4M3"), (f"{UP}_scale", "BF16")]
-)  # integers of four bits; NVFP4
+    "key, dtype", [(f"{UP}_packed", "F8_E4M3"), (f"{UP}_scale", "F8_E4M3"), (f"{UP}_scale", "BF16")]
+)  # NVFP4, and others
 def test_other_packed_weights_are_refused(mxfp4, key, dtype):
-    data = {"I32": bytes(32 * 32), "F8_E4M3": bytes(32 * 2), "BF16": bytes(32 * 4)}[dtype]
+    data = None if key.endswith("_packed") else {"F8_E4M3": bytes(32 * 2), "BF16": bytes(32 * 4)}[dtype]
     path = edit(mxfp4, **{key: (dtype, None, data)})
     assert refusal(ValueError, lambda: Checkpoint(mxfp4)) == (
         f"{path}: tensor {key} of type {dtype} is not supported; {SUPPORTED}"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {f"{UP}_zero_point": ("I32", [4, 4], bytes(64))},
+            "{packed} of integers with zero points, or in another order",
+        ),
+        ({f"{UP}_g_idx": ("I32", [4], bytes(16))}, "{packed} of integers with zero points, or in another order"),
+        ({f"{UP}_scale": ("U8", None, bytes(32 * 2))}, f"{UP}_scale of type U8"),
+    ],
+)
+def test_other_integers_of_four_bits_are_refused(plain, tmp_path, changes, message):
+    write_int4(plain, tmp_path / "int4")
+    path = tmp_path / "int4" / "model.safetensors"
+    tensors = read_file(path)
+    changes = {key: (dtype, shape or tensors[key][1], data) for key, (dtype, shape, data) in changes.items()}
+    write_file(path, {**tensors, **changes})
+    assert refusal(ValueError, lambda: Checkpoint(tmp_path / "int4")) == (
+        f"{path}: tensor {message.format(packed=f'{UP}_packed')} is not supported; {SUPPORTED}"
+    )
+
+
+def test_int4_scales_of_another_shape_are_refused(plain, tmp_path):
+    write_int4(plain, tmp_path / "int4")
+    path = tmp_path / "int4" / "model.safetensors"
+    tensors = read_file(path)
+    dtype, (rows, groups), data = tensors[f"{UP}_scale"]
+    write_file(path, {**tensors, f"{UP}_scale": (dtype, [rows * groups, 1], data)})
+    said = refusal(ValueError, lambda: Checkpoint(tmp_path / "int4"))
+    assert said.startswith(f"{path}: tensor {UP}_scale has shape ({rows * groups}, 1), expected ({rows}, groups of ")
 
 
 def test_fp8_scales_of_another_type_are_refused(fp8):

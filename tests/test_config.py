@@ -4,15 +4,12 @@ import json
 
 import pytest
 
-from edge_moe.runtime.config import (
-    LatentAttention,
-    ModelConfig,
-    RouterConfig,
-    YarnScaling,
-    load_config,
-    parse_config,
-    trunk_shapes,
-)
+from edge_moe.runtime.config import Layer, ModelConfig, trunk_shapes
+from edge_moe.runtime.config_file import ARCHITECTURES, load_config, parse_config
+from edge_moe.runtime.layers.attention import Attention
+from edge_moe.runtime.layers.latent import LatentAttention
+from edge_moe.runtime.layers.mlp import Dense, Experts, RouterConfig
+from edge_moe.runtime.layers.rope import Rope, YarnScaling
 
 SHAPES = {
     "hidden_size": 64,
@@ -89,64 +86,40 @@ def transformers_5(kind: str) -> dict:
     return raw
 
 
-COMMON = {
-    "layers": 3,
-    "dim": 64,
-    "vocab": 128,
-    "heads": 4,
-    "kv_heads": 2,
-    "context": 256,
-    "experts": 8,
-    "top_k": 2,
-    "expert_hidden": 96,
-    "rope_theta": 5000.0,
-    "eos_tokens": (7,),
-}
+def expected(architecture: str, attention, experts: Experts, dense=(), **values) -> ModelConfig:
+    layers = tuple(Layer(attention, Dense(192) if layer in dense else experts) for layer in range(3))
+    return ModelConfig(architecture, 64, 128, 256, layers, eos_tokens=(7,), **values)
+
+
+ROPE = Rope(16, 5000.0)
 EXPECTED = {
-    "mixtral": ModelConfig(
-        architecture="mixtral",
-        head_dim=16,
-        router=RouterConfig(renormalise=True),
+    "mixtral": expected(
+        "mixtral",
+        Attention(4, 2, 16, ROPE, window=16),
+        Experts(8, 2, 96, RouterConfig(renormalise=True)),
         norm_eps=1e-5,
-        sliding_window=16,
-        **COMMON,
     ),
-    "olmoe": ModelConfig(
-        architecture="olmoe",
-        head_dim=16,
-        router=RouterConfig(renormalise=False),
-        norm_eps=1e-5,
-        qk_norm="full",
-        qkv_clip=1.5,
-        **COMMON,
+    "olmoe": expected("olmoe", Attention(4, 2, 16, ROPE, qk_norm="full", clip=1.5), Experts(8, 2, 96), norm_eps=1e-5),
+    "qwen2_moe": expected(
+        "qwen2_moe", Attention(4, 2, 16, ROPE, bias=True), Experts(8, 2, 96, shared_hidden=160), dense=(1,)
     ),
-    "qwen2_moe": ModelConfig(
-        architecture="qwen2_moe",
-        head_dim=16,
-        router=RouterConfig(renormalise=False),
-        qkv_bias=True,
-        shared_hidden=160,
-        dense_hidden=192,
-        dense_layers=(1,),
-        **COMMON,
+    "qwen3_moe": expected(
+        "qwen3_moe",
+        Attention(4, 2, 32, Rope(32, 5000.0), qk_norm="head"),
+        Experts(8, 2, 96, RouterConfig(renormalise=True)),
     ),
-    "qwen3_moe": ModelConfig(
-        architecture="qwen3_moe",
-        head_dim=32,
-        router=RouterConfig(renormalise=True),
-        qk_norm="head",
-        **COMMON,
-    ),
-    "deepseek_v3": ModelConfig(
-        architecture="deepseek_v3",
-        head_dim=24,
-        router=RouterConfig("sigmoid", True, True, groups=4, top_groups=2, group_score="top2sum", scale=2.5),
-        latent=LatentAttention(q_rank=48, kv_rank=40, nope_dim=16, rope_dim=8, v_dim=24),
-        shared_hidden=192,
-        shared_gate=False,
-        dense_hidden=192,
-        dense_layers=(0,),
-        **{**COMMON, "kv_heads": 4},
+    "deepseek_v3": expected(
+        "deepseek_v3",
+        LatentAttention(4, q_rank=48, kv_rank=40, nope_dim=16, value_dim=24, rope=Rope(8, 5000.0, interleaved=True)),
+        Experts(
+            8,
+            2,
+            96,
+            RouterConfig("sigmoid", True, True, groups=4, top_groups=2, group_score="top2sum", scale=2.5),
+            shared_hidden=192,
+            shared_gate=False,
+        ),
+        dense=(0,),
     ),
 }
 
@@ -159,7 +132,7 @@ def test_the_hub_spelling_and_the_transformers_5_spelling_give_the_same_model(ki
 
 @pytest.mark.parametrize("kind, theta", [("mixtral", 1e6), ("olmoe", 1e4), ("qwen2_moe", 1e4)])
 def test_a_rope_theta_left_out_is_the_architectures_own(kind, theta):
-    assert parse_config(hub(kind, rope_theta=None)).rope_theta == theta
+    assert parse_config(hub(kind, rope_theta=None)).attention.rope.theta == theta
 
 
 @pytest.mark.parametrize(
@@ -172,7 +145,7 @@ def test_a_rope_theta_left_out_is_the_architectures_own(kind, theta):
 )
 def test_linear_rope_scaling_is_read_in_each_spelling(rope):
     config = parse_config(hub("qwen3_moe", **rope))
-    assert (config.rope_theta, config.rope_factor) == (5000.0, 2.0)
+    assert config.attention.rope == Rope(32, 5000.0, factor=2.0)
 
 
 def test_a_sparse_step_makes_the_layers_in_between_dense():
@@ -193,19 +166,20 @@ def test_yarn_is_read_in_each_spelling():
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000.0, "beta_fast": 32, "beta_slow": 1, **yarn}},
     ):
         config = parse_config(hub("deepseek_v3", **rope))
-        assert (config.rope_theta, config.rope_factor, config.yarn) == (5000.0, 1.0, expected)
+        rope = config.attention.rope
+        assert (rope.theta, rope.factor, rope.yarn) == (5000.0, 1.0, expected)
 
 
 def test_yarn_without_magnitudes_has_none():
     rope = {"type": "yarn", "factor": 2, "original_max_position_embeddings": 64, "attention_factor": None}
-    yarn = parse_config(hub("deepseek_v3", rope_scaling={**rope, "truncate": True})).yarn
+    yarn = parse_config(hub("deepseek_v3", rope_scaling={**rope, "truncate": True})).attention.rope.yarn
     assert yarn == YarnScaling(2.0, 64, beta_fast=32.0, beta_slow=1.0, mscale=0.0, mscale_all_dim=0.0)
 
 
 def test_position_turns_neighbours_unless_the_config_says_else():
-    assert parse_config(hub("deepseek_v3")).latent.interleaved
-    assert not parse_config(hub("deepseek_v3", rope_interleave=False)).latent.interleaved
-    assert [parse_config(hub(kind)).rope_dim for kind in ("olmoe", "qwen3_moe", "deepseek_v3")] == [16, 32, 8]
+    assert parse_config(hub("deepseek_v3")).attention.rope.interleaved
+    assert not parse_config(hub("deepseek_v3", rope_interleave=False)).attention.rope.interleaved
+    assert [parse_config(hub(kind)).attention.rope.dim for kind in ("olmoe", "qwen3_moe", "deepseek_v3")] == [16, 32, 8]
 
 
 def test_latent_attention_has_its_own_matrices_and_a_shared_expert_may_lack_a_gate():
@@ -236,7 +210,7 @@ def test_an_old_rope_object_beside_the_new_one_adds_its_scaling():
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "rope_scaling": {"type": "linear"}}
     rope["rope_scaling"]["factor"] = 4.0
     config = parse_config(hub("qwen3_moe", **rope))
-    assert (config.rope_theta, config.rope_factor) == (5000.0, 4.0)
+    assert config.attention.rope == Rope(32, 5000.0, factor=4.0)
 
 
 def test_a_dense_model_is_called_so():
@@ -250,7 +224,7 @@ def test_a_dense_model_is_called_so():
 
 
 def test_mixtral_has_no_attention_bias_whatever_its_config_says():
-    assert parse_config(hub("mixtral", attention_bias=True)).qkv_bias is False
+    assert parse_config(hub("mixtral", attention_bias=True)).attention.bias is False
 
 
 def test_an_expert_has_three_matrices():
@@ -264,7 +238,7 @@ def test_end_tokens_of_both_configs_count(tmp_path):
 
 
 YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
-SUPPORTED = "supported are mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v3"
+SUPPORTED = f"supported are {', '.join(ARCHITECTURES)}"
 REFUSED = [
     ("olmoe", {"model_type": "llama"}, f"architecture 'llama' is not supported; {SUPPORTED}"),
     ("olmoe", {"model_type": None}, f"architecture None is not supported; {SUPPORTED}"),
@@ -300,16 +274,17 @@ REFUSED = [
     ("olmoe", {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"type": "linear", "factor": 4},
                "rope_theta": None}, "rope_scaling replaces rope_parameters, but rope_theta 500000.0 is in "
      "rope_parameters alone; write all of it into rope_parameters"),
-    ("olmoe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1 is not supported"),
+    ("olmoe", {"partial_rotary_factor": 0.5},
+     "partial_rotary_factor other than 1 is not supported for olmoe, found 0.5"),
     ("olmoe", {"num_local_experts": 16}, "num_experts is 8 and num_local_experts is 16, two spellings of one key; "
      "remove the one that is wrong"),
     ("qwen2_moe", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types is "
      "['full_attention', 'sliding_attention', 'full_attention'], expected full_attention in every layer"),
-    ("olmoe", {"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not supported; "
-     "supported are default, linear"),
+    ("olmoe", {"rope_scaling": {"type": "dynamic", "alpha": 2.0}}, "rope type 'dynamic' is not supported; "
+     "supported are default, linear, yarn"),
     ("olmoe", {"rope_scaling": {"type": "linear"}}, "key 'factor' is missing"),
     ("olmoe", {"rope_parameters": {"partial_rotary_factor": 0.5}},
-     "partial_rotary_factor other than 1 is not supported"),
+     "partial_rotary_factor other than 1 is not supported for olmoe, found 0.5"),
     ("olmoe", {"rope_theta": 0}, "rope_theta and factor must be above 0, found 0.0 and 1.0"),
     ("qwen2_moe", {"mlp_only_layers": "1"}, "mlp_only_layers is '1', expected a list of layer numbers"),
     ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, "no layer has experts"),

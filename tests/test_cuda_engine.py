@@ -23,7 +23,7 @@ from bundles import (
     same_bits,
     write_lossless,
 )
-from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED
+from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, FAMILIES
 
 from edge_moe import _core
 from edge_moe.bench.synthetic import make_synthetic
@@ -65,6 +65,19 @@ def test_any_slots_and_chunks_give_the_processors_bits(mixed, golden, architectu
     engine = make_engine(path, slots=top_k + 1, kv=kv, device="cuda")
     engine.set_prefetch(False)
     assert same_bits(run_engine(engine, ids[:12], 1), want[:12])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gives_the_processors_bits_paged_and_several_at_once(mixed, golden, name):
+    path, ids, logits = mixed(name), golden[name][1], golden[name][2]
+    want, top_k = run_engine(make_engine(path), ids), Bundle.open(path).config.top_k
+    for slots, chunk in ((top_k, 1), (top_k + 1, 7)):
+        assert same_bits(run_engine(make_engine(path, slots=slots, device="cuda"), ids, chunk), want)
+    random = np.random.default_rng(4)
+    asked = [Request(random.integers(0, logits.shape[1], 5 + 4 * i), 1 + 4 * (i % 2), 0) for i in range(2)]
+    engine = make_engine(path, sequences=2, slots=top_k + 1, device="cuda")
+    for request, got in zip(asked, run_together(engine, asked, 2), strict=True):
+        assert same_bits(got, run_engine(make_engine(path), request.ids, request.chunk))
 
 
 def test_memory_that_is_lowered_and_raised_changes_no_bit(mixed, golden):

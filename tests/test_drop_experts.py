@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import Kept, logits_of, weights_of
+from bundles import Kept, changed, logits_of, weights_of
 
 from edge_moe.compressor.choosing.drop_experts import drop, score
 from edge_moe.compressor.choosing.sensitivity import LayerMeasure, Measures
@@ -13,7 +13,8 @@ from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle, verify
-from edge_moe.runtime.config import RouterConfig, load_config
+from edge_moe.runtime.config_file import load_config
+from edge_moe.runtime.layers.mlp import RouterConfig
 from edge_moe.runtime.score import log_softmax
 
 # Four experts, two a token: 0 is used most, 1 is used less but counts much where it is, 3 is used least.
@@ -55,7 +56,7 @@ def test_an_expert_that_was_never_chosen_scores_nothing():
 @pytest.fixture
 def toy(golden):
     """A config of two layers of four experts, two a token."""
-    return replace(load_config(golden["qwen3_moe"][0]), layers=2, experts=4, top_k=2)
+    return changed(load_config(golden["qwen3_moe"][0]), experts=4, top_k=2)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,8 @@ def test_fewer_than_a_token_chooses_are_refused(toy, counts):
 def grouped(toy, **router):
     """Eight experts in four groups of two, of which a token chooses two, and three experts of these."""
     router = RouterConfig(score="sigmoid", groups=4, top_groups=2, **router)
-    return replace(toy, layers=1, experts=8, top_k=3, router=router)
+    one = changed(toy, experts=8, top_k=3, router=router)
+    return replace(one, layers=one.layers[:1])
 
 
 def test_an_expert_keeps_its_group(toy):
@@ -192,7 +194,7 @@ def test_groups_of_a_real_router_are_kept_or_refused(golden, tmp_path, ids_file)
 def test_counts_by_sensitivity_differ_between_layers_and_add_up(golden, tmp_path, ids_file):
     bundle = dropped(golden["mixtral"][0], tmp_path / "new.emoe", ids_file, 0.5, drop_counts="sensitivity")
     c = bundle.config
-    assert sum(len(kept) for kept in c.kept) == c.experts * c.layers // 2
+    assert sum(len(kept) for kept in c.kept) == c.experts * c.layer_count // 2
     assert min(len(kept) for kept in c.kept) >= c.top_k
     assert bundle.table["method"]["drop_counts"] == "sensitivity"
 

@@ -11,7 +11,8 @@ from edge_moe.compressor.rounding.quantise import trunk_packing
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import load_config, trunk_shapes
+from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.config_file import load_config
 
 WIDTHS = (1, 2, 8, 3, 1)  # of experts, in turn: records of four sizes
 
@@ -71,9 +72,9 @@ def test_each_token_that_uses_an_expert_counts_in_a_prompt_as_when_it_is_generat
         trace = record(config, Cached(checkpoint), np.array(ids))  # by token and layer
     want = np.zeros(config.expert_count)
     for step, experts in enumerate(trace):
-        token, layer = divmod(step, config.layers)
-        layers_before = token // chunk * config.layers + layer
-        want[experts] += 2.0 ** (layers_before / (HALF_LIFE * config.layers))
+        token, layer = divmod(step, config.layer_count)
+        layers_before = token // chunk * config.layer_count + layer
+        want[experts] += 2.0 ** (layers_before / (HALF_LIFE * config.layer_count))
     np.testing.assert_allclose(engine.worths, want, rtol=1e-12)
 
 

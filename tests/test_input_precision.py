@@ -31,9 +31,9 @@ def test_products_alone_round_their_inputs():
     weights.inputs = lambda x: seen.append(x.shape[-1]) or as_they_are(x)
     reference.forward(weights.config, weights, ids)
     config = weights.config
-    assert {config.dim, config.heads * config.head_dim, config.expert_hidden} == set(seen)
+    assert {config.dim, config.attention.heads * config.attention.head_dim, config.expert_hidden} == set(seen)
     # four projections of attention and three of each expert used, in every layer, and the head
-    assert 4 * config.layers < len(seen) <= (4 + 3 * config.experts) * config.layers + 1
+    assert 4 * config.layer_count < len(seen) <= (4 + 3 * config.experts) * config.layer_count + 1
 
 
 def test_float_inputs_cost_nothing_and_rounded_ones_little_beside_weights(tmp_path, bundle_of):

@@ -14,7 +14,10 @@ from edge_moe.compressor.rounding.quantise import dequantise, largest_group, qua
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime import reference
-from edge_moe.runtime.config import parse_config, trunk_shapes
+from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.config_file import parse_config
+from edge_moe.runtime.layers.attention import Attention
+from edge_moe.runtime.layers.rope import Rope
 from edge_moe.runtime.plan import engine_memory
 
 CONFIG = {
@@ -150,7 +153,8 @@ def test_the_cache_holds_one_latent_and_one_turned_key_a_token_and_layer():
         # at the least what a chunk's streams, queries and attention's outputs are, and a row of scores a query at once
         streams, queries, outputs = 2 * chunk * 96, chunk * 5 * 32, chunk * 5 * 32
         assert scratch > 4 * (streams + queries + outputs + threads * 16 * context)
-    without = replace(config, latent=None)
+    grouped = Attention(5, 5, 32, Rope(12, 1e4))
+    without = replace(config, layers=tuple(replace(layer, attention=grouped) for layer in config.layers))
     assert engine_memory(without, 96, 16)[0] == 2 * 3 * 96 * 5 * 32 * 2
 
 

@@ -32,9 +32,9 @@ def test_importance_is_the_mean_square_of_what_an_expert_is_given():
         config, ids = checkpoint.config, np.random.default_rng(0).integers(0, checkpoint.config.vocab, (2, 64))
         found = llama_types.mean_squares(config, checkpoint, ids)
         x = reference.embed(config, checkpoint, ids)
-        for layer in range(config.layers - 1):
+        for layer in range(config.layer_count - 1):
             x = reference.layer(config, checkpoint, layer, x)
-        layer = config.layers - 1
+        layer = config.layer_count - 1
         x = x + reference.attention_block(config, checkpoint, layer, x)
         h = reference.mlp_input(config, checkpoint, layer, x)
         chosen, _ = reference.route(config, checkpoint, layer, h)

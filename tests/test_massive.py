@@ -72,7 +72,7 @@ class Trail:
 
     def __init__(self, config, weights, ids):
         x, chosen = reference.embed(config, weights, ids), []
-        for layer in range(config.layers):
+        for layer in range(config.layer_count):
             a = x + reference.attention_block(config, weights, layer, x)
             h = reference.mlp_input(config, weights, layer, a)
             chosen.append(np.sort(reference.route(config, weights, layer, h)[0], axis=-1))

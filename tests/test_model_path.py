@@ -11,6 +11,7 @@ from test_checkpoint import read_file, shard, write_file
 from test_cli import error_of
 
 from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.runtime.config_file import ARCHITECTURES
 from edge_moe.runtime.model_path import find_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665\nsize 4976698672\n"
@@ -70,8 +71,8 @@ def dense(directory: Path) -> tuple[str, str]:
     raw = {key: value for key, value in json.loads(path.read_text()).items() if "expert" not in key}
     path.write_text(json.dumps({**raw, "model_type": "qwen3"}))
     return directory, (
-        f"{path}: architecture 'qwen3' is not supported; supported are mixtral, olmoe, qwen2_moe, qwen3_moe, "
-        "deepseek_v3; this is a dense model, and edge-moe runs mixtures of experts"
+        f"{path}: architecture 'qwen3' is not supported; supported are {', '.join(ARCHITECTURES)}; "
+        "this is a dense model, and edge-moe runs mixtures of experts"
     )
 
 

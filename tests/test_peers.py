@@ -25,7 +25,7 @@ from bench.laboratory.peers import (
 )
 from edge_moe.bench.bench import weight_bytes
 from edge_moe.bench.synthetic import make_synthetic, raw_config
-from edge_moe.runtime.config import parse_config
+from edge_moe.runtime.config_file import parse_config
 
 SMALL = {
     "model_type": "qwen3_moe",

@@ -16,7 +16,7 @@ from test_checkpoint import read_file, shard, write_file
 
 from edge_moe.compressor.pipeline import compress
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import ARCHITECTURES
+from edge_moe.runtime.config_file import ARCHITECTURES
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +236,9 @@ def test_a_tensor_of_another_shape_or_type_is_named(model, out):
     write_file(model / "model.safetensors", {**tensors, name: ("U8", [hidden, dim], data[: len(data) // 2])})
     assert refused(model, out) == (
         f"{model}/model.safetensors: tensor {name} of type U8 is not supported; supported are BF16, F16, F32, "
-        "FP8 (quant_method fp8 or compressed-tensors, F8_E4M3 with scales) and MXFP4 (compressed-tensors, "
-        "mxfp4-pack-quantized); use such a checkpoint, best the one that is not quantised"
+        "FP8 (quant_method fp8 or compressed-tensors, F8_E4M3 with scales), MXFP4 (compressed-tensors, "
+        "mxfp4-pack-quantized) and INT4 (compressed-tensors, pack-quantized, symmetric); use such a checkpoint, best "
+        "the one that is not quantised"
     )
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_moe import _core
-from edge_moe.runtime.config import load_config
+from edge_moe.runtime.config_file import load_config
+from edge_moe.runtime.layers.mlp import Dense
 from edge_moe.runtime.plan import READER_BYTES, READERS, engine_config, make_plan, parse_bytes, resolve_ram
 from edge_moe.runtime.plan_table import plan_text
 from edge_moe.runtime.runtime import Runtime
@@ -188,7 +189,8 @@ def test_only_experts_that_are_there_count():
         ({"experts": [16, 16, 3, 16]}, "top_k must be 1 to a layer's experts"),
         ({"top_k": [4, 4, 0, 4]}, "top_k must be 1 to a layer's experts"),
         ({"experts": [16, 16, 16, 0]}, "top_k must be 1 to a layer's experts"),
-        ({"rope_frequency": [1.0]}, "rope_frequency must have one value a pair of rope_dim, which is at most head_dim"),
+        ({"attention_of": [0] * 3}, "attention_of must have one value a layer"),
+        ({"attention_of": [0, 0, 1, 0]}, "attention_of must be numbers of attentions"),
         ({"top_groups": 2}, "top_groups must be 1 to groups"),
         ({"groups": 2}, "expert_groups must have one list a layer"),
         ({"groups": 2, "expert_groups": [[0] * 16] * 3 + [[0] * 15]}, "expert_groups must have one value an expert"),
@@ -199,6 +201,25 @@ def test_the_engine_refuses_layers_that_cannot_be(changes, message):
     c = engine_config(CONFIG, 64, 16)
     for name, values in changes.items():
         setattr(c, name, values)
+    with pytest.raises(ValueError, match=message):
+        _core.engine_memory(c)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_frequency": [1.0]}, "rope_frequency must have one value a pair of rope_dim, which is at most head_dim"),
+        ({"kv_heads": 3}, "heads must be a multiple of kv_heads"),
+        ({"query_context": 0}, "query_context must be at least 1"),
+        ({"query_context": 32, "query_scales": [1.0]}, "query_scales must have a value for every position"),
+    ],
+)
+def test_the_engine_refuses_attention_that_cannot_be(changes, message):
+    c = engine_config(CONFIG, 64, 16)
+    attention = c.attentions[0]
+    for name, values in changes.items():
+        setattr(attention, name, values)
+    c.attentions = [attention]
     with pytest.raises(ValueError, match=message):
         _core.engine_memory(c)
 
@@ -220,7 +241,7 @@ def test_a_working_set_is_top_k_records_of_mean_size_in_every_layer():
 
 def test_layers_without_experts_are_no_part_of_a_working_set():
     p = make_plan(
-        replace(CONFIG, dense_layers=(0, 1), dense_hidden=512),
+        replace(CONFIG, layers=(*[replace(CONFIG.layers[0], mlp=Dense(512))] * 2, *CONFIG.layers[2:])),
         ram_bytes=10**9, context=512, interpreter_bytes=40_000_000, **SIZES,
     )  # fmt: skip
     assert p.working_set_experts == 2 * 4

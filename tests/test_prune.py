@@ -16,7 +16,7 @@ from edge_moe.compressor.pruning.prune_losses import LayerLosses, collect, losse
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle, verify
-from edge_moe.runtime.config import load_config
+from edge_moe.runtime.config_file import load_config
 from edge_moe.runtime.pruning import MASK_FILE
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import log_softmax
@@ -335,7 +335,7 @@ def test_an_interrupt_leaves_a_bundle_that_runs(pruned_bundle, stdlib_calibratio
 def test_hidden_states_beyond_half_of_the_ram_are_in_files(found, tmp_path):
     """Which changes nothing, and leaves nothing."""
     (layers, ids), made = found, []
-    alive = 4 * CONFIG.dim * ids.size * (CONFIG.layers + 3 + 2 * prune_losses.SAMPLES)
+    alive = 4 * CONFIG.dim * ids.size * (CONFIG.layer_count + 3 + 2 * prune_losses.SAMPLES)
     for ram in (2 * alive, 2 * alive - 1):
         with ExitStack() as stack, Checkpoint(REFERENCE) as checkpoint:
             new_stream = prune._streams(stack, tmp_path / "b.emoe", ram, ids.size, CONFIG)

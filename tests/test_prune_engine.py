@@ -15,7 +15,7 @@ ARCHITECTURES = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
 def rule_of(kind: str, config) -> PruneRule:
     rng = np.random.default_rng(1)
     low, high = {"ratio": (0.5, 1.0), "share": (0.3, 0.9)}.get(kind, (0, 0))
-    threshold = () if kind in LEARNED else tuple(rng.uniform(low, high, config.layers).tolist())
+    threshold = () if kind in LEARNED else tuple(rng.uniform(low, high, config.layer_count).tolist())
     return PruneRule(kind, threshold, price=0.2 if kind in LEARNED else 0.0)
 
 

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from bundles import REFERENCE
+from bundles import REFERENCE, changed
 
 from bench.laboratory import prune_report
 from bench.laboratory.prune_report import Counting, Point, at, bars, curves, frontier_table
 from edge_moe.bench.evaluate import Remembered
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
-from edge_moe.runtime.config import load_config
+from edge_moe.runtime.config_file import load_config
 
 CONFIG = load_config(REFERENCE)
 OURS = "expected loss (ours)"
@@ -29,10 +29,8 @@ def pruned(checkpoint, stays) -> tuple[Counting, np.ndarray]:
 
 def test_a_smaller_top_k_is_the_models_own(checkpoint):
     """As a config with that top_k computes it, which renormalises over fewer."""
-    from dataclasses import replace
-
     prune, logits = pruned(checkpoint, lambda *given: prune_report.fixed(3, *given))
-    want = reference.forward(replace(CONFIG, top_k=3), checkpoint, IDS)
+    want = reference.forward(changed(CONFIG, top_k=3), checkpoint, IDS)
     np.testing.assert_allclose(logits, want, atol=2e-5)
     assert prune.account() == (3 * 64 * 4, 4 * 64 * 4, 64 * 4)
 

@@ -135,7 +135,7 @@ def test_protected_tokens_of_a_prompt_keep_their_experts(golden, tmp_path):
     engine = make_engine(path, chunk=len(ids))
     engine.set_prune("ratio", [1.0, 1.0], 0.0, 0.02)
     run_engine(engine, ids, len(ids))
-    layers = Bundle.open(path).config.layers
+    layers = Bundle.open(path).config.layer_count
     assert engine.counters["experts_used"] == layers * (len(ids) + 1)
     before = engine.counters["experts_used"]
     engine.forward(np.array(ids[:1], np.int32), 1)  # one token alone: the ratio rule, as published for decoding

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import Kept
+from bundles import Kept, changed
 from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, dropped_logits, write_checkpoint
 
 from edge_moe.bench import EMBEDDED
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
-from edge_moe.runtime.config import RouterConfig
+from edge_moe.runtime.layers.mlp import RouterConfig
 
 TOLERANCE = 1e-4
 
@@ -60,26 +60,26 @@ def test_a_batch_gives_each_sequence_its_own_logits(golden):
 
 
 RULES = [
-    ("mixtral", {"sliding_window": 0}),
-    ("mixtral", {"sliding_window": 10}),
+    ("mixtral", {"window": 0}),
+    ("mixtral", {"window": 10}),
     ("mixtral", {"router": RouterConfig(renormalise=False)}),
-    ("mixtral", {"rope_theta": 1e4}),
+    ("mixtral", {"rope": {"theta": 1e4}}),
     ("mixtral", {"top_k": 1}),
-    ("olmoe", {"qkv_clip": 0.0}),
+    ("olmoe", {"clip": 0.0}),
     ("olmoe", {"qk_norm": "none"}),
     ("olmoe", {"router": RouterConfig(renormalise=True)}),
-    ("qwen2_moe", {"qkv_bias": False}),
+    ("qwen2_moe", {"bias": False}),
     ("qwen2_moe", {"shared_hidden": 0}),
     ("qwen2_moe", {"activation": "gelu_tanh"}),
     ("qwen3_moe", {"qk_norm": "none"}),
-    ("qwen3_moe", {"rope_factor": 1.0}),
+    ("qwen3_moe", {"rope": {"factor": 1.0}}),
     ("qwen3_moe", {"norm_eps": 1e-2}),
-    ("deepseek_v3", {"yarn": None}),
-    ("deepseek_v3", {"yarn": {"mscale": 0.0}}),
-    ("deepseek_v3", {"yarn": {"mscale_all_dim": 0.0}}),
-    ("deepseek_v3", {"yarn": {"beta_fast": 32.0}}),
-    ("deepseek_v3", {"latent": {"interleaved": False}}),
-    ("deepseek_v3", {"latent": {"norm_eps": 1e-2}}),
+    ("deepseek_v3", {"rope": {"yarn": None}}),
+    ("deepseek_v3", {"rope": {"yarn": {"mscale": 0.0}}}),
+    ("deepseek_v3", {"rope": {"softmax_factor": 1.0}}),
+    ("deepseek_v3", {"rope": {"yarn": {"beta_fast": 32.0}}}),
+    ("deepseek_v3", {"rope": {"interleaved": False}}),
+    ("deepseek_v3", {"attention": {"norm_eps": 1e-2}}),
     ("deepseek_v3", {"shared_hidden": 0}),
     ("deepseek_v3", {"router": {"score": "softmax"}}),
     ("deepseek_v3", {"router": {"selection_bias": False}}),
@@ -88,7 +88,7 @@ RULES = [
     ("deepseek_v3", {"router": {"group_score": "max"}}),
     ("deepseek_v3", {"router": {"renormalise": False}}),
     ("deepseek_v3", {"router": {"scale": 1.0}}),
-    ("moonlight", {"latent": {"interleaved": True}}),
+    ("moonlight", {"rope": {"interleaved": True}}),
     ("moonlight", {"router": {"renormalise": True}}),
 ]
 
@@ -97,11 +97,7 @@ RULES = [
 def test_a_rule_left_out_shows_in_the_golden_logits(tmp_path, name, change):
     directory, token_ids, logits = write_checkpoint(name, tmp_path)
     checkpoint = Checkpoint(directory)
-    parts = {
-        key: replace(getattr(checkpoint.config, key), **value) if isinstance(value, dict) else value
-        for key, value in change.items()
-    }
-    wrong = reference.forward(replace(checkpoint.config, **parts), checkpoint, token_ids)
+    wrong = reference.forward(changed(checkpoint.config, **change), checkpoint, token_ids)
     assert np.abs(wrong - logits).max() > 100 * TOLERANCE
 
 
@@ -124,13 +120,13 @@ def test_a_pruned_expert_adds_nothing(golden):
 
 def test_of_experts_with_equal_scores_the_lower_number_goes_first(golden):
     checkpoint, _, _ = golden
-    router = replace(checkpoint.config.router, selection_bias=False)
-    config = replace(checkpoint.config, router=router)
+    config = changed(checkpoint.config, router={"selection_bias": False})
+    router = config.router
     h = np.zeros((2, config.dim), np.float32)
     chosen, routing_weights = reference.route(config, checkpoint, config.moe_layers[0], h)
     assert chosen.tolist() == [list(range(config.top_k))] * 2
     score = 1 / config.experts if router.score == "softmax" else 0.5
-    weight = router.scale * (1 / config.top_k if router.renormalise else score)
+    weight = config.routing_scale * (1 / config.top_k if router.renormalise else score)
     np.testing.assert_allclose(routing_weights, weight, rtol=1e-6)
 
 

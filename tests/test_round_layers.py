@@ -59,7 +59,7 @@ def go_through(
             **{"workers": 1, "threads": 1, **options},
         )
         rounding.start()
-        for layer in range(config.layers):
+        for layer in range(config.layer_count):
             rounding.layer(layer, lambda done: None)
         rounding.head()
         return rounding

@@ -35,7 +35,7 @@ def test_attention_aims_at_what_its_stream_lacks(golden, tmp_path, architecture)
     checkpoint = Checkpoint(golden[architecture][0])
     c, out, ids = checkpoint.config, tmp_path / "new.emoe", random_ids(checkpoint.config, sequences=12)
     go_through(checkpoint, checkpoint, ids, (2, 2, 3), 3, out=out)
-    made, layer = weights_of(out), c.layers - 1
+    made, layer = weights_of(out), c.layer_count - 1
     name, seen = f"layers.{layer}.o", {}
 
     class Seen:

@@ -4,13 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import Kept, logits_of, make_engine, run_engine, write_lossless
+from bundles import Kept, changed, logits_of, make_engine, run_engine, write_lossless
 from golden_checkpoints import write_checkpoint
 
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import RouterConfig
+from edge_moe.runtime.config import Layer
+from edge_moe.runtime.layers.mlp import RouterConfig
+
+
+def one_layer(config, **experts):
+    """A model of one layer, which has these experts."""
+    return replace(config, layers=(Layer(config.attention, changed(config.routed, **experts)),))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,7 @@ CHOICES = [
 @pytest.mark.parametrize("group_score, kept, bias, wanted", CHOICES)
 def test_experts_are_chosen_within_the_best_groups(deepseek, group_score, kept, bias, wanted):
     rule = RouterConfig("sigmoid", selection_bias=True, groups=4, top_groups=2, group_score=group_score)
-    config = replace(deepseek[0].config, experts=8, top_k=3, router=rule, layers=1, dense_layers=(), kept=(kept,))
+    config = replace(one_layer(deepseek[0].config, experts=8, top_k=3, router=rule), kept=(kept,))
     weights = Bias([bias.get(expert, 0.0) for expert in kept])
     scores = np.array([[SCORES[expert] for expert in kept]] * 2, np.float32)
     assert reference.choose_experts(config, weights, 0, scores).tolist() == [wanted] * 2
@@ -74,14 +80,14 @@ def test_weights_are_scores_of_those_chosen_renormalised_and_scaled(deepseek):
             return {"router": np.log(np.array([[1], [3], [1 / 3], [9]], np.float32))}[name.split(".")[-1]]
 
     h = np.ones((1, 1), np.float32)  # sigmoids 1/2, 3/4, 1/4, 9/10
-    four = replace(deepseek[0].config, experts=4, top_k=3, layers=1, dense_layers=())
-    config = replace(four, router=RouterConfig("sigmoid", renormalise=True, scale=2.5))
+    four = one_layer(deepseek[0].config, experts=4, top_k=3)
+    config = changed(four, router=RouterConfig("sigmoid", renormalise=True, scale=2.5))
     chosen, weights = reference.route(config, Weights(), 0, h)
     assert chosen.tolist() == [[3, 1, 0]]
     np.testing.assert_allclose(weights, [[2.5 * 0.9 / 2.15, 2.5 * 0.75 / 2.15, 2.5 * 0.5 / 2.15]], rtol=1e-6)
-    config = replace(four, router=RouterConfig("sigmoid", scale=2.0))
+    config = changed(four, router=RouterConfig("sigmoid", scale=2.0))
     np.testing.assert_allclose(reference.route(config, Weights(), 0, h)[1], [[1.8, 1.5, 1.0]], rtol=1e-6)
-    config = replace(four, router=RouterConfig("softmax"))
+    config = changed(four, router=RouterConfig("softmax"))
     np.testing.assert_allclose(
         reference.route(config, Weights(), 0, h)[1], np.array([[9, 3, 1]]) / (1 + 3 + 1 / 3 + 9), rtol=1e-6
     )
@@ -93,7 +99,7 @@ def test_weights_are_scores_of_those_chosen_renormalised_and_scaled(deepseek):
 def chosen_by_the_reference(config, weights, ids) -> int:
     """How many experts the tokens use in all layers together."""
     x, used = reference.embed(config, weights, ids[None]), 0
-    for layer in range(config.layers):
+    for layer in range(config.layer_count):
         if layer in config.moe_layers:
             h = reference.mlp_input(config, weights, layer, x + reference.attention_block(config, weights, layer, x))
             used += int((reference.route(config, weights, layer, h)[0] >= 0).sum())
@@ -116,7 +122,7 @@ def chosen_by_the_reference(config, weights, ids) -> int:
 )
 def test_the_engine_routes_by_every_rule_as_the_reference_does(deepseek, change):
     checkpoint, ids, path = deepseek
-    config = replace(checkpoint.config, router=replace(checkpoint.config.router, **change))
+    config = changed(checkpoint.config, router=change)
     want, own = (reference.forward(c, checkpoint, ids) for c in (config, checkpoint.config))
     assert np.abs(want - own).max() > 0.1
     got = run_engine(make_engine(path, config=config), ids)

@@ -87,7 +87,7 @@ def test_the_account_has_the_fields_of_the_command_line(runtime):
         *("text", "tokens", "finish_reason", "prompt_tokens", "cached_tokens", "generation_tokens"),
         *("prompt_tps", "generation_tps", "time_to_first_token"),
         *("ram_bytes", "peak_memory_bytes", "expert_hits", "expert_misses", "bytes_read", "experts_used", "top_k"),
-        *("dropped_routing_weight", "device"),
+        *("dropped_routing_weight", "device", "logprobs"),
     ]
     assert (answer.prompt_tokens, answer.generation_tokens) == (len(runtime.tokenizer.encode(PROMPT)), 10)
     assert answer.prompt_tps > 0

@@ -56,7 +56,7 @@ class Measured:
         pass_ = Sensitivity(config, weights, calibration, CHOICES, CARRIED, workers, 1, new_stream)
         pass_.start()
         self.layers, self.after, self.told = [], [], []
-        for layer in range(config.layers):
+        for layer in range(config.layer_count):
             self.layers.append(pass_.layer(layer, self.told.append))
             self.after.append(pass_.streams["source"].read(0, self.ids.size))
         self.measures = pass_.finish(self.layers, 100)

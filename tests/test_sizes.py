@@ -22,7 +22,8 @@ from edge_moe.compressor.rounding.quantise import trunk_packing
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle
-from edge_moe.runtime.config import load_config, parse_config, read_json, trunk_shapes
+from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.config_file import load_config, parse_config, read_json
 from edge_moe.runtime.plan import CHUNKS, TOKEN_BYTES, engine_memory
 
 CONFIGS = REFERENCE.parent / "configs"

@@ -72,7 +72,7 @@ def test_every_architecture_has_a_random_bundle(tmp_path, architecture):
 
 def test_layers_and_vocabulary_can_be_changed_and_there_is_no_end_token(config, tmp_path):
     bundle = make_synthetic(config.parent, tmp_path / "x.emoe", layers=2, vocab=64)
-    assert (bundle.config.layers, bundle.config.vocab, bundle.config.eos_tokens) == (2, 64, ())
+    assert (bundle.config.layer_count, bundle.config.vocab, bundle.config.eos_tokens) == (2, 64, ())
     per_layer = 2 * 4 * 32 * 128 + 2 * 2 * 32 * 128 + 2 * 32 + 2 * 128 + 8 * 128  # q and o, k and v, norms, router
     assert parameters(bundle) == 2 * per_layer + 128 + 2 * 64 * 128 + 2 * 8 * 3 * 64 * 128
     assert Bundle.open(bundle.path).config == bundle.config

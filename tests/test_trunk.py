@@ -30,7 +30,9 @@ from edge_moe.compressor.rounding.quantise import dequantise, quantise, trunk_pa
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.config import load_config, trunk_shapes
+from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.config_file import load_config
+from edge_moe.runtime.layers.mlp import Dense
 from edge_moe.runtime.score import log_softmax
 
 KINDS = {
@@ -40,6 +42,17 @@ KINDS = {
     "qwen3_moe": {"embedding", "attention", "head"},
     "deepseek_v3": {"embedding", "attention", "dense", "shared", "head"},
     "moonlight": {"embedding", "attention", "dense", "shared", "head"},
+    "deepseek_v2": {"embedding", "attention", "dense", "shared", "head"},
+    "ernie4_5_moe": {"embedding", "attention", "dense", "shared"},
+    "glm4_moe": {"embedding", "attention", "dense", "shared", "head"},
+    "glm4_moe_lite": {"embedding", "attention", "dense", "shared", "head"},
+    "granitemoe": {"embedding", "attention"},
+    "hunyuan_v1_moe": {"embedding", "attention", "shared", "head"},
+    "kimi_k25": {"embedding", "attention", "shared", "head"},
+    "minimax_m2": {"embedding", "attention", "head"},
+    "mistral3": {"embedding", "attention", "shared", "head"},
+    "mistral4": {"embedding", "attention", "dense", "shared", "head"},
+    "qwen3_vl_moe": {"embedding", "attention", "head"},
 }
 ATTENTION = {"q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b"}
 
@@ -77,7 +90,7 @@ class OneKind:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_each_kind_that_a_model_has_is_named_once(golden, name):
-    found = trunk.kinds(load_config(golden[name][0]))
+    found = trunk.kinds(Checkpoint(golden[name][0]).config)
     assert set(found) == KINDS[name]
     assert len(found) == len(KINDS[name])
 
@@ -105,7 +118,7 @@ def test_one_kind_is_rounded_to_four_bits_and_nothing_else(golden, name):
 @pytest.mark.parametrize("name", CHECKPOINTS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_one_width_for_all_kinds_is_the_packing_of_that_width(golden, name, width):
-    config = load_config(golden[name][0])
+    config = Checkpoint(golden[name][0]).config
     assert packing_of(config, dict.fromkeys(KINDS[name], width)) == trunk_packing(trunk_shapes(config), width, 64)
 
 
@@ -119,7 +132,9 @@ def test_each_tensor_gets_the_width_of_its_kind(golden):
 
 
 def test_a_matrix_that_cannot_be_grouped_stays_as_it_is_whatever_its_kind_gets(golden):
-    config = replace(load_config(golden["qwen2_moe"][0]), dense_hidden=40)
+    config = load_config(golden["qwen2_moe"][0])
+    narrow = [replace(layer, mlp=Dense(40)) if isinstance(layer.mlp, Dense) else layer for layer in config.layers]
+    config = replace(config, layers=tuple(narrow))
     found = packing_of(config, dict.fromkeys(KINDS["qwen2_moe"], 5))
     assert {name: p.widths for name, p in found.items() if ".dense." in name} == {
         "layers.1.dense.gate": (5,),
@@ -273,7 +288,7 @@ def measured(checkpoint: Checkpoint, ids, workers=1, files: Path | None = None) 
     trunks = {kind: ProbedTrunk(checkpoint, config, kind) for kind in trunk.kinds(config)}
     pass_ = Sensitivity(config, checkpoint, calibration, [(2, 32)], 0, workers, 1, new_stream, trunks=trunks)
     pass_.start()
-    layers = [pass_.layer(layer, lambda done: None) for layer in range(config.layers)]
+    layers = [pass_.layer(layer, lambda done: None) for layer in range(config.layer_count)]
     found = pass_.finish(layers, 100).trunk
     pass_.close()
     return found

@@ -18,7 +18,8 @@ from edge_moe.compressor.rounding.quantise import quantise, trunk_packing
 from edge_moe.compressor.writing import own, writer
 from edge_moe.compressor.writing.writer import BundleWriter, Packing, Quantised
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, record_bytes, verify
-from edge_moe.runtime.config import load_config, trunk_shapes
+from edge_moe.runtime.config import trunk_shapes
+from edge_moe.runtime.config_file import load_config
 
 
 @pytest.fixture

@@ -216,7 +216,7 @@ void prefill(const Shape& s, int width, const uint8_t* weights) {
 // ---- attention of one token over a long context
 
 void attention(int context) {
-  const cuda::Heads heads = {32, 4, 128, 128, 1e-6f, 0, 0.09f, 0};
+  const cuda::Heads heads = {32, 4, 128, 128, 1e-6f, 0, 0.09f, 0, false, false};
   const size_t layers = 16, layer = size_t(heads.kv_heads) * context * heads.head_dim * 2;
   uint8_t *keys = device<uint8_t>(layers * layer), *values = device<uint8_t>(layers * layer);
   float *q = device<float>(heads.heads * heads.head_dim), *out = device<float>(heads.heads * heads.head_dim);

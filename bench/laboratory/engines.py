@@ -24,7 +24,7 @@ import numpy as np
 from edge_moe.bench.bench import generate_run, prompt_run
 from edge_moe.bench.conditions import process_seconds
 from edge_moe.bench.synthetic import GROUP
-from edge_moe.runtime.config import read_json
+from edge_moe.runtime.config_file import read_json
 
 from .cgroup import Cgroup
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from edge_moe.bench.synthetic import random_bytes, raw_config
-from edge_moe.runtime.config import ModelConfig, parse_config
+from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.config_file import parse_config
 
 SAMPLE = 4096  # blocks whose deviation is measured
 
@@ -78,23 +79,24 @@ def tensors(model: ModelConfig, mix: str) -> list[Tensor]:
     """
     if mix not in MIXES:
         raise ValueError(f"type {mix!r} is not known here; use one of {', '.join(MIXES)}")
-    if model.architecture != "qwen3_moe" or model.experts == 8 or model.heads < 4 * model.kv_heads:
+    its = model.attention
+    if model.architecture != "qwen3_moe" or model.experts == 8 or its.heads < 4 * its.kv_heads:
         raise ValueError(
-            f"{model.architecture}, {model.experts} experts, {model.heads} heads, {model.kv_heads} KV heads: the types "
+            f"{model.architecture}, {model.experts} experts, {its.heads} heads, {its.kv_heads} KV heads: the types "
             "are known for qwen3_moe with at least 4 heads to a KV head and not 8 experts"
         )
-    if model.dense_layers or any(n % 256 for n in (model.dim, model.heads * model.head_dim, model.expert_hidden)):
+    if model.dense_layers or any(n % 256 for n in (model.dim, its.heads * its.head_dim, model.expert_hidden)):
         raise ValueError("the types are known where all layers have experts and rows are multiples of 256 inputs")
     dim, hidden, experts = model.dim, model.expert_hidden, model.experts
-    q_rows, kv_rows = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    q_rows, kv_rows = its.heads * its.head_dim, its.kv_heads * its.head_dim
     shapes = {"token_embd": (model.vocab, dim)}
-    for layer in range(model.layers):
+    for layer in range(model.layer_count):
         parts = {
             "attn_norm": (dim,),
             "attn_q": (q_rows, dim),
-            "attn_q_norm": (model.head_dim,),
+            "attn_q_norm": (its.head_dim,),
             "attn_k": (kv_rows, dim),
-            "attn_k_norm": (model.head_dim,),
+            "attn_k_norm": (its.head_dim,),
             "attn_v": (kv_rows, dim),
             "attn_output": (dim, q_rows),
             "ffn_norm": (dim,),
@@ -131,7 +133,7 @@ def make_gguf(
 
     raw = raw_config(Path(config), layers, vocab)
     model = parse_config(raw, where=str(config))
-    contents = tensors(model, mix)
+    contents, its = tensors(model, mix), model.attention
     writer = gguf.GGUFWriter(out, "qwen3moe")
     writer.add_file_type(MIXES[mix].file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -139,14 +141,14 @@ def make_gguf(
     writer.add_vocab_size(model.vocab)
     writer.add_context_length(model.context)
     writer.add_embedding_length(model.dim)
-    writer.add_block_count(model.layers)
+    writer.add_block_count(model.layer_count)
     writer.add_feed_forward_length(raw["intermediate_size"])
-    writer.add_head_count(model.heads)
-    writer.add_head_count_kv(model.kv_heads)
-    writer.add_key_length(model.head_dim)
-    writer.add_value_length(model.head_dim)
+    writer.add_head_count(its.heads)
+    writer.add_head_count_kv(its.kv_heads)
+    writer.add_key_length(its.head_dim)
+    writer.add_value_length(its.head_dim)
     writer.add_layer_norm_rms_eps(model.norm_eps)
-    writer.add_rope_freq_base(model.rope_theta)
+    writer.add_rope_freq_base(its.rope.theta)
     writer.add_expert_count(model.experts)
     writer.add_expert_used_count(model.top_k)
     writer.add_expert_feed_forward_length(model.expert_hidden)
@@ -172,7 +174,7 @@ def _type(name: str, shape: tuple[int, ...], model: ModelConfig, mix: str) -> st
     if part == ("token_embd" if model.tied_head else "output"):
         return "Q6_K"
     its = MIXES[mix]
-    if part in its.wide and int(name.split(".")[1]) in set(_wide_layers(model.layers)):
+    if part in its.wide and int(name.split(".")[1]) in set(_wide_layers(model.layer_count)):
         return its.wide[part]
     return its.special.get(part, its.usual)
 

@@ -8,6 +8,7 @@ against its own bundle unpruned. Without texts it is of Python's standard librar
 """
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -56,6 +57,8 @@ class Point:
 
 def main() -> None:
     a = parse()
+    if a.plot and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("--plot needs matplotlib: pip install matplotlib")  # before an hour's work
     tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     texts = texts_of(a.model, a.text, a.tokens)
     calibration = {"calibration": a.calibration}
@@ -84,12 +87,12 @@ def main() -> None:
         sections += [entropy_text(bundle, texts), reached_table(points, list(texts)), cost_text(took[0])]
     sections += ["## Under a cap", paged_table(a.work / f"bits-{a.bits[0]:g}.emoe", texts, tell)]
     report = "\n\n".join(sections) + "\n"
-    if a.plot and plotted:
-        plot(plotted, a.plot)
     if a.out:
         a.out.write_text(report, encoding="utf-8")
     else:
         print(report)
+    if a.plot and plotted:
+        plot(plotted, a.plot)
 
 
 def parse() -> argparse.Namespace:

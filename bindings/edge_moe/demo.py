@@ -18,7 +18,7 @@ from .bench.texts import held_out_modules
 from .compressor.passes.calibrate import load_calibration
 from .compressor.pipeline import compress
 from .report import certificate_text, spread_text
-from .runtime.config import load_config
+from .runtime.config_file import load_config
 from .runtime.describe import describe_bundle
 from .runtime.plan_table import size, table
 from .runtime.runtime import Runtime

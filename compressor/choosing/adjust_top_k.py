@@ -44,7 +44,7 @@ def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, w
         form.x = new_stream("top-k", ids.size)
         forward.embed(config, form.weights, ids, form.x)
     trials = []  # (layer, top_k)
-    for layer in range(config.layers):
+    for layer in range(config.layer_count):
         present = [(full, source), (config, base), *([(config, tried)] if trials else [])]
         for its, form in present:
             form.enter(its, layer, ids.shape[1], new_stream)
@@ -52,7 +52,7 @@ def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, w
         if layer not in config.dense_layers:
             for top_k in range(fewest(config, layer), config.top_k):
                 trials.append((layer, top_k))
-                trial = replace(config, layer_top_k=(top_k,) * config.layers)
+                trial = replace(config, layer_top_k=(top_k,) * config.layer_count)
                 new.append((trial, _beside(trial, base, layer, new_stream)))
             _add_experts(full, checkpoint, layer, present + new, workers)
         for _, form in present:
@@ -66,7 +66,7 @@ def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, w
     best = dict.fromkeys(config.moe_layers, (found[0], config.top_k))
     for (layer, top_k), nats in zip(trials, found[1:], strict=True):
         best[layer] = min(best[layer], (nats, top_k))
-    return tuple(best[layer][1] if layer in best else 0 for layer in range(config.layers))
+    return tuple(best[layer][1] if layer in best else 0 for layer in range(config.layer_count))
 
 
 def fewest(config: ModelConfig, layer: int) -> int:

@@ -54,7 +54,7 @@ def drop_in_program(config: ModelConfig, measures: Measures, share: float, bits:
         raise ValueError(f"dropping {share:.0%} of the experts leaves {len(layers) - count}, the router needs {needed}")
     gone = allocate.dropped(config, measures, budget, allocate.unit_of(config, measures, bits), count, keep)
     kept = {layer: np.flatnonzero(~gone[layers == layer]).tolist() for layer in config.moe_layers}
-    return replace(config, kept=tuple(tuple(kept.get(layer, ())) for layer in range(config.layers)))
+    return replace(config, kept=tuple(tuple(kept.get(layer, ())) for layer in range(config.layer_count)))
 
 
 def drop(config: ModelConfig, measures: Measures, share: float, kind: str, counts: str) -> ModelConfig:
@@ -73,7 +73,7 @@ def drop(config: ModelConfig, measures: Measures, share: float, kind: str, count
         keep_in = _by_sensitivity(config, measures, order, keep)
     kept = tuple(
         tuple(sorted(order[layer][: keep_in[layer]].tolist())) if layer in order else ()
-        for layer in range(config.layers)
+        for layer in range(config.layer_count)
     )
     _check_groups(config, kept)
     return replace(config, kept=kept)

@@ -11,10 +11,11 @@ from ... import _core
 from ...devices.probe import default_threads
 from ...runtime.bundle import Bundle
 from ...runtime.child import answer
-from ...runtime.config import ModelConfig, parse_config, read_json, trunk_shapes
+from ...runtime.config import ModelConfig, trunk_shapes
+from ...runtime.config_file import parse_config, read_json
 from ...runtime.device import device_name
 from ...runtime.model_path import check_quantised, find_model, raise_if_other_format
-from ...runtime.plan import KV_TYPES, Plan, make_plan, resolve_ram
+from ...runtime.plan import KV_TYPES, Plan, check_sequences, make_plan, resolve_ram
 from ...runtime.runtime import DEFAULT_CONTEXT
 from ...runtime.tokenizer import tokenizer_of
 from ..rounding.quantise import largest_group
@@ -90,15 +91,16 @@ def estimate(
     device: str = "cpu",
     threads: int | None = None,
     kv: str = KV_TYPES[0],
+    sequences: int = 1,
 ) -> Estimate:
     """The plan of a bundle, a checkpoint's directory or a config.json; a plan below its floor is returned, not refused.
 
     Of what is not a bundle yet: bits and size as compress() takes them, and like there 2.5 bits where nothing is said;
     width, trunk_width and widths are bits as widths_by_kind() takes them; recipe: instead, a published mix by name;
-    keep_experts: how many a layer keeps, or as a float their share. device: where it would be computed; a GPU is one
-    that shares the processor's memory, and what its driver takes is not in the plan. The interpreter counts as it is in
-    this process, with the tokenizer where there is one. Raises ValueError for bad options and what reading the config
-    or the bundle raises.
+    keep_experts: how many a layer keeps, or as a float their share. sequences: conversations with a KV cache of their
+    own, as Runtime() has them. device: where it would be computed; a GPU is one that shares the processor's memory, and
+    what its driver takes is not in the plan. The interpreter counts as it is in this process, with the tokenizer where
+    there is one. Raises ValueError for bad options and what reading the config or the bundle raises.
     """
     path = find_model(model)
     choices = {"bits": bits, "size": size, "width": width, "widths": widths, "trunk_width": trunk_width}
@@ -114,6 +116,7 @@ def estimate(
     context = min(DEFAULT_CONTEXT, config.context) if context is None else context
     if not 1 <= context <= config.context:
         raise ValueError(f"context is {context}, expected 1 to {config.context}, the model's own")
+    check_sequences(sequences)
     tokenizer = tokenizer_of(path)
     table_bytes = 0 if bundle else TABLE_BYTES + RECORD_BYTES * config.expert_count
     fixed = {
@@ -122,6 +125,8 @@ def estimate(
         "threads": threads or default_threads(),
         "kv": kv,
         "device": device_name(device),
+        "sequences": sequences,
+        "logits_rows": sequences,
         "refuse": False,
     }
     del tokenizer  # counted
@@ -160,7 +165,7 @@ def _about(config: ModelConfig, sizes: Sizes, plan: Plan, bundle: Bundle | None)
     calibrated = bool(frequency.any())
     share = plan.experts_bytes / plan.all_experts_bytes
     return {
-        "layers": config.layers,
+        "layers": config.layer_count,
         "bits": 8 * sizes.all_experts_bytes / (config.expert_count * config.expert_weights),
         "trunk_bits": bits,
         "trunk_read_bytes": sizes.trunk_bytes - unread,
@@ -195,7 +200,9 @@ def keep_experts_of(config: ModelConfig, keep: int | float) -> ModelConfig:
             "or a share of them as 0.75"
         )
     kept = tuple(range(count))
-    return replace(config, kept=tuple(() if layer in config.dense_layers else kept for layer in range(config.layers)))
+    return replace(
+        config, kept=tuple(() if layer in config.dense_layers else kept for layer in range(config.layer_count))
+    )
 
 
 def _bundle_sizes(bundle: Bundle) -> tuple[Sizes, str]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...runtime import reference
 from ...runtime.config import ModelConfig
+from ...runtime.layers.arrays import ACTIVATIONS
 from ...runtime.score import log_softmax
 from ..files import write_whole
 from ..passes import forward
@@ -289,7 +290,7 @@ class Sensitivity:
                 packed = gptq(matrix, its, width, group, sweeps=0, threads=self.threads)
                 rounded.append(dequantise(packed, width, matrix.shape[1]))
             gates, ups = h_kept @ rounded[0].T, h_kept @ rounded[1].T
-            act = reference.silu if config.activation == "silu" else reference.gelu_tanh
+            act = ACTIVATIONS[config.activation]
             squared[0, i] = np.square((act(gates) * up) @ matrices[2].T - y).sum(-1)
             squared[1, i] = np.square((act(gate) * ups) @ matrices[2].T - y).sum(-1)
             squared[2, i] = np.square(inner_kept @ rounded[2].T - y).sum(-1)
@@ -344,7 +345,7 @@ class Sensitivity:
                 sums[i] += np.bincount(domain[at], divergence("carried", i * len(rows)), domains)
             for kind in trunk:
                 trunk[kind] += float(divergence(kind, 0).sum()) / len(rows)
-        gain = np.zeros((config.layers, domains + 1))
+        gain = np.zeros((config.layer_count, domains + 1))
         for i, layer in enumerate(config.moe_layers):
             carried = layers[layer].carried
             mean = sums[i].sum() / max((carried * tokens).sum(), 1e-30)

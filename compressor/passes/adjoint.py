@@ -26,6 +26,7 @@ def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, ran
         labels = np.minimum((ends < drawn).sum(axis=-1), config.vocab - 1)
         slope = -p
         slope[rows, labels] += 1
+        slope *= config.logits_scale
         g[sample] = norm_backward(x, weights.trunk("output_norm"), config.norm_eps, slope @ head)
     return g
 
@@ -65,10 +66,10 @@ def router_backward(config: ModelConfig, router, scores, chosen, weights, g_weig
     rule, there = config.router, chosen >= 0
     its = np.take_along_axis(scores, chosen.clip(0), axis=-1) * there
     if rule.renormalise:
-        mean = (g_weights * weights).sum(axis=-1, keepdims=True) / rule.scale
-        g_its = (g_weights - mean) * rule.scale / (its.sum(axis=-1, keepdims=True) + 1e-20)
+        mean = (g_weights * weights).sum(axis=-1, keepdims=True) / config.routing_scale
+        g_its = (g_weights - mean) * config.routing_scale / (its.sum(axis=-1, keepdims=True) + 1e-20)
     else:
-        g_its = g_weights * rule.scale
+        g_its = g_weights * config.routing_scale
     g_scores = np.zeros((len(g_weights), *scores.shape), np.float32)
     rows, place = np.nonzero(there)
     g_scores[:, rows, chosen[rows, place]] = g_its[:, rows, place]
@@ -83,6 +84,7 @@ def shared_backward(config: ModelConfig, weights, layer: int, h, g):
     """The gradient at h of the shared expert's output."""
     prefix = f"layers.{layer}.shared"
     matrices = [weights.trunk(f"{prefix}.{part}") for part in ("gate", "up", "down")]
+    g = g * config.residual_scale
     if not config.shared_gate:
         return mlp_backward(config, h, matrices, g)[1]
     row = weights.trunk(f"{prefix}_router")  # (1, dim)
@@ -93,6 +95,5 @@ def shared_backward(config: ModelConfig, weights, layer: int, h, g):
 
 def dense_backward(config: ModelConfig, weights, layer: int, h, g):
     """The gradient at h of a dense layer's MLP."""
-    return mlp_backward(
-        config, h, [weights.trunk(f"layers.{layer}.dense.{part}") for part in ("gate", "up", "down")], g
-    )[1]
+    matrices = [weights.trunk(f"layers.{layer}.dense.{part}") for part in ("gate", "up", "down")]
+    return mlp_backward(config, h, matrices, g * config.residual_scale)[1]

@@ -38,9 +38,9 @@ class Routing:
 
 def embed(config: ModelConfig, weights, ids: np.ndarray, out: Stream) -> None:
     """Fill `out` with the first layer's input for ids (sequences, tokens)."""
-    table, flat = weights.trunk("embedding"), ids.reshape(-1)
+    trunk, flat = Held(weights), ids.reshape(-1)
     for start, stop in out.blocks():
-        out.write(start, table[flat[start:stop]])
+        out.write(start, reference.embed(config, trunk, flat[start:stop]))
 
 
 def attention(config: ModelConfig, weights, layer: int, x: Stream, tokens: int, out: Stream) -> None:
@@ -67,7 +67,7 @@ def common_mlp(config: ModelConfig, weights, layer: int, a: Stream, out: Stream)
     trunk = Held(weights)
     for start, stop in a.blocks():
         block = a.read(start, stop)
-        if layer in config.dense_layers:
+        if not config.has_experts(layer):
             block += reference.dense_block(config, trunk, layer, reference.mlp_input(config, trunk, layer, block))
         elif config.shared_hidden:
             block += reference.shared_expert(config, trunk, layer, reference.mlp_input(config, trunk, layer, block))

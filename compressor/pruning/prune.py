@@ -124,7 +124,7 @@ def set_default(bundle: str | Path, default: float | None) -> Bundle:
 
 def _streams(stack: ExitStack, path: Path, ram: int, rows: int, config):
     """new_stream(name, rows): in memory where all fit in half of it."""
-    alive = (config.layers + 3 + 2 * SAMPLES) * rows * config.dim * 4
+    alive = (config.layer_count + 3 + 2 * SAMPLES) * rows * config.dim * 4
     directory, count = None, iter(range(1_000_000))
     if alive > ram / 2:
         beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.prune-")
@@ -170,7 +170,7 @@ def _settings(config, weights, found: dict, rules, wanted, apart: np.ndarray, se
             kept_by = reference.kept_by_ratio if rule == "odp" else reference.kept_by_share
             cuts, thresholds = prune_curves.thresholds(found, kept_by, wanted)
         its[rule] = {"cuts": cuts, "thresholds": thresholds}
-        if rule == "odp" and config.latent is None:  # received attention is known where each token has keys of its own
+        if rule == "odp" and not config.latent:  # received attention is known where each token has keys of its own
             its[rule]["protect"] = prune_curves.PROTECTED
     names = {f"layers.{layer}.{rule}": router for (layer, rule), router in routers.items() if rule in rules}
     return {"rules": its}, names

@@ -58,11 +58,11 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
 
     The caller closes their streams.
     """
-    tokens, total = ids.shape[1], 2 * config.layers
+    tokens, total = ids.shape[1], 2 * config.layer_count
     x = new_stream("input", ids.size)
     forward.embed(config, weights, ids, x)
     attended, routings = [], []
-    for layer in range(config.layers):
+    for layer in range(config.layer_count):
         a, y = new_stream(f"attended-{layer}", x.rows), new_stream("output", x.rows)
         forward.attention(config, weights, layer, x, tokens, a)
         forward.common_mlp(config, weights, layer, a, y)
@@ -81,7 +81,7 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
         for sample, block in enumerate(blocks):
             g.write(sample * x.rows + start, block)
     x.close()
-    for layer in reversed(range(config.layers)):
+    for layer in reversed(range(config.layer_count)):
         back, a, routing = new_stream("gradient", g.rows), attended[layer], routings[layer]
         q = _layer_backward(config, weights, layer, a, routing, g, back, workers)
         g.close()
@@ -90,7 +90,7 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
             a.close()
         else:
             found[layer] = LayerLosses(a, routing.weights, losses_of(config, routing.weights, q))
-        tell(2 * config.layers - layer, total)
+        tell(2 * config.layer_count - layer, total)
     g.close()
     return dict(sorted(found.items()))
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from ...runtime import reference
 from ...runtime.config import ModelConfig, trunk_shapes
+from ...runtime.layers.attention import Attention
+from ...runtime.layers.latent import LatentAttention
 from ..passes.forward import Held
 from ..passes.streams import BLOCK_ROWS, Stream
 from ..writing.writer import Quantised
@@ -97,14 +99,14 @@ class TrunkFit:
             return reference.attention_block(self.config, weights, self.layer, sequences)
 
         streams = (x, source_x, source_a)
-        *first, (last,) = attention_stages(self.config)
+        *first, (last,) = attention_stages(self.config.layers[self.layer].attention)
         for names in first:
             self._follow(self._named(names), part, streams)
         self._reach(self._name(last), part, streams)
 
     def mlp(self, a: Stream, source_a: Stream, source_y: Stream) -> None:
         """The streams after attention, and the source's after the layer, which counts for a dense one."""
-        dense = self.layer in self.config.dense_layers
+        dense = not self.config.has_experts(self.layer)
         if not (dense or self.config.shared_hidden):
             return
         block = reference.dense_block if dense else reference.shared_expert
@@ -177,11 +179,11 @@ class TrunkFit:
         return tuple(map(self._name, names))
 
 
-def attention_stages(config: ModelConfig) -> list[tuple[str, ...]]:
+def attention_stages(attention: Attention | LatentAttention) -> list[tuple[str, ...]]:
     """Attention's matrices in the order in which they are used, those of one input together."""
-    if not config.latent:
+    if not isinstance(attention, LatentAttention):
         return [("q", "k", "v"), ("o",)]
-    queries = [("q_a",), ("q_b",)] if config.latent.q_rank else [("q",)]
+    queries = [("q_a",), ("q_b",)] if attention.q_rank else [("q",)]
     return [*queries, ("kv_a",), ("kv_b",), ("o",)]
 
 

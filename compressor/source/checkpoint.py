@@ -3,44 +3,34 @@
 Opening reads headers only and checks every tensor the model needs: there, of a known type, the right shape. A tensor
 that is there for one of the model's layers and that nothing uses is refused: results would not be the model's.
 Reading takes one tensor from disk as float32, so memory is one tensor's. No file stays open in between: large
-checkpoints have more shards than macOS lets a process open. Shapes and rules are in runtime/config.py, types and
-quantised tensors in source_formats.py.
+checkpoints have more shards than macOS lets a process open. Which tensors a family's checkpoints have is in names.py,
+types and quantised tensors are in formats.py.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ...runtime.config import ModelConfig, load_config, read_json, trunk_shapes
+from ...runtime.config import ModelConfig
+from ...runtime.config_file import family_of, load_config, read_json
 from ...runtime.files import real_path
 from ...runtime.model_path import check_quantised, find_model, raise_if_other_format
 from ...runtime.tensorfile import Stored, read_header
 from .formats import Block, Tensor, locate, read, read_bytes, scale_blocks
+from .names import Names, Source, sources
 
 SAMPLE_BYTES = 4096  # of each layer's o that the fingerprint reads
 MOST_MISSING = 100_000  # tensors that are counted: a config.json may claim millions
 COMPARED_ROWS = 1024  # of embedding and head, at a time
-HEAD = "lm_head.weight"
 NOT_WEIGHTS = (  # by the end of the name: what other programs keep beside the weights
     ".rotary_emb.inv_freq",
     *(f".{what}_scale" for what in ("input", "output", "q", "k", "v", "kv")),
     ".weight_shape",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a canonical tensor comes from: all of a checkpoint's tensor, or one expert's part of it."""
-
-    name: str  # canonical: layers.3.q
-    key: str  # the checkpoint's: model.layers.3.self_attn.q_proj.weight
-    shape: tuple[int, ...]
-    key_shape: tuple[int, ...]
-    first_row: int = 0  # rows of the checkpoint's tensor before this one's first, all experts' counted
 
 
 class Checkpoint:
@@ -61,16 +51,16 @@ class Checkpoint:
         real_path(self.directory, path.name)
         blocks = scale_blocks(raw.get("quantization_config"), str(path))
         stored = _read_headers(self.directory)
-        names = _Names.of(stored)
-        if self.config.tied_head and HEAD in stored and not self._is_embedding(stored, names, blocks):
+        names = Names.of(self.config, family_of(raw, str(path)), stored)
+        if self.config.tied_head and names.head in stored and not self._is_embedding(stored, names, blocks):
             self.config = replace(self.config, tied_head=False)
-        self._tensors = _match(self.directory, _sources(self.config, names), stored, blocks)
+        self._tensors = _match(self.directory, sources(self.config, names), names.head, stored, blocks)
         self.unused = self._unused(stored, names)  # tensors of what is no part of the model, as further layers
 
-    def _is_embedding(self, stored: dict[str, Stored], names: "_Names", blocks: tuple[Block, ...]) -> bool:
+    def _is_embedding(self, stored: dict[str, Stored], names: Names, blocks: tuple[Block, ...]) -> bool:
         """Whether the output head that is stored is the embedding once more, as config.json says."""
         shape, key = (self.config.vocab, self.config.dim), f"{names.prefix}embed_tokens.weight"
-        head, embedding = (locate(one, shape, stored, blocks) for one in (HEAD, key))
+        head, embedding = (locate(one, shape, stored, blocks) for one in (names.head, key))
         if embedding is None:
             return False
         for row in range(0, shape[0], COMPARED_ROWS):
@@ -79,19 +69,18 @@ class Checkpoint:
                 return False
         return True
 
-    def _unused(self, stored: dict[str, Stored], names: "_Names") -> list[str]:
+    def _unused(self, stored: dict[str, Stored], names: Names) -> list[str]:
         """The tensors that are not read. Raises ValueError where one is of a part that the model has."""
         used = {key for _, tensor in self._tensors.values() for key in (tensor.key, tensor.scale_key)}
         left = [key for key in stored if key not in used and not key.endswith(NOT_WEIGHTS)]
-        left = [key for key in left if key != HEAD or not self.config.tied_head]
+        left = [key for key in left if key != names.head or not self.config.tied_head]
         own = tuple(f"{names.prefix}{part}" for part in ("embed_tokens.", "norm."))
-        layer = f"{names.prefix}layers."
 
         def of_the_model(key: str) -> bool:
-            if not key.startswith(layer):
-                return key.startswith((*own, "lm_head."))
-            number = key.removeprefix(layer).partition(".")[0]
-            return not number.isascii() or not number.isdigit() or int(number[:9]) < self.config.layers
+            if not key.startswith(names.layers):
+                return key.startswith((*own, names.head.removesuffix("weight")))
+            number = key.removeprefix(names.layers).partition(".")[0]
+            return not number.isascii() or not number.isdigit() or int(number[:9]) < self.config.layer_count
 
         if strangers := [key for key in left if of_the_model(key)]:
             more = f", and {len(strangers) - 1:,} more" if len(strangers) > 1 else ""
@@ -119,13 +108,13 @@ class Checkpoint:
         return self._find(name)[0].shape
 
     def dtype(self, name: str) -> str:
-        """The type on disk: BF16, F16, F32, F8_E4M3 or MXFP4."""
+        """The type on disk: BF16, F16, F32, F8_E4M3, MXFP4 or INT4."""
         return self._find(name)[1].dtype
 
     def source_bytes(self, name: str) -> int:
         """Bytes on disk that reading one tensor takes, its scales included."""
         source, tensor = self._find(name)
-        return read_bytes(tensor, source.first_row, source.shape)
+        return read_bytes(tensor, source.first_row, source.stored_shape)
 
     def fingerprint(self) -> str:
         """SHA-256 in hex by which a checkpoint is known again: equal for a copy, another for another checkpoint.
@@ -152,7 +141,10 @@ class Checkpoint:
     def trunk(self, name: str) -> np.ndarray:
         """Read one tensor as float32. Raises ValueError for NaN or Inf, OSError for a file cut meanwhile."""
         source, tensor = self._find(name)
-        return read(tensor, source.first_row, source.shape, name)
+        values = read(tensor, source.first_row, source.stored_shape, name)
+        if source.transposed:
+            return np.ascontiguousarray(values[:, source.first_column :][:, : source.shape[0]].T)
+        return values
 
     def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises as trunk()."""
@@ -165,75 +157,8 @@ class Checkpoint:
         return self._tensors[name]
 
 
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """How a checkpoint spells its tensors."""
-
-    fused: bool  # a layer's experts in two tensors, as transformers 5 has them in memory
-    prefix: str  # model. or, saved without the part that has the head, nothing
-
-    @classmethod
-    def of(cls, stored: Iterable[str]) -> "_Names":
-        bare = "embed_tokens.weight" in stored and "model.embed_tokens.weight" not in stored
-        return cls(any(key.endswith(".mlp.experts.gate_up_proj") for key in stored), "" if bare else "model.")
-
-
-def _sources(config: ModelConfig, names: _Names) -> Iterator[Source]:
-    """Every tensor of the model: this function alone knows the checkpoint's names.
-
-    The hub keeps an expert's three matrices apart. transformers 5 has them `fused` in memory, and writes them
-    so on request: (experts, gate rows then up rows, dim) and (experts, dim, expert_hidden).
-    """
-    dim, hidden, fused, prefix = config.dim, config.expert_hidden, names.fused, names.prefix
-    mixtral = config.architecture == "mixtral" and not fused
-    moe = "block_sparse_moe" if mixtral else "mlp"
-    gate_key, up_key, down_key = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    shared = "shared_experts" if config.architecture == "deepseek_v3" else "shared_expert"
-    key_of = {
-        "embedding": "embed_tokens.weight",
-        "output_norm": "norm.weight",
-        "attention_norm": "input_layernorm.weight",
-        "mlp_norm": "post_attention_layernorm.weight",
-        **{part: f"self_attn.{part}_proj.weight" for part in "qkvo"},
-        **{f"{part}_bias": f"self_attn.{part}_proj.bias" for part in "qkv"},
-        **{f"{part}_norm": f"self_attn.{part}_norm.weight" for part in "qk"},
-        **{part: f"self_attn.{part}_proj.weight" for part in ("q_a", "q_b", "kv_b")},
-        "kv_a": "self_attn.kv_a_proj_with_mqa.weight",
-        **{f"{part}_norm": f"self_attn.{part}_layernorm.weight" for part in ("q_a", "kv_a")},
-        **{f"dense.{part}": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
-        "router": f"{moe}.gate.weight",
-        "router_bias": f"{moe}.gate.e_score_correction_bias",
-        **{f"shared.{part}": f"{moe}.{shared}.{part}_proj.weight" for part in ("gate", "up", "down")},
-        "shared_router": f"{moe}.shared_expert_gate.weight",
-    }
-
-    def whole(name: str, key: str, shape: tuple[int, ...]) -> Source:
-        return Source(name, key, shape, shape)
-
-    for name, shape in trunk_shapes(config).items():
-        if name == "head":
-            yield whole(name, HEAD, shape)
-            continue
-        layer, part = name.split(".", 2)[1:] if name.startswith("layers.") else ("", name)
-        yield whole(name, f"{prefix}{f'layers.{layer}.' if layer else ''}{key_of[part]}", shape)
-
-    for layer in config.moe_layers:
-        for expert in range(config.experts):
-            to, at = f"layers.{layer}.experts.{expert}", f"{prefix}layers.{layer}.{moe}.experts"
-            if fused:
-                gate_up, gate_up_shape = f"{at}.gate_up_proj", (config.experts, 2 * hidden, dim)
-                down, down_shape = f"{at}.down_proj", (config.experts, dim, hidden)
-                yield Source(f"{to}.gate", gate_up, (hidden, dim), gate_up_shape, 2 * expert * hidden)
-                yield Source(f"{to}.up", gate_up, (hidden, dim), gate_up_shape, (2 * expert + 1) * hidden)
-                yield Source(f"{to}.down", down, (dim, hidden), down_shape, expert * dim)
-            else:
-                yield whole(f"{to}.gate", f"{at}.{expert}.{gate_key}.weight", (hidden, dim))
-                yield whole(f"{to}.up", f"{at}.{expert}.{up_key}.weight", (hidden, dim))
-                yield whole(f"{to}.down", f"{at}.{expert}.{down_key}.weight", (dim, hidden))
-
-
 def _match(
-    directory: Path, sources: Iterable[Source], stored: dict[str, Stored], blocks: tuple[Block, ...]
+    directory: Path, sources: Iterable[Source], head: str, stored: dict[str, Stored], blocks: tuple[Block, ...]
 ) -> dict[str, tuple[Source, Tensor]]:
     """Each source with the tensor that it is in, by canonical name; all of them, or a ValueError."""
     found, tensors, missing = {}, {}, {}
@@ -251,9 +176,9 @@ def _match(
     if missing:
         first, others = next(iter(missing)), len(missing) - 1
         more = f", and {'over ' * (others >= MOST_MISSING)}{others:,} more" if others else ""
-        if list(missing) == [HEAD]:
+        if list(missing) == [head]:
             raise ValueError(
-                f"{directory}: tensor {HEAD} is missing: the checkpoint was saved without its output head; "
+                f"{directory}: tensor {head} is missing: the checkpoint was saved without its output head; "
                 "save the model for causal language modelling"
             )
         raise ValueError(

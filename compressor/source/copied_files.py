@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from ...runtime.bundle import COPIED, TEMPLATES
-from ...runtime.config import parse_config
+from ...runtime.config_file import parse_config, with_language_key
 from ...runtime.files import read_bounded, real_path
 from ...runtime.model_path import check_pointer
 from ...runtime.tokenizer_file import MOST_TEMPLATE_BYTES
@@ -31,7 +31,7 @@ def contents(directory: Path, tied_head: bool) -> dict[str, bytes]:
     found = {name: _content(directory, name, COPIED[name]) for name in there(directory)}
     raw = json.loads(found["config.json"])
     if parse_config(raw, str(directory / "config.json")).tied_head and not tied_head:
-        found["config.json"] = _json({**raw, "tie_word_embeddings": False})
+        found["config.json"] = _json(with_language_key(raw, "tie_word_embeddings", False))
     templates = sorted((directory / TEMPLATES).glob("*.jinja"))
     if templates:
         texts = {file.stem: _content(directory, f"{TEMPLATES}/{file.name}", MOST_TEMPLATE_BYTES) for file in templates}

@@ -1,9 +1,10 @@
-"""How a checkpoint's tensor becomes float32: plain types, FP8 with block scales, MXFP4.
+"""How a checkpoint's tensor becomes float32: plain types, FP8 with block scales, MXFP4, integers of four bits.
 
 A quantised tensor is its values and, beside them, the scales that blocks of values share: w = value * scale.
   FP8    X.weight F8_E4M3 (rows, cols), X.weight_scale_inv or X.weight_scale (block rows, block cols). Despite its
          name `_inv` multiplies too. Blocks at the last rows and columns may be cut off.
   MXFP4  X.weight_packed U8 (rows, cols / 2), the low nibble first; X.weight_scale U8 (rows, cols / 32), an exponent.
+  INT4   X.weight_packed I32 (rows, cols / 8), the low nibble first, 8 is zero; X.weight_scale (rows, cols / group).
 Which one it is, the stored tensors say; config.json's quantization_config says how large blocks are. Decoding goes by
 a few rows at a time, so that beyond the float32 result memory holds next to nothing.
 """
@@ -17,9 +18,10 @@ import numpy as np
 from ...runtime.tensorfile import NUMPY_DTYPES, Stored
 
 PLAIN = ("BF16", "F16", "F32")
-FP8, MXFP4 = "F8_E4M3", "MXFP4"
+FP8, MXFP4, INT4 = "F8_E4M3", "MXFP4", "INT4"
+NIBBLES = (MXFP4, INT4)
 EXPONENTS = ("U8", "F8_E8M0")  # a power of two as its exponent alone
-SCALES = {FP8: ("F32", "BF16", "F16", *EXPONENTS), MXFP4: EXPONENTS}
+SCALES = {FP8: (*PLAIN, *EXPONENTS), MXFP4: EXPONENTS, INT4: PLAIN}
 WHOLE = 0  # a block as high or wide as its matrix
 BLOCKS = {FP8: (128, 128), MXFP4: (1, 32)}  # rows and columns that share a scale, unless config.json says else
 STEP_VALUES = 1 << 16  # decoded at a time: codes and floats stay in the core's cache
@@ -32,7 +34,7 @@ class Tensor:
     """One tensor of a checkpoint as its files hold it."""
 
     key: str  # the checkpoint's name of the values
-    dtype: str  # BF16, F16, F32, F8_E4M3 or MXFP4
+    dtype: str  # BF16, F16, F32, F8_E4M3, MXFP4 or INT4
     shape: tuple[int, ...]  # decoded: (rows, cols), fused (experts, rows, cols), or a vector
     values: Stored
     scale_key: str = ""
@@ -80,7 +82,9 @@ def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: 
     values = stored.get(key)
     if values is None:
         packed = stored.get(f"{key}_packed")
-        return None if packed is None else _locate_mxfp4(key, shape, packed, stored)
+        if packed is None:
+            return None
+        return (_locate_int4 if packed.dtype == "I32" else _locate_mxfp4)(key, shape, packed, stored)
     if values.dtype not in (*PLAIN, FP8) or (values.dtype == FP8 and len(shape) < 2):
         raise _unsupported(values.path, f"tensor {key} of type {values.dtype}")
     _check_shape(key, values, shape)
@@ -141,7 +145,7 @@ def read_bytes(tensor: Tensor, first_row: int, shape: tuple[int, ...]) -> int:
     if tensor.scales is None:
         return count * NUMPY_DTYPES[tensor.dtype].itemsize
     _, _, scales = _scale_span(tensor, first_row, shape[0])
-    return (count // 2 if tensor.dtype == MXFP4 else count) + scales * NUMPY_DTYPES[tensor.scales.dtype].itemsize
+    return (count // 2 if tensor.dtype in NIBBLES else count) + scales * NUMPY_DTYPES[tensor.scales.dtype].itemsize
 
 
 # Finding and checking
@@ -188,6 +192,19 @@ def _locate_mxfp4(key: str, shape: tuple[int, ...], packed: Stored, stored: dict
     return Tensor(packed_key, MXFP4, shape, packed, scale_key, scales, block)
 
 
+def _locate_int4(key: str, shape: tuple[int, ...], packed: Stored, stored: dict[str, Stored]) -> Tensor:
+    packed_key, scale_key = f"{key}_packed", f"{key}_scale"
+    if len(shape) != 2 or shape[1] % 8 or f"{key}_zero_point" in stored or f"{key}_g_idx" in stored:
+        raise _unsupported(packed.path, f"tensor {packed_key} of integers with zero points, or in another order")
+    rows, cols = shape
+    _check_shape(packed_key, packed, (rows, cols // 8))
+    scales = _locate_scales(INT4, packed_key, packed, scale_key, stored)
+    groups = scales.shape[1] if len(scales.shape) == 2 and scales.shape[0] == rows else 0
+    if groups == 0 or cols % groups or cols // groups % 2:
+        raise _wrong_scales(scale_key, scales, packed_key, shape, f"({rows}, groups of columns)")
+    return Tensor(packed_key, INT4, shape, packed, scale_key, scales, (1, cols // groups))
+
+
 def _locate_scales(dtype: str, key: str, values: Stored, scale_key: str, stored: dict[str, Stored]) -> Stored:
     if scale_key not in stored:
         raise ValueError(
@@ -218,8 +235,8 @@ def _wrong_scales(key: str, found: Stored, of: str, shape: tuple[int, ...], want
 def _unsupported(where, what: str) -> ValueError:
     return ValueError(
         f"{where}: {what} is not supported; supported are {', '.join(PLAIN)}, FP8 (quant_method fp8 or "
-        "compressed-tensors, F8_E4M3 with scales) and MXFP4 (compressed-tensors, mxfp4-pack-quantized); "
-        "use such a checkpoint, best the one that is not quantised"
+        "compressed-tensors, F8_E4M3 with scales), MXFP4 (compressed-tensors, mxfp4-pack-quantized) and INT4 "
+        "(compressed-tensors, pack-quantized, symmetric); use such a checkpoint, best the one that is not quantised"
     )
 
 
@@ -275,6 +292,8 @@ def _table(dtype: str, pairs: bool = False) -> np.ndarray:
     code = np.arange(256)
     if dtype == "F8_E8M0":  # OCP MX specification 1.0: 2 to the code less 127; 255 is NaN
         values = np.where(code == 255, np.nan, 2.0 ** (code - 127.0))
+    elif dtype == INT4:  # offset by 8, the low nibble first
+        values = np.stack([(code & 15) - 8.0, (code >> 4) - 8.0], axis=1)
     elif dtype == MXFP4:  # E2M1, the low nibble first
         value = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
         value = np.concatenate([value, -value])

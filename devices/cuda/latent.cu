@@ -47,7 +47,11 @@ absorb_kernel(const float* q, Matrix kv_b, LatentHeads heads, Span span, float* 
   const int n = heads.head_dim, nope = heads.nope_dim(), i = int(blockIdx.x * kThreads + threadIdx.x);
   for (int at = int(threadIdx.x); at < kTokensAtOnce * n; at += kThreads) {
     const size_t token = size_t(span.first) + first + at / n;
-    scaled[at] = at / n < count ? q[(token * heads.heads + head) * n + at % n] * heads.softmax_scale : 0.0f;
+    const float scale =
+        heads.query_scales && at / n < count
+            ? heads.softmax_scale * heads.query_scales[(*span.position + int(token)) / heads.query_context]
+            : heads.softmax_scale;
+    scaled[at] = at / n < count ? q[(token * heads.heads + head) * n + at % n] * scale : 0.0f;
   }
   __syncthreads();
   if (i >= heads.cached()) return;

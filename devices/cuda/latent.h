@@ -5,11 +5,13 @@
 
 namespace edge_moe::cuda {
 
-// See EngineConfig. A latent and its part with position are `cached` values.
+// See AttentionConfig. A latent and its part with position are `cached` values.
 struct LatentHeads {
   int heads, head_dim, rope_dim, v_dim, rank;
   float norm_eps, softmax_scale;
   bool interleaved;
+  const float* query_scales;  // by position / query_context; null: 1
+  int query_context;
 
   EDGE_MOE_BOTH int cached() const { return rank + rope_dim; }
   EDGE_MOE_BOTH int nope_dim() const { return head_dim - rope_dim; }

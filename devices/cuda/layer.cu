@@ -37,10 +37,10 @@ rms_norm_kernel(const float* x, const float* weight, float eps, int n, float* y,
     quantise_block(values + block * kBlock, n - block * kBlock, into, blockIdx.x * into.blocks() + block);
 }
 
-EDGE_MOE_KERNEL(kThreads) embed_kernel(Matrix m, const int32_t* ids, float* y) {
+EDGE_MOE_KERNEL(kThreads) embed_kernel(Matrix m, const int32_t* ids, float scale, float* y) {
   const int i = int(blockIdx.x * kThreads + threadIdx.x);
   if (i >= m.cols) return;
-  y[size_t(blockIdx.y) * m.cols + i] = weight_at(m, size_t(ids[blockIdx.y]), i);
+  y[size_t(blockIdx.y) * m.cols + i] = scale * weight_at(m, size_t(ids[blockIdx.y]), i);
 }
 
 // Sixteen lanes take a row, so a warp two.
@@ -100,11 +100,11 @@ ranked_sum_kernel(float* x, const float* down, const float* weights, const int32
   x[token * dim + i] = sum;
 }
 
-EDGE_MOE_KERNEL(kThreads) add_gated_kernel(float* x, const float* y, const float* gates, int dim) {
+EDGE_MOE_KERNEL(kThreads) add_gated_kernel(float* x, const float* y, const float* gates, float scale, int dim) {
   const int i = int(blockIdx.x * kThreads + threadIdx.x);
   if (i >= dim) return;
   const size_t at = size_t(blockIdx.y) * dim + i;
-  x[at] = x[at] + (gates ? sigmoid(gates[blockIdx.y]) : 1.0f) * y[at];
+  x[at] = x[at] + (gates ? sigmoid(gates[blockIdx.y]) * scale : scale) * y[at];
 }
 
 // ---- keys and values
@@ -127,18 +127,22 @@ store_keys_kernel(Projections p, Heads heads, LayerCache cache, Span span) {
   if (bias)
     for (int i = lane; i < n; i += kWarp) x[i] = x[i] + bias[head * n + i];
   __syncwarp();
-  if (weight) {
+  const auto norm = [&] {
     const float inverse = inverse_norm(x, n, heads.norm_eps);
     for (int i = lane; i < n; i += kWarp) x[i] = x[i] * inverse * weight[i];
     __syncwarp();
-  }
+  };
+  if (weight && !heads.norm_after_rope) norm();
   for (int i = lane; i < n; i += kWarp) x[i] = limited(x[i]);
   __syncwarp();
+  const int step = heads.interleaved ? 2 : 1, apart = heads.interleaved ? 1 : half;
   for (int i = lane; i < half; i += kWarp) {
-    const float cos = p.cos[at * half + i], sin = p.sin[at * half + i], a = x[i], b = x[i + half];
-    x[i] = a * cos - b * sin;
-    x[i + half] = b * cos + a * sin;
+    const float cos = p.cos[at * half + i], sin = p.sin[at * half + i], a = x[i * step], b = x[i * step + apart];
+    x[i * step] = a * cos - b * sin;
+    x[i * step + apart] = b * cos + a * sin;
   }
+  __syncwarp();
+  if (weight && heads.norm_after_rope) norm();
   if (!is_key) return;
   __syncwarp();
   const size_t room = size_t(head) * cache.positions * n;
@@ -158,9 +162,9 @@ void rms_norm(const float* x, const float* weight, float eps, int vectors, int n
                   weight, eps, n, y, into);
 }
 
-void embed(const Matrix& matrix, const int32_t* ids, int count, float* y, Stream stream) {
+void embed(const Matrix& matrix, const int32_t* ids, int count, float scale, float* y, Stream stream) {
   EDGE_MOE_LAUNCH(embed_kernel, dim3(pieces(matrix.cols, kThreads), unsigned(count)), dim3(kThreads), 0, stream, matrix,
-                  ids, y);
+                  ids, scale, y);
 }
 
 void float_product(const ProductJob* jobs, int count, const float* x, Stream stream) {
@@ -191,9 +195,9 @@ void ranked_sum(float* x, const float* down, const float* weights, const int32_t
                   weights, pairs, places, dim);
 }
 
-void add_gated(float* x, const float* y, const float* gates, int tokens, int dim, Stream stream) {
+void add_gated(float* x, const float* y, const float* gates, float scale, int tokens, int dim, Stream stream) {
   EDGE_MOE_LAUNCH(add_gated_kernel, dim3(pieces(dim, kThreads), unsigned(tokens)), dim3(kThreads), 0, stream, x, y,
-                  gates, dim);
+                  gates, scale, dim);
 }
 
 void store_keys(const Projections& p, const Heads& heads, const LayerCache& cache, const Span& span, Stream stream) {

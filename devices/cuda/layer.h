@@ -10,8 +10,8 @@ namespace edge_moe::cuda {
 void rms_norm(const float* x, const float* weight, float eps, int vectors, int n, float* y, const VectorBuffer& into,
               Stream stream);
 
-// y (count, cols): rows ids[i] of a matrix of any width
-void embed(const Matrix& matrix, const int32_t* ids, int count, float* y, Stream stream);
+// y (count, cols): rows ids[i] of a matrix of any width, times scale
+void embed(const Matrix& matrix, const int32_t* ids, int count, float scale, float* y, Stream stream);
 
 // Jobs of bfloat16 or float32 matrices (width 16 or 32) on x (vectors, cols).
 void float_product(const ProductJob* jobs, int count, const float* x, Stream stream);
@@ -32,8 +32,8 @@ void activate(const Rows* rows, int count, float* gate, const float* up, int n, 
 void ranked_sum(float* x, const float* down, const float* weights, const int32_t* pairs, int tokens, int places,
                 int dim, Stream stream);
 
-// x (tokens, dim) += sigmoid(gates[t]) * y, or y alone where gates is null.
-void add_gated(float* x, const float* y, const float* gates, int tokens, int dim, Stream stream);
+// x (tokens, dim) += scale * sigmoid(gates[t]) * y, or without the gates where they are null.
+void add_gated(float* x, const float* y, const float* gates, float scale, int tokens, int dim, Stream stream);
 
 // Keys and values of one layer, each KV head's as KeyValues has them, one after the other.
 struct LayerCache {
@@ -42,11 +42,12 @@ struct LayerCache {
   bool half;
 };
 
-// What attention is told about heads; see EngineConfig.
+// What attention is told about heads; see AttentionConfig.
 struct Heads {
   int heads, kv_heads, head_dim, rope_dim;
   float norm_eps, clip, softmax_scale;
   int sliding_window;
+  bool interleaved, norm_after_rope;
 };
 
 // Tokens [first, first + count) of a pass. Token t is at `*position` + t, which the device's memory has so that a graph

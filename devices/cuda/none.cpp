@@ -43,12 +43,12 @@ void down(const ExpertJob*, int, const VectorBuffer&, float*, const RankedSum&, 
 void products(const ProductJob*, int, const VectorBuffer&, Stream) { refuse(); }
 
 void rms_norm(const float*, const float*, float, int, int, float*, const VectorBuffer&, Stream) { refuse(); }
-void embed(const Matrix&, const int32_t*, int, float*, Stream) { refuse(); }
+void embed(const Matrix&, const int32_t*, int, float, float*, Stream) { refuse(); }
 void float_product(const ProductJob*, int, const float*, Stream) { refuse(); }
 void add_bias(float*, const float*, int, int, Stream) { refuse(); }
 void activate(const Rows*, int, float*, const float*, int, int, const VectorBuffer&, Stream) { refuse(); }
 void ranked_sum(float*, const float*, const float*, const int32_t*, int, int, int, Stream) { refuse(); }
-void add_gated(float*, const float*, const float*, int, int, Stream) { refuse(); }
+void add_gated(float*, const float*, const float*, float, int, int, Stream) { refuse(); }
 void store_keys(const Projections&, const Heads&, const LayerCache&, const Span&, Stream) { refuse(); }
 void attend(const float*, const Heads&, const LayerCache&, const Span&, float*, float*, Stream) { refuse(); }
 void softmax(const Heads&, size_t, const Span&, float*, Stream) { refuse(); }

@@ -17,8 +17,10 @@ namespace edge_moe {
 void CpuMath::attention(int layer, const Step& step, bool received) {
   const int tokens = step.tokens;
   const EngineConfig& c = config_;
+  const AttentionConfig& a = c.attention(layer);
   const LayerWeights& w = layers_[layer];
-  const int q_dim = c.heads * c.head_dim, kv_dim = c.kv_heads * c.head_dim, half = c.rope_dim / 2;
+  const RopeTables& rope = s_.rope[c.attention_of[layer]];
+  const int q_dim = a.q_dim(), kv_dim = a.kv_dim(), half = a.rope_dim / 2;
   attention_norm(layer, tokens);
 
   // q k v
@@ -29,10 +31,10 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
     for (int i = 0; bias && i < n; ++i) vector[i] += bias[i];
   };
   auto clip = [&](float* vector, int n) {
-    for (int i = 0; c.qkv_clip > 0 && i < n; ++i) vector[i] = std::clamp(vector[i], -c.qkv_clip, c.qkv_clip);
+    for (int i = 0; a.qkv_clip > 0 && i < n; ++i) vector[i] = std::clamp(vector[i], -a.qkv_clip, a.qkv_clip);
   };
   auto norm = [&](float* vector, int n, const float* weight) {
-    const int step = c.qk_norm_full ? n : c.head_dim;
+    const int step = a.qk_norm_full ? n : a.head_dim;
     for (int i = 0; weight && i < n; i += step) kernels_.rms_norm(vector + i, weight, c.norm_eps, vector + i, step);
   };
 
@@ -47,14 +49,15 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
     for (int t = span.first + begin; t < span.first + end; ++t) {
       float *q = s_.q + size_t(t) * q_dim, *k = s_.k + size_t(t) * kv_dim, *v = s_.v + size_t(t) * kv_dim;
       add_bias(q, q_dim, w.q_bias), add_bias(k, kv_dim, w.k_bias), add_bias(v, kv_dim, w.v_bias);
-      norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
+      if (!a.norm_after_rope) norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
       clip(q, q_dim), clip(k, kv_dim), clip(v, kv_dim);
       const int position = span.position + t - span.first;
-      const float *cos = s_.cos + size_t(position) * half, *sin = s_.sin + size_t(position) * half;
-      for (int head = 0; head < c.heads; ++head) rotate(q + head * c.head_dim, cos, sin, half, false);
-      for (int head = 0; head < c.kv_heads; ++head) {
-        float *key = k + head * c.head_dim, *value = v + head * c.head_dim;
-        rotate(key, cos, sin, half, false);
+      const float *cos = rope.cos + size_t(position) * half, *sin = rope.sin + size_t(position) * half;
+      for (int head = 0; head < a.heads; ++head) rotate(q + head * a.head_dim, cos, sin, half, a.rope_interleaved);
+      for (int head = 0; head < a.kv_heads; ++head) rotate(k + head * a.head_dim, cos, sin, half, a.rope_interleaved);
+      if (a.norm_after_rope) norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
+      for (int head = 0; head < a.kv_heads; ++head) {
+        float *key = k + head * a.head_dim, *value = v + head * a.head_dim;
         c.half_cache ? store<uint16_t>(span.sequence, layer, head, position, key, value)
                      : store<float>(span.sequence, layer, head, position, key, value);
       }
@@ -62,14 +65,14 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
   });
 
   // attention, one task some heads that share a KV head, for some tokens
-  const int shared_by = c.heads / c.kv_heads, most_tokens = std::max(1, kHeadQueries / shared_by);
+  const int shared_by = a.heads / a.kv_heads, most_tokens = std::max(1, kHeadQueries / shared_by);
   const auto tiles_of = [&](const TokenSpan& span) { return (span.count - 1) / std::min(most_tokens, span.count) + 1; };
   int tiles = 0;
   for (const TokenSpan& span : step.spans) tiles += tiles_of(span);
-  const int most_heads = c.kv_heads * tiles < pool_.threads() ? c.heads * tiles / pool_.threads() : shared_by;
+  const int most_heads = a.kv_heads * tiles < pool_.threads() ? a.heads * tiles / pool_.threads() : shared_by;
   const int heads_a_task = std::clamp(most_heads, 1, std::min(shared_by, kHeadQueries));
   const int parts = (shared_by - 1) / heads_a_task + 1;
-  const auto tasks = [&](const TokenSpan& span) { return tiles_of(span) * c.kv_heads * parts; };
+  const auto tasks = [&](const TokenSpan& span) { return tiles_of(span) * a.kv_heads * parts; };
   run_spans(step, tasks, [&](const TokenSpan& span, int task, int thread) {
     const int of_span = tiles_of(span), token = task % of_span * most_tokens, kv_head = task / of_span / parts;
     const int in_group = task / of_span % parts * heads_a_task;
@@ -84,33 +87,34 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
 void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
                      int thread) {
   const EngineConfig& c = config_;
+  const AttentionConfig& a = c.attention(layer);
   const size_t stride = c.key_positions();
   const int queries = heads * tokens;
   float* scores = s_.scores + size_t(thread) * kHeadQueries * stride;
-  const KeyValues cache = cached(span.sequence, layer, first_head / (c.heads / c.kv_heads));
+  const KeyValues cache = cached(span.sequence, layer, first_head / (a.heads / a.kv_heads));
   const float* q[kHeadQueries];
   float *out[kHeadQueries], *piece[kHeadQueries];
   for (int query = 0; query < queries; ++query) {
-    const size_t row = size_t(span.first + first_token + query / heads) * c.heads + first_head + query % heads;
-    q[query] = s_.q + row * c.head_dim;
-    out[query] = s_.attended + row * c.head_dim;
-    piece[query] = s_.piece + (size_t(thread) * kHeadQueries + query) * c.head_dim;
-    std::fill_n(out[query], c.head_dim, 0.0f);
+    const size_t row = size_t(span.first + first_token + query / heads) * a.heads + first_head + query % heads;
+    q[query] = s_.q + row * a.head_dim;
+    out[query] = s_.attended + row * a.head_dim;
+    piece[query] = s_.piece + (size_t(thread) * kHeadQueries + query) * a.head_dim;
+    std::fill_n(out[query], a.head_dim, 0.0f);
   }
   const auto end_of = [&](int token) { return span.position + first_token + token + 1; };
-  const auto begin_of = [&](int token) { return c.sliding_window ? std::max(0, end_of(token) - c.sliding_window) : 0; };
-  kernels_.attend_scores(q, queries, cache, begin_of(0), end_of(tokens - 1), c.head_dim, c.softmax_scale, scores,
+  const auto begin_of = [&](int token) { return a.sliding_window ? std::max(0, end_of(token) - a.sliding_window) : 0; };
+  kernels_.attend_scores(q, queries, cache, begin_of(0), end_of(tokens - 1), a.head_dim, a.softmax_scale, scores,
                          stride);
   for (int query = 0; query < queries; ++query)
     kernels_.softmax(scores + query * stride, begin_of(query / heads), end_of(query / heads));
 
   // what all tokens see, together, between what the first ones alone and the last ones alone see
   const int begin = begin_of(tokens - 1), end = std::max(begin, end_of(0));
-  sum_positions(begin_of(0), end_of(tokens - 1), queries, c.head_dim, out, piece, [&](int first, int last, auto rows) {
+  sum_positions(begin_of(0), end_of(tokens - 1), queries, a.head_dim, out, piece, [&](int first, int last, auto rows) {
     auto values = [&](int token, int count, int from, int to) {
       from = std::max(from, first), to = std::min(to, last);
       if (from < to)
-        kernels_.attend_values(scores + token * heads * stride, stride, count * heads, cache, from, to, c.head_dim,
+        kernels_.attend_values(scores + token * heads * stride, stride, count * heads, cache, from, to, a.head_dim,
                                rows + token * heads);
     };
     for (int token = 0; token < tokens; ++token) values(token, 1, begin_of(token), std::min(begin, end_of(token)));
@@ -129,7 +133,7 @@ void CpuMath::store(int sequence, int layer, int head, int position, const float
     else
       return x;
   };
-  const size_t dim = config_.head_dim;
+  const size_t dim = config_.attention(layer).head_dim;
   if (std::is_same_v<T, uint16_t>) note_overflow(sequence, key, dim), note_overflow(sequence, value, dim);
   T* keys = static_cast<T*>(const_cast<void*>(cache.keys)) + position / kKeyBlock * dim * kKeyBlock;
   T* values = static_cast<T*>(const_cast<void*>(cache.values)) + position * dim;
@@ -147,16 +151,17 @@ void CpuMath::note_overflow(int sequence, const float* values, size_t count) {
 // head by head, so that sums have one order; it is only for prompts whose tokens are protected from pruning.
 void CpuMath::received_attention(int layer, const Step& step) {
   const EngineConfig& c = config_;
+  const AttentionConfig& a = c.attention(layer);
   const TokenSpan& span = step.spans.front();
-  pool_.run(c.heads, [&](int head, int thread) {
-    const KeyValues cache = cached(span.sequence, layer, head / (c.heads / c.kv_heads));
+  pool_.run(a.heads, [&](int head, int thread) {
+    const KeyValues cache = cached(span.sequence, layer, head / (a.heads / a.kv_heads));
     float* received = s_.received + size_t(head) * c.chunk;
     float* scores = s_.scores + size_t(thread) * kHeadQueries * c.key_positions();
     std::fill_n(received, step.tokens, 0.0f);
     for (int t = 0; t < step.tokens; ++t) {
-      const int end = span.position + t + 1, begin = c.sliding_window ? std::max(0, end - c.sliding_window) : 0;
-      const float* q = s_.q + (size_t(t) * c.heads + head) * c.head_dim;
-      kernels_.attend_scores(&q, 1, cache, begin, end, c.head_dim, c.softmax_scale, scores, 0);
+      const int end = span.position + t + 1, begin = a.sliding_window ? std::max(0, end - a.sliding_window) : 0;
+      const float* q = s_.q + (size_t(t) * a.heads + head) * a.head_dim;
+      kernels_.attend_scores(&q, 1, cache, begin, end, a.head_dim, a.softmax_scale, scores, 0);
       kernels_.softmax(scores, begin, end);
       for (int at = std::max(begin, span.position); at < end; ++at) received[at - span.position] += scores[at];
     }
@@ -174,25 +179,29 @@ void CpuMath::attention_norm(int layer, int tokens) {
 // Output projection and residual.
 void CpuMath::attention_output(int layer, int tokens) {
   const Matrix& o = layers_[layer].o;
+  const float* bias = layers_[layer].o_bias;
+  const size_t dim = config_.dim;
   matmul(o, prepare(s_.attended, tokens, o.cols, s_.attended_q, o.width < 16), s_.normed);
+  for (size_t i = 0; bias && i < tokens * dim; ++i) s_.normed[i] += bias[i % dim];
   add_to_residual(s_.normed, tokens);
 }
 
 KeyValues CpuMath::cached(int sequence, int layer, int head) const {
-  const size_t all = config_.kv_cache_bytes();
-  const size_t bytes = config_.key_positions() * config_.head_dim * (config_.half_cache ? 2 : 4);
-  uint8_t* keys = kv_arena_.data() + sequence * all + (size_t(layer) * config_.kv_heads + head) * bytes;
-  return {keys, keys + all / 2, size_t(config_.head_dim), config_.half_cache};
+  const AttentionConfig& a = config_.attention(layer);
+  const size_t row = config_.kv_row_bytes(layer);
+  uint8_t* keys = kv_arena_.data() + sequence * kv_offsets_.back() + kv_offsets_[layer] + head * row;
+  return {keys, keys + a.kv_heads * row, size_t(a.head_dim), config_.half_cache};
 }
 
 // Keys lie in blocks of positions, so whole blocks are copied of every row.
 void CpuMath::copy_positions(int from, int to, int positions) {
   const EngineConfig& c = config_;
-  const size_t row = c.key_positions() * c.kv_position_bytes();
-  const size_t bytes = align_up(positions, kKeyBlock) * c.kv_position_bytes();
-  pool_.run(int(c.kv_rows()), [&](int i, int) {
-    std::memcpy(kv_arena_.data() + to * c.kv_cache_bytes() + i * row,
-                kv_arena_.data() + from * c.kv_cache_bytes() + i * row, bytes);
+  const size_t blocks = align_up(positions, kKeyBlock);
+  pool_.run(c.layers, [&](int layer, int) {
+    const size_t row = c.kv_row_bytes(layer), bytes = blocks * c.kv_position_bytes(layer);
+    for (size_t at = kv_offsets_[layer]; at < kv_offsets_[layer + 1]; at += row)
+      std::memcpy(kv_arena_.data() + to * kv_offsets_.back() + at, kv_arena_.data() + from * kv_offsets_.back() + at,
+                  bytes);
   });
 }
 

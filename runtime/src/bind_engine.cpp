@@ -30,6 +30,15 @@ std::vector<TrunkTensor> trunk_tensors(const std::vector<TensorRow>& rows) {
   return tensors;
 }
 
+void check_attention(const EngineConfig& c, const AttentionConfig& a) {
+  expect(a.rope_dim <= a.head_dim && a.rope_frequency.size() * 2 == size_t(a.rope_dim),
+         "rope_frequency must have one value a pair of rope_dim, which is at most head_dim");
+  expect(a.kv_heads >= 1 && a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
+  expect(a.query_context >= 1, "query_context must be at least 1");
+  expect(a.query_scales.empty() || a.query_scales.size() > size_t(std::max(c.context - 1, 0) / a.query_context),
+         "query_scales must have a value for every position");
+}
+
 void check_config(const EngineConfig& c) {
   const size_t layers = c.layers;
   expect(c.threads >= 1, "threads must be at least 1");
@@ -37,8 +46,10 @@ void check_config(const EngineConfig& c) {
   expect(c.experts.size() == layers && c.top_k.size() == layers, "experts and top_k must have one value a layer");
   for (size_t i = 0; i < layers; ++i)
     expect(c.top_k[i] <= c.experts[i] && c.top_k[i] >= (c.experts[i] > 0), "top_k must be 1 to a layer's experts");
-  expect(c.rope_dim <= c.head_dim && c.rope_frequency.size() * 2 == size_t(c.rope_dim),
-         "rope_frequency must have one value a pair of rope_dim, which is at most head_dim");
+  expect(c.attention_of.size() == layers, "attention_of must have one value a layer");
+  for (int kind : c.attention_of)
+    expect(kind >= 0 && size_t(kind) < c.attentions.size(), "attention_of must be numbers of attentions");
+  for (const AttentionConfig& a : c.attentions) check_attention(c, a);
   expect(c.top_groups >= 1 && c.top_groups <= c.groups, "top_groups must be 1 to groups");
   if (c.groups == 1) return;
   expect(c.expert_groups.size() == layers, "expert_groups must have one list a layer");
@@ -174,37 +185,49 @@ void bind_engine(nb::module_& m) {
   nb::exception<KvOverflow>(m, "KvOverflow").doc() = "A key or value was too large for a KV cache in half precision.";
   nb::exception<Interrupted>(m, "Interrupted").doc() = "A call was given up because `stop` said so.";
 
-  nb::class_<EngineConfig>(m, "EngineConfig", "Shapes and rules of a model and the sizes of one run; see engine.h.")
+  nb::class_<AttentionConfig>(m, "AttentionConfig", "One kind of attention; see engine_config.h.")
+      .def(nb::init<>())
+      .def_rw("heads", &AttentionConfig::heads)
+      .def_rw("kv_heads", &AttentionConfig::kv_heads)
+      .def_rw("head_dim", &AttentionConfig::head_dim)
+      .def_rw("v_dim", &AttentionConfig::v_dim)
+      .def_rw("rope_dim", &AttentionConfig::rope_dim)
+      .def_rw("rope_frequency", &AttentionConfig::rope_frequency)
+      .def_rw("rope_scale", &AttentionConfig::rope_scale)
+      .def_rw("rope_interleaved", &AttentionConfig::rope_interleaved)
+      .def_rw("softmax_scale", &AttentionConfig::softmax_scale)
+      .def_rw("qk_norm_full", &AttentionConfig::qk_norm_full)
+      .def_rw("norm_after_rope", &AttentionConfig::norm_after_rope)
+      .def_rw("qkv_clip", &AttentionConfig::qkv_clip)
+      .def_rw("sliding_window", &AttentionConfig::sliding_window)
+      .def_rw("kv_rank", &AttentionConfig::kv_rank)
+      .def_rw("q_rank", &AttentionConfig::q_rank)
+      .def_rw("latent_norm_eps", &AttentionConfig::latent_norm_eps)
+      .def_rw("query_scales", &AttentionConfig::query_scales)
+      .def_rw("query_context", &AttentionConfig::query_context);
+
+  nb::class_<EngineConfig>(m, "EngineConfig",
+                           "Shapes and rules of a model and the sizes of one run; see engine_config.h.")
       .def(nb::init<>())
       .def_rw("layers", &EngineConfig::layers)
       .def_rw("dim", &EngineConfig::dim)
       .def_rw("vocab", &EngineConfig::vocab)
-      .def_rw("heads", &EngineConfig::heads)
-      .def_rw("kv_heads", &EngineConfig::kv_heads)
-      .def_rw("head_dim", &EngineConfig::head_dim)
-      .def_rw("v_dim", &EngineConfig::v_dim)
-      .def_rw("rope_dim", &EngineConfig::rope_dim)
+      .def_rw("attentions", &EngineConfig::attentions)
+      .def_rw("attention_of", &EngineConfig::attention_of)
       .def_rw("experts", &EngineConfig::experts)
       .def_rw("top_k", &EngineConfig::top_k)
       .def_rw("expert_hidden", &EngineConfig::expert_hidden)
       .def_rw("activation", &EngineConfig::activation)
       .def_rw("norm_eps", &EngineConfig::norm_eps)
-      .def_rw("rope_frequency", &EngineConfig::rope_frequency)
-      .def_rw("rope_scale", &EngineConfig::rope_scale)
-      .def_rw("softmax_scale", &EngineConfig::softmax_scale)
-      .def_rw("qk_norm_full", &EngineConfig::qk_norm_full)
-      .def_rw("qkv_clip", &EngineConfig::qkv_clip)
-      .def_rw("sliding_window", &EngineConfig::sliding_window)
+      .def_rw("embedding_scale", &EngineConfig::embedding_scale)
+      .def_rw("residual_scale", &EngineConfig::residual_scale)
+      .def_rw("logits_scale", &EngineConfig::logits_scale)
       .def_rw("shared_hidden", &EngineConfig::shared_hidden)
       .def_rw("dense_hidden", &EngineConfig::dense_hidden)
-      .def_rw("kv_rank", &EngineConfig::kv_rank)
-      .def_rw("q_rank", &EngineConfig::q_rank)
-      .def_rw("rope_interleaved", &EngineConfig::rope_interleaved)
-      .def_rw("latent_norm_eps", &EngineConfig::latent_norm_eps)
       .def_rw("sigmoid_score", &EngineConfig::sigmoid_score)
       .def_rw("renormalise", &EngineConfig::renormalise)
       .def_rw("group_top2sum", &EngineConfig::group_top2sum)
-      .def_rw("router_scale", &EngineConfig::router_scale)
+      .def_rw("routing_scale", &EngineConfig::routing_scale)
       .def_rw("groups", &EngineConfig::groups)
       .def_rw("top_groups", &EngineConfig::top_groups)
       .def_rw("expert_groups", &EngineConfig::expert_groups)

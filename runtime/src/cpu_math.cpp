@@ -38,14 +38,20 @@ EngineMemory cpu_memory(const EngineConfig& c) {
 }
 
 CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& kernels, ThreadPool& pool)
-    : config_(config), kernels_(kernels), pool_(pool), ends_(end_weights(config, trunk)) {
+    : config_(config),
+      kernels_(kernels),
+      pool_(pool),
+      ends_(end_weights(config, trunk)),
+      kv_offsets_(config.kv_offsets()) {
   const EngineConfig& c = config_;
   for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(c, trunk, layer));
   const EngineMemory memory = cpu_memory(c);
   kv_arena_ = Arena(memory.kv_cache);
   scratch_arena_ = Arena(memory.scratch);
   carve_scratch(c, s_, scratch_arena_.data());
-  fill_rope(c.rope_frequency, c.rope_scale, 0, c.context, s_.cos, s_.sin);
+  for (size_t kind = 0; kind < c.attentions.size(); ++kind)
+    fill_rope(c.attentions[kind].rope_frequency, c.attentions[kind].rope_scale, 0, c.context, s_.rope[kind].cos,
+              s_.rope[kind].sin);
   std::iota(s_.all_tokens, s_.all_tokens + c.chunk, 0);
   tasks_.reserve(4096);
 }
@@ -53,11 +59,15 @@ CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& 
 uint8_t* CpuMath::shared(size_t bytes) { return shared_.emplace_back(bytes).data(); }
 
 void CpuMath::begin(const Step&, std::span<const int32_t> ids) {
-  for (size_t t = 0; t < ids.size(); ++t) kernels_.dequantise_row(ends_.embedding, ids[t], s_.x + t * config_.dim);
+  const size_t dim = config_.dim;
+  for (size_t t = 0; t < ids.size(); ++t) {
+    kernels_.dequantise_row(ends_.embedding, ids[t], s_.x + t * dim);
+    for (size_t i = 0; config_.embedding_scale != 1 && i < dim; ++i) s_.x[t * dim + i] *= config_.embedding_scale;
+  }
 }
 
 void CpuMath::any_attention(int layer, const Step& step, bool received) {
-  if (config_.kv_rank)
+  if (config_.attention(layer).kv_rank)
     latent_attention(layer, step);
   else
     attention(layer, step, received);
@@ -86,16 +96,17 @@ void CpuMath::to_router(int layer, const Step& step, const RouterWants& wants, c
   float_matmul(layers_[layer].router, s_.normed, step.tokens, r.router_logits);
   for (int rule = 0; rule < 2; ++rule)
     if (wants.mask_routers[rule]) float_matmul(*wants.mask_routers[rule], s_.normed, step.tokens, r.mask_scores[rule]);
-  if (wants.importance) importance(step, r.importance);
+  if (wants.importance) importance(layer, step, r.importance);
 }
 
-void CpuMath::importance(const Step& step, float* of_tokens) {
+void CpuMath::importance(int layer, const Step& step, float* of_tokens) {
   const EngineConfig& c = config_;
+  const int heads = c.attention(layer).heads;
   pool_.run(step.tokens, [&](int t, int) {
     double norm = 0, received = 0;
     for (int i = 0; i < c.dim; ++i) norm += std::abs(s_.normed[size_t(t) * c.dim + i]);
-    for (int head = 0; head < c.heads; ++head) received += s_.received[size_t(head) * c.chunk + t];
-    of_tokens[t] = float(norm * received / c.heads / (step.tokens - t));
+    for (int head = 0; head < heads; ++head) received += s_.received[size_t(head) * c.chunk + t];
+    of_tokens[t] = float(norm * received / heads / (step.tokens - t));
   });
 }
 
@@ -128,11 +139,11 @@ void CpuMath::shared_expert(int layer, int tokens) {
   run_jobs({&job, 1}, s_.shared);
   pool_.run(tokens, [&](int t, int) {
     const float gate = w.shared_router ? sigmoid(s_.shared_gate[t]) : 1.0f;
-    kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.shared + size_t(t) * c.dim, gate, c.dim);
+    kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.shared + size_t(t) * c.dim, gate * c.residual_scale, c.dim);
   });
 }
 
-std::span<const float> CpuMath::logits(std::span<const int32_t> tokens) {
+std::span<float> CpuMath::logits(std::span<const int32_t> tokens) {
   const EngineConfig& c = config_;
   const int rows = int(tokens.size());
   pool_.run(rows, [&](int i, int) {
@@ -195,10 +206,11 @@ void CpuMath::add_tasks(const ExpertJob& job, const Matrix* matrix, int count, i
     tasks_.push_back({&job, matrix, begin, std::min(begin + piece, count)});
 }
 
-// x += out, both (tokens, dim)
+// x += out times the residual scale, both (tokens, dim)
 void CpuMath::add_to_residual(const float* out, int tokens) {
   const size_t dim = config_.dim;
-  pool_.run(tokens, [&](int t, int) { kernels_.add_scaled(s_.x + t * dim, out + t * dim, 1.0f, int(dim)); });
+  pool_.run(tokens,
+            [&](int t, int) { kernels_.add_scaled(s_.x + t * dim, out + t * dim, config_.residual_scale, int(dim)); });
 }
 
 // y (tokens, rows) = x . matrix of each product, rows of all of them split over threads at once

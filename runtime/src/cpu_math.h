@@ -28,7 +28,7 @@ class CpuMath : public LayerMath {
   void ahead_logits(int next_layer, const Routing& r) override;
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
   void copy_positions(int from, int to, int positions) override;
-  std::span<const float> logits(std::span<const int32_t> tokens) override;
+  std::span<float> logits(std::span<const int32_t> tokens) override;
   int take_kv_overflow() override { return kv_overflow_.exchange(-1); }
   void finish() override {}
   bool asynchronous() const override { return false; }
@@ -69,7 +69,7 @@ class CpuMath : public LayerMath {
   }
 
   void mlp_norm(int layer, int tokens);
-  void importance(const Step& step, float* of_tokens);
+  void importance(int layer, const Step& step, float* of_tokens);
   void shared_expert(int layer, int tokens);
   void run_jobs(std::span<const ExpertJob> jobs, float* out);
   void add_tasks(const ExpertJob& job, const Matrix* matrix, int count, int piece);
@@ -89,8 +89,9 @@ class CpuMath : public LayerMath {
   ThreadPool& pool_;
   EndWeights ends_;
   std::vector<LayerWeights> layers_;
-  Arena kv_arena_, scratch_arena_;  // by sequence: keys (layers, kv_heads), values alike, each as KeyValues; or latents
-                                    // (layers, context, cached)
+  const std::vector<size_t> kv_offsets_;  // of each layer in a sequence's part of the arena, and its end
+  Arena kv_arena_, scratch_arena_;        // by sequence and layer: keys and then values of each KV head, as KeyValues;
+                                          // or latents (context, cached)
   std::vector<Arena> shared_;
   Scratch s_;
   std::vector<Task> tasks_;

@@ -8,9 +8,10 @@ namespace edge_moe {
 // x += attention of the normed x. most: of a pass of one span, no token is at a position above it; -1: above its own.
 void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   const EngineConfig& c = config_;
+  const AttentionConfig& a = c.attention(layer);
   const LayerWeights& w = layers_[layer];
   cuda::rms_norm(s_.x, w.attention_norm, c.norm_eps, step.tokens, c.dim, s_.normed, s_.normed_q, stream_);
-  if (c.kv_rank)
+  if (a.kv_rank)
     latent_project(layer, step.tokens);
   else
     project(layer, step.tokens);
@@ -22,18 +23,19 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
     for (int done = 0; done < its.count; done += at_once) {
       const int count = std::min(at_once, its.count - done);
       const cuda::Span span = {s_.positions + i, its.first + done, count, last - (its.count - done - count)};
-      if (c.kv_rank) {
+      if (a.kv_rank) {
         attend_latents(layer, its.sequence, span);
         continue;
       }
-      cuda::attend(s_.q, heads(), cache(its.sequence, layer), span, s_.scores, s_.attended, stream_);
+      cuda::attend(s_.q, heads(layer), cache(its.sequence, layer), span, s_.scores, s_.attended, stream_);
       if (received)
-        cuda::add_received(s_.scores, heads(), c.key_positions(), span, s_.received, size_t(c.chunk), stream_);
+        cuda::add_received(s_.scores, heads(layer), c.key_positions(), span, s_.received, size_t(c.chunk), stream_);
     }
   }
   if (w.o.width < 16) cuda::quantise(s_.attended, step.tokens, s_.attended_q, stream_);
   multiply(w.o, step.tokens, s_.normed, s_.attended, s_.attended_q);
-  cuda::add_gated(s_.x, s_.normed, nullptr, step.tokens, c.dim, stream_);
+  if (w.o_bias) cuda::add_bias(s_.normed, w.o_bias, step.tokens, c.dim, stream_);
+  cuda::add_gated(s_.x, s_.normed, nullptr, c.residual_scale, step.tokens, c.dim, stream_);
 }
 
 // q k v
@@ -43,88 +45,97 @@ void CudaMath::project(int layer, int tokens) {
                                    cuda::whole(w.v, tokens, s_.v)};
   multiply(jobs, s_.normed, s_.normed_q);
   const EngineConfig& c = config_;
-  if (!c.qk_norm_full) return;
+  const AttentionConfig& a = c.attention(layer);
+  if (!a.qk_norm_full) return;
   const auto norm = [&](float* x, const float* bias, const float* weight, int n) {  // over all heads at once
     if (bias) cuda::add_bias(x, bias, tokens, n, stream_);
     if (weight) cuda::rms_norm(x, weight, c.norm_eps, tokens, n, x, {}, stream_);
   };
-  norm(s_.q, w.q_bias, w.q_norm, c.heads * c.head_dim);
-  norm(s_.k, w.k_bias, w.k_norm, c.kv_heads * c.head_dim);
+  norm(s_.q, w.q_bias, w.q_norm, a.heads * a.head_dim);
+  norm(s_.k, w.k_bias, w.k_norm, a.kv_heads * a.head_dim);
 }
 
 // Keys and values of a span, or its latents, into the cache; queries are turned.
 void CudaMath::store_keys(int layer, int sequence, const cuda::Span& span) {
   const EngineConfig& c = config_;
+  const AttentionConfig& a = c.attention(layer);
   const LayerWeights& w = layers_[layer];
-  if (c.kv_rank)
-    return cuda::store_latents(s_.q, s_.k, w.kv_a_norm, s_.cos, s_.sin, latent_heads(), latent_cache(sequence, layer),
-                               span, stream_);
-  cuda::Projections p = {s_.q, s_.k, s_.v, w.q_bias, w.k_bias, w.v_bias, w.q_norm, w.k_norm, s_.cos, s_.sin};
-  if (c.qk_norm_full) p.q_bias = p.k_bias = p.q_norm = p.k_norm = nullptr;  // project() has done that
-  cuda::store_keys(p, heads(), cache(sequence, layer), span, stream_);
+  const RopeTables& rope = s_.rope[c.attention_of[layer]];
+  if (a.kv_rank)
+    return cuda::store_latents(s_.q, s_.k, w.kv_a_norm, rope.cos, rope.sin, latent_heads(layer),
+                               latent_cache(sequence, layer), span, stream_);
+  cuda::Projections p = {s_.q, s_.k, s_.v, w.q_bias, w.k_bias, w.v_bias, w.q_norm, w.k_norm, rope.cos, rope.sin};
+  if (a.qk_norm_full) p.q_bias = p.k_bias = p.q_norm = p.k_norm = nullptr;  // project() has done that
+  cuda::store_keys(p, heads(layer), cache(sequence, layer), span, stream_);
 }
 
 // Queries, through a latent of their own or not, and latents.
 void CudaMath::latent_project(int layer, int tokens) {
   const EngineConfig& c = config_;
+  const AttentionConfig& a = c.attention(layer);
   const LayerWeights& w = layers_[layer];
-  const cuda::ProductJob jobs[] = {c.q_rank ? cuda::whole(w.q_a, tokens, s_.q_latent) : cuda::whole(w.q, tokens, s_.q),
+  const cuda::ProductJob jobs[] = {a.q_rank ? cuda::whole(w.q_a, tokens, s_.q_latent) : cuda::whole(w.q, tokens, s_.q),
                                    cuda::whole(w.kv_a, tokens, s_.k)};
   multiply(jobs, s_.normed, s_.normed_q);
-  if (c.q_rank) {
-    cuda::rms_norm(s_.q_latent, w.q_a_norm, c.latent_norm_eps, tokens, c.q_rank, s_.q_latent, s_.q_latent_q, stream_);
+  if (a.q_rank) {
+    cuda::rms_norm(s_.q_latent, w.q_a_norm, a.latent_norm_eps, tokens, a.q_rank, s_.q_latent, s_.q_latent_q, stream_);
     multiply(w.q, tokens, s_.q, s_.q_latent, s_.q_latent_q);
   }
 }
 
 void CudaMath::attend_latents(int layer, int sequence, const cuda::Span& span) {
-  const EngineConfig& c = config_;
+  const AttentionConfig& a = config_.attention(layer);
   const Matrix& kv_b = layers_[layer].kv_b;
-  const cuda::LatentHeads heads = latent_heads();
+  const cuda::LatentHeads heads = latent_heads(layer);
   cuda::attend_latents(s_.q, kv_b, heads, latent_cache(sequence, layer), span, s_.absorbed, s_.scores, s_.mixed,
                        stream_);
   // the values of each head's sums
-  if (kv_b.width < 16) cuda::quantise(s_.mixed, span.count * c.heads, s_.mixed_q, stream_);
-  const size_t stride = size_t(c.heads) * c.v_dim;
+  if (kv_b.width < 16) cuda::quantise(s_.mixed, span.count * a.heads, s_.mixed_q, stream_);
+  const size_t stride = size_t(a.heads) * a.v_dim;
   products_.clear();
-  for (int head = 0; head < c.heads; ++head) {
-    const Matrix values = rows_of(kv_b, head * (heads.nope_dim() + c.v_dim) + heads.nope_dim(), c.v_dim);
-    float* out = s_.attended + span.first * stride + size_t(head) * c.v_dim;
-    products_.push_back({values, out, stride, nullptr, head, c.heads, span.count});
+  for (int head = 0; head < a.heads; ++head) {
+    const Matrix values = rows_of(kv_b, head * (heads.nope_dim() + a.v_dim) + heads.nope_dim(), a.v_dim);
+    float* out = s_.attended + span.first * stride + size_t(head) * a.v_dim;
+    products_.push_back({values, out, stride, nullptr, head, a.heads, span.count});
   }
   multiply(products_, s_.mixed, s_.mixed_q);
 }
 
-cuda::Heads CudaMath::heads() const {
-  const EngineConfig& c = config_;
-  return {c.heads, c.kv_heads, c.head_dim, c.rope_dim, c.norm_eps, c.qkv_clip, c.softmax_scale, c.sliding_window};
+cuda::Heads CudaMath::heads(int layer) const {
+  const AttentionConfig& a = config_.attention(layer);
+  return {a.heads,    a.kv_heads,      a.head_dim,       a.rope_dim,         config_.norm_eps,
+          a.qkv_clip, a.softmax_scale, a.sliding_window, a.rope_interleaved, a.norm_after_rope};
 }
 
-cuda::LatentHeads CudaMath::latent_heads() const {
-  const EngineConfig& c = config_;
-  return {c.heads, c.head_dim, c.rope_dim, c.v_dim, c.kv_rank, c.latent_norm_eps, c.softmax_scale, c.rope_interleaved};
+cuda::LatentHeads CudaMath::latent_heads(int layer) const {
+  const AttentionConfig& a = config_.attention(layer);
+  const float* scales = a.query_scales.empty() ? nullptr : s_.query_scales[config_.attention_of[layer]];
+  return {a.heads,           a.head_dim,      a.rope_dim,         a.v_dim, a.kv_rank,
+          a.latent_norm_eps, a.softmax_scale, a.rope_interleaved, scales,  a.query_context};
 }
 
 cuda::LayerCache CudaMath::cache(int sequence, int layer) const {
   const EngineConfig& c = config_;
-  const size_t all = c.kv_cache_bytes();
-  uint8_t* keys = kv_cache_.data() + sequence * all + all / 2 / c.layers * layer;
-  return {keys, keys + all / 2, c.key_positions(), c.half_cache};
+  uint8_t* keys = layer_cache(sequence, layer);
+  return {keys, keys + c.attention(layer).kv_heads * c.kv_row_bytes(layer), c.key_positions(), c.half_cache};
 }
 
 cuda::LatentCache CudaMath::latent_cache(int sequence, int layer) const {
-  const EngineConfig& c = config_;
-  const size_t all = c.kv_cache_bytes();
-  return {kv_cache_.data() + sequence * all + all / c.layers * layer, c.key_positions(), c.half_cache};
+  return {layer_cache(sequence, layer), config_.key_positions(), config_.half_cache};
+}
+
+uint8_t* CudaMath::layer_cache(int sequence, int layer) const {
+  return kv_cache_.data() + sequence * kv_offsets_.back() + kv_offsets_[layer];
 }
 
 void CudaMath::copy_positions(int from, int to, int positions) {
   const EngineConfig& c = config_;
-  const size_t row = c.key_positions() * c.kv_position_bytes();
-  const size_t bytes = align_up(positions, kKeyBlock) * c.kv_position_bytes();
-  for (size_t i = 0; i < c.kv_rows(); ++i)
-    cuda::copy(kv_cache_.data() + to * c.kv_cache_bytes() + i * row,
-               kv_cache_.data() + from * c.kv_cache_bytes() + i * row, bytes, stream_);
+  const size_t blocks = align_up(positions, kKeyBlock);
+  for (int layer = 0; layer < c.layers; ++layer) {
+    const size_t row = c.kv_row_bytes(layer), bytes = blocks * c.kv_position_bytes(layer);
+    for (size_t at = 0; at < c.kv_layer_bytes(layer); at += row)
+      cuda::copy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, bytes, stream_);
+  }
   cuda::wait(stream_);
 }
 

@@ -61,11 +61,13 @@ CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& m
       memory_(memory),
       use_graphs_(graphs),
       ends_(end_weights(config, trunk)),
+      kv_offsets_(config.kv_offsets()),
       kv_cache_(memory, config.sequences * config.kv_cache_bytes(), false),
       scratch_(memory, carve_cuda(config, s_, nullptr), false),
       shared_block_(memory, carve_cuda(config, host_, nullptr), true) {
   const EngineConfig& c = config_;
-  if (std::max({c.dim, c.q_rank, c.qk_norm_full ? c.heads * c.head_dim : 0}) > kLongestNorm)
+  const auto longest_norm = [](const AttentionConfig& a) { return std::max(a.q_rank, a.qk_norm_full ? a.q_dim() : 0); };
+  if (std::max(size_t(c.dim), c.most_of(longest_norm)) > kLongestNorm)
     throw std::invalid_argument("this model's vectors are longer than the CUDA kernels take; use device cpu");
   for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(c, trunk, layer));
   carve_cuda(c, s_, scratch_.data());
@@ -75,15 +77,24 @@ CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& m
   chosen_.reserve(most(c.experts)), rows_.reserve(most(c.experts));
   routed_ = cuda::make_event();
 
-  // angles of the positions, some at a time
-  const int half = c.rope_dim / 2, at_once = std::max(1, 65536 / std::max(1, half));
+  for (size_t kind = 0; kind < c.attentions.size(); ++kind) copy_angles(c.attentions[kind], kind);
+}
+
+// Angles of the positions, some at a time, and what queries at them are scaled by.
+void CudaMath::copy_angles(const AttentionConfig& a, size_t kind) {
+  const EngineConfig& c = config_;
+  if (const size_t scales = a.query_scales.size()) {
+    cuda::copy(s_.query_scales[kind], a.query_scales.data(), scales * sizeof(float), stream_);
+    cuda::wait(stream_);
+  }
+  const int half = a.rope_dim / 2, at_once = std::max(1, 65536 / std::max(1, half));
   std::vector<float> cos(size_t(at_once) * half), sin(cos.size());
   for (int first = 0; first < c.context && half; first += at_once) {
     const int count = std::min(at_once, c.context - first);
     const size_t at = size_t(first) * half, bytes = size_t(count) * half * sizeof(float);
-    fill_rope(c.rope_frequency, c.rope_scale, first, count, cos.data(), sin.data());
-    cuda::copy(s_.cos + at, cos.data(), bytes, stream_);
-    cuda::copy(s_.sin + at, sin.data(), bytes, stream_);
+    fill_rope(a.rope_frequency, a.rope_scale, first, count, cos.data(), sin.data());
+    cuda::copy(s_.rope[kind].cos + at, cos.data(), bytes, stream_);
+    cuda::copy(s_.rope[kind].sin + at, sin.data(), bytes, stream_);
     cuda::wait(stream_);
   }
 }
@@ -100,14 +111,14 @@ void CudaMath::begin(const Step& step, std::span<const int32_t> ids) {
   for (size_t i = 0; i < step.spans.size(); ++i) host_.positions[i] = step.spans[i].position - step.spans[i].first;
   std::copy(ids.begin(), ids.end(), host_.ids);
   cuda::copy(s_.positions, host_.positions, step.spans.size() * sizeof(int32_t), stream_);
-  cuda::embed(ends_.embedding, host_.ids, step.tokens, s_.x, stream_);
+  cuda::embed(ends_.embedding, host_.ids, step.tokens, config_.embedding_scale, s_.x, stream_);
 }
 
 void CudaMath::dense_layer(int layer, const Step& step) {
   attention(layer, step, false);
   mlp_norm(layer, step.tokens);
   mlp(layers_[layer].dense, step.tokens, s_.shared);
-  cuda::add_gated(s_.x, s_.shared, nullptr, step.tokens, config_.dim, stream_);
+  cuda::add_gated(s_.x, s_.shared, nullptr, config_.residual_scale, step.tokens, config_.dim, stream_);
 }
 
 void CudaMath::to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) {
@@ -134,7 +145,8 @@ void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& want
   for (int rule = 0; rule < 2; ++rule)
     if (wants.mask_routers[rule]) multiply(*wants.mask_routers[rule], step.tokens, r.mask_scores[rule], s_.normed, {});
   if (wants.importance)
-    cuda::importance(s_.normed, s_.received, size_t(c.chunk), c.heads, step.tokens, c.dim, r.importance, stream_);
+    cuda::importance(s_.normed, s_.received, size_t(c.chunk), c.attention(layer).heads, step.tokens, c.dim,
+                     r.importance, stream_);
   if (wants.ahead) {
     cuda::rms_norm(s_.x, layers_[layer + 1].mlp_norm, c.norm_eps, 1, c.dim, s_.ahead_normed, {}, stream_);
     multiply(layers_[layer + 1].router, 1, r.ahead_logits, s_.ahead_normed, {});
@@ -202,7 +214,8 @@ void CudaMath::experts(int layer, const Step& step, std::span<const ExpertJob> j
     cuda::ranked_sum(s_.x, s_.down, s_.routing_weights, s_.pair_of, tokens, top_k, c.dim, stream_);
   }
   if (c.shared_hidden)
-    cuda::add_gated(s_.x, s_.shared, layers_[layer].shared_router ? s_.shared_gate : nullptr, tokens, c.dim, stream_);
+    cuda::add_gated(s_.x, s_.shared, layers_[layer].shared_router ? s_.shared_gate : nullptr, c.residual_scale, tokens,
+                    c.dim, stream_);
 }
 
 // One token's experts, and their sum where `places` says so.
@@ -279,7 +292,7 @@ void CudaMath::multiply(const Matrix& matrix, int tokens, float* y, const float*
   multiply({&job, 1}, values, quantised);
 }
 
-std::span<const float> CudaMath::logits(std::span<const int32_t> tokens) {
+std::span<float> CudaMath::logits(std::span<const int32_t> tokens) {
   const EngineConfig& c = config_;
   const int rows = int(tokens.size());
   for (int first = 0, end; first < rows; first = end) {  // neighbours at once

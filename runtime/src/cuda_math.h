@@ -30,7 +30,7 @@ class CudaMath : public LayerMath {
   void ahead_logits(int, const Routing&) override {}  // came with to_router()
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
   void copy_positions(int from, int to, int positions) override;
-  std::span<const float> logits(std::span<const int32_t> tokens) override;
+  std::span<float> logits(std::span<const int32_t> tokens) override;
   void finish() override;
   bool asynchronous() const override { return true; }
 
@@ -43,6 +43,7 @@ class CudaMath : public LayerMath {
     int most = -1;  // positions it serves
   };
 
+  void copy_angles(const AttentionConfig& attention, size_t kind);
   void up_to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r, int most = -1);
   void launch_graph(int layer, const Step& step, const RouterWants& wants, const Routing& r);
   void attention(int layer, const Step& step, bool received, int most = -1);
@@ -57,8 +58,9 @@ class CudaMath : public LayerMath {
   void copy_routing(int pairs, const Routing& r);
   void multiply(std::span<const cuda::ProductJob> jobs, const float* values, const cuda::VectorBuffer& quantised);
   void multiply(const Matrix& matrix, int tokens, float* y, const float* values, const cuda::VectorBuffer& quantised);
-  cuda::Heads heads() const;
-  cuda::LatentHeads latent_heads() const;
+  cuda::Heads heads(int layer) const;
+  cuda::LatentHeads latent_heads(int layer) const;
+  uint8_t* layer_cache(int sequence, int layer) const;
   cuda::LayerCache cache(int sequence, int layer) const;
   cuda::LatentCache latent_cache(int sequence, int layer) const;
 
@@ -67,6 +69,7 @@ class CudaMath : public LayerMath {
   const bool use_graphs_;
   EndWeights ends_;
   std::vector<LayerWeights> layers_;
+  const std::vector<size_t> kv_offsets_;  // of each layer in a sequence's part of the cache, and its end
   CudaScratch s_;
   CudaShared host_;
   CudaBlock kv_cache_, scratch_, shared_block_;

@@ -21,19 +21,24 @@ void carve(Carver& carver, cuda::VectorBuffer& buffer, size_t vectors, size_t co
   carver.carve(buffer.sums[1], blocks);
 }
 
+size_t most_heads(const EngineConfig& c) {
+  return c.most_of([](const AttentionConfig& a) { return a.heads; });
+}
+
 }  // namespace
 
 int attention_tokens(const EngineConfig& c) {
-  const size_t scores = size_t(c.heads) * c.key_positions();
+  const size_t scores = most_heads(c) * c.key_positions();
   return std::min({int(std::max<size_t>(1, kMostScores / scores)), kTokensAtOnce, c.chunk});
 }
 
 size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
-  const size_t chunk = c.chunk, pairs = chunk * most(c.top_k), queries = size_t(attention_tokens(c)) * c.heads;
+  const size_t chunk = c.chunk, pairs = chunk * most(c.top_k), queries = size_t(attention_tokens(c)) * most_heads(c);
   // Vectors of hidden values come in up to three lengths: as many blocks as any of them needs.
   const auto blocks = [](size_t cols) { return (cols + kBlock - 1) / kBlock; };
   const size_t hidden_blocks =
       std::max({pairs * blocks(c.expert_hidden), chunk * blocks(c.shared_hidden), chunk * blocks(c.dense_hidden)});
+  using A = AttentionConfig;
   Carver carver(base);
   carve(carver, c, queries, s);
   carver.carve(s.routing_weights, pairs);
@@ -41,11 +46,14 @@ size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
   carver.carve(s.pair_token, pairs);
   carver.carve(s.positions, c.sequences);
   carve(carver, s.normed_q, chunk, c.dim);
-  carve(carver, s.attended_q, chunk, size_t(c.heads) * c.v_dim);
+  carve(carver, s.attended_q, chunk, c.most_of([](const A& a) { return a.heads * a.v_dim; }));
   carve(carver, s.hidden_q, hidden_blocks, kBlock);
-  if (c.kv_rank) {
-    carve(carver, s.q_latent_q, chunk, c.q_rank);
-    carve(carver, s.mixed_q, queries, c.kv_rank);
+  if (c.has_latents()) {
+    carve(carver, s.q_latent_q, chunk, c.most_of([](const A& a) { return a.q_rank; }));
+    carve(carver, s.mixed_q, queries, c.most_of([](const A& a) { return a.kv_rank; }));
+    s.query_scales.resize(c.attentions.size());
+    for (size_t kind = 0; kind < c.attentions.size(); ++kind)
+      carver.carve(s.query_scales[kind], c.attentions[kind].query_scales.size());
   }
   return carver.used();
 }

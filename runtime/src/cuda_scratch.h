@@ -7,9 +7,10 @@
 namespace edge_moe {
 
 struct CudaScratch : LayerScratch {
-  float* routing_weights;         // (chunk, top_k): copies of Routing's, as those below
-  int32_t *pair_of, *pair_token;  // (chunk, top_k)
-  int32_t* positions;             // (sequences,): of each span, less the number of its first token
+  float* routing_weights;            // (chunk, top_k): copies of Routing's, as those below
+  int32_t *pair_of, *pair_token;     // (chunk, top_k)
+  int32_t* positions;                // (sequences,): of each span, less the number of its first token
+  std::vector<float*> query_scales;  // of each kind of attention, as AttentionConfig has them
   cuda::VectorBuffer normed_q, attended_q, hidden_q, q_latent_q, mixed_q;
 };
 

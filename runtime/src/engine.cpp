@@ -81,7 +81,7 @@ void Engine::set_prune(int sequence, PruneRule rule) {
     throw std::invalid_argument("pruning needs one threshold a layer");
   if ((rule.kind == Prune::kOtp && otp_.empty()) || (rule.kind == Prune::kLoss && loss_.empty()))
     throw std::invalid_argument("pruning by mask routers needs a bundle that has them");
-  if (rule.protect > 0 && config_.kv_rank)
+  if (rule.protect > 0 && config_.has_latents())
     throw std::invalid_argument(
         "this rule protects tokens by the attention they receive, which attention over a latent does not tell; "
         "choose another rule or calibrate the bundle again");
@@ -120,7 +120,7 @@ std::span<const float> Engine::step(std::span<const Part> parts, std::function<b
   const ResidencyStats stats = residency_.stats();
   prefetch_ = step.tokens == 1 && !residency_.holds_all() && may_prefetch_ &&
               gate_.open(stats.read_ahead, stats.read_ahead_used);
-  std::span<const float> logits;
+  std::span<float> logits;
   Interrupt interrupt(std::move(unwanted));
   interrupt_ = &interrupt;
   pool_.set_interrupt(interrupt_);
@@ -130,6 +130,8 @@ std::span<const float> Engine::step(std::span<const Part> parts, std::function<b
     layers(step);
     if (const int sequence = math_->take_kv_overflow(); sequence >= 0) throw KvOverflow(sequence);
     logits = math_->logits(rows_);
+    if (config_.logits_scale != 1)
+      for (float& logit : logits) logit *= config_.logits_scale;
     check_wanted();
     release_used();
   } catch (...) {

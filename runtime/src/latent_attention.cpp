@@ -21,21 +21,23 @@ namespace edge_moe {
 void CpuMath::latent_attention(int layer, const Step& step) {
   const int tokens = step.tokens;
   const EngineConfig& c = config_;
+  const AttentionConfig& a = c.attention(layer);
   const LayerWeights& w = layers_[layer];
-  const int q_dim = c.heads * c.head_dim, nope_dim = c.head_dim - c.rope_dim, half = c.rope_dim / 2;
-  const size_t cached = c.latent_cached();
+  const RopeTables& rope = s_.rope[c.attention_of[layer]];
+  const int q_dim = a.q_dim(), nope_dim = a.head_dim - a.rope_dim, half = a.rope_dim / 2;
+  const size_t cached = a.latent_cached();
   attention_norm(layer, tokens);
 
   // queries, through a latent of their own or not, and what is cached
-  const Matrix& first = c.q_rank ? w.q_a : w.q;
+  const Matrix& first = a.q_rank ? w.q_a : w.q;
   Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, std::min(first.width, w.kv_a.width) < 16);
-  matmuls({{first, c.q_rank ? s_.q_latent : s_.q}, {w.kv_a, s_.k}}, x);
-  if (c.q_rank) {
+  matmuls({{first, a.q_rank ? s_.q_latent : s_.q}, {w.kv_a, s_.k}}, x);
+  if (a.q_rank) {
     pool_.run(tokens, [&](int t, int) {
-      float* q_latent = s_.q_latent + size_t(t) * c.q_rank;
-      kernels_.rms_norm(q_latent, w.q_a_norm, c.latent_norm_eps, q_latent, c.q_rank);
+      float* q_latent = s_.q_latent + size_t(t) * a.q_rank;
+      kernels_.rms_norm(q_latent, w.q_a_norm, a.latent_norm_eps, q_latent, a.q_rank);
     });
-    matmul(w.q, prepare(s_.q_latent, tokens, c.q_rank, s_.q_latent_q, w.q.width < 16), s_.q);
+    matmul(w.q, prepare(s_.q_latent, tokens, a.q_rank, s_.q_latent_q, w.q.width < 16), s_.q);
   }
 
   // norm of the latent, rope, and into the KV cache
@@ -44,11 +46,11 @@ void CpuMath::latent_attention(int layer, const Step& step) {
     const size_t t = size_t(span.first) + in_span, position = size_t(span.position) + in_span;
     float *q = s_.q + t * q_dim, *latent = s_.k + t * cached;
     uint8_t* to = cached_latents(span.sequence, layer);
-    const float *cos = s_.cos + position * half, *sin = s_.sin + position * half;
-    for (int head = 0; head < c.heads; ++head)
-      rotate(q + head * c.head_dim + nope_dim, cos, sin, half, c.rope_interleaved);
-    rotate(latent + c.kv_rank, cos, sin, half, c.rope_interleaved);
-    kernels_.rms_norm(latent, w.kv_a_norm, c.latent_norm_eps, latent, c.kv_rank);
+    const float *cos = rope.cos + position * half, *sin = rope.sin + position * half;
+    for (int head = 0; head < a.heads; ++head)
+      rotate(q + head * a.head_dim + nope_dim, cos, sin, half, a.rope_interleaved);
+    rotate(latent + a.kv_rank, cos, sin, half, a.rope_interleaved);
+    kernels_.rms_norm(latent, w.kv_a_norm, a.latent_norm_eps, latent, a.kv_rank);
     if (c.half_cache) note_overflow(span.sequence, latent, cached);
     if (c.half_cache)
       std::transform(latent, latent + cached, reinterpret_cast<uint16_t*>(to) + position * cached, float_to_half);
@@ -58,15 +60,15 @@ void CpuMath::latent_attention(int layer, const Step& step) {
 
   // attention, one task some tokens of a head, or some heads of the few tokens there are
   const auto heads_a_task = [&](const TokenSpan& span) {
-    return std::clamp(c.heads * int(step.spans.size()) / pool_.threads(), 1,
+    return std::clamp(a.heads * int(step.spans.size()) / pool_.threads(), 1,
                       kLatentQueries / std::min(span.count, kLatentQueries));
   };
   const auto tiles = [](const TokenSpan& span) { return (span.count - 1) / kLatentQueries + 1; };
-  const auto tasks = [&](const TokenSpan& span) { return ((c.heads - 1) / heads_a_task(span) + 1) * tiles(span); };
+  const auto tasks = [&](const TokenSpan& span) { return ((a.heads - 1) / heads_a_task(span) + 1) * tiles(span); };
   run_spans(step, tasks, [&](const TokenSpan& span, int task, int thread) {
     const int token = task % tiles(span) * kLatentQueries, head = task / tiles(span) * heads_a_task(span);
     attend_latent(layer, span, token, std::min(kLatentQueries, span.count - token), head,
-                  std::min(heads_a_task(span), c.heads - head), thread);
+                  std::min(heads_a_task(span), a.heads - head), thread);
   });
   attention_output(layer, tokens);
 }
@@ -75,32 +77,33 @@ void CpuMath::latent_attention(int layer, const Step& step) {
 void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
                             int thread) {
   const EngineConfig& c = config_;
+  const AttentionConfig& a = c.attention(layer);
   const Matrix& kv_b = layers_[layer].kv_b;
-  const int rank = c.kv_rank, nope_dim = c.head_dim - c.rope_dim, queries = heads * tokens;
-  const size_t cached = c.latent_cached(), context = c.key_positions(), first_query = size_t(thread) * kLatentQueries;
+  const int rank = a.kv_rank, nope_dim = a.head_dim - a.rope_dim, queries = heads * tokens;
+  const size_t cached = a.latent_cached(), context = c.key_positions(), first_query = size_t(thread) * kLatentQueries;
   float *absorbed = s_.absorbed + first_query * cached, *mixed = s_.mixed + first_query * rank;
   float *scores = s_.scores + first_query * context, *rows = s_.rows + size_t(thread) * kLatentRows * cached;
   const uint8_t* latents = cached_latents(span.sequence, layer);
   const size_t first_row = size_t(span.first) + first_token;
-  auto rows_of_head = [&](int head) { return (first_head + head) * (nope_dim + c.v_dim); };
+  auto scale_of = [&](int t) { return a.softmax_scale * a.query_scale(span.position + first_token + t); };
+  auto rows_of_head = [&](int head) { return (first_head + head) * (nope_dim + a.v_dim); };
 
   // queries against latents, keys^T q, and beside them their part with position
   for (int head = 0; head < heads; ++head) {
     const Matrix keys = rows_of(kv_b, rows_of_head(head), nope_dim);
-    const size_t q_stride = size_t(c.heads) * c.head_dim;
-    const float* q = s_.q + first_row * q_stride + (first_head + head) * c.head_dim;
+    const size_t q_stride = size_t(a.heads) * a.head_dim;
+    const float* q = s_.q + first_row * q_stride + (first_head + head) * a.head_dim;
     float* out = absorbed + head * tokens * cached;
     for (int t = 0; t < tokens; ++t) {
       std::fill_n(out + t * cached, rank, 0.0f);
-      for (int i = 0; i < c.rope_dim; ++i)
-        out[t * cached + rank + i] = q[t * q_stride + nope_dim + i] * c.softmax_scale;
+      for (int i = 0; i < a.rope_dim; ++i) out[t * cached + rank + i] = q[t * q_stride + nope_dim + i] * scale_of(t);
     }
     for (int row = 0; row < nope_dim; row += kLatentRows) {
       const int count = std::min(kLatentRows, nope_dim - row);
       for (int i = 0; i < count; ++i) kernels_.dequantise_row(keys, row + i, rows + i * rank);
       for (int t = 0; t < tokens; ++t)
         for (int i = 0; i < count; ++i)
-          kernels_.add_scaled(out + t * cached, rows + i * rank, q[t * q_stride + row + i] * c.softmax_scale, rank);
+          kernels_.add_scaled(out + t * cached, rows + i * rank, q[t * q_stride + row + i] * scale_of(t), rank);
     }
   }
 
@@ -140,18 +143,17 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
 
   // and their values
   for (int head = 0; head < heads; ++head) {
-    const Matrix values = rows_of(kv_b, rows_of_head(head) + nope_dim, c.v_dim);
-    const size_t first = first_query + head * tokens, v_stride = size_t(c.heads) * c.v_dim;
+    const Matrix values = rows_of(kv_b, rows_of_head(head) + nope_dim, a.v_dim);
+    const size_t first = first_query + head * tokens, v_stride = size_t(a.heads) * a.v_dim;
     for (int t = 0; values.width < 16 && t < tokens; ++t)
       quantise_vector(s_.mixed + (first + t) * rank, rank, s_.mixed_q, int(first) + t);
     kernels_.matmul(values, activations(s_.mixed, s_.mixed_q, rank, first, tokens),
-                    s_.attended + first_row * v_stride + (first_head + head) * c.v_dim, v_stride, 0, c.v_dim);
+                    s_.attended + first_row * v_stride + (first_head + head) * a.v_dim, v_stride, 0, a.v_dim);
   }
 }
 
 uint8_t* CpuMath::cached_latents(int sequence, int layer) const {
-  const size_t all = config_.kv_cache_bytes();
-  return kv_arena_.data() + sequence * all + all / config_.layers * layer;
+  return kv_arena_.data() + sequence * kv_offsets_.back() + kv_offsets_[layer];
 }
 
 }  // namespace edge_moe

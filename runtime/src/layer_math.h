@@ -92,7 +92,7 @@ class LayerMath {
   virtual void copy_positions(int from, int to, int positions) = 0;
 
   // Output norm and head of some of the pass's tokens: (tokens, vocab), valid until the next call. Waits.
-  virtual std::span<const float> logits(std::span<const int32_t> tokens) = 0;
+  virtual std::span<float> logits(std::span<const int32_t> tokens) = 0;
 
   // The sequence in whose KV cache a key or value has become infinite since this was last asked, or -1. A device that
   // does not tell says -1; then logits show it, where they are not finite.

@@ -1,10 +1,16 @@
 // What any device works in when it computes a model, as pieces of one block of its memory.
 #pragma once
 
+#include <vector>
+
 #include "carver.h"
 #include "engine_config.h"
 
 namespace edge_moe {
+
+struct RopeTables {
+  float *cos, *sin;  // (context, rope_dim/2)
+};
 
 // `queries`: those that attention computes at once.
 struct LayerScratch {
@@ -12,7 +18,7 @@ struct LayerScratch {
   float* scores;                                   // (queries, context in whole key blocks)
   float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
   float* logits;                                   // (logits_rows, vocab)
-  float *cos, *sin;                                // (context, rope_dim/2)
+  std::vector<RopeTables> rope;                    // of each kind of attention
   float* received;                                 // (heads, chunk): attention from the chunk's tokens
   float* ahead_normed;                             // (dim,)
 

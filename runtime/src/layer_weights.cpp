@@ -9,21 +9,22 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
   const std::string prefix = "layers." + std::to_string(layer) + ".";
   auto matrix = [&](const char* name) { return trunk.matrix(prefix + name); };
   auto vector = [&](const char* name, int n) { return trunk.vector_if_any(prefix + name, n); };
-  const int q_dim = c.heads * c.head_dim, kv_dim = c.kv_heads * c.head_dim;
+  const AttentionConfig& a = c.attention(layer);
+  const int q_dim = a.q_dim(), kv_dim = a.kv_dim();
   LayerWeights w{};
   w.attention_norm = trunk.vector(prefix + "attention_norm", c.dim);
   w.mlp_norm = trunk.vector(prefix + "mlp_norm", c.dim);
-  w.o = matrix("o");
-  if (c.kv_rank) {
+  w.o = matrix("o"), w.o_bias = vector("o_bias", c.dim);
+  if (a.kv_rank) {
     w.kv_a = matrix("kv_a"), w.kv_b = matrix("kv_b");
-    w.kv_a_norm = trunk.vector(prefix + "kv_a_norm", c.kv_rank);
-    w.q = matrix(c.q_rank ? "q_b" : "q");
-    if (c.q_rank) w.q_a = matrix("q_a"), w.q_a_norm = trunk.vector(prefix + "q_a_norm", c.q_rank);
+    w.kv_a_norm = trunk.vector(prefix + "kv_a_norm", a.kv_rank);
+    w.q = matrix(a.q_rank ? "q_b" : "q");
+    if (a.q_rank) w.q_a = matrix("q_a"), w.q_a_norm = trunk.vector(prefix + "q_a_norm", a.q_rank);
   } else {
     w.q = matrix("q"), w.k = matrix("k"), w.v = matrix("v");
     w.q_bias = vector("q_bias", q_dim), w.k_bias = vector("k_bias", kv_dim), w.v_bias = vector("v_bias", kv_dim);
-    w.q_norm = vector("q_norm", c.qk_norm_full ? q_dim : c.head_dim);
-    w.k_norm = vector("k_norm", c.qk_norm_full ? kv_dim : c.head_dim);
+    w.q_norm = vector("q_norm", a.qk_norm_full ? q_dim : a.head_dim);
+    w.k_norm = vector("k_norm", a.qk_norm_full ? kv_dim : a.head_dim);
   }
   if (!c.experts[layer]) {
     w.dense = {matrix("dense.gate"), matrix("dense.up"), matrix("dense.down")};

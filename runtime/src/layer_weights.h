@@ -11,6 +11,7 @@ struct LayerWeights {
   const float *attention_norm, *mlp_norm;  // (dim,)
   Matrix q, k, v, o;                       // over a latent, q is q_b and there is no k and v
   const float *q_bias, *k_bias, *v_bias;   // null: none
+  const float* o_bias;                     // (dim,); null: none
   const float *q_norm, *k_norm;            // (head_dim,) or all heads; null: none
   Matrix q_a, kv_a, kv_b;                  // attention over a latent
   const float *q_a_norm, *kv_a_norm;       // (q_rank,), (kv_rank,)

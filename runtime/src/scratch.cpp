@@ -31,19 +31,22 @@ Activations activations(const float* values, const Quantised& quantised, int col
 
 size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   const size_t chunk = c.chunk, threads = c.threads;
-  const size_t queries = threads * (c.kv_rank ? kLatentQueries : kHeadQueries);  // in attention at once
+  using A = AttentionConfig;
+  // in attention at once
+  const size_t queries = threads * c.most_of([](const A& a) { return a.kv_rank ? kLatentQueries : kHeadQueries; });
   const size_t widest = std::max({c.expert_hidden, c.shared_hidden, c.dense_hidden});
   Carver carver(base);
   carve(carver, c, queries, s);
   carver.carve(s.all_tokens, chunk);
-  carver.carve(s.piece, queries * (c.kv_rank ? c.kv_rank : c.head_dim));
+  carver.carve(s.piece, queries * c.most_of([](const A& a) { return a.kv_rank ? a.kv_rank : a.head_dim; }));
   carve(carver, s.normed_q, chunk, c.dim);
-  carve(carver, s.attended_q, chunk, size_t(c.heads) * c.v_dim);
+  carve(carver, s.attended_q, chunk, c.most_of([](const A& a) { return a.heads * a.v_dim; }));
   carve(carver, s.hidden_q, chunk * most(c.top_k), widest);
-  if (c.kv_rank) {
-    carver.carve(s.rows, threads * kLatentRows * c.latent_cached());
-    carve(carver, s.q_latent_q, chunk, c.q_rank);
-    carve(carver, s.mixed_q, queries, c.kv_rank);
+  if (c.has_latents()) {
+    const size_t cached = c.most_of([](const A& a) { return a.kv_rank ? a.latent_cached() : 0; });
+    carver.carve(s.rows, threads * kLatentRows * cached);
+    carve(carver, s.q_latent_q, chunk, c.most_of([](const A& a) { return a.q_rank; }));
+    carve(carver, s.mixed_q, queries, c.most_of([](const A& a) { return a.kv_rank; }));
   }
   return carver.used();
 }

@@ -9,9 +9,12 @@
 
 namespace {
 
+constexpr int kGrowing = 50;  // positions with one scale of queries
+
 struct Shape {
   int heads, nope_dim, rope_dim, v_dim, rank, width, group;
   bool half, interleaved;
+  bool grows = false;  // queries by position
 };
 
 // Queries of one head against latents: keys^T q, and beside them their part with position.
@@ -61,11 +64,14 @@ void check_attention(const Shape& s, int position, int tokens) {
       latents[at * cached + i] = s.half ? half_to_float(halves[at * cached + i]) : latent[i];
     }
   }
+  Floats growth(room / kGrowing + 1);
+  for (size_t i = 0; i < growth.size(); ++i) growth[i] = 1.0f + 0.3f * float(i);
   Floats scores(room), piece(s.rank), want(size_t(tokens) * s.heads * s.rank, 0.0f), got(want.size(), NAN);
   for (int t = 0; t < tokens; ++t)
     for (int head = 0; head < s.heads; ++head) {
       const size_t query = size_t(t) * s.heads + head;
-      const Floats absorbed = absorbed_by(s, kv_b, &q[query * head_dim], head, scale);
+      const float grown = s.grows ? scale * growth[(position + t) / kGrowing] : scale;
+      const Floats absorbed = absorbed_by(s, kv_b, &q[query * head_dim], head, grown);
       Matrix keys;
       keys.codes = reinterpret_cast<const uint8_t*>(latents.data()), keys.width = 32;
       keys.rows = position + t + 1, keys.cols = cached;
@@ -81,7 +87,8 @@ void check_attention(const Shape& s, int position, int tokens) {
     }
 
   const Values<int32_t> at = {position};
-  const cuda::LatentHeads heads = {s.heads, head_dim, s.rope_dim, s.v_dim, s.rank, 1e-6f, scale, s.interleaved};
+  cuda::LatentHeads heads = {s.heads, head_dim, s.rope_dim, s.v_dim, s.rank, 1e-6f, scale, s.interleaved, nullptr, 1};
+  if (s.grows) heads.query_scales = growth.data(), heads.query_context = kGrowing;
   const cuda::LatentCache cache = {s.half ? static_cast<void*>(got_halves.data()) : got_latents.data(), room, s.half};
   const auto span = [&](int first, int count) { return cuda::Span{at.data(), first, count, position + first + count}; };
   cuda::store_latents(got_q.data(), got_fresh.data(), norm.data(), cos.data(), sin.data(), heads, cache,
@@ -108,6 +115,7 @@ void check_latent() {
     check_attention({3, 16, 8, 16, 64, 4, 32, true, true}, position, tokens);
     check_attention({9, 32, 16, 24, 96, 3, 32, false, false}, position, tokens);
     check_attention({8, 16, 32, 16, 128, 32, 64, true, true}, position, tokens);
+    check_attention({3, 16, 8, 16, 64, 4, 32, true, true, true}, position, tokens);
   }
   for (auto [position, tokens] : {std::pair{2 * kSumPositions, 1}, std::pair{kSumPositions - 5, 12}})
     check_attention({2, 16, 8, 16, 32, 4, 32, true, true}, position, tokens);

@@ -43,8 +43,10 @@ void check_floats() {
     }
     const Values<int32_t> ids = {20, 0, 7};
     Floats want(ids.size() * cols), got(want.size());
+    const float scale = width % 2 ? 1.0f : 6.5f;
     for (size_t i = 0; i < ids.size(); ++i) kScalarKernels.dequantise_row(m, ids[i], &want[i * cols]);
-    cuda::embed(m, ids.data(), int(ids.size()), got.data(), nullptr);
+    for (float& value : want) value *= scale;
+    cuda::embed(m, ids.data(), int(ids.size()), scale, got.data(), nullptr);
     compare("embedding of " + std::to_string(width) + " bits", got, want);
     if (width < 16) continue;
     Vectors x(3, cols);
@@ -57,7 +59,7 @@ void check_floats() {
   Floats want = floats(300), got = want;
   const Floats x = floats(300);
   kScalarKernels.add_scaled(want.data(), x.data(), 1.0f, 300);
-  cuda::add_gated(got.data(), x.data(), nullptr, 1, 300, nullptr);
+  cuda::add_gated(got.data(), x.data(), nullptr, 1.0f, 1, 300, nullptr);
   compare("add", got, want);
 }
 
@@ -86,12 +88,13 @@ void check_sums() {
     if (pairs[i] >= 0) kScalarKernels.add_scaled(&want[i / places * dim], &down[pairs[i] * dim], weights[i], dim);
   cuda::ranked_sum(got.data(), down.data(), weights.data(), pairs.data(), tokens, places, dim, nullptr);
   compare("ranked sum", got, want);
-  for (const float* gate : {static_cast<const float*>(nullptr), gates.data()}) {
-    for (int t = 0; t < tokens; ++t)
-      kScalarKernels.add_scaled(&want[t * dim], &down[t * dim], gate ? sigmoid(gate[t]) : 1.0f, dim);
-    cuda::add_gated(got.data(), down.data(), gate, tokens, dim, nullptr);
-    compare("gated sum", got, want);
-  }
+  for (const float* gate : {static_cast<const float*>(nullptr), gates.data()})
+    for (float scale : {1.0f, 0.22f}) {
+      for (int t = 0; t < tokens; ++t)
+        kScalarKernels.add_scaled(&want[t * dim], &down[t * dim], (gate ? sigmoid(gate[t]) : 1.0f) * scale, dim);
+      cuda::add_gated(got.data(), down.data(), gate, scale, tokens, dim, nullptr);
+      compare("gated sum", got, want);
+    }
   for (int activation : {0, 1}) {
     const Floats up = floats(tokens * hidden);
     Vectors want_h(tokens, hidden), got_h(tokens, hidden, want_h.values);
@@ -116,6 +119,7 @@ struct Shape {
   int heads, kv_heads, head_dim, rope_dim, window;
   bool half, biased, normed;
   float clip;
+  bool interleaved = false, norm_after_rope = false;
 };
 
 void check_attention(const Shape& s, int position, int tokens) {
@@ -144,9 +148,11 @@ void check_attention(const Shape& s, int position, int tokens) {
   auto limited = [&](float value) { return s.clip > 0 ? std::fmin(std::fmax(value, -s.clip), s.clip) : value; };
   auto prepared = [&](float* x, const float* bias, const float* weight, size_t at) {
     for (int i = 0; i < n; ++i) x[i] = s.biased ? x[i] + bias[i] : x[i];
-    if (weight && s.normed) kScalarKernels.rms_norm(x, weight, 1e-6f, x, n);
+    const bool normed = weight && s.normed;
+    if (normed && !s.norm_after_rope) kScalarKernels.rms_norm(x, weight, 1e-6f, x, n);
     for (int i = 0; i < n; ++i) x[i] = limited(x[i]);
-    if (weight) rotate(x, &cos[at * turned], &sin[at * turned], turned, false);
+    if (weight) rotate(x, &cos[at * turned], &sin[at * turned], turned, s.interleaved);
+    if (normed && s.norm_after_rope) kScalarKernels.rms_norm(x, weight, 1e-6f, x, n);
   };
   for (int t = 0; t < tokens; ++t) {
     const size_t at = size_t(position) + t;
@@ -180,7 +186,8 @@ void check_attention(const Shape& s, int position, int tokens) {
       for (int of = std::max(begin - position, 0); of <= t; ++of) received[head * stride + of] += scores[position + of];
     }
 
-  const cuda::Heads heads = {s.heads, s.kv_heads, n, s.rope_dim, 1e-6f, s.clip, 0.125f, s.window};
+  const cuda::Heads heads = {s.heads, s.kv_heads, n,        s.rope_dim,    1e-6f,
+                             s.clip,  0.125f,     s.window, s.interleaved, s.norm_after_rope};
   const cuda::LayerCache cache = {got_keys.data(), got_values.data(), room, s.half};
   cuda::Projections p{};
   p.q = got_q.data(), p.k = got_k.data(), p.v = got_v.data(), p.cos = cos.data(), p.sin = sin.data();
@@ -220,6 +227,8 @@ void check_layer() {
       check_attention({8, 2, 64, 64, 0, half, false, true, 0}, position, tokens);
       check_attention({4, 4, 32, 16, 0, half, true, false, 0.5f}, position, tokens);
       check_attention({11, 1, 48, 48, 40, half, true, true, 0}, position, tokens);
+      check_attention({4, 2, 40, 24, 0, half, true, true, 0, true, false}, position, tokens);
+      check_attention({6, 2, 32, 32, 0, half, false, true, 0, false, true}, position, tokens);
     }
   for (auto [position, tokens] : {std::pair{2 * kSumPositions, 1}, std::pair{kSumPositions - 5, 12}})
     for (int window : {0, kSumPositions - 100})

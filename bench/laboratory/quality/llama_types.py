@@ -124,7 +124,7 @@ def mean_squares(config: ModelConfig, weights, ids: np.ndarray) -> Importance:
     """Of the inputs of each expert's matrices over the tokens (sequences, tokens) that chose it; 1 without any."""
     found, x = {}, Stream(ids.size, config.dim)
     forward.embed(config, weights, ids, x)
-    for layer in range(config.layers):
+    for layer in range(config.layer_count):
         a, y, norms = Stream(ids.size, config.dim), Stream(ids.size, config.dim), forward.Held(weights)
         forward.attention(config, weights, layer, x, ids.shape[1], a)
         forward.common_mlp(config, weights, layer, a, y)

@@ -37,9 +37,9 @@ def conditions(study: Study, bases: dict[str, dict]) -> str:
         alone = bases["trunk alone"]["kld_mean"]
         trunk = f"{study.trunk_width} bits in every row, which alone costs a KLD of {alone:.5f}"
     return (
-        f"Model: {study.model.name}, {config.layers} layers of {config.experts} experts, top {config.top_k}, each of "
-        f"{config.dim} x {config.expert_hidden}. Text: {exact['tokens']:,} positions of {', '.join(study.texts)}, in "
-        f"windows of {study.context} tokens that do not overlap, every position but a window's first. Calibration: "
+        f"Model: {study.model.name}, {config.layer_count} layers of {config.experts} experts, top {config.top_k}, each "
+        f"of {config.dim} x {config.expert_hidden}. Text: {exact['tokens']:,} positions of {', '.join(study.texts)}, "
+        f"in windows of {study.context} tokens that do not overlap, every position but a window's first. Calibration: "
         f"{study.calibration_tokens:,} tokens of {source}. Trunk: {trunk}.\n\n"
         "The engine runs each bundle. KLD is the divergence from the predictions of the bfloat16 model in nats a "
         "token, p99 its 99th percentile, top-1 the share of positions with the same first token: means over texts. "

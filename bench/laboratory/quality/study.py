@@ -24,7 +24,8 @@ from edge_moe import _core, compressor, runtime
 from edge_moe.bench import evaluate, texts
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.source.checkpoint import Checkpoint
-from edge_moe.runtime.config import ModelConfig, load_config, read_json
+from edge_moe.runtime.config import ModelConfig
+from edge_moe.runtime.config_file import load_config, read_json
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS, Score
 from edge_moe.runtime.tokenizer import Tokenizer

@@ -47,6 +47,10 @@ PlanRecipe = option(
     Recipe | None, "--recipe", section=_MODEL,
     help="Bytes of a published mix in another program's format, to compare with: compress does not make it.",
 )  # fmt: skip
+Sequences = option(
+    int, "--sequences", metavar="N", shown=True,
+    help="Conversations with a KV cache of their own, as Runtime(sequences=N).",
+)  # fmt: skip
 PlanDevice = option(str, "--device", metavar="NAME", shown=True, help="Where it would compute: cpu or cuda.")
 
 
@@ -62,6 +66,7 @@ def plan(
     trunk_width: PlanTrunkWidth = None,
     keep_experts: KeepExperts = None,
     recipe: PlanRecipe = None,
+    sequences: Sequences = 1,
     device: PlanDevice = "cpu",
     threads: options.Threads = None,
     json_output: options.Json = False,
@@ -76,7 +81,7 @@ def plan(
 
     as_made = {"bits": bits, "size": size, "width": width, "widths": widths_of(widths), "trunk_width": trunk_width}
     model_as = {"keep_experts": keep_experts_of(keep_experts), "recipe": recipe and recipe.value}
-    run = {"context": context, "device": device, "threads": threads, "kv": kv.value}
+    run = {"context": context, "device": device, "threads": threads, "kv": kv.value, "sequences": sequences}
     result = estimate(model, ram, **run, **as_made, **model_as)
     from ..bench.expectation import expected_speed  # after the estimate, which counts this process's memory
     from ..machine_file import disk_of, known_machine

@@ -1,0 +1,52 @@
+"""Elementary functions of the reference forward pass, float32, with numpy or mlx.core as `xp`."""
+
+import math
+
+import numpy as np
+
+EXP_MOST = np.float32(87)  # exp of it is nearly the largest float32
+
+
+def array(value, xp):
+    """A NumPy array as one of `xp`'s."""
+    return value if xp is np else xp.array(value)
+
+
+def product(weights, name: str, x, xp=np):
+    """x (..., inputs) times the transposed matrix `name` (outputs, inputs) of the trunk."""
+    its_own = getattr(weights, "product", None)
+    return its_own(name, x) if its_own else x @ array(weights.trunk(name), xp).T
+
+
+def rms_norm(x, weight, eps: float, xp=np):
+    """Scale the last axis to a root mean square of one, then by weight."""
+    y = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
+    y *= array(weight, xp)
+    return y
+
+
+def softmax(x, xp=np):
+    e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+    return e / xp.sum(e, axis=-1, keepdims=True)
+
+
+def sigmoid(x, xp=np):
+    if xp is not np:
+        return xp.sigmoid(x)
+    y = np.minimum(np.negative(x), EXP_MOST)
+    np.exp(y, out=y)  # in place: a sixteenth of the time that fresh arrays and a choice of two forms take
+    y += 1
+    return np.reciprocal(y, out=y)
+
+
+def silu(x, xp=np):
+    y = sigmoid(x, xp)
+    y *= x
+    return y
+
+
+def gelu_tanh(x, xp=np):
+    return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}

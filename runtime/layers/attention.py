@@ -1,0 +1,94 @@
+"""Grouped-query attention: keys and values of their own for each KV head, which all tokens' are cached of."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrays import array, rms_norm, softmax
+from .rope import Rope, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Values of one layer's attention; sizes are in elements."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int  # of queries, keys and values
+    rope: Rope
+    bias: bool = False  # of q, k and v
+    output_bias: bool = False
+    qk_norm: str = "none"  # none | head (one norm per head) | full (over all heads at once)
+    norm_after_rope: bool = False  # q and k are normed per head after they were turned, else before
+    clip: float = 0.0  # q, k and v are clipped to +-this after the norm; 0 is off
+    window: int = 0  # keys a query can see, itself included; 0 is all
+    scale: float = 0.0  # of the products of queries and keys; 0 is head_dim ** -0.5
+
+    @property
+    def softmax_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return (self.scale or self.head_dim**-0.5) * self.rope.softmax_factor
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a head's value."""
+        return self.head_dim
+
+    def shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of this attention by canonical name, for a residual stream of `dim`, in the order of use."""
+        q_rows, kv_rows, full = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.qk_norm == "full"
+        parts: dict[str, tuple[int, ...]] = {"q": (q_rows, dim), "k": (kv_rows, dim), "v": (kv_rows, dim)}
+        if self.bias:
+            parts |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
+        if self.qk_norm != "none":
+            parts |= {"q_norm": (q_rows if full else self.head_dim,), "k_norm": (kv_rows if full else self.head_dim,)}
+        parts |= {"o": (dim, q_rows)}
+        return parts | ({"o_bias": (dim,)} if self.output_bias else {})
+
+    def qkv(self, trunk, times, h, eps: float, xp=np):
+        """Queries, keys and values of h (sequences, tokens, dim), the first two turned by their positions.
+
+        trunk(name) is a tensor of the layer, times(name, x) the product of x with a matrix of it. Returns arrays
+        (sequences, tokens, heads of that kind, head_dim).
+        """
+        sequences, tokens, _ = h.shape
+        q, k, v = times("q", h), times("k", h), times("v", h)
+        if self.bias:
+            q, k, v = q + trunk("q_bias"), k + trunk("k_bias"), v + trunk("v_bias")
+        if self.qk_norm == "full":
+            q, k = rms_norm(q, trunk("q_norm"), eps, xp), rms_norm(k, trunk("k_norm"), eps, xp)
+        if self.clip:
+            q, k, v = (xp.clip(part, -self.clip, self.clip) for part in (q, k, v))
+        q, k, v = (part.reshape(sequences, tokens, -1, self.head_dim) for part in (q, k, v))
+        if self.qk_norm == "head" and not self.norm_after_rope:
+            q, k = rms_norm(q, trunk("q_norm"), eps, xp), rms_norm(k, trunk("k_norm"), eps, xp)
+        cos, sin = self.rope.tables(tokens, xp)
+        q, k = self._turned(q, cos, sin, xp), self._turned(k, cos, sin, xp)
+        if self.qk_norm == "head" and self.norm_after_rope:
+            q, k = rms_norm(q, trunk("q_norm"), eps, xp), rms_norm(k, trunk("k_norm"), eps, xp)
+        return q, k, v
+
+    def _turned(self, x, cos, sin, xp):
+        """x (sequences, tokens, heads, head_dim) with its first rope.dim dimensions turned."""
+        turned = rotate(x[..., : self.rope.dim], cos, sin, xp, self.rope.interleaved)
+        return turned if self.rope.dim == self.head_dim else xp.concatenate([turned, x[..., self.rope.dim :]], axis=-1)
+
+
+def attend(q, k, v, scale: float, window: int = 0, xp=np):
+    """Causal attention within one sequence: q (tokens, heads, head_dim), k and v (tokens, kv_heads, their size).
+
+    Returns (tokens, heads * v's size). Query head i reads key head i // (heads / kv_heads). window: keys a query can
+    see, itself included; 0 is all.
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads, v_dim = v.shape[1:]
+    q = q.transpose(1, 0, 2).reshape(kv_heads, heads // kv_heads, tokens, head_dim)
+    k = k.transpose(1, 2, 0)[:, None]  # (kv_heads, 1, head_dim, tokens)
+    v = v.transpose(1, 0, 2)[:, None]  # (kv_heads, 1, tokens, v_dim)
+
+    age = np.arange(tokens)[:, None] - np.arange(tokens)  # (query, key)
+    visible = (age >= 0) & (age < (window or tokens))
+    scores = xp.where(array(visible, xp), q @ k * scale, -math.inf)
+    y = softmax(scores, xp) @ v  # (kv_heads, heads / kv_heads, tokens, v_dim)
+    return y.reshape(heads, tokens, v_dim).transpose(1, 0, 2).reshape(tokens, heads * v_dim)

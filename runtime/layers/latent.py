@@ -1,0 +1,89 @@
+"""Multi-head latent attention: keys and values come from one small vector a token, which is all that is cached."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrays import array, rms_norm
+from .rope import Rope, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Values of one layer's attention over a latent; sizes are in elements."""
+
+    heads: int
+    q_rank: int  # size of the queries' latent; 0: they come straight from the input
+    kv_rank: int  # size of the keys' and values' latent
+    nope_dim: int  # of a head's query and key, without position
+    value_dim: int  # of a head's value
+    rope: Rope  # of the rest of a head's query, and of the one key with position that all heads share
+    norm_eps: float = 1e-6  # of both latents' norms, whatever the model's other norms have
+    query_growth: float = 0.0  # queries are scaled by 1 + this * log(1 + position // query_context)
+    query_context: int = 1
+
+    window = 0  # a query sees all keys before it
+    output_bias = False
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads whose keys and values differ."""
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head's query and key."""
+        return self.nope_dim + self.rope.dim
+
+    @property
+    def cached(self) -> int:
+        """Numbers that the KV cache holds for a token."""
+        return self.kv_rank + self.rope.dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5 * self.rope.softmax_factor
+
+    def query_scales(self, tokens: int) -> np.ndarray:
+        """What the queries at the first positions are multiplied by, float32 (tokens,)."""
+        steps = np.arange(tokens) // self.query_context
+        return (1 + self.query_growth * np.log1p(steps)).astype(np.float32)
+
+    def shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of this attention by canonical name, for a residual stream of `dim`, in the order of use."""
+        q_rows = self.heads * self.head_dim
+        parts: dict[str, tuple[int, ...]] = {"q": (q_rows, dim)}
+        if self.q_rank:
+            parts = {"q_a": (self.q_rank, dim), "q_a_norm": (self.q_rank,), "q_b": (q_rows, self.q_rank)}
+        return parts | {
+            "kv_a": (self.cached, dim),
+            "kv_a_norm": (self.kv_rank,),
+            "kv_b": (self.heads * (self.nope_dim + self.value_dim), self.kv_rank),
+            "o": (dim, self.heads * self.value_dim),
+        }
+
+    def qkv(self, trunk, times, h, eps: float, xp=np):
+        """Queries, keys and values as Attention.qkv() gives them, with keys and values of every head expanded."""
+        sequences, tokens, _ = h.shape
+        if self.q_rank:
+            q = times("q_b", rms_norm(times("q_a", h), trunk("q_a_norm"), self.norm_eps, xp))
+        else:
+            q = times("q", h)
+        kv = times("kv_a", h)  # (sequences, tokens, kv_rank + rope.dim)
+        q = q.reshape(sequences, tokens, self.heads, self.head_dim)
+
+        # keys and values of every head, out of the latent
+        c = rms_norm(kv[..., : self.kv_rank], trunk("kv_a_norm"), self.norm_eps, xp)
+        expanded = times("kv_b", c).reshape(sequences, tokens, self.heads, self.nope_dim + self.value_dim)
+
+        # the dimensions with position
+        cos, sin = self.rope.tables(tokens, xp)
+        q_rope = rotate(q[..., self.nope_dim :], cos, sin, xp, self.rope.interleaved)
+        k_rope = rotate(kv[..., None, self.kv_rank :], cos, sin, xp, self.rope.interleaved)
+        k_rope = xp.broadcast_to(k_rope, q_rope.shape)
+        q = xp.concatenate([q[..., : self.nope_dim], q_rope], axis=-1)
+        k = xp.concatenate([expanded[..., : self.nope_dim], k_rope], axis=-1)
+        if self.query_growth:
+            q = q * array(self.query_scales(tokens), xp)[:, None, None]
+        return q, k, expanded[..., self.nope_dim :]

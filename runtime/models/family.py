@@ -1,0 +1,224 @@
+"""What a family of models is: how its config.json becomes a ModelConfig, and what checkpoints call their tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ..config import MAX_EXPERTS, MAX_LAYERS, Layer, ModelConfig
+from ..config_keys import Keys
+from ..layers.attention import Attention
+from ..layers.latent import LatentAttention
+from ..layers.mlp import Dense, Experts, RouterConfig
+from ..rope_config import read_rope
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+NAMES = {  # a layer's tensors as most checkpoints call them, by canonical name
+    "attention_norm": "input_layernorm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    **{part: f"self_attn.{part}_proj.weight" for part in ("q", "k", "v", "o", "q_a", "q_b", "kv_b")},
+    **{f"{part}_bias": f"self_attn.{part}_proj.bias" for part in "qkvo"},
+    **{f"{part}_norm": f"self_attn.{part}_norm.weight" for part in "qk"},
+    "kv_a": "self_attn.kv_a_proj_with_mqa.weight",
+    **{f"{part}_norm": f"self_attn.{part}_layernorm.weight" for part in ("q_a", "kv_a")},
+    **{f"dense.{part}": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
+    "router": "mlp.gate.weight",
+    "router_bias": "mlp.gate.e_score_correction_bias",
+    **{f"shared.{part}": f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
+    "shared_router": "mlp.shared_expert_gate.weight",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a checkpoint stores the experts of a layer.
+
+    `gate` and `up` with `{}` in them are the names of one expert's matrices, its number in place of `{}`. Else `gate`
+    is the name of one tensor that has all experts' (experts, gate rows then up rows, dim), `down` of one
+    (experts, dim, hidden), and `up` is nothing.
+    """
+
+    gate: str
+    up: str
+    down: str
+    names: Mapping[str, str] = field(default_factory=dict)  # of other tensors that this layout spells otherwise
+    transposed: bool = False  # fused tensors are (experts, dim, gate columns then up columns), (experts, hidden, dim)
+
+
+def separate(path: str, gate: str, up: str, down: str, **names) -> Layout:
+    """Three matrices for each expert, as the hub has them."""
+    return Layout(*(f"{path}.{{}}.{part}.weight" for part in (gate, up, down)), **names)
+
+
+def fused(path: str = "mlp.experts", transposed: bool = False) -> Layout:
+    """Two tensors for all experts of a layer, as transformers 5 has them in memory, and writes them on request."""
+    return Layout(f"{path}.gate_up_proj", "", f"{path}.down_proj", transposed=transposed)
+
+
+USUAL_LAYOUTS = (separate("mlp.experts", "gate_proj", "up_proj", "down_proj"), fused())
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One `model_type` of config.json."""
+
+    model_type: str
+    parse: Callable[[Keys], ModelConfig]
+    defaults: Mapping[str, object]  # what a key means that is absent, where it is not what it means everywhere
+    names: Mapping[str, str] = field(default_factory=dict)  # of a layer's tensors, where they are not as in NAMES
+    layouts: tuple[Layout, ...] = USUAL_LAYOUTS  # the first that a checkpoint has is read
+    text: str = ""  # key of the object that describes the language model, where others are beside it
+    prefixes: tuple[str, ...] = ("model.", "")  # of the tensors' names; "" where they were saved without the head
+    layers: tuple[str, ...] = ("layers",)  # names of the list of layers
+    heads: tuple[str, ...] = ("lm_head.weight",)  # names of the output head
+    stored_as: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # dimensions before a tensor's own
+
+
+def model(keys: Keys, layers: tuple[Layer, ...], **values) -> ModelConfig:
+    """A ModelConfig of these layers with the values that all families spell alike."""
+    activation = keys.any("hidden_act")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{keys.where}: hidden_act {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
+        )
+    config = ModelConfig(
+        architecture=keys.kind,
+        dim=keys.count("hidden_size"),
+        vocab=keys.count("vocab_size"),
+        context=keys.count("max_position_embeddings"),
+        layers=layers,
+        activation=ACTIVATIONS[activation],
+        norm_eps=keys.number("rms_norm_eps"),
+        tied_head=keys.flag("tie_word_embeddings"),
+        eos_tokens=tokens(keys.nullable("eos_token_id")),
+        **values,
+    )
+    _check(config, keys.where)
+    return config
+
+
+def stack(keys: Keys, attention: Attention | LatentAttention, experts: Experts, dense: tuple[int, ...] = ()):
+    """The layers of a model with one kind of attention, whose layers `dense` have no experts."""
+    mlp = Dense(keys.count("intermediate_size")) if dense else None
+    return tuple(Layer(attention, mlp if layer in dense and mlp else experts) for layer in range(layer_count(keys)))
+
+
+def layer_count(keys: Keys) -> int:
+    return keys.count("num_hidden_layers", limit=MAX_LAYERS)
+
+
+def expert_count(keys: Keys, *names: str) -> int:
+    return keys.count(*names, limit=MAX_EXPERTS)
+
+
+def experts(
+    keys: Keys,
+    router: RouterConfig,
+    count: tuple[str, ...] = ("num_experts", "num_local_experts"),
+    hidden: str = "moe_intermediate_size",
+    **values,
+) -> Experts:
+    """Routed experts as most families spell them. count: names of the key that says how many; hidden: of their size."""
+    return Experts(expert_count(keys, *count), keys.count("num_experts_per_tok"), keys.count(hidden), router, **values)
+
+
+def experts_and_shared(
+    keys: Keys, router: RouterConfig, count: tuple[str, ...] = ("n_routed_experts", "num_local_experts")
+) -> Experts:
+    """Routed experts beside shared ones without a gate, as DeepSeek spells them."""
+    return experts(keys, router, count, shared_hidden=shared_of(keys), shared_gate=False)
+
+
+def grouped(
+    keys: Keys, partial: float | None = None, interleaved: bool = False, ntk_alpha: bool = False, **values
+) -> Attention:
+    """Grouped-query attention as most families spell it. partial, interleaved, ntk_alpha: see read_rope()."""
+    heads, dim = keys.count("num_attention_heads"), keys.count("hidden_size")
+    head_dim = keys.count("head_dim", default=max(dim // heads, 1))
+    rope = read_rope(keys, head_dim, partial=partial, interleaved=interleaved, ntk_alpha=ntk_alpha)
+    return Attention(heads, keys.count("num_key_value_heads", default=heads), head_dim, rope, **values)
+
+
+def latent(keys: Keys) -> LatentAttention:
+    """Attention over a latent as DeepSeek spells it."""
+    no_bias(keys)
+    rope_dim, nope_dim = keys.count("qk_rope_head_dim"), keys.count("qk_nope_head_dim")
+    interleaved = keys.flag("rope_interleave", True)
+    return LatentAttention(
+        heads=keys.count("num_attention_heads"),
+        q_rank=keys.count("q_lora_rank") if keys.nullable("q_lora_rank") is not None else 0,
+        kv_rank=keys.count("kv_lora_rank"),
+        nope_dim=nope_dim,
+        value_dim=keys.count("v_head_dim"),
+        rope=read_rope(keys, rope_dim, of=nope_dim + rope_dim, interleaved=interleaved, scales_softmax=True),
+    )
+
+
+def no_bias(keys: Keys) -> None:
+    """Raise ValueError where attention_bias is on, for a family whose models have none."""
+    if keys.flag("attention_bias", False):
+        raise ValueError(
+            f"{keys.where}: attention_bias true is not supported for {keys.kind} (it biases the output projection too)"
+        )
+
+
+def no_windows(keys: Keys) -> None:
+    """Raise ValueError where config.json has windows, for a family whose models attend to everything."""
+    if keys.flag("use_sliding_window", False):
+        raise ValueError(f"{keys.where}: use_sliding_window is not supported for {keys.kind}; set it to false")
+    kinds = keys.any("layer_types", default=[])
+    if not isinstance(kinds, list) or any(one != "full_attention" for one in kinds):
+        raise ValueError(f"{keys.where}: layer_types is {kinds!r}, expected full_attention in every layer")
+
+
+def grouped_router(keys: Keys, score: str = "sigmoid", selection_bias: bool = True) -> RouterConfig:
+    """DeepSeek-V3's router: experts chosen within the best groups, by score and a bias that balances them."""
+    for key, only in (("scoring_func", score), ("topk_method", "noaux_tc")):
+        if (value := keys.any(key, default=only)) != only:
+            raise ValueError(f"{keys.where}: {key} {value!r} is not supported for {keys.kind}; supported is {only}")
+    return RouterConfig(
+        score=score,
+        renormalise=keys.flag("norm_topk_prob"),
+        selection_bias=selection_bias,
+        groups=keys.count("n_group"),
+        top_groups=keys.count("topk_group"),
+        group_score="top2sum",
+        scale=keys.number("routed_scaling_factor"),
+    )
+
+
+def shared_of(keys: Keys, key: str = "n_shared_experts") -> int:
+    """The inner size of so many shared experts together; 0 is none."""
+    return expert_count(keys, key) * keys.count("moe_intermediate_size") if keys.nullable(key) else 0
+
+
+def first_dense(keys: Keys) -> tuple[int, ...]:
+    """The layers without experts: the first ones, and all but every so many of the rest."""
+    first, step = keys.any("first_k_dense_replace"), keys.count("moe_layer_freq", default=1)
+    if type(first) is not int or first < 0:
+        raise ValueError(f"{keys.where}: first_k_dense_replace is {first!r}, expected a whole number from 0")
+    return tuple(layer for layer in range(layer_count(keys)) if layer < first or layer % step)
+
+
+def tokens(value) -> tuple[int, ...]:
+    """The ids of a key that has one, several or none."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(int(token) for token in values if isinstance(token, int)))
+
+
+def _check(config: ModelConfig, where: str) -> None:
+    if not config.moe_layers:
+        raise ValueError(f"{where}: no layer has experts")
+    attention, router, experts = config.attention, config.router, config.experts
+    experts_a_group = experts // router.groups
+    rope_key = "qk_rope_head_dim" if config.latent else "head_dim"
+    problems = [
+        (attention.heads % attention.kv_heads, "num_attention_heads must be a multiple of num_key_value_heads"),
+        (attention.rope.dim % 2, f"{rope_key} must be even"),
+        (config.top_k > experts, "num_experts_per_tok is larger than the number of experts"),
+        (experts % router.groups, "n_routed_experts must be a multiple of n_group"),
+        (router.groups > 1 and experts_a_group < 2, "a group must have at least two experts"),
+        (router.top_groups > router.groups, "topk_group is larger than n_group"),
+        (config.top_k > router.top_groups * experts_a_group, "num_experts_per_tok is more than topk_group groups have"),
+    ]
+    for wrong, message in problems:
+        if wrong:
+            raise ValueError(f"{where}: {message}")

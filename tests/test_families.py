@@ -1,0 +1,148 @@
+"""Every family from end to end: compressed for text, paged, several requests at once, pruned and scored.
+
+The logits of transformers are the measure; those of lossless bundles are in test_engine.py, GPUs in
+test_cuda_engine.py.
+"""
+
+import json
+
+import pytest
+from bundles import (
+    assert_logits_of_transformers,
+    make_engine,
+    mask_routers_of,
+    prunable,
+    run_engine,
+    run_together,
+    same_bits,
+)
+from golden_checkpoints import FAMILIES
+from make_golden import COMMON, LATENT
+from test_sequences import alone, requests
+
+from edge_moe.bench.evaluate import evaluate
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.config_file import ARCHITECTURES, load_config, parse_config
+from edge_moe.runtime.runtime import Runtime
+from edge_moe.runtime.score import LOGITS_ROWS
+
+
+def test_every_family_has_golden_logits():
+    five = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3"}
+    assert five | set(FAMILIES) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_compressed_model_predicts_what_transformers_does(mixed, golden, name):
+    _, ids, want = golden[name]
+    with Runtime(mixed(name), context=64, logits_rows=LOGITS_ROWS) as runtime:
+        result = evaluate(runtime, ids, context=32, against=lambda window: want[: len(window)])
+        assert result["tokens"] == 31
+        assert result["kld_mean"] < 0.1  # 0.015 to 0.08 at 8 bits, of random weights
+
+
+@pytest.mark.parametrize("hub", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fresh_checkpoint_gives_the_logits_of_transformers(tmp_path, name, hub):
+    """As the hub has it, and as transformers has it in memory, with a layer's experts in two tensors."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from make_golden import random_model
+
+    random_model(name, seed=19).save_pretrained(tmp_path, save_original_format=hub)
+    assert_logits_of_transformers(tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_slots_chunks_threads_and_neighbours_change_no_bit(mixed, golden, name):
+    path, ids, logits = mixed(name), golden[name][1], golden[name][2]
+    want, top_k = run_engine(make_engine(path), ids), Bundle.open(path).config.top_k
+    for slots, chunk, threads in ((None, 7, 2), (top_k, 1, 1), (top_k + 1, 16, 2)):
+        assert same_bits(run_engine(make_engine(path, slots=slots, threads=threads), ids, chunk), want)
+    asked = requests(logits.shape[1], 6)
+    engine = make_engine(path, sequences=3, slots=top_k, chunk=64)
+    for request, got in zip(asked, run_together(engine, asked, 3), strict=True):
+        assert same_bits(got, alone(path, request))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_pruned_answer_uses_fewer_experts_and_says_so(golden, tmp_path, name):
+    source, ids, _ = golden[name]
+    path = prunable(tmp_path / "b.emoe", source, mask_routers_of(Checkpoint(source).config))
+    with Runtime(path, context=64) as runtime:
+        whole, pruned = (runtime.generate(ids[:8].tolist(), 8, prune=how) for how in ("off", 0.2))
+    assert pruned.experts_used < whole.experts_used == Bundle.open(path).config.top_k
+    assert pruned.dropped_routing_weight > 0 == whole.dropped_routing_weight
+
+
+def test_what_is_new_about_an_unknown_family_is_said():
+    raw = {"model_type": "qwen3_next", "num_experts": 8, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4}
+    with pytest.raises(ValueError) as error:
+        parse_config(raw)
+    assert str(error.value) == (
+        f"config.json: architecture 'qwen3_next' is not supported; supported are {', '.join(ARCHITECTURES)}; "
+        "new about this one: linear attention"
+    )
+    with pytest.raises(ValueError, match="new about this one: Mamba layers, short convolutions"):
+        parse_config({"model_type": "x", "text_config": {"num_experts": 2, "mamba_d_conv": 4, "conv_bias": True}})
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"model_type": "kimi_k25"}, "text_config is None, expected an object"),
+        (
+            {"model_type": "mistral3", "text_config": {"model_type": "mistral"}},
+            "a language model 'mistral' in mistral3 is not supported; supported is mistral4",
+        ),
+        ({"model_type": "deepseek_v2", "topk_method": "best"}, "topk_method 'best' is not supported"),
+        ({"model_type": "ernie4_5_moe", "use_bias": True}, "use_bias true is not supported for ernie4_5_moe"),
+        ({"model_type": "hunyuan_v1_moe", "moe_topk": [1, 2]}, r"moe_topk is \[1, 2\]; the same in every layer"),
+        ({"model_type": ["x"]}, r"architecture \['x'\] is not supported"),
+        (
+            {"model_type": "granitemoe", "num_local_experts": 8, "logits_scaling": 0},
+            "logits_scaling is 0, expected a number above 0",
+        ),
+        (
+            {"model_type": "mistral4", "rope_parameters": {"original_max_position_embeddings": 0}},
+            "original_max_position_embeddings is 0, expected a whole number from 1",
+        ),
+        (
+            {"model_type": "glm4_moe_lite", "mlp_layer_types": [["dense"], "sparse"]},
+            "mlp_layer_types is .*, expected dense or sparse for every layer",
+        ),
+        (
+            {"model_type": "glm4_moe_lite", "first_k_dense_replace": "1"},
+            "first_k_dense_replace is '1', expected a whole number from 0",
+        ),
+        ({"model_type": "hunyuan_v1_moe", "use_cla": True}, "use_cla is not supported for hunyuan_v1_moe"),
+        (
+            {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense"], "num_hidden_layers": 2},
+            "mlp_layer_types is .'dense'., expected dense or sparse for every layer",
+        ),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(tmp_path, raw, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config({**SIZES, **raw})
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, **raw}))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path)
+
+
+SIZES = {
+    **COMMON,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "num_experts": 8,
+    "moe_k": 2,
+    **LATENT,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": None,
+}
