@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from .sampling import TokenLogprobs
 from .turns import PATIENCE_S
 
 if TYPE_CHECKING:
@@ -37,16 +38,19 @@ class Generation:
     top_k: int  # of the checkpoint: a bundle may use fewer in some layers
     dropped_routing_weight: float  # mean share of routing weight that pruning left out
     device: str
+    logprobs: list[TokenLogprobs] | None = None  # of each of `tokens`, where they were asked for
 
 
 def whole_of(pieces: Iterable[Generation]) -> Generation:
     """All pieces of an answer as one."""
     texts: list[str] = []
     tokens: list[int] = []
+    logprobs: list[TokenLogprobs] = []
     for piece in pieces:
         texts.append(piece.text)
         tokens += piece.tokens
-    return replace(piece, text="".join(texts), tokens=tokens)
+        logprobs += piece.logprobs or []
+    return replace(piece, text="".join(texts), tokens=tokens, logprobs=logprobs or None)
 
 
 class Account:

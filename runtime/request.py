@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
@@ -12,9 +12,10 @@ import numpy as np
 from .answer import Account, Generation
 from .answer_text import AnswerText
 from .pruning import PruneRule
-from .sampling import Sampler
+from .sampling import LogitsProcessor, Sampler, TokenLogprobs, processed, whole_number
 from .turns import Wanted
 
+MOST_LOGPROBS = 1000  # tokens whose logarithms of probability are told for each of an answer
 AHEAD = 4  # threads that ask for a piece each find it there, and little is lost where nobody does
 
 
@@ -41,7 +42,15 @@ class Templating(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, object] | None
 
 
-class Options(Sampling, Templating, total=False):
+class Choosing(TypedDict, total=False):
+    """What is done beside the sampler where a token is chosen."""
+
+    logits_processors: Sequence[LogitsProcessor] | None
+    logprobs: bool
+    top_logprobs: int
+
+
+class Options(Sampling, Choosing, Templating, total=False):
     """What an answer is asked with beside its prompt and max_tokens; Runtime.generate() says what each means."""
 
     stop: str | Sequence[str] | None
@@ -72,12 +81,45 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
     return stops
 
 
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """How a token is chosen: the processors of its logits, then the sampler.
+
+    top_logprobs: of how many tokens the logarithm of the probability is told beside the chosen one's; None: not even
+    that.
+    """
+
+    sampler: Sampler
+    processors: tuple[LogitsProcessor, ...] = ()
+    top_logprobs: int | None = None
+
+    @classmethod
+    def of(cls, sampler: Sampler, options: Mapping[str, Any]) -> "Chooser":
+        """Raises TypeError and ValueError for options that are none, by name."""
+        processors = options.get("logits_processors") or ()
+        if not isinstance(processors, Sequence) or not all(callable(one) for one in processors):
+            raise TypeError(f"logits_processors is {processors!r:.60}, expected a list of functions (tokens, logits)")
+        logprobs, count = options.get("logprobs", False), whole_number("top_logprobs", options.get("top_logprobs", 0))
+        if not isinstance(logprobs, bool):
+            raise TypeError(f"logprobs is {logprobs!r}, expected True or False; top_logprobs says of how many tokens")
+        if not 0 <= count <= MOST_LOGPROBS:
+            raise ValueError(f"top_logprobs is {count}, expected 0 to {MOST_LOGPROBS}")
+        return cls(sampler, tuple(processors), count if logprobs or count else None)
+
+    def __call__(self, tokens: list[int], logits: np.ndarray) -> tuple[int, TokenLogprobs | None]:
+        """The next token after `tokens` by its logits (vocab,)."""
+        logits = processed(self.processors, tokens, logits) if self.processors else logits
+        if self.top_logprobs is None:
+            return self.sampler(logits), None
+        return self.sampler.with_logprobs(logits, self.top_logprobs)
+
+
 @dataclass(eq=False)
 class Request:
     ids: list[int]  # the prompt
     max_tokens: int
     context: int
-    sampler: Sampler
+    choose: Chooser
     text: AnswerText
     end_tokens: Collection[int | None]
     rule: PruneRule
@@ -96,9 +138,13 @@ class Request:
     def take(self, logits: np.ndarray) -> Generation:
         """Choose the next token by the logits (vocab,) after the last one: a piece, the last where it has a
         finish_reason."""
-        token = self.sampler(logits)
+        token, logprobs = self.choose(self.whole, logits)
         self.tokens.append(token)
         self.account.count = len(self.tokens)
+        piece = self._piece_of(token)
+        return piece if logprobs is None else replace(piece, logprobs=[logprobs])
+
+    def _piece_of(self, token: int) -> Generation:
         if token in self.end_tokens or token in self.text.stop_tokens:
             return self.account.piece(self.text.finish(), [token], "stop")
         piece = self.text.add(token)

@@ -17,7 +17,7 @@ from .answer import Account, Generation, whole_of
 from .answer_text import AnswerText
 from .bundle import Bundle
 from .device import begin_device
-from .plan import KV_TYPES, READERS, BelowFloor, Plan, engine_config, make_plan, with_cap
+from .plan import KV_TYPES, READERS, BelowFloor, Plan, check_sequences, engine_config, make_plan, with_cap
 from .process import (
     add_runtime,
     loading,
@@ -28,7 +28,7 @@ from .process import (
 )
 from .prompt import Prompt, prompt_ids
 from .pruning import PruneRule, prune_rule, read_mask_routers
-from .request import Options, Request, Sampling, Templating, check_options, options_of, stop_strings
+from .request import Chooser, Options, Request, Sampling, Templating, check_options, options_of, stop_strings
 from .sampling import Sampler, whole_number
 from .session import ALL, LAST, NOTHING, Session
 from .tokenizer import ENCODING_ROOM, tokenizer_of
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 TEXT_COPIES = 8  # bytes that a byte of a prompt's text may take: as read, decoded to 4 a character, and in a template
 DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
-MOST_SEQUENCES = 256
 
 
 class Runtime:
@@ -83,8 +82,7 @@ class Runtime:
             raise ValueError(f"threads is {threads}, expected 1 to 1024")
         if logits_rows < 1:
             raise ValueError(f"logits_rows is {logits_rows}, expected at least 1")
-        if not 1 <= whole_number("sequences", sequences) <= MOST_SEQUENCES:
-            raise ValueError(f"sequences is {sequences}, expected 1 to {MOST_SEQUENCES}")
+        check_sequences(sequences)
         warn_of_threads(threads or 1)
         with loading:
             ram_bytes = process_cap(ram)
@@ -219,6 +217,9 @@ class Runtime:
 
         temperature (0, the most likely token), top_p (1), top_k (0, all), min_p (0), repetition_penalty (1),
         presence_penalty (0), frequency_penalty (0), logit_bias, seed: how a token is chosen; see Sampler.
+        logits_processors: functions (tokens, logits) -> logits, called one after the other before that, with the ids of
+        prompt and answer so far and a float32 array (vocab,), which they may change; -inf forbids a token.
+        logprobs, top_logprobs (0): whether the result says how likely each token was, and of how many others.
         stop: texts at which the answer ends, which are not part of it; they may name special tokens.
         tools, documents, continue_final_message, chat_template_kwargs: for the chat template, as
         Tokenizer.apply_chat_template() says.
@@ -308,7 +309,7 @@ class Runtime:
             ids,
             max_tokens or self.plan.context,
             self.plan.context,
-            sampler,
+            Chooser.of(sampler, options),
             AnswerText(self.tokenizer, stops),
             self._end_tokens,
             rule,

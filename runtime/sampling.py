@@ -5,14 +5,15 @@ min_p, each of the last three among the tokens that the one before it left.
 """
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 
 import numpy as np
 
 from .. import _core
-from .config import read_json
+from .config_file import read_json
 
 LEAST, MOST = 1e-37, 1e37  # a temperature within float32: beyond either, draws are the limit's
 ADVICE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # read from generation_config.json
@@ -75,6 +76,42 @@ class Sampler:
     def __call__(self, logits: np.ndarray) -> int:
         """logits: (vocab,) float32 -> a token id, which counts as part of the answer from then on."""
         return self._core(np.ascontiguousarray(logits, np.float32))
+
+    def with_logprobs(self, logits: np.ndarray, count: int) -> tuple[int, "TokenLogprobs"]:
+        """The same, and how likely the token and the `count` likeliest tokens were."""
+        token, logprob, likeliest = self._core.with_logprobs(np.ascontiguousarray(logits, np.float32), count)
+        return token, TokenLogprobs(token, logprob, tuple(likeliest))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a token of an answer was: natural logarithms of probabilities, after logits processors, logit_bias and
+    penalties, before temperature and what leaves tokens out."""
+
+    token: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]  # of the likeliest tokens, likeliest first: id and logprob
+
+
+LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
+
+
+def processed(processors: Sequence[LogitsProcessor], tokens: list[int], logits: np.ndarray) -> np.ndarray:
+    """Logits (vocab,) float32 after each of the processors, which gets the tokens so far, the prompt's among them.
+
+    Raises ValueError where one returns something else than as many numbers, or leaves no token possible.
+    """
+    for processor in processors:
+        name = getattr(processor, "__name__", type(processor).__name__)
+        found = np.asarray(processor(tokens, logits))
+        if found.shape != logits.shape or found.dtype.kind != "f":
+            raise ValueError(
+                f"logits processor {name} returned {found.dtype} {found.shape}, expected floats {logits.shape}"
+            )
+        if np.isnan(found).any() or not np.isfinite(found.max()):
+            raise ValueError(f"logits processor {name} returned NaN, +inf, or no token that is possible")
+        logits = np.ascontiguousarray(found, np.float32)
+    return logits
 
 
 def sampling_defaults(directory: str | Path) -> dict:

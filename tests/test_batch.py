@@ -5,9 +5,11 @@ import threading
 
 import numpy as np
 import pytest
+from test_cli import succeeds
 
-from edge_moe.runtime.plan import BelowFloor
-from edge_moe.runtime.runtime import MOST_SEQUENCES, Runtime
+from edge_moe.compressor.choosing.estimate import estimate
+from edge_moe.runtime.plan import MOST_SEQUENCES, BelowFloor
+from edge_moe.runtime.runtime import Runtime
 
 PROMPTS = ["import os", "def main(", "class A:\n    def", "for i in range(", "x = [", "return", "# The"]
 
@@ -309,3 +311,15 @@ def test_what_one_request_gets_wrong_is_said_before_anything_is_computed(path, r
 def test_a_number_of_sequences_that_is_none_is_refused(path, sequences):
     with pytest.raises(ValueError, match=f"sequences is {sequences}, expected 1 to {MOST_SEQUENCES}"):
         Runtime(path, sequences=sequences)
+    with pytest.raises(ValueError, match=f"sequences is {sequences}, expected 1 to {MOST_SEQUENCES}"):
+        estimate(path, sequences=sequences)
+
+
+def test_a_plan_is_that_of_a_runtime_with_as_many_sequences(path):
+    options = {"context": 256, "threads": 1}
+    one, three = (estimate(path, "2GB", **options, sequences=count).plan for count in (1, 3))
+    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=3) as runtime:
+        assert three.kv_cache_bytes == 3 * one.kv_cache_bytes == runtime.plan.kv_cache_bytes
+        assert (three.scratch_bytes, three.sequences) == (runtime.plan.scratch_bytes, 3)
+    said = succeeds("plan", path, "--ram", "2GB", "--context", 256, "--sequences", 3).stdout
+    assert "256 tokens of context, 3 times" in said

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; _HOMES brings
     from .runtime.config import ModelConfig
     from .runtime.plan import BelowFloor, EdgeMoeError, Plan
     from .runtime.runtime import Runtime
+    from .runtime.sampling import TokenLogprobs
     from .runtime.turns import AsyncStream, Stream
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ _HOMES = {  # the module and its name there; `edge_moe.bench` and `edge_moe.doct
     "Report": ("edge_moe.bench.bench", "Report"),
     "Runtime": ("edge_moe.runtime.runtime", "Runtime"),
     "Stream": ("edge_moe.runtime.turns", "Stream"),
+    "TokenLogprobs": ("edge_moe.runtime.sampling", "TokenLogprobs"),
     "benchmark": ("edge_moe.bench.bench", "bench"),
     "compress": ("edge_moe.compressor.pipeline", "compress"),
     "evaluate": ("edge_moe.bench.texts", "evaluate_bundle"),
@@ -56,6 +58,7 @@ __all__ = [
     "Report",
     "Runtime",
     "Stream",
+    "TokenLogprobs",
     "benchmark",
     "compress",
     "evaluate",

@@ -1,5 +1,6 @@
 // Sampling for Python: runtime/sampling.py checks the options and keeps one Sampler an answer.
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "../../devices/python/arrays.h"
@@ -41,7 +42,23 @@ void bind_sampler(nb::module_& m) {
             GilReleased released;
             return self(its);
           },
-          nb::arg("logits"), "logits: float32 (vocab,) -> a token id, which is part of the answer from then on.");
+          nb::arg("logits"), "logits: float32 (vocab,) -> a token id, which is part of the answer from then on.")
+      .def(
+          "with_logprobs",
+          [](Sampler& self, Logits logits, int count) {
+            const std::span<const float> its = row(logits);
+            Drawn drawn;
+            {
+              GilReleased released;
+              drawn = self.with_logprobs(its, count);
+            }
+            std::vector<std::pair<int32_t, double>> likeliest;
+            for (const Logprob& one : drawn.likeliest) likeliest.push_back({one.token, one.value});
+            return std::make_tuple(drawn.token.token, drawn.token.value, likeliest);
+          },
+          nb::arg("logits"), nb::arg("count"),
+          "The same, as (token id, logarithm of its probability, those of the `count` likeliest tokens), after bias\n"
+          "and penalties and before temperature.");
   m.def(
       "largest",
       [](Logits values, int count) {

@@ -77,11 +77,31 @@ Sampler::Sampler(Sampling options, std::span<const int32_t> prompt, const Kernel
     for (int32_t token : prompt) counts_.try_emplace(token, 0);
 }
 
-int32_t Sampler::operator()(std::span<const float> logits) {
-  logits = adjusted(logits);
-  const int32_t token = options_.temperature == 0 ? first_largest(logits) : draw(logits);
+int32_t Sampler::operator()(std::span<const float> logits) { return choose(adjusted(logits)); }
+
+int32_t Sampler::choose(std::span<const float> adjusted) {
+  const int32_t token = options_.temperature == 0 ? first_largest(adjusted) : draw(adjusted);
   if (remembers()) ++counts_[token];
   return token;
+}
+
+Drawn Sampler::with_logprobs(std::span<const float> logits, int count) {
+  logits = adjusted(logits);
+  const float top = max_of(logits);
+  weights_.assign(logits.begin(), logits.end());
+  for (float& weight : weights_) weight = weight - top > kNever ? weight - top : kNever;
+  kernels_.softmax(weights_.data(), 0, int(weights_.size()));
+  const double log_sum = double(top) - std::log(double(max_of(weights_)));  // the likeliest has 1 / sum
+  const auto logprob = [&](int32_t token) { return Logprob{token, double(logits[token]) - log_sum}; };
+  Drawn drawn;
+  if (count > 0)
+    for (int32_t token : largest(logits, std::min(count, int(logits.size()))))
+      drawn.likeliest.push_back(logprob(token));
+  std::stable_sort(drawn.likeliest.begin(), drawn.likeliest.end(),
+                   [](const Logprob& a, const Logprob& b) { return a.value > b.value; });
+  const int32_t token = choose(logits);
+  drawn.token = logprob(token);
+  return drawn;
 }
 
 // Logits after bias and penalties.

@@ -16,6 +16,18 @@
 
 namespace edge_moe {
 
+// A token and the logarithm of its probability, before temperature and what leaves tokens out.
+struct Logprob {
+  int32_t token;
+  double value;
+};
+
+// A drawn token, and of as many tokens as were asked for, the likeliest ones, likeliest first.
+struct Drawn {
+  Logprob token;
+  std::vector<Logprob> likeliest;
+};
+
 // runtime/sampling.py says what each is and refuses values out of range.
 struct Sampling {
   float temperature = 0;  // 0: the most likely token
@@ -36,11 +48,15 @@ class Sampler {
   // token possible.
   int32_t operator()(std::span<const float> logits);
 
+  // The same, with its probability and those of the `count` likeliest tokens, after bias and penalties.
+  Drawn with_logprobs(std::span<const float> logits, int count);
+
  private:
   bool remembers() const {
     return options_.repetition_penalty != 1 || options_.presence_penalty != 0 || options_.frequency_penalty != 0;
   }
   std::span<const float> adjusted(std::span<const float> logits);
+  int32_t choose(std::span<const float> adjusted);
   int32_t draw(std::span<const float> logits);
   void keep(const std::vector<int32_t>& places);
   size_t pick();

@@ -1,7 +1,7 @@
 """`edge-moe generate`: answer one prompt, or continue one text."""
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import typer
@@ -37,6 +37,10 @@ MaxTokens = option(
     int | None, "-n", "--max-tokens", metavar="N", parser=options.tokens_of,
     help="Most tokens of the answer; -1: until the context is full [default: -1; where no chat template is used, 64].",
 )  # fmt: skip
+Logprobs = option(
+    int | None, "--logprobs", metavar="N",
+    help="With --json: how likely each token was, as the logarithm of its probability, and the N likeliest were.",
+)  # fmt: skip
 Stop = option(list[str] | None, "--stop", metavar="TEXT", help="End before this text; repeatable.")
 
 
@@ -53,6 +57,7 @@ def generate(
     chat_template_kwargs: options.TemplateKwargs = None,
     max_tokens: MaxTokens = None,
     stop: Stop = None,
+    logprobs: Logprobs = None,
     *,
     sampling: dict,
     ram: options.Ram = "auto",
@@ -72,6 +77,8 @@ def generate(
         raise typer.BadParameter(f"give one prompt: {ONE}" + ("" if given else ", or through a pipe"))
     if system is not None and (raw or tokens is not None):
         raise typer.BadParameter("--system belongs to a message: leave --raw and --tokens out")
+    if logprobs is not None and not json_output:
+        raise typer.BadParameter("--logprobs is printed with --json alone")
     from ..report import default_pruning_text, statistics_text
     from ..runtime.runtime import Runtime
     from ..runtime.sampling import sampling_defaults
@@ -80,6 +87,8 @@ def generate(
         raise FileNotFoundError(f"{file}: no such file")
     start = None if tokens is None else token_ids_of(tokens)
     sampling |= options.given(stop=stop)
+    if logprobs is not None:
+        sampling |= {"logprobs": True, "top_logprobs": logprobs}
     told = options.template_kwargs(thinking, chat_template_kwargs)
     run = {"device": device, "threads": threads, "kv": kv.value}
     with (
@@ -103,7 +112,7 @@ def generate(
         writer = AnswerWriter(sys.stdout, opened, apart=templated)
         generation, interrupted = _print_pieces(pieces, None if json_output else writer, ids=tokens is not None)
     if json_output:
-        print_json(asdict(generation))
+        print_json({**asdict(generation), "logprobs": _json_logprobs(generation)})
     else:
         show(statistics_text(generation), sys.stderr)
         if said := default_pruning_text(runtime.bundle.pruning, prune):
@@ -112,23 +121,34 @@ def generate(
         raise typer.Exit(130)
 
 
+def _json_logprobs(generation) -> list[dict] | None:
+    """The logarithms of probabilities, without the infinity that JSON does not have: -9999, as OpenAI's interface."""
+    if generation.logprobs is None:
+        return None
+    return [
+        {**asdict(told), "top_logprobs": [(token, max(value, -9999.0)) for token, value in told.top_logprobs]}
+        for told in generation.logprobs
+    ]
+
+
 def _print_pieces(pieces, writer: AnswerWriter | None, ids: bool):
     """Write pieces as they come, or none; all as one Generation, and whether Ctrl-C ended them."""
-    texts, tokens, last, interrupted = [], [], None, False
+    from ..runtime.answer import whole_of
+
+    seen, interrupted = [], False
     try:
-        for last in pieces:
-            texts.append(last.text)
-            tokens += last.tokens
+        for piece in pieces:
+            seen.append(piece)
             if writer:
-                writer.write("".join(f"{token} " for token in last.tokens) if ids else last.text)
+                writer.write("".join(f"{token} " for token in piece.tokens) if ids else piece.text)
     except KeyboardInterrupt:
-        if last is None or not writer:
+        if not (seen and writer):
             raise
         interrupted = True
     finally:
-        if writer and last is not None:
+        if writer and seen:
             writer.end()
-    return replace(last, text="".join(texts), tokens=tokens), interrupted
+    return whole_of(seen), interrupted
 
 
 def _text_of(prompt: str | None, file: str | None, runtime) -> str:
