@@ -6,6 +6,7 @@ test has one warm-up run, then `repeats` timed ones with the experts that the ru
 have no topic, so under a cap they hit fewer experts than text does.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,9 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime.bundle import Bundle
+from ..runtime.codecs import trunk_parts
 from ..runtime.config import trunk_shapes
 from ..runtime.plan import Plan
 from ..runtime.runtime import LAST, NOTHING, Runtime
+from ..runtime.tensorfile import NUMPY_DTYPES
 from .bandwidth import machine_bandwidth
 
 
@@ -253,8 +256,8 @@ def weight_bytes(bundle: Bundle, experts: float) -> float:
 
 
 def _tensor_bytes(tensor) -> int:
-    count = tensor.rows * tensor.cols
-    return count * tensor.width // 8 + (4 * count // tensor.group if tensor.width < 16 else 0)
+    parts = trunk_parts(tensor.name, (tensor.rows, tensor.cols), tensor.encoding)
+    return sum(math.prod(shape) * NUMPY_DTYPES[dtype].itemsize for _, _, dtype, shape in parts)
 
 
 def parameters(bundle: Bundle) -> int:

@@ -5,6 +5,7 @@
 
 namespace nb = nanobind;
 
+void bind_format(nb::module_& m);
 void bind_kernels(nb::module_& m);
 void bind_engine(nb::module_& m);
 void bind_residency(nb::module_& m);
@@ -13,6 +14,7 @@ void bind_rounding(nb::module_& m);
 
 NB_MODULE(_core, m) {
   m.doc() = "The C++ core of edge_moe: packed formats, kernels, the engine.";
+  bind_format(m);
   bind_kernels(m);
   bind_engine(m);
   bind_residency(m);

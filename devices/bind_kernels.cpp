@@ -1,5 +1,4 @@
-// Formats and kernels for Python: constants of format.h, record layouts, and each kernel on NumPy arrays
-// (tests).
+// The kernels for Python, each on NumPy arrays (tests).
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -32,10 +31,12 @@ Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn
   Matrix m;
   m.rows = int(codes.shape(0));
   m.cols = cols;
+  expect(width > 0 && width <= 32 && traits(codec_of(width)).widths >> width & 1, "there is no such width");
   m.width = width;
+  m.codec = codec_of(width);
   expect(codes.shape(1) == codes_bytes(1, cols, width), "codes have the wrong row length for this width");
   m.codes = codes.data();
-  if (width < 16) {
+  if (m.takes_rounded()) {
     expect(scales.shape(0) == codes.shape(0) && scales.shape(1) > 0, "scales have the wrong number of rows");
     expect(biases.shape(0) == scales.shape(0) && biases.shape(1) == scales.shape(1), "biases are not as scales");
     m.group = cols / int(scales.shape(1));
@@ -71,16 +72,6 @@ struct Inputs {
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
-  m.attr("FORMAT_VERSION") = kFormatVersion;
-  m.attr("PART_ALIGNMENT") = kPartAlignment;
-  m.attr("DATA_ALIGNMENT") = kDataAlignment;
-  m.attr("SMALL_ALIGNMENT") = kSmallAlignment;
-  nb::list widths, groups;
-  for (int width : kWidths) widths.append(width);
-  for (int group : kGroups) groups.append(group);
-  m.attr("WIDTHS") = nb::tuple(widths);
-  m.attr("GROUPS") = nb::tuple(groups);
-
   m.def(
       "kernel_names",
       [] {
@@ -91,21 +82,6 @@ void bind_kernels(nb::module_& m) {
         return names;
       },
       "Kernel sets that this machine runs, best first; 'scalar' is always the last.");
-
-  m.def(
-      "record_layout",
-      [](int dim, int hidden, std::array<int, 3> widths, int group) {
-        RecordLayout layout = record_layout(dim, hidden, widths, group);
-        std::vector<size_t> parts;
-        for (const MatrixLayout& x : layout.matrices)
-          for (size_t value : {x.codes, x.codes_bytes, x.scales, x.scales_bytes, x.biases}) parts.push_back(value);
-        return std::make_pair(layout.bytes, parts);
-      },
-      nb::arg("dim"), nb::arg("hidden"), nb::arg("widths"), nb::arg("group"),
-      "One expert's record: (bytes, [codes, codes_bytes, scales, scales_bytes, biases] of gate, up and "
-      "down).\n\n"
-      "Offsets and sizes are in bytes; biases are as long as scales; bytes exclude the padding of the "
-      "record.");
 
   m.def(
       "matmul",

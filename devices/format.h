@@ -1,22 +1,27 @@
 // The packed layouts: how weights lie in memory and on disk. The one definition; Python reads it from _core.
 //
-// A matrix (rows, cols) of width b < 16 has three parts. Codes: every row is one little-endian bit stream, value i
-// in bits [i*b, (i+1)*b), cols*b/8 bytes a row. Scales and biases: bfloat16 (rows, cols/group); a weight is
-// scale*code + bias. These are MLX's affine layouts, so Metal uses the bytes as they are. Width 16 is bfloat16
-// itself and width 32 float32 (router and norms); both have codes alone.
+// A matrix (rows, cols) is encoded by a codec, at a width, as one part or several:
 //
-// A record is one expert: gate (hidden, dim), up (hidden, dim), down (dim, hidden), each as codes, scales, biases,
-// every part on a 64-byte boundary, the whole padded to the bundle's record alignment.
+//     affine    codes, scales, biases. Every row of codes is one little-endian bit stream, value i in bits
+//               [i*width, (i+1)*width), cols*width/8 bytes a row. Scales and biases are bfloat16 (rows, cols/group); a
+//               weight is scale*code + bias. These are MLX's affine layouts, so Metal uses the bytes as they are.
+//     bfloat16  codes: the values themselves
+//     float32   codes: the values themselves (router and norms)
+//
+// A record is one expert: gate (hidden, dim), up (hidden, dim), down (dim, hidden), the parts of each one after the
+// other, then a float32 vector for each where the model adds one to their products. Every part is on a 64-byte
+// boundary, the whole padded to the bundle's record alignment.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 namespace edge_moe {
 
-inline constexpr int kFormatVersion = 1;
-inline constexpr int kWidths[] = {1, 2, 3, 4, 5, 6, 8, 16};
+inline constexpr int kFormatVersion = 2;
+inline constexpr int kWidths[] = {1, 2, 3, 4, 5, 6, 8, 16};  // of an expert's matrices
 inline constexpr int kGroups[] = {32, 64, 128};
 inline constexpr size_t kPartAlignment = 64;     // bytes: one cache line, one AVX-512 register
 inline constexpr size_t kDataAlignment = 16384;  // bytes: where the data of an expert file starts; Apple's page
@@ -26,43 +31,95 @@ inline constexpr size_t align_up(size_t value, size_t alignment) {
   return (value + alignment - 1) / alignment * alignment;
 }
 
-enum Projection { kGate = 0, kUp = 1, kDown = 2 };
+enum class Codec : uint8_t { kAffine, kBfloat16, kFloat32 };
 
-// Where the parts of one matrix lie, in bytes from the start of its record.
-struct MatrixLayout {
-  int rows, cols, width, group;
-  size_t codes, scales, biases;      // offsets
-  size_t codes_bytes, scales_bytes;  // biases are as long as scales
+enum Part { kCodes = 0, kScales = 1, kBiases = 2, kParts = 3 };
+inline constexpr const char* kPartNames[kParts] = {"codes", "scales", "biases"};
+
+// What a product reads its inputs as: rounded to int8 in blocks of 64, or as they are.
+enum class InputForm : uint8_t { kRounded, kFloats };
+
+struct CodecTraits {
+  Codec codec;
+  const char* name;
+  InputForm input;
+  int parts;          // the first ones of Part
+  uint64_t widths;    // bit w is set where the codec has width w
+  const char* dtype;  // of codes in a safetensors file
 };
 
-struct RecordLayout {
-  std::array<MatrixLayout, 3> matrices;  // gate, up, down
-  size_t bytes;                          // of the three, before padding to the record alignment
+inline constexpr uint64_t bits_of(std::initializer_list<int> widths) {
+  uint64_t bits = 0;
+  for (int width : widths) bits |= uint64_t(1) << width;
+  return bits;
+}
+
+inline constexpr CodecTraits kCodecs[] = {
+    {Codec::kAffine, "affine", InputForm::kRounded, 3, bits_of({1, 2, 3, 4, 5, 6, 8}), "U32"},
+    {Codec::kBfloat16, "bfloat16", InputForm::kFloats, 1, bits_of({16}), "BF16"},
+    {Codec::kFloat32, "float32", InputForm::kFloats, 1, bits_of({32}), "F32"},
+};
+
+inline constexpr const CodecTraits& traits(Codec codec) { return kCodecs[int(codec)]; }
+
+// The first codec that has a width: what a width alone means.
+inline constexpr Codec codec_of(int width) {
+  for (const CodecTraits& one : kCodecs)
+    if (one.widths >> width & 1) return one.codec;
+  return Codec::kAffine;
+}
+
+// How a matrix is encoded. group: inputs that share a scale, where the codec has scales.
+struct Encoding {
+  Codec codec = Codec::kAffine;
+  int width = 0, group = 0;
 };
 
 inline constexpr size_t codes_bytes(int rows, int cols, int width) { return size_t(rows) * cols * width / 8; }
 
-inline constexpr size_t scales_bytes(int rows, int cols, int width, int group) {
-  return width < 16 ? size_t(rows) * (cols / group) * 2 : 0;
+inline constexpr size_t part_bytes(const Encoding& e, int part, int rows, int cols) {
+  if (part == kCodes) return codes_bytes(rows, cols, e.width);
+  return part < traits(e.codec).parts ? size_t(rows) * (cols / e.group) * 2 : 0;
 }
 
-inline constexpr RecordLayout record_layout(int dim, int hidden, std::array<int, 3> widths, int group) {
+enum Projection { kGate = 0, kUp = 1, kDown = 2, kProjections = 3 };
+inline constexpr const char* kProjectionNames[kProjections] = {"gate", "up", "down"};
+
+// Bytes of a part, from the start of its record on. A part that is not there has none.
+struct Place {
+  size_t offset = 0, bytes = 0;
+};
+
+struct MatrixLayout {
+  int rows = 0, cols = 0;
+  Encoding encoding;
+  std::array<Place, kParts> parts{};
+  Place output_bias;  // float32 (rows,)
+};
+
+struct RecordLayout {
+  std::array<MatrixLayout, kProjections> matrices{};
+  size_t bytes = 0;  // before padding to the record alignment
+};
+
+// The layout that new bundles have. biased: with output biases.
+inline constexpr RecordLayout record_layout(int dim, int hidden, const std::array<Encoding, kProjections>& encodings,
+                                            bool biased) {
   RecordLayout layout{};
-  size_t at = 0;
-  for (int p = 0; p < 3; ++p) {
+  auto place = [&](size_t bytes) {
+    const Place here = {layout.bytes, bytes};
+    layout.bytes = align_up(layout.bytes + bytes, kPartAlignment);
+    return here;
+  };
+  for (int p = 0; p < kProjections; ++p) {
     MatrixLayout& m = layout.matrices[p];
     m.rows = p == kDown ? dim : hidden;
     m.cols = p == kDown ? hidden : dim;
-    m.width = widths[p];
-    m.group = group;
-    m.codes_bytes = codes_bytes(m.rows, m.cols, m.width);
-    m.scales_bytes = scales_bytes(m.rows, m.cols, m.width, group);
-    m.codes = at;
-    m.scales = align_up(m.codes + m.codes_bytes, kPartAlignment);
-    m.biases = align_up(m.scales + m.scales_bytes, kPartAlignment);
-    at = align_up(m.biases + m.scales_bytes, kPartAlignment);
+    m.encoding = encodings[p];
+    for (int part = 0; part < kParts; ++part) m.parts[part] = place(part_bytes(m.encoding, part, m.rows, m.cols));
   }
-  layout.bytes = at;
+  for (MatrixLayout& m : layout.matrices)
+    if (biased) m.output_bias = place(size_t(m.rows) * sizeof(float));
   return layout;
 }
 

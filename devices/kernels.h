@@ -21,17 +21,39 @@ inline constexpr int kPlaneFlags = 16;         // flags of blocks that are read 
 inline constexpr int kLanes = 16;              // partial sums of every float reduction
 inline constexpr int kKeyBlock = 16;           // positions of the KV cache whose keys lie together
 
-// A weight matrix (rows, cols) as format.h lays it out.
+// A weight matrix (rows, cols) as format.h lays it out. Parts that its codec does not have are not read.
 struct Matrix {
-  const uint8_t* codes = nullptr;    // packed codes; bfloat16 or float32 values at width 16 or 32
-  const uint16_t* scales = nullptr;  // bfloat16 (rows, cols/group)
-  const uint16_t* biases = nullptr;  // bfloat16 (rows, cols/group)
+  const uint8_t* codes = nullptr;
+  const uint16_t* scales = nullptr;    // bfloat16 (rows, cols/group)
+  const uint16_t* biases = nullptr;    // bfloat16 (rows, cols/group)
+  const float* output_bias = nullptr;  // (rows,), added to each product; null: none
   int rows = 0, cols = 0;
   int width = 0;
   int group = 0;
+  Codec codec = Codec::kAffine;
 
   explicit operator bool() const { return codes != nullptr; }
+  bool takes_rounded() const { return traits(codec).input == InputForm::kRounded; }
 };
+
+// The matrix whose parts lie where the layout says, from `bytes` on.
+inline Matrix matrix_at(const MatrixLayout& layout, const uint8_t* bytes) {
+  Matrix m;
+  m.codes = bytes + layout.parts[kCodes].offset;
+  m.scales = reinterpret_cast<const uint16_t*>(bytes + layout.parts[kScales].offset);
+  m.biases = reinterpret_cast<const uint16_t*>(bytes + layout.parts[kBiases].offset);
+  if (layout.output_bias.bytes) m.output_bias = reinterpret_cast<const float*>(bytes + layout.output_bias.offset);
+  m.rows = layout.rows, m.cols = layout.cols;
+  m.codec = layout.encoding.codec, m.width = layout.encoding.width, m.group = layout.encoding.group;
+  return m;
+}
+
+inline Matrix float_matrix(const float* values, int rows, int cols) {
+  Matrix m;
+  m.codes = reinterpret_cast<const uint8_t*>(values);
+  m.rows = rows, m.cols = cols, m.width = 32, m.codec = Codec::kFloat32;
+  return m;
+}
 
 // Vectors of inputs rounded to integers in blocks of 64: an input is its block's scale times (code + low / 256). Most
 // blocks have one plane of int8 codes, and lows of zero. A block has a second plane, the lows, where its largest input
@@ -80,15 +102,27 @@ struct KeyValues {
   bool half;      // half precision, else floats
 };
 
+// The functions of an instruction set for matrices of one codec and width.
+struct CodecKernels {
+  Codec codec;
+  int width;
+
+  // y[t*y_stride + row] = matrix[row] . x[t] for rows [row_begin, row_end) and every token t, without the output bias.
+  // Affine: for each group, sum = fma(bias, sum of inputs, sum), then for each of its blocks (a group of 32: for
+  // itself) sum = fma(dot, scale_w * scale_x, sum). A dot is the integer one of the codes, as a float, or
+  // fma(float(that of the lows), kLowStep, float(that of the codes)) where the block has two planes.
+  // Others: 16 lanes of fma(weight, input, lane), folded.
+  void (*product)(const Matrix& matrix, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end);
+
+  // One row as float32.
+  void (*dequantise_row)(const Matrix& matrix, int row, float* y);
+};
+
 // Output strides are in floats. All sizes are in elements.
 struct Kernels {
   const char* name;
-
-  // y[t*y_stride + row] = matrix[row] . x[t] for rows [row_begin, row_end) and every token t.
-  // Width < 16: for each group, sum = fma(bias, sum of inputs, sum), then for each of its blocks (a group of 32: for
-  // itself) sum = fma(dot, scale_w * scale_x, sum). A dot is the integer one of the codes, as a float, or
-  // fma(float(that of the lows), kLowStep, float(that of the codes)) where the block has two planes.
-  void (*matmul)(const Matrix& matrix, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end);
+  const CodecKernels* codecs;  // what can be multiplied
+  int codec_count;
 
   // Round one vector of cols inputs, to vector 0 of `to`. With scale = top / 127 of the largest |input|, a code is
   // input_code(input, 127 / top), and a low is what that left, by low_code.
@@ -119,8 +153,23 @@ struct Kernels {
   // x = softmax(x) over [begin, end)
   void (*softmax)(float* x, int begin, int end);
 
-  // One row of a matrix as float32.
-  void (*dequantise_row)(const Matrix& matrix, int row, float* y);
+  // Those of a codec and width; null where there are none.
+  const CodecKernels* find(Codec codec, int width) const {
+    for (const CodecKernels* one = codecs; one != codecs + codec_count; ++one)
+      if (one->codec == codec && one->width == width) return one;
+    return nullptr;
+  }
+
+  // CodecKernels::product, and the output bias. Of a codec and width that find() finds.
+  void matmul(const Matrix& matrix, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) const {
+    find(matrix.codec, matrix.width)->product(matrix, x, y, y_stride, row_begin, row_end);
+    for (int t = 0; matrix.output_bias && t < x.count; ++t)
+      for (int row = row_begin; row < row_end; ++row) y[t * y_stride + row] += matrix.output_bias[row];
+  }
+
+  void dequantise_row(const Matrix& matrix, int row, float* y) const {
+    find(matrix.codec, matrix.width)->dequantise_row(matrix, row, y);
+  }
 };
 
 // The tables that this binary has and this machine can run, best first; scalar is always the last.

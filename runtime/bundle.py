@@ -7,7 +7,7 @@
     experts-0000I-of-0000N.safetensors   one U8 tensor an expert, `layers.L.experts.E`; a checksum for each record
 
 A quantised trunk tensor NAME is NAME.codes (U32, as MLX packs), NAME.scales and NAME.biases (BF16). Writing is in
-compressor/writing/writer.py; packed layouts are devices/format.h's.
+compressor/writing/writer.py; packed layouts are devices/format.h's. Bundles of format 1 are read, too.
 
 Experts that were dropped have no record: the table's `dropped` lists their numbers in the checkpoint, by layer with
 experts, and those left are numbered from 0 in the same order, as are the router's rows and biases. `top_k` lists each
@@ -25,13 +25,15 @@ from pathlib import Path
 import numpy as np
 
 from .. import _core
-from .bundle_table import LISTED, REMEDY, TABLE_FILE, Reader, is_number, read_table
-from .config import ModelConfig, trunk_shapes
+from .bundle_format_1 import upgraded
+from .bundle_records import TRUNK_FILE, Expert, Layout, TrunkTensor, read_experts, read_trunk
+from .bundle_table import LISTED, REMEDY, TABLE_FILE, Reader, read_table
+from .codecs import record_layout
+from .config import ModelConfig
 from .config_file import load_config, parse_config, read_json
 from .files import pieces, real_path
 from .model_path import check_quantised, find_model, raise_if_other_format
 from .pruning import MASK_FILE, Pruning, read_mask_routers, read_pruning
-from .tensorfile import Stored, read_header
 
 COPIED = {  # files of a checkpoint that a bundle has and that are used, and the most bytes of each
     "config.json": 4_000_000,
@@ -46,39 +48,6 @@ COPIED = {  # files of a checkpoint that a bundle has and that are used, and the
 }
 MOST_COPY_BYTES = 64_000_000
 TEMPLATES = "additional_chat_templates"  # a directory of checkpoints that no bundle has, and that would be used
-HEADER_BYTES, TENSOR_BYTES = 65_536, 512  # of a file's header at the most: of all, and of each tensor in it
-TRUNK_FILE = "trunk.safetensors"
-CODECS = {16: "bfloat16"}  # by width; every other width is affine
-PROJECTIONS = ("gate", "up", "down")
-
-
-@dataclass(frozen=True, slots=True)
-class Expert:
-    """One record: where it is and how it is packed."""
-
-    layer: int
-    expert: int
-    widths: tuple[int, int, int]  # bits of gate, up, down
-    group: int
-    file: int
-    offset: int  # bytes
-    nbytes: int  # padding included
-    checksum: int
-    frequency: float  # share of its layer's routed tokens during calibration; 0 when there was none
-
-
-@dataclass(frozen=True, slots=True)
-class TrunkTensor:
-    """One trunk tensor; offsets are bytes from the start of the file, scales and biases only below width 16."""
-
-    name: str
-    rows: int
-    cols: int
-    width: int
-    group: int
-    codes: int
-    scales: int
-    biases: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +61,7 @@ class Bundle:
     trunk_bytes: int  # of the file
     trunk_checksum: int
     files: tuple[Path, ...]  # of the experts
+    layouts: tuple[Layout, ...]  # of the records
     experts: dict[tuple[int, int], Expert]  # by layer and expert, in that order
     copies: dict[str, int]  # bytes of each copied file
     unlisted: tuple[str, ...] = ()  # files of COPIED that are used, though bundle.json does not list them
@@ -112,12 +82,14 @@ class Bundle:
         copies = _check_copies(path, table, read)
         unlisted = _unlisted(path, table)
         config = _without_dropped(load_config(path), table, read)
-        trunk, trunk_bytes, trunk_checksum = _read_trunk(path, config, table, read)
-        files, experts = _read_experts(path, config, table, read)
+        if table["version"] == 1:
+            table = upgraded(table, config, read)
+        trunk, trunk_bytes, trunk_checksum = read_trunk(path, config, table, read)
+        files, layouts, experts = read_experts(path, config, table, read)
         table["experts"].pop("records")  # they are in `experts` now; thousands of dictionaries weigh megabytes
         pruning = read_pruning(path, config, table)
         of_trunk = (trunk, trunk_bytes, trunk_checksum)
-        return cls(path, config, table, *of_trunk, files, experts, copies, unlisted, pruning)
+        return cls(path, config, table, *of_trunk, files, layouts, experts, copies, unlisted, pruning)
 
     @property
     def expert_bytes(self) -> int:
@@ -133,14 +105,22 @@ class Bundle:
         """Mean over the weights of the experts, with scales, biases and padding."""
         return 8 * self.expert_bytes / (len(self.experts) * self.config.expert_weights)
 
-    def record_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """What the engine wants, layer by layer: int64 (experts, 8) and frequencies float32 (experts,)."""
+    def trunk_table(self) -> list[tuple[str, int, int, tuple[str, int, int], tuple[int, ...]]]:
+        """The trunk's tensors as the engine wants them: (name, rows, cols, encoding, offsets of the parts)."""
+        return [(one.name, one.rows, one.cols, one.encoding, one.offsets) for one in self.trunk]
+
+    def record_table(self) -> tuple[list[_core.RecordLayout], np.ndarray, np.ndarray]:
+        """What the engine wants, layer by layer: layouts, int64 (experts, 5), and frequencies float32 (experts,)."""
         count = len(self.experts)
-        records, frequency = np.zeros((count, 8), np.int64), np.zeros(count, np.float32)
+        records, frequency = np.zeros((count, 5), np.int64), np.zeros(count, np.float32)
         for at, e in enumerate(self.experts.values()):
-            records[at] = (e.file, e.offset, e.nbytes, e.checksum, *e.widths, e.group)
+            records[at] = (e.file, e.offset, e.nbytes, e.checksum, e.layout)
             frequency[at] = e.frequency
-        return records, frequency
+        config = self.config
+        shape = (config.dim, config.expert_hidden)
+        new = [record_layout(*shape, layout.encodings, config.expert_bias) for layout in self.layouts]
+        layouts = [one.placed(layout.parts) for one, layout in zip(new, self.layouts, strict=True)]
+        return layouts, records, frequency
 
 
 def _raise_for_checkpoint(path: Path) -> None:
@@ -280,90 +260,6 @@ def _without_dropped(config: ModelConfig, table: dict, read: Reader) -> ModelCon
     return config
 
 
-def _read_trunk(path: Path, config: ModelConfig, table: dict, read: Reader):
-    entry = read.get(table, "trunk", dict)
-    file, shapes, tensors = path / TRUNK_FILE, trunk_shapes(config), []
-    stored = _header_of(file, read.count(entry, "bytes"), 3 * len(shapes))
-    widths = read.get(entry, "tensors", dict)
-    for name, shape in shapes.items():
-        width = read.count(read.get(widths, name, dict), "width", 32)
-        rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        must_be_float = len(shape) == 1 or name.endswith("router")
-        if width not in (*_core.WIDTHS, 32) or (width == 32) != must_be_float:
-            raise ValueError(f"{read.path}: width {width} of {name} is not possible; {REMEDY}")
-        if width >= 16:
-            part = _part(file, stored, name, {16: "BF16", 32: "F32"}[width], shape)
-            tensors.append(TrunkTensor(name, rows, cols, width, 0, part.offset, 0, 0))
-            continue
-        group = _group(read, widths[name], cols)
-        codes = _part(file, stored, f"{name}.codes", "U32", (rows, cols * width // 32))
-        scales = _part(file, stored, f"{name}.scales", "BF16", (rows, cols // group))
-        biases = _part(file, stored, f"{name}.biases", "BF16", (rows, cols // group))
-        tensors.append(TrunkTensor(name, rows, cols, width, group, codes.offset, scales.offset, biases.offset))
-    return tuple(tensors), read.count(entry, "bytes"), read.checksum(entry)
-
-
-def _read_experts(path: Path, config: ModelConfig, table: dict, read: Reader):
-    entry = read.get(table, "experts", dict)
-    alignment = read.count(entry, "alignment")
-    if alignment not in (_core.SMALL_ALIGNMENT, _core.DATA_ALIGNMENT):
-        raise ValueError(f"{read.path}: record alignment {alignment} is not possible; {REMEDY}")
-    listed, rows = read.get(entry, "files", list), read.get(entry, "records", list)
-    if len(rows) != len(config.moe_layers):
-        raise ValueError(
-            f"{read.path}: records of {len(rows)} layers, config.json has {len(config.moe_layers)} with experts; "
-            f"{REMEDY}"
-        )
-    experts, in_file = {}, [[] for _ in listed]
-    for layer, row in zip(config.moe_layers, rows, strict=True):
-        count = config.experts_of(layer)
-        if not isinstance(row, list) or len(row) != count:
-            raise ValueError(f"{read.path}: layer {layer} needs {count} records; {REMEDY}")
-        for index, item in enumerate(row):
-            expert = _read_expert(read, config, layer, index, item, len(listed), alignment)
-            experts[layer, index] = expert
-            in_file[expert.file].append(expert)
-    files = [path / read.file_name(item, "name") for item in listed]
-    if len(set(files)) < len(files):
-        raise ValueError(f"{read.path}: 'files' has a name twice; {REMEDY}")
-    for file, item, its in zip(files, listed, in_file, strict=True):
-        if not its:
-            raise ValueError(f"{read.path}: no record is in {file.name}; {REMEDY}")
-        header = _header_of(file, read.count(item, "bytes"), len(its))
-        for expert in its:
-            name = f"layers.{expert.layer}.experts.{expert.expert}"
-            part = _part(file, header, name, "U8", (expert.nbytes,))
-            if part.offset != expert.offset:
-                raise ValueError(
-                    f"{file}: {name} starts at byte {part.offset:,}, bundle.json says {expert.offset:,}; {REMEDY}"
-                )
-    return tuple(files), experts
-
-
-def _read_expert(read: Reader, config: ModelConfig, layer, index, item, files: int, alignment: int) -> Expert:
-    where = f"expert {index} of layer {layer}"
-    widths = tuple(read.get(item, "widths", list))
-    if len(widths) != 3 or any(type(width) is not int or width not in _core.WIDTHS for width in widths):
-        raise ValueError(f"{read.path}: widths {list(widths)} of {where} are not three of {_core.WIDTHS}; {REMEDY}")
-    codecs = read.get(item, "codecs", list)
-    if codecs != [codec_of(width) for width in widths]:
-        raise ValueError(f"{read.path}: codecs {codecs} of {where} are not known; upgrade edge-moe")
-    quantised = any(width < 16 for width in widths)
-    group = _group(read, item, config.dim, config.expert_hidden) if quantised else 64
-    offset, nbytes = read.count(item, "offset"), read.count(item, "bytes")
-    wanted = record_bytes(config, widths, group, alignment)
-    if nbytes != wanted or offset % alignment:
-        raise ValueError(
-            f"{read.path}: {where} has {nbytes:,} bytes at {offset:,}, expected {wanted:,} "
-            f"at a multiple of {alignment:,}; {REMEDY}"
-        )
-    frequency = item.get("frequency", 0)
-    if not is_number(frequency) or not 0 <= frequency <= 1:
-        raise ValueError(f"{read.path}: frequency of {where} is not from 0 to 1; {REMEDY}")
-    file = read.count(item, "file", files - 1)
-    return Expert(layer, index, widths, group, file, offset, nbytes, read.checksum(item), float(frequency))
-
-
 def dropped_keys(config: ModelConfig) -> dict:
     """bundle.json's keys about dropped experts; lists are by layer with experts, `top_k` is there if it changed."""
     everything = set(range(config.experts))
@@ -371,49 +267,3 @@ def dropped_keys(config: ModelConfig) -> dict:
     keys = {"dropped": dropped if any(dropped) else []}
     top_k = [config.top_k_of(layer) for layer in config.moe_layers]
     return keys | ({"top_k": top_k} if any(k != config.top_k for k in top_k) else {})
-
-
-def codec_of(width: int) -> str:
-    return CODECS.get(width, "affine")
-
-
-def record_bytes(config: ModelConfig, widths: tuple[int, int, int], group: int, alignment: int) -> int:
-    """Bytes of one expert's record at these widths, padding included."""
-    nbytes, _ = _core.record_layout(config.dim, config.expert_hidden, list(widths), group)
-    return -(-nbytes // alignment) * alignment
-
-
-def record_alignment(config: ModelConfig) -> int:
-    """What a new bundle's records are padded to: Apple's page, or 4 KiB where that would waste over 1 %.
-
-    Records of 4 M weights have at least 750 kB at 1 bit, of which half of 16 KiB is 1 %.
-    """
-    return _core.DATA_ALIGNMENT if config.expert_weights >= 4_000_000 else _core.SMALL_ALIGNMENT
-
-
-def _group(read: Reader, item: dict, *cols: int) -> int:
-    group = read.count(item, "group")
-    if group not in _core.GROUPS or any(n % group for n in cols):
-        raise ValueError(f"{read.path}: group {group} does not divide {' and '.join(map(str, cols))}; {REMEDY}")
-    return group
-
-
-def _header_of(path: Path, nbytes: int, tensors: int) -> dict[str, Stored]:
-    """The header of a listed file of so many bytes and tensors."""
-    size = real_path(path.parent, path.name, LISTED).stat().st_size
-    if size != nbytes:
-        raise ValueError(f"{path}: has {size:,} bytes, expected {nbytes:,}; {REMEDY}")
-    return read_header(path, REMEDY, HEADER_BYTES + TENSOR_BYTES * tensors)
-
-
-def _part(path: Path, stored: dict[str, Stored], name: str, dtype: str, shape: tuple[int, ...]) -> Stored:
-    part = stored.get(name)
-    if part is None:
-        raise ValueError(f"{path}: tensor {name} is missing; {REMEDY}")
-    if part.dtype != dtype or part.shape != shape:
-        raise ValueError(
-            f"{path}: tensor {name} is {part.dtype} {part.shape}, bundle.json makes it {dtype} {shape}; {REMEDY}"
-        )
-    if part.offset % {"F32": 4, "U32": 4, "BF16": 2, "U8": 1}[dtype]:
-        raise ValueError(f"{path}: tensor {name} starts at byte {part.offset:,}, which is not aligned; {REMEDY}")
-    return part

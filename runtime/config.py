@@ -84,6 +84,11 @@ class ModelConfig:
         return self.routed.hidden
 
     @property
+    def expert_bias(self) -> bool:
+        """Whether a vector is added to each product of a routed expert."""
+        return self.routed.output_bias
+
+    @property
     def router(self) -> RouterConfig:
         return self.routed.router
 

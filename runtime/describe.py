@@ -26,7 +26,7 @@ def describe_bundle(bundle) -> dict:
     every = range(config.experts)
     trunk_widths = {}
     for tensor in bundle.trunk:
-        if tensor.width < 32:
+        if tensor.encoding.codec != "float32":
             trunk_widths.setdefault(trunk_kind(tensor.name), set()).add(tensor.width)
     trunk_widths = {kind: sorted(widths) for kind, widths in trunk_widths.items()}
 
@@ -53,7 +53,7 @@ def describe_bundle(bundle) -> dict:
         "expert_bytes": bundle.expert_bytes,
         "bits_per_weight": bundle.bits_per_weight,
         "trunk_widths": trunk_widths,
-        "groups": sorted(per_group),
+        "groups": sorted(filter(None, per_group)),
         "widths": named(total),
         "widths_by_group": {str(group): named(per_group[group]) for group in sorted(per_group)},
         "widths_by_layer": {str(layer): named(counts) for layer, counts in per_layer.items()},

@@ -17,6 +17,8 @@ from .config import ModelConfig
 from .layers.arrays import ACTIVATIONS, array, product, rms_norm, sigmoid, softmax
 from .layers.attention import attend
 
+NO_BIAS = (None, None, None)  # of gate, up and down
+
 
 def forward(config: ModelConfig, weights, token_ids, xp=np, prune=None):
     """Logits (tokens, vocab) of one sequence (tokens,), or (sequences, tokens, vocab) of a batch of them.
@@ -205,9 +207,9 @@ def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights
         rows, place = np.nonzero(chosen == index)
         if not rows.size:
             continue
-        w_gate, w_up, w_down = weights.expert(layer, index)
+        bias = [array(one, xp) for one in weights.expert_bias(layer, index)] if config.expert_bias else NO_BIAS
         rows, place = array(rows, xp), array(place, xp)
-        out = expert(config, h[rows], w_gate, w_up, w_down, xp)
+        out = expert(config, h[rows], *weights.expert(layer, index), xp, bias)
         y[rows] = y[rows] + out * routing_weights[rows, place][:, None]
     return y
 
@@ -225,16 +227,23 @@ def dense_block(config: ModelConfig, weights, layer: int, h, xp=np):
     return _to_residual(config, _trunk_mlp(config, weights, f"layers.{layer}.dense", h, xp))
 
 
-def expert(config: ModelConfig, h, w_gate, w_up, w_down, xp=np):
-    """One gated MLP, (rows, dim), for h (rows, dim), w_gate and w_up (inner, dim), w_down (dim, inner)."""
-    return expert_inner(config, h, w_gate, w_up, xp) @ array(w_down, xp).T
+def expert(config: ModelConfig, h, w_gate, w_up, w_down, xp=np, bias=NO_BIAS):
+    """One gated MLP, (rows, dim), for h (rows, dim), w_gate and w_up (inner, dim), w_down (dim, inner).
+
+    bias: what is added to the products of gate, up (inner,) and down (dim,).
+    """
+    return _plus(expert_inner(config, h, w_gate, w_up, xp, bias) @ array(w_down, xp).T, bias[2])
 
 
-def expert_inner(config: ModelConfig, h, w_gate, w_up, xp=np):
+def expert_inner(config: ModelConfig, h, w_gate, w_up, xp=np, bias=NO_BIAS):
     """The input of an expert's down projection, (rows, inner)."""
-    inner = ACTIVATIONS[config.activation](h @ array(w_gate, xp).T, xp)
-    inner *= h @ array(w_up, xp).T
+    inner = ACTIVATIONS[config.activation](_plus(h @ array(w_gate, xp).T, bias[0]), xp)
+    inner *= _plus(h @ array(w_up, xp).T, bias[1])
     return inner
+
+
+def _plus(y, bias):
+    return y if bias is None else y + bias
 
 
 def _to_residual(config: ModelConfig, y):

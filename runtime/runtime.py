@@ -143,15 +143,16 @@ class Runtime:
             self.config, plan.context, plan.chunk, self.logits_rows, self.threads, kv, plan.sequences
         )
         config.spin = self.threads <= usable_processors()
-        records, frequency = self.bundle.record_table()
+        layouts, records, frequency = self.bundle.record_table()
         try:
             return _core.Engine(
                 config,
                 str(self.bundle.path / "trunk.safetensors"),
                 self.bundle.trunk_bytes,
                 self.bundle.trunk_checksum,
-                [(t.name, t.rows, t.cols, t.width, t.group, t.codes, t.scales, t.biases) for t in self.bundle.trunk],
+                self.bundle.trunk_table(),
                 [str(path) for path in self.bundle.files],
+                layouts,
                 records,
                 frequency,
                 self.plan.resident and self.device == "cpu",

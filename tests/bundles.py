@@ -21,6 +21,7 @@ from edge_moe.compressor.writing.writer import BundleWriter, Packing, table_byte
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, verify
 from edge_moe.runtime.config import Layer, ModelConfig, trunk_shapes
+from edge_moe.runtime.models import FAMILIES
 from edge_moe.runtime.plan import engine_config
 from edge_moe.runtime.pruning import LEARNED, MASK_FILE, mask_router_shape
 from edge_moe.runtime.runtime import Runtime
@@ -100,6 +101,36 @@ def write_lossless(out: Path, source: Path, config: ModelConfig, weights) -> Pat
     return write_bundle(out, source, config, weights, trunk, dict.fromkeys(kept, Packing((16,) * 3, 32)))
 
 
+def with_output_bias(golden, tmp_path: Path, monkeypatch, width: int) -> Path:
+    """The OLMoE of golden/ at one width, each product of whose experts has a random bias.
+
+    No family has them and nothing else; OLMoE's says that it does until the test ends.
+    """
+    family = FAMILIES["olmoe"]
+
+    def parse(keys):
+        config = family.parse(keys)
+        layers = (replace(layer, mlp=replace(layer.mlp, output_bias=True)) for layer in config.layers)
+        return replace(config, layers=tuple(layers))
+
+    monkeypatch.setitem(FAMILIES, "olmoe", replace(family, parse=parse))
+    source, rng = golden["olmoe"][0], np.random.default_rng(3)
+    checkpoint = Checkpoint(source)
+    config, trunk = checkpoint.config, trunk_packing(trunk_shapes(checkpoint.config), 16, 32)
+    keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts)]
+    sizes = (config.expert_hidden, config.expert_hidden, config.dim)
+    with BundleWriter(
+        tmp_path / "biased.emoe", source, config, trunk, dict.fromkeys(keys, Packing((width,) * 3, 32))
+    ) as writer:
+        for name, packing in trunk.items():
+            writer.write_trunk(name, quantise(checkpoint.trunk(name), packing.widths[0], packing.group))
+        for key in keys:
+            matrices = [quantise(matrix, width, 32) for matrix in checkpoint.expert(*key)]
+            writer.write_expert(*key, matrices, [rng.standard_normal(size).astype(np.float32) for size in sizes])
+        writer.finish()
+    return writer.out
+
+
 def make_engine(
     path: Path,
     *,
@@ -121,7 +152,7 @@ def make_engine(
     """
     bundle = Bundle.open(path)
     largest = max(expert.nbytes for expert in bundle.experts.values())
-    records, frequency = bundle.record_table()
+    layouts, records, frequency = bundle.record_table()
     sizes = engine_config(config or bundle.config, context, chunk, logits_rows=chunk, threads=threads, kv=kv)
     sizes.sequences = sequences
     return _core.Engine(
@@ -129,8 +160,9 @@ def make_engine(
         str(path / TRUNK_FILE),
         bundle.trunk_bytes,
         bundle.trunk_checksum,
-        [(t.name, t.rows, t.cols, t.width, t.group, t.codes, t.scales, t.biases) for t in bundle.trunk],
+        bundle.trunk_table(),
         [str(file) for file in bundle.files],
+        layouts,
         records,
         frequency,
         slots is None and device == "cpu",

@@ -143,9 +143,10 @@ def sign(path: Path) -> None:
         table["trunk"] |= {"bytes": len(trunk), "crc32c": f"{_core.crc32c(trunk, 0):08x}"}
         for item, file in zip(table["experts"]["files"], files, strict=True):
             item["bytes"] = len(contents[file])
+        sizes = [layout["bytes"] for layout in table["experts"]["layouts"]]
         for row in table["experts"]["records"]:
             for item in row:
-                record = contents[files[item["file"]]][item["offset"] : item["offset"] + item["bytes"]]
+                record = contents[files[item["file"]]][item["offset"] : item["offset"] + sizes[item["layout"]]]
                 item["crc32c"] = f"{_core.crc32c(record, 0):08x}"
         if (path / MASK_FILE).exists():
             data = (path / MASK_FILE).read_bytes()

@@ -52,7 +52,7 @@ def test_trunk_parts_are_aligned_to_their_types(bundle_of, width):
 def test_padding_is_zero(bundle_of):
     bundle = Bundle.open(bundle_of("olmoe", width=3))
     for expert in bundle.experts.values():
-        nbytes, _ = _core.record_layout(bundle.config.dim, bundle.config.expert_hidden, [3, 3, 3], expert.group)
+        nbytes = max(at + size for at, size in bundle.layouts[expert.layout].parts.values())
         record = np.fromfile(bundle.files[0], np.uint8, expert.nbytes, offset=expert.offset)
         assert len(record) > nbytes
         assert not record[nbytes:].any()
@@ -89,9 +89,10 @@ def test_mlx_dequantises_the_trunk_as_it_lies_in_the_file(bundle_of, width):
         codes, scales, biases = (loaded[f"{t.name}.{part}"] for part in ("codes", "scales", "biases"))
         # float32 scales that hold bfloat16 values keep MLX from rounding its result to bfloat16
         want = mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), t.group, t.width)
-        ours = [raw[t.codes :][: t.rows * t.cols * t.width // 8].reshape(t.rows, -1)]
+        at, *of_scales = t.offsets
+        ours = [raw[at:][: t.rows * t.cols * t.width // 8].reshape(t.rows, -1)]
         count = t.rows * t.cols // t.group
-        ours += [raw[at : at + 2 * count].view(np.uint16).reshape(t.rows, -1) for at in (t.scales, t.biases)]
+        ours += [raw[at : at + 2 * count].view(np.uint16).reshape(t.rows, -1) for at in of_scales]
         np.testing.assert_array_equal(_core.dequantise("scalar", *ours, t.width, t.cols), np.array(want))
 
 
@@ -134,10 +135,10 @@ def test_a_lossless_bundle_holds_the_checkpoint_bit_for_bit(bundle_of, golden, a
     for tensor in bundle.trunk:
         dtype = {16: np.uint16, 32: np.float32}[tensor.width]
         count = tensor.rows * tensor.cols
-        found = np.fromfile(bundle.path / TRUNK_FILE, dtype, count, offset=tensor.codes)
+        found = np.fromfile(bundle.path / TRUNK_FILE, dtype, count, offset=tensor.offsets[0])
         want = checkpoint.trunk(tensor.name).reshape(-1)
         np.testing.assert_array_equal(found, to_bfloat16(want) if tensor.width == 16 else want)
-        assert header[tensor.name].offset == tensor.codes
+        assert header[tensor.name].offset == tensor.offsets[0]
 
 
 def test_files_of_the_checkpoint_are_copied_verbatim(bundle_of):
@@ -179,11 +180,12 @@ def test_bits_per_weight_count_scales_biases_and_padding(bundle_of):
 
 def test_the_record_table_lists_every_expert_by_layer(bundle_of):
     bundle = Bundle.open(bundle_of("qwen2_moe", width=8))  # its layer 1 has no experts
-    records, frequency = bundle.record_table()
-    assert records.shape == (2 * 8, 8)
+    layouts, records, frequency = bundle.record_table()
+    assert records.shape == (2 * 8, 5)
+    assert len(layouts) == 1
     assert frequency.tolist() == [0.0] * 16
     first = bundle.experts[2, 0]
-    assert records[8].tolist() == [0, first.offset, first.nbytes, first.checksum, 8, 8, 8, 32]
+    assert records[8].tolist() == [0, first.offset, first.nbytes, first.checksum, 0]
 
 
 def test_a_bundle_without_some_experts_holds_the_others_under_new_numbers(dropped_of, golden):
@@ -200,7 +202,9 @@ def test_a_bundle_without_some_experts_holds_the_others_under_new_numbers(droppe
     routers = {tensor.name: tensor for tensor in bundle.trunk if tensor.name.endswith(".router")}
     for layer in config.moe_layers:
         router = routers[f"layers.{layer}.router"]
-        found = np.fromfile(bundle.path / TRUNK_FILE, np.float32, router.rows * 64, offset=router.codes).reshape(-1, 64)
+        found = np.fromfile(bundle.path / TRUNK_FILE, np.float32, router.rows * 64, offset=router.offsets[0]).reshape(
+            -1, 64
+        )
         want = checkpoint.trunk(router.name)
         assert [np.flatnonzero((want == row).all(1)).tolist() for row in found] == [[e] for e in config.kept[layer]]
     for layer, index in bundle.experts:

@@ -243,10 +243,26 @@ def record(table, layer=0, index=0) -> dict:
     return table["experts"]["records"][layer][index]
 
 
+def layout(table) -> dict:
+    return table["experts"]["layouts"][0]
+
+
 EDITS = {
-    "version 2": (
-        lambda t: t.update(version=2),
-        "format version 2 is newer than 1, the newest this edge-moe reads; upgrade edge-moe",
+    "version 3": (
+        lambda t: t.update(version=3),
+        "format version 3 is newer than 2, the newest this edge-moe reads; upgrade edge-moe",
+    ),
+    "version 1": (
+        lambda t: t.update(version=1),
+        f"bundles of format 1 have no 'layouts'; {AGAIN}",
+    ),
+    "layouts of format 2 with version 1": (
+        lambda t: (t.update(version=1), t["experts"].pop("layouts")),
+        f"record 0 of row 0 has a 'layout', which format 1 does not have; {AGAIN}",
+    ),
+    "widths of format 1": (
+        lambda t: record(t).update(widths=[4, 4, 4]),
+        f"expert 0 of layer 0 has 'widths', which format 2 has in its layout; {AGAIN}",
     ),
     "version text": (
         lambda t: t.update(version="1"),
@@ -266,31 +282,72 @@ EDITS = {
     "fraction": (lambda t: record(t).update(offset=16384.0), f"'offset' is float, expected int; {AGAIN}"),
     "unaligned offset": (
         lambda t: record(t).update(offset=16385),
-        f"expert 0 of layer 0 has 4,096 bytes at 16,385, expected 4,096 at a multiple of 4,096; {AGAIN}",
+        f"expert 0 of layer 0 is at 16,385, expected a multiple of 4,096; {AGAIN}",
     ),
     "short record": (
-        lambda t: record(t).update(bytes=0),
-        f"expert 0 of layer 0 has 0 bytes at 16,384, expected 4,096 at a multiple of 4,096; {AGAIN}",
+        lambda t: layout(t).update(bytes=0),
+        f"layout 0 has 0 bytes, expected 4,096; {AGAIN}",
+    ),
+    "no layouts": (lambda t: t["experts"].update(layouts=[]), f"'layout' is 0, expected 0 to -1; {AGAIN}"),
+    "no such layout": (lambda t: record(t).update(layout=1), f"'layout' is 1, expected 0 to 0; {AGAIN}"),
+    "a part twice as long": (
+        lambda t: layout(t)["parts"].update({"up.codes": [1280, 2048]}),
+        f"layout 0: part up.codes has 2048 bytes, expected 1024; {AGAIN}",
+    ),
+    "an unaligned part": (
+        lambda t: layout(t)["parts"].update({"up.codes": [1281, 1024]}),
+        f"layout 0: part up.codes begins at byte 1281, expected a multiple of 64; {AGAIN}",
+    ),
+    "parts that overlap": (
+        lambda t: layout(t)["parts"].update({"up.codes": [0, 1024]}),
+        f"layout 0: parts overlap; {AGAIN}",
+    ),
+    "a part outside the record": (
+        lambda t: layout(t)["parts"].update({"up.codes": [4096, 1024]}),
+        f"layout 0 has 4,096 bytes, expected 8,192; {AGAIN}",
+    ),
+    "a part that no codec has": (
+        lambda t: layout(t)["parts"].update({"up.table": [3840, 64]}),
+        f"layout 0: there are parts that the codecs do not have; {AGAIN}",
+    ),
+    "a part too few": (lambda t: layout(t)["parts"].pop("up.codes"), f"layout 0: part up.codes is missing; {AGAIN}"),
+    "a place that is none": (
+        lambda t: layout(t)["parts"].update({"up.codes": [1280]}),
+        f"part 'up.codes' of layout 0 is not an offset and a size; {AGAIN}",
+    ),
+    "a bias that the model lacks": (
+        lambda t: layout(t)["parts"].update({"up.output_bias": [3840, 128]}),
+        f"layout 0: there are parts that the codecs do not have; {AGAIN}",
     ),
     "no such file": (lambda t: record(t).update(file=1), f"'file' is 1, expected 0 to 0; {AGAIN}"),
     "width 7": (
-        lambda t: record(t).update(widths=[7, 4, 4]),
-        f"widths [7, 4, 4] of expert 0 of layer 0 are not three of (1, 2, 3, 4, 5, 6, 8, 16); {AGAIN}",
+        lambda t: layout(t)["matrices"][0].update(width=7),
+        f"codec affine of layout 0 has no width 7; {AGAIN}",
     ),
-    "two widths": (
-        lambda t: record(t, 1, 3).update(widths=[4, 4]),
-        f"widths [4, 4] of expert 3 of layer 1 are not three of (1, 2, 3, 4, 5, 6, 8, 16); {AGAIN}",
+    "width 32": (
+        lambda t: layout(t)["matrices"][1].update(codec="float32", width=32),
+        f"widths [4, 32, 4] of layout 0 are not three of (1, 2, 3, 4, 5, 6, 8, 16); {AGAIN}",
+    ),
+    "two matrices": (
+        lambda t: layout(t)["matrices"].pop(),
+        f"layout 0 has 2 matrices, expected gate, up and down; {AGAIN}",
     ),
     "true as a width": (
-        lambda t: record(t).update(widths=[True, 1, 1]),
-        f"widths [True, 1, 1] of expert 0 of layer 0 are not three of (1, 2, 3, 4, 5, 6, 8, 16); {AGAIN}",
+        lambda t: layout(t)["matrices"][0].update(width=True),
+        f"'width' is bool, expected int; {AGAIN}",
     ),
     "unknown codec": (
-        lambda t: record(t).update(codecs=["affine", "affine", "codebook"]),
-        "codecs ['affine', 'affine', 'codebook'] of expert 0 of layer 0 are not known; upgrade edge-moe",
+        lambda t: layout(t)["matrices"][2].update(codec="codebook"),
+        "codec 'codebook' of layout 0 is not known; upgrade edge-moe",
     ),
-    "group 48": (lambda t: record(t).update(group=48), f"group 48 does not divide 64 and 32; {AGAIN}"),
-    "group 0": (lambda t: record(t).update(group=0), f"group 0 does not divide 64 and 32; {AGAIN}"),
+    "group 48": (
+        lambda t: layout(t)["matrices"][0].update(group=48),
+        f"group 48 of layout 0 does not divide 64; {AGAIN}",
+    ),
+    "group 0": (
+        lambda t: layout(t)["matrices"][2].update(group=0),
+        f"group 0 of layout 0 does not divide 32; {AGAIN}",
+    ),
     "checksum": (
         lambda t: record(t).update(crc32c="-0000001"),
         f"crc32c is '-0000001', expected 8 hexadecimal digits; {AGAIN}",
@@ -310,15 +367,15 @@ EDITS = {
     ),
     "trunk width": (
         lambda t: t["trunk"]["tensors"]["layers.0.q"].update(width=7),
-        f"width 7 of layers.0.q is not possible; {AGAIN}",
+        f"codec affine of layers.0.q has no width 7; {AGAIN}",
     ),
     "quantised norm": (
-        lambda t: t["trunk"]["tensors"]["output_norm"].update(width=8, group=64),
-        f"width 8 of output_norm is not possible; {AGAIN}",
+        lambda t: t["trunk"]["tensors"]["output_norm"].update(codec="affine", width=8, group=64),
+        f"codec affine of output_norm is not possible; {AGAIN}",
     ),
     "trunk group": (
         lambda t: t["trunk"]["tensors"]["layers.0.q"].update(group=128),
-        f"group 128 does not divide 64; {AGAIN}",
+        f"group 128 of layers.0.q does not divide 64; {AGAIN}",
     ),
 }
 

@@ -21,6 +21,7 @@ from bundles import (
     run_python,
     run_together,
     same_bits,
+    with_output_bias,
     write_lossless,
 )
 from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, FAMILIES
@@ -65,6 +66,14 @@ def test_any_slots_and_chunks_give_the_processors_bits(mixed, golden, architectu
     engine = make_engine(path, slots=top_k + 1, kv=kv, device="cuda")
     engine.set_prefetch(False)
     assert same_bits(run_engine(engine, ids[:12], 1), want[:12])
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_output_biases_of_experts_give_the_processors_bits(golden, tmp_path, monkeypatch, width):
+    path, ids = with_output_bias(golden, tmp_path, monkeypatch, width), golden["olmoe"][1]
+    want = run_engine(make_engine(path), ids)
+    for slots, chunk in ((None, 32), (4, 1), (5, 7)):
+        assert same_bits(run_engine(make_engine(path, slots=slots, device="cuda"), ids, chunk), want), (slots, chunk)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

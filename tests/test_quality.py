@@ -27,7 +27,8 @@ from edge_moe.compressor.rounding import round_layers
 from edge_moe.compressor.rounding.gptq import SWEEPS
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.writing.writer import Packing
-from edge_moe.runtime.bundle import Bundle, record_alignment, record_bytes
+from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.bundle_records import record_alignment, record_bytes
 from edge_moe.runtime.config_file import load_config
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS

@@ -60,7 +60,7 @@ def _range(counts) -> str:
 def _widths_tables(about: dict) -> list[str]:
     """Experts by width and group, and by width and layer."""
     widths, groups, layers = list(about["widths"]), about["widths_by_group"], about["widths_by_layer"]
-    by_group = [["width", *(f"group {group}" for group in groups)]]
+    by_group = [["width", *(f"group {group}" if group != "0" else "no group" for group in groups)]]
     by_group += [[name, *(str(counts.get(name, "")) for counts in groups.values())] for name in widths]
     by_layer = [["layer", *widths, *(["dropped"] if about["dropped"] else [])]]
     for layer, counts in layers.items():

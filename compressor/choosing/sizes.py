@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from ... import _core
-from ...runtime.bundle import record_alignment, record_bytes
+from ...runtime.bundle_records import record_alignment, record_bytes
 from ...runtime.config import TRUNK_KINDS, ModelConfig, trunk_kind, trunk_shapes, without_layer
 from ..rounding.quantise import largest_group, trunk_packing
 from ..writing.writer import Packing

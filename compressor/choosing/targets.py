@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ... import _core
-from ...runtime.bundle import record_alignment, record_bytes
+from ...runtime.bundle_records import record_alignment, record_bytes
 from ...runtime.child import call
 from ...runtime.config import ModelConfig, trunk_shapes
 from ...runtime.plan import READER_BYTES, READERS, parse_bytes

@@ -12,7 +12,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from ...runtime.bundle import TRUNK_FILE
+from ...runtime.bundle_records import TRUNK_FILE
 from ...runtime.pruning import MASK_FILE
 from ..files import named
 

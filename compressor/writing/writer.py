@@ -19,16 +19,12 @@ from threading import Lock
 import numpy as np
 
 from ... import __version__, _core
-from ...runtime.bundle import (
-    TRUNK_FILE,
-    codec_of,
-    dropped_keys,
-    record_alignment,
-    record_bytes,
-)
+from ...runtime.bundle import dropped_keys
+from ...runtime.bundle_records import TRUNK_FILE, record_alignment
 from ...runtime.bundle_table import table_checksum
+from ...runtime.codecs import PROJECTIONS, Encoding, as_table, encoding_of, record_layout, trunk_parts
 from ...runtime.config import ModelConfig, trunk_shapes
-from ...runtime.tensorfile import make_header
+from ...runtime.tensorfile import NUMPY_DTYPES, make_header
 from ..files import named, sync
 from ..source.copied_files import contents
 from . import own
@@ -44,10 +40,15 @@ class Packing:
     widths: tuple[int, ...]
     group: int
 
+    @property
+    def encodings(self) -> tuple[Encoding, ...]:
+        return tuple(encoding_of(width, self.group) for width in self.widths)
+
 
 @dataclass(slots=True)
 class Quantised:
-    """One packed matrix: codes uint8 (rows, bytes), scales and biases bfloat16 bits (rows, groups) below width 16."""
+    """One packed matrix, by the parts of its codec: codes uint8 (rows, bytes), scales and biases bfloat16 bits (rows,
+    groups)."""
 
     codes: np.ndarray
     scales: np.ndarray | None = None
@@ -168,22 +169,25 @@ class BundleWriter:
                 f"{self._partial / name}: {what} is not what the unfinished run wrote; remove its .work to start anew"
             )
 
-    def write_expert(self, layer: int, index: int, matrices: list[Quantised]) -> None:
-        """Write one expert's record: gate, up, down."""
-        packing = self.experts[layer, index]
+    def write_expert(
+        self, layer: int, index: int, matrices: list[Quantised], output_bias: list[np.ndarray] | None = None
+    ) -> None:
+        """Write one expert's record: gate, up, down. output_bias: a float32 vector (rows,) of each, if the config says
+        so."""
         file, offset, nbytes = self._records[layer, index]
-        _, parts = _core.record_layout(self.config.dim, self.config.expert_hidden, list(packing.widths), packing.group)
         record = np.zeros(nbytes, np.uint8)
-        for matrix, (codes, codes_bytes, scales, scales_bytes, biases) in zip(
-            matrices, np.reshape(parts, (3, 5)).tolist(), strict=True
-        ):
-            record[codes : codes + codes_bytes] = matrix.codes.view(np.uint8).reshape(-1)
-            if scales_bytes:
-                record[scales : scales + scales_bytes] = matrix.scales.view(np.uint8).reshape(-1)
-                record[biases : biases + scales_bytes] = matrix.biases.view(np.uint8).reshape(-1)
+        for name, (at, part_bytes) in self._layout_of(self.experts[layer, index]).parts.items():
+            projection, part = name.split(".")
+            which = PROJECTIONS.index(projection)
+            values = output_bias[which] if part == "output_bias" else getattr(matrices[which], part)
+            record[at : at + part_bytes] = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
         self._checksums[layer, index] = _core.crc32c_array(record)
         handle = self._handle(self._files[file][0])
         self._write(handle, offset, record)
+
+    def _layout_of(self, packing: Packing) -> _core.RecordLayout:
+        config = self.config
+        return record_layout(config.dim, config.expert_hidden, packing.encodings, config.expert_bias)
 
     def _write(self, handle, offset: int, data: np.ndarray) -> None:
         with self._writing:
@@ -241,10 +245,7 @@ class BundleWriter:
         if self.experts.keys() != expected:
             raise AssertionError(f"{len(self.experts)} experts to write, config has {len(expected)}")
         self._alignment = record_alignment(self.config)
-        sizes = {
-            key: record_bytes(self.config, packing.widths, packing.group, self._alignment)
-            for key, packing in self.experts.items()
-        }
+        sizes = {key: _padded(self._layout_of(packing).bytes, self._alignment) for key, packing in self.experts.items()}
         shards, filled = [[]], 0
         for key, size in sizes.items():
             if filled > SHARD_BYTES:
@@ -291,16 +292,9 @@ class BundleWriter:
         # those of lengths that keep the alignment of what follows before others.
         tensors = []
         for name, shape in shapes.items():
-            width, group = self.trunk[name].widths[0], self.trunk[name].group
-            if width >= 16:
-                dtype, size = ("F32", 4) if width == 32 else ("BF16", 2)
-                tensors.append((name, "codes", name, dtype, shape, int(np.prod(shape)) * size))
-            else:
-                rows, cols = shape
-                words, groups = cols * width // 32, cols // group
-                tensors.append((name, "codes", f"{name}.codes", "U32", (rows, words), rows * words * 4))
-                for part in ("scales", "biases"):
-                    tensors.append((name, part, f"{name}.{part}", "BF16", (rows, groups), rows * groups * 2))
+            (encoding,) = self.trunk[name].encodings
+            for part, stored_as, dtype, its in trunk_parts(name, shape, encoding):
+                tensors.append((name, part, stored_as, dtype, its, math.prod(its) * NUMPY_DTYPES[dtype].itemsize))
         tensors.sort(key=lambda tensor: (("U32", "F32", "BF16").index(tensor[3]), tensor[5] % _core.PART_ALIGNMENT > 0))
         header = make_header([tensor[2:] for tensor in tensors], _core.PART_ALIGNMENT)
         at, self._trunk_parts = len(header), {name: [] for name in shapes}
@@ -310,29 +304,30 @@ class BundleWriter:
         self._trunk_header, self._trunk_bytes = header, at
 
     def _table(self, copies: dict) -> dict:
+        packings = {packing: number for number, packing in enumerate(dict.fromkeys(self.experts.values()))}
         rows = []
         for layer in self.config.moe_layers:
             row = []
             for index in range(self.config.experts_of(layer)):
-                packing = self.experts[layer, index]
-                file, offset, nbytes = self._records[layer, index]
+                file, offset, _ = self._records[layer, index]
                 row.append(
                     {
-                        "widths": list(packing.widths),
-                        "codecs": [codec_of(width) for width in packing.widths],
-                        "group": packing.group,
+                        "layout": packings[self.experts[layer, index]],
                         "file": file,
                         "offset": offset,
-                        "bytes": nbytes,
                         "crc32c": f"{self._checksums[layer, index]:08x}",
                         "frequency": round(self.frequency.get((layer, index), 0.0), 6),
                     }
                 )
             rows.append(row)
-        trunk = {
-            name: {"width": p.widths[0]} | ({"group": p.group} if p.widths[0] < 16 else {})
-            for name, p in self.trunk.items()
-        }
+        layouts = [
+            {
+                "matrices": [as_table(encoding) for encoding in packing.encodings],
+                "bytes": _padded(self._layout_of(packing).bytes, self._alignment),
+                "parts": {name: list(place) for name, place in self._layout_of(packing).parts.items()},
+            }
+            for packing in packings
+        ]
         return {
             "format": "emoe",
             "version": _core.FORMAT_VERSION,
@@ -342,11 +337,12 @@ class BundleWriter:
             "trunk": {
                 "bytes": self._trunk_bytes,
                 "crc32c": f"{self._trunk_checksum:08x}",
-                "tensors": trunk,
+                "tensors": {name: as_table(packing.encodings[0]) for name, packing in self.trunk.items()},
             },
             "experts": {
                 "alignment": self._alignment,
                 "files": [{"name": name, "bytes": size} for name, _, size in self._files],
+                "layouts": layouts,
                 "records": rows,
             },
             **dropped_keys(self.config),
@@ -375,6 +371,11 @@ def _file_checksum(path: Path) -> int:
     return checksum
 
 
+def _padded(nbytes: int, alignment: int) -> int:
+    return -(-nbytes // alignment) * alignment
+
+
 def record_bytes_of(config: ModelConfig, packing: Packing) -> int:
     """Bytes of one expert's record in a new bundle, padding included."""
-    return record_bytes(config, packing.widths, packing.group, record_alignment(config))
+    layout = record_layout(config.dim, config.expert_hidden, packing.encodings, config.expert_bias)
+    return _padded(layout.bytes, record_alignment(config))

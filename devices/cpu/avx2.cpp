@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "../half.h"
@@ -320,8 +321,16 @@ void quantise(const float* x, int cols, const Quantised& to) {
 
 }  // namespace avx2
 
-const Kernels kAvx2Kernels = {"avx2",           avx2::matmul,        avx2::quantise,      avx2::rms_norm,
-                              avx2::gate_up,    avx2::attend_scores, avx2::attend_values, avx2::widen,
-                              avx2::add_scaled, avx2::softmax,       avx2::dequantise_row};
+const Kernels kAvx2Kernels = {"avx2",
+                              avx2::kCodecKernels,
+                              int(std::size(avx2::kCodecKernels)),
+                              avx2::quantise,
+                              avx2::rms_norm,
+                              avx2::gate_up,
+                              avx2::attend_scores,
+                              avx2::attend_values,
+                              avx2::widen,
+                              avx2::add_scaled,
+                              avx2::softmax};
 
 }  // namespace edge_moe

@@ -10,6 +10,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "../half.h"
@@ -381,8 +382,16 @@ void quantise(const float* x, int cols, const Quantised& to) {
 
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {"avx512",           avx512::matmul,        avx512::quantise,      avx512::rms_norm,
-                                avx512::gate_up,    avx512::attend_scores, avx512::attend_values, avx512::widen,
-                                avx512::add_scaled, avx512::softmax,       avx512::dequantise_row};
+const Kernels kAvx512Kernels = {"avx512",
+                                avx512::kCodecKernels,
+                                int(std::size(avx512::kCodecKernels)),
+                                avx512::quantise,
+                                avx512::rms_norm,
+                                avx512::gate_up,
+                                avx512::attend_scores,
+                                avx512::attend_values,
+                                avx512::widen,
+                                avx512::add_scaled,
+                                avx512::softmax};
 
 }  // namespace edge_moe

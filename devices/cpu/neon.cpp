@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "../half.h"
@@ -16,8 +17,16 @@ namespace neon {
 
 }  // namespace neon
 
-const Kernels kNeonKernels = {"neon",           neon::matmul,        neon::quantise,      neon::rms_norm,
-                              neon::gate_up,    neon::attend_scores, neon::attend_values, neon::widen,
-                              neon::add_scaled, neon::softmax,       neon::dequantise_row};
+const Kernels kNeonKernels = {"neon",
+                              neon::kCodecKernels,
+                              int(std::size(neon::kCodecKernels)),
+                              neon::quantise,
+                              neon::rms_norm,
+                              neon::gate_up,
+                              neon::attend_scores,
+                              neon::attend_values,
+                              neon::widen,
+                              neon::add_scaled,
+                              neon::softmax};
 
 }  // namespace edge_moe

@@ -230,16 +230,27 @@ float dot_floats(const uint8_t* row, const float* x, int cols) {
   return fold(lanes);
 }
 
-void matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
-  if (m.width < 16) return packed(m, x, y, y_stride, row_begin, row_end);
+template <int Width>
+void float_product(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
   for (int row = row_begin; row < row_end; ++row)
     for (int token = 0; token < x.count; ++token) {
-      const uint8_t* weights = m.codes + codes_bytes(1, m.cols, m.width) * row;
+      const uint8_t* weights = m.codes + codes_bytes(1, m.cols, Width) * row;
       const float* values = x.values + size_t(x.rows ? x.rows[token] : token) * x.cols;
-      y[token * y_stride + row] =
-          m.width == 16 ? dot_floats<16>(weights, values, m.cols) : dot_floats<32>(weights, values, m.cols);
+      y[token * y_stride + row] = dot_floats<Width>(weights, values, m.cols);
     }
 }
+
+constexpr CodecKernels kCodecKernels[] = {
+    affine<1>(),
+    affine<2>(),
+    affine<3>(),
+    affine<4>(),
+    affine<5>(),
+    affine<6>(),
+    affine<8>(),
+    {Codec::kBfloat16, 16, float_product<16>, dequantise_floats},
+    {Codec::kFloat32, 32, float_product<32>, dequantise_floats},
+};
 
 // ---- activations to int8, and rows to floats ----
 

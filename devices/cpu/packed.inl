@@ -394,43 +394,18 @@ void dequantise_codes(const Matrix& m, int row, float* y) {
   }
 }
 
-void dequantise_row(const Matrix& m, int row, float* y) {
-  switch (m.width) {
-    case 1:
-      return dequantise_codes<1>(m, row, y);
-    case 2:
-      return dequantise_codes<2>(m, row, y);
-    case 3:
-      return dequantise_codes<3>(m, row, y);
-    case 4:
-      return dequantise_codes<4>(m, row, y);
-    case 5:
-      return dequantise_codes<5>(m, row, y);
-    case 6:
-      return dequantise_codes<6>(m, row, y);
-    case 8:
-      return dequantise_codes<8>(m, row, y);
-    default:
-      return kScalarKernels.dequantise_row(m, row, y);
-  }
-}
-
 template <int Width>
 void packed_by_group(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
-  if (m.rows < kTileRows) return kScalarKernels.matmul(m, x, y, y_stride, row_begin, row_end);
+  if (m.rows < kTileRows) return kScalarKernels.find(m.codec, m.width)->product(m, x, y, y_stride, row_begin, row_end);
   auto* product = m.group == 32   ? packed_matmul<Width, 32>
                   : m.group == 64 ? packed_matmul<Width, 64>
                                   : packed_matmul<Width, 128>;
   product(m, x, y, y_stride, row_begin, row_end);
 }
 
-void packed(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
-  auto* product = m.width == 1   ? packed_by_group<1>
-                  : m.width == 2 ? packed_by_group<2>
-                  : m.width == 3 ? packed_by_group<3>
-                  : m.width == 4 ? packed_by_group<4>
-                  : m.width == 5 ? packed_by_group<5>
-                  : m.width == 6 ? packed_by_group<6>
-                                 : packed_by_group<8>;
-  product(m, x, y, y_stride, row_begin, row_end);
+void dequantise_floats(const Matrix& m, int row, float* y) { kScalarKernels.dequantise_row(m, row, y); }
+
+template <int Width>
+constexpr CodecKernels affine() {
+  return {Codec::kAffine, Width, packed_by_group<Width>, dequantise_codes<Width>};
 }

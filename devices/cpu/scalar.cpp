@@ -1,6 +1,7 @@
 // The definition of every CPU kernel, in portable C++; the other instruction sets reproduce its bits.
 #include <cmath>
 #include <cstring>
+#include <iterator>
 
 #include "../half.h"
 #include "../kernels.h"
@@ -22,7 +23,10 @@ inline int code_at(const uint8_t* row, int i, int width) {
   return (value >> low) & ((1 << width) - 1);
 }
 
-float dot_quantised(const Matrix& m, int row, const Activations& x, int vector) {
+float as_weight(uint16_t value) { return from_bfloat16(value); }
+float as_weight(float value) { return value; }
+
+float dot_affine(const Matrix& m, int row, const Activations& x, int vector) {
   const uint8_t* codes = m.codes + codes_bytes(row, m.cols, m.width);
   const int groups = m.cols / m.group;
   const uint16_t* scales = m.scales + size_t(row) * groups;
@@ -50,26 +54,21 @@ float dot_quantised(const Matrix& m, int row, const Activations& x, int vector) 
   return sum;
 }
 
+template <typename T>
 float dot_float(const Matrix& m, int row, const Activations& x, int vector) {
   const float* values = x.values + size_t(vector) * x.cols;
+  const T* weights = reinterpret_cast<const T*>(m.codes) + size_t(row) * m.cols;
   float lanes[kLanes] = {};
-  if (m.width == 16) {
-    const uint16_t* weights = reinterpret_cast<const uint16_t*>(m.codes) + size_t(row) * m.cols;
-    for (int i = 0; i < m.cols; ++i)
-      lanes[i % kLanes] = std::fma(from_bfloat16(weights[i]), values[i], lanes[i % kLanes]);
-  } else {
-    const float* weights = reinterpret_cast<const float*>(m.codes) + size_t(row) * m.cols;
-    for (int i = 0; i < m.cols; ++i) lanes[i % kLanes] = std::fma(weights[i], values[i], lanes[i % kLanes]);
-  }
+  for (int i = 0; i < m.cols; ++i) lanes[i % kLanes] = std::fma(as_weight(weights[i]), values[i], lanes[i % kLanes]);
   return fold(lanes);
 }
 
-void matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
+// One value for each row and token, by a function of these.
+template <float (*Dot)(const Matrix&, int, const Activations&, int)>
+void product(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
   for (int row = row_begin; row < row_end; ++row)
-    for (int token = 0; token < x.count; ++token) {
-      int vector = x.rows ? x.rows[token] : token;
-      y[token * y_stride + row] = m.width < 16 ? dot_quantised(m, row, x, vector) : dot_float(m, row, x, vector);
-    }
+    for (int token = 0; token < x.count; ++token)
+      y[token * y_stride + row] = Dot(m, row, x, x.rows ? x.rows[token] : token);
 }
 
 void quantise(const float* x, int cols, const Quantised& to) {
@@ -96,20 +95,19 @@ void quantise(const float* x, int cols, const Quantised& to) {
   pair_sums(to, blocks);
 }
 
-void dequantise_row(const Matrix& m, int row, float* y) {
-  if (m.width == 16) {
-    const uint16_t* weights = reinterpret_cast<const uint16_t*>(m.codes) + size_t(row) * m.cols;
-    for (int i = 0; i < m.cols; ++i) y[i] = from_bfloat16(weights[i]);
-  } else if (m.width == 32) {
-    std::memcpy(y, reinterpret_cast<const float*>(m.codes) + size_t(row) * m.cols, size_t(m.cols) * 4);
-  } else {
-    const uint8_t* codes = m.codes + codes_bytes(row, m.cols, m.width);
-    const int groups = m.cols / m.group;
-    for (int i = 0; i < m.cols; ++i) {
-      size_t group = size_t(row) * groups + i / m.group;
-      y[i] = from_bfloat16(m.scales[group]) * float(code_at(codes, i, m.width)) + from_bfloat16(m.biases[group]);
-    }
+void dequantise_affine(const Matrix& m, int row, float* y) {
+  const uint8_t* codes = m.codes + codes_bytes(row, m.cols, m.width);
+  const int groups = m.cols / m.group;
+  for (int i = 0; i < m.cols; ++i) {
+    size_t group = size_t(row) * groups + i / m.group;
+    y[i] = from_bfloat16(m.scales[group]) * float(code_at(codes, i, m.width)) + from_bfloat16(m.biases[group]);
   }
+}
+
+template <typename T>
+void dequantise_floats(const Matrix& m, int row, float* y) {
+  const T* weights = reinterpret_cast<const T*>(m.codes) + size_t(row) * m.cols;
+  for (int i = 0; i < m.cols; ++i) y[i] = as_weight(weights[i]);
 }
 
 template <typename T>
@@ -151,10 +149,32 @@ void widen(const uint16_t* halves, float* y, int n) {
   for (int i = 0; i < n; ++i) y[i] = half_to_float(halves[i]);
 }
 
+constexpr CodecKernels affine(int width) { return {Codec::kAffine, width, product<dot_affine>, dequantise_affine}; }
+
+constexpr CodecKernels kCodecKernels[] = {
+    affine(1),
+    affine(2),
+    affine(3),
+    affine(4),
+    affine(5),
+    affine(6),
+    affine(8),
+    {Codec::kBfloat16, 16, product<dot_float<uint16_t>>, dequantise_floats<uint16_t>},
+    {Codec::kFloat32, 32, product<dot_float<float>>, dequantise_floats<float>},
+};
+
 }  // namespace scalar
 
-const Kernels kScalarKernels = {"scalar",           scalar::matmul,        scalar::quantise,      scalar::rms_norm,
-                                scalar::gate_up,    scalar::attend_scores, scalar::attend_values, scalar::widen,
-                                scalar::add_scaled, scalar::softmax,       scalar::dequantise_row};
+const Kernels kScalarKernels = {"scalar",
+                                scalar::kCodecKernels,
+                                int(std::size(scalar::kCodecKernels)),
+                                scalar::quantise,
+                                scalar::rms_norm,
+                                scalar::gate_up,
+                                scalar::attend_scores,
+                                scalar::attend_values,
+                                scalar::widen,
+                                scalar::add_scaled,
+                                scalar::softmax};
 
 }  // namespace edge_moe

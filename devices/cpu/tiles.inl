@@ -56,7 +56,14 @@ void float_matmul(const Matrix& m, const Activations& x, float* y, size_t y_stri
   }
 }
 
-void matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
-  auto* product = m.width == 16 ? float_matmul<16> : m.width == 32 ? float_matmul<32> : packed;
-  product(m, x, y, y_stride, row_begin, row_end);
-}
+constexpr CodecKernels kCodecKernels[] = {
+    affine<1>(),
+    affine<2>(),
+    affine<3>(),
+    affine<4>(),
+    affine<5>(),
+    affine<6>(),
+    affine<8>(),
+    {Codec::kBfloat16, 16, float_matmul<16>, dequantise_floats},
+    {Codec::kFloat32, 32, float_matmul<32>, dequantise_floats},
+};

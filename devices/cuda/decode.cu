@@ -46,7 +46,8 @@ product_kernel(Batch<ProductJob> batch, VectorBuffer x) {
   if (first >= job.matrix.rows || t >= job.count) return;
   const float sum = warp_rows<Rows>(job.matrix, first, vector_of(x, job.vector(t)), steps_of_warp(shared));
   const int lane = int(threadIdx.x) % kWarp;
-  if (lane < Rows && first + lane < job.matrix.rows) job.y[t * job.stride + first + lane] = sum;
+  if (lane < Rows && first + lane < job.matrix.rows)
+    job.y[t * job.stride + first + lane] = with_bias(job.matrix, first + lane, sum);
 }
 
 // A block's threads take 64 rows of gate and of up of one expert, which are one block of inputs of down: half of the
@@ -59,9 +60,9 @@ gate_up_kernel(Batch<ExpertJob> batch, VectorBuffer x, VectorBuffer hidden, int 
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, is_up = warp / kBlockWarps;
   const int row = warp % kBlockWarps * kWarpRows, first = int(blockIdx.x) * kBlock + row, rows = job.gate.rows;
   float value = 0.0f;
-  if (first < rows)
-    value = warp_rows<kWarpRows>(is_up ? job.up : job.gate, first, vector_of(x, job.vector), steps_of_warp(shared));
-  if (lane < kWarpRows) values[is_up][row + lane] = first + lane < rows ? value : 0.0f;
+  const Matrix& matrix = is_up ? job.up : job.gate;
+  if (first < rows) value = warp_rows<kWarpRows>(matrix, first, vector_of(x, job.vector), steps_of_warp(shared));
+  if (lane < kWarpRows) values[is_up][row + lane] = first + lane < rows ? with_bias(matrix, first + lane, value) : 0.0f;
   __syncthreads();
   const int thread = int(threadIdx.x);
   if (thread < kBlock) values[0][thread] = gated(values[0][thread], values[1][thread], activation);
@@ -80,7 +81,7 @@ down_kernel(Batch<ExpertJob> batch, VectorBuffer hidden, float* down, RankedSum 
     const Matrix matrix = batch.jobs[i].down;
     const size_t pair = size_t(batch.jobs[i].pair);
     const float value = warp_rows<kWarpRows>(matrix, first, vector_of(hidden, pair), steps_of_warp(shared));
-    if (lane < kWarpRows && row < rows) down[pair * rows + row] = value;
+    if (lane < kWarpRows && row < rows) down[pair * rows + row] = with_bias(matrix, row, value);
   }
   if (!sum.places) return;
   __syncthreads();

@@ -52,7 +52,7 @@ EDGE_MOE_KERNEL(kThreads) float_product_kernel(Batch<ProductJob> batch, const fl
   if (t >= job.count || int(blockIdx.x) * (kThreads / kLanes) >= m.rows) return;
   const float* values = x + job.vector(t) * m.cols;
   const size_t first = size_t(row) * m.cols;
-  const bool is_half = m.width == 16;
+  const bool is_half = m.codec == Codec::kBfloat16;
   float sum = 0.0f;
   const auto add = [&](uint32_t bits, int i) {
     if (is_half) bits <<= 16;
@@ -68,7 +68,7 @@ EDGE_MOE_KERNEL(kThreads) float_product_kernel(Batch<ProductJob> batch, const fl
   }
   for (Raw<1> one; i < m.cols; i += kLanes) one.load(m.codes, is_half, first + i, 0), add(one.bits[0], i);
   sum = fold_lanes(sum);
-  if (threadIdx.x % kLanes == 0 && half < m.rows) job.y[t * job.stride + row] = sum;
+  if (threadIdx.x % kLanes == 0 && half < m.rows) job.y[t * job.stride + row] = with_bias(m, row, sum);
 }
 
 EDGE_MOE_KERNEL(kThreads) add_bias_kernel(float* x, const float* bias, int n) {

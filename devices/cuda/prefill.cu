@@ -140,7 +140,7 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
     EDGE_MOE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int token = first_token + tile * 8 + lane % 4 * 2 + i % 2, to = first_row + row + i / 2 * 8;
-      if (token < job.count && to < m.rows) job.y[token * job.stride + to] = sums[tile][i];
+      if (token < job.count && to < m.rows) job.y[token * job.stride + to] = with_bias(m, to, sums[tile][i]);
     }
   }
 }

@@ -11,8 +11,8 @@ namespace edge_moe::cuda {
 // Column i of a row.
 __device__ __forceinline__ float weight_at(const Matrix& m, size_t row, int i) {
   const size_t at = row * m.cols + i;
-  if (m.width == 32) return reinterpret_cast<const float*>(m.codes)[at];
-  if (m.width == 16) return from_bfloat16(reinterpret_cast<const uint16_t*>(m.codes)[at]);
+  if (m.codec == Codec::kFloat32) return reinterpret_cast<const float*>(m.codes)[at];
+  if (m.codec == Codec::kBfloat16) return from_bfloat16(reinterpret_cast<const uint16_t*>(m.codes)[at]);
   const uint8_t* codes = m.codes + row * (size_t(m.cols) * m.width / 8);
   const int bit = i * m.width, low = bit % 8;
   int code = codes[bit / 8];

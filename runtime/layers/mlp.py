@@ -26,6 +26,7 @@ class Experts:
     router: RouterConfig = field(default_factory=RouterConfig)
     shared_hidden: int = 0  # inner size of the shared expert; 0 is none
     shared_gate: bool = True  # its output is weighted by a sigmoid gate
+    output_bias: bool = False  # a vector is added to each of a routed expert's three products
 
     def shapes(self, dim: int, experts: int | None = None) -> dict[str, tuple[int, ...]]:
         """The trunk's tensors by canonical name, in the order of use. experts: how many are left; by default all."""

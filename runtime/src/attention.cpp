@@ -24,7 +24,7 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
   attention_norm(layer, tokens);
 
   // q k v
-  const bool quantised = std::min({w.q.width, w.k.width, w.v.width}) < 16;  // a bundle may mix widths
+  const bool quantised = w.q.takes_rounded() || w.k.takes_rounded() || w.v.takes_rounded();  // a bundle may mix widths
   Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, quantised);
   matmuls({{w.q, s_.q}, {w.k, s_.k}, {w.v, s_.v}}, x);
   auto add_bias = [&](float* vector, int n, const float* bias) {
@@ -181,7 +181,7 @@ void CpuMath::attention_output(int layer, int tokens) {
   const Matrix& o = layers_[layer].o;
   const float* bias = layers_[layer].o_bias;
   const size_t dim = config_.dim;
-  matmul(o, prepare(s_.attended, tokens, o.cols, s_.attended_q, o.width < 16), s_.normed);
+  matmul(o, prepare(s_.attended, tokens, o.cols, s_.attended_q, o.takes_rounded()), s_.normed);
   for (size_t i = 0; bias && i < tokens * dim; ++i) s_.normed[i] += bias[i % dim];
   add_to_residual(s_.normed, tokens);
 }

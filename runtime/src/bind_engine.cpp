@@ -13,6 +13,7 @@
 #include "../../devices/checksum.h"
 #include "../../devices/cuda/device.h"
 #include "../../devices/python/arrays.h"
+#include "../../devices/python/encodings.h"
 #include "../../devices/python/gil.h"
 #include "cuda_math.h"
 #include "engine.h"
@@ -21,13 +22,39 @@ using namespace edge_moe;
 
 namespace {
 
-using TensorRow = std::tuple<std::string, int, int, int, int, uint64_t, uint64_t, uint64_t>;
+// name, rows, cols, (codec, width, group), offset of each part
+using TensorRow = std::tuple<std::string, int, int, EncodingTuple, std::vector<uint64_t>>;
 
 std::vector<TrunkTensor> trunk_tensors(const std::vector<TensorRow>& rows) {
   std::vector<TrunkTensor> tensors;
-  for (const auto& [name, n, cols, width, group, codes, scales, biases] : rows)
-    tensors.push_back({name, n, cols, width, group, codes, scales, biases});
+  for (const auto& [name, n, cols, encoded, offsets] : rows) {
+    MatrixLayout layout;
+    layout.rows = n, layout.cols = cols, layout.encoding = encoding_of(encoded);
+    expect(int(offsets.size()) == traits(layout.encoding.codec).parts, "a tensor must have an offset for each part");
+    for (size_t part = 0; part < offsets.size(); ++part)
+      layout.parts[part] = {offsets[part], part_bytes(layout.encoding, int(part), n, cols)};
+    tensors.push_back({name, layout});
+  }
   return tensors;
+}
+
+void check_layouts(const EngineConfig& c, const std::vector<RecordLayout>& layouts) {
+  for (const RecordLayout& layout : layouts) {
+    const MatrixLayout& gate = layout.matrices[kGate];
+    expect(gate.rows == c.expert_hidden && gate.cols == c.dim, "layouts must be of experts of this model's dimensions");
+  }
+}
+
+// Refuse what the device cannot multiply.
+void check_kernels(const Device& device, const std::vector<TrunkTensor>& tensors,
+                   const std::vector<RecordLayout>& layouts) {
+  auto check = [&](const Encoding& e, const std::string& what) {
+    expect(device.multiplies(e), what + ": device " + device.name() + " has no kernels for " + traits(e.codec).name +
+                                     " of " + std::to_string(e.width) + " bits; update edge-moe");
+  };
+  for (const TrunkTensor& tensor : tensors) check(tensor.layout.encoding, tensor.name);
+  for (const RecordLayout& layout : layouts)
+    for (const MatrixLayout& matrix : layout.matrices) check(matrix.encoding, "experts");
 }
 
 void check_attention(const EngineConfig& c, const AttentionConfig& a) {
@@ -60,7 +87,6 @@ void check_config(const EngineConfig& c) {
   }
 }
 
-// records (experts of all layers, 8): file, offset, bytes, checksum, widths of gate, up and down, group.
 using MaskArrays = std::vector<ArrayIn<float, 1>>;
 
 Engine::MaskRouters mask_routers(const EngineConfig& c, const MaskArrays& arrays) {
@@ -76,20 +102,22 @@ Engine::MaskRouters mask_routers(const EngineConfig& c, const MaskArrays& arrays
   return routers;
 }
 
-std::vector<Record> make_records(const EngineConfig& c, ArrayIn<int64_t, 2> rows, ArrayIn<float, 1> frequency) {
+std::vector<Record> make_records(const EngineConfig& c, ArrayIn<int64_t, 2> rows, ArrayIn<float, 1> frequency,
+                                 size_t layouts) {
   const size_t count = std::accumulate(c.experts.begin(), c.experts.end(), size_t(0));
-  expect(rows.shape(0) == count && rows.shape(1) == 8, "records must be (experts of all layers, 8)");
+  expect(rows.shape(0) == count && rows.shape(1) == 5, "records must be (experts of all layers, 5)");
   expect(frequency.shape(0) == count, "frequency must have one value a record");
   std::vector<Record> records;
   records.reserve(count);
   for (int layer = 0; layer < c.layers; ++layer)
     for (int expert = 0; expert < c.experts[layer]; ++expert) {
-      const int64_t* row = rows.data() + records.size() * 8;
+      const int64_t* row = rows.data() + records.size() * 5;
       Record r;
       r.layer = layer, r.expert = expert;
       r.file = int(row[0]), r.offset = uint64_t(row[1]), r.padded = uint64_t(row[2]), r.checksum = uint32_t(row[3]);
       r.frequency = frequency.data()[records.size()];
-      r.layout = record_layout(c.dim, c.expert_hidden, {int(row[4]), int(row[5]), int(row[6])}, int(row[7]));
+      r.layout = int(row[4]);
+      expect(row[4] >= 0 && size_t(row[4]) < layouts, "a record's layout is not one of layouts");
       records.push_back(r);
     }
   return records;
@@ -259,14 +287,15 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](BoundEngine* self, const EngineConfig& config, const std::string& trunk_path, uint64_t trunk_bytes,
              uint32_t trunk_checksum, const std::vector<TensorRow>& tensors, const std::vector<std::string>& files,
-             ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency, bool mapped, uint64_t slot_bytes, int readers,
-             const std::string& kernels, const MaskArrays& otp, const MaskArrays& loss, const std::string& on,
-             bool graphs) {
+             const std::vector<RecordLayout>& layouts, ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency,
+             bool mapped, uint64_t slot_bytes, int readers, const std::string& kernels, const MaskArrays& otp,
+             const MaskArrays& loss, const std::string& on, bool graphs) {
             check_config(config);
             expect(on == "cpu" || on == "cuda", "device must be cpu or cuda");
             const Kernels& host = kernels.empty() ? best_kernels() : find_kernels(kernels);
             std::vector<TrunkTensor> trunk_table = trunk_tensors(tensors);
-            std::vector<Record> record_table = make_records(config, records, frequency);
+            std::vector<Record> record_table = make_records(config, records, frequency, layouts.size());
+            check_layouts(config, layouts);
             const Engine::MaskRouters otp_routers = mask_routers(config, otp);
             const Engine::MaskRouters loss_routers = mask_routers(config, loss);
             std::unique_ptr<Engine> engine;
@@ -275,8 +304,9 @@ void bind_engine(nb::module_& m) {
               Interrupt interrupt([&] { return released.with_gil([] { return unwanted_by(nb::none()); }); });
               std::unique_ptr<Device> device = on == "cuda" ? cuda_device(host, graphs) : cpu_device(host);
               expect(!mapped || device->reads_maps(), "this device reads no mapped records");
+              check_kernels(*device, trunk_table, layouts);
               Trunk trunk(trunk_path, trunk_bytes, trunk_checksum, std::move(trunk_table), *device, &interrupt);
-              ExpertStore store(files, std::move(record_table), mapped);
+              ExpertStore store(files, std::move(record_table), layouts, mapped);
               engine = std::make_unique<Engine>(config, std::move(device), std::move(trunk), std::move(store),
                                                 slot_bytes, readers, otp_routers, loss_routers);
             } catch (const Interrupted&) {
@@ -285,12 +315,13 @@ void bind_engine(nb::module_& m) {
             new (self) BoundEngine(std::move(engine));
           },
           nb::arg("config"), nb::arg("trunk_path"), nb::arg("trunk_bytes"), nb::arg("trunk_checksum"),
-          nb::arg("tensors"), nb::arg("files"), nb::arg("records"), nb::arg("frequency"), nb::arg("mapped"),
-          nb::arg("slot_bytes"), nb::arg("readers"), nb::arg("kernels") = "", nb::arg("otp") = nb::list(),
-          nb::arg("loss") = nb::list(), nb::arg("device") = "cpu", nb::arg("graphs") = true,
-          "tensors: (name, rows, cols, width, group, codes, scales, biases) with offsets into the trunk file.\n"
-          "records: int64 (experts of all layers, 8), layer by layer: file, offset, bytes, checksum, widths of gate,\n"
-          "up, down, group.\n"
+          nb::arg("tensors"), nb::arg("files"), nb::arg("layouts"), nb::arg("records"), nb::arg("frequency"),
+          nb::arg("mapped"), nb::arg("slot_bytes"), nb::arg("readers"), nb::arg("kernels") = "",
+          nb::arg("otp") = nb::list(), nb::arg("loss") = nb::list(), nb::arg("device") = "cpu",
+          nb::arg("graphs") = true,
+          "tensors: (name, rows, cols, (codec, width, group), offsets of the parts in the trunk file).\n"
+          "layouts: RecordLayout objects. records: int64 (experts of all layers, 5), layer by layer: file, offset,\n"
+          "bytes, checksum, which of the layouts.\n"
           "slot_bytes: memory for records where they are not mapped.\n"
           "frequency: float32 (experts of all layers,), use of each expert during calibration.\n"
           "otp, loss: mask routers of a rule: of each layer float32 (top_k * (dim + 2 * top_k + 1),), empty for one\n"

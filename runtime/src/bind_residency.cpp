@@ -30,7 +30,7 @@ std::vector<Record> table_of(ArrayIn<int64_t, 2> rows, ArrayIn<float, 1> frequen
 struct Client {
   Client(const std::vector<std::string>& files, std::vector<Record> records, size_t bytes, int readers,
          double half_life)
-      : store(files, std::move(records), false),
+      : store(files, std::move(records), {}, false),
         device(cpu_device(scalar())),
         residency(store, *device, bytes, readers, half_life) {}
   static const Kernels& scalar() { return find_kernels("scalar"); }

@@ -151,7 +151,7 @@ std::span<float> CpuMath::logits(std::span<const int32_t> tokens) {
                       c.dim);
   });
   const Matrix& head = ends_.head;
-  if (rows) matmul(head, prepare(s_.normed, rows, c.dim, s_.normed_q, head.width < 16), s_.logits);
+  if (rows) matmul(head, prepare(s_.normed, rows, c.dim, s_.normed_q, head.takes_rounded()), s_.logits);
   return {s_.logits, size_t(rows) * c.vocab};
 }
 
@@ -187,7 +187,7 @@ void CpuMath::run_jobs(std::span<const ExpertJob> jobs, float* out) {
     for (int pair = job.first + tasks_[i].begin; pair < job.first + tasks_[i].end; ++pair) {
       float* gate = s_.gate + size_t(pair) * hidden;
       kernels_.gate_up(gate, s_.up + size_t(pair) * hidden, hidden, c.activation);
-      if (job.weights.down.width < 16) quantise_vector(gate, hidden, s_.hidden_q, pair);
+      if (job.weights.down.takes_rounded()) quantise_vector(gate, hidden, s_.hidden_q, pair);
     }
   });
 

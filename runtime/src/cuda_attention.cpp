@@ -32,7 +32,7 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
         cuda::add_received(s_.scores, heads(layer), c.key_positions(), span, s_.received, size_t(c.chunk), stream_);
     }
   }
-  if (w.o.width < 16) cuda::quantise(s_.attended, step.tokens, s_.attended_q, stream_);
+  if (w.o.takes_rounded()) cuda::quantise(s_.attended, step.tokens, s_.attended_q, stream_);
   multiply(w.o, step.tokens, s_.normed, s_.attended, s_.attended_q);
   if (w.o_bias) cuda::add_bias(s_.normed, w.o_bias, step.tokens, c.dim, stream_);
   cuda::add_gated(s_.x, s_.normed, nullptr, c.residual_scale, step.tokens, c.dim, stream_);
@@ -90,7 +90,7 @@ void CudaMath::attend_latents(int layer, int sequence, const cuda::Span& span) {
   cuda::attend_latents(s_.q, kv_b, heads, latent_cache(sequence, layer), span, s_.absorbed, s_.scores, s_.mixed,
                        stream_);
   // the values of each head's sums
-  if (kv_b.width < 16) cuda::quantise(s_.mixed, span.count * a.heads, s_.mixed_q, stream_);
+  if (kv_b.takes_rounded()) cuda::quantise(s_.mixed, span.count * a.heads, s_.mixed_q, stream_);
   const size_t stride = size_t(a.heads) * a.v_dim;
   products_.clear();
   for (int head = 0; head < a.heads; ++head) {

@@ -37,7 +37,7 @@ class CudaDevice : public Device {
   std::unique_ptr<CudaMemory> memory_ = std::make_unique<CudaMemory>();
 };
 
-bool packed(const ExpertWeights& w) { return w.gate.width < 16 && w.up.width < 16 && w.down.width < 16; }
+bool packed(const ExpertWeights& w) { return w.gate.takes_rounded() && w.up.takes_rounded() && w.down.takes_rounded(); }
 
 cuda::VectorBuffer of_length(cuda::VectorBuffer buffer, int cols) {
   buffer.cols = cols;
@@ -278,7 +278,7 @@ void CudaMath::multiply(std::span<const cuda::ProductJob> jobs, const float* val
   packed_.clear(), floats_.clear();
   int tokens = 0;
   for (const cuda::ProductJob& job : jobs) {
-    (job.matrix.width < 16 ? packed_ : floats_).push_back(job);
+    (job.matrix.takes_rounded() ? packed_ : floats_).push_back(job);
     tokens = std::max(tokens, job.count);
   }
   if (!packed_.empty())

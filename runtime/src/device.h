@@ -48,6 +48,7 @@ class Device {
 
   // The host's kernels, for what the host does for any device: routing.
   virtual const Kernels& host() const = 0;
+  virtual bool multiplies(const Encoding& e) const { return host().find(e.codec, e.width); }
 
   // `bytes` of memory, to be resized to `room` at most, filled from `lanes` lanes at once by at most `piece` bytes
   // each, again and again or once for all. Throws SystemError when there is no more.

@@ -66,9 +66,7 @@ std::vector<MaskRouter> Engine::load_mask_routers(const MaskRouters& from) {
       std::copy_n(row, dim, of_input + k * dim);
       std::copy_n(row + dim, others, of_weights + k * others);
     }
-    Matrix& matrix = routers[layer].of_input;
-    matrix.codes = memory + at;
-    matrix.rows = int(top_k), matrix.cols = int(dim), matrix.width = 32;
+    routers[layer].of_input = float_matrix(of_input, int(top_k), int(dim));
     routers[layer].of_weights = of_weights;
     at += room(top_k * dim) + room(top_k * others);
   }
@@ -249,8 +247,8 @@ void Engine::experts(int layer, const Step& step) {
         const int e = pending_[i], record = first_record + e, first = r_.first_pair[e];
         const uint8_t* bytes = residency_.bytes(record);
         if (!bytes) continue;
-        jobs_.push_back({expert_weights(store_.records()[record], bytes), r_.pair_token + first,
-                         r_.first_pair[e + 1] - first, first, record});
+        jobs_.push_back(
+            {store_.weights(record, bytes), r_.pair_token + first, r_.first_pair[e + 1] - first, first, record});
         std::swap(pending_[i], pending_[computed + jobs_.size() - 1]);
       }
       if (jobs_.empty()) {

@@ -9,26 +9,15 @@
 
 namespace edge_moe {
 
-ExpertWeights expert_weights(const Record& record, const uint8_t* bytes) {
-  auto matrix = [&](Projection which) {
-    const MatrixLayout& m = record.layout.matrices[which];
-    Matrix out;
-    out.codes = bytes + m.codes;
-    out.scales = reinterpret_cast<const uint16_t*>(bytes + m.scales);
-    out.biases = reinterpret_cast<const uint16_t*>(bytes + m.biases);
-    out.rows = m.rows, out.cols = m.cols, out.width = m.width, out.group = m.group;
-    return out;
-  };
-  return {matrix(kGate), matrix(kUp), matrix(kDown)};
-}
-
-ExpertStore::ExpertStore(const std::vector<std::string>& paths, std::vector<Record> records, bool mapped)
-    : records_(std::move(records)), verified_(records_.size()) {
+ExpertStore::ExpertStore(const std::vector<std::string>& paths, std::vector<Record> records,
+                         std::vector<RecordLayout> layouts, bool mapped)
+    : records_(std::move(records)), layouts_(std::move(layouts)), verified_(records_.size()) {
   for (const std::string& path : paths) files_.push_back(std::make_unique<File>(path));
   for (const Record& record : records_) {
     const File& file = *files_.at(record.file);
-    if (record.offset > file.bytes || record.padded > file.bytes - record.offset ||
-        record.layout.bytes > record.padded || record.offset % kSmallAlignment || record.padded % kSmallAlignment)
+    const size_t used = layouts_.empty() ? 0 : layouts_.at(record.layout).bytes;
+    if (record.offset > file.bytes || record.padded > file.bytes - record.offset || used > record.padded ||
+        record.offset % kSmallAlignment || record.padded % kSmallAlignment)
       throw DamagedFile(file.path + ": expert " + std::to_string(record.expert) + " of layer " +
                         std::to_string(record.layer) + " does not lie inside the file; copy the bundle again");
   }
@@ -37,6 +26,12 @@ ExpertStore::ExpertStore(const std::vector<std::string>& paths, std::vector<Reco
     maps_.emplace_back(*file);
     stamps_.push_back(file->settled_stamp());
   }
+}
+
+ExpertWeights ExpertStore::weights(int record, const uint8_t* bytes) const {
+  const RecordLayout& layout = layouts_[records_[record].layout];
+  auto matrix = [&](Projection which) { return matrix_at(layout.matrices[which], bytes); };
+  return {matrix(kGate), matrix(kUp), matrix(kDown)};
 }
 
 bool ExpertStore::direct() const {

@@ -17,7 +17,7 @@
 
 namespace edge_moe {
 
-// One expert on storage. `padded` is what is read and checksummed; `layout` says where its matrices lie inside.
+// One expert on storage. `padded` is what is read and checksummed.
 struct Record {
   int layer = 0, expert = 0;
   int file = 0;
@@ -25,22 +25,24 @@ struct Record {
   uint64_t padded = 0;  // bytes
   uint32_t checksum = 0;
   float frequency = 0;  // of use during calibration, relative to its layer's others
-  RecordLayout layout{};
+  int layout = 0;       // where its matrices lie inside: which of the store's layouts
 };
 
-// A record's bytes as three matrices.
 struct ExpertWeights {
   Matrix gate, up, down;
 };
-ExpertWeights expert_weights(const Record& record, const uint8_t* bytes);
 
 class ExpertStore {
  public:
   // `mapped`: records are served by map(), else by read(). Throws SystemError when a file cannot be opened and
-  // DamagedFile when a record lies outside its file.
-  ExpertStore(const std::vector<std::string>& paths, std::vector<Record> records, bool mapped);
+  // DamagedFile when a record lies outside its file. layouts: none where nobody asks for weights().
+  ExpertStore(const std::vector<std::string>& paths, std::vector<Record> records, std::vector<RecordLayout> layouts,
+              bool mapped);
 
   const std::vector<Record>& records() const { return records_; }
+
+  // A record's bytes as three matrices.
+  ExpertWeights weights(int record, const uint8_t* bytes) const;
   bool mapped() const { return !maps_.empty(); }
   bool direct() const;            // every file is read past the page cache
   size_t largest_record() const;  // bytes; of no records 0
@@ -77,6 +79,7 @@ class ExpertStore {
   std::vector<std::unique_ptr<File>> files_;
   std::vector<FileMap> maps_;
   std::vector<Record> records_;
+  std::vector<RecordLayout> layouts_;
   std::vector<uint8_t> verified_;  // of mapped records; a byte each, as threads write them side by side
   std::vector<int> unverified_;    // of verify_together()
   std::vector<FileStamp> stamps_;  // of mapped files, when the use began

@@ -30,14 +30,14 @@ void CpuMath::latent_attention(int layer, const Step& step) {
 
   // queries, through a latent of their own or not, and what is cached
   const Matrix& first = a.q_rank ? w.q_a : w.q;
-  Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, std::min(first.width, w.kv_a.width) < 16);
+  Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, first.takes_rounded() || w.kv_a.takes_rounded());
   matmuls({{first, a.q_rank ? s_.q_latent : s_.q}, {w.kv_a, s_.k}}, x);
   if (a.q_rank) {
     pool_.run(tokens, [&](int t, int) {
       float* q_latent = s_.q_latent + size_t(t) * a.q_rank;
       kernels_.rms_norm(q_latent, w.q_a_norm, a.latent_norm_eps, q_latent, a.q_rank);
     });
-    matmul(w.q, prepare(s_.q_latent, tokens, a.q_rank, s_.q_latent_q, w.q.width < 16), s_.q);
+    matmul(w.q, prepare(s_.q_latent, tokens, a.q_rank, s_.q_latent_q, w.q.takes_rounded()), s_.q);
   }
 
   // norm of the latent, rope, and into the KV cache
@@ -118,9 +118,8 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
   Activations x;
   x.values = absorbed, x.count = queries, x.cols = int(cached);
   for (int begin = 0; begin < end; begin += kLatentRows) {
-    Matrix keys;
-    keys.rows = std::min(kLatentRows, end - begin), keys.cols = int(cached), keys.width = 32;
-    keys.codes = reinterpret_cast<const uint8_t*>(latents_from(begin, keys.rows));
+    const int count = std::min(kLatentRows, end - begin);
+    const Matrix keys = float_matrix(latents_from(begin, count), count, int(cached));
     kernels_.matmul(keys, x, scores + begin, context, 0, keys.rows);
   }
   for (int query = 0; query < queries; ++query) kernels_.softmax(scores + query * context, 0, end_of(query));
@@ -145,7 +144,7 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
   for (int head = 0; head < heads; ++head) {
     const Matrix values = rows_of(kv_b, rows_of_head(head) + nope_dim, a.v_dim);
     const size_t first = first_query + head * tokens, v_stride = size_t(a.heads) * a.v_dim;
-    for (int t = 0; values.width < 16 && t < tokens; ++t)
+    for (int t = 0; values.takes_rounded() && t < tokens; ++t)
       quantise_vector(s_.mixed + (first + t) * rank, rank, s_.mixed_q, int(first) + t);
     kernels_.matmul(values, activations(s_.mixed, s_.mixed_q, rank, first, tokens),
                     s_.attended + first_row * v_stride + (first_head + head) * a.v_dim, v_stride, 0, a.v_dim);

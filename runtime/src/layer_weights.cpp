@@ -47,10 +47,11 @@ Matrix rows_of(const Matrix& m, int first, int count) {
   Matrix rows = m;
   rows.rows = count;
   rows.codes += codes_bytes(first, m.cols, m.width);
-  if (m.width < 16) {
+  if (traits(m.codec).parts > kScales) {
     rows.scales += size_t(first) * (m.cols / m.group);
     rows.biases += size_t(first) * (m.cols / m.group);
   }
+  if (m.output_bias) rows.output_bias += first;
   return rows;
 }
 

@@ -34,12 +34,10 @@ Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const s
   memory_->filled();
   if (sum != checksum) throw DamagedFile(path + ": does not match its checksum; copy the bundle again");
   for (const TrunkTensor& t : tensors) {
-    Matrix m;
-    m.codes = memory_->data() + t.codes;
-    m.scales = reinterpret_cast<const uint16_t*>(memory_->data() + t.scales);
-    m.biases = reinterpret_cast<const uint16_t*>(memory_->data() + t.biases);
-    m.rows = t.rows, m.cols = t.cols, m.width = t.width, m.group = t.group;
-    tensors_[t.name] = m;
+    for (const Place& part : t.layout.parts)
+      if (part.offset > bytes || part.bytes > bytes - part.offset)
+        throw DamagedFile(path + ": tensor " + t.name + " does not lie inside the file; copy the bundle again");
+    tensors_[t.name] = matrix_at(t.layout, memory_->data());
   }
 }
 
@@ -57,7 +55,7 @@ Matrix Trunk::matrix(const std::string& name) const {
 const float* Trunk::vector_if_any(const std::string& name, int length) const {
   Matrix m = matrix_if_any(name);
   if (!m) return nullptr;
-  if (m.width != 32 || m.rows * m.cols != length)
+  if (m.codec != Codec::kFloat32 || m.rows * m.cols != length)
     throw DamagedFile(path_ + ": tensor " + name + " is not " + std::to_string(length) +
                       " float32 values; compress the model again");
   return reinterpret_cast<const float*>(m.codes);

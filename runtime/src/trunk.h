@@ -12,12 +12,10 @@
 
 namespace edge_moe {
 
-// One trunk tensor in the file. Vectors have one row. Offsets are in bytes from the start of the file; scales and
-// biases only below width 16.
+// One trunk tensor: where its parts lie in the file. Vectors have one row.
 struct TrunkTensor {
   std::string name;
-  int rows = 0, cols = 0, width = 0, group = 0;
-  uint64_t codes = 0, scales = 0, biases = 0;
+  MatrixLayout layout;
 };
 
 class Trunk {

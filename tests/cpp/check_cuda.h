@@ -61,18 +61,23 @@ void compare(const std::string& what, const Values<T>& got, const Values<T>& wan
   ++failures;
 }
 
-// A random matrix of a packed width.
+// A random matrix of a packed width, with an output bias where that is even.
 struct Packed {
   Packed(int rows, int cols, int width, int group)
-      : codes(codes_bytes(rows, cols, width)), scales(size_t(rows) * (cols / group)), biases(scales.size()) {
+      : codes(codes_bytes(rows, cols, width)),
+        scales(size_t(rows) * (cols / group)),
+        biases(scales.size()),
+        output_bias(floats(size_t(rows))) {
     for (uint8_t& code : codes) code = uint8_t(random_bits());
     for (auto* values : {&scales, &biases})
       for (uint16_t& value : *values) value = uint16_t((random_bits() & 0x80ff) | 0x3c00);
     matrix.codes = codes.data(), matrix.scales = scales.data(), matrix.biases = biases.data();
     matrix.rows = rows, matrix.cols = cols, matrix.width = width, matrix.group = group;
+    if (width % 2 == 0) matrix.output_bias = output_bias.data();
   }
   Values<uint8_t> codes;
   Values<uint16_t> scales, biases;
+  Floats output_bias;
   Matrix matrix;
 };
 

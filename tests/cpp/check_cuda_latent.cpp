@@ -39,7 +39,7 @@ void check_attention(const Shape& s, int position, int tokens) {
   const Packed packed(rows, s.rank, s.width < 16 ? s.width : 8, s.group);
   const Floats values = floats(size_t(rows) * s.rank);
   Matrix kv_b = packed.matrix;
-  if (s.width == 32) kv_b.codes = reinterpret_cast<const uint8_t*>(values.data()), kv_b.width = 32;
+  if (s.width == 32) kv_b = float_matrix(values.data(), kv_b.rows, kv_b.cols);
 
   Floats latents(room * cached), q = floats(size_t(tokens) * s.heads * head_dim),
                                  fresh = floats(size_t(tokens) * cached);
@@ -72,9 +72,7 @@ void check_attention(const Shape& s, int position, int tokens) {
       const size_t query = size_t(t) * s.heads + head;
       const float grown = s.grows ? scale * growth[(position + t) / kGrowing] : scale;
       const Floats absorbed = absorbed_by(s, kv_b, &q[query * head_dim], head, grown);
-      Matrix keys;
-      keys.codes = reinterpret_cast<const uint8_t*>(latents.data()), keys.width = 32;
-      keys.rows = position + t + 1, keys.cols = cached;
+      const Matrix keys = float_matrix(latents.data(), position + t + 1, cached);
       Activations x;
       x.values = absorbed.data(), x.count = 1, x.cols = cached;
       kScalarKernels.matmul(keys, x, scores.data(), 0, 0, keys.rows);

@@ -39,7 +39,7 @@ void check_floats() {
     Matrix m = packed.matrix;
     if (width >= 16) {
       m.codes = width == 16 ? reinterpret_cast<uint8_t*>(halves.data()) : reinterpret_cast<uint8_t*>(values.data());
-      m.width = width, m.cols = cols, m.scales = m.biases = nullptr;
+      m.width = width, m.codec = codec_of(width), m.cols = cols, m.scales = m.biases = nullptr;
     }
     const Values<int32_t> ids = {20, 0, 7};
     Floats want(ids.size() * cols), got(want.size());

@@ -111,6 +111,7 @@ static void check_products(const Kernels& kernels, bool reference) {
             if (i % (width / 8) == size_t(width / 8 - 1)) codes.data[i] = uint8_t(0x3c + random_bits() % 4);
           Matrix m;
           m.codes = codes.data, m.rows = rows, m.cols = cols, m.width = width, m.group = group;
+          m.codec = codec_of(width);
           m.scales = reinterpret_cast<const uint16_t*>(scales.data), m.biases = m.scales + size_t(rows) * groups;
           Inputs inputs(70, cols);
           inputs.quantise(kScalarKernels);

@@ -21,7 +21,7 @@ from edge_moe.compressor.rounding.quantise import trunk_packing
 from edge_moe.compressor.rounding.round_layers import Rounding, Track
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.writing.writer import Packing
-from edge_moe.runtime.bundle import record_alignment, record_bytes
+from edge_moe.runtime.bundle_records import record_alignment, record_bytes
 from edge_moe.runtime.config import ModelConfig, trunk_shapes
 
 from .study import Study

@@ -1,0 +1,126 @@
+// The bundle's formats for Python: constants and codecs of format.h, and how the parts of a record lie.
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "format.h"
+#include "python/arrays.h"
+#include "python/encodings.h"
+
+using namespace edge_moe;
+
+Encoding encoding_of(const EncodingTuple& encoding) {
+  const auto& [name, width, group] = encoding;
+  for (const CodecTraits& codec : kCodecs) {
+    if (codec.name != name) continue;
+    expect(width >= 0 && width < 64 && codec.widths >> width & 1,
+           "codec " + name + " has no width " + std::to_string(width));
+    const bool grouped = codec.parts > kScales;
+    expect(!grouped || std::find(std::begin(kGroups), std::end(kGroups), group) != std::end(kGroups),
+           "group must be 32, 64 or 128");
+    return {codec.codec, width, grouped ? group : 0};
+  }
+  throw std::invalid_argument("no codec '" + name + "'");
+}
+
+namespace {
+
+using Encodings = std::array<EncodingTuple, kProjections>;
+using Places = std::map<std::string, std::pair<uint64_t, uint64_t>>;  // (offset, bytes) by name
+
+std::array<Encoding, kProjections> encodings_of(const Encodings& given) {
+  std::array<Encoding, kProjections> encodings;
+  for (int p = 0; p < kProjections; ++p) encodings[p] = encoding_of(given[p]);
+  return encodings;
+}
+
+// f(name, place) of each part that there is, in the order of format.h.
+template <typename Layout, typename F>
+void each_part(Layout& layout, const F& f) {
+  for (int p = 0; p < kProjections; ++p)
+    for (int part = 0; part < kParts; ++part)
+      if (auto& place = layout.matrices[p].parts[part]; place.bytes)
+        f(kProjectionNames[p] + std::string(".") + kPartNames[part], place);
+  for (int p = 0; p < kProjections; ++p)
+    if (auto& place = layout.matrices[p].output_bias; place.bytes)
+      f(kProjectionNames[p] + std::string(".output_bias"), place);
+}
+
+// The layout with its parts where `places` has them.
+RecordLayout placed(RecordLayout layout, const Places& places) {
+  std::vector<Place> taken;
+  each_part(layout, [&](const std::string& name, Place& place) {
+    const auto found = places.find(name);
+    expect(found != places.end(), "part " + name + " is missing");
+    const auto [offset, bytes] = found->second;
+    expect(bytes == place.bytes,
+           "part " + name + " has " + std::to_string(bytes) + " bytes, expected " + std::to_string(place.bytes));
+    expect(offset % kPartAlignment == 0 && offset < uint64_t(1) << 40,
+           "part " + name + " begins at byte " + std::to_string(offset) + ", expected a multiple of 64");
+    place.offset = offset;
+    taken.push_back(place);
+  });
+  expect(taken.size() == places.size(), "there are parts that the codecs do not have");
+  std::sort(taken.begin(), taken.end(), [](const Place& a, const Place& b) { return a.offset < b.offset; });
+  for (size_t i = 1; i < taken.size(); ++i)
+    expect(taken[i - 1].offset + taken[i - 1].bytes <= taken[i].offset, "parts overlap");
+  layout.bytes = align_up(taken.back().offset + taken.back().bytes, kPartAlignment);
+  return layout;
+}
+
+}  // namespace
+
+void bind_format(nb::module_& m) {
+  m.attr("FORMAT_VERSION") = kFormatVersion;
+  m.attr("PART_ALIGNMENT") = kPartAlignment;
+  m.attr("DATA_ALIGNMENT") = kDataAlignment;
+  m.attr("SMALL_ALIGNMENT") = kSmallAlignment;
+  nb::list widths, groups;
+  for (int width : kWidths) widths.append(width);
+  for (int group : kGroups) groups.append(group);
+  m.attr("WIDTHS") = nb::tuple(widths);
+  m.attr("GROUPS") = nb::tuple(groups);
+  nb::dict codecs;
+  for (const CodecTraits& codec : kCodecs) {
+    nb::list parts, its_widths;
+    for (int part = 0; part < codec.parts; ++part) parts.append(kPartNames[part]);
+    for (int width = 0; width < 64; ++width)
+      if (codec.widths >> width & 1) its_widths.append(width);
+    codecs[codec.name] =
+        nb::make_tuple(nb::tuple(its_widths), nb::tuple(parts), codec.dtype, codec.input == InputForm::kRounded);
+  }
+  m.attr("CODECS") = codecs;
+
+  nb::class_<RecordLayout>(m, "RecordLayout", "Where the parts of one expert lie in its record.")
+      .def(
+          "__init__",
+          [](RecordLayout* self, int dim, int hidden, const Encodings& encodings, bool biased) {
+            expect(dim > 0 && hidden > 0, "dim and hidden must be at least 1");
+            new (self) RecordLayout(record_layout(dim, hidden, encodings_of(encodings), biased));
+          },
+          nb::arg("dim"), nb::arg("hidden"), nb::arg("encodings"), nb::arg("biased") = false,
+          "The layout that new bundles have. encodings: (codec, width, group) of gate, up and down. biased: their "
+          "products have a bias. Raises ValueError for an encoding that there is not.")
+      .def(
+          "placed", [](const RecordLayout& self, const Places& parts) { return placed(self, parts); }, nb::arg("parts"),
+          "The same with its parts in other places: (offset, bytes) by name. Raises ValueError unless they are these\n"
+          "parts, at multiples of 64 bytes, and do not overlap.")
+      .def_ro("bytes", &RecordLayout::bytes, "Of all parts, without the padding of the record.")
+      .def_prop_ro(
+          "parts",
+          [](const RecordLayout& self) {
+            nb::dict parts;
+            each_part(self, [&](const std::string& name, const Place& place) {
+              parts[name.c_str()] = nb::make_tuple(place.offset, place.bytes);
+            });
+            return parts;
+          },
+          nb::sig("def parts(self) -> dict[str, tuple[int, int]]"),
+          "(offset, bytes) by name, as \"gate.codes\", in the order of new bundles.");
+}
