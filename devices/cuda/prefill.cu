@@ -4,6 +4,8 @@
 // shared memory and put the tokens' inputs beside them in the same order; then every warp multiplies 16 rows by all
 // tokens and adds what its lanes have to their running sums, in the order of the inputs. Where one of eight tokens has
 // lows, all of these are multiplied once more.
+#include <algorithm>
+
 #include "batch.h"
 #include "packed.cuh"
 #include "prefill.h"
@@ -140,9 +142,18 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
     EDGE_MOE_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int token = first_token + tile * 8 + lane % 4 * 2 + i % 2, to = first_row + row + i / 2 * 8;
-      if (token < job.count && to < m.rows) job.y[token * job.stride + to] = with_bias(m, to, sums[tile][i]);
+      if (token < job.count && to < m.rows) job.y[token * job.stride + to] = sums[tile][i];
     }
   }
+}
+
+// For products_kernel, where it would take registers of which it has none left.
+EDGE_MOE_KERNEL(kThreads) add_output_bias_kernel(Batch<ProductJob> batch) {
+  const ProductJob& job = batch.jobs[blockIdx.z];
+  const int row = int(blockIdx.x * kThreads + threadIdx.x), t = int(blockIdx.y);
+  if (row >= job.matrix.rows || t >= job.count) return;
+  float& y = job.y[t * job.stride + row];
+  y = with_bias(job.matrix, row, y);
 }
 
 }  // namespace
@@ -151,7 +162,11 @@ void products(const ProductJob* jobs, int count, const VectorBuffer& x, Stream s
   in_batches(jobs, count, [&](const Batch<ProductJob>& batch, bool) {
     dim3 grid = grid_of(batch, kRows);
     grid.y = pieces(grid.y, kTokens);
-    if (grid.x && grid.y) EDGE_MOE_LAUNCH(products_kernel, grid, dim3(kThreads), 0, stream, batch, x);
+    if (!grid.x || !grid.y) return;
+    EDGE_MOE_LAUNCH(products_kernel, grid, dim3(kThreads), 0, stream, batch, x);
+    const auto biased = [](const ProductJob& job) { return job.matrix.output_bias != nullptr; };
+    if (std::any_of(batch.jobs, batch.jobs + batch.count, biased))
+      EDGE_MOE_LAUNCH(add_output_bias_kernel, grid_of(batch, kThreads), dim3(kThreads), 0, stream, batch);
   });
 }
 
