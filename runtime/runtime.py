@@ -370,7 +370,7 @@ class Runtime:
                     sequence = session.sequences.of(call)
                     if sequence is None:
                         sequence = session.begin(call, ids, rule)
-                        session.rewind(sequence, 0)
+                        session.truncate(sequence, 0)
                         for before in range(0, at, rows):
                             session.step(sequence, ids[before : before + rows], NOTHING, self._unwanted(call))
                         sequence.call = call
@@ -384,7 +384,7 @@ class Runtime:
         self._open()
         with self._session.turns.take(call := Wanted()):
             for sequence in self._session.sequences.all:
-                self._session.rewind(sequence, 0)
+                self._session.truncate(sequence, 0)
         self._session.turns.leave(call)
 
     def _leave(self, call: object) -> None:

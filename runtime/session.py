@@ -91,7 +91,7 @@ class Session:
         """The call's sequence, which holds as many of the first tokens as it can, all but one at the most."""
         shared = [one.shares(whole[:-1], rule) for one in self.sequences.all]
         sequence = self.sequences.take(call, shared)
-        self.rewind(sequence, shared[sequence.number])
+        self.truncate(sequence, shared[sequence.number])
         other = max(self.sequences.all, key=lambda one: shared[one.number])
         if shared[other.number] >= len(sequence.tokens) + COPIED:
             self.engine.copy_positions(other.number, sequence.number, shared[other.number])
@@ -100,12 +100,13 @@ class Session:
         sequence.rule, sequence.call = rule, call
         return sequence
 
-    def rewind(self, sequence: Sequence, position: int) -> None:
+    def truncate(self, sequence: Sequence, count: int) -> None:
+        """Forget all but the first tokens: so many, or as many of them as the engine can bring the sequence back to."""
         engine = self.engine
         sequence.call = None
-        # First: after an interrupt it may be shorter than the KV cache, never longer.
-        del sequence.tokens[position:]
-        engine.rewind(position, sequence=sequence.number)
+        # First: after an interrupt it may be shorter than what the engine holds, never longer.
+        del sequence.tokens[count:]
+        del sequence.tokens[engine.truncate(count, sequence=sequence.number) :]
 
     def step(
         self, sequence: Sequence, tokens: list[int], want: int, unwanted: Callable[[], bool] = lambda: False
@@ -143,7 +144,7 @@ class Session:
         return found
 
     def _not_finite(self, sequence: Sequence) -> ValueError:
-        self.rewind(sequence, 0)  # whatever it came from, no later call may go on from there
+        self.truncate(sequence, 0)  # whatever it came from, no later call may go on from there
         perhaps = f"perhaps {self._overflow()}, or " if self.plan.kv == "float16" else ""
         return ValueError(f"{self.runtime.bundle.path}: logits are not finite; {perhaps}compress the model again")
 

@@ -176,7 +176,7 @@ def make_engine(
 
 def run_engine(engine, ids, chunk: int = 32) -> np.ndarray:
     """Logits of every position, `chunk` tokens a step, from an empty KV cache."""
-    engine.rewind(0)
+    engine.truncate(0)
     parts = [ids[at : at + chunk] for at in range(0, len(ids), chunk)]
     return np.concatenate([engine.forward(np.asarray(part, np.int32), ALL) for part in parts])
 
@@ -201,7 +201,7 @@ def run_together(engine, requests: list[Request], sequences: int) -> list[np.nda
         for sequence in range(sequences):
             if sequence not in running and waiting and waiting[0].arrives <= step:
                 running[sequence] = waiting.pop(0)
-                engine.rewind(0, sequence=sequence)
+                engine.truncate(0, sequence=sequence)
                 engine.set_prune(*running[sequence].rule, sequence=sequence)
         step += 1
         parts = []

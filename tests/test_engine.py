@@ -181,7 +181,9 @@ def test_rows_that_are_not_returned_change_nothing(mixed, golden):
     assert engine.forward(ids[:20], NOTHING).shape == (0, want.shape[1])
     assert same_bits(engine.forward(ids[20:29], LAST), want[28:29])
     assert same_bits(engine.forward(ids[29:], ALL), want[29:])
-    engine.rewind(10)
+    assert engine.truncate(10) == engine.position == 10
+    with pytest.raises(ValueError, match="there are not as many positions"):
+        engine.truncate(11)
     assert same_bits(engine.forward(ids[10:], LAST), want[-1:])
 
 

@@ -133,12 +133,12 @@ def test_no_bit_depends_on_chunks_threads_slots_or_kernels(random_bundle):
         assert same_bits(run_engine(engine, ids, 40), want), name
 
 
-def test_what_came_before_in_the_cache_is_forgotten_with_a_rewind(random_bundle):
+def test_what_came_before_in_the_cache_is_forgotten_with_truncate(random_bundle):
     first, second = np.random.default_rng(6).integers(0, 256, (2, 50)).astype(np.int32)
     want = run_engine(make_engine(random_bundle, chunk=50), np.concatenate([first[:20], second[20:]]), 50)
     engine = make_engine(random_bundle, chunk=50, threads=2)
     engine.forward(first, LAST)
-    engine.rewind(20)
+    engine.truncate(20)
     assert same_bits(engine.forward(second[20:], LAST), want[-1:])
 
 

@@ -99,7 +99,7 @@ def test_a_sequence_is_rewound_alone(mixed, golden):
     engine = make_engine(path, sequences=2)
     want = run_engine(make_engine(path), ids[:12])
     engine.step([(0, ids[:12].astype(np.int32), LAST), (1, ids[:10].astype(np.int32), LAST)])
-    engine.rewind(4, sequence=1)
+    assert engine.truncate(4, sequence=1) == 4
     rows = engine.step([(1, ids[4:12].astype(np.int32), ALL), (0, ids[12:13].astype(np.int32), LAST)])
     assert same_bits(rows[:8], want[4:])
     assert engine.position == 13
@@ -140,7 +140,7 @@ def test_what_a_step_cannot_take_is_said_and_changes_nothing(mixed, golden):
     ):
         with pytest.raises(ValueError, match=message):
             engine.step(parts)
-    for call in (lambda: engine.rewind(0, sequence=2), lambda: engine.set_prune("off", sequence=-1)):
+    for call in (lambda: engine.truncate(0, sequence=2), lambda: engine.set_prune("off", sequence=-1)):
         with pytest.raises(ValueError, match="there is no such sequence"):
             call()
     engine.inject("error")

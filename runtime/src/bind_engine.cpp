@@ -375,12 +375,15 @@ void bind_engine(nb::module_& m) {
           "Whether idle readers may read experts ahead of the next layer; it changes no result.")
       .def_prop_ro("position", [](const BoundEngine& self) { return self->position(0); })
       .def(
-          "rewind",
-          [](BoundEngine& self, int position, int sequence) {
+          "truncate",
+          [](BoundEngine& self, int positions, int sequence) {
             check_sequence(*self, sequence);
-            self->rewind(sequence, position);
+            return self->truncate(sequence, positions);
           },
-          nb::arg("position"), nb::arg("sequence") = 0, "Forget a sequence's positions from `position` on.")
+          nb::arg("positions"), nb::arg("sequence") = 0,
+          "Forget all but a sequence's first positions: so many, or fewer where its state can be brought back to "
+          "these\n"
+          "alone. Returns how many there are now.")
       .def(
           "copy_positions",
           [](BoundEngine& self, int from, int to, int positions) {

@@ -187,10 +187,10 @@ void Engine::resize_slots(size_t bytes) {
   residency_.resize(bytes);
 }
 
-void Engine::rewind(int sequence, int position) {
+int Engine::truncate(int sequence, int positions) {
   Sequence& its = sequences_.at(sequence);
-  if (position < 0 || position > its.position) throw std::invalid_argument("rewind goes back only");
-  its.position = position;
+  if (positions < 0 || positions > its.position) throw std::invalid_argument("there are not as many positions");
+  return its.position = math_->restorable(sequence, positions);
 }
 
 void Engine::copy_positions(int from, int to, int positions) {

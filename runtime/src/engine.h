@@ -73,7 +73,10 @@ class Engine {
   void set_prune(int sequence, PruneRule rule);
 
   int position(int sequence) const { return sequences_.at(sequence).position; }
-  void rewind(int sequence, int position);  // forget positions from `position` on
+
+  // Forget all but the first positions of a sequence: so many, or fewer where its state can be brought back to these
+  // alone. Returns how many there are now.
+  int truncate(int sequence, int positions);
   // The first positions of a sequence into another, which has these alone then.
   void copy_positions(int from, int to, int positions);
   const SequenceStats& stats(int sequence) const { return sequences_.at(sequence).stats; }
