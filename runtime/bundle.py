@@ -1,20 +1,20 @@
-"""The bundle on disk: what NAME.emoe/ holds, read with every claim checked.
+"""The bundle on disk: the files of NAME.emoe/, opened with every claim of theirs checked.
 
     config.json, tokenizer files    verbatim from the checkpoint; `copies` has their SHA-256, `copy_bytes` their sizes
     bundle.json                     the table below; its own checksum last
-    trunk.safetensors               all but the routed experts; one checksum for the file
+    trunk.safetensors               all weights but the routed experts; one checksum for the file
     mask-routers.safetensors        what learned pruning needs, where it was calibrated; see pruning.py
     experts-0000I-of-0000N.safetensors   one U8 tensor an expert, `layers.L.experts.E`; a checksum for each record
 
 A quantised trunk tensor NAME is NAME.codes (U32, as MLX packs), NAME.scales and NAME.biases (BF16). Writing is in
 compressor/writing/writer.py; packed layouts are devices/format.h's. Bundles of format 1 are read, too.
 
-Experts that were dropped have no record: the table's `dropped` lists their numbers in the checkpoint, by layer with
-experts, and those left are numbered from 0 in the same order, as are the router's rows and biases. `top_k` lists each
-such layer's own, and is there where one differs from config.json's.
+Dropped experts have no record: the table's `dropped` lists their numbers in the checkpoint, by layer with experts. The
+remaining experts are renumbered from 0 in the same order, as are the rows and biases of the router. `top_k` lists the
+top_k of each such layer; it is missing if all are as in config.json.
 
-A file that is used must be listed. A bundle made before `copy_bytes` was written may have others of COPIED, which
-nothing checks; Bundle.unlisted names them.
+Every file that is used must be listed. A bundle made before `copy_bytes` was introduced may contain unlisted files of
+COPIED, which have no checksum; Bundle.unlisted names them.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from .files import pieces, real_path
 from .model_path import check_quantised, find_model, raise_if_other_format
 from .pruning import MASK_FILE, Pruning, read_mask_routers, read_pruning
 
-COPIED = {  # files of a checkpoint that a bundle has and that are used, and the most bytes of each
+COPIED = {  # files that are copied from a checkpoint and used, and the maximum size of each in bytes
     "config.json": 4_000_000,
     "generation_config.json": 4_000_000,
     "tokenizer.json": 64_000_000,  # the largest tokenizers have 35 MB
@@ -47,7 +47,7 @@ COPIED = {  # files of a checkpoint that a bundle has and that are used, and the
     "chat_template.jinja": 4_000_000,
 }
 MOST_COPY_BYTES = 64_000_000
-TEMPLATES = "additional_chat_templates"  # a directory of checkpoints that no bundle has, and that would be used
+TEMPLATES = "additional_chat_templates"  # a directory of checkpoints; no bundle has it, and it would be used
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Bundle:
     layouts: tuple[Layout, ...]  # of the records
     experts: dict[tuple[int, int], Expert]  # by layer and expert, in that order
     copies: dict[str, int]  # bytes of each copied file
-    unlisted: tuple[str, ...] = ()  # files of COPIED that are used, though bundle.json does not list them
+    unlisted: tuple[str, ...] = ()  # files of COPIED that are used although bundle.json does not list them
     pruning: Pruning | None = None
 
     @classmethod
@@ -102,15 +102,15 @@ class Bundle:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean over the weights of the experts, with scales, biases and padding."""
+        """Mean bits of an expert weight, with scales, biases and padding."""
         return 8 * self.expert_bytes / (len(self.experts) * self.config.expert_weights)
 
     def trunk_table(self) -> list[tuple[str, int, int, tuple[str, int, int], tuple[int, ...]]]:
-        """The trunk's tensors as the engine wants them: (name, rows, cols, encoding, offsets of the parts)."""
+        """The trunk's tensors in the engine's form: (name, rows, cols, encoding, offsets of the parts)."""
         return [(one.name, one.rows, one.cols, one.encoding, one.offsets) for one in self.trunk]
 
     def record_table(self) -> tuple[list[_core.RecordLayout], np.ndarray, np.ndarray]:
-        """What the engine wants, layer by layer: layouts, int64 (experts, 5), and frequencies float32 (experts,)."""
+        """The records in the engine's form: layouts, int64 (experts, 5), and frequencies float32 (experts,)."""
         count = len(self.experts)
         records, frequency = np.zeros((count, 5), np.int64), np.zeros(count, np.float32)
         for at, e in enumerate(self.experts.values()):
@@ -124,7 +124,7 @@ class Bundle:
 
 
 def _raise_for_checkpoint(path: Path) -> None:
-    """Raise ValueError for a directory with a model that is not compressed, or that cannot be."""
+    """Raise ValueError if the directory contains a model that is not compressed, or that cannot be."""
     config = path / "config.json"
     if not config.is_file():
         raise_if_other_format(path)
@@ -136,9 +136,9 @@ def _raise_for_checkpoint(path: Path) -> None:
 
 
 def verify(bundle: Bundle) -> Iterator[tuple[str, int]]:
-    """Read every byte of a bundle in pieces and check it; yields (what was checked, its bytes) as it goes.
+    """Read and check every byte of a bundle, in pieces; yields (name of the part checked, its bytes).
 
-    Raises ValueError naming the first part that does not match, OSError where one cannot be read.
+    Raises ValueError for the first part that does not match its checksum, and OSError for one that cannot be read.
     """
     for name, nbytes in bundle.copies.items():
         _check_copy(bundle.path / name, bundle.table["copies"][name])
@@ -159,13 +159,13 @@ def verify(bundle: Bundle) -> Iterator[tuple[str, int]]:
 
 
 def parts_to_verify(bundle: Bundle) -> int:
-    """How many parts verify() yields."""
+    """The number of parts that verify() yields."""
     learned = bundle.pruning is not None and bool(bundle.pruning.learned)
     return len(bundle.copies) + 1 + learned + len(bundle.experts)
 
 
 def _checksum(path: Path, offset: int, nbytes: int) -> tuple[int, int]:
-    """Bytes that a part of a file has, and their CRC-32C."""
+    """The number of bytes read from a part of a file, and their CRC-32C."""
     got = checksum = 0
     for piece in pieces(path, offset, nbytes):
         got, checksum = got + len(piece), _core.crc32c(piece, checksum)
@@ -173,9 +173,9 @@ def _checksum(path: Path, offset: int, nbytes: int) -> tuple[int, int]:
 
 
 def _check_copies(path: Path, table: dict, read: Reader) -> dict[str, int]:
-    """config.json and the tokenizer files decide what the numbers mean: they must be the ones that were copied.
+    """Check the sizes and checksums of config.json and the tokenizer files, and return their sizes.
 
-    Returns the bytes of each.
+    They decide what the weights mean, so they must be the files that were copied.
     """
     copies, sizes = read.get(table, "copies", dict), table.get("copy_bytes")
     if "config.json" not in copies:
@@ -194,7 +194,7 @@ def _check_copies(path: Path, table: dict, read: Reader) -> dict[str, int]:
 
 
 def _copy_bytes(path: Path, name: str, missing: str) -> int:
-    """The size of a copied file, which must be one that such a file can have."""
+    """The size of a copied file. Raises ValueError if it is above the maximum for such a file."""
     nbytes, most = real_path(path, name, missing).stat().st_size, COPIED.get(name, MOST_COPY_BYTES)
     if nbytes > most:
         raise ValueError(f"{path / name}: has {nbytes:,} bytes, expected at most {most:,}; {REMEDY}")
@@ -210,7 +210,7 @@ def _check_copy(file: Path, checksum: str) -> None:
 
 
 def _unlisted(path: Path, table: dict) -> tuple[str, ...]:
-    """Names of COPIED that are there and not in the table; a bundle whose table has sizes has none."""
+    """Names of COPIED that exist and are not in the table. Raises ValueError if the table should list them."""
     found = [name for name in COPIED if name not in table["copies"] and (path / name).exists()]
     for name in found:
         _copy_bytes(path, name, "; remove what has its name")
@@ -225,7 +225,7 @@ def _unlisted(path: Path, table: dict) -> tuple[str, ...]:
 
 
 def _without_dropped(config: ModelConfig, table: dict, read: Reader) -> ModelConfig:
-    """config.json's model with `kept` and `layer_top_k` by the table's `dropped` and `top_k`."""
+    """The config with `kept` and `layer_top_k` from the table's `dropped` and `top_k`."""
     layers, everything = config.moe_layers, set(range(config.experts))
 
     def by_layer(key: str) -> dict:
@@ -261,7 +261,7 @@ def _without_dropped(config: ModelConfig, table: dict, read: Reader) -> ModelCon
 
 
 def dropped_keys(config: ModelConfig) -> dict:
-    """bundle.json's keys about dropped experts; lists are by layer with experts, `top_k` is there if it changed."""
+    """The keys of bundle.json about dropped experts, by layer with experts; `top_k` only if a layer's has changed."""
     everything = set(range(config.experts))
     dropped = [sorted(everything.difference(config.kept[layer])) for layer in config.moe_layers if config.kept]
     keys = {"dropped": dropped if any(dropped) else []}

@@ -44,7 +44,7 @@ def table_checksum(table: dict) -> str:
 
 
 def read_table(directory: Path) -> dict:
-    """Read bundle.json; raises ValueError unless it is of this format version and unedited."""
+    """Read bundle.json. Raises ValueError for a newer format version, and if the checksum does not match."""
     path = directory / TABLE_FILE
     real_path(directory, TABLE_FILE, f"; a bundle directory has one, {REMEDY}")
     table = parse_json(path, read_bounded(path, MOST_JSON_BYTES, REMEDY), REMEDY)
@@ -62,7 +62,7 @@ def read_table(directory: Path) -> dict:
 
 
 class Reader:
-    """Typed access to values of bundle.json; what is missing or of another type is a ValueError that names it."""
+    """Typed access to values of bundle.json. Raises ValueError naming a value that is missing or of another type."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -95,7 +95,7 @@ class Reader:
         return name
 
     def check(self, value, wanted, where: str) -> None:
-        """Raise ValueError, naming the place, where a value has not the keys and kinds that `wanted` says."""
+        """Raise ValueError, naming the place, unless a value has the keys and kinds of `wanted`."""
         if isinstance(wanted, dict):
             if not isinstance(value, dict):
                 raise self._wrong(where, value, "an object")
@@ -128,7 +128,7 @@ def is_number(value) -> bool:
 
 
 def shown(value) -> str:
-    """A value of JSON for an error message, its beginning where it is long."""
+    """A JSON value for an error message, shortened if it is long."""
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value):,}"
     text = repr(value)

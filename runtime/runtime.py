@@ -1,7 +1,7 @@
-"""Runtime: a bundle loaded under a cap, and what can be asked of it: generate, stream, logits.
+"""Runtime: a bundle loaded for inference under a memory cap, with generate(), stream(), batch() and logits().
 
-The order matters: tokenizer first, then the plan (which counts the interpreter as it is by then), then the engine,
-which allocates everything. Nothing grows afterwards but the caller's own results.
+Loading has a fixed order: the tokenizer, then the plan, which counts the interpreter's memory with the tokenizer in it,
+then the engine, which allocates everything. After that only the caller's results take more memory.
 """
 
 import os
@@ -38,30 +38,33 @@ from .turns import AsyncStream, Stream, Wanted
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-TEXT_COPIES = 8  # bytes that a byte of a prompt's text may take: as read, decoded to 4 a character, and in a template
-DEFAULT_CONTEXT = 4096  # tokens, where the model goes that far
+TEXT_COPIES = 8  # bytes of memory per byte of a prompt: as read, as characters of 4 bytes, and in a chat template
+DEFAULT_CONTEXT = 4096  # tokens, if the model supports as many
 
 
 class Runtime:
-    """A bundle ready to generate, inside a hard RAM cap; a context manager.
+    """A bundle loaded for inference under a hard memory cap; a context manager.
 
-    bundle: path of NAME.emoe. ram: the cap on this process's peak memory, "8GB", "8GiB", bytes or "auto" (80 % of what
-    is free). context: tokens the KV cache holds, by default 4096 or the model's own if shorter. device: "cpu", "cuda",
-    or "auto", a GPU where this build has code for one. threads: of computation, by default those the process may use.
-    prune: which of its experts a token may leave out where a call does not say: "off"; a share of expert uses, as 0.2;
-    "bundle", the share that the bundle was calibrated for; a rule by name ("loss", "otp", "share", "odp"), as "otp:0.2"
-    with a share; by default "off", where the bundle sets no other. Rules that protect a prompt's important tokens (odp)
-    depend on how long its chunks are. logits_rows: rows of logits that one step may return; generate() needs one.
-    sequences: conversations that have a KV cache of their own, and answers of batch() that are computed at once. kv:
-    what keys and values are kept in, "float16" or "float32", which takes twice the memory.
+    bundle: path of NAME.emoe.
+    ram: upper bound of this process's peak memory: "8GB", "8GiB", a number of bytes, or "auto", 80 % of free memory.
+    context: length of the KV cache in tokens, by default 4096, or the model's maximum if that is smaller.
+    device: "cpu", "cuda", or "auto": a GPU if this build has code for one.
+    threads: for computation, by default as many as the process may use.
+    prune: which of its experts a token may skip, for calls that do not say: "off"; a share of expert uses, as 0.2;
+        "bundle", the share that the bundle was calibrated for; a rule by name ("loss", "otp", "share", "odp"), as
+        "otp:0.2" with a share. The default is the bundle's, or "off" if it has none. With a rule that protects
+        important tokens of a prompt (odp), results depend on the length of the prompt's chunks.
+    logits_rows: maximum number of rows of logits that a step returns; generate() needs one.
+    sequences: number of KV caches, and so of answers that are computed together.
+    kv: type of keys and values in the cache, "float16" or "float32", which takes twice the memory.
 
-    Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one and MemoryError for a
-    cap below the floor, naming the floor.
+    Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one, and MemoryError for a
+    cap below the floor, which the message names.
 
-    May be used by any number of threads: one step is computed at a time. With one sequence calls wait for one another,
-    with several so many of them share steps. A stream is one call until it is exhausted, closed, cancelled or not read
-    for a tenth of a second while others wait. It belongs to no thread. A forked child cannot use the Runtime of its
-    parent.
+    Any number of threads may use a Runtime; it computes one step at a time. With one sequence, calls wait for one
+    another; with several, as many calls share their steps. A stream counts as a call until it is exhausted, closed or
+    cancelled, or until nobody has read from it for a tenth of a second while others wait. Any thread may read from it.
+    A forked child cannot use its parent's Runtime.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Runtime:
         with loading:
             ram_bytes = process_cap(ram)
             if _core.peak_bytes() > ram_bytes:
-                _core.reset_peak_bytes()  # what the process had before, and gave back, is not under this cap
+                _core.reset_peak_bytes()  # memory that the process has freed again does not count under this cap
             peak_before = min(_core.peak_bytes(), ram_bytes)
             self.bundle = Bundle.open(bundle)
             self.config = self.bundle.config
@@ -120,7 +123,9 @@ class Runtime:
             try:
                 taken, reading = taken_bytes(), reading_bytes(self.bundle.path)
                 if others_bytes() or taken < ram_bytes < taken + reading:
-                    plan(taken + reading, taken + reading)  # may refuse before reading takes more than there is
+                    plan(
+                        taken + reading, taken + reading
+                    )  # refuses before the tokenizer takes more than the cap leaves
                 self.tokenizer = tokenizer_of(self.bundle.path)
                 if self.tokenizer is not None:
                     self.tokenizer.prepare_chat(ram_bytes - taken_bytes())
@@ -173,7 +178,7 @@ class Runtime:
         self.close()
 
     def close(self) -> None:
-        """Give the memory back, once the step that another thread computes has ended; later calls raise ValueError."""
+        """Free the memory, after the step that another thread may be computing; later calls raise ValueError."""
         self._engine = None
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -185,15 +190,16 @@ class Runtime:
 
     @property
     def stats(self) -> dict:
-        """Totals since loading, and the memory in use: counters of the engine, ram_bytes, peak_memory_bytes."""
+        """The engine's counters since loading, with the cap (ram_bytes) and the peak of memory (peak_memory_bytes)."""
         counters = dict(self._open().counters)
         return {**counters, "ram_bytes": self.plan.ram_bytes, "peak_memory_bytes": self._peak_bytes(counters)}
 
     def set_ram(self, ram: int | str) -> Plan:
-        """Lower or raise the cap between two steps of whatever runs, and return the new plan. No result changes.
+        """Lower or raise the cap between two steps of running calls, and return the new plan. Results do not change.
 
-        What is given up is the system's again on return; what is gained fills as experts are used. Context and length
-        of a step stay. ram: as for Runtime(). Raises BelowFloor for less than the floor, and nothing has changed then.
+        When this returns, memory above the new cap has been given back to the system; added memory fills as experts are
+        used. The context and the maximum length of a step stay. ram: as for Runtime(). Raises BelowFloor, and changes
+        nothing, if the new cap is below the floor.
         """
         with loading, self._session.turns.between():
             engine = self._open()
@@ -212,33 +218,32 @@ class Runtime:
     def generate(self, prompt: Prompt, max_tokens: int | None = 256, **options: "Unpack[Options]") -> Generation:
         """Complete a prompt and return the whole answer.
 
-        prompt: text, to be continued as it is; chat messages, brought to a text by the model's chat template; or token
-        ids (the only kind for a bundle without a tokenizer; the answer then is in `tokens`). max_tokens: None for as
-        many as the context holds. The options, all by name:
+        prompt: a text, which is continued as it stands; chat messages, which the model's chat template turns into a
+        text; or token ids, the only kind for a bundle without a tokenizer, whose answers have `tokens` alone.
+        max_tokens: maximum length of the answer; None is the rest of the context. All options are keywords:
 
         temperature (0, the most likely token), top_p (1), top_k (0, all), min_p (0), repetition_penalty (1),
-        presence_penalty (0), frequency_penalty (0), logit_bias, seed: how a token is chosen; see Sampler.
-        logits_processors: functions (tokens, logits) -> logits, called one after the other before that, with the ids of
-        prompt and answer so far and a float32 array (vocab,), which they may change; -inf forbids a token.
-        logprobs, top_logprobs (0): whether the result says how likely each token was, and of how many others.
-        stop: texts at which the answer ends, which are not part of it; they may name special tokens.
-        tools, documents, continue_final_message, chat_template_kwargs: for the chat template, as
-        Tokenizer.apply_chat_template() says.
-        prune: which experts tokens may leave out, as for Runtime(), which says what is the default.
-        timeout: seconds, waiting for other calls included; stop_event: a threading.Event. After the one, or when the
-        other is set, the answer ends with what there is and the finish_reason "cancelled".
-        progress: called as progress("prompt", read, of) with numbers of tokens before, while and after the prompt is
-        read.
+        presence_penalty (0), frequency_penalty (0), logit_bias, seed: how a token is sampled; see Sampler.
+        logits_processors: functions (tokens, logits) -> logits, applied in order before sampling. tokens are the ids of
+        the prompt and the answer so far; logits is a float32 array (vocab,), which may be changed in place; -inf
+        forbids a token.
+        logprobs, top_logprobs (0): return the log probability of each token, and of so many alternatives to it.
+        stop: texts that end the answer, which does not include them; special tokens may be given by name.
+        tools, documents, continue_final_message, chat_template_kwargs: arguments of Tokenizer.apply_chat_template().
+        prune: which experts a token may skip, as for Runtime(), which has the default.
+        timeout: in seconds, with the time spent waiting for other calls. stop_event: a threading.Event. When the
+        timeout has passed, or the event is set, the answer ends there, with the finish_reason "cancelled".
+        progress: called as progress("prompt", tokens read, tokens of the prompt) while the prompt is read.
 
-        What an earlier call left in the KV cache and this prompt begins with is not computed again, which changes
-        nothing in the result. The answer ends at max_tokens, the model's end token, a stop text or a full context.
-        Raises ValueError for an empty prompt or one longer than the context, ValueError or TypeError for an option that
-        is not valid, and TypeError for one that there is none of.
+        Tokens of the prompt that an earlier call left in the KV cache are not computed again; the result is the same.
+        The answer ends after max_tokens, at an end token, at a stop text, or when the context is full. Raises
+        ValueError for a prompt that is empty or longer than the context, ValueError or TypeError for an invalid option,
+        and TypeError for an unknown one.
         """
         return whole_of(self.stream(prompt, max_tokens, **options))
 
     def stream(self, prompt: Prompt, max_tokens: int | None = 256, **options: "Unpack[Options]") -> Stream[Generation]:
-        """generate() in pieces of text as they come. The stream's cancel() ends the answer, too."""
+        """generate(), yielding pieces of the answer as they are computed. The stream's cancel() ends the answer."""
         request = self._request(prompt, max_tokens, options)
         if self.plan.sequences == 1:
             return Stream(self._pieces(request), request.wanted, lambda: self._leave(request.wanted))
@@ -247,9 +252,9 @@ class Runtime:
     def stream_async(
         self, prompt: Prompt, max_tokens: int | None = 256, **options: "Unpack[Options]"
     ) -> AsyncStream[Generation]:
-        """stream() for `async for`.
+        """stream(), for use with `async for`.
 
-        Several at once are computed together where the Runtime has as many `sequences`.
+        Streams that run at the same time are computed together, as many as the Runtime has `sequences`.
         """
         return AsyncStream(self.stream(prompt, max_tokens, **options))
 
@@ -261,10 +266,10 @@ class Runtime:
     ) -> list[Generation]:
         """Complete several prompts at once and return their answers in order.
 
-        A request is a prompt, or a dict of generate()'s arguments, which go before `max_tokens` and `options`, so that
-        each can have its own pruning and sampling. As many are computed together as the Runtime has `sequences`, the
-        others after them; the bits of each are those that it has alone. Raises what generate() does before anything is
-        computed.
+        A request is a prompt, or a dict of generate()'s arguments, which override `max_tokens` and `options`, so each
+        request can have its own pruning and sampling. As many requests are computed together as the Runtime has
+        `sequences`, the others after them; each answer has the same bits as alone. Errors of generate() are raised
+        before anything is computed.
         """
         asked = []
         for given in requests:
@@ -294,7 +299,7 @@ class Runtime:
                 return
 
     def _request(self, prompt, max_tokens, options: Mapping[str, Any]) -> Request:
-        """What a caller asks for, checked."""
+        """Check the arguments of a call."""
         self._open()
         check_options(options)
         rule = self._rule(options.get("prune"))
@@ -335,7 +340,7 @@ class Runtime:
             yield request.cancelled()
 
     def _steps(self, request: Request) -> Iterator[Generation]:
-        """A piece a step, each in a turn of its own."""
+        """Yield a piece per step; each step needs a turn of its own."""
         session, call, unwanted = self._session, request.wanted, self._unwanted(request.wanted)
         logits, computed, _ = session.prefill(call, request.ids, [], request.rule, unwanted, request.progress)
         request.account.prefilled(computed)
@@ -352,15 +357,15 @@ class Runtime:
                 request.account.recomputed(seconds)
 
     def logits(self, token_ids, *, prune: float | str | None = None) -> np.ndarray:
-        """Logits of every position of one sequence: token_ids (tokens,) -> float32 (tokens, vocab).
+        """Return the logits of every position of one sequence: token_ids (tokens,) -> float32 (tokens, vocab).
 
-        The array is the caller's memory, outside the plan. Raises ValueError for an empty sequence, one longer than
-        the context, or an id outside the vocabulary.
+        The plan does not count the array. Raises ValueError for a sequence that is empty or longer than the context,
+        and for an id outside the vocabulary.
         """
         return np.concatenate(list(self.logits_blocks(token_ids, prune=prune)))
 
     def logits_blocks(self, token_ids, *, prune: float | str | None = None) -> Iterator[np.ndarray]:
-        """logits() in blocks of at most `logits_rows` rows, for a caller who needs no more than that at once."""
+        """Yield logits() in blocks of at most `logits_rows` rows, so that not all need memory at once."""
         self._open()
         rule, call, session = self._rule(prune), Wanted(), self._session
         ids, rows = self._prompt_ids(np.asarray(token_ids).reshape(-1).tolist()), self.logits_rows
@@ -380,7 +385,7 @@ class Runtime:
             self._leave(call)
 
     def reset(self) -> None:
-        """Forget what the KV cache holds, of all sequences."""
+        """Empty the KV caches of all sequences."""
         self._open()
         with self._session.turns.take(call := Wanted()):
             for sequence in self._session.sequences.all:
@@ -405,17 +410,17 @@ class Runtime:
         return self._engine
 
     def _peak_bytes(self, counters: dict) -> int:
-        """The process's peak, and what it has on a GPU that is not part of that and never grows after loading."""
+        """The process's peak, plus its memory on a GPU, which the peak does not include and which never grows."""
         return _core.peak_bytes() + counters["uncounted_bytes"]
 
     @property
     def prompt_bytes_limit(self) -> int:
-        """The bytes of text, in UTF-8, that may fit the context and what memory the plan leaves for text."""
+        """Maximum size of a prompt in bytes of UTF-8: what may fit the context, and the memory left for text."""
         longest = self.tokenizer.longest_token_bytes if self.tokenizer else 1
         return min(self.plan.context * longest, self._text_room_bytes() // TEXT_COPIES)
 
     def _text_room_bytes(self) -> int:
-        """What encoding a prompt may take: half of what was spared for it and sampling, and what nobody will need."""
+        """Memory for encoding a prompt: what the plan spares for that, and what the cap leaves now."""
         return ENCODING_ROOM + max(0, self.plan.ram_bytes - taken_bytes())
 
     def _prompt_ids(self, prompt: Prompt, **chat) -> list[int]:
@@ -434,6 +439,6 @@ class Runtime:
 
 
 def _mask_bytes(mask_routers: dict[str, list[np.ndarray]]) -> int:
-    """What the engine keeps of them, each piece aligned."""
+    """Bytes of the mask routers in the engine, with the alignment of each piece."""
     layers = [values for rule in mask_routers.values() for values in rule]
     return sum(4 * len(values) + 2 * _core.PART_ALIGNMENT for values in layers)

@@ -1,8 +1,8 @@
-"""Steps of the engine for the calls of a Runtime: whose tokens come next, what is computed already, what went wrong.
+"""Scheduling the engine's steps for the calls of a Runtime: whose tokens come next, and reuse of common prefixes.
 
-A call has a sequence of the engine while it goes on, and finds there what an earlier call left, as far as its prompt
-begins alike; what another sequence holds more of it, as of a system prompt, is copied. A step may have tokens of
-several calls: what each gets does not depend on the others.
+A running call holds one of the engine's sequences. It reuses what an earlier call left in that sequence's KV cache, as
+far as the prompts agree; a longer common prefix in another sequence, such as a system prompt, is copied. A step may
+have tokens of several calls, whose results do not depend on one another.
 """
 
 import threading
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
-COPIED = 16  # tokens more that another sequence holds from which on they are copied
-Part = tuple[Request, Sequence, list[int], int]  # of a step: tokens, and what is wanted of them
-Progress = Callable[[str, int, int], None]  # a step's name, how much of it is done, and of how much
+COPIED = 16  # minimum number of tokens, beyond those in its own cache, that are worth copying from another sequence
+Part = tuple[Request, Sequence, list[int], int]  # one call's share of a step: its tokens, and the rows wanted
+Progress = Callable[[str, int, int], None]  # (phase, done, total)
 
 
 class Session:
-    """The steps of one Runtime, which it does not keep alive."""
+    """The steps of one Runtime, to which it has a weak reference."""
 
     def __init__(self, runtime: "Runtime") -> None:
         self._runtime = weakref.ref(runtime)
         self.sequences = Sequences(runtime.plan.sequences)
         self.turns = Turns()
-        self._turn = object()  # of steps for all answers that have joined
+        self._turn = object()  # identifies the steps that are computed for all joined answers
         self._changed = threading.Condition()
         self._joined: list[Request] = []
-        self._leading = False  # a thread computes a step for all
-        self._alone = False  # the last step was of one prompt alone
+        self._leading = False  # whether a thread is computing a step for all joined answers
+        self._alone = False  # whether the last step had tokens of one prompt alone
 
     @property
     def runtime(self) -> "Runtime":
@@ -56,7 +56,7 @@ class Session:
 
     @property
     def engine(self) -> "_core.Engine":
-        """Raises ValueError where the Runtime is closed."""
+        """The Runtime's engine. Raises ValueError if the Runtime is closed."""
         return self.runtime._open()
 
     def prefill(
@@ -68,10 +68,10 @@ class Session:
         unwanted: Callable[[], bool],
         progress: Progress | None = None,
     ) -> tuple[np.ndarray, int, float]:
-        """Bring a sequence to a prompt's ids and the tokens after it, reusing the beginning that it already holds.
+        """Compute a prompt's ids and the tokens after it in the call's sequence, reusing the prefix in its KV cache.
 
-        Returns the last one's logits, how many were computed and how many seconds that took. Under a rule that
-        protects tokens of a prompt what came after it is computed one by one, as it was the first time.
+        Returns the logits of the last token, the number of tokens computed, and the seconds that took. Under a rule
+        that protects tokens of a prompt, those after the prompt are computed one by one, as they were the first time.
         """
         began, whole = time.perf_counter(), ids + tokens
         sequence = self.begin(call, whole, rule)
@@ -88,7 +88,7 @@ class Session:
         return logits[-1], len(whole) - shared, time.perf_counter() - began
 
     def begin(self, call: object, whole: list[int], rule: PruneRule) -> Sequence:
-        """The call's sequence, which holds as many of the first tokens as it can, all but one at the most."""
+        """Give the call a sequence that holds the longest available prefix of `whole`, without its last token."""
         shared = [one.shares(whole[:-1], rule) for one in self.sequences.all]
         sequence = self.sequences.take(call, shared)
         self.truncate(sequence, shared[sequence.number])
@@ -111,7 +111,7 @@ class Session:
     def step(
         self, sequence: Sequence, tokens: list[int], want: int, unwanted: Callable[[], bool] = lambda: False
     ) -> np.ndarray:
-        """A step of one sequence: its logits (rows, vocab)."""
+        """Compute a step of one sequence and return its logits (rows, vocab)."""
         (rows,) = self.step_of([(sequence, tokens, want)], unwanted)
         if isinstance(rows, Exception):
             raise rows
@@ -120,8 +120,10 @@ class Session:
     def step_of(
         self, parts: list[tuple[Sequence, list[int], int]], unwanted: Callable[[], bool] = lambda: False
     ) -> list[np.ndarray | ValueError]:
-        """A step of some sequences, with tokens of each and how many rows are wanted: logits (rows, vocab) of each, or
-        what is wrong with them. Where it raises, nothing was computed."""
+        """Compute a step of several sequences: (sequence, its tokens, rows wanted) of each.
+
+        Returns for each its logits (rows, vocab), or the error if they are not finite. If this raises, nothing was
+        computed."""
         if unwanted():
             self.runtime._open()
             raise _core.Interrupted("interrupted")
@@ -144,19 +146,19 @@ class Session:
         return found
 
     def _not_finite(self, sequence: Sequence) -> ValueError:
-        self.truncate(sequence, 0)  # whatever it came from, no later call may go on from there
+        self.truncate(sequence, 0)  # no later call may reuse what led to this
         perhaps = f"perhaps {self._overflow()}, or " if self.plan.kv == "float16" else ""
         return ValueError(f"{self.runtime.bundle.path}: logits are not finite; {perhaps}compress the model again")
 
     # ---- answers that are computed together
 
     def join(self, request: Request) -> None:
-        """Compute this answer with the others from now on, as soon as there is a sequence for it."""
+        """Add an answer to those that are computed together, as soon as a sequence is free for it."""
         with self._changed:
             self._joined.append(request)
 
     def leave(self, request: Request) -> None:
-        """No more pieces of it are wanted; what it has is free at once, or when the step ends that computes it."""
+        """Stop computing an answer; its sequence is free at once, or after the step that is being computed."""
         with self._changed:
             if request in self._joined:
                 self._joined.remove(request)
@@ -164,10 +166,10 @@ class Session:
             self._changed.notify_all()
 
     def next(self, request: Request) -> Generation:
-        """The next piece of an answer that has joined, from any thread.
+        """Return the next piece of a joined answer; any thread may call this.
 
-        Whoever has none yet computes a step for all, unless another thread does. Answers whose pieces are not asked for
-        run ahead by a few of them, so that threads which ask in turn find theirs there.
+        If there is none yet, this thread computes a step for all joined answers, unless another thread is doing so.
+        Answers that nobody reads from run a few pieces ahead, so that threads which read in turn need not wait.
         """
         while True:
             with self._changed:
@@ -203,15 +205,15 @@ class Session:
         except _core.Interrupted:
             self.runtime._open()
             if not request.wanted.is_over():
-                return  # the step was of others, who want no more
+                return  # the step was for other answers, which are all cancelled
             self.leave(request)
             request.pieces.append(request.cancelled())
-        if not running:  # all sequences have answers that are being read
+        if not running:  # every sequence has an answer that somebody reads
             with self._changed:
                 self._changed.wait(WAKE_S)
 
     def _running(self, leader: Request) -> dict[Request, Sequence]:
-        """The answers of the next step, and their sequences: those that are asked for, or not far ahead of that."""
+        """The answers in the next step, with their sequences: those that do not run too far ahead of their readers."""
         with self._changed:
             joined = list(self._joined)
         running = {}
@@ -228,7 +230,7 @@ class Session:
         return running
 
     def _is_one_free(self, joined: list[Request]) -> bool:
-        """Whether a sequence has no call, or one whose pieces nobody has asked for in a while: that one loses it."""
+        """Whether a sequence is free; an answer that nobody has read from for a while loses its sequence for that."""
         if any(sequence.call is None for sequence in self.sequences.all):
             return True
         late = time.monotonic() - PATIENCE_S
@@ -239,7 +241,7 @@ class Session:
         return False
 
     def _step_together(self, running: dict[Request, Sequence]) -> list[tuple[Request, Generation | BaseException]]:
-        """A step: the next token of every answer that goes on, and of prompts what there is room for."""
+        """Compute a step: the next token of every running answer, and as many tokens of prompts as it has room for."""
         over = [request for request in running if request.wanted.is_over()]
         pieces: list[tuple[Request, Generation | BaseException]] = [(request, request.cancelled()) for request in over]
         parts = self._parts([request for request in running if request not in over], running)
@@ -247,7 +249,7 @@ class Session:
             return pieces
         try:
             return pieces + self._compute(parts)
-        except (ValueError, OSError, MemoryError) as error:  # of one of them, perhaps: each finds out for itself
+        except (ValueError, OSError, MemoryError) as error:  # perhaps one answer's: each is tried alone below
             if len(parts) == 1:
                 return [*pieces, (parts[0][0], error)]
         for part in parts:
@@ -255,13 +257,15 @@ class Session:
                 pieces += self._compute([part])
             except (ValueError, OSError, MemoryError) as error:
                 pieces.append((part[0], error))
-            except _core.Interrupted:  # it is not wanted any more, which the next step says
+            except _core.Interrupted:  # cancelled; the next step ends it
                 continue
         return pieces
 
     def _parts(self, requests: list[Request], running: dict[Request, Sequence]) -> list[Part]:
-        """Whose tokens come next, how many and what of them is wanted. Answers that go on come before prompts; a prompt
-        whose tokens are protected from pruning is computed in steps of its own, every other one."""
+        """The tokens of the next step, and the rows of logits wanted, by request.
+
+        Running answers come before prompts. A prompt whose tokens are protected from pruning is computed in steps
+        of its own, which take turns with the others."""
         left = {request: request.whole[len(running[request].tokens) :] for request in requests}
         alone = [request for request in requests if request.rule.protect and len(left[request]) > 1]
         others = sorted((request for request in requests if request not in alone), key=lambda one: len(left[one]))
@@ -273,7 +277,7 @@ class Session:
             if request.rule.protect and len(sequence.tokens) < len(request.ids):
                 tokens = tokens[: len(request.ids) - len(sequence.tokens)]
             elif request.rule.protect:
-                tokens = tokens[:1]  # as it was the first time
+                tokens = tokens[:1]  # one by one, as they were the first time
             tokens = tokens[:room]
             room -= len(tokens)
             if tokens:
@@ -294,12 +298,12 @@ class Session:
             for part, rows in zip(parts, found, strict=True):
                 try:
                     pieces += self._taken(part, rows)
-                except BaseException as error:  # its own, of sampling or of progress(): raised where it is asked for
+                except BaseException as error:  # of sampling or progress(): raised to the reader of this answer
                     pieces.append((part[0], error))
         return pieces
 
     def _taken(self, part: Part, rows: np.ndarray | ValueError) -> list[tuple[Request, Generation | BaseException]]:
-        """What a request makes of its rows of a step: a piece, or nothing yet of a prompt."""
+        """Turn a request's rows of a step into a piece; a part of a prompt gives none."""
         request, sequence, _, want = part
         if isinstance(rows, ValueError):
             return [(request, rows)]

@@ -38,7 +38,7 @@ class Stored:
 
 
 def read_header(path: Path, remedy: str = "download it again", most_bytes: int = MAX_HEADER_BYTES) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name, from its header alone, which has at most `most_bytes`.
+    """Read the tensors of a safetensors file, by name, from its header, which may have at most `most_bytes`.
 
     A file is 8 bytes of length, that much JSON, and the data that the JSON's offsets count from. Raises ValueError,
     ending in `remedy`, when the file is cut short, the header is damaged or tensors overlap.
@@ -98,7 +98,7 @@ def _parse_entry(path: Path, key: str, entry, remedy: str) -> tuple[str, tuple[i
 
 
 def make_header(tensors: list[tuple[str, str, tuple[int, ...], int]], alignment: int) -> bytes:
-    """The first bytes of a safetensors file: its length and JSON, padded so that data starts on `alignment`.
+    """Make the header of a safetensors file: its length and JSON, padded so that the data is aligned to `alignment`.
 
     tensors: (name, dtype, shape, bytes) in the order of their data, which follows without gaps.
     """
