@@ -201,7 +201,7 @@ def test_without_it_every_layer_keeps_the_models_top_k(model, options, tmp_path,
 def test_without_dropping_it_is_refused(model, options, tmp_path):
     with pytest.raises(ValueError) as caught:
         compress(model, tmp_path / "new.emoe", adjust_top_k=True, **{**options, "drop_experts": 0.0})
-    assert str(caught.value) == ("adjust_top_k belongs to drop_experts: without it every layer keeps the model's top_k")
+    assert str(caught.value) == ("adjust_top_k needs drop_experts: without it every layer keeps the model's top_k")
     assert list(tmp_path.iterdir()) == []
 
 

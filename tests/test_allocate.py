@@ -73,7 +73,7 @@ def test_with_bits_for_all_every_expert_but_one_gets_the_largest():
 def test_a_budget_below_the_rule_is_refused():
     with pytest.raises(ValueError) as caught:
         allocate_layer(*layer_problem(0), 6, *PAPER)
-    assert str(caught.value) == "6 bits for 4 experts is below 7, the least this rule needs"
+    assert str(caught.value) == "6 bits for 4 experts is below 7, the minimum that this rule needs"
 
 
 # ---- the whole model
@@ -139,4 +139,6 @@ def test_costs_of_zero_are_no_difficulty():
 def test_a_budget_below_the_smallest_options_is_refused():
     with pytest.raises(ValueError) as caught:
         allocate_model(np.ones((2, 2, 1)), [[1000, 3000], [2000, 4000]], 2999)
-    assert str(caught.value) == "a budget of 2,999 bytes is below 3,000, every expert at its smallest"
+    assert str(caught.value) == (
+        "a budget of 2,999 bytes is below 3,000, what all experts take at their smallest option"
+    )

@@ -235,9 +235,9 @@ def test_with_a_size_what_was_dropped_leaves_more_bits_for_the_rest(golden, tmp_
     ("share", "options", "message"),
     [
         (0.67, {}, "dropping 67% of the experts leaves 2, the router needs 3"),
-        (1.0, {}, "drop_experts is 1.0, expected a share from 0 up to 1, as 0.25"),
-        (-0.1, {}, "drop_experts is -0.1, expected a share from 0 up to 1, as 0.25"),
-        (float("nan"), {}, "drop_experts is nan, expected a share from 0 up to 1, as 0.25"),
+        (1.0, {}, "drop_experts is 1.0, expected a share from 0 up to 1, such as 0.25"),
+        (-0.1, {}, "drop_experts is -0.1, expected a share from 0 up to 1, such as 0.25"),
+        (float("nan"), {}, "drop_experts is nan, expected a share from 0 up to 1, such as 0.25"),
         (0.25, {"drop_score": "size"}, "drop_score is 'size', expected one of mixture, weight, frequency, mean-weight"),
         (0.25, {"drop_counts": "all"}, "drop_counts is 'all', expected one of equal, sensitivity"),
         (

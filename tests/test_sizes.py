@@ -269,7 +269,7 @@ def test_an_estimate_says_what_it_assumed(tmp_path):
 
 KNOWN = "gate, up, down, edge_gate, edge_up, edge_down, shared, attention, dense, embedding, head"
 WIDTHS = "1, 2, 3, 4, 5, 6, 8, 16"
-KEPT = "expected 8, which a token uses, to 128, or a share of them as 0.75"
+KEPT = "expected 8, which a token uses, to 128, or a share of them such as 0.75"
 REFUSED = [
     ({"width": 7}, f"width is 7, expected one of {WIDTHS}"),
     ({"trunk_width": 0}, f"trunk_width is 0, expected one of {WIDTHS}"),

@@ -158,11 +158,11 @@ def planned(model: Path, ram: int, context: int = CONTEXT) -> dict:
         ),
         ({"width": 7, "method": "uniform"}, "width is 7, expected one of 1, 2, 3, 4, 5, 6, 8, 16"),
         ({"tokens": 255}, "tokens is 255, expected at least 256"),
-        ({"drop_experts": 1.0}, "drop_experts is 1.0, expected a share from 0 up to 1, as 0.25"),
-        ({"drop_experts": -0.1}, "drop_experts is -0.1, expected a share from 0 up to 1, as 0.25"),
+        ({"drop_experts": 1.0}, "drop_experts is 1.0, expected a share from 0 up to 1, such as 0.25"),
+        ({"drop_experts": -0.1}, "drop_experts is -0.1, expected a share from 0 up to 1, such as 0.25"),
         (
             {"adjust_top_k": True},
-            "adjust_top_k belongs to drop_experts: without it every layer keeps the model's top_k",
+            "adjust_top_k needs drop_experts: without it every layer keeps the model's top_k",
         ),
         *(
             (
@@ -172,7 +172,10 @@ def planned(model: Path, ram: int, context: int = CONTEXT) -> dict:
             for its in ({"method": "rtn"}, {"bits": 16}, {"width": 16, "method": "uniform"})
         ),
         *(
-            ({"paged": True, **its}, "paged goes with ram alone: the bundle is made for paging under that cap")
+            (
+                {"paged": True, **its},
+                "paged needs ram and no other target: the bundle is made for paging under that cap",
+            )
             for its in (
                 {},
                 {"bits": 3},

@@ -1,1 +1,1 @@
-"""Who gets which width: targets, what each width would cost, the integer program, experts to drop, and estimates."""
+"""Choosing the widths: size targets, the cost of each width, the integer program, experts to drop, and estimates."""

@@ -1,7 +1,8 @@
-"""How many experts a token should choose in each layer once some were dropped (Collaborative Compression).
+"""How many experts a token should choose in each layer after experts were dropped (Collaborative Compression).
 
-A token whose experts are gone takes its next best, which the model was never meant to use for it: fewer may be nearer
-to the source. Each layer is tried with fewer, alone, with experts in full precision; what gets nearer is kept.
+A token whose experts were dropped is routed to the next best ones, which the model was not trained to use for it:
+choosing fewer may be closer to the source. A smaller top_k is tried in one layer at a time, with experts in full
+precision, and kept where it lowers the KL divergence.
 """
 
 from dataclasses import dataclass, replace
@@ -16,12 +17,12 @@ from ..rounding.round_layers import cut_router
 from .sensitivity import Form
 
 SEQUENCES = 32  # of calibration text, spread evenly
-LOGITS_BYTES = 64_000_000  # of one form's logits at a time
+LOGITS_BYTES = 64_000_000  # memory for the logits of one form
 
 
 @dataclass(frozen=True, slots=True)
 class CutTrunk:
-    """A checkpoint's trunk with routers cut to the experts that are kept."""
+    """A checkpoint's trunk, with the routers reduced to the experts that are kept."""
 
     checkpoint: object
     config: ModelConfig
@@ -31,15 +32,15 @@ class CutTrunk:
 
 
 def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, workers: int, tell) -> tuple[int, ...]:
-    """Experts a token chooses, by layer (0 in a dense one), of a config with `kept`.
+    """Return the top_k of each layer (0 in a dense layer) for a config with `kept`.
 
-    Tried are those from the share kept of top_k, rounded, up to top_k. ids: (sequences, tokens). new_stream: (name,
-    rows) -> Stream. tell(layers done) is called as it goes.
+    Try every value from top_k times the share of experts kept, rounded, up to top_k. ids: (sequences, tokens).
+    new_stream: (name, rows) -> Stream. tell(layers done) reports progress.
     """
     ids = ids[np.unique(np.linspace(0, len(ids) - 1, min(len(ids), SEQUENCES)).astype(np.int64))]
     full = replace(config, kept=(), layer_top_k=())
     source, base = Form(checkpoint), Form(CutTrunk(checkpoint, config))
-    tried = Form(base.weights)  # each trial so far, one after another
+    tried = Form(base.weights)  # the rows of all trials so far, concatenated
     for form in (source, base):
         form.x = new_stream("top-k", ids.size)
         forward.embed(config, form.weights, ids, form.x)
@@ -70,12 +71,12 @@ def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, w
 
 
 def fewest(config: ModelConfig, layer: int) -> int:
-    """The least experts a token that are tried."""
+    """The smallest top_k that is tried."""
     return max(round(config.top_k * config.experts_of(layer) / config.experts), 1)
 
 
 def _beside(config: ModelConfig, base: Form, layer: int, new_stream) -> Form:
-    """`base` within a layer, with another routing."""
+    """A copy of `base` inside a layer, routed by another config."""
     form = Form(base.weights, a=base.a, y=new_stream("top-k-next", base.y.rows))
     for start, stop in base.y.blocks():
         form.y.write(start, base.y.read(start, stop))
@@ -104,7 +105,7 @@ def _add_experts(
 
 
 def _joined(before, new: list, new_stream):
-    """One stream of all rows, in order; the others are closed. None of none."""
+    """Concatenate the streams and close them; None if there are none."""
     parts = [stream for stream in (before, *new) if stream is not None]
     if len(parts) < 2:
         return parts[0] if parts else None
@@ -118,7 +119,7 @@ def _joined(before, new: list, new_stream):
 
 
 def _divergence(config: ModelConfig, source: Form, forms: list[Form], rows: int) -> list[float]:
-    """KL divergence from the source of each `rows` rows of the forms, nats a token."""
+    """KL divergence from the source of each block of `rows` rows of the forms, in nats a token."""
     step = max(LOGITS_BYTES // (8 * config.vocab), 1)
     held, found = forward.Held(source.weights), []
     for form in forms:

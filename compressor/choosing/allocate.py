@@ -1,8 +1,8 @@
-"""Which width for which expert: the integer programs.
+"""The integer programs that choose the width of each expert.
 
-`allocate_layer` is MC's (arXiv 2410.06270, section 3.2), one program a layer in nominal bits. `allocate_model` is
-ours: one program over all layers in true bytes, scales, biases and padding included. Both are solved by HiGHS.
-`mixed` and `published` bring a model's measures into the form that each takes.
+`allocate_layer` is the Mixture Compressor's (arXiv 2410.06270, section 3.2): one program a layer, in nominal bits.
+`allocate_model` is one program over all layers in true bytes, scales, biases and padding included. HiGHS solves both.
+`published` and `mixed` prepare a model's measures for the one and the other.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,19 @@ from .sensitivity import Measures
 
 MC_WIDTHS = (1, 2, 3)
 MC_EXPONENTS = {"mc": (1.0, 1.0, 2.0), "mc-release": (1.0, 1.5, 1.0)}  # alpha, beta, gamma: as printed, as released
-FLAT = 2.0  # spread of sensitivity below which there is nothing to choose
+FLAT = 2.0  # spread of sensitivity below which mixed widths gain nothing
 RELATIVE_GAP = 2e-3  # of the optimum at which the program over all layers stops: below the error of any measurement,
 #                      and a hundred times sooner than 1e-4 (0.3 s against 60 s for 64 experts)
-NODE_LIMIT = 1000  # of the search tree; the best found so far is taken then. No clock: the same bytes on any machine
+NODE_LIMIT = 1000  # of the search tree, then the incumbent is taken; not a time limit: the same bytes on any machine
 
 
 def packings(choices: list[tuple[int, int]]) -> list[Packing]:
-    """The packings of an expert that pmq chooses from: gate and up alike, down as wide or up to two steps wider.
+    """The packings of an expert that pmq chooses from: gate and up at one width, down at the same or up to two wider.
 
-    An error in down goes straight to the output: it makes three quarters of the whole on the reference model. There, at
-    2.5 bits, the expected divergence is 0.64 of one width's with the three alike, 0.52 with down one step wider or
-    narrower, 0.51 with up to two wider; narrower ones add nothing, nor do gates unlike up.
+    An error in down reaches the output directly: on the reference model it makes three quarters of the total error.
+    There, at 2.5 bits, the expected divergence relative to uniform widths is 0.64 with the three matrices at one width,
+    0.52 with down one step wider or narrower, and 0.51 with down up to two steps wider. A narrower down, or gate and up
+    of different widths, gains nothing more.
     """
     options = []
     for group in sorted({group for _, group in choices}):
@@ -37,7 +38,7 @@ def packings(choices: list[tuple[int, int]]) -> list[Packing]:
 
 
 def packing_costs(measures: Measures, options: list[Packing]) -> np.ndarray:
-    """(experts of all layers, options, domains + 1) expected KL divergence, nats a token."""
+    """Expected KL divergence in nats a token, (experts of all layers, options, domains + 1)."""
     cost, place = measures.cost(), {choice: i for i, choice in enumerate(measures.choices)}
     at = [[place[width, option.group] for width in option.widths] for option in options]
     return np.stack([sum(cost[:, part, where[part]] for part in range(3)) for where in at], axis=1)
@@ -45,13 +46,14 @@ def packing_costs(measures: Measures, options: list[Packing]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Paging:
-    """A cap below the bundle's size. Bits tend to go to the experts that are used most, which are those to keep."""
+    """Limits for a bundle larger than the cap. Without them, bits tend to go to the experts that are used most, which
+    are those to keep in memory."""
 
-    hot: np.ndarray  # (experts of all layers,) those that are to stay in memory
-    hot_bytes: float  # what they may take
+    hot: np.ndarray  # (experts of all layers,) whether the expert is to stay in memory
+    hot_bytes: float  # the maximum that the hot experts may take together
     frequency: np.ndarray  # (experts of all layers,) uses a token
-    missed_bytes: float  # of the others, expected to be read for a token, at the most
-    record_bytes: float  # of the largest expert, at the most: as many as a token uses in a layer fit at once
+    missed_bytes: float  # the maximum of expected bytes read for a token, of experts that are not hot
+    record_bytes: float  # the maximum of one record: as many as a token uses in a layer fit at once
 
 
 def mixed(
@@ -59,7 +61,8 @@ def mixed(
 ) -> list[Packing]:
     """pmq: the packing of each expert of the model, in order, in at most `budget` bytes.
 
-    unit: one packing for all, in whose cost each domain's is counted. options: packings to choose from.
+    unit: the cost of a domain is divided by its total with this packing for all experts. options: packings to choose
+    from, by default packings().
     """
     options = packings(measures.choices) if options is None else options
     limits = []
@@ -80,9 +83,9 @@ def dropped(
     count: int,
     keep: list[tuple[np.ndarray, int]],
 ) -> np.ndarray:
-    """(experts of all layers,) which `count` of them the program leaves out, with width 0 as one more choice.
+    """Which `count` experts the program drops, (experts of all layers,) bool, with width 0 as one more option.
 
-    keep: (set of experts (experts of all layers,), how many of it must stay) for each layer or group.
+    keep: for each layer or group, (its experts as a mask (experts of all layers,), the minimum that must stay).
     """
     options = packings(measures.choices)
     cost, sizes = _priced(config, measures, options, unit)
@@ -98,13 +101,13 @@ def dropped(
 
 
 def unit_of(config: ModelConfig, measures: Measures, bits: float) -> Packing:
-    """The packing with one width, of those measured, that is nearest to `bits` true bits a weight."""
+    """The measured packing with one width for all matrices that is nearest to `bits` true bits a weight."""
     fitting = [packing for packing in packings(measures.choices) if len(set(packing.widths)) == 1]
     return min(fitting, key=lambda p: abs(8 * record_bytes_of(config, p) / config.expert_weights - bits))
 
 
 def _priced(config: ModelConfig, measures: Measures, options: list[Packing], unit: Packing):
-    """(experts, options, domains + 1) cost in each domain's total at `unit`, and (experts, options) bytes."""
+    """Costs in each domain's total at `unit`, (experts, options, domains + 1), and bytes, (experts, options)."""
     cost = packing_costs(measures, options) / _total(measures, unit)
     return cost, np.tile([float(record_bytes_of(config, option)) for option in options], (len(cost), 1))
 
@@ -114,7 +117,7 @@ def _total(measures: Measures, unit: Packing) -> np.ndarray:
 
 
 def curves(config: ModelConfig, measures: Measures) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each expert of the model, in order: nats and bytes of each packing that pmq chooses from."""
+    """The nats and bytes, for each expert of the model in order, of each packing that pmq chooses from."""
     options = packings(measures.choices)
     cost = packing_costs(measures, options)[:, :, :-1].mean(axis=-1)
     sizes = np.array([record_bytes_of(config, option) for option in options], np.float64)
@@ -122,7 +125,7 @@ def curves(config: ModelConfig, measures: Measures) -> list[tuple[np.ndarray, np
 
 
 def published(config: ModelConfig, measures: Measures, budget: float, method: str, group: int) -> list[Packing]:
-    """mc and mc-release: as mixed(), a program a layer, in nominal bits that keep the true ones within the budget."""
+    """mc and mc-release: like mixed(), but one program a layer, in nominal bits, with true bits within the budget."""
     count = config.expert_count
     true = [8 * record_bytes_of(config, Packing((w,) * 3, group)) / config.expert_weights for w in MC_WIDTHS]
     overhead = max(bits - width for bits, width in zip(true, MC_WIDTHS, strict=True))
@@ -139,12 +142,12 @@ def published(config: ModelConfig, measures: Measures, budget: float, method: st
 
 
 def allocate_layer(frequency, routing_weight, error, total_bits, alpha, beta, gamma, widths=(1, 2, 3)) -> np.ndarray:
-    """Widths of one layer's experts, (experts,), minimising sum of phi^alpha * w^beta * eps^gamma.
+    """Widths of one layer's experts, (experts,), that minimise the sum of phi^alpha * w^beta * eps^gamma.
 
-    frequency, routing_weight: (experts,). error: (experts, len(widths)), the change of the layer's output with one
-    expert at one width. total_bits: the most that the widths may add up to. At least one expert gets the largest
-    width and one the one below, as in the paper, where the budget allows both. Exponents (1, 1.5, 1) are the
-    authors' release, gamma 2 is the paper. Raises ValueError when total_bits is below what the rule needs.
+    phi is the frequency and w the routing_weight, (experts,); eps is the error, (experts, len(widths)): the change of
+    the layer's output with one expert at one width. total_bits: the maximum of the sum of widths. At least one expert
+    gets the largest width and one the second largest, as in the paper. The exponents are (1, 1.5, 1) in the authors'
+    release; the paper has gamma 2. Raises ValueError if total_bits is below what the rule needs.
     """
     frequency, routing_weight, error = (np.asarray(x, np.float64) for x in (frequency, routing_weight, error))
     experts, options = error.shape
@@ -155,32 +158,33 @@ def allocate_layer(frequency, routing_weight, error, total_bits, alpha, beta, ga
     required = [int(order[-1]), int(order[-2])] if options > 1 and experts > 1 else []
     least = (experts - len(required)) * min(widths) + sum(widths[option] for option in required)
     if total_bits < least:
-        raise ValueError(f"{total_bits} bits for {experts} experts is below {least}, the least this rule needs")
+        raise ValueError(f"{total_bits} bits for {experts} experts is below {least}, the minimum that this rule needs")
     rows = [np.array([float(i % options == option) for i in range(experts * options)]) for option in required]
     chosen = _solve(cost[:, :, None], sizes, total_bits, at_least_one=rows)
     return np.array(widths)[chosen]
 
 
 def allocate_model(cost, sizes, budget, limits=()) -> np.ndarray:
-    """Option of each expert of the whole model, (experts,), within a budget of bytes.
+    """The option chosen for each expert of the model, (experts,), within a budget of bytes.
 
-    cost: (experts, options, domains), each domain in its own unit (its total at some common width). Minimises the
-    mean over domains of their total plus the total of the worst: the mean alone buys the error of prose with that
-    of code, the worst alone pays too much for the last per cent. sizes: (experts, options). limits:
-    further sums that are bounded, as (what each option takes (experts, options), bound). Raises ValueError when the
-    smallest options do not fit.
+    cost: (experts, options, domains), each domain relative to its total at some common width. Minimises the mean over
+    domains of their total plus the total of the worst domain: the mean alone lowers the error of prose at the expense
+    of code, the worst alone spends too much on the last per cent. sizes: (experts, options). limits: further upper
+    bounds, as (what each option takes (experts, options), bound). Raises ValueError if the smallest options do not fit.
     """
     cost, sizes = np.asarray(cost, np.float64), np.asarray(sizes, np.float64)
     smallest = sizes.min(axis=1).sum()
     if smallest > budget:
-        raise ValueError(f"a budget of {budget:,.0f} bytes is below {smallest:,.0f}, every expert at its smallest")
+        raise ValueError(
+            f"a budget of {budget:,.0f} bytes is below {smallest:,.0f}, what all experts take at their smallest option"
+        )
     return _solve(cost, sizes, budget, gap=RELATIVE_GAP, limits=limits)
 
 
 def _solve(cost, sizes, budget, at_least_one=(), gap=0.0, limits=()) -> np.ndarray:
-    """Choose one option a row within the budget; every mask of `at_least_one` must have one chosen option.
+    """Choose one option per row within the budget; each mask of `at_least_one` must contain a chosen option.
 
-    cost: (items, options, domains). The last variable is the worst domain's total.
+    cost: (items, options, domains). The last variable of the program is the total of the worst domain.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array

@@ -1,4 +1,4 @@
-"""What each expert and each kind of the trunk gets: experts to drop, widths, groups, within the target's bytes."""
+"""What each expert and each kind of trunk tensor gets within the target size: dropped or kept, width, and group."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,18 +16,19 @@ from .targets import Options
 
 @dataclass(slots=True)
 class Choosing:
-    """The choice for one run, by its options and what measuring found; `config` and `trunk` become the bundle's."""
+    """The choice for one run, from its options and measures; run() sets `config` and `trunk` to the bundle's."""
 
     checkpoint: Checkpoint
     o: Options
-    trunk: dict[str, Packing]  # before: as narrow as it may become, where measuring decides
+    trunk: dict[str, Packing]  # before run(): the narrowest allowed, if the widths are chosen from measures
     measures: Measures | None
     adjusted_top_k: Callable[[ModelConfig], tuple[int, ...]]
-    mixed: Callable[..., list[Packing]]  # allocate.mixed, or a study's in its place
+    mixed: Callable[..., list[Packing]]  # allocate.mixed, or a study's replacement
     config: ModelConfig = None
 
     def run(self) -> tuple[dict, dict, dict]:
-        """Packing of every expert by (layer, number), that of one width to compare with, and what bundle.json says."""
+        """Return the packing of each expert by (layer, number), the uniform packing to compare with in the same form,
+        and the description of the method for bundle.json."""
         o, method = self.o, {"name": self.o.method}
         self.config = self.checkpoint.config
         if o.drop_experts:
@@ -45,7 +46,7 @@ class Choosing:
         chosen = [uniform] * config.expert_count
         if o.method == "pmq":
             bits = 8 * budget / (config.expert_weights * config.expert_count)
-            near = allocate.unit_of(config, self.measures, bits)  # for the unit of each kind of text
+            near = allocate.unit_of(config, self.measures, bits)  # normalises the cost of each kind of text
             choice = self.measures.choices.index((near.widths[0], near.group))
             method["spread"] = round(self.measures.spread(choice), 2)
             method["flat"] = method["spread"] < allocate.FLAT
@@ -61,19 +62,19 @@ class Choosing:
         return self.o.method == "pmq" and self.o.drop_counts == "sensitivity"
 
     def dropped(self) -> ModelConfig:
-        """The config without the experts that are to go."""
+        """The config without the experts to drop."""
         o, config = self.o, self.config
         if not self.drops_in_program:
             return drop(config, self.measures, o.drop_experts, o.drop_score, o.drop_counts)
         left = config.expert_count - int(o.drop_experts * config.expert_count + 1e-9)
         budget = self.budget()
-        if o.bits or o.paged:  # which are of what stays
+        if o.bits or o.paged:  # these targets are relative to the experts that stay
             budget *= left / config.expert_count
         bits = 8 * budget / (config.expert_weights * left)
         return drop_in_program(config, self.measures, o.drop_experts, bits, budget)
 
     def budget(self) -> float | None:
-        """Bytes for the experts beside the trunk as it is; None where there is one width instead."""
+        """Bytes for the experts, given the present trunk; None if the option `width` is set instead."""
         if self.o.width is not None:
             return None
         if self.o.paged:
@@ -81,7 +82,7 @@ class Choosing:
         return targets.expert_budget(self.o, self.checkpoint, self.config, self.trunk)
 
     def uniform(self, budget: float | None) -> Packing:
-        """One width and group for all experts: what was asked for, or the most that the budget allows."""
+        """One width and group for all experts: as asked for, or the widest within the budget."""
         if budget is None:
             return Packing((self.o.width,) * 3, targets.groups(replace(self.o, method="rtn"), self.config)[0])
         every = targets.groups(replace(self.o, method="uniform"), self.config)
@@ -89,20 +90,22 @@ class Choosing:
         return targets.uniform_packing(self.config, bits, every)
 
     def trunk_widths(self, budget: float) -> dict[str, int]:
-        """Each kind's. budget: of the experts, beside the narrowest trunk where the target is of the whole."""
+        """The width of each kind of trunk tensor.
+
+        budget: bytes for the experts; where the target covers the whole bundle, what the narrowest trunk leaves."""
         curves, whole = allocate.curves(self.config, self.measures), not self.o.bits
-        if self.o.paged:  # the trunk shares the cap with the experts that are used most
+        if self.o.paged:  # the trunk shares the cap with the hot experts
             hot = targets.hot_experts(self.frequency)
             curves, budget = [curves[i] for i in np.flatnonzero(hot)], budget * hot.mean()
         return trunk.choose_widths(self.config, self.measures.trunk, curves, budget, whole)
 
     @property
     def frequency(self) -> np.ndarray:
-        """(experts of all layers,) uses a token in calibration."""
+        """Uses a token in calibration, (experts of all layers,)."""
         return np.concatenate([m.frequency for m in self.measures.layers if m is not None])
 
     def paging(self, budget: float) -> allocate.Paging | None:
-        """What the bundle is to keep in memory and to read, where it is made for a cap below its size."""
+        """The limits for a bundle that is larger than its cap; None without the option `paged`."""
         if not self.o.paged:
             return None
         hot, each = targets.hot_experts(self.frequency), budget / len(self.frequency)
@@ -112,9 +115,9 @@ class Choosing:
 
 
 def as_json(config: ModelConfig, trunk: dict[str, Packing], chosen: tuple[dict, dict, dict]) -> dict:
-    """A choice as the journal keeps it, without layer_top_k, which is there already.
+    """A choice as JSON for the journal, without layer_top_k, which the journal already has.
 
-    A run that goes on must not choose again: another version of the solver may find another packing.
+    A resumed run must not choose again: another version of the solver may find another packing.
     """
     packing, compared, method = chosen
     return {
@@ -127,7 +130,7 @@ def as_json(config: ModelConfig, trunk: dict[str, Packing], chosen: tuple[dict, 
 
 
 def from_json(config: ModelConfig, saved: dict) -> tuple[ModelConfig, dict[str, Packing], tuple[dict, dict, dict]]:
-    """What as_json() was given, for the checkpoint's config."""
+    """The inverse of as_json(), for the checkpoint's config."""
     config = replace(config, kept=tuple(map(tuple, saved["kept"])))
     trunk = {name: Packing(tuple(widths), group) for name, (widths, group) in saved["trunk"].items()}
     keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts_of(layer))]

@@ -1,10 +1,10 @@
 """Which experts to leave out of a model for good (Collaborative Compression, arXiv 2509.25689).
 
-Experts are ranked in each layer by how much calibration text uses them, and the least used are dropped, as many in
-every layer; or, by sensitivity, those of all layers that cost the model least by measurement. With pmq that is decided
-together with widths, in one program. On the reference model at equal bytes, 1.6 true bits and a quarter dropped: KLD
-0.1726 by score, as many in each layer; 0.1150 by score, counts by sensitivity; 0.1084 in the program, which hurts the
-text that suffers most the least (code: 0.558, 0.318, 0.227).
+Experts are ranked in each layer by how much calibration text uses them. The least used are dropped: the same number in
+every layer or, with counts by sensitivity, those that by measurement cost the model least over all layers. With pmq,
+one program chooses them together with the widths. On the reference model at equal bytes, 1.6 true bits and a quarter
+dropped, the KLD is 0.1726 by score with equal counts, 0.1150 by score with counts by sensitivity, and 0.1084 in the
+program, which also has the lowest KLD on the text that loses most (code: 0.558, 0.318, 0.227).
 """
 
 from dataclasses import replace
@@ -19,10 +19,11 @@ SCORES = ("mixture", "weight", "frequency", "mean-weight")
 
 
 def score(measure, kind: str) -> np.ndarray:
-    """(experts,) of one layer, larger is kept first.
+    """The score of each expert of one layer, (experts,); the lowest are dropped first.
 
-    `weight` is the sum of routing weights (the authors' release), `frequency` and `mean-weight` (when chosen) the two
-    halves of `mixture` (their paper), each normalised over the layer: raw, the one would drown the other.
+    `weight` is the sum of routing weights (the authors' release). `mixture` (their paper) is the mean of `frequency`
+    and `mean-weight`, the mean routing weight where the expert is chosen. Both are normalised over the layer, as one
+    would otherwise dominate the other.
     """
     frequency = measure.frequency / max(measure.frequency.sum(), 1e-30)
     mean_weight = measure.routing_weight / np.maximum(measure.frequency, 1e-30)
@@ -38,8 +39,8 @@ def score(measure, kind: str) -> np.ndarray:
 def drop_in_program(config: ModelConfig, measures: Measures, share: float, bits: float, budget: float) -> ModelConfig:
     """The config without `share` of all experts (rounded down), chosen together with the widths of the others.
 
-    bits, budget: true bits a weight of what stays, and its bytes. Raises ValueError where a layer, or a group of it,
-    could not keep what the router needs.
+    bits, budget: true bits a weight and total bytes of the experts that stay. Raises ValueError if a layer or one of
+    its groups could not keep as many as the router needs.
     """
     layers, router = [layer for layer in config.moe_layers for _ in range(config.experts)], config.router
     layers, size = np.array(layers), config.experts // router.groups
@@ -47,7 +48,7 @@ def drop_in_program(config: ModelConfig, measures: Measures, share: float, bits:
     count = int(share * len(layers) + 1e-9)
     if router.groups == 1:
         keep = [(layers == layer, least_experts(config)) for layer in config.moe_layers]
-    else:  # however the groups are chosen, those chosen have enough
+    else:  # whichever groups the router chooses have enough together
         least = -(-config.top_k // router.top_groups)
         keep = [((layers == layer) & (group == g), least) for layer in config.moe_layers for g in range(router.groups)]
     if len(layers) - count < (needed := sum(least for _, least in keep)):
@@ -58,11 +59,11 @@ def drop_in_program(config: ModelConfig, measures: Measures, share: float, bits:
 
 
 def drop(config: ModelConfig, measures: Measures, share: float, kind: str, counts: str) -> ModelConfig:
-    """The config without `share` of its experts (rounded down), `counts` of them equal in every layer or not.
+    """The config without `share` of each layer's experts (rounded down), or as many in all with other counts a layer.
 
-    counts `sensitivity`: a layer loses its lowest scores first, the next one where losing it costs least, by the
-    measured change of the output with that expert's part gone. Raises ValueError where fewer experts than top_k, or
-    than the groups of the router need, would be left.
+    counts `sensitivity`: a layer loses its lowest scores first, and the next layer to lose one is that where it costs
+    least, by the measured change of the output without that expert. Raises ValueError if fewer experts would be left
+    than top_k or than the router's groups need.
     """
     keep = config.experts - int(share * config.experts + 1e-9)
     keep_in = dict.fromkeys(config.moe_layers, keep)
@@ -80,7 +81,7 @@ def drop(config: ModelConfig, measures: Measures, share: float, kind: str, count
 
 
 def least_experts(config: ModelConfig) -> int:
-    """Experts that a layer must keep: as many as a token chooses."""
+    """The minimum of experts that a layer must keep: top_k."""
     return config.top_k
 
 
@@ -98,7 +99,7 @@ def _by_sensitivity(config: ModelConfig, measures: Measures, order: dict, keep: 
 
 
 def _check_groups(config: ModelConfig, kept: tuple[tuple[int, ...], ...]) -> None:
-    """An expert keeps its group; a token must find top_k experts in the groups that it may choose from."""
+    """Raises ValueError if a token's groups may hold fewer than top_k experts; kept experts stay in their group."""
     router = config.router
     if router.groups == 1:
         return

@@ -1,4 +1,4 @@
-"""The plan of a model that is not compressed, or not even downloaded yet: its config.json says every size."""
+"""Memory plans for models that are not compressed, or not even downloaded, from the shapes in their config.json."""
 
 import math
 from bisect import bisect_left
@@ -34,34 +34,35 @@ from .sizes import (
     widths_by_kind,
 )
 
-SHOWN_BITS = (2.0, 2.5, 3.0, 3.5, 4.5)  # that a cap is compared at
-COMMAND_LINE_BYTES = 14_000_000  # that a command line has in memory beside the library, typer and pydantic, at most
-TABLE_BYTES, RECORD_BYTES = 2_500_000, 1_200  # of memory that reading bundle.json takes: 4.7 MB were for 2,000 experts
+SHOWN_BITS = (2.0, 2.5, 3.0, 3.5, 4.5)  # the rows of the comparison at one cap
+COMMAND_LINE_BYTES = 14_000_000  # upper bound of what the command line adds to the library: typer and pydantic
+TABLE_BYTES, RECORD_BYTES = 2_500_000, 1_200  # memory for reading bundle.json: in all, and for each expert; 4.7 MB were
+#                                               measured for 2,000 experts
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A plan and what its tokens read; for what is no bundle yet its parts and how long a context the cap allows."""
+    """A plan and the bytes that its tokens read; without a bundle, also the parts and the largest contexts."""
 
     plan: Plan
     layers: int
     bits: float  # mean bits of an expert weight, scales, biases and padding included
-    trunk_bits: float  # the same of the trunk
-    trunk_read_bytes: int  # of the trunk for each token: all but the rows of the embedding that it is not
-    disk_bytes: int  # of the bundle but for its tables
-    hit_rate: float  # share of expert uses that will be in memory
-    calibrated: bool  # the hit rate is from calibration's frequencies; else experts are taken to be used evenly
-    parts: tuple[Part, ...] = ()  # none for a bundle, nor the rest
-    largest_context: int = 0  # tokens with which the plan is not below its floor; 0: with none
-    largest_resident_context: int = 0  # tokens with which, besides, every expert is in memory
-    assumed: str = ""  # what was taken for granted
+    trunk_bits: float  # the same for the trunk
+    trunk_read_bytes: int  # read per token: the trunk without the other rows of the embedding
+    disk_bytes: int  # of the bundle without its tables
+    hit_rate: float  # expected share of expert uses that find the expert in memory
+    calibrated: bool  # whether the hit rate is from calibration's frequencies; else uniform use is assumed
+    parts: tuple[Part, ...] = ()  # this and the following fields are empty for a bundle
+    largest_context: int = 0  # the maximum of tokens at which the floor is within the cap; 0: not even one
+    largest_resident_context: int = 0  # the same with every expert in memory
+    assumed: str = ""  # what the sizes assume
     others: tuple["Estimate", ...] = ()  # the same cap at SHOWN_BITS
 
     def __str__(self) -> str:
         return str(self.plan)
 
     def as_dict(self) -> dict:
-        """The plan's keys and what else is known; for what is not a bundle yet `parts` and both contexts too."""
+        """The plan's keys, the sizes and the hit rate; without a bundle, also `parts` and the largest contexts."""
         more = {
             "parts": [part.as_dict() for part in self.parts],
             "largest_context": self.largest_context,
@@ -95,12 +96,13 @@ def estimate(
 ) -> Estimate:
     """The plan of a bundle, a checkpoint's directory or a config.json; a plan below its floor is returned, not refused.
 
-    Of what is not a bundle yet: bits and size as compress() takes them, and like there 2.5 bits where nothing is said;
-    width, trunk_width and widths are bits as widths_by_kind() takes them; recipe: instead, a published mix by name;
-    keep_experts: how many a layer keeps, or as a float their share. sequences: conversations with a KV cache of their
-    own, as Runtime() has them. device: where it would be computed; a GPU is one that shares the processor's memory, and
-    what its driver takes is not in the plan. The interpreter counts as it is in this process, with the tokenizer where
-    there is one. Raises ValueError for bad options and what reading the config or the bundle raises.
+    Options that a bundle does not take: bits and size, as for compress(), with the same default of 2.5 bits; width,
+    trunk_width and widths, in bits, as for widths_by_kind(); recipe, the name of a published mix, instead of these;
+    keep_experts, the number of experts that a layer keeps or, as a float, their share. sequences: conversations, each
+    with its own KV cache, as for Runtime(). device: where the model would run; a GPU is assumed to share the
+    processor's memory, and what its driver takes is not in the plan. The interpreter's memory is that of this process,
+    including the tokenizer if there is one. Raises ValueError for bad options, and what reading the config or the
+    bundle raises.
     """
     path = find_model(model)
     choices = {"bits": bits, "size": size, "width": width, "widths": widths, "trunk_width": trunk_width}
@@ -129,7 +131,7 @@ def estimate(
         "logits_rows": sequences,
         "refuse": False,
     }
-    del tokenizer  # counted
+    del tokenizer  # its memory has been counted
 
     def plan(sizes: Sizes, context: int) -> Plan:
         each = {name: getattr(sizes, name) for name in ("trunk_bytes", "all_experts_bytes", "slot_bytes")}
@@ -143,7 +145,7 @@ def estimate(
         return made(sizes)
 
     def largest(needed: str) -> int:
-        """The most tokens with which the plan's field `needed` is within the cap; it grows with them."""
+        """The maximum context at which the plan's field `needed`, which grows with the context, is within the cap."""
         counts = range(1, config.context + 1)
         return bisect_left(counts, True, key=lambda n: getattr(plan(sizes, n), needed) > fixed["ram_bytes"])
 
@@ -155,7 +157,7 @@ def estimate(
 
 
 def _about(config: ModelConfig, sizes: Sizes, plan: Plan, bundle: Bundle | None) -> dict:
-    """Estimate's fields beside the plan."""
+    """The fields of Estimate that follow from the sizes and the plan."""
     shapes = trunk_shapes(config)
     embedding, dim = shapes["embedding"]
     weights = sum(math.prod(shape) for shape in shapes.values())
@@ -176,9 +178,9 @@ def _about(config: ModelConfig, sizes: Sizes, plan: Plan, bundle: Bundle | None)
 
 
 def _hits_of_most_used(bundle: Bundle, frequency: np.ndarray, room_bytes: int) -> float:
-    """Share of expert uses that the records used most, as many as fit into the room, answer.
+    """Hit rate if the most used records, as many as fit into room_bytes, are in memory.
 
-    frequency: (experts of all layers,), of its layer's tokens.
+    frequency: (experts of all layers,), the share of routing choices of the expert's layer.
     """
     uses = frequency * [bundle.config.top_k_of(expert.layer) for expert in bundle.experts.values()]
     nbytes = np.array([expert.nbytes for expert in bundle.experts.values()])
@@ -188,16 +190,16 @@ def _hits_of_most_used(bundle: Bundle, frequency: np.ndarray, room_bytes: int) -
 
 
 def keep_experts_of(config: ModelConfig, keep: int | float) -> ModelConfig:
-    """The model with so many experts a layer, or with that share of them if `keep` is a float, rounded up.
+    """The config with `keep` experts a layer or, if `keep` is a float, with that share of them, rounded up.
 
-    Raises ValueError for fewer than a token uses or more than there are.
+    Raises ValueError for fewer than top_k or more than the model has.
     """
     is_share = isinstance(keep, float) and 0 < keep <= 1
     count = math.ceil(keep * config.experts - 1e-9) if is_share else keep
     if isinstance(keep, float) != is_share or not config.top_k <= count <= config.experts:
         raise ValueError(
             f"keep_experts is {keep}, expected {config.top_k}, which a token uses, to {config.experts}, "
-            "or a share of them as 0.75"
+            "or a share of them such as 0.75"
         )
     kept = tuple(range(count))
     return replace(
@@ -211,7 +213,7 @@ def _bundle_sizes(bundle: Bundle) -> tuple[Sizes, str]:
 
 
 def _config_of(path: Path, keep_experts: int | float | None) -> ModelConfig:
-    """The model as it would be."""
+    """The model's config, with its experts reduced to keep_experts."""
     file = path / "config.json" if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise_if_other_format(path)
@@ -225,7 +227,7 @@ def _config_of(path: Path, keep_experts: int | float | None) -> ModelConfig:
 def _config_sizes(
     config: ModelConfig, where: str, *, bits: float | None, size: int | str | None, recipe: str | None, **widths
 ) -> tuple[Sizes, str]:
-    """The sizes of a model as it would be, and what was assumed."""
+    """The sizes of a model that is not compressed yet, and what they assume."""
     if recipe is not None:
         sizes = _recipe_sizes(config, recipe, {"bits": bits, "size": size, **widths})
         assumed = f"the bits a weight of the published mix {recipe!r}, which is another format"
@@ -244,7 +246,7 @@ def _config_sizes(
 def _sizes_as_compressed(
     config: ModelConfig, bits: float | None, size: int | str | None, widths: dict, where: str
 ) -> tuple[Sizes, str]:
-    """What compress() would make with bits or size, before anything is measured; and what was assumed."""
+    """The sizes that compress() aims at with bits or size before it measures, and what they assume."""
     if given := [name for name in ("width", "widths") if widths[name] is not None]:
         raise ValueError(f"bits and size are of all experts together; leave {given[0]} out")
     asked = targets.check(targets.Options(bits=bits, size=size, trunk_width=widths["trunk_width"]), config)
@@ -257,7 +259,7 @@ def _sizes_as_compressed(
 
 
 def _bits_within(config: ModelConfig, size_bytes: int, trunk_width: int) -> float:
-    """Bits of an expert weight in a bundle of so many bytes, tables included."""
+    """Bits of an expert weight in a bundle of size_bytes, tables included."""
     entries = len(trunk_shapes(config)) + config.expert_count
     fixed = mixed_sizes(config, 1, trunk_width).trunk_bytes + targets.TABLE_BYTES * entries + targets.OTHER_BYTES
     bits = 8 * (size_bytes - fixed) / (config.expert_weights * config.expert_count)
@@ -283,7 +285,7 @@ def _recipe_sizes(config: ModelConfig, recipe: str, widths: dict) -> Sizes:
 
 
 def _rest_bytes(model: str, context: int | None) -> int:
-    """Bytes of memory that running the model from the command line takes beside experts and trunk."""
+    """Bytes of memory that running the model from the command line takes in addition to experts and trunk."""
     plan = estimate(model, "1000TB", context=context, width=1).plan
     return plan.resident_bytes - plan.all_experts_bytes - plan.trunk_bytes + COMMAND_LINE_BYTES
 

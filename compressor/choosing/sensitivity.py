@@ -1,10 +1,10 @@
-"""What each width of each matrix would cost the model: measured, with the quantiser that is used.
+"""Sensitivity: what each width of each expert matrix costs the model, measured with the quantiser that rounds it.
 
-One pass over the layers with full-precision inputs. Every matrix of every expert is rounded (GPTQ without refinement)
-at every choice of width and group, alone, and the change of the layer's output on calibration tokens is taken. Layers
-are weighed by measurement too: each layer's experts are rounded together at one choice, that error is carried through
-the rest of the model, and the KL divergence of the predictions per unit of error is the layer's gain. Beside these go
-forms of the model with one kind of its trunk rounded (trunk.py), for their divergence.
+One pass over the layers with full-precision inputs. Each matrix of each expert is rounded alone (GPTQ without
+refinement) at each choice of width and group, and the change of the layer's output on calibration tokens is measured.
+A layer's gain is measured too: its experts are rounded together at one choice, the error is carried through the rest of
+the model, and the gain is the KL divergence of the predictions per unit of error. In the same pass, forms of the model
+with one kind of trunk tensor rounded (trunk.py) give the divergence of that kind.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from ..rounding.inputs import curvature_of
 from ..rounding.quantise import dequantise
 
 MOST_ROWS = 1024  # tokens of an expert on which its error is measured; more are sampled evenly
-GAIN_ROWS = 40_000  # rows of all layers' carried errors together, at the most, but GAIN_SEQUENCES a layer
+GAIN_ROWS = 40_000  # maximum of rows with carried errors over all layers, but at least GAIN_SEQUENCES a layer
 GAIN_SEQUENCES = 16
 
 Choice = tuple[int, int]  # width and group of one matrix
@@ -35,36 +35,36 @@ Choice = tuple[int, int]  # width and group of one matrix
 
 @dataclass(slots=True)
 class LayerMeasure:
-    """One layer's calibration: experts in rows; a choice is a (width, group) of one matrix."""
+    """The measures of one layer, one row per expert; a choice is a (width, group) of one matrix."""
 
     frequency: np.ndarray  # (experts,) assignments / tokens
     routing_weight: np.ndarray  # (experts,) mean over all tokens of the score where chosen, before renormalisation
     rows: np.ndarray  # (experts,) tokens routed to each
     norm_errors: np.ndarray  # (experts, 3, choices) Frobenius norm of the change of the block's output (MC)
     # (experts, 3, choices, domains + 1) mean over a domain's tokens of the squared change of the residual stream,
-    # relative to its squared norm. The last column stands for text unlike all of it, which uses every expert alike: it
-    # keeps experts that calibration seldom saw from being starved.
+    # relative to its squared norm. The last column stands for text unlike the calibration's that uses all experts
+    # evenly: it keeps bits for experts that calibration seldom used.
     errors: np.ndarray
-    drop_errors: np.ndarray  # (experts, domains + 1) the same for the expert's whole output gone
+    drop_errors: np.ndarray  # (experts, domains + 1) the same for dropping the expert
     carried: np.ndarray  # (domains,) the same for all of the layer's experts rounded at the carried choice
 
 
 @dataclass(slots=True)
 class Measures:
-    """What measuring found: layers (None for dense ones), the choices, and each layer's gain."""
+    """The measures of a model: by layer (None for a dense one), with the choices and each layer's gain."""
 
     layers: list[LayerMeasure | None]
     choices: list[Choice]
     gain: np.ndarray  # (layers, domains + 1) nats of KL divergence a unit of relative squared error
-    trunk: dict[str, float] = field(default_factory=dict)  # nats of each kind of the trunk at trunk.PROBED, by kind
+    trunk: dict[str, float] = field(default_factory=dict)  # nats by kind of trunk tensor, at trunk.PROBED bits
 
     def cost(self) -> np.ndarray:
-        """(experts of all layers, 3, choices, domains + 1) expected KL divergence, nats a token."""
+        """Expected KL divergence in nats a token, (experts of all layers, 3, choices, domains + 1)."""
         present = [(m, gain) for m, gain in zip(self.layers, self.gain, strict=True) if m is not None]
         return np.concatenate([m.errors * gain for m, gain in present])
 
     def of(self, config: ModelConfig) -> "Measures":
-        """Of the experts that `config` keeps alone."""
+        """The measures of only the experts that `config` keeps."""
         layers = []
         for layer, measure in enumerate(self.layers):
             if measure is None:
@@ -81,7 +81,7 @@ class Measures:
         return {(layer, i): float(f) for layer, m in present for i, f in enumerate(m.frequency)}
 
     def spread(self, choice: int) -> float:
-        """How unlike the experts are: 90th over 10th percentile of what one choice for all of it costs, by weight."""
+        """How much the experts differ: 90th over 10th percentile of an expert's cost with all matrices at `choice`."""
         cost = self.cost()[:, :, choice, :-1].mean(axis=-1).sum(axis=1)
         low, high = np.quantile(cost, (0.1, 0.9))
         return float(high / max(low, 1e-30))
@@ -89,29 +89,29 @@ class Measures:
 
 @dataclass(slots=True)
 class Layer:
-    """What measuring a layer's experts has in common."""
+    """What measuring the experts of one layer shares."""
 
     index: int
     a: Stream  # after attention
     routing: forward.Routing
     norms: forward.Held
-    relative: np.ndarray  # (rows,) 1 / the squared norm of the residual stream after the layer, which later norms see
-    place: np.ndarray  # (rows,) in the sample that carries errors, -1 outside of it
+    relative: np.ndarray  # (rows,) 1 / squared norm of the residual stream after the layer, which later norms divide by
+    place: np.ndarray  # (rows,) index in the sample that carries errors, -1 outside of it
 
 
 @dataclass(slots=True)
 class Form:
-    """One form of the model on its way through the layers: the source, or one with an error that is carried along."""
+    """The hidden states of one form of the model: the source, or a form with an error that is carried along."""
 
     weights: object  # trunk(name)
-    x: Stream | None = None  # None before there is anything to carry
+    x: Stream | None = None  # None before there is an error to carry
     # within a layer
     a: Stream | None = None
     y: Stream | None = None
     routing: forward.Routing | None = None
 
     def enter(self, config: ModelConfig, layer: int, tokens: int, new_stream) -> None:
-        """Everything of a layer but its experts, which add to y."""
+        """Compute a layer without its experts, whose outputs are added to y later."""
         self.a, self.y = new_stream("attended", self.x.rows), new_stream("next", self.x.rows)
         forward.attention(config, self.weights, layer, self.x, tokens, self.a)
         forward.common_mlp(config, self.weights, layer, self.a, self.y)
@@ -127,7 +127,7 @@ class Form:
 
 @dataclass(slots=True)
 class Sensitivity:
-    """The pass, layer by layer; its state can be saved after each."""
+    """The measuring pass, layer by layer; its state can be saved after each layer."""
 
     config: ModelConfig
     weights: object  # trunk(name), expert(layer, expert)
@@ -135,23 +135,23 @@ class Sensitivity:
     choices: list[Choice]
     carried_choice: int
     workers: int  # experts at a time
-    threads: int  # of each
-    new_stream: Callable[[str, int], Stream]  # (name, rows) -> an empty one
-    keep: object = None  # (name, compute) -> arrays, those of a run before this one where there are any
-    trunks: dict[str, object] = field(default_factory=dict)  # forms of the trunk whose divergence is measured, by kind
-    forms: dict[str, Form] = field(default_factory=dict)  # source, carried, and one for each kind of the trunk
-    sample: np.ndarray = None  # sequences whose rows carry errors
+    threads: int  # for each expert
+    new_stream: Callable[[str, int], Stream]  # (name, rows) -> an empty stream
+    keep: object = None  # (name, compute) -> arrays, loaded if an earlier run saved them
+    trunks: dict[str, object] = field(default_factory=dict)  # by kind, the weights with that kind of tensor rounded
+    forms: dict[str, Form] = field(default_factory=dict)  # source, carried, and one for each kind of trunk tensor
+    sample: np.ndarray = None  # indices of the sequences whose rows carry errors
 
     def __post_init__(self):
         sequences, tokens = self.calibration.ids.shape
         count = sampled_sequences(self.config, sequences, tokens)
         self.sample = np.linspace(0, sequences - 1, count).astype(np.int64)
-        # carried: of each layer so far, the model with that layer's error: (layers so far * rows, dim)
+        # carried: for each layer so far, the stream with that layer's error, (layers so far * rows, dim)
         self.forms = {"source": Form(self.weights), "carried": Form(self.weights)}
         self.forms |= {kind: Form(weights) for kind, weights in self.trunks.items()}
 
     def start(self) -> None:
-        """Fill the streams of all forms with the first layer's inputs."""
+        """Fill the streams of all forms with the inputs of the first layer."""
         for name, form in self.forms.items():
             if name != "carried":
                 ids = self.calibration.ids[slice(None) if name == "source" else self.sample]
@@ -165,16 +165,16 @@ class Sensitivity:
 
     @property
     def streams(self) -> dict[str, Stream]:
-        """The state between two layers, by form."""
+        """The state between two layers, by name of the form."""
         return {name: form.x for name, form in self.forms.items() if form.x is not None}
 
     def go_on(self, streams: dict[str, Stream]) -> None:
-        """Take up the state that a run before this one left."""
+        """Restore the state that an earlier run saved."""
         for name, stream in streams.items():
             self.forms[name].x = stream
 
     def layer(self, layer: int, tell: Callable[[int], None]) -> LayerMeasure | None:
-        """Measure one layer and go past it. tell(experts done) is called as it goes."""
+        """Measure one layer and compute it in all forms. tell(experts done) reports progress."""
         config, measure = self.config, None
         present = [form for form in self.forms.values() if form.x is not None]
         for form in present:
@@ -190,12 +190,12 @@ class Sensitivity:
         return measure
 
     def _experts(self, layer: int, forms: list[Form], change: np.ndarray, tell) -> LayerMeasure:
-        """Measure the layer's experts and add their outputs to every form; `change` gets the carried choice's error."""
+        """Measure the layer's experts, add their outputs to every form, and the carried choice's error to `change`."""
         config, norms, source = self.config, forward.Held(self.weights), self.forms["source"]
         a, routing = source.a, source.routing
 
         def outputs_of(expert: int):
-            """(stream, pieces of what the expert adds to it) of each form."""
+            """For each form, its stream and the blocks of output that the expert adds to it."""
             matrices, outputs = self.weights.expert(layer, expert), []
             for form in forms:
                 rows, routed = form.routing.rows_of(expert)
@@ -239,8 +239,8 @@ class Sensitivity:
         )
 
     def _expert(self, at: "Layer", expert: int, matrices) -> dict[str, np.ndarray]:
-        """One expert's part of a LayerMeasure, and how all three of its matrices at the carried choice move the output
-        of the sampled rows."""
+        """One expert's part of a LayerMeasure, and the change of its output on the sampled rows with all three matrices
+        at the carried choice."""
         config, routing = self.config, at.routing
         domain = np.repeat(self.calibration.domains, self.calibration.ids.shape[1])  # (rows,)
         domain_tokens = np.bincount(domain)
@@ -250,7 +250,7 @@ class Sensitivity:
         relative = at.relative[given]
         h = forward.expert_input(config, at.norms, at.index, at.a, given)
         squared, gone, rounded = self._changes(matrices, h, share**2 * relative, kept)
-        # the last row is the output itself: what dropping the expert takes away
+        # the last row is the whole output, the change when the expert is dropped
         squared = np.concatenate([squared.reshape(-1, len(kept)), gone[None]]) * share[kept] ** 2
         scale = len(rows) / max(len(kept), 1)
         norm_errors = np.sqrt(squared[:-1].sum(-1) * scale).reshape(3, -1)
@@ -270,10 +270,11 @@ class Sensitivity:
         }
 
     def _changes(self, matrices, h, token_weights, kept):
-        """Squared norm of the change of one expert's output, (3, choices, kept rows), for each matrix alone.
+        """Squared norm of the change of one expert's output, (3, choices, kept rows), with each matrix rounded alone.
 
-        Also that of the output itself, (kept rows,), and the three matrices at the carried choice. They are rounded
-        for the other rows, every second one: an expert with few rows would seem to fit better than it does.
+        Also return the squared norm of the output, (kept rows,), and the three matrices at the carried choice. The
+        rounding is fitted to every second row and the error taken on the others: otherwise the error of an expert with
+        few rows would be underestimated.
         """
         config = self.config
         inner = reference.expert_inner(config, h, *matrices[:2])
@@ -299,13 +300,13 @@ class Sensitivity:
         return squared, np.square(y, dtype=np.float64).sum(-1), carried
 
     def _of_sample(self, values: np.ndarray) -> np.ndarray:
-        """(domains,) mean of a figure of each sampled row."""
+        """Mean over each domain, (domains,), of one value per sampled row."""
         domain = np.repeat(self.calibration.domains[self.sample], self.calibration.ids.shape[1])
         domains = int(self.calibration.domains.max()) + 1
         return np.bincount(domain, values, domains) / np.maximum(np.bincount(domain, minlength=domains), 1)
 
     def _carry(self, change: np.ndarray) -> None:
-        """Start carrying this layer's error beside those of the layers before."""
+        """Append a stream with this layer's error to those of the layers before."""
         rows, form = self.sample_rows, self.forms["carried"]
         before = form.x.rows if form.x else 0
         out = self.new_stream("carried", before + len(rows))
@@ -321,10 +322,10 @@ class Sensitivity:
             stream.close()
 
     def finish(self, layers: list[LayerMeasure | None], logits_rows: int) -> Measures:
-        """What all of it costs in nats, after the last layer.
+        """Return the measures, with costs in nats, after the last layer.
 
-        A layer's gain is KL divergence a unit of relative squared error. A domain's own figure is drawn towards the
-        mean over domains, as few tokens stand behind it.
+        A layer's gain is the KL divergence per unit of relative squared error. Each domain's gain is shrunk towards the
+        mean over domains, as it is measured on few tokens.
         """
         config, rows = self.config, self.sample_rows
         domain = np.repeat(self.calibration.domains[self.sample], self.calibration.ids.shape[1])
@@ -357,18 +358,18 @@ class Sensitivity:
 
 
 def sampled_sequences(config: ModelConfig, sequences: int, tokens: int) -> int:
-    """How many of so many sequences of `tokens` carry errors."""
+    """How many of `sequences` sequences, of `tokens` tokens each, carry errors."""
     return min(sequences, max(GAIN_SEQUENCES, 2 * GAIN_ROWS // (tokens * (len(config.moe_layers) + 1))))
 
 
 def sampled(rows: int) -> np.ndarray:
-    """Which of an expert's rows its error is measured on: of every second one."""
+    """The rows on which an expert's error is measured: every second one, sampled evenly if there are many."""
     others = np.arange(1, rows, 2)
     return others[np.unique(np.linspace(0, len(others) - 1, min(len(others), MOST_ROWS)).astype(np.int64))]
 
 
 def save_measure(path: Path, measure: LayerMeasure | None) -> None:
-    """Write one layer's measure, whole or not at all."""
+    """Write one layer's measure atomically."""
     arrays = {} if measure is None else {f.name: getattr(measure, f.name) for f in fields(LayerMeasure)}
     write_whole(path, lambda file: np.savez(file, **arrays))
 

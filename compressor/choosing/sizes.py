@@ -1,7 +1,7 @@
-"""Bytes of every part of a model from its shapes alone, in either of two accounts.
+"""The bytes of every part of a model, from its shapes alone.
 
-packed_sizes(): our own format, codes with a scale and a bias a group, records padded. sizes_by_bits(): any other
-format, by the bits that a weight of each tensor takes there; RECIPES has the published mixes.
+packed_sizes(): in a bundle, with codes, a scale and a bias per group, and padded records. sizes_by_bits(): in another
+format, from the bits that a weight of each tensor takes there; RECIPES has the published mixes.
 """
 
 import math
@@ -18,7 +18,7 @@ from .targets import packed_bytes
 
 GROUP = 64
 DEFAULT_WIDTH, TRUNK_WIDTH = 4, 8
-WIDEST = 8  # bits that an expert gets at the most, unless all are left as they are
+WIDEST = 8  # maximum bits of an expert that is quantised
 PROJECTIONS = ("gate", "up", "down")  # of the routed experts
 EDGES = tuple(f"edge_{name}" for name in PROJECTIONS)  # the same in the first and last eighth of the MoE layers
 PARTS = (*PROJECTIONS, "padding", *TRUNK_KINDS, "float32")  # float32: norms, biases and routers
@@ -26,7 +26,7 @@ PARTS = (*PROJECTIONS, "padding", *TRUNK_KINDS, "float32")  # float32: norms, bi
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """All tensors of one kind; `padding` fills records up and has no weights."""
+    """All tensors of one kind, or `padding`, which aligns records and has no weights."""
 
     name: str  # one of PARTS
     weights: int
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A model's bytes. The parts that a model has, and the sums that a plan needs."""
+    """The bytes of a model: its parts, and the sums that a plan needs."""
 
     parts: tuple[Part, ...]
     trunk_bytes: int
@@ -53,7 +53,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor and its place: the `at`-th of the `of` layers that have one of its name."""
+    """One tensor and its position: the `at`-th of the `of` layers that have a tensor of its name."""
 
     kind: str  # one of PARTS
     name: str  # canonical, without the layer
@@ -71,8 +71,8 @@ def widths_by_kind(
 ) -> dict[str, int]:
     """Bits of each projection, each kind of trunk tensor and each of EDGES.
 
-    width: of the routed experts (default 4). trunk_width: of the rest (default 8, or 16 with width 16). changes: by
-    name, over either; an edge that is not given is as wide as its projection. Raises ValueError for other names or
+    width: for the routed experts (default 4). trunk_width: for the rest (default 8, or 16 with width 16). changes: by
+    name, overriding both; an edge that is not given is as wide as its projection. Raises ValueError for other names or
     widths.
     """
     width = DEFAULT_WIDTH if width is None else width
@@ -90,9 +90,9 @@ def widths_by_kind(
 
 
 def packed_sizes(config: ModelConfig, widths: dict[str, int], where: str = "config.json") -> Sizes:
-    """What a bundle with these widths (see widths_by_kind) would have, but for its headers and tables.
+    """The sizes of a bundle with these widths (see widths_by_kind), without its headers and tables.
 
-    Raises ValueError for experts that cannot be grouped.
+    Raises ValueError if the experts' shapes are not multiples of a group.
     """
     group = largest_group(GROUP, config.dim, config.expert_hidden)
     if group is None and any(widths[name] < 16 for name in (*PROJECTIONS, *EDGES)):
@@ -107,7 +107,7 @@ def packed_sizes(config: ModelConfig, widths: dict[str, int], where: str = "conf
     def nbytes(tensor: Tensor) -> int:
         if tensor.kind in PROJECTIONS:
             return packed_bytes(tensor.shape, Packing((width_of(tensor),), group or GROUP))
-        width = TRUNK_WIDTH if tensor.kind == "float32" else width_of(tensor)  # which trunk_packing sees by itself
+        width = TRUNK_WIDTH if tensor.kind == "float32" else width_of(tensor)  # trunk_packing keeps float32 as it is
         return packed_bytes(tensor.shape, trunk_packing({tensor.name: tensor.shape}, width, GROUP)[tensor.name])
 
     def record(projections: tuple[Tensor, ...]) -> int:
@@ -118,9 +118,9 @@ def packed_sizes(config: ModelConfig, widths: dict[str, int], where: str = "conf
 
 
 def mixed_sizes(config: ModelConfig, bits: float, trunk_width: int) -> Sizes:
-    """What a bundle has whose experts' widths are chosen to take so many bits a weight, padding included.
+    """The sizes of a bundle whose experts' widths are chosen for a mean of `bits` bits a weight, padding included.
 
-    Which expert gets which width is not known yet: the largest record is taken to have 8 bits.
+    Which expert gets which width is not known yet: the largest record is assumed to have 8 bits.
     """
 
     def nbytes(tensor: Tensor) -> int:
@@ -135,7 +135,7 @@ def mixed_sizes(config: ModelConfig, bits: float, trunk_width: int) -> Sizes:
 
 
 def sizes_by_bits(config: ModelConfig, bits_of: Callable[[Tensor], float]) -> Sizes:
-    """What a file has in which each weight of a tensor takes bits_of(tensor), everything included."""
+    """The sizes of a file in which a weight of each tensor takes bits_of(tensor) bits, everything included."""
 
     def nbytes(tensor: Tensor) -> int:
         return math.ceil(tensor.weights * bits_of(tensor) / 8)
@@ -144,7 +144,7 @@ def sizes_by_bits(config: ModelConfig, bits_of: Callable[[Tensor], float]) -> Si
 
 
 def at_edge(at: int, of: int) -> bool:
-    """Whether a layer is in the first or last eighth of `of` layers."""
+    """Whether layer `at` is in the first or last eighth of `of` layers."""
     return at < of // 8 or at >= of - of // 8
 
 
@@ -158,9 +158,9 @@ IQ4_XS, IQ3_S, IQ2_XXS, IQ1_M, IQ1_S = 4.25, 3.4375, 2.0625, 1.75, 1.5625
 def collaborative_bits(tensor: Tensor) -> float:
     """Bits a weight in Collaborative Compression's file of DeepSeek-V3 (arXiv 2509.25689).
 
-    Theirs is the rule, from the quantiser published with the paper (moe-quant/llama-quant.cpp of
-    github.com/moxin-org/CC-MoE). Our reading is that the file type is IQ1_S, as the rule's comments say, and that kv_b
-    is one matrix, as in the checkpoint; as the two that newer converters write, the file has 0.3 % more. With 192 of
+    The rule is that of the quantiser published with the paper (moe-quant/llama-quant.cpp of
+    github.com/moxin-org/CC-MoE). We assume that the file type is IQ1_S, as the rule's comments say, and that kv_b is
+    one matrix, as in the checkpoint; split in two, as newer converters write it, the file is 0.3 % larger. With 192 of
     256 experts it has 111.39e9 bytes = 103.74 GiB, 1.756 bits a weight; the paper says 103 GB.
     """
     more = _uses_more_bits(tensor.at, tensor.of)
@@ -189,14 +189,14 @@ def collaborative_bits(tensor: Tensor) -> float:
 
 
 def _uses_more_bits(at: int, of: int) -> bool:
-    """llama.cpp's choice of layers: the first and last eighth, and every third between."""
+    """llama.cpp's choice of layers: the first and last eighth, and every third in between."""
     return at < of // 8 or at >= 7 * of // 8 or (at - of // 8) % 3 == 2
 
 
 RECIPES = {"collaborative": ("deepseek_v3", collaborative_bits)}  # the architecture a mix is for, and its bits
 
 
-# ---- the walk that both accounts share
+# ---- the iteration over tensors that both share
 
 
 def _sizes(config: ModelConfig, nbytes: Callable[[Tensor], int], record: Callable[[tuple[Tensor, ...]], int]) -> Sizes:
@@ -230,6 +230,6 @@ def _trunk_tensors(config: ModelConfig) -> Iterator[Tensor]:
 
 
 def kind_of(name: str, shape: tuple[int, ...]) -> str:
-    """Which of TRUNK_KINDS a tensor is, or `float32`. name: canonical, with its layer or without."""
+    """Which of TRUNK_KINDS a tensor is, or `float32`. name: canonical, with or without its layer."""
     name = without_layer(name)
     return "float32" if trunk_packing({name: shape}, TRUNK_WIDTH, GROUP)[name].widths == (32,) else trunk_kind(name)

@@ -1,4 +1,4 @@
-"""What to make of a checkpoint: the options of compress(), refused where they cannot be, and the bytes they allow."""
+"""The target of compress(): its options, their validation, and the bytes that they allow for the experts."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,16 +23,16 @@ MC_WIDTHS = (1, 2, 3)
 DEFAULT_BITS = 2.5
 DEFAULT_TOKENS = 49_152
 DEFAULT_GROUP = 64
-TRUNK_WIDTH = 8  # where it is not chosen by measuring
-MEASURED_GROUP = 128  # of methods that choose widths
-HIT_SHARE = 0.9  # of expert uses that a bundle made for paging finds in memory, by calibration's frequencies
-TABLE_BYTES = 600  # of bundle.json and headers for each tensor and expert, at the most
-OTHER_BYTES = 4_000  # of bundle.json for the certificate and the like
+TRUNK_WIDTH = 8  # if it is not chosen from measures
+MEASURED_GROUP = 128  # for methods that choose widths
+HIT_SHARE = 0.9  # hit rate that a bundle made for paging aims at, by calibration's frequencies
+TABLE_BYTES = 600  # upper bound for each tensor and expert in bundle.json and headers
+OTHER_BYTES = 4_000  # for the certificate and the rest of bundle.json
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What compress() takes; it documents the fields."""
+    """The options of compress(), which documents them."""
 
     bits: float | None = None
     width: int | None = None
@@ -63,12 +63,14 @@ class Options:
 
     @property
     def chooses_trunk(self) -> bool:
-        """Whether the trunk's widths come from measuring."""
+        """Whether the trunk's widths are chosen from measures."""
         return self.method == "pmq" and self.trunk_width is None and self.calibrates
 
 
 def check(o: Options, config: ModelConfig) -> Options:
-    """Refuse what cannot be; returns the options with the one target that holds filled in."""
+    """Validate the options and return them with sizes in bytes, paths, and the default target filled in.
+
+    Raises ValueError for an option out of range and for options that exclude each other."""
     _one_of("method", o.method, METHODS)
     _one_of("group", o.group, (None, *_core.GROUPS))
     _one_of("trunk_width", o.trunk_width, (None, *_core.WIDTHS))
@@ -82,18 +84,21 @@ def check(o: Options, config: ModelConfig) -> Options:
         _one_of("width", o.width, _core.WIDTHS)
     check_tokens(o.tokens)
     if not 0 <= o.drop_experts < 1:
-        raise ValueError(f"drop_experts is {o.drop_experts}, expected a share from 0 up to 1, as 0.25")
+        raise ValueError(f"drop_experts is {o.drop_experts}, expected a share from 0 up to 1, such as 0.25")
     if o.adjust_top_k and not o.drop_experts:
-        raise ValueError("adjust_top_k belongs to drop_experts: without it every layer keeps the model's top_k")
+        raise ValueError("adjust_top_k needs drop_experts: without it every layer keeps the model's top_k")
     if o.drop_experts and not o.calibrates:
         raise ValueError("dropping experts needs calibration; choose method pmq, mc or uniform and fewer bits than 16")
     targets = o.bits is not None or o.width is not None or o.size is not None
     if o.paged and (targets or o.ram is None):
-        raise ValueError("paged goes with ram alone: the bundle is made for paging under that cap")
+        raise ValueError("paged needs ram and no other target: the bundle is made for paging under that cap")
     if o.paged and o.method not in ("pmq", "uniform"):
-        raise ValueError(f"paged needs to know how often experts are used, which method {o.method} does not take in")
+        raise ValueError(
+            f"paged needs to know how often experts are used, which method {o.method} does not measure; "
+            "use pmq or uniform"
+        )
     if o.context is not None and o.ram is None:
-        raise ValueError("context belongs to ram: it says how much memory running takes")
+        raise ValueError("context needs ram: it says how much memory running takes")
     bits = DEFAULT_BITS if not targets and o.ram is None else o.bits
     o = replace(
         o,
@@ -125,9 +130,9 @@ def _one_of(name: str, value, allowed) -> None:
 
 
 def groups(o: Options, config: ModelConfig, fine: bool = False) -> list[int]:
-    """The groups that experts may have, for the method: as asked for, or those that fit its matrices.
+    """The group sizes that experts may have: as asked for, or the method's own that fit the matrices.
 
-    fine: with those that pmq has for few bits alone.
+    fine: include those that pmq uses only at few bits.
     """
     if o.group is not None:
         return [o.group]
@@ -138,12 +143,12 @@ def groups(o: Options, config: ModelConfig, fine: bool = False) -> list[int]:
 
 
 def true_bits(config: ModelConfig, widths: tuple[int, int, int], group: int) -> float:
-    """Bits a weight of one expert on disk, scales, biases and padding included."""
+    """Bits per weight of one expert on disk, scales, biases and padding included."""
     return 8 * record_bytes(config, widths, group, record_alignment(config)) / config.expert_weights
 
 
 def uniform_packing(config: ModelConfig, bits: float, groups: list[int]) -> Packing:
-    """One packing for all experts that takes the most bits up to `bits` a weight; of equals, the widest codes."""
+    """The largest packing for all experts within `bits` bits a weight; ties go to the widest codes."""
     options = [Packing((width,) * 3, group) for width in _core.WIDTHS if width < 16 for group in groups]
     cost = {packing: true_bits(config, packing.widths, packing.group) for packing in options}
     fitting = [packing for packing in options if cost[packing] <= bits + 1e-9]
@@ -159,7 +164,7 @@ def packed_bytes(shape: tuple[int, ...], packing: Packing) -> int:
 
 
 def expert_budget(o: Options, checkpoint: Checkpoint, config: ModelConfig, trunk: dict[str, Packing]) -> float:
-    """Bytes for the experts of `config`, by bits, size or ram. Raises ValueError naming the least that can be met."""
+    """Bytes for the experts of `config`, from bits, size or ram. Raises ValueError, naming the minimum, if too few."""
     if o.bits is not None:
         return o.bits * config.expert_weights * config.expert_count / 8
     least = config.expert_count * min(
@@ -178,7 +183,7 @@ def expert_budget(o: Options, checkpoint: Checkpoint, config: ModelConfig, trunk
 
 
 def fixed_bytes(checkpoint: Checkpoint, config: ModelConfig, trunk: dict[str, Packing]) -> int:
-    """Of a bundle's directory but for the experts: trunk, copied files and tables, at the most."""
+    """Upper bound of a bundle's bytes on disk without the experts: trunk, copied files and tables."""
     fixed = trunk_bytes(config, trunk) + copied_bytes(checkpoint.directory)
     return fixed + TABLE_BYTES * (len(trunk) + config.expert_count) + OTHER_BYTES + 2 * _core.DATA_ALIGNMENT
 
@@ -190,21 +195,21 @@ def trunk_bytes(config: ModelConfig, trunk: dict[str, Packing]) -> int:
 
 
 def running_bytes(checkpoint: Checkpoint, o: Options, trunk: dict[str, Packing]) -> int:
-    """Memory of a run but for the experts, at the context asked for."""
+    """Bytes of memory that running takes without the experts, at the context asked for."""
     return _rest_bytes(checkpoint.directory, o.context) + trunk_bytes(checkpoint.config, trunk)
 
 
 @cache
 def _rest_bytes(model: Path, context: int | None) -> int:
-    """Neither experts nor trunk: the plan's figures, made in a process that only plans."""
+    """The same without the trunk, from a plan that is made in a process of its own."""
     arguments = {"model": str(model), "context": context}
     return call("edge_moe.compressor.choosing.estimate", arguments, "the process that makes the plan was killed")
 
 
 def paged_budget(o: Options, checkpoint: Checkpoint, frequency: np.ndarray, trunk: dict[str, Packing]) -> float:
-    """Bytes for the experts so that those used most fit under the cap and answer HIT_SHARE of the uses.
+    """Bytes for the experts such that the hot ones fit under the cap.
 
-    frequency: (experts of all layers,) uses a token in calibration.
+    frequency: (experts of all layers,), uses a token in calibration. Raises ValueError, naming the minimum, if too few.
     """
     config, hot = checkpoint.config, int(np.count_nonzero(hot_experts(frequency)))
     fixed = running_bytes(checkpoint, o, trunk) + READERS * READER_BYTES
@@ -218,7 +223,7 @@ def paged_budget(o: Options, checkpoint: Checkpoint, frequency: np.ndarray, trun
 
 
 def hot_experts(frequency: np.ndarray) -> np.ndarray:
-    """(experts of all layers,) whether each is among the most used, which together answer HIT_SHARE of the uses."""
+    """Whether each expert is hot, (experts of all layers,): among the most used, which make HIT_SHARE of all uses."""
     order = np.argsort(-frequency, kind="stable")
     count = int(np.searchsorted(np.cumsum(frequency[order]), HIT_SHARE * frequency.sum())) + 1
     hot = np.zeros(len(frequency), bool)

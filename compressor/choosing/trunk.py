@@ -1,8 +1,8 @@
-"""How wide each kind of the trunk is: attention, shared experts, dense layers, embedding, head.
+"""Choosing the width of each kind of trunk tensor: attention, shared experts, dense layers, embedding, head.
 
-Each kind is rounded alone, at one width, in a form of the model that goes beside the source while experts are measured;
-the divergence of its predictions, and the law by which error falls with width, price every width. A byte goes where it
-buys most: the trunk is as wide as the experts' own rate of nats a byte warrants.
+While experts are measured, each kind is rounded alone, at one width, in a form of the model of its own. The divergence
+of its predictions, and the law by which the error falls with the width, give the cost of every width. The trunk and the
+experts get their widths at the same marginal rate of nats a byte.
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from .targets import packed_bytes
 
 WIDTHS = (4, 5, 6, 8)  # that a kind may get
 PROBED = 4  # the width that is measured, rounded to nearest
-FITTED = 0.55  # of that is left by GPTQ, which rounds all but the embedding; attention: 0.65 on the reference model,
-#                0.43 on SmolLM2
+FITTED = 0.55  # share of that divergence with GPTQ, which rounds all but the embedding; for attention 0.65 on the
+#                reference model, 0.43 on SmolLM2
 GROUP = 64
 
-Curve = list[tuple[np.ndarray, np.ndarray]]  # of each item: nats and bytes of its options, (options,) each
+Curve = list[tuple[np.ndarray, np.ndarray]]  # for each item, nats and bytes of its options, (options,) each
 
 
 @dataclass(frozen=True, slots=True)
 class ProbedTrunk:
-    """A checkpoint with one kind of its trunk rounded to PROBED bits."""
+    """A checkpoint with one kind of trunk tensor rounded to PROBED bits."""
 
     weights: object  # trunk(name)
     config: ModelConfig
@@ -41,7 +41,7 @@ class ProbedTrunk:
 
 
 def kinds(config: ModelConfig) -> tuple[str, ...]:
-    """Those that a model has, but for norms, biases and routers."""
+    """The kinds of trunk tensors that a model has, without norms, biases and routers."""
     found = dict.fromkeys(kind_of(name, shape) for name, shape in trunk_shapes(config).items())
     return tuple(kind for kind in found if kind != "float32")
 
@@ -57,10 +57,10 @@ def packing_of(config: ModelConfig, widths: dict[str, int]) -> dict[str, Packing
 def choose_widths(
     config: ModelConfig, divergence: dict[str, float], experts: Curve, budget: float, whole: bool
 ) -> dict[str, int]:
-    """The width of each kind where the last byte buys as much in the trunk as in the experts.
+    """The width of each kind at which the last byte gains as much in the trunk as in the experts.
 
-    divergence: nats of each kind at PROBED bits. budget: bytes of the experts, to which, with `whole`, those of the
-    narrowest trunk are added: both are bought out of one.
+    divergence: nats of each kind at PROBED bits. experts: their curves. budget: bytes for the experts; with `whole`,
+    the trunk shares the budget, to which the bytes of the narrowest trunk are added.
     """
     shapes, curves = trunk_shapes(config), {}
     for kind, nats in divergence.items():
@@ -71,25 +71,25 @@ def choose_widths(
     if whole:
         experts = [*experts, *curves.values()]
         budget += sum(sizes[0] for _, sizes in curves.values())
-    rate = rate_at(experts, budget) * (1 + 1e-9)  # so that the step which did not fit is not taken
+    rate = rate_at(experts, budget) * (1 + 1e-9)  # excludes the step that did not fit
     return {kind: WIDTHS[int(np.argmin(nats + rate * sizes))] for kind, (nats, sizes) in curves.items()}
 
 
 def expected(width: int) -> float:
-    """Divergence at a width, of that at PROBED: a power of the step between codes.
+    """The divergence at a width relative to that at PROBED bits: a power of the step between codes.
 
-    Under 2, as tokens that change their experts add a term that falls with the step alone. On the reference model 5, 6
-    and 8 bits are 0.28, 0.084 and 0.013 of 4 bits' for the embedding, 0.32, 0.105 and 0.019 for attention; this gives
-    0.31, 0.10 and 0.011.
+    The power is below 2 because tokens whose experts change add a term that is linear in the step. On the reference
+    model, 5, 6 and 8 bits have 0.28, 0.084 and 0.013 of the divergence at 4 bits for the embedding and 0.32, 0.105 and
+    0.019 for attention; this gives 0.31, 0.10 and 0.011.
     """
     return ((2**PROBED - 1) / (2**width - 1)) ** 1.6
 
 
 def rate_at(curves: Curve, budget: float) -> float:
-    """Nats that the last byte of a budget buys, where each item has one of its options.
+    """The nats that the last byte of a budget gains, where each item takes one of its options.
 
-    The program's relaxation: every item goes down its convex hull, the steepest step first. The steepest of all where
-    nothing fits, 0 where everything does.
+    This is the linear relaxation of the integer program: items move along their convex hulls, the steepest step first.
+    Returns the steepest slope if no step fits, 0 if all do.
     """
     steps, used = [], 0.0
     for nats, sizes in curves:
