@@ -1,1 +1,1 @@
-"""Calibration text on its way through a model: the text, the streams of hidden states, a layer forward and back."""
+"""Running calibration text through a model: the text, its hidden states, and a layer's forward and backward pass."""

@@ -1,8 +1,8 @@
-"""The backward pass of runtime/reference.py's MLP path, for calibration: what a change of a layer does to predictions.
+"""The backward pass through the MLPs of runtime/reference.py, for calibration: how a layer's change moves predictions.
 
-A gradient is that of a log-likelihood with respect to the residual stream. It goes back through experts, routers,
-shared experts, dense layers and norms, and past attention unchanged: the influence of a token on later ones is left
-out. Arrays: g (samples, rows, dim), one gradient for each label that was drawn.
+Gradients are of a log-likelihood with respect to the residual stream. They are propagated back through experts,
+routers, shared experts, dense layers and norms, and pass attention unchanged: the influence of a token on later ones is
+neglected. Arrays: g (samples, rows, dim), one gradient for each sampled label.
 """
 
 import numpy as np
@@ -14,8 +14,8 @@ from ...runtime.config import ModelConfig
 def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, random) -> np.ndarray:
     """Gradients, (samples, rows, dim), of the log-likelihood of labels drawn from the model's own predictions.
 
-    x: (rows, dim), the stream after the last layer. Their mean square in a direction is the curvature of the KL
-    divergence in it (the Fisher information).
+    x: (rows, dim), the residual stream after the last layer. The mean square of the gradients along a direction is the
+    curvature of the KL divergence along it (the Fisher information).
     """
     head = weights.trunk("embedding" if config.tied_head else "head")
     p = reference.softmax(reference.head(config, weights, x))
@@ -32,14 +32,14 @@ def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, ran
 
 
 def norm_backward(x, weight, eps: float, g):
-    """Through reference.rms_norm: x (rows, dim), g (..., rows, dim)."""
+    """Backward of reference.rms_norm: x (rows, dim), g (..., rows, dim)."""
     inverse = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps)
     g = g * weight
     return inverse * (g - x * (np.square(inverse) * np.mean(g * x, axis=-1, keepdims=True)))
 
 
 def mlp_backward(config: ModelConfig, h, matrices, g):
-    """Through reference.expert: its output (rows, dim), and the gradient (samples, rows, dim) at h (rows, dim)."""
+    """Backward of reference.expert: the output (rows, dim), and the gradient (samples, rows, dim) at h (rows, dim)."""
     w_gate, w_up, w_down = matrices
     gate, up = h @ w_gate.T, h @ w_up.T
     act, slope = activation(config, gate)
@@ -59,7 +59,7 @@ def activation(config: ModelConfig, x):
 
 
 def router_backward(config: ModelConfig, router, scores, chosen, weights, g_weights):
-    """The gradient (samples, rows, dim) at h, of g_weights (samples, rows, top_k) at the routing weights.
+    """The gradient (samples, rows, dim) at h, given g_weights (samples, rows, top_k) at the routing weights.
 
     router: (experts, dim); scores: (rows, experts); chosen, weights: (rows, top_k), as reference.route() gives them.
     """
@@ -81,7 +81,7 @@ def router_backward(config: ModelConfig, router, scores, chosen, weights, g_weig
 
 
 def shared_backward(config: ModelConfig, weights, layer: int, h, g):
-    """The gradient at h of the shared expert's output."""
+    """The gradient at h, through the shared expert."""
     prefix = f"layers.{layer}.shared"
     matrices = [weights.trunk(f"{prefix}.{part}") for part in ("gate", "up", "down")]
     g = g * config.residual_scale
@@ -94,6 +94,6 @@ def shared_backward(config: ModelConfig, weights, layer: int, h, g):
 
 
 def dense_backward(config: ModelConfig, weights, layer: int, h, g):
-    """The gradient at h of a dense layer's MLP."""
+    """The gradient at h, through the MLP of a dense layer."""
     matrices = [weights.trunk(f"layers.{layer}.dense.{part}") for part in ("gate", "up", "down")]
     return mlp_backward(config, h, matrices, g * config.residual_scale)[1]

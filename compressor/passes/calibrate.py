@@ -1,8 +1,8 @@
-"""The text that the compressor learns from, and other text, held out, that the result is certified on.
+"""The calibration text, and the held-out text on which the result is certified.
 
-Text comes from files, from token ids (.npy), or by default from the running interpreter's own standard library, so
-nothing is downloaded. Without held-out files the last eighth of each calibration text is held out. How a text is read
-and encoded is in texts.py.
+Text comes from files, from token ids (.npy), or by default from the source of Python's standard library, so nothing is
+downloaded. Without held-out files, the last eighth of each calibration text is held out. texts.py reads and encodes a
+text.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ import numpy as np
 from ...runtime.config import ModelConfig
 from .texts import STDLIB, Ids, LargeText, check_file, content_hash, open_text, stdlib_text
 
-LEAST_TOKENS = 256  # of calibration text
-SEQUENCE_TOKENS = 256  # of one calibration sequence, or the model's context if shorter
-MOST_DOMAINS = 8  # kinds of text that calibration tells apart
-DOMAIN_SEQUENCES = 8  # calibration sequences for each kind, at the least, on average
+LEAST_TOKENS = 256  # minimum of calibration text
+SEQUENCE_TOKENS = 256  # length of a calibration sequence, or the model's context if shorter
+MOST_DOMAINS = 8  # maximum of kinds of text that calibration tells apart
+DOMAIN_SEQUENCES = 8  # minimum of calibration sequences for each kind, on average
 HELD_OUT_TOKENS = 8192
-HELD_OUT_PART = 8  # of a text, from its end, is held out: one in so many
-SAMPLE_TOKENS = 64  # of a held-out sequence that calibration must not contain
+HELD_OUT_PART = 8  # the last 1 / 8 of a text is held out
+SAMPLE_TOKENS = 64  # from the middle of a held-out sequence, which the calibration text must not contain
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Calibration:
 
     @property
     def provenance(self) -> dict:
-        """What bundle.json says of it."""
+        """The description of the calibration text for bundle.json."""
         return {"source": self.source, **_described(self.ids), "domains": int(self.domains.max()) + 1}
 
     @property
@@ -50,10 +50,10 @@ def _described(ids: np.ndarray) -> dict:
 
 
 def domains_of(ids: np.ndarray, seed: int) -> np.ndarray:
-    """Sort sequences (sequences, tokens) into kinds of text by which tokens they use: (sequences,) from 0.
+    """Cluster sequences (sequences, tokens) into kinds of text by the tokens they use: (sequences,) labels from 0.
 
-    k-means on square roots of token frequencies. Rare kinds would otherwise hardly count: minimising the error of
-    the average token starves the experts of code in a corpus of prose.
+    k-means on square roots of token frequencies. Without kinds, rare ones would hardly count: minimising the mean error
+    over tokens gives too few bits to the experts for code in a corpus of prose.
     """
     from scipy.cluster.vq import kmeans2
     from scipy.sparse import csr_array
@@ -70,7 +70,7 @@ def domains_of(ids: np.ndarray, seed: int) -> np.ndarray:
     gram -= gram.mean(0) + gram.mean(1)[:, None] - gram.mean()
     values, vectors = np.linalg.eigh(gram)
     points = vectors[:, -2 * kinds :] * np.sqrt(np.maximum(values[-2 * kinds :], 0))
-    kinds = min(kinds, len(np.unique(points.round(6), axis=0)))  # of text that repeats itself
+    kinds = min(kinds, len(np.unique(points.round(6), axis=0)))  # fewer if the text repeats itself
     if kinds < 2:
         return np.zeros(sequences, np.int64)
     _, labels = kmeans2(points, kinds, seed=seed, minit="++", missing="warn")
@@ -78,7 +78,7 @@ def domains_of(ids: np.ndarray, seed: int) -> np.ndarray:
 
 
 def paths_of(files: str | Path | Iterable) -> tuple[Path, ...]:
-    """One file's name or several, as options take them."""
+    """The paths of an option that takes one file or several."""
     return tuple(map(Path, (files,) if isinstance(files, str | Path) else files))
 
 
@@ -95,17 +95,16 @@ def load_calibration(
     seed: int,
     held_out: Sequence[Path] = (),
 ) -> Calibration:
-    """Sequences of calibration tokens and of held-out ones, the same for the same arguments.
+    """Load calibration and held-out sequences, deterministically for the same arguments.
 
-    Every file gives the same share of `tokens`, in windows spread evenly over it. Raises ValueError when there is
-    no tokenizer for text, a file has too little of it, ids are outside the vocabulary, or held-out text is in the
-    calibration text.
+    Each file contributes the same share of `tokens`, in windows spread evenly over it. Raises ValueError if text has no
+    tokenizer, a file is too short, ids are outside the vocabulary, or held-out text is in the calibration text.
     """
     length = min(SEQUENCE_TOKENS, config.context)
     name = ", ".join(Path(file).name for file in files) if files else STDLIB
     if files:
         _refuse_same_files(files, held_out)
-    for file in (*files, *held_out):  # one that is not there shows before another is read
+    for file in (*files, *held_out):  # a missing file is reported before any is read
         check_file(Path(file))
     texts = [open_text(Path(file), tokenizer, tokens) for file in files] or [stdlib_text(tokenizer, seed)]
     apart = [open_text(Path(file), tokenizer, tokens) for file in held_out]
@@ -125,7 +124,7 @@ def load_calibration(
 
 
 def _sequences(texts: Sequence[Ids | LargeText], length: int, tokens: int, config: ModelConfig) -> np.ndarray:
-    """(sequences, length) windows spread evenly, the same share of `tokens` from each text."""
+    """Windows spread evenly over each text, (sequences, length), with the same share of `tokens` from each."""
     wanted, sequences = max(1, tokens // length), []
     for index, text in enumerate(texts):
         share = wanted * (index + 1) // len(texts) - wanted * index // len(texts)

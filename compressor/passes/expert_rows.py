@@ -1,13 +1,14 @@
-"""Which rows of calibration text an expert is measured and rounded on."""
+"""Choosing the rows of calibration text on which an expert is measured and rounded."""
 
 import numpy as np
 
-LEAST_ROWS = 128  # tokens an expert is given: its own, then those whose router score came closest to choosing it
-FIT_BYTES = 64_000_000  # of one expert's inputs that its second moments are taken over; more are sampled evenly
+LEAST_ROWS = 128  # minimum of tokens for an expert: those routed to it, then those that came closest to choosing it
+FIT_BYTES = 64_000_000  # maximum of one expert's inputs for its second moments; more are sampled evenly
 
 
 def with_nearest(routing, expert: int, rows: np.ndarray, routed: np.ndarray, most: int):
-    """Rows of an expert and their routing weights, filled up to LEAST_ROWS with those that came closest to it."""
+    """An expert's rows and routing weights, padded to LEAST_ROWS with those closest to choosing it among the first
+    `most` rows."""
     if len(rows) >= LEAST_ROWS:
         return rows, routed
     others, share = routing.nearest_rows(expert, LEAST_ROWS - len(rows), most)
@@ -15,7 +16,7 @@ def with_nearest(routing, expert: int, rows: np.ndarray, routed: np.ndarray, mos
 
 
 def fitting_rows(rows: np.ndarray, routed: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most as many of an expert's rows as FIT_BYTES hold, sampled evenly."""
+    """An expert's rows, sampled evenly if their inputs would exceed FIT_BYTES."""
     most = max(FIT_BYTES // (4 * dim), LEAST_ROWS)
     if len(rows) <= most:
         return rows, routed

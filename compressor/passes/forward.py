@@ -1,4 +1,4 @@
-"""One layer of the model over streams: the steps of runtime/reference.py, in blocks that memory holds."""
+"""The forward pass of one layer over streams: the steps of runtime/reference.py, in blocks that fit in memory."""
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -10,24 +10,25 @@ from ...runtime import reference
 from ...runtime.config import ModelConfig
 from .streams import BLOCK_ROWS, Stream
 
-PART_BYTES = 64_000_000  # of one expert's output that a worker may hold
+PART_BYTES = 64_000_000  # maximum of one expert's output that a worker holds
 
 
 @dataclass(slots=True)
 class Routing:
-    """Where the rows of a layer go: chosen and weights (rows, top_k), scores (rows, experts) before the choice."""
+    """The routing of a layer: chosen and weights (rows, top_k), and scores (rows, experts) before the choice."""
 
     chosen: np.ndarray
     weights: np.ndarray
     scores: np.ndarray
 
     def rows_of(self, expert: int, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that chose the expert, of the first `rows`, and their routing weights."""
+        """The rows among the first `rows` that chose the expert, and their routing weights."""
         found, place = np.nonzero(self.chosen[:rows] == expert)
         return found, self.weights[found, place]
 
     def nearest_rows(self, expert: int, count: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` more rows, those that came closest to choosing the expert, and the weights they would have given."""
+        """`count` other rows among the first `rows`, those closest to choosing the expert, and the routing weights they
+        would have given it."""
         ranked = np.argsort(-self.scores[:rows, expert], kind="stable")
         others = ranked[~(self.chosen[ranked] == expert).any(axis=1)][:count]
         others = np.sort(others)
@@ -37,14 +38,14 @@ class Routing:
 
 
 def embed(config: ModelConfig, weights, ids: np.ndarray, out: Stream) -> None:
-    """Fill `out` with the first layer's input for ids (sequences, tokens)."""
+    """Fill `out` with the input of the first layer for ids (sequences, tokens)."""
     trunk, flat = Held(weights), ids.reshape(-1)
     for start, stop in out.blocks():
         out.write(start, reference.embed(config, trunk, flat[start:stop]))
 
 
 def attention(config: ModelConfig, weights, layer: int, x: Stream, tokens: int, out: Stream) -> None:
-    """out = x + attention(x), for sequences of `tokens` rows."""
+    """Write out = x + attention(x), for sequences of `tokens` rows."""
     trunk = Held(weights)
     for start, stop in x.blocks(of=tokens):
         block = x.read(start, stop).reshape(-1, tokens, x.dim)
@@ -53,7 +54,7 @@ def attention(config: ModelConfig, weights, layer: int, x: Stream, tokens: int, 
 
 
 def route(config: ModelConfig, weights, layer: int, a: Stream) -> Routing:
-    """Where the rows of `a`, the layer's stream after attention, go."""
+    """Route the rows of `a`, the residual stream after the layer's attention."""
     trunk, parts = Held(weights), []
     for start, stop in a.blocks():
         h = reference.mlp_input(config, trunk, layer, a.read(start, stop))
@@ -63,7 +64,7 @@ def route(config: ModelConfig, weights, layer: int, a: Stream) -> Routing:
 
 
 def common_mlp(config: ModelConfig, weights, layer: int, a: Stream, out: Stream) -> None:
-    """out = a + what every row passes through: the dense MLP or the shared expert, where the layer has one."""
+    """Write out = a + the output of the dense MLP or the shared expert, if the layer has one."""
     trunk = Held(weights)
     for start, stop in a.blocks():
         block = a.read(start, stop)
@@ -80,7 +81,7 @@ def expert_input(config: ModelConfig, weights, layer: int, a: Stream, rows: np.n
 
 
 def expert_parts(config: ModelConfig, norms, layer: int, a: Stream, matrices, rows: np.ndarray, weight: np.ndarray):
-    """One expert's weighted output, piece by piece: (rows, values (rows, dim)). matrices: gate, up and down."""
+    """Yield one expert's weighted output in blocks, as (rows, values (rows, dim)). matrices: gate, up and down."""
     for start in range(0, len(rows), BLOCK_ROWS):
         at = slice(start, start + BLOCK_ROWS)
         h = expert_input(config, norms, layer, a, rows[at])
@@ -88,7 +89,7 @@ def expert_parts(config: ModelConfig, norms, layer: int, a: Stream, matrices, ro
 
 
 def held(parts, rows: int, dim: int):
-    """The pieces computed now where they fit in PART_BYTES, else as they will be asked for."""
+    """The blocks as a list if they fit in PART_BYTES, else the iterator, which computes them on demand."""
     return list(parts) if 4 * rows * dim <= PART_BYTES else parts
 
 
@@ -98,9 +99,9 @@ def add_all(stream: Stream, parts) -> None:
 
 
 def in_order(workers: int, function, items):
-    """function(item) for each item, on so many threads; results in order, few of them waiting at a time.
+    """Yield function(item) for each item in order, computed by `workers` threads, with few results held at a time.
 
-    Sums stay the same for any number of workers, as one thread adds results up.
+    One thread consumes the results, so sums are the same for any number of workers.
     """
     if workers == 1:
         yield from map(function, items)
@@ -113,12 +114,12 @@ def in_order(workers: int, function, items):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:  # an item may take minutes, which who ends a run does not wait for
+    finally:  # an item may take minutes; an interrupted run does not wait for it
         pool.shutdown(wait=not waiting, cancel_futures=True)
 
 
 def head_blocks(config: ModelConfig, weights, x: Stream, rows: int, first: int = 0):
-    """(start, stop, logits) over the stream after the last layer from row `first`, at most `rows` rows at a time."""
+    """Yield (start, stop, logits) for the stream after the last layer, from row `first`, at most `rows` at a time."""
     trunk = Held(weights)
     for start in range(first, x.rows, rows):
         stop = min(start + rows, x.rows)
@@ -126,7 +127,7 @@ def head_blocks(config: ModelConfig, weights, x: Stream, rows: int, first: int =
 
 
 class Held:
-    """Weights whose trunk tensors are read once; for one step of one layer."""
+    """Weights whose trunk tensors are read once and kept, for one step of one layer."""
 
     def __init__(self, weights):
         self._weights, self._trunk = weights, {}

@@ -1,6 +1,6 @@
-"""Hidden states of calibration text on their way through the layers: in memory, or in a file where they do not fit.
+"""Streams: the hidden states of calibration text between layers, in memory or, if they do not fit, in a file.
 
-A stream holds (rows, dim) float32, a row for each token, sequence after sequence. Layers read it in blocks of whole
+A stream is (rows, dim) float32, one row per token, one sequence after another. Layers read it in blocks of whole
 sequences, experts by scattered rows. Files are read and written, not mapped: mapped pages would count as memory.
 """
 
@@ -12,11 +12,11 @@ import numpy as np
 from ... import _core
 from ..files import named, write_whole
 
-BLOCK_ROWS = 2048  # of a pass over all rows
+BLOCK_ROWS = 2048  # of one block in a pass over all rows
 
 
 class Stream:
-    """(rows, dim) float32. `file` None keeps them in memory, else they live in that file, which is overwritten."""
+    """Hidden states, (rows, dim) float32, in `file`, which is overwritten, or in memory if it is None."""
 
     def __init__(self, rows: int, dim: int, file: Path | None = None):
         self.rows, self.dim, self.file = rows, dim, file
@@ -27,7 +27,7 @@ class Stream:
 
     @classmethod
     def load(cls, saved: Path, rows: int, dim: int, file: Path | None = None, checksum: int | None = None) -> "Stream":
-        """What save() wrote. Raises ValueError where it is of another size, or of another checksum than save()'s."""
+        """Load what save() wrote. Raises ValueError if the size or the checksum, as save() returned it, differs."""
         if saved.stat().st_size != rows * dim * 4:
             raise ValueError(f"{saved}: has {saved.stat().st_size:,} bytes, expected {rows * dim * 4:,}; start again")
         stream, found = cls(rows, dim, file), 0
@@ -42,7 +42,7 @@ class Stream:
         return stream
 
     def blocks(self, of: int = 1):
-        """(start, stop) of pieces of about BLOCK_ROWS rows, each a multiple of `of` rows."""
+        """Yield (start, stop) of blocks of about BLOCK_ROWS rows, each a multiple of `of` rows."""
         step = max(BLOCK_ROWS // of, 1) * of
         return ((start, min(start + step, self.rows)) for start in range(0, self.rows, step))
 
@@ -70,7 +70,7 @@ class Stream:
         return out
 
     def add(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Add values (len(rows), dim) to the given rows, each named once."""
+        """Add values (len(rows), dim) to the given rows, which must be distinct."""
         if self._values is not None:
             self._values[rows] += values
             return
@@ -79,7 +79,7 @@ class Stream:
             self._transfer(os.pwritev, values[first:last], int(rows[first]))
 
     def save(self, path: Path) -> int:
-        """Write everything to `path`, whole or not at all; returns its CRC-32C."""
+        """Write all rows to `path` atomically and return their CRC-32C."""
         checksum = 0
 
         def write(handle) -> None:
@@ -93,7 +93,7 @@ class Stream:
         return checksum
 
     def close(self) -> None:
-        """Let go of memory or the file, which is removed."""
+        """Free the memory, or remove the file."""
         self._values = None
         if self._handle is not None:
             self._handle.close()
@@ -111,6 +111,6 @@ class Stream:
 
 
 def _runs(rows: np.ndarray):
-    """(first, last) of the pieces of `rows` that are consecutive numbers."""
+    """Yield (first, last) of the runs of consecutive numbers in `rows`."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     return zip([0, *breaks.tolist()], [*breaks.tolist(), len(rows)], strict=True) if len(rows) else ()

@@ -1,7 +1,7 @@
-"""One text of calibration: windows of its tokens, with no more of it in memory than they need.
+"""Drawing windows of tokens from one calibration text, with no more of the text in memory than they need.
 
-A text of a few megabytes is encoded whole, and a file of token ids is mapped. Of a larger text only the places are read
-and encoded that windows are drawn from: 49,152 tokens of a gigabyte are a few hundred kilobytes of it.
+A text of a few megabytes is encoded whole, and a file of token ids is mapped. Of a larger text only the parts that
+windows are drawn from are read and encoded: 49,152 tokens of a gigabyte are a few hundred kilobytes.
 """
 
 import hashlib
@@ -11,27 +11,27 @@ from pathlib import Path
 
 import numpy as np
 
-WHOLE_BYTES = 4_000_000  # of a text file that is encoded whole
-TOKEN_BYTES = 16  # of a text, read for each token of a window at first; most texts have 3 to 5
-MOST_TOKEN_BYTES = 256  # and at the most
+WHOLE_BYTES = 4_000_000  # maximum of a text file that is encoded whole
+TOKEN_BYTES = 16  # read at first for each token of a window; most texts have 3 to 5 bytes a token
+MOST_TOKEN_BYTES = 256  # the maximum read for each token of a window
 STDLIB = "Python standard library"
-STDLIB_BYTES = 4_000_000  # of the standard library that are read
+STDLIB_BYTES = 4_000_000  # read from the standard library
 
 
 @dataclass(frozen=True, slots=True)
 class Ids:
-    """A text whose tokens are all known."""
+    """A text that is encoded whole."""
 
     source: str
     ids: np.ndarray  # (tokens,) integers
 
     def parts(self, of: int, least: int) -> tuple["Ids", "Ids"]:
-        """All but the end, and the end: one in `of` of the tokens, at least `least`."""
+        """Split off the end: 1 / `of` of the tokens, at least `least`."""
         cut = len(self.ids) - max(len(self.ids) // of, least)
         return Ids(self.source, self.ids[:cut]), Ids(self.source, self.ids[cut:])
 
     def windows(self, count: int, length: int) -> list[np.ndarray]:
-        """At most `count` windows of `length` tokens, spread evenly, fewer where they would overlap."""
+        """Up to `count` windows of `length` tokens, spread evenly; fewer if they would overlap."""
         starts = np.linspace(0, len(self.ids) - length, min(count, len(self.ids) // length), dtype=np.int64)
         return [np.asarray(self.ids[start : start + length], np.int64) for start in starts]
 
@@ -42,7 +42,7 @@ class Ids:
 
 @dataclass(frozen=True, slots=True)
 class LargeText:
-    """A text file, or a part of one, that is read and encoded where windows are drawn."""
+    """A text file, or a part of one, that is read and encoded only where windows are drawn."""
 
     source: str
     file: Path
@@ -56,7 +56,7 @@ class LargeText:
         return first, LargeText(self.source, self.file, self.tokenizer, cut, self.end)
 
     def windows(self, count: int, length: int) -> list[np.ndarray]:
-        """As Ids.windows(); a window begins with a line, where the text has lines."""
+        """As Ids.windows(); a window starts at the beginning of a line if the text has lines."""
         found, room = [], (self.end - self.begin) // max(count, 1)
         with open(self.file, "rb") as file:
             for number in range(count):
@@ -70,19 +70,19 @@ class LargeText:
         return found
 
     def check_length(self, least: int) -> None:
-        pass  # a text is large only where the windows that it is to give are a small part of it
+        pass  # open_text() makes a LargeText only if the windows are a small part of the text
 
     def _encode(self, data: bytes, inside: bool) -> list[int]:
-        """Tokens from the first line that begins in a piece of the text, without special ones."""
+        """The tokens of a piece of the text, without special tokens, from the first line that starts in it."""
         begin = data.find(b"\n", 0, len(data) // 2) + 1 if inside else 0
-        # A character that is cut, at either end, is left out.
+        # A character that is cut at either end is dropped.
         return self.tokenizer.encode(data[begin:].decode("utf-8", errors="ignore"))[len(self.tokenizer.encode("")) :]
 
 
 def open_text(file: Path, tokenizer, tokens: int) -> Ids | LargeText:
-    """A file of calibration or held-out text, or .npy of token ids, of which `tokens` may be drawn.
+    """Open a file of calibration or held-out text, or of token ids (.npy), from which up to `tokens` are drawn.
 
-    Raises FileNotFoundError where there is no file, and ValueError for one of another kind, or text without a
+    Raises FileNotFoundError if the file does not exist, and ValueError for a file of another kind or text without a
     tokenizer.
     """
     check_file(file)
@@ -97,7 +97,7 @@ def open_text(file: Path, tokenizer, tokens: int) -> Ids | LargeText:
 
 
 def check_file(file: Path) -> None:
-    """Raise ValueError or FileNotFoundError where there is no such file."""
+    """Raise ValueError for a folder, and FileNotFoundError if there is no such file."""
     if file.is_dir():
         raise ValueError(f"{file}: is a folder; name the text files in it, each with an option of its own")
     if not file.is_file():
@@ -106,7 +106,7 @@ def check_file(file: Path) -> None:
 
 
 def stdlib_text(tokenizer, seed: int) -> Ids:
-    """The standard library's source, modules in an order drawn from `seed`."""
+    """The source of the standard library, with modules shuffled by `seed`. Raises ValueError without a tokenizer."""
     if tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer.json; pass --calibration IDS.npy, or use --method rtn")
     text, size = [], 0
@@ -119,13 +119,13 @@ def stdlib_text(tokenizer, seed: int) -> Ids:
 
 
 def stdlib_files(seed: int) -> list[Path]:
-    """Modules of the running interpreter's standard library, in an order drawn from `seed`."""
+    """The modules of the running interpreter's standard library, shuffled by `seed`."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
 
 
 def content_hash(file: Path) -> tuple[int, bytes] | None:
-    """What two files with the same content have in common; None where there is no file."""
+    """The size and digest of a file, equal for equal content; None if there is no file."""
     if not file.is_file():
         return None
     digest = hashlib.sha256()
@@ -136,7 +136,7 @@ def content_hash(file: Path) -> tuple[int, bytes] | None:
 
 
 def _encode_whole(file: Path, tokenizer) -> np.ndarray:
-    """All tokens of a text (tokens,); of one that is longer than WHOLE_BYTES, block after block of whole lines."""
+    """All tokens of a text, (tokens,); a text longer than WHOLE_BYTES is encoded in blocks of whole lines."""
     special, blocks, rest = len(tokenizer.encode("")), [], ""
     with open(file, encoding="utf-8", errors="replace", newline="") as handle:
         while text := handle.read(WHOLE_BYTES):
