@@ -1,1 +1,1 @@
-"""What leaving out a token's lighter experts costs, measured for the rules of a request."""
+"""Calibrating the rules by which a request may leave out a token's lighter experts."""

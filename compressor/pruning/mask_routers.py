@@ -1,29 +1,29 @@
-"""Mask routers: linear forms of a token that say how many of its experts it needs; trained on losses of calibration.
+"""Training mask routers: linear functions of a token that tell how many of its experts it needs.
 
-Two kinds, of equal shape. `loss` predicts the logarithm of each count's loss: a gamma regression with a log link,
-fitted by reweighting, since losses of a few labels are right on average and scattered like chi squares. `otp` scores
-the counts as OTP does: trained to choose, by samples of a Gumbel softmax of falling temperature whose hard choice goes
-forward and whose soft one carries the gradient. OTP's penalty on experts is a price here, drawn anew for each token in
-training, so that one router serves every cut.
+There are two kinds, of equal shape, both trained on losses from calibration text. `loss` predicts the logarithm of the
+loss of keeping each number of experts: a gamma regression with a log link, fitted by Fisher scoring, since losses from
+a few labels are unbiased and distributed like chi squares. `otp` scores the numbers as OTP does: it is trained to
+choose, with straight-through samples of a Gumbel softmax at falling temperature. Instead of OTP's fixed penalty on
+experts, a price is sampled for each token in training, so that one router serves every cut.
 """
 
 import numpy as np
 
 ROUNDS = 12  # of the regression
 RIDGE = 1000.0  # on the regression's coefficients of inputs with unit variance; 30 is as good from 20,000 tokens on
-MOST_RESIDUAL = 8.0  # of a token in a round of the regression, of its own expected loss
+MOST_RESIDUAL = 8.0  # maximum residual of a token in a round of the regression, relative to its expected loss
 
 STEPS, BATCH = 4000, 512  # of OTP's training
-TEMPERATURES = (4.0, 0.1)  # first and last; in between they fall by a constant factor
-RATE = 0.01  # of Adam, falling to 0
+TEMPERATURES = (4.0, 0.1)  # first and last, with geometric decay in between
+RATE = 0.01  # learning rate of Adam, decaying to 0
 MOMENTS = (0.9, 0.999)
-MOST_LOSS = 50.0  # of a count in training, in units of the middle price
+MOST_LOSS = 50.0  # losses are clipped to this in training, in units of the middle price
 
 
 def fit_losses(inputs: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """A mask router of `loss`, (top_k, columns): the logarithm of each count's mean loss as a linear form.
+    """Fit a mask router of `loss`, (top_k, columns): the logarithm of the mean loss of keeping 1, 2, ... experts.
 
-    inputs: (rows, columns), the last of them 1. losses: (rows, top_k), the last of which is not fitted.
+    inputs: (rows, columns), the last column 1. losses: (rows, top_k), the last column is not fitted.
     """
     x, mean, deviation = standardised(inputs)
     pull = np.full(x.shape[1], RIDGE)
@@ -39,16 +39,17 @@ def fit_losses(inputs: np.ndarray, losses: np.ndarray) -> np.ndarray:
 
 
 def train_otp(inputs: np.ndarray, losses: np.ndarray, prices: tuple[float, float], seed: int) -> np.ndarray:
-    """A mask router of `otp`, (top_k, columns): scores, from which prices in units of the geometric mean go off.
+    """Train a mask router of `otp`, (top_k, columns): scores, from which prices relative to their geometric mean are
+    subtracted.
 
-    inputs: (rows, columns), the last of them 1. losses: (rows, top_k) nats. prices: least and most nats of an expert.
+    inputs: (rows, columns), the last column 1. losses: (rows, top_k) nats. prices: minimum and maximum nats an expert.
     """
     random, (x, mean, deviation) = np.random.default_rng(seed), standardised(inputs)
     unit, top_k = np.sqrt(prices[0] * prices[1]), losses.shape[1]
     losses = np.minimum(losses / unit, MOST_LOSS).astype(np.float32)
     low, high = np.log(np.array(prices) / unit)
     router = np.zeros((top_k, x.shape[1]), np.float32)
-    router[:, -1] = np.arange(top_k) * np.exp(high)  # keeps everything at first
+    router[:, -1] = np.arange(top_k) * np.exp(high)  # initially keeps all experts
     first, second = np.zeros_like(router), np.zeros_like(router)
     for step in range(STEPS):
         rows = random.integers(len(x), size=BATCH)
@@ -72,14 +73,14 @@ def train_otp(inputs: np.ndarray, losses: np.ndarray, prices: tuple[float, float
 
 
 def standardised(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Inputs with mean 0 and variance 1, but for the last, and what they were."""
+    """The inputs with mean 0 and variance 1, except the last column, and their former means and deviations."""
     mean, deviation = inputs.mean(0, dtype=np.float64), inputs.std(0, dtype=np.float64) + 1e-6
     mean[-1], deviation[-1] = 0, 1
     return ((inputs - mean) / deviation).astype(np.float32), mean, deviation
 
 
 def of_inputs(router: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-    """A router of standardised inputs as one of the inputs themselves."""
+    """Convert a router of standardised inputs to one of the original inputs."""
     router = router / deviation
     router[:, -1] -= router @ mean
     return router.astype(np.float32)

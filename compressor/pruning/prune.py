@@ -1,8 +1,8 @@
-"""calibrate_pruning(): what a bundle needs to leave out experts that a token hardly needs, and what that costs.
+"""Calibrating a bundle for pruning: calibrate_pruning() finds the settings of each rule and certifies their cost.
 
-Losses are measured on calibration text (prune_losses.py), mask routers are trained on them (mask_routers.py), settings
-found for a set of cuts (prune_curves.py); then the engine scores the bundle on held-out text at each cut, against
-itself unpruned. The bundle is whole at every moment: while mask routers change, it has no calibration.
+Losses are measured on calibration text (prune_losses.py), mask routers are trained on them (mask_routers.py), and
+settings are found for a set of cuts (prune_curves.py). Then the engine scores the bundle on held-out text at each cut
+against the unpruned bundle. The bundle stays valid at every moment: while mask routers change, it has no calibration.
 """
 
 import json
@@ -37,7 +37,7 @@ from .prune_losses import SAMPLES, collect
 DEFAULT_TOKENS = 32_768
 DEFAULT_CUT = 0.2
 DEFAULT_RULES = ("loss", "otp", "share", "odp")
-APART, APART_TOKENS = 5, 64  # one run of so many tokens in five is for finding prices
+APART, APART_TOKENS = 5, 64  # every fifth run of 64 tokens is for finding prices
 
 
 def calibrate_pruning(
@@ -56,12 +56,11 @@ def calibrate_pruning(
 ) -> Bundle:
     """Calibrate a bundle for pruning and open it.
 
-    default: share of expert uses that a run leaves out where it is not told otherwise, or the nearest that the first
-    rule reaches; None: nothing. force: replace
-    the calibration that a bundle has. rules: of loss, otp, share and odp; the first is what a plain share means and
-    what the certificate is of. calibration, held_out: text files, or .npy of
-    token ids; none: as for compress(). tokens: to calibrate on. ram: most memory for hidden states and for the engine;
-    hidden states beyond half of it are in files beside the bundle. progress(step, done, of) is called as work goes on.
+    default: share of expert uses that a run leaves out unless told otherwise, or the nearest that the first rule
+    reaches; None: nothing. force: replace an existing calibration. rules: some of loss, otp, share and odp; a plain
+    share means the first, which the certificate is of. calibration, held_out: text files, or .npy of token ids; by
+    default as for compress(). tokens: number of calibration tokens. ram: maximum memory for hidden states and for the
+    engine; hidden states beyond half of it are in files beside the bundle. progress(step, done, of) reports progress.
 
     Raises ValueError for bad options, for a bundle whose tokens have one expert each and for a default that the
     calibrated cuts do not reach, FileExistsError for a bundle that is calibrated already, OSError for the disk.
@@ -106,16 +105,16 @@ def calibrate_pruning(
 
 
 def set_default(bundle: str | Path, default: float | None) -> Bundle:
-    """Change the share of expert uses that a run of a calibrated bundle leaves out where it is not told otherwise.
+    """Change the share of expert uses that a calibrated bundle leaves out by default; None: nothing.
 
-    None: nothing. Raises ValueError for a bundle that is not calibrated and for a share that its rule does not reach.
+    Raises ValueError for a bundle that is not calibrated and for a share that its rule does not reach.
     """
     opened = Bundle.open(bundle)
     if not opened.pruning:
         raise ValueError(f"{opened.path}: is not calibrated for pruning; run `edge-moe prune {opened.path}`")
     table = json.loads((opened.path / TABLE_FILE).read_text(encoding="utf-8"))
     if default is not None:
-        opened.pruning.rule(default)  # refuses what is not calibrated
+        opened.pruning.rule(default)  # raises for a share that is not calibrated
         table["pruning"]["cut"] = default
     table["pruning"]["default_cut"] = default
     _write_table(opened.path / TABLE_FILE, table)
@@ -123,7 +122,7 @@ def set_default(bundle: str | Path, default: float | None) -> Bundle:
 
 
 def _streams(stack: ExitStack, path: Path, ram: int, rows: int, config):
-    """new_stream(name, rows): in memory where all fit in half of it."""
+    """Return new_stream(name, rows), whose streams are in memory if all fit in half of `ram`."""
     alive = (config.layer_count + 3 + 2 * SAMPLES) * rows * config.dim * 4
     directory, count = None, iter(range(1_000_000))
     if alive > ram / 2:
@@ -139,10 +138,10 @@ def _streams(stack: ExitStack, path: Path, ram: int, rows: int, config):
 
 
 def _settings(config, weights, found: dict, rules, wanted, apart: np.ndarray, seed: int, tell) -> tuple[dict, dict]:
-    """bundle.json's `rules`, and the mask routers by tensor name.
+    """The `rules` for bundle.json, and the mask routers by tensor name.
 
-    apart: (rows,) whether a token is for finding prices. Mask routers are trained on the others: on tokens that they
-    know, they are surer of themselves, and a price would cut more.
+    apart: (rows,) whether a token is for finding prices. Mask routers are trained on the others: on their training
+    tokens they are overconfident, and a price would cut more.
     """
     learned = [rule for rule in LEARNED if rule in rules]
     its, values, routers, total = {}, {rule: [] for rule in LEARNED}, {}, (1 + ("otp" in rules)) * len(found)
@@ -170,14 +169,14 @@ def _settings(config, weights, found: dict, rules, wanted, apart: np.ndarray, se
             kept_by = reference.kept_by_ratio if rule == "odp" else reference.kept_by_share
             cuts, thresholds = prune_curves.thresholds(found, kept_by, wanted)
         its[rule] = {"cuts": cuts, "thresholds": thresholds}
-        if rule == "odp" and not config.latent:  # received attention is known where each token has keys of its own
+        if rule == "odp" and not config.latent:  # received attention is known only if each token has its own keys
             its[rule]["protect"] = prune_curves.PROTECTED
     names = {f"layers.{layer}.{rule}": router for (layer, rule), router in routers.items() if rule in rules}
     return {"rules": its}, names
 
 
 def certify(path: Path, rule: str, text, ram, threads: int, tell) -> list[dict]:
-    """How far the bundle at each calibrated cut is from itself unpruned, on held-out text; for bundle.json."""
+    """Compare the bundle at each calibrated cut with the unpruned bundle on held-out text; for bundle.json."""
     found, context = [], text.held_out.shape[1]
     with Runtime(path, ram, context, threads=threads, prune="off", logits_rows=LOGITS_ROWS) as runtime:
         curve = runtime.bundle.pruning.curves[rule]
@@ -200,7 +199,7 @@ def certify(path: Path, rule: str, text, ram, threads: int, tell) -> list[dict]:
 
 
 def _store(bundle: Bundle, pruning: dict, routers: dict | None) -> None:
-    """Put the calibration into the bundle; routers None: those that are there stay."""
+    """Store the calibration in the bundle. routers: None keeps those that the bundle has."""
     file = bundle.path / TABLE_FILE
     table = json.loads(file.read_text(encoding="utf-8"))
     if routers is not None:

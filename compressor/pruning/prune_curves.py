@@ -1,4 +1,4 @@
-"""From losses to settings: what each rule of pruning needs for each cut, and which layers it spares."""
+"""The settings of each pruning rule for each cut: the price of an expert, or a threshold for each layer."""
 
 from collections.abc import Callable
 
@@ -8,31 +8,32 @@ from ...runtime.config import ModelConfig
 from .prune_losses import LayerLosses
 
 CUTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
-THRESHOLDS = np.linspace(0, 1, 101)  # that are tried
-PROTECTED = 0.02  # of a prompt's tokens, in the Mixture Compressor's rule
-PRICES = 1e-12, 1e6  # nats an expert, the range
-STEPS = 60  # of a bisection
+THRESHOLDS = np.linspace(0, 1, 101)  # candidates
+PROTECTED = 0.02  # share of a prompt's tokens that the Mixture Compressor's rule does not prune
+PRICES = 1e-12, 1e6  # range, in nats an expert
+STEPS = 60  # of bisection
 
 
 def reachable(config: ModelConfig) -> list[float]:
-    """The cuts that a model's top_k allows, each token keeping one expert."""
+    """The cuts that a model's top_k allows, given that each token keeps an expert."""
     most = 1 - len(config.moe_layers) / sum(config.top_k_of(layer) for layer in config.moe_layers)
     return [cut for cut in CUTS if cut < 0.95 * most]
 
 
 def kept_at(values: np.ndarray, price: float) -> np.ndarray:
-    """Experts each row keeps, (rows,): the least of expected losses (rows, top_k) and price; of equals the most."""
+    """The number of experts that each row keeps, (rows,): it minimises expected loss (rows, top_k) + price * number;
+    ties go to the larger number."""
     top_k = values.shape[1]
     return top_k - np.argmin((values + price * np.arange(1, top_k + 1))[:, ::-1], axis=-1)
 
 
 def cut_of(kept: list[np.ndarray], values: list[np.ndarray]) -> float:
-    """Share of expert uses left out: kept (rows,) of values (rows, top_k), by layer."""
+    """The share of expert uses left out, given for each layer kept (rows,) and values (rows, top_k)."""
     return 1 - sum(its.sum() for its in kept) / sum(its.size for its in values)
 
 
 def prices(expected: list[np.ndarray], cuts: list[float]) -> list[float]:
-    """The price of an expert at which rows of expected losses (rows, top_k), by layer, keep as few as each cut says."""
+    """The price of an expert that reaches each cut, given expected losses (rows, top_k) for each layer."""
 
     def reached(price: float) -> float:
         return cut_of([kept_at(its, price) for its in expected], expected)
@@ -41,7 +42,7 @@ def prices(expected: list[np.ndarray], cuts: list[float]) -> list[float]:
 
 
 def around(reached: Callable[[float], float], cut: float) -> tuple[float, float]:
-    """Two prices, next to each other, between which what is reached, which rises with the price, passes a cut."""
+    """Two adjacent prices between which reached(price), which rises with the price, crosses a cut."""
     low, high = PRICES
     for _ in range(STEPS):
         price = float(np.sqrt(low * high))
@@ -50,7 +51,9 @@ def around(reached: Callable[[float], float], cut: float) -> tuple[float, float]
 
 
 def thresholds(layers: dict[int, LayerLosses], kept_by, cuts: list[float]) -> tuple[list[float], list[list[float]]]:
-    """A rule, kept_by(weights, threshold), near some cuts: (cuts, thresholds by cut and layer) that lose least."""
+    """The thresholds with the smallest loss near given cuts, for a rule kept_by(weights, threshold).
+
+    Returns (cuts reached, thresholds by cut and layer)."""
     kept, losses = [], []  # (layers, THRESHOLDS) means
     for layer in layers.values():
         counts = [kept_by(layer.weights, threshold) for threshold in THRESHOLDS]
@@ -77,8 +80,8 @@ def thresholds(layers: dict[int, LayerLosses], kept_by, cuts: list[float]) -> tu
 def median_ratios(layers: dict[int, LayerLosses]) -> tuple[list[float], list[list[float]]]:
     """The Mixture Compressor's rule for a top_k of 2: (cuts, thresholds by cut and layer).
 
-    A layer's threshold is the median of the second weight over the first, which drops half of the second experts. One
-    layer after another is pruned, those that lose least first.
+    A layer's threshold is the median ratio of the second weight to the first, which drops half of the second experts.
+    Each cut prunes one more layer, in the order of increasing loss.
     """
     losses = []
     for layer in layers.values():

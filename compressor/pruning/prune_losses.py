@@ -1,9 +1,9 @@
-"""What leaving out a token's lighter experts does to predictions, measured on calibration text without trying it.
+"""The loss of leaving out a token's lighter experts, estimated on calibration text without running the pruned model.
 
-The loss of keeping the first r experts of a token in one layer is expected KL divergence to second order: with e the
-change of the layer's output and g the gradient of the log-likelihood of a label drawn from the model's predictions, the
-mean of (g . e)^2 / 2 over labels. e is a sum over the experts, so g . (each expert's weighted output) is all that is
-kept of a token: the mean of its outer products is the Gram matrix of the experts as the predictions see them.
+The loss of keeping the first r experts of a token in one layer is the expected KL divergence to second order: the mean
+over labels of (g . e)^2 / 2, where e is the change of the layer's output and g the gradient of the log-likelihood of a
+label sampled from the model's predictions. As e is a sum over experts, only g . (weighted output) of each expert is
+stored for a token; its mean outer product is the experts' Gram matrix in the metric of the predictions.
 """
 
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ from ...runtime.config import ModelConfig
 from ..passes import adjoint, forward
 from ..passes.streams import Stream
 
-SAMPLES = 8  # labels drawn for each token
+SAMPLES = 8  # labels for each token
 BLOCK = 512  # rows of an expert whose gradients are held at a time
 
 
 @dataclass(slots=True)
 class LayerLosses:
-    """One layer of the calibration text, a row for each token."""
+    """The losses of one layer on calibration text, one row per token."""
 
-    attended: Stream  # (rows, dim) before the layer's MLP
+    attended: Stream  # (rows, dim) residual stream before the layer's MLP
     weights: np.ndarray  # (rows, top_k), heaviest first
     losses: np.ndarray  # (rows, top_k) nats when only the first 1, 2, ... experts are kept; the last is 0
 
     @property
     def share(self) -> np.ndarray:
-        """(rows, top_k) of the sum of routing weights."""
+        """The routing weights relative to their sum, (rows, top_k)."""
         return self.weights / self.weights.sum(axis=-1, keepdims=True)
 
     def inputs(self, config: ModelConfig, weights, layer: int) -> np.ndarray:
-        """What a mask router sees, (rows, dim + 2 top_k + 1)."""
+        """The inputs of a mask router, (rows, dim + 2 top_k + 1)."""
         h = forward.expert_input(config, forward.Held(weights), layer, self.attended, np.arange(self.attended.rows))
         return reference.mask_inputs(h, self.weights)
 
@@ -41,7 +41,7 @@ class LayerLosses:
 def losses_of(config: ModelConfig, weights: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Loss of keeping the first 1, 2, ..., top_k experts of each row, (rows, top_k), in nats.
 
-    weights: (rows, top_k). q: (samples, rows, top_k), each expert's weighted output along each gradient.
+    weights: (rows, top_k). q: (samples, rows, top_k), the dot product of each gradient and expert's weighted output.
     """
     kept = np.cumsum(weights, axis=-1)
     found = []
@@ -54,7 +54,7 @@ def losses_of(config: ModelConfig, weights: np.ndarray, q: np.ndarray) -> np.nda
 
 
 def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: int, seed: int, tell) -> dict:
-    """LayerLosses of each layer with experts, of tokens ids (sequences, tokens). tell(layers done, of) as it goes.
+    """LayerLosses by layer with experts, for ids (sequences, tokens). tell(layers done, of) reports progress.
 
     The caller closes their streams.
     """
@@ -107,9 +107,10 @@ def _add_experts(config, weights, layer: int, a: Stream, y: Stream, routing, wor
 
 
 def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, back: Stream, workers: int):
-    """Bring the gradient at the layer's output, `g`, to its input, `back`; both (SAMPLES * rows, dim).
+    """Propagate the gradient `g` at the layer's output to its input, into `back`; both (SAMPLES * rows, dim).
 
-    Returns (SAMPLES, rows, top_k), the gradient along each expert's weighted output; None for a dense layer.
+    Returns the dot product of the gradient and each expert's weighted output, (SAMPLES, rows, top_k); None for a dense
+    layer.
     """
     rows, held = a.rows, forward.Held(weights)
     norm = held.trunk(f"layers.{layer}.mlp_norm")
@@ -117,7 +118,7 @@ def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, 
         back.write(start, g.read(start, stop))
 
     def add(its: np.ndarray, g_h: np.ndarray) -> None:
-        """A gradient (SAMPLES, len(its), dim) at the normed input of some rows."""
+        """Add a gradient (SAMPLES, len(its), dim) at the normalised input of some rows."""
         through = adjoint.norm_backward(a.take(its), norm, config.norm_eps, g_h)
         for sample, values in enumerate(through):
             back.add(sample * rows + its, values)
@@ -153,7 +154,7 @@ def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, 
 
 
 def _parts(config: ModelConfig, weights, layer: int, routing):
-    """(matrices, rows, which of their experts it is) of a layer's experts, at most BLOCK rows at a time."""
+    """Yield (matrices, rows, the expert's place in their top-k) for a layer's experts, at most BLOCK rows at a time."""
     if routing is None:
         return
     for expert in range(config.experts_of(layer)):
