@@ -1,1 +1,1 @@
-"""From float32 matrices to codes: round to nearest, GPTQ, and whole layers through the model so far."""
+"""Rounding float32 matrices to codes: round to nearest, GPTQ, and layer by layer on the compressed model's inputs."""

@@ -1,11 +1,11 @@
-"""GPTQ with refinement: round a matrix so that its output changes least on calibration inputs.
+"""GPTQ with refinement: rounding a matrix so that its output changes least on calibration inputs.
 
-The objective is tr(E H E^T): E (rows, cols) what rounding changes, H (cols, cols) the second moment of the inputs.
-GPTQ (arXiv 2210.17323) rounds column by column and moves each error to the columns still to come; scale and bias of a
-group are fitted when it is reached, to the weights as they are by then. Refinement then goes over the groups again:
-least squares for scale and bias, and each code in turn, everything else fixed. On the reference model it takes a fifth
-off the KL divergence of GPTQ alone at 2 bits, a tenth at 3. Work inside a group is compiled (src/gptq.cpp); between
-groups it is matrix products.
+The objective is tr(E H E^T) with the rounding error E (rows, cols) and the second moment H (cols, cols) of the inputs.
+GPTQ (arXiv 2210.17323) rounds column by column and propagates each error to the columns that follow; the scale and bias
+of a group are fitted when the group is reached, to the weights with the errors so far. Refinement is coordinate descent
+over the groups: least squares for scale and bias, then each code in turn, with everything else fixed. On the reference
+model it lowers the KL divergence of GPTQ alone by a fifth at 2 bits and a tenth at 3. Work inside a group is compiled
+(src/gptq.cpp); between groups it is matrix products.
 """
 
 from dataclasses import dataclass
@@ -16,34 +16,35 @@ from ... import _core
 from ..writing.writer import Quantised
 from .quantise import MOST, from_bfloat16, quantise, to_bfloat16
 
-DAMPING = 0.01  # of the mean diagonal, added to it
-MASSIVE = 64  # times the median of the diagonal: what lies above counts as so much in that mean
+DAMPING = 0.01  # share of the mean diagonal that is added to the diagonal
+MASSIVE = 64  # times the median of the diagonal, to which larger entries are clipped for that mean
 SWEEPS = 2  # of refinement over all groups; a third gains under 1 %
-SPAN = 512  # columns that are done before the others hear of it: 0.85 of the time for 2048 and for 7168 columns
-ROUNDS = 2  # inside a group, each sweep
+SPAN = 512  # columns between updates of all others: 0.85 of the time without, for 2048 and for 7168 columns
+ROUNDS = 2  # inside a group, in each sweep
 
 
 def damping_for(rows: int, cols: int) -> float:
-    """The damping for a second moment taken over that many rows: more where they are few for so many inputs."""
+    """The damping for a second moment over `rows` rows: it grows with the ratio of inputs to rows."""
     return DAMPING * (1 + cols / max(rows, 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Curvature:
-    """The damped second moment of a matrix's inputs, and its factor: shared by every width, and by gate and up."""
+    """The damped second moment of a matrix's inputs and its factor, shared by all widths and by gate and up."""
 
     moment: np.ndarray  # float32 (cols, cols)
     factor: np.ndarray  # float32 (cols, cols), upper triangular R: inverse(moment) = R^T R
-    damping: float  # what was added to each entry of the diagonal
+    damping: float  # added to each entry of the diagonal
     order: np.ndarray | None = (
-        None  # (cols,) inputs in the order of rounding, in which the above are; None: as they are
+        None  # (cols,) the order of rounding, by which moment and factor are permuted; None: unpermuted
     )
 
     @classmethod
     def of(cls, moment: np.ndarray, damping: float = DAMPING, order_group: int = 0) -> "Curvature":
-        """From a second moment (cols, cols). Raises ValueError where it is not finite.
+        """Make it from a second moment (cols, cols). Raises ValueError if it is not finite.
 
-        order_group: round groups of so many inputs, and the inputs inside each, by falling second moment; 0: in order.
+        order_group: the group size, to round groups, and the inputs inside each, by decreasing second moment
+        (activation order); 0 rounds them in their own order.
         """
         from scipy.linalg import lapack
 
@@ -55,10 +56,10 @@ class Curvature:
         if not np.isfinite(diagonal.sum()):
             raise ValueError("activations have NaN or Inf; the checkpoint is damaged or its text is not for it")
         seen = diagonal[diagonal > 0]
-        if len(seen):  # a massive input must not damp the others away
+        if len(seen):  # a massive input must not raise the damping of the others
             diagonal = np.minimum(diagonal, MASSIVE * np.median(seen))
-        added = damping * float(diagonal.mean()) if len(seen) else 1.0  # no input was ever seen: every weight alike
-        # inverse(H) = R^T R with R upper: R is the inverse of A with H = A A^T, A upper, which is Cholesky from the end
+        added = damping * float(diagonal.mean()) if len(seen) else 1.0  # without any inputs all weights count equally
+        # inverse(H) = R^T R, R upper: R = inverse(A) where H = A A^T, A upper, which is Cholesky in reversed order
         flipped = np.asfortranarray(moment[::-1, ::-1], dtype=np.float64)
         flipped[np.diag_indices(len(moment))] += added
         for step in (
@@ -75,9 +76,9 @@ class Curvature:
         return cls(damped, factor, added, order)
 
     def solve(self, cross: np.ndarray) -> np.ndarray:
-        """The matrix (rows, cols) whose output comes closest to a target on these inputs, drawn to 0 by the damping.
+        """The matrix (rows, cols) whose output is closest to a target on these inputs: ridge regression by the damping.
 
-        cross: (rows, cols), mean of target x input^T.
+        cross: (rows, cols), the mean of target x input^T.
         """
         if self.order is None:
             return (cross @ self.factor.T) @ self.factor
@@ -98,7 +99,7 @@ def gptq(
 ) -> Quantised:
     """Pack a float32 matrix (rows, cols) at `width` bits in groups of `group` inputs; widths 16 and 32 are not rounded.
 
-    sweeps: of refinement, 0 for GPTQ alone. Raises ValueError for weights beyond MOST.
+    sweeps: rounds of refinement, 0 for GPTQ alone. Raises ValueError for weights beyond MOST.
     """
     if width == 16:
         return Quantised(to_bfloat16(weights))
@@ -112,7 +113,7 @@ def gptq(
 
     if curvature.order is not None:
         weights = weights[:, curvature.order]
-    left = weights.astype(np.float32)  # what each column is to be, errors of the columns before it moved in
+    left = weights.astype(np.float32)  # the columns to round, with the errors of earlier columns propagated
     for span in spans:
         for i, at, inside in _groups(span, group):
             codes[:, at], scales[:, i], biases[:, i], moved[:, inside] = _core.gptq_group(
@@ -151,10 +152,10 @@ def gptq(
 
 
 def _better_start(weights, curvature, width, group, found, threads) -> np.ndarray:
-    """Take rows rounded to nearest where these leave a smaller error than GPTQ did; the gradient (rows, cols) E H.
+    """Replace rows by rounding to nearest where that has a smaller error than GPTQ; returns the gradient E H.
 
-    found: codes, scales and biases, which are changed. Rows of a matrix with massive inputs can be so: GPTQ fits a
-    group to these, whatever it costs the inputs beside them.
+    found: codes, scales and biases, modified in place. The gradient is (rows, cols). This happens in matrices with
+    massive inputs: GPTQ fits a group to these at the expense of the other inputs.
     """
     packed = quantise(weights, width, group, search=False, threads=threads)
     one, none = np.full_like(packed.scales, to_bfloat16(np.ones(1))[0]), np.zeros_like(packed.biases)
@@ -173,7 +174,7 @@ def _better_start(weights, curvature, width, group, found, threads) -> np.ndarra
 
 
 def _groups(span: slice, group: int):
-    """(number, columns, where these are in the span) of the groups of a span of columns."""
+    """Yield (number, columns, columns relative to the span) for the groups of a span of columns."""
     for first in range(span.start, span.stop, group):
         yield first // group, slice(first, first + group), slice(first - span.start, first - span.start + group)
 

@@ -1,6 +1,6 @@
-"""Packing matrices: one float32 matrix to the codes, scales and biases of a width, and back.
+"""Quantising a float32 matrix to codes, scales and biases, and back.
 
-The search for scales is compiled (src/quantise.cpp); this is its door, and the rule for what cannot be packed.
+The search for scales is compiled (src/quantise.cpp); this module calls it, and refuses what cannot be packed.
 """
 
 import numpy as np
@@ -22,9 +22,9 @@ def quantise(
 ) -> Quantised:
     """Pack a float32 matrix (rows, cols), or keep it as bfloat16 (width 16) or float32 (width 32).
 
-    importance: float32 (cols,), how much the squared error of each input counts; None counts all alike. search: try
-    several ranges a group and refine by least squares; off is plain round to nearest. Raises ValueError
-    for weights beyond MOST, whose range float32 cannot hold.
+    importance: float32 (cols,), the weight of each input's squared error; None weights all equally. search: try several
+    ranges for each group and refine by least squares; off is plain round to nearest. Raises ValueError for weights
+    beyond MOST, whose range float32 cannot hold.
     """
     if width == 32:
         return Quantised(np.ascontiguousarray(weights, np.float32))
@@ -43,7 +43,7 @@ def quantise(
 
 
 def dequantise(packed: Quantised, width: int, cols: int) -> np.ndarray:
-    """The float32 matrix (rows, cols) that a packed one stands for."""
+    """Convert a packed matrix to float32 (rows, cols)."""
     if width == 32:
         return packed.codes
     if width == 16:
@@ -63,12 +63,12 @@ def from_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def largest_group(most: int, *cols: int) -> int | None:
-    """The largest group up to `most` that divides all of `cols`; None when there is none."""
+    """The largest group up to `most` that divides all of `cols`, or None."""
     return max((g for g in _core.GROUPS if g <= most and not any(n % g for n in cols)), default=None)
 
 
 def trunk_packing(shapes: dict[str, tuple[int, ...]], width: int, group: int) -> dict[str, Packing]:
-    """How each trunk tensor is packed: norms, biases and routers float32, matrices at `width`.
+    """The packing of each trunk tensor: norms, biases and routers in float32, matrices at `width`.
 
     A matrix whose rows are no multiple of 32 inputs cannot be grouped and stays bfloat16.
     """

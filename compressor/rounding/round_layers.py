@@ -1,17 +1,17 @@
-"""Rounding the experts: layer by layer, each matched to what full precision gives, errors so far included.
+"""Rounding the experts layer by layer, each matched to its full-precision output with the error of earlier layers.
 
-Beside the source model runs each compressed form of it (a track: the bundle, and one width everywhere to compare it
-with), on the same text. An expert is rounded for the inputs that it will really get, those of the track, whose earlier
-layers are rounded already; its target is what the layer would add in full precision, plus its share of what the track
-lacks so far. With second moments H of the inputs x and C = mean of (target - W x) x^T, the matrix W + C H^-1 comes
-closest to the target; GPTQ rounds that one, as far as one half of the tokens confirms what the other half asks for. On
-the reference model at 2 bits, group 64: KLD 0.0417 with clean inputs, 0.0345 with the track's, 0.0316 with the share of
-what is lacking. An expert whose output is further from the target so than rounded to nearest is rounded to nearest.
+Each compressed form of the model (a track: the bundle, and a uniform width to compare with) runs beside the source
+model on the same text. An expert is rounded for the inputs that it will get at run time, those of the track, whose
+earlier layers are already rounded. Its target is its full-precision output on the source's inputs plus its share of the
+track's deficit: source minus track in the residual stream. With second moments H of the inputs x and C = the mean of
+(target - W x) x^T, the matrix W + C H^-1 is closest to the target; GPTQ rounds it, with a cross-validated share of the
+step (inputs.py). On the reference model at 2 bits, group 64, the KLD is 0.0417 with the source's inputs, 0.0345 with
+the track's, and 0.0316 with the deficit. An expert is rounded to nearest if its output is then closer to the target.
 
-A few tokens can be a thousand times larger than the others (massive activations), and a routing weight that changed a
-little, or a token whose experts changed, then makes the track lack a thousand times as much. So each token counts by
-what its error is of the stream after the layer, which is what the norms of later layers see, and one that lacks more
-than it is counts accordingly less.
+A few tokens can be a thousand times larger than the others (massive activations); a small change of their routing
+weight, or other experts, then makes a deficit a thousand times as large. So the error of each token is taken relative
+to the norm of the residual stream after the layer, which later norms divide by, and a token whose deficit exceeds that
+norm counts accordingly less.
 """
 
 from dataclasses import dataclass, field, fields
@@ -32,12 +32,12 @@ from .round_trunk import TrunkFit, fitted_rows
 
 @dataclass(slots=True)
 class Track:
-    """One compressed form of the model: how it is packed, its hidden states so far, and who writes it."""
+    """One compressed form of the model: its packing, its hidden states so far, and its writer."""
 
     name: str
-    config: ModelConfig  # with what was dropped
+    config: ModelConfig  # without the dropped experts
     trunk: "PackedTrunk"
-    experts: dict[tuple[int, int], Packing]  # by layer and number among those kept
+    experts: dict[tuple[int, int], Packing]  # by layer and number among the experts kept
     writer: BundleWriter | None = None
     x: Stream | None = None
     # while a layer is rounded
@@ -45,24 +45,24 @@ class Track:
     y: Stream | None = None
     lacking: Stream | None = None
     token_weights: np.ndarray | None = (
-        None  # (rows,) 1 / (squared norm of the source's layer + that of what is lacking)
+        None  # (rows,) 1 / (squared norm of the source's stream after the layer + that of the deficit)
     )
     routing: forward.Routing | None = None
     norms: forward.Held | None = None
-    changed: list[float] = field(default_factory=list)  # of each layer: share of expert choices unlike the source's
+    changed: list[float] = field(default_factory=list)  # by layer: share of expert choices that differ from the source
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits of an expert's weight, scales, biases and padding included."""
+        """Mean true bits of an expert weight, scales, biases and padding included."""
         sizes = [8 * record_bytes_of(self.config, packing) for packing in self.experts.values()]
         return sum(sizes) / (len(sizes) * self.config.expert_weights)
 
 
 @dataclass(slots=True)
 class PackedTrunk:
-    """A checkpoint's trunk as a track has it: rounded, routers cut to the experts kept. Each tensor is written.
+    """A checkpoint's trunk in a track: rounded, with routers reduced to the experts kept. Each tensor read is written.
 
-    Tensors that were not put are rounded to nearest.
+    Tensors without a put() are rounded to nearest.
     """
 
     checkpoint: object
@@ -70,7 +70,7 @@ class PackedTrunk:
     packing: dict[str, Packing]
     writer: BundleWriter | None
     threads: int
-    rounded: dict[str, Quantised] = field(default_factory=dict)  # of the layer that is worked on
+    rounded: dict[str, Quantised] = field(default_factory=dict)  # of the current layer
 
     def put(self, name: str, packed: Quantised) -> None:
         self.rounded[name] = packed
@@ -78,7 +78,7 @@ class PackedTrunk:
             self.writer.write_trunk(name, packed)
 
     def whole(self, name: str) -> np.ndarray:
-        """The tensor before it is rounded."""
+        """The tensor before rounding."""
         return cut_router(self.config, name, self.checkpoint.trunk(name))
 
     def trunk(self, name: str) -> np.ndarray:
@@ -95,7 +95,7 @@ class PackedTrunk:
 
 @dataclass(slots=True)
 class Rounding:
-    """The pass over the layers. Rows: calibration's first, then held-out ones, which nothing is fitted to."""
+    """The pass over the layers. Rows of calibration text come first, then held-out rows, which nothing is fitted to."""
 
     config: ModelConfig
     checkpoint: object
@@ -104,12 +104,12 @@ class Rounding:
     tracks: list[Track]
     new_stream: object  # (name, rows) -> Stream
     workers: int  # experts at a time
-    threads: int  # of each
+    threads: int  # for each expert
     act_order: bool = False
-    keep: object = None  # (name, compute) -> arrays, those of a run before this one where there are any
-    sweeps: int = SWEEPS  # of refinement after GPTQ
+    keep: object = None  # (name, compute) -> arrays, loaded if an earlier run saved them
+    sweeps: int = SWEEPS  # rounds of refinement after GPTQ
     x: Stream | None = None
-    _norms: forward.Held | None = None  # the layer's; read once, not for each expert
+    _norms: forward.Held | None = None  # of the current layer; read once, not for each expert
 
     def start(self) -> None:
         self.x = self.new_stream("source", self.ids.size)
@@ -124,11 +124,11 @@ class Rounding:
 
     @property
     def streams(self) -> list[Stream]:
-        """The state between two layers, as `names`."""
+        """The state between two layers, in the order of `names`."""
         return [self.x, *(track.x for track in self.tracks)]
 
     def go_on(self, streams: list[Stream]) -> None:
-        """Take up the state that a run before this one left."""
+        """Restore the state that an earlier run saved."""
         for owner, stream in zip((self, *self.tracks), streams, strict=True):
             owner.x = stream
 
@@ -137,7 +137,7 @@ class Rounding:
             stream.close()
 
     def layer(self, layer: int, tell) -> None:
-        """Round one layer and go past it. tell(experts done) is called as it goes."""
+        """Round one layer and compute it in all tracks. tell(experts done) reports progress."""
         self._norms = forward.Held(self.checkpoint)
         for track in self.tracks:
             track.norms = forward.Held(track.trunk)
@@ -183,9 +183,9 @@ class Rounding:
         return y
 
     def _source_experts(self, layer: int, a: Stream, y: Stream) -> None:
-        """Finish the source's layer in y, and find what each track will lack, a routing weight of one taken.
+        """Add the source's experts to y, and compute each track's deficit per unit of routing weight.
 
-        Rows after calibration's, which are held out, tell how many choices of experts have changed in each track.
+        Held-out rows tell how many choices of experts have changed in each track.
         """
         routing = forward.route(self.config, self.checkpoint, layer, a)
         for track in self.tracks:
@@ -216,7 +216,7 @@ class Rounding:
                 track.lacking.write(start, lacks / np.maximum(weight[start:stop], 1e-6))
 
     def _changed(self, track: Track, layer: int, routing: forward.Routing) -> float:
-        """The share of held-out tokens' expert uses in the source, of experts that the track kept, that it has not."""
+        """The share of the source's expert uses, on held-out tokens and for experts kept, that the track lacks."""
         kept = list(track.config.kept[layer]) if track.config.kept else slice(None)
         held_out = slice(self.calibration_rows, None)
         uses = [np.zeros(its.scores[held_out].shape, bool) for its in (routing, track.routing)]
@@ -259,7 +259,7 @@ class Rounding:
         return forward.held(parts, len(rows), config.dim)
 
     def _packed(self, track: Track, layer: int, number: int, matrices, a: Stream) -> list[Quantised]:
-        """gate, up and down of one expert; large ones are on disk once they are rounded, for a run that goes on."""
+        """gate, up and down of one expert, rounded; with `keep`, saved on disk for a resumed run."""
         if self.keep is None:
             return self._round(track, layer, number, matrices, a)
 
@@ -302,7 +302,7 @@ class Rounding:
         def error(its: list[np.ndarray]) -> float:
             return float(counts @ np.square(reference.expert(config, h, *its) - target).sum(-1))
 
-        # Of each matrix's output it is no worse than to nearest, row by row; of their product it might be.
+        # Each matrix alone is no worse than rounded to nearest, row by row; all three together may be.
         to_nearest = [
             quantise(matrix, width, packing.group, threads=self.threads)
             for matrix, width in zip(matrices, packing.widths, strict=True)
@@ -314,7 +314,7 @@ class Rounding:
 
 
 def cut_router(config: ModelConfig, name: str, tensor: np.ndarray) -> np.ndarray:
-    """The rows of a router (or its selection bias) that belong to experts that were kept; other tensors as they are."""
+    """The rows of a router (or its selection bias) for the experts that are kept; other tensors unchanged."""
     if not config.kept or not name.endswith((".router", ".router_bias")):
         return tensor
     return np.ascontiguousarray(tensor[list(config.kept[int(name.split(".")[1])])])

@@ -1,12 +1,11 @@
-"""Rounding the trunk: attention, shared expert, dense MLP and head, each for the inputs that the track gives it.
+"""Rounding the trunk: attention, shared expert, dense MLP and head, each for the inputs that it gets in the track.
 
-As the experts are (round_layers.py): a matrix is to give on the track's inputs what the source's gives on its own, the
-last one of attention and of a dense MLP what the stream of the track lacks by then; it is moved there as far as one
-half of the tokens confirms what the other asks for, and GPTQ rounds what comes of it. Matrices with one input are done
-together, in the order in which the model uses them. Attention at 4 bits, KLD of GPTQ over that of rounding to nearest:
-0.65 on the reference model, 0.46 on SmolLM2. Routers are left as they are: moved in the same way, they gained nothing
-(KLD 1.01, 0.97 and 1.04 times as large at 2.5, 3 and 2 bits). The embedding is rounded to nearest, a head that is one
-with it too.
+This works as for experts (round_layers.py): the target of a matrix is the source's output on the source's inputs; the
+last matrix of attention and of a dense MLP also makes up for the track's deficit in the residual stream. The matrix
+takes a cross-validated step to its target, and GPTQ rounds the result. Matrices with the same input are rounded
+together, in the order in which the model uses them. Attention at 4 bits, KLD of GPTQ relative to rounding to nearest:
+0.65 on the reference model, 0.46 on SmolLM2. Routers are left unchanged: the same steps gained nothing (KLD 1.01, 0.97
+and 1.04 times as large at 2.5, 3 and 2 bits). The embedding is rounded to nearest, and so is a head tied to it.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,19 +23,19 @@ from ..writing.writer import Quantised
 from .gptq import gptq
 from .inputs import Inputs
 
-PIECE_WEIGHTS = 8_000_000  # of a matrix that is rounded at a time
-FITTED_ROWS = 16_384  # of calibration that a layer's trunk is fitted to, or twice the inputs of its widest matrix
+PIECE_WEIGHTS = 8_000_000  # maximum weights of a matrix that are rounded at a time
+FITTED_ROWS = 16_384  # calibration rows that a layer's trunk is fitted to, or twice the inputs of its widest matrix
 
-Run = Callable[[object], np.ndarray]  # a part of the model, by its weights
+Run = Callable[[object], np.ndarray]  # computes a part of the model from its weights
 
 
 class _Reached(Exception):
-    """The product that was waited for."""
+    """Raised at the product whose input is wanted."""
 
 
 @dataclass(slots=True)
 class _Watched:
-    """Weights that stop the model at a product, whose input is kept."""
+    """Weights that stop the model at a product and keep its input."""
 
     weights: object
     name: str
@@ -53,7 +52,7 @@ class _Watched:
 
 
 def input_of(name: str, weights, run: Run) -> np.ndarray:
-    """What the matrix of that name is multiplied by in a run of a part of the model, (rows, inputs)."""
+    """The input (rows, inputs) of the matrix `name` when `run` computes a part of the model."""
     watched = _Watched(weights, name)
     try:
         run(watched)
@@ -64,7 +63,7 @@ def input_of(name: str, weights, run: Run) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Whole sequences of both models, (rows, dim) each: what a part of a layer gets, and the source's after it."""
+    """Whole sequences, (rows, dim) each: a part's input in the track and in the source, and the source's output."""
 
     track: np.ndarray
     source: np.ndarray
@@ -72,27 +71,27 @@ class Block:
 
     @property
     def token_weights(self) -> np.ndarray:
-        """(rows,) 1 / (squared norm of the source's stream + that of what the track lacks)."""
+        """1 / (squared norm of the source's stream + that of the track's deficit), (rows,)."""
         lacks = np.square(self.wanted - self.track).sum(-1)
         return 1 / np.maximum(np.square(self.wanted).sum(-1) + lacks, 1e-12)
 
 
 @dataclass(slots=True)
 class TrunkFit:
-    """One layer of one track, or its head. A Part: (weights, stream of a block (rows, dim)) -> what comes of it."""
+    """Rounds the trunk of one layer of a track or its head. A `part` maps (weights, block (rows, dim)) to an output."""
 
     config: ModelConfig
     source: object  # trunk(name) of the checkpoint
-    rounded: object  # PackedTrunk, which is given each matrix as soon as it is done
+    rounded: object  # PackedTrunk, which gets each matrix as soon as it is rounded
     layer: int | None
     tokens: int  # of a sequence
     rows: np.ndarray  # to fit to, whole sequences
-    sweeps: int  # of refinement after GPTQ
+    sweeps: int  # rounds of refinement after GPTQ
     threads: int
     act_order: bool
 
     def attention(self, x: Stream, source_x: Stream, source_a: Stream) -> None:
-        """The streams before attention, the track's and the source's, and the source's after it."""
+        """Round attention. x, source_x: the streams before attention; source_a: the source's stream after it."""
 
         def part(weights, x: np.ndarray) -> np.ndarray:
             sequences = x.reshape(-1, self.tokens, x.shape[-1])
@@ -105,7 +104,8 @@ class TrunkFit:
         self._reach(self._name(last), part, streams)
 
     def mlp(self, a: Stream, source_a: Stream, source_y: Stream) -> None:
-        """The streams after attention, and the source's after the layer, which counts for a dense one."""
+        """Round the shared expert or the dense MLP. a, source_a: the streams after attention; source_y: the source's
+        stream after the layer, the target of a dense MLP."""
         dense = not self.config.has_experts(self.layer)
         if not (dense or self.config.shared_hidden):
             return
@@ -119,17 +119,18 @@ class TrunkFit:
         self._follow(self._named((f"{name}.gate", f"{name}.up")), part, streams)
         if dense:
             self._reach(self._name(f"{name}.down"), part, streams)
-        else:  # what the track lacks is shared among the experts
+        else:  # the experts make up for the deficit
             self._follow(self._named((f"{name}.down",)), part, streams, relative=True)
 
     def head(self, x: Stream, source_x: Stream) -> None:
-        """The streams after the last layer."""
+        """Round the head. x, source_x: the streams after the last layer."""
         if not self.config.tied_head:
             part = lambda weights, x: reference.head(self.config, weights, x)  # noqa: E731
             self._follow(("head",), part, (x, source_x, source_x))
 
     def _follow(self, names: tuple[str, ...], part, streams: tuple[Stream, ...], relative: bool = False) -> None:
-        """Matrices of one input, each to give what the source's gives. relative: errors to the stream's norm."""
+        """Round matrices with one input; the target of each is the source's output. relative: errors are relative to
+        the norm of the stream."""
         if self._is_rounded(names[0]):
             inputs, rounded = self._inputs(names[0]), Held(self.rounded)
             for block in self._blocks(streams):
@@ -141,7 +142,7 @@ class TrunkFit:
                 self._pack(name, self.rounded.whole(name), inputs, follows=True)
 
     def _reach(self, name: str, part, streams: tuple[Stream, ...]) -> None:
-        """The last matrix, to give all that the stream of the track lacks."""
+        """Round the last matrix of a part; its target is the source's stream after it minus the track's before it."""
         if self._is_rounded(name):
             inputs, matrix, rounded = self._inputs(name), self.rounded.whole(name), Held(self.rounded)
             for block in self._blocks(streams):
@@ -155,7 +156,7 @@ class TrunkFit:
             yield Block(*(stream.take(self.rows[start : start + step]) for stream in streams))
 
     def _pack(self, name: str, matrix: np.ndarray, inputs: Inputs, follows: bool = False) -> None:
-        """Round a matrix for its inputs; `follows`: once it is moved to give what it gives on the source's."""
+        """Round a matrix for its inputs. follows: after a step to its output on the source's inputs."""
         packing, packed = self.rounded.packing[name], []
         step = max(PIECE_WEIGHTS // matrix.shape[1], 1)
         for start in range(0, len(matrix), step):
@@ -180,7 +181,7 @@ class TrunkFit:
 
 
 def attention_stages(attention: Attention | LatentAttention) -> list[tuple[str, ...]]:
-    """Attention's matrices in the order in which they are used, those of one input together."""
+    """The matrices of attention in the order of use, those with the same input together."""
     if not isinstance(attention, LatentAttention):
         return [("q", "k", "v"), ("o",)]
     queries = [("q_a",), ("q_b",)] if attention.q_rank else [("q",)]
@@ -188,12 +189,12 @@ def attention_stages(attention: Attention | LatentAttention) -> list[tuple[str, 
 
 
 def fitted_rows(config: ModelConfig, rows: int, tokens: int) -> np.ndarray:
-    """Which of calibration's rows the trunk is fitted to: sequences of `tokens`, sampled evenly."""
+    """The calibration rows that the trunk is fitted to: sequences of `tokens`, sampled evenly."""
     sequences, most = rows // tokens, max(FITTED_ROWS, 2 * widest_input(config)) // tokens
     chosen = np.unique(np.linspace(0, sequences - 1, min(sequences, max(most, 1))).astype(np.int64))
     return (chosen[:, None] * tokens + np.arange(tokens)).reshape(-1)
 
 
 def widest_input(config: ModelConfig) -> int:
-    """The most inputs of a trunk matrix."""
+    """The maximum number of inputs of a trunk matrix."""
     return max(shape[-1] for shape in trunk_shapes(config).values() if len(shape) == 2)

@@ -1,9 +1,9 @@
 // The search for a group's scale and bias; see affine.h.
 //
-// Clipping a group's range trades a large error on its extremes for a finer step elsewhere. So each group is tried at
-// several widths of range about its middle; the best is refined by alternating least squares (scale and bias for the
-// codes, codes for the scale and bias). Scale and bias are rounded to bfloat16 before codes are chosen, so what is
-// measured is what will be read back.
+// Clipping a group's range trades a large error at the extremes for a finer step elsewhere. So several ranges about the
+// middle are tried for each group, and the best is refined by alternating least squares (scale and bias for the codes,
+// codes for the scale and bias). Scale and bias are rounded to bfloat16 before codes are chosen, so the measured error
+// is that of the stored values.
 #include "affine.h"
 
 #include <algorithm>
@@ -13,18 +13,18 @@ namespace edge_moe {
 
 namespace {
 
-constexpr int kRangeSteps = 16;        // ranges tried, from the whole one down
-constexpr int kRefinements = 4;        // rounds of least squares after the best of them
+constexpr int kRangeSteps = 16;        // ranges to try, from the whole one down
+constexpr int kRefinements = 4;        // maximum rounds of least squares from the best range
 constexpr float kRound = 12582912.0f;  // as in nearest_code()
 
-// The nearest codes for scale and bias rounded to bfloat16, and the error they leave, in units of 1/unit squared.
+// The nearest codes for scale and bias rounded to bfloat16, and their error, in units of 1/unit squared.
 Affine round_group(const float* w, const float* importance, int n, float top_code, float scale, float bias, float unit,
                    float* codes) {
   Affine a;
   a.scale = from_bfloat16(to_bfloat16(scale));
   a.bias = from_bfloat16(to_bfloat16(bias));
   float inverse = 1.0f / a.scale;
-  if (!std::isfinite(inverse)) inverse = 0.0f;  // scale is 0 or next to it: the bias alone
+  if (!std::isfinite(inverse)) inverse = 0.0f;  // the scale is 0 or almost: only the bias counts
   float lanes[16] = {};
   for (int i = 0; i < n; i += 16)
     for (int j = 0; j < 16; ++j) {
@@ -46,7 +46,7 @@ Affine fit_group(const float* w, const float* importance, int n, int width, bool
   const float top_code = float((1 << width) - 1);
   float low = w[0], high = w[0];
   for (int i = 1; i < n; ++i) low = std::min(low, w[i]), high = std::max(high, w[i]);
-  int exponent;  // a power of two that brings weights near one, so that their squares neither overflow nor vanish
+  int exponent;  // of the power of two that scales weights near one, so that squares neither overflow nor underflow
   std::frexp(std::max(-low, high), &exponent);
   const float unit = std::ldexp(1.0f, std::clamp(-exponent, -126, 126));
   float codes[kMostGroup];

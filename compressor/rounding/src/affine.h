@@ -1,4 +1,4 @@
-// One group of weights as codes, a scale and a bias: the search that both quantisers share.
+// The search for codes, scale and bias of one group of weights, shared by both quantisers.
 #pragma once
 
 #include <cmath>
@@ -15,20 +15,20 @@ struct Affine {
   float error = INFINITY;  // sum of importance * (unit * (weight - scale*code - bias))^2
 };
 
-// The best of several ranges for n weights (a multiple of 16, at most kMostGroup), refined by least squares; without
-// `search` the whole range, plain round to nearest. importance: (n,). Writes the codes, whole numbers, (n,).
+// Finds the best of several ranges for n weights (a multiple of 16, at most kMostGroup), refined by least squares;
+// without `search` it takes the whole range, plain round to nearest. importance: (n,). Writes n integer codes.
 Affine fit_group(const float* w, const float* importance, int n, int width, bool search, float* codes);
 
 // The code nearest to `value`.
 inline float nearest_code(float value, float scale, float bias, float top_code) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to the nearest even number
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to nearest even
   if (scale == 0.0f) return 0.0f;
   float code = (value - bias) / scale;
   code = !(code > 0.0f) ? 0.0f : code > top_code ? top_code : code;
   return (code + kRound) - kRound;
 }
 
-// Writes n codes from bit `first_bit` of a zeroed row on, in the order of devices/format.h.
+// Writes n codes into a zeroed row from bit `first_bit` on, in the order of devices/format.h.
 template <typename Code>
 void pack_codes(const Code* codes, int n, int width, uint8_t* out, size_t first_bit) {
   for (int i = 0; i < n; ++i) {

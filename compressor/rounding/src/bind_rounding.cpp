@@ -1,4 +1,4 @@
-// The compressor's compiled parts for Python: round to nearest, and the blocks of GPTQ.
+// Python bindings of the compressor's compiled parts: round to nearest, and GPTQ on a group of columns.
 #include <nanobind/stl/optional.h>
 
 #include "../../../devices/format.h"
@@ -47,8 +47,8 @@ void bind_rounding(nb::module_& m) {
       nb::arg("weights"), nb::arg("width"), nb::arg("group"), nb::arg("importance") = nb::none(),
       nb::arg("search") = true, nb::arg("threads") = 1,
       "Round a float32 matrix (rows, cols) to `width` bits in groups of `group` inputs, with a searched range.\n\n"
-      "importance: float32 (cols,), how much the squared error of each input counts; None counts all alike. search: "
-      "off is plain round to nearest.\n"
+      "importance: float32 (cols,), the weight of each input's squared error; None weights all equally. search: off is "
+      "plain round to nearest.\n"
       "Returns codes uint8 (rows, cols*width/8), scales and biases as bfloat16 bits, uint16 (rows, cols/group).");
 
   m.def(
@@ -68,11 +68,11 @@ void bind_rounding(nb::module_& m) {
                               to_numpy(std::move(biases), {rows}), to_numpy(std::move(errors), {rows, n}));
       },
       nb::arg("weights"), nb::arg("width"), nb::arg("factor"), nb::arg("threads") = 1,
-      "GPTQ on one group of columns, float32 (rows, n): scale and bias are fitted, then column after column is rounded "
-      "and its error moved on.\n\n"
+      "GPTQ on one group of columns, float32 (rows, n): fit scale and bias, then round column by column and propagate "
+      "each error.\n\n"
       "factor: float32 (n, n), the diagonal block of the upper triangular R with inverse(H) = R^T R.\n"
-      "Returns codes uint8 (rows, n), scales and biases float32 (rows,), errors float32 (rows, n): later columns take "
-      "off errors @ R[group, later].");
+      "Returns codes uint8 (rows, n), scales and biases float32 (rows,), errors float32 (rows, n): subtract errors @ "
+      "R[group, later] from later columns.");
 
   m.def(
       "refine_group",
@@ -95,7 +95,7 @@ void bind_rounding(nb::module_& m) {
       },
       nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"), nb::arg("gradient"), nb::arg("moment"),
       nb::arg("rounds") = 1, nb::arg("threads") = 1,
-      "Lower tr(E H E^T) over one group's scale, bias and codes, the other groups fixed.\n\n"
+      "Lower tr(E H E^T) over one group's scale, bias and codes, with the other groups fixed.\n\n"
       "gradient: float32 (rows, n), the group's columns of E H; moment: float32 (n, n), the diagonal block of H.\n"
       "Returns codes, scales, biases, and the change of E's columns, float32 (rows, n).");
 
@@ -115,5 +115,5 @@ void bind_rounding(nb::module_& m) {
         return to_numpy(std::move(packed), {rows, row_bytes});
       },
       nb::arg("codes"), nb::arg("width"),
-      "Codes, one a byte (rows, cols), as the bit streams of a bundle, uint8 (rows, cols*width/8).");
+      "Pack codes, one per byte (rows, cols), into the bit streams of a bundle, uint8 (rows, cols*width/8).");
 }

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kRowsATask = 16;
 
-// task(row) for every row, in pieces.
+// Runs task(row) for every row, in pieces of kRowsATask.
 template <typename Task>
 void for_rows(int rows, int threads, Task&& task) {
   ThreadPool pool(rows > kRowsATask ? threads : 1);
@@ -47,7 +47,7 @@ struct RowState {
   float codes[kMostGroup], rounded[kMostGroup], gradient[kMostGroup];
 };
 
-// Scale and bias that minimise the objective for the codes as they are; false where rounding them left no gain.
+// Finds scale and bias that minimise the objective for fixed codes; false if, rounded to bfloat16, they gain nothing.
 bool fit_scale_and_bias(RowState& s, float& scale, float& bias, int n, const float* moment, const float* row_sums) {
   float along_codes[kMostGroup] = {};  // H * codes
   for (int j = 0; j < n; ++j)
@@ -58,7 +58,7 @@ bool fit_scale_and_bias(RowState& s, float& scale, float& bias, int n, const flo
     r1 += double(s.codes[j]) * s.gradient[j], r2 += s.gradient[j];
   }
   const double determinant = a11 * a22 - a12 * a12;
-  if (!(determinant > 1e-9 * a11 * a22)) return false;  // all codes equal, or as good as
+  if (!(determinant > 1e-9 * a11 * a22)) return false;  // all codes are equal, or almost
   const float new_scale = from_bfloat16(to_bfloat16(scale + float((r1 * a22 - r2 * a12) / determinant)));
   const float new_bias = from_bfloat16(to_bfloat16(bias + float((r2 * a11 - r1 * a12) / determinant)));
   const double ds = double(new_scale) - scale, db = double(new_bias) - bias;
@@ -90,7 +90,7 @@ bool improve_codes(RowState& s, float scale, float bias, int n, float top_code, 
 }  // namespace
 
 void gptq_group(const GroupColumns& group, int width, const float* factor, float* errors, int threads) {
-  std::vector<float> importance(group.n);  // of a column's rounding, after the columns behind it made up for it
+  std::vector<float> importance(group.n);  // of a column's error, given that later columns compensate for it
   for (int j = 0; j < group.n; ++j) {
     const float diagonal = factor[size_t(j) * group.n + j];
     importance[j] = 1.0f / (diagonal * diagonal);

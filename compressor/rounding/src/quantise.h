@@ -1,4 +1,4 @@
-// Choosing codes, scales and biases for a matrix: round to nearest with a searched range, group by group.
+// Quantising a matrix group by group: round to nearest with a searched range.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@ struct QuantisedRows {
   uint16_t* biases;  // bfloat16 (rows, cols/group)
 };
 
-// weights: float32 (rows, cols); importance: (cols,) weight of each input's squared error, or null for equal ones.
+// weights: float32 (rows, cols); importance: (cols,) weight of each input's squared error, or null for equal weights.
 // `search` off is plain round to nearest over each group's whole range. Rows are split over `threads`; the result does
-// not depend on how many.
+// not depend on the number of threads.
 void quantise_matrix(const float* weights, int rows, int cols, int width, int group, const float* importance,
                      bool search, int threads, QuantisedRows out);
 
