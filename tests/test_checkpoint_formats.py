@@ -523,8 +523,8 @@ def test_mxfp4_of_columns_that_are_no_whole_blocks_is_refused(tmp_path):
     tensors[f"{key}_packed"] = "U8", [64, 24], bytes(64 * 24)
     write_file(source / "model.safetensors", tensors)
     assert refusal(ValueError, lambda: Checkpoint(source)) == (
-        f"{source}/model.safetensors: tensor {key}_packed is MXFP4, which goes by 32 columns, and config.json makes "
-        "it (64, 48); config.json and the weights do not belong together"
+        f"{source}/model.safetensors: tensor {key}_packed is MXFP4, which has blocks of 32 columns, and config.json "
+        "makes it (64, 48); config.json and the weights do not belong together"
     )
 
 

@@ -1,10 +1,9 @@
-"""Where a checkpoint's tensors are and how to read one: Hugging Face safetensors, one file or shards.
+"""Finding and reading the tensors of a checkpoint: Hugging Face safetensors, one file or shards.
 
-Opening reads headers only and checks every tensor the model needs: there, of a known type, the right shape. A tensor
-that is there for one of the model's layers and that nothing uses is refused: results would not be the model's.
-Reading takes one tensor from disk as float32, so memory is one tensor's. No file stays open in between: large
-checkpoints have more shards than macOS lets a process open. Which tensors a family's checkpoints have is in names.py,
-types and quantised tensors are in formats.py.
+Opening reads only headers and checks that every tensor the model needs is present, of a known type and the right shape.
+An unused tensor in one of the model's layers is refused, as results would not be the model's. Tensors are read one at a
+time, as float32. No file stays open in between: large checkpoints have more shards than macOS lets a process open.
+names.py has the tensor names of each family, formats.py the types and quantised tensors.
 """
 
 import hashlib
@@ -23,10 +22,10 @@ from ...runtime.tensorfile import Stored, read_header
 from .formats import Block, Tensor, locate, read, read_bytes, scale_blocks
 from .names import Names, Source, sources
 
-SAMPLE_BYTES = 4096  # of each layer's o that the fingerprint reads
-MOST_MISSING = 100_000  # tensors that are counted: a config.json may claim millions
+SAMPLE_BYTES = 4096  # of each layer's attention output o, for the fingerprint
+MOST_MISSING = 100_000  # missing tensors are counted up to this: a config.json may claim millions
 COMPARED_ROWS = 1024  # of embedding and head, at a time
-NOT_WEIGHTS = (  # by the end of the name: what other programs keep beside the weights
+NOT_WEIGHTS = (  # suffixes of tensors that other programs store beside the weights
     ".rotary_emb.inv_freq",
     *(f".{what}_scale" for what in ("input", "output", "q", "k", "v", "kv")),
     ".weight_shape",
@@ -36,8 +35,8 @@ NOT_WEIGHTS = (  # by the end of the name: what other programs keep beside the w
 class Checkpoint:
     """The tensors of a Hugging Face MoE checkpoint by canonical name, read one at a time.
 
-    Raises FileNotFoundError for a missing file and ValueError for a model that is not supported, a damaged
-    header, or a tensor that is missing, of another shape or of another type than config.json makes it.
+    Raises FileNotFoundError for a missing file and ValueError for a model that is not supported, a damaged header, or a
+    tensor that is missing or whose shape or type does not match config.json.
     """
 
     def __init__(self, directory: str | Path):
@@ -55,10 +54,10 @@ class Checkpoint:
         if self.config.tied_head and names.head in stored and not self._is_embedding(stored, names, blocks):
             self.config = replace(self.config, tied_head=False)
         self._tensors = _match(self.directory, sources(self.config, names), names.head, stored, blocks)
-        self.unused = self._unused(stored, names)  # tensors of what is no part of the model, as further layers
+        self.unused = self._unused(stored, names)  # tensors outside the model, such as further layers
 
     def _is_embedding(self, stored: dict[str, Stored], names: Names, blocks: tuple[Block, ...]) -> bool:
-        """Whether the output head that is stored is the embedding once more, as config.json says."""
+        """Whether the stored output head equals the embedding, as config.json says."""
         shape, key = (self.config.vocab, self.config.dim), f"{names.prefix}embed_tokens.weight"
         head, embedding = (locate(one, shape, stored, blocks) for one in (names.head, key))
         if embedding is None:
@@ -70,7 +69,7 @@ class Checkpoint:
         return True
 
     def _unused(self, stored: dict[str, Stored], names: Names) -> list[str]:
-        """The tensors that are not read. Raises ValueError where one is of a part that the model has."""
+        """The tensors that are not read. Raises ValueError if one belongs to a part of the model."""
         used = {key for _, tensor in self._tensors.values() for key in (tensor.key, tensor.scale_key)}
         left = [key for key in stored if key not in used and not key.endswith(NOT_WEIGHTS)]
         left = [key for key in left if key != names.head or not self.config.tied_head]
@@ -117,11 +116,11 @@ class Checkpoint:
         return read_bytes(tensor, source.first_row, source.stored_shape)
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex by which a checkpoint is known again: equal for a copy, another for another checkpoint.
+        """A SHA-256 in hex that identifies a checkpoint: equal for a copy, different for another checkpoint.
 
-        It is of config.json, of the name, type, shape and place of every tensor used, of the files' names and sizes,
-        and of the first bytes of each layer's o: the rest is the same for a model and one fine-tuned from it. Other
-        weights are not read, so a change of theirs is not seen.
+        It covers config.json, the name, type, shape and place of every tensor used, the names and sizes of files, and
+        the first bytes of each layer's attention output o, as all else is equal in a fine-tuned model. Other weights
+        are not read, so a change in them alone is not noticed.
         """
         self._find("embedding")  # raises once closed
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
@@ -139,7 +138,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def trunk(self, name: str) -> np.ndarray:
-        """Read one tensor as float32. Raises ValueError for NaN or Inf, OSError for a file cut meanwhile."""
+        """Read one tensor as float32. Raises ValueError for NaN or Inf, OSError if the file was truncated meanwhile."""
         source, tensor = self._find(name)
         values = read(tensor, source.first_row, source.stored_shape, name)
         if source.transposed:
@@ -147,7 +146,7 @@ class Checkpoint:
         return values
 
     def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises as trunk()."""
+        """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises like trunk()."""
         name = f"layers.{layer}.experts.{expert}"
         return self.trunk(f"{name}.gate"), self.trunk(f"{name}.up"), self.trunk(f"{name}.down")
 
@@ -160,7 +159,7 @@ class Checkpoint:
 def _match(
     directory: Path, sources: Iterable[Source], head: str, stored: dict[str, Stored], blocks: tuple[Block, ...]
 ) -> dict[str, tuple[Source, Tensor]]:
-    """Each source with the tensor that it is in, by canonical name; all of them, or a ValueError."""
+    """Each source and the tensor that contains it, by canonical name. Raises ValueError if a tensor is missing."""
     found, tensors, missing = {}, {}, {}
     for source in sources:
         tensor = tensors.get(source.key)
@@ -189,7 +188,7 @@ def _match(
 
 
 def _check_boundary(source: Source, tensor: Tensor) -> None:
-    """Refuse blocks of scales that go over from gate to up: writers differ in whether up then starts a new one."""
+    """Raise ValueError if a block of scales spans gate and up: writers differ in whether up starts a new block."""
     hidden, height = source.shape[0], tensor.block[0]
     if height < 2 * hidden and hidden % height:
         raise ValueError(
@@ -199,9 +198,9 @@ def _check_boundary(source: Source, tensor: Tensor) -> None:
 
 
 def _read_headers(directory: Path) -> dict[str, Stored]:
-    """Tensors by the checkpoint's names, from model.safetensors or from every shard that the index names.
+    """Stored tensors by name, from model.safetensors or from every shard in the index.
 
-    The shards say what they hold: an index that leaves tensors out is no reason to do without them.
+    All tensors in the shards count, including those that the index does not list.
     """
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists() or single.is_symlink():

@@ -1,7 +1,7 @@
-"""The files of a checkpoint that a bundle takes over, each checked to be what its name says.
+"""The files that a bundle copies from the checkpoint, each checked to have the format of its name.
 
-A checkpoint comes from elsewhere, so a link in it may name any file of this machine, and a bundle is made to be given
-away: links out of it are not followed.
+A checkpoint is untrusted, so a link in it may point at any file of this machine, and bundles are meant to be shared:
+links out of the checkpoint are not followed.
 """
 
 import json
@@ -17,16 +17,16 @@ MISSING = "; put the file itself there"
 
 
 def there(directory: Path) -> list[str]:
-    """The names of COPIED that the checkpoint has."""
+    """The files of COPIED that the checkpoint has, by name."""
     return [name for name in COPIED if (directory / name).exists() or (directory / name).is_symlink()]
 
 
 def contents(directory: Path, tied_head: bool) -> dict[str, bytes]:
-    """What a bundle takes over, by name: the files of COPIED that are there, as they are.
+    """The contents of the copied files by name: those of COPIED that the checkpoint has, unchanged.
 
-    Chat templates in a directory of their own go into tokenizer_config.json, by name, and so does the one beside it.
-    tied_head: whether the bundle's output head is the embedding; where config.json says so and the weights have a head
-    of their own, the bundle's config.json says no. Raises ValueError for a file that is not what its name says.
+    Exceptions: chat templates in a directory of their own, and then chat_template.jinja too, are merged into
+    tokenizer_config.json by name; and if config.json ties the output head but the weights have their own (tied_head is
+    False), the bundle's config.json unties it. Raises ValueError for a file that does not have the format of its name.
     """
     found = {name: _content(directory, name, COPIED[name]) for name in there(directory)}
     raw = json.loads(found["config.json"])
@@ -48,7 +48,7 @@ def _json(value: dict) -> bytes:
 
 
 def copied_bytes(directory: Path) -> int:
-    """Bytes of what a bundle takes over."""
+    """Bytes of the copied files."""
     return sum(map(len, contents(directory, tied_head=False).values()))
 
 
@@ -70,7 +70,7 @@ def _content(directory: Path, name: str, most_bytes: int) -> bytes:
 
 
 def _bad_merge(text: str) -> int | None:
-    """The number of the first line that is no merge of a byte-pair encoding."""
+    """The number of the first line that is not a merge of a byte-pair encoding, or None."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip() and not line.startswith("#version") and " " not in line.strip():
             return number

@@ -1,12 +1,12 @@
-"""How a checkpoint's tensor becomes float32: plain types, FP8 with block scales, MXFP4, integers of four bits.
+"""Decoding a checkpoint's tensors to float32: plain types, FP8 with block scales, MXFP4, and 4-bit integers.
 
-A quantised tensor is its values and, beside them, the scales that blocks of values share: w = value * scale.
+A quantised tensor has values and, in another tensor, the scales that blocks of values share: w = value * scale.
   FP8    X.weight F8_E4M3 (rows, cols), X.weight_scale_inv or X.weight_scale (block rows, block cols). Despite its
-         name `_inv` multiplies too. Blocks at the last rows and columns may be cut off.
+         name, `_inv` is a factor too. Blocks at the last rows and columns may be incomplete.
   MXFP4  X.weight_packed U8 (rows, cols / 2), the low nibble first; X.weight_scale U8 (rows, cols / 32), an exponent.
   INT4   X.weight_packed I32 (rows, cols / 8), the low nibble first, 8 is zero; X.weight_scale (rows, cols / group).
-Which one it is, the stored tensors say; config.json's quantization_config says how large blocks are. Decoding goes by
-a few rows at a time, so that beyond the float32 result memory holds next to nothing.
+The names and types of the stored tensors tell the format; config.json's quantization_config has the block sizes. A few
+rows are decoded at a time, so that little memory is needed beyond the float32 result.
 """
 
 import math
@@ -20,20 +20,20 @@ from ...runtime.tensorfile import NUMPY_DTYPES, Stored
 PLAIN = ("BF16", "F16", "F32")
 FP8, MXFP4, INT4 = "F8_E4M3", "MXFP4", "INT4"
 NIBBLES = (MXFP4, INT4)
-EXPONENTS = ("U8", "F8_E8M0")  # a power of two as its exponent alone
+EXPONENTS = ("U8", "F8_E8M0")  # a power of two, stored as its biased exponent
 SCALES = {FP8: (*PLAIN, *EXPONENTS), MXFP4: EXPONENTS, INT4: PLAIN}
-WHOLE = 0  # a block as high or wide as its matrix
-BLOCKS = {FP8: (128, 128), MXFP4: (1, 32)}  # rows and columns that share a scale, unless config.json says else
-STEP_VALUES = 1 << 16  # decoded at a time: codes and floats stay in the core's cache
+WHOLE = 0  # a block as high or wide as the matrix
+BLOCKS = {FP8: (128, 128), MXFP4: (1, 32)}  # rows and columns that share a scale, unless config.json says otherwise
+STEP_VALUES = 1 << 16  # values decoded at a time: codes and floats stay in the core's cache
 
 Block = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a checkpoint as its files hold it."""
+    """One tensor of a checkpoint as it is stored."""
 
-    key: str  # the checkpoint's name of the values
+    key: str  # the checkpoint's name for the values
     dtype: str  # BF16, F16, F32, F8_E4M3, MXFP4 or INT4
     shape: tuple[int, ...]  # decoded: (rows, cols), fused (experts, rows, cols), or a vector
     values: Stored
@@ -43,9 +43,9 @@ class Tensor:
 
 
 def scale_blocks(quantisation, where: str) -> tuple[Block, ...]:
-    """The sizes that blocks of FP8 may have by config.json's `quantization_config`, or None where there is none.
+    """The possible block sizes of FP8, given config.json's `quantization_config` or None.
 
-    Raises ValueError for a method that is not supported or a size that is none.
+    Raises ValueError for an unsupported method or an invalid size.
     """
     if quantisation is None:
         return _any_block([])
@@ -74,10 +74,10 @@ def scale_blocks(quantisation, where: str) -> tuple[Block, ...]:
 
 
 def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: tuple[Block, ...]) -> Tensor | None:
-    """Find a tensor among those stored and check types and shapes; None where it is not stored in any form.
+    """Find a stored tensor and check its types and shapes; None if it is not stored in any format.
 
-    key, shape: of the matrix or vector, whatever it is stored as. Raises ValueError for another shape, a type that is
-    not supported, or scales that are missing or do not fit.
+    key, shape: name and decoded shape of the matrix or vector. Raises ValueError for another shape, an unsupported
+    type, or scales that are missing or do not fit.
     """
     values = stored.get(key)
     if values is None:
@@ -100,9 +100,10 @@ def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: 
 
 
 def read(tensor: Tensor, first_row: int, shape: tuple[int, ...], name: str) -> np.ndarray:
-    """Read `shape` of a tensor from `first_row` on as float32; a fused tensor's rows are counted through its experts.
+    """Read `shape` of a tensor as float32 from `first_row` on, where the rows of a fused tensor's experts are numbered
+    consecutively.
 
-    name: what it is read for. Raises ValueError for NaN or Inf, OSError for a file cut meanwhile.
+    name: the canonical name, for errors. Raises ValueError for NaN or Inf, OSError if the file was truncated meanwhile.
     """
     if tensor.scales is None:
         values = _floats(tensor.key, tensor.values, first_row * shape[-1], math.prod(shape))
@@ -152,7 +153,7 @@ def read_bytes(tensor: Tensor, first_row: int, shape: tuple[int, ...]) -> int:
 
 
 def _any_block(found: list[Block]) -> tuple[Block, ...]:
-    """One scale a tensor, one a row, or one a block; where nothing is said, the shape of the scales decides."""
+    """The candidates that the shape of the scales decides between: one scale per tensor, per row, or per block."""
     return ((WHOLE, WHOLE), (1, WHOLE), *(dict.fromkeys(found) or (BLOCKS[FP8],)))
 
 
@@ -167,7 +168,7 @@ def _resolve(block: Block, shape: tuple[int, ...]) -> Block:
 
 
 def _scale_shapes(shape: tuple[int, ...], block: Block) -> list[tuple[int, ...]]:
-    """Shapes that scales of one block size may have."""
+    """The shapes that the scales for one block size may have."""
     *experts, rows, cols = shape
     height, width = _resolve(block, shape)
     grid = (*experts, -(-rows // height), -(-cols // width))
@@ -181,8 +182,8 @@ def _locate_mxfp4(key: str, shape: tuple[int, ...], packed: Stored, stored: dict
     rows, cols = shape
     if cols % block[1]:
         raise ValueError(
-            f"{packed.path}: tensor {packed_key} is MXFP4, which goes by {block[1]} columns, and config.json makes "
-            f"it {shape}; config.json and the weights do not belong together"
+            f"{packed.path}: tensor {packed_key} is MXFP4, which has blocks of {block[1]} columns, and config.json "
+            f"makes it {shape}; config.json and the weights do not belong together"
         )
     _check_shape(packed_key, packed, (rows, cols // 2))
     scales = _locate_scales(MXFP4, packed_key, packed, scale_key, stored)
@@ -244,7 +245,8 @@ def _unsupported(where, what: str) -> ValueError:
 
 
 def _scale_span(tensor: Tensor, first_row: int, rows: int) -> tuple[np.ndarray, int, int]:
-    """The scales of some rows of one matrix: the row of scales of each, from 0; the first scale; how many there are."""
+    """Locate the scales of some rows of one matrix: each row's row of scales, from 0; the index of the first scale; and
+    the number of scales."""
     *_, matrix_rows, cols = tensor.shape
     height, width = tensor.block
     expert, top = divmod(first_row, matrix_rows)
@@ -255,7 +257,7 @@ def _scale_span(tensor: Tensor, first_row: int, rows: int) -> tuple[np.ndarray, 
 
 
 def _floats(key: str, stored: Stored, first: int, count: int) -> np.ndarray:
-    """`count` values from the `first` on, float32 (count,), of a plain type or of exponents."""
+    """Read `count` values from index `first` on, of a plain type or exponents, as float32 (count,)."""
     dtype = NUMPY_DTYPES[stored.dtype]
     values = np.fromfile(stored.path, dtype, count, offset=stored.offset + first * dtype.itemsize)
     if values.size < count:
@@ -285,9 +287,9 @@ def _check_finite(values: np.ndarray, key: str, stored: Stored, name: str) -> No
 
 @cache
 def _table(dtype: str, pairs: bool = False) -> np.ndarray:
-    """What each code stands for, float32 (codes, values of a code); with `pairs`, a code is two bytes.
+    """The lookup table of a type, float32 (codes, values per code); with `pairs`, a code is two bytes.
 
-    Looking up pairs takes half as many steps as bytes would.
+    Looking up pairs takes half as many steps as bytes.
     """
     code = np.arange(256)
     if dtype == "F8_E8M0":  # OCP MX specification 1.0: 2 to the code less 127; 255 is NaN

@@ -1,4 +1,4 @@
-"""Which of a checkpoint's tensors each canonical tensor is, by what the model's family says of its names."""
+"""Mapping each canonical tensor to the checkpoint's tensor that contains it, by the naming of the model's family."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,24 +10,24 @@ from ...runtime.tensorfile import Stored
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a canonical tensor comes from: all of a checkpoint's tensor, or one expert's part of it."""
+    """The source of a canonical tensor: a tensor of the checkpoint, or one expert's part of it."""
 
     name: str  # canonical: layers.3.q
     key: str  # the checkpoint's: model.layers.3.self_attn.q_proj.weight
     shape: tuple[int, ...]
     key_shape: tuple[int, ...]
-    stored_shape: tuple[int, ...]  # what is read of it
-    first_row: int = 0  # rows of the checkpoint's tensor before this one's first, all experts' counted
-    first_column: int = 0  # of what is read, where it is transposed
+    stored_shape: tuple[int, ...]  # the part that is read
+    first_row: int = 0  # in the checkpoint's tensor, with the rows of all experts numbered consecutively
+    first_column: int = 0  # in the part that is read, if it is transposed
     transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """How one checkpoint spells its tensors."""
+    """The names of the tensors in one checkpoint."""
 
-    prefix: str  # model. or, saved without the part that has the head, nothing
-    layers: str  # with the prefix, before a layer's number: model.layers.
+    prefix: str  # model. or, if it was saved without the part that has the head, nothing
+    layers: str  # precedes a layer's number, prefix included: model.layers.
     head: str
     layout: Layout
     of_layer: Mapping[str, str]  # by canonical name within a layer
@@ -35,7 +35,7 @@ class Names:
 
     @classmethod
     def of(cls, config: ModelConfig, family: Family, stored: Mapping[str, Stored]) -> "Names":
-        """Those of the family's spellings that the stored tensors have."""
+        """Find which of the family's spellings the stored tensors have."""
         prefixes = [prefix for prefix in family.prefixes if f"{prefix}embed_tokens.weight" in stored]
         prefix = prefixes[0] if prefixes else family.prefixes[0]
         head = next((name for name in family.heads if name in stored), family.heads[0])
@@ -47,7 +47,7 @@ class Names:
 
 
 def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
-    """Every tensor of the model."""
+    """Yield the source of every tensor of the model."""
     outside = {"embedding": f"{names.prefix}embed_tokens.weight", "output_norm": f"{names.prefix}norm.weight"}
     outside["head"] = names.head
     for name, shape in trunk_shapes(config).items():
@@ -86,7 +86,7 @@ def _fused(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -
 
 
 def _fused_shapes(config: ModelConfig, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the tensor that has all experts' gates and ups, and of the one that has their downs."""
+    """The shapes of the tensor with all experts' gate and up matrices, and of the tensor with their down matrices."""
     experts, dim, hidden = config.experts, config.dim, config.expert_hidden
     if layout.transposed:
         return (experts, dim, 2 * hidden), (experts, hidden, dim)
@@ -94,7 +94,7 @@ def _fused_shapes(config: ModelConfig, layout: Layout) -> tuple[tuple[int, ...],
 
 
 def _layout(config: ModelConfig, layouts: tuple[Layout, ...], layer: str, stored: Mapping[str, Stored]) -> Layout:
-    """The first layout that a layer's tensors have: by name and, where two have the same, by shape."""
+    """The first layout that matches a layer's tensors by name and, if layouts share names, by shape."""
     named = []
     for layout in layouts:
         key = layer + layout.gate.format(0)
