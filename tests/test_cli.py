@@ -100,12 +100,12 @@ def test_the_version_is_the_packages():
         (["generate"], "Missing argument"),
         (["generate", "x.emoe", "-p", "a", "--tokens", "1"], "give one prompt: an argument, -p TEXT, -f FILE or --tok"),
         (["generate", "x.emoe", "a", "-f", "b"], "give one prompt: an argument, -p TEXT, -f FILE or --tokens 1,2,3"),
-        (["generate", "x.emoe", "a", "--raw", "--system", "b"], "--system belongs to a message: leave --raw and"),
+        (["generate", "x.emoe", "a", "--raw", "--system", "b"], "--system needs a message as the prompt: leave --raw"),
         (["generate", "x.emoe", "-p", "a", "-n", "many"], "Invalid value for '-n'"),
-        (["compress", "x", "y", "--context", "64"], "--context belongs to --ram"),
+        (["compress", "x", "y", "--context", "64"], "--context needs --ram"),
         (["compress", "x", "y", "--drop-score", "age"], "Invalid value for '--drop-score'"),
         (["bench"], "give either a BUNDLE or --synthetic CONFIG"),
-        (["bench", "x.emoe", "--layers", "2"], "--layers, --width, --vocab and --keep belong to --synthetic"),
+        (["bench", "x.emoe", "--layers", "2"], "--layers, --width, --vocab and --keep need --synthetic"),
     ],
 )
 def test_usage_errors_exit_with_2_and_say_what_is_wrong(arguments, message):
@@ -289,14 +289,14 @@ def test_options_reach_the_library(bundle):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--tokens", "1,x"], "tokens '1,x' are not whole numbers with commas between them"),
+        (["--tokens", "1,x"], "tokens '1,x' are not whole numbers separated by commas"),
         (["-p", ""], "the prompt is empty; give at least one token"),
         (["-p", "a", "--ram", "8XB"], "size '8XB' is not understood; write 8GB, 8GiB, 500MB or a number of bytes"),
         (["-p", "a", "--temp", "-1"], "temperature is -1.0, expected 0 or more"),
         (["-p", "a", "-n", "0"], "max_tokens is 0, expected at least 1"),
         (
             ["-p", "a", "-l", "15043=2"],
-            "logit-bias '15043=2' is not a token id, + or - and a number, as 15043+1 or 15043-inf",
+            "logit-bias '15043=2' is not a token id, + or -, and a number, such as 15043+1 or 15043-inf",
         ),
         (["-p", "a", "-l", "99999999+1"], "a token id of logit_bias is 99999999, expected 0 to 4,095"),
         (["-p", "a", "--context", "2000"], "context is 2000, expected 1 to 1024, the model's own"),
@@ -453,11 +453,11 @@ def test_a_plan_from_a_config_takes_bits_as_compress_does_and_compares_them(tmp_
             "size is 5,000,000,000 bytes, expected at least 6,208,793,384: 4,529,848,320 for experts of width 1 and "
             "1,678,945,064 for the rest; raise it, lower trunk_width, or keep fewer experts",
         ),
-        (["--widths", "gate"], "widths 'gate' are not NAME=BITS with commas between, as gate=2,down=3"),
-        (["--widths", "gate=2.5"], "widths 'gate=2.5' are not NAME=BITS with commas between, as gate=2,down=3"),
+        (["--widths", "gate"], "widths 'gate' are not NAME=BITS separated by commas, such as gate=2,down=3"),
+        (["--widths", "gate=2.5"], "widths 'gate=2.5' are not NAME=BITS separated by commas, such as gate=2,down=3"),
         (
             ["--keep-experts", "most"],
-            "keep-experts 'most' is neither a number of experts, as 192, nor a share, as 0.75",
+            "keep-experts 'most' is neither a number of experts such as 192 nor a share such as 0.75",
         ),
         (["--recipe", "collaborative"], "recipe 'collaborative' is for deepseek_v3, the model is qwen3_moe"),
     ],

@@ -146,6 +146,6 @@ def test_the_command_line_prints_logprobs_as_json(bundle_of):
     assert all(len(told["top_logprobs"]) == 2 for told in answer["logprobs"])
     assert json.dumps(answer["logprobs"][0]["top_logprobs"][0]).startswith(f"[{answer['tokens'][0]}, -")
     refused = edge_moe("generate", path, "--tokens", "5", "--logprobs", 2)
-    assert refused.returncode == 2 and "--logprobs is printed with --json alone" in refused.stderr
+    assert refused.returncode == 2 and "--logprobs needs --json" in refused.stderr
     forbidden = object_of("generate", path, "--tokens", "5", "-n", 1, "--logprobs", 128, "-l", "3-inf")
     assert forbidden["logprobs"][0]["top_logprobs"][-1] == [3, -9999.0]

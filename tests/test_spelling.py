@@ -102,7 +102,7 @@ def test_values_are_never_respelled(bundle):
             "64 weights, is 4.5",
         ),
         (("verify", "x", "--temperature", "1"), "No such option: --temperature"),
-        (("plan", "x", "--context", "many"), "'many' is not a number of tokens, as 4096 or 32k"),
+        (("plan", "x", "--context", "many"), "'many' is not a number of tokens such as 4096 or 32k"),
     ],
 )
 def test_options_that_are_not_there_say_what_there_is(arguments, message):

@@ -9,7 +9,7 @@ Importing this package imports nothing heavy: the interpreter's own memory count
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the same names for editors and type checkers; _HOMES brings them when they are used
+if TYPE_CHECKING:  # the same names for editors and type checkers; at run time they are loaded from _HOMES on first use
     from .bench.bench import Report
     from .bench.bench import bench as benchmark
     from .bench.texts import evaluate_bundle as evaluate
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; _HOMES brings
 
 __version__ = "0.1.0"
 
-_HOMES = {  # the module and its name there; `edge_moe.bench` and `edge_moe.doctor` are modules
+_HOMES = {  # name: (module, name in the module); `edge_moe.bench` and `edge_moe.doctor` are modules
     "AsyncStream": ("edge_moe.runtime.turns", "AsyncStream"),
     "BelowFloor": ("edge_moe.runtime.plan", "BelowFloor"),
     "Bundle": ("edge_moe.runtime.bundle", "Bundle"),

@@ -1,4 +1,4 @@
-"""`python -m edge_moe` is `edge-moe`."""
+"""Runs `edge-moe` as `python -m edge_moe`."""
 
 from edge_moe.cli import main
 

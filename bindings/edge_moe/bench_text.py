@@ -1,4 +1,4 @@
-"""Benchmarks as text: llama-bench's table, and the sweep over caps with its knee; as Markdown, JSON or CSV."""
+"""Formatting benchmarks as Markdown, JSON or CSV: llama-bench's table, and the sweep over caps with its knee."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ import textwrap
 
 from .runtime.plan_table import size
 
-COLUMNS = (  # of the table: title, and the cell of a Measurement
+COLUMNS = (  # of the table: the title, and a function from a Measurement to its cell
     ("model", lambda row: f"{row.model} ({row.architecture}, {row.bits_per_weight:.2f} bits)"),
     ("size", lambda row: size(row.size_bytes)),
     ("params", lambda row: f"{row.params / 1e9:.2f} B" if row.params >= 1e9 else f"{row.params / 1e6:.1f} M"),
@@ -24,14 +24,14 @@ COLUMNS = (  # of the table: title, and the cell of a Measurement
     ("peak", lambda row: size(row.peak_memory_bytes)),
 )
 RIGHT = ("size", "params", "threads", "ram cap", "experts", "t/s", "hits", "MB read/token", "GB/s", "peak")
-BAR = 24  # characters of the fastest cap's
+BAR = 24  # characters of the bar of the fastest cap
 
 
-SMALL_BYTES = 100_000_000  # a bundle that is read in a moment says little of its disk
+SMALL_BYTES = 100_000_000  # a smaller bundle is read too quickly to measure its disk
 
 
 def bench_text(report, form: str, columns: int | None = None) -> str:
-    """A benchmark's Report or a Sweep as md, json or csv. columns: that the table should fit into."""
+    """Format a Report or a Sweep as md, json or csv. columns: the width that the table should fit into."""
     if form == "json":
         return json.dumps(report.as_dict())
     if form == "csv":
@@ -40,9 +40,9 @@ def bench_text(report, form: str, columns: int | None = None) -> str:
 
 
 def bench_markdown(report, columns: int | None = None) -> str:
-    """A benchmark's Report as llama-bench prints it, and the machine's own limits below.
+    """Format a Report as llama-bench's table, with the machine's own limits below.
 
-    Where the table is wider than `columns`, what all rows have in common is in a line above it.
+    If the table is wider than `columns`, cells that are equal in all rows move to a line above it.
     """
     titles = [title for title, _ in COLUMNS]
     rows = [titles, *([cell(row) for _, cell in COLUMNS] for row in report.rows)]
@@ -64,7 +64,7 @@ def bench_markdown(report, columns: int | None = None) -> str:
 
 
 def cut_text(report, asked: dict[str, int]) -> list[str]:
-    """A line for each test that the model's context made shorter. asked: tokens by pp and tg."""
+    """A note for each test that the model's context shortened. asked: the tokens requested, by `pp` and `tg`."""
     found = {row.test.partition(" ")[0]: row.tokens for row in report.rows}
     return [
         f"note: the model's context holds {tokens:,} tokens: {kind}{asked[kind]} was measured as {test}"
@@ -74,7 +74,7 @@ def cut_text(report, asked: dict[str, int]) -> list[str]:
 
 
 def sweep_markdown(sweep) -> str:
-    """A Sweep with a line for each cap, a bar for its speed, and where the knee is."""
+    """Format a Sweep as a table, with a row and a speed bar for each cap, and the position of the knee."""
     tests = list(dict.fromkeys((row.test, row.prune) for row in sweep.rows))
     caps = [sweep.rows[at : at + len(tests)] for at in range(0, len(sweep.rows), len(tests))]
     shown = next((at for at, (test, _) in enumerate(tests) if test.startswith("tg")), 0)  # in the bar
@@ -104,7 +104,7 @@ def sweep_markdown(sweep) -> str:
 
 
 def markdown_table(rows: list[list[str]], right: list[bool]) -> str:
-    """Rows of cells, the first a header, with aligned columns; `right`: by column, whether to the right."""
+    """Format rows of cells, the first a header, as an aligned table. right: whether to right-align, by column."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(right))]
     rule = ["-" * (width - 1) + ":" if to else "-" * width for to, width in zip(right, widths, strict=True)]
     lines = []
@@ -117,7 +117,7 @@ def markdown_table(rows: list[list[str]], right: list[bool]) -> str:
 
 
 def bench_csv(report) -> str:
-    """A benchmark's or sweep's rows in exact figures."""
+    """The rows of a Report or a Sweep as CSV, with unrounded figures."""
     rows, out = report.as_dict()["rows"], io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
     writer.writeheader()

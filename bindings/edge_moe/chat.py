@@ -1,7 +1,7 @@
-"""The chat of the command line: a conversation that is kept, streamed answers, and a way out of each.
+"""The interactive chat of the command line: commands, and streamed answers that can be interrupted.
 
-Answers go to stdout, everything else to stderr. The whole conversation is passed every time: the Runtime computes only
-what its KV cache does not hold. Nothing is dropped from a conversation that was not asked for: a full context is said.
+Answers go to stdout, everything else to stderr. The whole conversation is passed for each answer: the Runtime computes
+only what its KV cache does not hold. No message is dropped unless that was asked for: a full context is an error.
 """
 
 import re
@@ -21,44 +21,44 @@ HELP = '''\
 /clear          start a new conversation (also /reset); the system prompt stays
 /undo           forget the last message and its answer
 /retry          answer the last message again
-/continue       go on with an answer that was cut
+/continue       continue an answer that was cut off
 /drop [N]       forget the oldest N messages and their answers [default: 1]
 /system [TEXT]  show or set the system prompt
 /temp [T]       show or set the temperature
-/ram [SIZE]     show or set the cap: memory is given back, or may be used, from now on
-/save FILE      write the conversation to a file, as JSON messages where it ends in .json
+/ram [SIZE]     show or set the memory cap, effective at once
+/save FILE      write the conversation to a file, as JSON messages if its name ends in .json
 /stats          speed, hits and memory of the last answer
 /exit           leave (also /bye, Ctrl-D)
 /help           this list
 Three quotes (""") begin a message of several lines and three more end it; a space before a / makes it a message.
-Ctrl-C stops an answer and keeps what it said; twice at an empty prompt it leaves.'''
+Ctrl-C stops an answer and keeps its text so far; pressed twice at an empty prompt, it leaves.'''
 LEAVE = ("/exit", "/quit", "/bye")
-COMMAND = re.compile(r"/[a-z?]+(\s|$)")  # a path, as /usr/bin, is no command
+COMMAND = re.compile(r"/[a-z?]+(\s|$)")  # a path such as /usr/bin is not a command
 MAKES_ROOM = "/drop N forgets the oldest messages, /clear all"
-ROOM = 0.75  # of the context that a prompt may take after the oldest turns were dropped for it
+ROOM = 0.75  # maximum share of the context for the prompt after the oldest turns were dropped
 
 
 @dataclass(slots=True)
 class Chat:
-    """A conversation with a Runtime. options: of Runtime.stream(). template: what the chat template is told beside the
-    messages. drop_oldest: make room in a full context."""
+    """A conversation with a Runtime. options: for Runtime.stream(). template: arguments of the chat template beside the
+    messages. drop_oldest: drop the oldest turns if the context is full."""
 
     runtime: Runtime
     options: dict
     conversation: Conversation
     template: dict | None = None
     drop_oldest: bool = False
-    last: Generation | None = None  # the last answer's last piece
+    last: Generation | None = None  # the last piece of the last answer
 
     def answer(self, message: str) -> None:
-        """Stream the answer to a message, and keep both."""
+        """Stream the answer to a message, and add both to the conversation."""
         said = self.conversation
         try:
             dropped = self._to_drop(message)
             ids = self._ids(said.prompt(message, dropped))
         except PromptTooLong as error:
             return _say(f"{error}; this message was not kept: {MAKES_ROOM}")
-        except ValueError as error:  # the chat template refuses it, or it is no text
+        except ValueError as error:  # the chat template refuses the message, or it is not text
             return _say(f"{error}; this message was not kept")
         if (turn := self._stream(message, ids)) is not None:
             if dropped:
@@ -66,7 +66,7 @@ class Chat:
             said.turns = [*said.turns[dropped:], turn]
 
     def continue_answer(self) -> None:
-        """Go on with the last answer as if it had not been cut."""
+        """Continue the last answer as if it had not been cut off."""
         turns = self.conversation.turns
         if not turns or turns[-1].complete:
             return _say("the last answer is complete" if turns else "nothing was said yet")
@@ -82,7 +82,7 @@ class Chat:
         return self.runtime._prompt_ids(prompt, chat_template_kwargs=self.template)
 
     def _to_drop(self, message: str) -> int:
-        """How many of the oldest turns to leave out of the prompt."""
+        """The number of oldest turns to leave out of the prompt."""
         turns, context = self.conversation.turns, self.runtime.plan.context
         for dropped in range(len(turns) + 1 if self.drop_oldest else 0):
             try:
@@ -94,7 +94,9 @@ class Chat:
         return 0
 
     def _stream(self, message: str, ids: list[int], before: Turn | None = None) -> Turn | None:
-        """Stream what follows ids, the end of `before` where there is one; None when Ctrl-C came before anything."""
+        """Stream the continuation of ids, which end with the answer of `before` if given.
+
+        Returns None if Ctrl-C came before the first piece."""
         tokenizer = self.runtime.tokenizer
         said, tokens = (before.answer, list(before.tokens)) if before else ("", [])
         opened = before is None and opens_thinking(tokenizer, ids)
@@ -113,7 +115,7 @@ class Chat:
         except KeyboardInterrupt:
             interrupted = True
         except BaseException:
-            writer.end()  # not dim any more
+            writer.end()  # ends dim text
             raise
         if last is None:
             _say("stopped before an answer" + ("" if before else "; this message was not kept"))
@@ -131,7 +133,7 @@ class Chat:
             )
         return Turn(message, said, tokens, last.finish_reason == "stop")
 
-    # Commands; each gets what was typed after its name
+    # Commands; the argument is the text after the command's name
 
     def clear(self, _: str) -> None:
         self.runtime.reset()
@@ -205,7 +207,7 @@ class Chat:
         _say(f"{statistics_text(self.last)}\ncontext {used:,} of {context:,} tokens")
 
     def run(self, line: str) -> None:
-        """A command, as /drop 2."""
+        """Run a command line such as `/drop 2`."""
         name, _, given = line.strip().partition(" ")
         commands = {
             "/clear": self.clear,
@@ -237,9 +239,9 @@ def chat(
     drop_oldest: bool = False,
     keep_history: bool = True,
 ) -> None:
-    """Read messages from stdin until it ends or /exit; `options` are Runtime.stream()'s, the rest as for Chat.
+    """Read messages from stdin until end of input or /exit. options: for Runtime.stream(); the rest is as for Chat.
 
-    Raises ValueError at once for options that are wrong or a bundle that cannot chat.
+    Raises ValueError at once for invalid options or a bundle that cannot chat.
     """
     path, tokenizer = runtime.bundle.path, runtime.tokenizer
     if tokenizer is None:

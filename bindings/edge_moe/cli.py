@@ -1,7 +1,7 @@
-"""The command line's door: the program, its subcommands in order, and what becomes of their errors.
+"""The entry point of the command line: the program, its subcommands in order, and the handling of their errors.
 
-Text goes to stdout, everything about it to stderr; `--json` prints one object on stdout and nothing else. An expected
-error is one line on stderr. Each subcommand is a file of edge_moe.commands.
+Results go to stdout, messages to stderr; `--json` prints one object on stdout and nothing else. An expected error is
+one line on stderr. Each subcommand is a file of edge_moe.commands.
 """
 
 import functools
@@ -31,14 +31,14 @@ from .commands import (
 )
 from .commands.output import fail
 
-WITHOUT_VALUE = {"--sweep-ram": str(bench.SWEEP_CAPS)}  # options that need no number, and what they then mean
+WITHOUT_VALUE = {"--sweep-ram": str(bench.SWEEP_CAPS)}  # options whose number may be omitted, and its default
 
 
 def main() -> None:
     """The entry point of `edge-moe` and `python -m edge_moe`."""
     _open_standard_streams()
     warnings.showwarning = lambda message, *_: print(f"edge-moe: warning: {message}", file=sys.stderr)
-    with suppress(AttributeError, ValueError):  # a stdout that is not a text file, as some hosts have
+    with suppress(AttributeError, ValueError):  # some hosts have a stdout that is not a text file
         sys.stdout.reconfigure(errors="replace")
     try:
         app(prog_name="edge-moe")
@@ -47,18 +47,18 @@ def main() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open /dev/null for each that the caller has closed (`>&-`): else the next file opened would take its number."""
+    """Open /dev/null for streams that the caller closed (`>&-`): else the next file opened would take their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
 
 
 class Door(TyperGroup):
-    """The subcommands by name, a hint for names that other tools have, and `help COMMAND` for `COMMAND -h`."""
+    """Finds subcommands by name, hints at the equivalents of other tools' names, and takes `help COMMAND`."""
 
     def resolve_command(self, ctx, args: list[str]):
         if args[0] == "help":
@@ -72,9 +72,9 @@ class Door(TyperGroup):
 
 
 class SectionedCommand(TyperCommand):
-    """A command whose help has its options in sections, in the order in which they first appear; the rest at the end.
+    """A command whose help shows options in sections, in order of first appearance, with the others at the end.
 
-    Plain text: typer's own panels would import rich for every command. An option of WITHOUT_VALUE may stand alone.
+    The help is plain text: typer's panels would import rich for every command. Options of WITHOUT_VALUE need no value.
     """
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
@@ -97,14 +97,14 @@ app = typer.Typer(
     help="Compress Mixture-of-Experts models and run them inside a hard RAM cap.",
     epilog="Start with `edge-moe demo`: it needs no download. `edge-moe COMMAND -h` explains a command.",
     invoke_without_command=True,
-    rich_markup_mode=None,  # else every command imports rich
+    rich_markup_mode=None,  # otherwise every command imports rich
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 
 
 def _add(name: str, function, epilog: str | None = None) -> None:
-    """Register a subcommand whose expected errors become one line and an exit code. epilog: ends its help."""
+    """Register a subcommand whose expected errors become one line and an exit code. epilog: the end of its help."""
 
     @app.command(name, cls=SectionedCommand, epilog=epilog)
     @functools.wraps(function)
@@ -112,7 +112,7 @@ def _add(name: str, function, epilog: str | None = None) -> None:
         try:
             function(*args, **given)
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader left: nothing to tell, and what is left to flush goes nowhere
+        except BrokenPipeError:  # the reader closed the pipe: print no error, and discard what is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What was said so far in a chat, and the prompt that it makes with the next message."""
+"""The turns of a chat, and the prompt that they make with the next message."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ class Turn:
     message: str
     answer: str
     tokens: list[int]  # of the answer
-    complete: bool  # it ended by itself
+    complete: bool  # the model ended it
 
     @property
     def messages(self) -> list[dict]:
@@ -21,14 +21,14 @@ class Turn:
 
 @dataclass(slots=True)
 class Conversation:
-    """Turns in order: messages where the model has a chat template, else one running text."""
+    """Turns in order: messages if the model has a chat template, else one continuous text."""
 
     templated: bool
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
 
     def prompt(self, message: str, dropped: int = 0) -> list[dict] | str:
-        """What to ask when `message` comes next and the oldest `dropped` turns are left out."""
+        """The prompt for `message`, without the oldest `dropped` turns."""
         turns = self.turns[dropped:]
         if not self.templated:
             return "\n".join([*(turn.message + turn.answer for turn in turns), message])
@@ -36,7 +36,7 @@ class Conversation:
         return [*begin, *(one for turn in turns for one in turn.messages), {"role": "user", "content": message}]
 
     def save(self, path: Path) -> None:
-        """Write it as JSON messages where the name ends in .json, else as text.
+        """Write the conversation as JSON messages if the file's name ends in .json, else as text.
 
         Raises FileExistsError for a file that exists, and other OSErrors.
         """

@@ -1,7 +1,7 @@
-"""The demo: the embedded model compressed four ways, scored on held-out text, and run under a cap it does not fit.
+"""The demo: compresses the embedded model in four ways, scores them on held-out text, and runs one under a small cap.
 
-Calibration takes modules of Python's standard library from the front of a seeded order; those that it leaves are
-scored. The run under the cap is a process of its own, so that its peak memory is what a user would see.
+Calibration takes modules of Python's standard library from the front of a seeded order; the score is on the others. The
+run under the cap is a process of its own, so that its peak memory is what a user would see.
 """
 
 import json
@@ -26,11 +26,11 @@ from .runtime.score import LOGITS_ROWS
 from .runtime.tokenizer import Tokenizer
 
 BITS = 2.5
-VARIANTS = {  # options of compress() by the name that is shown; the last two calibrate on the same text
+VARIANTS = {  # options of compress() by displayed name; the last two calibrate on the same text
     "bf16": {"bits": 16},
     "rtn": {"bits": BITS, "method": "rtn"},
     "uniform": {"bits": BITS, "method": "uniform", "certificate": False},
-    "pmq": {"method": "pmq"},  # and `size`, that of uniform's bundle
+    "pmq": {"method": "pmq"},  # and `size`, that of the bundle `uniform`
 }
 CALIBRATION_TOKENS = 8192
 CONTEXT = 256
@@ -41,9 +41,9 @@ SEED = 0
 
 
 def run_demo(keep: str | Path | None = None, progress=None) -> dict:
-    """Compress, score and run; the report as one JSON object. keep: a directory that holds the bundles afterwards.
+    """Compress, score and run; returns the report as a JSON object. keep: a directory in which to keep the bundles.
 
-    Raises FileExistsError when `keep` has such bundles already, FileNotFoundError where the model was left out.
+    Raises FileExistsError if `keep` has such bundles already, FileNotFoundError if the installation lacks the model.
     """
     if not EMBEDDED.is_dir():
         raise FileNotFoundError(
@@ -69,7 +69,7 @@ def run_demo(keep: str | Path | None = None, progress=None) -> dict:
 
 
 def _save_text(directory: Path) -> dict:
-    """Calibration and held-out text as token ids in files; compress()'s options that name them."""
+    """Write calibration and held-out text to files of token ids; returns the options of compress() for them."""
     tokenizer, files = Tokenizer(EMBEDDED), {"calibration": "stdlib.npy", "held_out": "stdlib-held-out.npy"}
     paths = {name: directory / file for name, file in files.items()}
     np.save(paths["calibration"], load_calibration(tokenizer, load_config(EMBEDDED), [], CALIBRATION_TOKENS, SEED).ids)
@@ -82,7 +82,7 @@ def _named(progress, name: str):
 
 
 def _score(paths: dict[str, Path], progress) -> dict[str, dict]:
-    """evaluate()'s result of every bundle, against the first's predictions."""
+    """The result of evaluate() for each bundle, compared with the predictions of the first."""
     results, against = {}, None
     for name, path in paths.items():
         with Runtime(path, context=CONTEXT, logits_rows=LOGITS_ROWS) as runtime:
@@ -96,7 +96,7 @@ def _score(paths: dict[str, Path], progress) -> dict[str, dict]:
 
 
 def _run_under_cap(bundle: Path) -> dict:
-    """Generate in a process of its own, with room for all of the experts and then at the floor that the plan names."""
+    """Generate in processes of their own, with memory for all experts and then at the floor of the plan."""
     options = ["--context", str(CONTEXT)]
     plan = _child("plan", bundle, "--ram", "1GB", *options)
     floor, resident = plan["floor_bytes"], plan["resident_bytes"]

@@ -1,4 +1,4 @@
-"""`edge-moe doctor`: what this machine has, how fast it reads, and which models would run here, how fast."""
+"""`edge-moe doctor`: examines this machine's hardware and read speeds, and estimates the speed of known models here."""
 
 import os
 import platform
@@ -18,15 +18,15 @@ from .runtime.device import device_name
 from .runtime.plan_table import size, table
 
 MODELS = {"Qwen3-30B-A3B": "qwen3-30b-a3b", "Qwen3-235B-A22B": "qwen3-235b-a22b", "DeepSeek-V3": "deepseek-v3"}
-BITS = 2.5  # at which they are looked at: what compress makes
-SMALL_CAP = 8_000_000_000  # at which the smallest is looked at too, where there is more
+BITS = 2.5  # of MODELS: the default of compress
+SMALL_CAP = 8_000_000_000  # a second cap for the smallest of MODELS
 
 
 def examine(where: str | Path = ".", progress: Callable[[str, int, int], None] | None = None) -> dict:
-    """What `edge-moe doctor --json` prints. where: a bundle, or the directory that will hold one.
+    """The object that `edge-moe doctor --json` prints. where: a bundle, or the directory that will hold one.
 
-    Writes, reads and removes a file of 268 MB when `where` is not a bundle. What it measures is kept for `edge-moe
-    plan`. progress(step, done, of) is called before each measurement. Raises OSError where nothing can be written.
+    Writes, reads and removes a file of 268 MB if `where` is not a bundle. The measurements are kept for `edge-moe
+    plan`. progress(step, done, of) is called before each measurement. Raises OSError if `where` is not writable.
     """
     where = Path(where)
     if not where.is_dir():
@@ -63,7 +63,7 @@ def examine(where: str | Path = ".", progress: Callable[[str, int, int], None] |
             "driver": driver.version if driver else None,
             "gpus": [asdict(gpu) for gpu in driver.gpus] if driver else [],
             "nvcc": nvcc_version(),
-            "build": _core.cuda_build() == "cuda",  # has this build code for them?
+            "build": _core.cuda_build() == "cuda",  # whether this build has code for them
         },
         "devices": list(dict.fromkeys([device_name("auto"), "cpu"])),  # the default first
         "models": _models(machine, disk_gbps),
@@ -71,7 +71,7 @@ def examine(where: str | Path = ".", progress: Callable[[str, int, int], None] |
 
 
 def _models(machine, disk_gbps: float | None) -> list[dict]:
-    """Known models at BITS under what `--ram auto` takes, and the smallest under a small cap: size and speed."""
+    """Size and speed of known models at BITS with `--ram auto`, and of the smallest also under SMALL_CAP."""
     found = []
     for name, config in MODELS.items():
         caps = ["auto", *([SMALL_CAP] if not found else [])]
@@ -92,7 +92,7 @@ def _models(machine, disk_gbps: float | None) -> list[dict]:
 
 
 def examination_text(found: dict) -> str:
-    """The same as lines of text."""
+    """Format the result of examine() as text."""
     limit, disk, cuda = found["cgroup_limit_bytes"], found["disk"], found["cuda"]
     gpus = [
         f"{gpu['name']}, compute capability {gpu['compute_capability']}, {gpu['multiprocessors']} multiprocessors, "
@@ -117,7 +117,7 @@ def examination_text(found: dict) -> str:
 
 
 def _model_text(its: dict) -> str:
-    """One line of advice."""
+    """One line about a known model."""
     name, cap, speed = f"{its['model']} ({size(its['disk_bytes'])})", size(its["ram_bytes"]), its["expected_speed"]
     if its["ram_bytes"] < its["floor_bytes"]:
         return f"{name} under {cap}: does not run; it needs {size(its['floor_bytes'])}"

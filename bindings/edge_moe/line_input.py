@@ -1,8 +1,8 @@
-"""Messages as a person types or pastes them, or as a pipe brings them, one line each.
+"""Reading chat messages from a terminal or a pipe, one line each.
 
-On a terminal there is line editing, with a history that is kept between chats, and a paste of several lines is one
-message where readline knows bracketed paste (GNU readline; macOS has libedit, which does not). Everywhere three quotes
-begin a message of several lines and three more end it.
+A terminal has line editing with a history that is kept between chats, and a paste of several lines is one message if
+readline supports bracketed paste (GNU readline does; libedit, on macOS, does not). On both, three quotes begin a
+message of several lines and three more end it.
 """
 
 import os
@@ -19,13 +19,13 @@ HISTORY_LINES = 1000
 
 
 class MessageTooLong(ValueError):
-    """A pipe's message of more characters than the context could hold; it was read to its end and left out."""
+    """Raised for a message from a pipe with more characters than the context could hold; all of it has been read."""
 
 
 class LineInput:
-    """Reads messages of at most `most` characters, which a pipe's are no longer kept beyond.
+    """Reads messages; those from a pipe may have at most `most` characters.
 
-    keep_history: lines of a terminal are remembered for the next chat.
+    keep_history: remember the lines typed on a terminal for the next chat.
     """
 
     def __init__(self, keep_history: bool = True, most: int = 1 << 62):
@@ -33,23 +33,23 @@ class LineInput:
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.readline, self.history = None, None
         if not self.terminal:
-            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # the C locale would let any byte pass
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # the C locale would accept any byte
             return
         with suppress(ImportError):
             import readline
 
-            self.readline = readline  # input() uses it once it is imported
+            self.readline = readline  # input() uses readline once it is imported
             if "libedit" in (readline.__doc__ or ""):
                 readline.parse_and_bind("bind ^I ed-insert")
             else:
                 readline.parse_and_bind("set enable-bracketed-paste on")
                 readline.parse_and_bind("tab: self-insert")
             if keep_history:
-                with suppress(OSError):  # a home that cannot be written to is no reason not to chat
+                with suppress(OSError):  # chat works without a writable home directory
                     self.history = _history_file(readline)
 
     def half_typed(self) -> bool:
-        """Whether Ctrl-C came while there was something on the line."""
+        """Whether the line was not empty when Ctrl-C came."""
         return bool(self.readline and self.readline.get_line_buffer())
 
     def message(self) -> str | None:
@@ -88,7 +88,7 @@ class LineInput:
                 raise ValueError("stdin: not UTF-8 text; convert it first") from None
             return line.rstrip("\n") if line else None
         try:
-            # Readline counts the columns of its prompt: \001 and \002 are around what has none.
+            # Readline counts the columns of its prompt: \001 and \002 enclose characters without width.
             line = input(styled(sys.stdout, prompt, "bold green", "\001\002" if self.readline else ""))
         except EOFError:
             print(file=sys.stderr, flush=True)
@@ -100,12 +100,12 @@ class LineInput:
 
 
 def _history_file(readline) -> str:
-    """The file, read already; for its owner's eyes."""
+    """Load the history and return its file, which only its owner can read."""
     path: Path = state_directory() / "chat_history"
     os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600))
     os.chmod(path, 0o600)
     readline.read_history_file(path)
     readline.set_history_length(HISTORY_LINES)
     if readline.get_current_history_length() >= HISTORY_LINES:
-        readline.write_history_file(path)  # cut to the length
+        readline.write_history_file(path)  # truncated to the length
     return str(path)

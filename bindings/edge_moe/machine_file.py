@@ -1,4 +1,4 @@
-"""How fast this machine was found to be, kept for `edge-moe plan` in the user's cache directory."""
+"""Storing the measured speed of this machine in the user's cache directory, for `edge-moe plan`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ NAME = "machine.json"
 
 
 def known_machine() -> Machine | None:
-    """What was measured here before; None where nothing was, or on another machine."""
+    """The stored measurements; None if there are none or they are of another machine."""
     try:
         return machine_of(json.loads((cache_directory() / NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -20,7 +20,7 @@ def known_machine() -> Machine | None:
 
 
 def remember_machine(machine: Machine) -> None:
-    """Keep it for the next time; where that cannot be done nothing is kept."""
+    """Store the measurements; does nothing if the directory is not writable."""
     with suppress(OSError):
         path = cache_directory() / NAME
         temporary = path.with_name(f"{NAME}.{os.getpid()}")
@@ -29,7 +29,7 @@ def remember_machine(machine: Machine) -> None:
 
 
 def disk_of(machine: Machine, where: Path) -> tuple[float | None, str]:
-    """GB/s of the disk that a path is on and its mount point; of the one measured last where it was not measured."""
+    """GB/s and mount point of the disk of `where` or, if that was not measured, of the disk measured last."""
     mount = mount_of(where)
     mount = mount if mount in machine.disks else list(machine.disks)[-1]
     return machine.disks[mount], mount

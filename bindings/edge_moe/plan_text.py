@@ -1,4 +1,4 @@
-"""What `edge-moe plan` shows: a model's parts, its plan, what else fits under the cap, and how fast that will be."""
+"""Formatting the output of `edge-moe plan`: a model's parts, its memory plan, alternatives, and the expected speed."""
 
 import shutil
 import textwrap
@@ -13,13 +13,13 @@ PART_NAMES = {  # of sizes.Part
     "head": "output head",
     "float32": "norms and routers",
 }
-LINE = 80  # columns of the lines below the tables
+LINE = 80  # width of the text below the tables
 VERDICTS = ((8, "faster than one reads"), (3, "about as fast as one reads"), (1, "slow"), (0, "too slow to wait for"))
 UNKNOWN = "speed: not known; `edge-moe doctor DIR` measures this machine and the disk of DIR once, in some ten seconds"
 
 
 def parts_text(parts) -> str:
-    """sizes.Part rows as a table: weights, bits a weight and bytes, and their sums."""
+    """Format sizes.Part rows as a table of weights, bits a weight and bytes, with totals."""
     weights, nbytes = (sum(getattr(part, name) for part in parts) for name in ("weights", "nbytes"))
     cells = [(PART_NAMES.get(part.name, part.name), part.weights, part.nbytes) for part in parts]
     rows = [["part", "weights", "bits", "bytes"]]
@@ -30,9 +30,9 @@ def parts_text(parts) -> str:
 
 
 def estimate_text(estimate, speed_of, where: Path) -> str:
-    """An Estimate as text, from its parts to a verdict.
+    """Format an Estimate as text, from its parts to a verdict.
 
-    speed_of: from an Estimate to the Speed that is expected, or None. where: the bundle, or where it would be written.
+    speed_of: maps an Estimate to the expected Speed or None. where: the bundle, or where it would be written.
     """
     below = [_speed_text(estimate, speed_of(estimate))]
     if not estimate.parts:
@@ -47,7 +47,7 @@ def estimate_text(estimate, speed_of, where: Path) -> str:
 
 
 def _others_text(estimate, speed_of) -> str:
-    """The same cap with experts of other bits."""
+    """The table of what the cap holds at other bits of an expert weight."""
     rows = [["--bits", "bundle", "experts in memory", "all from", "tok/s"]]
     for other in estimate.others:
         plan, speed = other.plan, speed_of(other)

@@ -1,4 +1,4 @@
-"""How far work is, on stderr: a bar on a terminal, and where a run takes hours plain lines for files and pipes."""
+"""Progress on stderr: a bar on a terminal and, for runs of hours, plain lines in files and pipes."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from datetime import timedelta
 
 REFRESH_S = 0.1
 LINE_S = 60  # between plain lines of one phase
-PHASES = {  # of compress: what each is called, and its share of the time as a guess
+PHASES = {  # of compress: the displayed name, and an estimated share of the time
     "read text": ("read calibration text", 3),
     "measure": ("measure experts", 40),
     "choose widths": ("choose widths", 3),
@@ -16,12 +16,12 @@ PHASES = {  # of compress: what each is called, and its share of the time as a g
     "certify": ("compare with the source", 4),
     "quantise": ("round to nearest", 100),
 }
-STEPS = {"adjust top_k": "choose widths"}  # of the library that are a part of another phase
+STEPS = {"adjust top_k": "choose widths"}  # steps of the library that belong to another phase
 
 
 @contextmanager
 def progress_bar(quiet: bool = False):
-    """Yields a function (step, done, of) that shows how far a step is, or None when nobody would see it."""
+    """Yields a function (step, done, of) that shows the progress of a step, or None without a terminal or if quiet."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -29,7 +29,7 @@ def progress_bar(quiet: bool = False):
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Refreshed by the calls alone: a thread of its own would disturb what is being measured.
+    # Refreshed only by calls: a separate thread would disturb the measurements.
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
         tasks, shown = {}, 0.0
 
@@ -46,7 +46,7 @@ def progress_bar(quiet: bool = False):
 
 
 class Phases:
-    """Where a run of several phases is; `show` is called with each change."""
+    """The progress of a run of several phases; `show` is called at each change."""
 
     def __init__(self, show: Callable[["Phases"], None]):
         self.names: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class Phases:
 
     @property
     def share(self) -> float:
-        """Of all the work that is done."""
+        """The share of all work that is done."""
         weights = [PHASES[name][1] for name in self.names]
         return (sum(weights[: self.at]) + weights[self.at] * self.done / self.of) / sum(weights)
 
@@ -84,8 +84,8 @@ class Phases:
 
 @contextmanager
 def phases(quiet: bool = False) -> Iterator[Phases]:
-    """A bar over all phases of a run with what was taken and what is left; without a terminal a line as each phase
-    begins, and one a minute."""
+    """Show a bar over all phases of a run with elapsed and remaining time; without a terminal, a line at the start of
+    each phase and one a minute."""
     if quiet:
         yield Phases(lambda now: None)
     elif sys.stderr.isatty():
@@ -101,7 +101,7 @@ class _Lines:
 
     def __call__(self, now: Phases) -> None:
         if now.names[now.at] == "read text":
-            return  # it takes seconds, and what is wrong with the options shows in it
+            return  # this phase takes seconds, and errors in the options appear in it
         began = now.at != self._at
         if began or time.monotonic() - self._told >= LINE_S:
             self._told, self._at = time.monotonic(), now.at
@@ -126,7 +126,7 @@ def _bar():
         task = bar.add_task("", total=1.0, count="")
 
         def show(now: Phases) -> None:
-            # A phase is drawn as it begins and as it ends, however short it is.
+            # A phase is drawn when it begins and when it ends, however short it is.
             drawn = now.title != bar.tasks[0].description or now.done == now.of
             bar.update(task, description=now.title, completed=now.share, count=now.count, refresh=drawn)
 

@@ -1,16 +1,16 @@
-"""What the command line shows: a bundle and statistics as plain text; plans are in plan_text.py.
+"""Formatting bundles, certificates and statistics as plain text for the command line; plan_text.py formats plans.
 
-Imports nothing heavy: `edge-moe generate` uses it, and its memory counts under the cap.
+Imports nothing heavy: `edge-moe generate` uses this module, and its memory counts under the cap.
 """
 
 from .runtime.plan_table import size, table
 
 STDLIB_NOTE = "calibrated on Python source; for other kinds of text pass --calibration FILE"
-DROP_COUNTS = {"equal": "as many in every layer", "sensitivity": "more where it costs less"}
+DROP_COUNTS = {"equal": "the same number in every layer", "sensitivity": "more in layers where it costs less"}
 
 
 def bundle_text(about: dict) -> str:
-    """describe_bundle()'s object for reading."""
+    """Format the object of describe_bundle() as text."""
     shared = f", shared expert of {about['shared_hidden']}" if about["shared_hidden"] else ""
     experts, top_k = (_range(about[key].values()) for key in ("experts_by_layer", "top_k_by_layer"))
     of, dropped, method = f" of {about['experts']}" if about["dropped"] else "", "", about["method"] or {}
@@ -20,7 +20,7 @@ def bundle_text(about: dict) -> str:
             counts = method.get("drop_counts")
             how = f", lowest {method['drop_score']} first, {DROP_COUNTS.get(counts, counts)}"
         elif "drop_counts" in method:
-            how = ", those missed least, chosen together with the widths"
+            how = ", those that cost least, chosen together with the widths"
         dropped = f"{about['dropped']:,} of {about['experts'] * len(about['experts_by_layer']):,}{how}"
     calibration = about["calibration"]
     facts = {
@@ -48,7 +48,7 @@ def bundle_text(about: dict) -> str:
 
 
 def unlisted_text(names) -> str:
-    """Which files of a bundle nothing checks."""
+    """The message about files of a bundle that no checksum covers."""
     return f"unchecked, because bundle.json does not list them: {', '.join(names)}"
 
 
@@ -58,7 +58,7 @@ def _range(counts) -> str:
 
 
 def _widths_tables(about: dict) -> list[str]:
-    """Experts by width and group, and by width and layer."""
+    """The tables of experts by width and group, and by width and layer."""
     widths, groups, layers = list(about["widths"]), about["widths_by_group"], about["widths_by_layer"]
     by_group = [["width", *(f"group {group}" if group != "0" else "no group" for group in groups)]]
     by_group += [[name, *(str(counts.get(name, "")) for counts in groups.values())] for name in widths]
@@ -73,7 +73,7 @@ def _widths_tables(about: dict) -> list[str]:
 
 
 def compressed_text(about: dict) -> str:
-    """What compress made, how good it is, and what to know about it."""
+    """The result of compress: the bundle's sizes and widths, its certificate, and notes."""
     from .compressor.passes.calibrate import STDLIB
 
     widths = ", ".join(f"{count:,} of {name}" for name, count in about["widths"].items())
@@ -92,7 +92,7 @@ def compressed_text(about: dict) -> str:
 
 
 def spread_text(method: dict, widths: dict) -> str:
-    """How unlike the experts are, and what pmq made of it: bundle.json's `method` and experts by width."""
+    """How much the experts differ in sensitivity, and the widths that pmq chose, from bundle.json's `method`."""
     from .compressor.choosing.allocate import FLAT
 
     found = f"sensitivity spread {method['spread']:.3g} (90th over 10th percentile of experts)"
@@ -102,7 +102,7 @@ def spread_text(method: dict, widths: dict) -> str:
 
 
 def certificate_text(certificate: dict | None) -> str:
-    """The certificate as a table: the bundle, and one width in as many bytes, beside the source."""
+    """The certificate as a table: source, bundle, and a uniform width in as many bytes."""
     if not certificate:
         return "certificate: none"
     held_out = certificate["held_out"]
@@ -114,7 +114,7 @@ def certificate_text(certificate: dict | None) -> str:
             kld = [f"{its['kld_mean']:.4f}", f"{its['kld_p99']:.3f}", f"{its['top1_agreement']:.1%}"]
             bits = f"{its['bits_per_weight']:.3f}"
             rows.append([name, bits, f"{its['perplexity']:.3f}", f"{its['perplexity_ratio']:.3f}", *kld])
-            if its.get("routing_changed") is not None:  # bundles made before do not say it
+            if its.get("routing_changed") is not None:  # bundles of earlier releases do not have it
                 changed.append(f"{its['routing_changed']:.2%} in {name}")
     choices = f"\nchoices of experts that changed: {', '.join(changed)}" if changed else ""
     return (
@@ -125,7 +125,7 @@ def certificate_text(certificate: dict | None) -> str:
 
 
 def pruning_text(pruning: dict | None) -> str:
-    """What pruning was calibrated for, and its certificate: each cut beside the bundle unpruned."""
+    """The calibration for pruning and its certificate: each cut compared with the unpruned bundle."""
     if not pruning:
         return "pruning: not calibrated"
     reach = ", ".join(f"{name} {cuts[0]:.2f} to {cuts[-1]:.2f}" for name, cuts in pruning["rules"].items())
@@ -145,7 +145,7 @@ def pruning_text(pruning: dict | None) -> str:
 
 
 def default_pruning_text(pruning, asked) -> str | None:
-    """What a run leaves out that did not ask for it: `pruning` is the bundle's, `asked` what the run said."""
+    """A note if a run prunes by the bundle's default. pruning: of the bundle; asked: the run's --prune."""
     if asked is not None or pruning is None or pruning.default_cut is None:
         return None
     return (
@@ -154,7 +154,7 @@ def default_pruning_text(pruning, asked) -> str | None:
 
 
 def needs_text(needs) -> str:
-    """A Needs, line by line."""
+    """Format a Needs as text."""
     cores = f"{needs.threads} thread{'s' * (needs.threads > 1)}"
     return "\n".join(
         [
@@ -167,7 +167,7 @@ def needs_text(needs) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A time as roughly as it is known: 40 s, 12 min, 9 h, 29 days."""
+    """Format a time, rounded to one unit: 40 s, 12 min, 9 h, 29 days."""
     for unit, size_s in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size_s:
             return f"{seconds / size_s:,.0f} {unit}"
@@ -175,7 +175,7 @@ def duration_text(seconds: float) -> str:
 
 
 def evaluation_text(result: dict, context: int) -> str:
-    """evaluate_texts()'s result as a table, and what its figures mean."""
+    """Format the result of evaluate_texts() as a table, with an explanation of its figures."""
     texts = list(result["texts"].items())
     rows = [*texts, *([("together", result)] if len(texts) > 1 else [])]
     columns = [("tokens", ",d"), ("perplexity", ".4f"), ("experts_used", ".3f")]
@@ -191,7 +191,7 @@ def evaluation_text(result: dict, context: int) -> str:
 
 
 def statistics_text(g) -> str:
-    """A Generation's account in three lines."""
+    """Format the statistics of a Generation in three lines."""
     lookups, weight = g.expert_hits + g.expert_misses, g.dropped_routing_weight
     cached = f", {g.cached_tokens:,} cached, the others" if g.cached_tokens else ""
     pruned = f", {weight:.1%} of routing weight dropped" if weight else ""

@@ -1,4 +1,4 @@
-"""What a terminal gets that a pipe or file does not: text without control characters, and how far a prompt is read."""
+"""Output that differs on a terminal: escaped control characters, the progress of a prompt, colours and dim thinking."""
 
 import os
 import shutil
@@ -7,25 +7,25 @@ import textwrap
 import threading
 import time
 
-PROGRESS_AFTER_S = 0.5  # a prompt that takes less shows nothing
+PROGRESS_AFTER_S = 0.5  # a shorter prompt shows no progress
 REFRESH_S = 0.1
-HARMLESS = "\n\t"  # of all control characters: escape sequences can move the cursor, retitle the window and more
+HARMLESS = "\n\t"  # control characters that are not escaped: others can move the cursor, retitle the window and more
 VISIBLE = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in HARMLESS}
-VISIBLE[ord("\r")] = ""  # of a line's end; alone it would overwrite the line
+VISIBLE[ord("\r")] = ""  # part of a line's end; alone it would overwrite the line
 
 
 def printable(text: str) -> str:
-    """The text as a terminal may show it: control characters are spelled out, as \\x1b."""
+    """The text with control characters spelled out, such as \\x1b, so that a terminal can show it safely."""
     return text.translate(VISIBLE)
 
 
 def text_for(stream, text: str) -> str:
-    """What to write to a stream: printable() on a terminal, else the text as it is."""
+    """The text to write to a stream: printable() on a terminal, else unchanged."""
     return printable(text) if stream.isatty() else text
 
 
 def show(text: str, stream=None) -> None:
-    """Print text in which names and strings of other people's files may be, on stdout or another stream."""
+    """Print text that may contain strings from untrusted files, on stdout or another stream."""
     stream = stream or sys.stdout
     print(text_for(stream, text), file=stream, flush=True)
 
@@ -37,10 +37,10 @@ def wrapped(text: str) -> str:
 
 
 class PromptProgress:
-    """A line on stderr that says how much of a prompt is read, from half a second on; a context manager.
+    """A context manager that shows the progress of prefill in a line on stderr, after half a second.
 
-    Called as progress("prompt", tokens read, tokens of the prompt); the line is gone when these are equal, or at the
-    end of the context. Shows nothing where stderr is no terminal or `quiet` is set.
+    Called as progress("prompt", tokens read, tokens of the prompt); the line is erased when these are equal, or at the
+    end of the context. Shows nothing if stderr is not a terminal or `quiet` is set.
     """
 
     def __init__(self, quiet: bool = False):
@@ -65,7 +65,7 @@ class PromptProgress:
             elif self.timer is None:
                 self.began, self.first = time.monotonic(), done
                 self.tokens = (done, of)
-                self.timer = threading.Timer(PROGRESS_AFTER_S, self._begin)  # one step may take longer than that
+                self.timer = threading.Timer(PROGRESS_AFTER_S, self._begin)  # one step may take longer
                 self.timer.daemon = True
                 self.timer.start()
             else:
@@ -92,7 +92,7 @@ class PromptProgress:
             self.timer.cancel()
             self.timer = None
         if self.line:
-            sys.stderr.write(f"\r{' ' * (len(self.line) + len('^C'))}\r")  # the echo of Ctrl-C too
+            sys.stderr.write(f"\r{' ' * (len(self.line) + len('^C'))}\r")  # erases the echo of Ctrl-C too
             sys.stderr.flush()
             self.line = ""
 
@@ -105,12 +105,12 @@ THINKING, THOUGHT = "<think>", "</think>"
 
 
 def has_colours(stream) -> bool:
-    """Whether to colour text: on a terminal that is not dumb, unless the environment has NO_COLOR (no-color.org)."""
+    """Whether to colour text: on a terminal that is not dumb, unless NO_COLOR is set (no-color.org)."""
     return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def styled(stream, text: str, style: str, invisible: str = "") -> str:
-    """The text in a style of STYLES, where the stream has colours; `invisible` goes left and right of sequences."""
+    """The text in a style of STYLES if the stream has colours. invisible: two characters that enclose escape codes."""
     if not has_colours(stream):
         return text
     left, right = invisible[:1], invisible[1:]
@@ -118,21 +118,21 @@ def styled(stream, text: str, style: str, invisible: str = "") -> str:
 
 
 def opens_thinking(tokenizer, ids: list[int]) -> bool:
-    """Whether a prompt ends in an open tag, as some chat templates leave it."""
+    """Whether a prompt ends with an open <think> tag, as with some chat templates."""
     return tokenizer.decode(ids[-8:]).rstrip().endswith(THINKING)
 
 
 class AnswerWriter:
-    """Writes an answer's pieces to stdout as they come.
+    """Writes an answer to a stream piece by piece.
 
-    Where there are colours, what a reasoning model thinks before it answers is dim and its tags are left out; elsewhere
-    the text stays as it is. thinking: the prompt has opened the tag already. apart: off, a tag is text anyway.
+    With colours, the thinking of a reasoning model is dim and its tags are omitted; without, the text is unchanged.
+    thinking: the prompt has already opened the tag. apart: whether to look for tags at all.
     """
 
     def __init__(self, stream, thinking: bool = False, apart: bool = True):
         self.stream, self.thinking = stream, thinking
         self.apart = apart and has_colours(stream)
-        self.held, self.begun = "", thinking  # held: what may turn out to be a tag
+        self.held, self.begun = "", thinking  # held: text that may become a tag
         if self.apart and thinking:
             stream.write(STYLES["dim"])
 
@@ -145,13 +145,13 @@ class AnswerWriter:
         self.stream.flush()
 
     def end(self) -> None:
-        """Write what was held back, and a newline."""
+        """Write the text held back, and a newline."""
         self.stream.write(text_for(self.stream, self.held) + (PLAIN if self.apart and self.thinking else "") + "\n")
         self.held, self.thinking = "", False
         self.stream.flush()
 
     def _release(self) -> None:
-        """Thinking comes first or not at all: a tag later in an answer is text."""
+        """Write the text held back if it cannot be a tag. Thinking only starts an answer: a later tag is text."""
         if not self.begun and (start := self.held.lstrip()):
             if start.startswith(THINKING):
                 self.thinking, self.held = True, start.removeprefix(THINKING)

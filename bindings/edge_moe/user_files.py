@@ -1,4 +1,4 @@
-"""Where this program keeps what it learns of a user: directories of that user alone, as the system names them."""
+"""The directories for a user's state and cache, where the system has them, which only that user can read."""
 
 import os
 import sys
@@ -6,15 +6,15 @@ from pathlib import Path
 
 
 def state_directory() -> Path:
-    """For what should outlive a reboot and is no configuration: the history of chats. Made where it is missing.
+    """The directory for persistent state that is not configuration: the history of chats. Created if missing.
 
-    Raises OSError where it cannot be made.
+    Raises OSError if it cannot be created.
     """
     return _directory("XDG_STATE_HOME", ".local/state", "Library/Application Support")
 
 
 def cache_directory() -> Path:
-    """For what can be measured again: how fast this machine is. Made where it is missing; raises OSError."""
+    """The directory for what can be measured again: the speed of this machine. Created if missing; raises OSError."""
     return _directory("XDG_CACHE_HOME", ".cache", "Library/Caches")
 
 

@@ -30,20 +30,24 @@ GenerateTest = option(
 )
 Depths = option(
     list[str] | None, "-d", "--depth", metavar="N", section=_TESTS,
-    help="Tokens in the context before either test; repeatable, or as 0,4096 [default: 0].",
+    help="Tokens in the context before each test; repeatable, or a list such as 0,4096 [default: 0].",
 )  # fmt: skip
 PruneTests = option(
     list[str] | None, "--prune", metavar="off|bundle|SHARE|RULE", section=_TESTS,
-    help="Also measure it pruned; repeatable [default: off, and bundle where it is calibrated].",
+    help="Pruning to measure; repeatable [default: off, and also bundle if the bundle has a calibration].",
 )  # fmt: skip
 Repeats = option(int, "-r", "--repeats", metavar="N", shown=True, section=_TESTS, help="Timed runs of each test.")
 SweepRam = option(
     int | None, "--sweep-ram", metavar="[N]", section=_TESTS,
-    help=f"Run the tests at N caps, from the smallest that works to every expert in memory or to --ram, and find the "
-    f"knee; N is {SWEEP_CAPS} where it is left out.",
+    help=f"Run the tests at N caps [default: {SWEEP_CAPS}], from the smallest that works to all experts in memory or "
+    "to --ram, and find the knee.",
 )  # fmt: skip
 Synthetic = option(
-    str | None, "--synthetic", metavar="CONFIG", section=_RANDOM, help="Random weights of this config.json's shapes."
+    str | None,
+    "--synthetic",
+    metavar="CONFIG",
+    section=_RANDOM,
+    help="Random weights with the shapes of this config.json.",
 )
 Layers = option(
     int | None, "--layers", metavar="N", section=_RANDOM, help="Layers of the random model [default: the config's]."
@@ -52,10 +56,14 @@ SyntheticWidth = option(
     int | None, "--width", metavar="B", section=_RANDOM, help="Bits of the random model's experts [default: 4]."
 )
 Vocabulary = option(
-    int | None, "--vocab", metavar="N", section=_RANDOM, help="Tokens of its vocabulary [default: the config's]."
+    int | None,
+    "--vocab",
+    metavar="N",
+    section=_RANDOM,
+    help="Size of the random model's vocabulary [default: the config's].",
 )
 KeepSynthetic = option(str | None, "--keep", metavar="OUT", section=_RANDOM, help="Keep the random bundle as OUT.")
-Output = option(Format, "-o", "--output", shown=True, help="Table, one JSON object, or exact figures.")
+Output = option(Format, "-o", "--output", shown=True, help="Output as a table, one JSON object, or CSV.")
 
 
 def bench(
@@ -78,13 +86,13 @@ def bench(
 ) -> None:
     """Measure speed as llama-bench does.
 
-    Of a BUNDLE, or of random weights with the shapes of any config.json (--synthetic), beside the machine's own
-    limits; or at several caps (--sweep-ram).
+    Measures a BUNDLE, or random weights with the shapes of any config.json (--synthetic), beside the machine's own
+    limits; with --sweep-ram at several caps.
     """
     if (bundle is None) == (synthetic is None):
         raise typer.BadParameter("give either a BUNDLE or --synthetic CONFIG")
     if bundle and any(value is not None for value in (layers, width, vocab, keep)):
-        raise typer.BadParameter("--layers, --width, --vocab and --keep belong to --synthetic")
+        raise typer.BadParameter("--layers, --width, --vocab and --keep need --synthetic")
     from ..bench import bench as benchmark
     from ..bench_text import bench_text, cut_text
     from ..progress import progress_bar
@@ -108,8 +116,8 @@ def bench(
 
 
 def depths_of(texts: list[str] | None) -> list[int]:
-    """Each text one depth or several with commas between."""
+    """The depths in texts of one number or several, separated by commas."""
     try:
         return [int(depth) for text in texts or ["0"] for depth in text.split(",")]
     except ValueError:
-        raise ValueError(f"depth {','.join(texts)!r} is not a number of tokens, or several as 0,4096") from None
+        raise ValueError(f"depth {','.join(texts)!r} is not a number of tokens or a list such as 0,4096") from None

@@ -1,4 +1,4 @@
-"""`edge-moe chat`: the options of a conversation; edge_moe.chat holds it."""
+"""`edge-moe chat`: the options of a conversation; edge_moe.chat conducts it."""
 
 import sys
 
@@ -9,12 +9,12 @@ from .sampling import takes_sampling
 
 MaxTokens = option(
     int | None, "-n", "--max-tokens", metavar="N", parser=options.tokens_of,
-    help="Most tokens of an answer [default: until the context is full].",
+    help="Maximum tokens of an answer [default: until the context is full].",
 )  # fmt: skip
 DropOldest = option(
-    bool, "--drop-oldest", help="When the context is full drop the oldest messages, and say so, instead of refusing."
+    bool, "--drop-oldest", help="If the context is full, drop the oldest messages, with a note, instead of refusing."
 )
-NoHistory = option(bool, "--no-history", help="Neither read nor keep the lines typed in earlier chats.")
+NoHistory = option(bool, "--no-history", help="Neither read nor store the history of typed lines.")
 
 
 @takes_sampling
@@ -35,10 +35,10 @@ def chat(
     threads: options.Threads = None,
     prune: options.Prune = None,
 ) -> None:
-    """Talk with a model.
+    """Chat with a model.
 
-    Ctrl-C stops an answer and keeps the chat; /help lists what else can be typed. A model without a chat template
-    continues the text of the conversation.
+    Ctrl-C stops an answer and keeps the chat; /help lists the commands. A model without a chat template continues the
+    text of the conversation.
     """
     import signal
 
@@ -55,4 +55,4 @@ def chat(
         if said := default_pruning_text(runtime.bundle.pruning, prune):
             show(said, sys.stderr)
         chat.chat(runtime, sampling, told, system=system, drop_oldest=drop_oldest, keep_history=not no_history)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C more while the process ends is no error
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C while the process ends is not an error

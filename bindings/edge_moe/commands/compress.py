@@ -1,4 +1,4 @@
-"""`edge-moe compress`: a checkpoint into a bundle."""
+"""`edge-moe compress`: compresses a checkpoint into a bundle."""
 
 import os
 import signal
@@ -44,57 +44,58 @@ Bits = option(
     "--bits",
     metavar="B",
     section=_SMALL,
-    help="Mean bits of an expert weight, all included; 16: bfloat16, trunk too.",
+    help="Mean bits of an expert weight, scales included; 16: all weights in bfloat16.",
 )
 Width = option(int | None, "--width", metavar="B", section=_SMALL, help="One width for all experts.")
-Size = option(str | None, "--size", metavar="SIZE", section=_SMALL, help="Bytes of the whole bundle, as 103GB.")
+Size = option(str | None, "--size", metavar="SIZE", section=_SMALL, help="Bytes of the whole bundle, such as 103GB.")
 CompressRam = option(
     str | None, "--ram", metavar="SIZE", section=_SMALL,
-    help="Memory to run in, and to compress in; beside another target, to compress in alone.",
+    help="Memory in which the bundle shall run, and to compress in; with another target, only to compress in.",
 )  # fmt: skip
 Paged = option(
     bool,
     "--paged",
     section=_SMALL,
-    help="With --ram: experts that answer nine uses in ten fit, the others are paged in.",
+    help="With --ram: keep the experts for nine uses in ten in memory, and page in the others.",
 )
 RunContext = option(
     int | None, "--context", metavar="N", section=_SMALL, parser=options.tokens_of,
-    help="With --ram: tokens to hold [default: 4096 or the model's own].",
+    help="With --ram: tokens of context [default: 4096, or the model's own if smaller].",
 )  # fmt: skip
 HowToChoose = option(
     Method | None, "--method", metavar="NAME", section=_HOW,
-    help="pmq: each expert its width; mc, mc-release; uniform; rtn: no text [default: pmq; with --width: uniform].",
+    help="pmq: a measured width for each expert; mc, mc-release: the Mixture Compressor's; uniform: one width; rtn: "
+    "one width, round to nearest, without calibration [default: pmq; with --width: uniform].",
 )  # fmt: skip
 Group = option(
     int | None, "--group", metavar="N", section=_HOW,
-    help="Inputs that share a scale: 32, 64 or 128 [default: the method's choice].",
+    help="Group size, the inputs that share a scale: 32, 64 or 128 [default: the method's choice].",
 )  # fmt: skip
 TrunkWidth = option(
     int | None, "--trunk-width", metavar="B", section=_HOW,
-    help="Bits of all weights but the experts' [default: pmq: each kind its own, else 8].",
+    help="Bits of all weights but the experts' [default: chosen by kind with pmq, else 8].",
 )  # fmt: skip
 DropExperts = option(
-    float, "--drop-experts", metavar="SHARE", section=_HOW, help="Leave out this share of the experts, as 0.25."
+    float, "--drop-experts", metavar="SHARE", section=_HOW, help="Leave out this share of the experts, such as 0.25."
 )
 DropScore = option(
     DropScores, "--drop-score", metavar="NAME", shown=True, section=_HOW,
-    help="Which, with equal counts: lowest mixture, weight, frequency or mean-weight.",
+    help="With equal counts, drop experts by lowest mixture, weight, frequency or mean-weight.",
 )  # fmt: skip
 DropCounts = option(
     DropCountsBy, "--drop-counts", metavar="NAME", shown=True, section=_HOW,
-    help="Equal in every layer, or by sensitivity: those missed least in all layers.",
+    help="Drop an equal number in every layer, or by sensitivity those that cost least over all layers.",
 )  # fmt: skip
 AdjustTopK = option(
-    bool, "--adjust-top-k", section=_HOW, help="With --drop-experts: fewer experts a token, where that is nearer."
+    bool, "--adjust-top-k", section=_HOW, help="With --drop-experts: lower top-k in layers where that is more accurate."
 )
-ActOrder = option(bool, "--act-order", section=_HOW, help="Round the inputs that matter most first.")
+ActOrder = option(bool, "--act-order", section=_HOW, help="GPTQ in activation order: round the largest inputs first.")
 NoCertificate = option(bool, "--no-certificate", section=_HOW, help="Do not compare with the source on held-out text.")
 Resume = option(
-    bool, "--resume/--no-resume", help="Go on with an unfinished run of the same command [default], or refuse to."
+    bool, "--resume/--no-resume", help="Continue an unfinished run of the same command [default], or refuse to."
 )
 Force = option(
-    bool, "--force", help="Replace OUT if it is a bundle; start anew if an unfinished run had other options."
+    bool, "--force", help="Replace OUT if it is a bundle; start over if an unfinished run had other options."
 )
 
 
@@ -127,10 +128,10 @@ def compress(
 ) -> None:
     """Compress a checkpoint into a bundle.
 
-    What is done stays on disk in OUT.work: after Ctrl-C, a crash or a full disk the same command goes on.
+    Progress is kept on disk in OUT.work: after Ctrl-C, a crash or a full disk, the same command continues the run.
     """
     if context is not None and ram is None:
-        raise typer.BadParameter("--context belongs to --ram: it says how much memory running takes")
+        raise typer.BadParameter("--context needs --ram: it says how much memory running takes")
     from ..compressor import pipeline
     from ..compressor.needs import needs_of
     from ..progress import phases
@@ -138,7 +139,7 @@ def compress(
     from ..runtime.describe import describe_bundle
     from ..runtime.model_path import utf8_path
 
-    utf8_path(out)  # before hours of work
+    utf8_path(out)  # raises before hours of work
 
     target = {"bits": bits, "width": width, "size": size, "ram": ram, "paged": paged, "context": context}
     source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}
@@ -159,7 +160,7 @@ def compress(
             fail("interrupted; the same command with --resume goes on" if work.exists() else "interrupted", code)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # an expert that another thread is at may take minutes, and nothing of it is kept
+        os._exit(code)  # a thread may need minutes to finish its expert, whose result would not be kept
     if json_output:
         print_json(about)
     else:
@@ -168,7 +169,7 @@ def compress(
 
 @contextmanager
 def ended_by_signals():
-    """SIGTERM and SIGHUP end what is inside as Ctrl-C does, unless they are ignored, as under nohup."""
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt inside, unless they are ignored, as SIGHUP is under nohup."""
 
     def end(number: int, _) -> None:
         raise KeyboardInterrupt(128 + number)

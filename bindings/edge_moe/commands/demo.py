@@ -1,4 +1,4 @@
-"""`edge-moe demo`: the embedded model, compressed and run under a cap."""
+"""`edge-moe demo`: compresses the embedded model and runs it under a cap."""
 
 from ..terminal import show
 from . import options
@@ -11,8 +11,8 @@ KeepBundles = option(str | None, "--keep", metavar="DIR", help="Keep the bundles
 def demo(keep: KeepBundles = None, json_output: options.Json = False) -> None:
     """Compress the embedded model and run it under a cap.
 
-    The model is compressed four ways, each is scored on text against the original, and one then runs in a process
-    with less memory than its experts need.
+    Compresses the model in four ways, scores each on text against the original, and runs one in a process with less
+    memory than its experts need.
     """
     from ..demo import report_text, run_demo
     from ..progress import progress_bar

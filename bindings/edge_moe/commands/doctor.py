@@ -1,4 +1,4 @@
-"""`edge-moe doctor`: what this machine is."""
+"""`edge-moe doctor`: examines this machine."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ Where = argument(str, "WHERE", "A bundle, or the directory that will hold one [d
 def doctor(where: Where = ".", json_output: options.Json = False) -> None:
     """Show what this machine has, how fast it is, and what runs here.
 
-    For a directory that is no bundle a file of 268 MB is written there, read and removed. What is measured is kept
-    for `edge-moe plan`.
+    In a directory that is not a bundle, a file of 268 MB is written, read and removed. The measurements are kept for
+    `edge-moe plan`.
     """
     from ..doctor import examination_text, examine
     from ..progress import progress_bar

@@ -1,4 +1,4 @@
-"""`edge-moe eval`: score a bundle on text."""
+"""`edge-moe eval`: scores a bundle on text."""
 
 from ..terminal import show
 from . import options
@@ -25,8 +25,8 @@ def evaluate(
 ) -> None:
     """Score a bundle on text.
 
-    Perplexity per token, and with --against the divergence from another model's predictions. Several texts are
-    scored alone and together: geometric mean of perplexity, mean of the rest.
+    Prints perplexity per token and, with --against, the KL divergence from another model's predictions. Several texts
+    are scored separately and together: geometric mean of perplexity, arithmetic mean of the rest.
     """
     from ..bench.texts import evaluate_bundle
     from ..progress import progress_bar

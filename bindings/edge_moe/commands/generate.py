@@ -1,4 +1,4 @@
-"""`edge-moe generate`: answer one prompt, or continue one text."""
+"""`edge-moe generate`: answers one prompt, or continues one text."""
 
 import sys
 from dataclasses import asdict
@@ -12,20 +12,20 @@ from .options import argument, option
 from .output import print_json
 from .sampling import takes_sampling
 
-CONTINUED_TOKENS = 64  # of a text that is continued: it has no end of its own
+CONTINUED_TOKENS = 64  # default maximum if a text is continued, as it need not end by itself
 ONE = "an argument, -p TEXT, -f FILE or --tokens 1,2,3"
 
-PromptArgument = argument(str | None, "PROMPT", "The prompt; - reads it from stdin, as a pipe does without one.")
+PromptArgument = argument(str | None, "PROMPT", "The prompt; - reads it from stdin, which is the default for a pipe.")
 Prompt = option(str | None, "-p", "--prompt", metavar="TEXT", section=options.PROMPT_SECTION, help="The prompt.")
 PromptFile = option(
-    str | None, "-f", "--file", metavar="FILE", section=options.PROMPT_SECTION, help="The prompt is in this file."
+    str | None, "-f", "--file", metavar="FILE", section=options.PROMPT_SECTION, help="Read the prompt from this file."
 )
 TokenIds = option(
     str | None,
     "--tokens",
     metavar="1,2,3",
     section=options.PROMPT_SECTION,
-    help="Token ids instead of a prompt; prints ids.",
+    help="Token ids instead of a prompt; the output is token ids too.",
 )
 Raw = option(
     bool,
@@ -35,13 +35,13 @@ Raw = option(
 )
 MaxTokens = option(
     int | None, "-n", "--max-tokens", metavar="N", parser=options.tokens_of,
-    help="Most tokens of the answer; -1: until the context is full [default: -1; where no chat template is used, 64].",
+    help="Maximum tokens of the answer; -1: until the context is full [default: -1; without a chat template, 64].",
 )  # fmt: skip
 Logprobs = option(
     int | None, "--logprobs", metavar="N",
-    help="With --json: how likely each token was, as the logarithm of its probability, and the N likeliest were.",
+    help="With --json: the log probability of each token and of the N likeliest.",
 )  # fmt: skip
-Stop = option(list[str] | None, "--stop", metavar="TEXT", help="End before this text; repeatable.")
+Stop = option(list[str] | None, "--stop", metavar="TEXT", help="End the answer before this text; repeatable.")
 
 
 @takes_sampling
@@ -70,15 +70,15 @@ def generate(
 ) -> None:
     """Answer a prompt.
 
-    The prompt is a message to a model with a chat template; a model without one, or --raw, continues it as a text.
+    With a chat template, the prompt is a user message; without one, or with --raw, the model continues it as a text.
     """
     given = [one for one in (prompt, text, file, tokens) if one is not None]
     if len(given) > 1 or not (given or options.stdin_has_text()):
         raise typer.BadParameter(f"give one prompt: {ONE}" + ("" if given else ", or through a pipe"))
     if system is not None and (raw or tokens is not None):
-        raise typer.BadParameter("--system belongs to a message: leave --raw and --tokens out")
+        raise typer.BadParameter("--system needs a message as the prompt: leave --raw and --tokens out")
     if logprobs is not None and not json_output:
-        raise typer.BadParameter("--logprobs is printed with --json alone")
+        raise typer.BadParameter("--logprobs needs --json")
     from ..report import default_pruning_text, statistics_text
     from ..runtime.runtime import Runtime
     from ..runtime.sampling import sampling_defaults
@@ -122,7 +122,7 @@ def generate(
 
 
 def _json_logprobs(generation) -> list[dict] | None:
-    """The logarithms of probabilities, without the infinity that JSON does not have: -9999, as OpenAI's interface."""
+    """The log probabilities for JSON, which has no infinity: it becomes -9999, as in OpenAI's API."""
     if generation.logprobs is None:
         return None
     return [
@@ -132,7 +132,7 @@ def _json_logprobs(generation) -> list[dict] | None:
 
 
 def _print_pieces(pieces, writer: AnswerWriter | None, ids: bool):
-    """Write pieces as they come, or none; all as one Generation, and whether Ctrl-C ended them."""
+    """Write pieces as they come if there is a writer; returns them as one Generation, and whether Ctrl-C ended them."""
     from ..runtime.answer import whole_of
 
     seen, interrupted = [], False
@@ -152,9 +152,9 @@ def _print_pieces(pieces, writer: AnswerWriter | None, ids: bool):
 
 
 def _text_of(prompt: str | None, file: str | None, runtime) -> str:
-    """The prompt as given, or what stdin or a file says, of which no more is read than the Runtime could take.
+    """The prompt as given, or read from stdin or a file.
 
-    Raises ValueError for more than that, and for what is not UTF-8.
+    Raises ValueError for more bytes than the Runtime could take, without reading on, and for text that is not UTF-8.
     """
     if prompt not in (None, "-"):
         return prompt
@@ -176,4 +176,4 @@ def token_ids_of(text: str) -> list[int]:
     try:
         return [int(token) for token in text.replace(",", " ").split()]
     except ValueError:
-        raise ValueError(f"tokens {text!r} are not whole numbers with commas between them") from None
+        raise ValueError(f"tokens {text!r} are not whole numbers separated by commas") from None

@@ -1,4 +1,4 @@
-"""`edge-moe inspect`: what a bundle is."""
+"""`edge-moe inspect`: describes a bundle."""
 
 from ..terminal import show
 from . import options

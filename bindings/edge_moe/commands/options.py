@@ -1,4 +1,4 @@
-"""What several subcommands share of their arguments and options: one name, one type, one line of help each."""
+"""Arguments and options that several subcommands share, each with its name, type and help."""
 
 import json
 import sys
@@ -29,8 +29,8 @@ def option(
     section: str | None = None,
     parser: Callable | None = None,
 ):
-    """An option's annotation. shown: its default, in the help. section: of the help. parser: from its text to `kind`,
-    raising ValueError."""
+    """The annotation of an option. shown: show the default in the help. section: of the help. parser: converts text to
+    `kind`, or raises ValueError."""
     return Annotated[
         kind,
         typer.Option(*names, metavar=metavar, help=help, show_default=shown, rich_help_panel=section, parser=parser),
@@ -38,34 +38,34 @@ def option(
 
 
 def tokens_of(text: str | int) -> int:
-    """A number of tokens: 4096, 4,096 or 4k, which is 4 x 1024."""
+    """Parse a number of tokens: 4096, 4,096 or 4k, which is 4 x 1024."""
     digits = str(text).strip().lower().replace(",", "")
     try:
         return int(float(digits[:-1]) * 1024) if digits.endswith("k") else int(digits)
     except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{text!r} is not a number of tokens, as 4096 or 32k") from None
+        raise typer.BadParameter(f"{text!r} is not a number of tokens such as 4096 or 32k") from None
 
 
 Bundle = argument(str, "BUNDLE", "A bundle's directory, NAME.emoe.")
 Json = option(bool, "--json", help="Print one JSON object and nothing else.")
 Ram = option(
     str, "--ram", metavar="SIZE", shown=True,
-    help="Cap on all memory, as 8GB, 8GiB or 50% of what is free; auto: 80% of that, max: all of it.",
+    help="Cap on all memory of the process: 8GB, 8GiB, or 50% of free memory; auto: 80% of it, max: all of it.",
 )  # fmt: skip
 Context = option(
     int | None, "--context", metavar="N", parser=tokens_of,
-    help="Tokens to hold, as 4096 or 32k [default: 4096 or the model's own].",
+    help="Tokens of context, such as 4096 or 32k [default: 4096, or the model's own if smaller].",
 )  # fmt: skip
-Kv = option(KvType, "--kv", shown=True, help="What the KV cache is kept in; float32 takes twice the memory.")
+Kv = option(KvType, "--kv", shown=True, help="Type of the KV cache; float32 takes twice the memory.")
 Device = option(
     str, "--device", metavar="NAME", shown=True,
-    help="Where to compute: cpu, cuda, or auto, a GPU where this build has code for one; no Metal yet.",
+    help="Where to compute: cpu, cuda, or auto: a GPU if this build has code for one. Metal is not supported yet.",
 )  # fmt: skip
-Threads = option(int | None, "--threads", metavar="N", help="Threads of computation [default: all cores].")
+Threads = option(int | None, "--threads", metavar="N", help="Compute threads [default: all cores].")
 Prune = option(
     str | None, "--prune", metavar="off|bundle|SHARE|RULE",
-    help="Leave out experts that a token hardly needs: a share of their uses, as 0.2, or loss, otp, share or odp "
-    "[default: off, where the bundle sets no other].",
+    help="Leave out experts that a token hardly needs: a share of all expert uses, such as 0.2, or a rule: loss, otp, "
+    "share or odp [default: the bundle's, which is off unless set].",
 )  # fmt: skip
 
 # Of generate and chat
@@ -75,7 +75,7 @@ System = option(
     "--system",
     metavar="TEXT",
     section=PROMPT_SECTION,
-    help="A system prompt, for a model with a chat template.",
+    help="System prompt, for a model with a chat template.",
 )
 Thinking = option(
     bool | None, "--thinking/--no-thinking", section=PROMPT_SECTION,
@@ -83,25 +83,25 @@ Thinking = option(
 )  # fmt: skip
 TemplateKwargs = option(
     str | None, "--chat-template-kwargs", metavar="JSON", section=PROMPT_SECTION,
-    help="Tell it more, as '{\"reasoning_effort\": \"low\"}'.",
+    help="Further arguments of the chat template, such as '{\"reasoning_effort\": \"low\"}'.",
 )  # fmt: skip
 # Of compress and prune
 CalibrationFiles = option(
     list[str] | None, "--calibration", metavar="FILE", section=_TEXT,
-    help="Text or .npy of token ids; repeatable [default: Python's standard library].",
+    help="Text to calibrate on, or token ids (.npy); repeatable [default: Python's standard library].",
 )  # fmt: skip
 HeldOutFiles = option(
     list[str] | None, "--held-out", metavar="FILE", section=_TEXT,
-    help="Other text, to certify on; repeatable [default: the end of --calibration's].",
+    help="Other text, to certify on; repeatable [default: the last part of each calibration text].",
 )  # fmt: skip
 CalibrationTokens = option(int, "--tokens", metavar="N", shown=True, section=_TEXT, help="Tokens to calibrate on.")
 CalibrationSeed = option(
-    int, "--seed", metavar="N", shown=True, section=_TEXT, help="Draws the default calibration text."
+    int, "--seed", metavar="N", shown=True, section=_TEXT, help="Random seed, which also selects the default text."
 )
 
 
 def prune_of(text: str | None) -> float | str | None:
-    """off, bundle, a rule's name, or a share of expert uses."""
+    """Parse off, bundle, the name of a rule, or a share of expert uses."""
     try:
         return text and float(text)
     except ValueError:
@@ -114,21 +114,21 @@ def given(**values) -> dict:
 
 
 def template_kwargs(thinking: bool | None, text: str | None) -> dict | None:
-    """What the chat template is told beside the messages."""
+    """The arguments of the chat template beside the messages."""
     try:
         told = json.loads(text) if text else {}
     except ValueError:
         told = None
     if not isinstance(told, dict):
-        raise ValueError(f'chat-template-kwargs {text!r} is not a JSON object, as {{"enable_thinking": false}}')
+        raise ValueError(f'chat-template-kwargs {text!r} is not a JSON object such as {{"enable_thinking": false}}')
     return told | given(enable_thinking=thinking) or None
 
 
 def system_messages(system: str | None) -> list[dict]:
-    """What a conversation begins with."""
+    """The messages at the start of a conversation."""
     return [] if system is None else [{"role": "system", "content": system}]
 
 
 def stdin_has_text() -> bool:
-    """Whether stdin is a pipe or a file, not a terminal that would be waited for."""
+    """Whether stdin is a pipe or a file, not a terminal, where reading would wait for input."""
     return not sys.stdin.isatty()

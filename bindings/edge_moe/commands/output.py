@@ -1,4 +1,4 @@
-"""How a subcommand ends: one JSON object on stdout, or one line of error on stderr and an exit code."""
+"""Printing the result of a subcommand as one JSON object on stdout, or an error as one line on stderr."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ def print_json(value: dict) -> None:
 
 
 def fail(error: Exception | str, code: int = 1) -> None:
-    """Print one line on stderr and leave with `code`."""
+    """Print one line on stderr and exit with `code`."""
     message = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"

@@ -1,4 +1,4 @@
-"""`edge-moe plan`: what a model would take of memory, before it is loaded or downloaded, and how fast it would be."""
+"""`edge-moe plan`: shows the memory and speed of a model before it is loaded or even downloaded."""
 
 from enum import Enum
 from pathlib import Path
@@ -8,7 +8,7 @@ from . import options
 from .options import argument, option
 from .output import print_json
 
-_MODEL = "For a MODEL, which is no bundle yet"
+_MODEL = "For a MODEL that is not a bundle yet"
 GLOSSARY = """\b
 Words:
   trunk        all weights but the routed experts: attention, embedding, head
@@ -27,31 +27,31 @@ class Recipe(str, Enum):
 ModelOrBundle = argument(str, "MODEL|BUNDLE", "A bundle, a model's directory, or a config.json alone.")
 Bits = option(
     float | None, "--bits", metavar="B", section=_MODEL,
-    help="Mean bits of an expert weight, as compress takes them; 16: all as it is [default: 2.5].",
+    help="Mean bits of an expert weight, as for compress; 16: no quantization [default: 2.5].",
 )  # fmt: skip
-Size = option(str | None, "--size", metavar="SIZE", section=_MODEL, help="Bytes of the whole bundle, as 103GB.")
+Size = option(str | None, "--size", metavar="SIZE", section=_MODEL, help="Bytes of the whole bundle, such as 103GB.")
 PlanWidth = option(int | None, "--width", metavar="B", section=_MODEL, help="One width for all experts.")
 PlanWidths = option(
     str | None, "--widths", metavar="NAME=B,...", section=_MODEL,
     help="Widths by kind: gate, up, down, edge_gate, edge_up, edge_down (the first and last eighth of the layers), "
-    "shared, attention, dense, embedding, head; --width, or 4, for the rest of the experts.",
+    "shared, attention, dense, embedding, head; other expert matrices have --width, or 4.",
 )  # fmt: skip
 PlanTrunkWidth = option(
     int | None, "--trunk-width", metavar="B", section=_MODEL, help="Width of all weights but the experts' [default: 8]."
 )
 KeepExperts = option(
     str | None, "--keep-experts", metavar="N|SHARE", section=_MODEL,
-    help="Experts that a layer keeps, as 192 or 0.75 [default: all].",
+    help="Number or share of the experts that each layer keeps, such as 192 or 0.75 [default: all].",
 )  # fmt: skip
 PlanRecipe = option(
     Recipe | None, "--recipe", section=_MODEL,
-    help="Bytes of a published mix in another program's format, to compare with: compress does not make it.",
+    help="A published mix of widths in another program's format, for comparison; compress does not make it.",
 )  # fmt: skip
 Sequences = option(
     int, "--sequences", metavar="N", shown=True,
-    help="Conversations with a KV cache of their own, as Runtime(sequences=N).",
+    help="Conversations, each with its own KV cache, as for Runtime(sequences=N).",
 )  # fmt: skip
-PlanDevice = option(str, "--device", metavar="NAME", shown=True, help="Where it would compute: cpu or cuda.")
+PlanDevice = option(str, "--device", metavar="NAME", shown=True, help="Where the model would run: cpu or cuda.")
 
 
 def plan(
@@ -73,8 +73,8 @@ def plan(
 ) -> None:
     """Show how a model would fit under a cap.
 
-    Nothing is loaded: a bundle's tables are enough, or a config.json before any download. Shows where memory would go,
-    and what speed to expect once `edge-moe doctor` has measured this machine. Fails when the cap is below the floor.
+    Loads no weights: the tables of a bundle are enough, or a config.json before any download. Prints the memory plan
+    and, once `edge-moe doctor` has measured this machine, the expected speed. Fails if the cap is below the floor.
     """
     from ..compressor.choosing.estimate import estimate
     from ..runtime.plan import BelowFloor
@@ -91,7 +91,7 @@ def plan(
 
     def speed_of(one):
         if machine is None or device == "cuda" or threads not in (None, machine.threads):
-            return None  # than was measured
+            return None  # doctor measured the CPU with its default threads
         return expected_speed(one, machine, disk_of(machine, where)[0])
 
     if json_output:
@@ -104,18 +104,18 @@ def plan(
 
 
 def widths_of(text: str | None) -> dict[str, int] | None:
-    """gate=2,up=2,down=3 as a dictionary."""
+    """Parse widths such as gate=2,up=2,down=3."""
     try:
         return text and {name: int(bits) for name, bits in (item.split("=") for item in text.split(","))}
     except ValueError:
-        raise ValueError(f"widths {text!r} are not NAME=BITS with commas between, as gate=2,down=3") from None
+        raise ValueError(f"widths {text!r} are not NAME=BITS separated by commas, such as gate=2,down=3") from None
 
 
 def keep_experts_of(text: str | None) -> int | float | None:
-    """192, or 0.75 of them."""
+    """Parse a number of experts such as 192, or a share such as 0.75."""
     try:
         return text and (float(text) if "." in text else int(text))
     except ValueError:
         raise ValueError(
-            f"keep-experts {text!r} is neither a number of experts, as 192, nor a share, as 0.75"
+            f"keep-experts {text!r} is neither a number of experts such as 192 nor a share such as 0.75"
         ) from None

@@ -1,4 +1,4 @@
-"""`edge-moe prune`: calibrate a bundle for leaving out experts."""
+"""`edge-moe prune`: calibrates a bundle for leaving out experts."""
 
 import sys
 
@@ -9,14 +9,15 @@ from .output import print_json
 
 Default = option(
     str | None, "--default", metavar="SHARE|off",
-    help="Expert uses that a run without --prune leaves out [default: off]; of a calibrated bundle this alone changes.",
+    help="Share of expert uses that a run without --prune leaves out [default: off]; if the bundle is calibrated "
+    "already, only this changes.",
 )  # fmt: skip
-Force = option(bool, "--force", help="Calibrate a bundle again that is calibrated.")
+Force = option(bool, "--force", help="Calibrate again if the bundle is calibrated already.")
 Rules = option(
     list[str] | None, "--rule", metavar="NAME",
-    help="loss, otp, share or odp; repeatable, the first for plain cuts [default: all, loss first].",
+    help="loss, otp, share or odp; repeatable; --prune SHARE uses the first [default: all, loss first].",
 )  # fmt: skip
-PruneRam = option(str, "--ram", metavar="SIZE", shown=True, help="Memory of hidden states and of runs, as 8GB.")
+PruneRam = option(str, "--ram", metavar="SIZE", shown=True, help="Memory for hidden states and for runs, such as 8GB.")
 
 
 def prune(
@@ -34,8 +35,8 @@ def prune(
 ) -> None:
     """Calibrate a bundle for leaving out experts.
 
-    It learns which of its experts a token hardly needs; a run with --prune neither reads nor computes these. The
-    weights stay as they are, and a run without --prune uses all experts where --default sets nothing else.
+    The bundle learns which experts a token hardly needs; a run with --prune neither reads nor computes these. The
+    weights do not change, and a run without --prune uses all experts unless --default says otherwise.
     """
     from ..bench.conditions import timed
     from ..compressor.pruning.prune import DEFAULT_RULES, calibrate_pruning, set_default
@@ -62,8 +63,8 @@ def prune(
 
 
 def share_of(text: str | None) -> float | None:
-    """--default's number; None for off."""
+    """Parse --default: a share, or None for off."""
     try:
         return None if text in (None, "off") else float(text)
     except ValueError:
-        raise ValueError(f"default is {text!r}, expected off or a share of expert uses as 0.2") from None
+        raise ValueError(f"default is {text!r}, expected off or a share of expert uses such as 0.2") from None

@@ -1,8 +1,9 @@
-"""What people who come from other tools type: other names of options and commands, and hints where there is no such
-thing. The help shows one name of each.
+"""Names of commands and options from other tools: aliases of ours, and hints where there is no equivalent.
+
+The help shows only our names.
 """
 
-COMMANDS = {  # what is said of a command that is not there
+COMMANDS = {  # hints for commands that do not exist
     "run": "edge-moe chat BUNDLE talks with a model, edge-moe generate BUNDLE TEXT answers once",
     **dict.fromkeys(("convert", "quantize", "quantise"), "edge-moe compress MODEL OUT.emoe makes a bundle"),
     **dict.fromkeys(("serve", "server"), "there is no server yet; edge_moe.Runtime answers from Python"),
@@ -15,7 +16,7 @@ COMMANDS = {  # what is said of a command that is not there
     **dict.fromkeys(("check", "test"), "edge-moe verify BUNDLE checks a bundle, edge-moe doctor this machine"),
 }
 
-OPTIONS = {  # other names; one that a command has of its own is left alone
+OPTIONS = {  # aliases; a name that a command itself has takes precedence
     "--temperature": "--temp",
     **dict.fromkeys(("-c", "--ctx-size", "--ctx", "--max-kv-size"), "--context"),
     "-t": "--threads",
@@ -24,22 +25,24 @@ OPTIONS = {  # other names; one that a command has of its own is left alone
     **dict.fromkeys(("--system-prompt", "-sys"), "--system"),
     "--overwrite": "--force",
 }
-FIRST = ("-m", "--model", "--bundle", "--hf-path")  # name the first argument
-SECOND = ("-o", "--out", "--output", "--outfile", "--mlx-path")  # the second, of a command that writes OUT
+FIRST = ("-m", "--model", "--bundle", "--hf-path")  # options for the first argument
+SECOND = ("-o", "--out", "--output", "--outfile", "--mlx-path")  # for the second, if the command writes OUT
 
 BITS = "--bits B is the mean of true bits a weight: what others call 4-bit, with a scale for 64 weights, is 4.5"
-HINTS = {  # the option, an option that a command must have for the hint to fit, and the hint
+HINTS = {  # option: (an option that the command must have for the hint to apply, the hint)
     **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers"), ("--device", "a GPU computes every layer or none")),
     **dict.fromkeys(("-q", "--quantize", "--q-bits"), ("--bits", BITS)),
-    **dict.fromkeys(("--mlock", "--no-mmap", "--mmap"), ("--ram", "--ram SIZE alone says how much memory is used")),
+    **dict.fromkeys(
+        ("--mlock", "--no-mmap", "--mmap"), ("--ram", "only --ram SIZE determines how much memory is used")
+    ),
 }
 
 
 def respelled(arguments: list[str], parameters, without_value: dict[str, str], fail) -> list[str]:
-    """A command's arguments in its own spelling.
+    """The arguments of a command with aliases replaced.
 
-    parameters: the command's. without_value: options that may stand without their value, and what they then mean.
-    fail: called with one line for an option that there is a hint about.
+    parameters: of the command. without_value: options whose value may be omitted, and its default. fail: called with
+    one line for an option in HINTS.
     """
     own = {name: parameter for parameter in parameters for name in parameter.opts if name.startswith("-")}
     writes = any(parameter.name == "out" for parameter in parameters)
@@ -58,13 +61,13 @@ def respelled(arguments: list[str], parameters, without_value: dict[str, str], f
         if name in without_value and name in own and not glued and not "".join(rest[:1]).isdigit():
             given.append(without_value[name])
         elif name in own and not glued and not getattr(own[name], "is_flag", False) and rest:
-            given.append(rest.pop(0))  # its value, whatever that looks like
+            given.append(rest.pop(0))  # the option's value, even if it looks like an option
     first, second = ([places[place]] if place in places else [] for place in (0, 1))
     return [*first, *given, *second, *rest]
 
 
 def _split(argument: str, own: dict) -> tuple[str, bool, str]:
-    """An option, whether its value is glued to it, and that value: --name=value, -t4."""
+    """Split an argument into the option, whether a value is attached (--name=value, -t4), and that value."""
     if argument.startswith("--"):
         name, equals, value = argument.partition("=")
         return name, bool(equals), value
@@ -74,7 +77,7 @@ def _split(argument: str, own: dict) -> tuple[str, bool, str]:
 
 
 def _own_name(name: str, own: dict) -> str:
-    """The command's own name of an option; `name` where it has none."""
+    """The command's own name for an option, or `name` if it has none."""
     if name in own or not name.startswith("-"):
         return name
     dashed = name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""`edge-moe verify`: every byte of a bundle against its checksums."""
+"""`edge-moe verify`: checks every byte of a bundle against its checksums."""
 
 from ..terminal import show
 from . import options
