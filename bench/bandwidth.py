@@ -1,6 +1,6 @@
-"""What the machine can do at best: memory read bandwidth, and unbuffered reads of a bundle's records.
+"""Measuring the machine's bandwidth: memory reads, and unbuffered reads of a bundle's records.
 
-Run as a child process, so that its buffers do not count under a benchmark's cap:
+It runs in a child process, so that its buffers do not count under a benchmark's cap:
 
     python -m edge_moe.bench.bandwidth BUNDLE THREADS
 """
@@ -23,17 +23,17 @@ from ..devices.probe import memory_limit_bytes
 from ..runtime.bundle import Bundle
 from ..runtime.plan import READERS
 
-MEMORY_BYTES = 1 << 29  # far beyond any cache
-DISK_BYTES = 1 << 28  # read at most
+MEMORY_BYTES = 1 << 29  # much larger than any cache
+DISK_BYTES = 1 << 28  # maximum to read
 DISK_SECONDS = 2.0
-SYNCED_BYTES = 1 << 25  # written at once
-BLOCK_BYTES = 1 << 21  # an expert of a few million weights
+SYNCED_BYTES = 1 << 25  # written between syncs
+BLOCK_BYTES = 1 << 21  # as large as an expert of a few million weights
 REPEATS = 5
 F_NOCACHE = 48  # macOS, fcntl.h
 
 
 def machine_bandwidth(bundle: str | Path, threads: int) -> dict:
-    """memory_gbps and disk_gbps (None where unbuffered reads are refused), measured in a child process."""
+    """memory_gbps and disk_gbps (None if unbuffered reads are not supported), measured in a child process."""
     command = [sys.executable, "-m", "edge_moe.bench.bandwidth", str(bundle), str(threads)]
     child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode:
@@ -42,7 +42,7 @@ def machine_bandwidth(bundle: str | Path, threads: int) -> dict:
 
 
 def memory_read_gbps(threads: int) -> float:
-    """Best of a few passes of `threads` threads, each taking the maximum of its part of one array."""
+    """The best of a few passes in which each thread computes the maximum of its part of one array."""
     room = memory_limit_bytes(_core.free_bytes())
     data = np.ones(max(min(MEMORY_BYTES, room // 2) // 8, 1), np.uint64)
     parts, best = np.array_split(data, threads), 0.0
@@ -55,16 +55,16 @@ def memory_read_gbps(threads: int) -> float:
 
 
 def disk_read_gbps(bundle: Bundle) -> float | None:
-    """Records read in random order by as many threads as the Runtime has readers; None without unbuffered reads."""
+    """GB/s of reading records in random order with the Runtime's number of readers; None without unbuffered reads."""
     return _read_gbps(bundle.files, [(expert.file, expert.offset, expert.nbytes) for expert in bundle.experts.values()])
 
 
 def directory_read_gbps(directory: Path) -> float | None:
-    """The same for blocks of a file that is written there for it and removed; None without unbuffered reads."""
+    """The same for blocks of a temporary file in a directory; None without unbuffered reads."""
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".edge-moe-") as file:
         for at in range(0, DISK_BYTES, BLOCK_BYTES):
             file.write(os.urandom(BLOCK_BYTES))  # a disk may compress zeros
-            if at % SYNCED_BYTES == 0:  # Ctrl-C is answered between two of these
+            if at % SYNCED_BYTES == 0:  # Ctrl-C takes effect between syncs
                 file.flush()
                 os.fsync(file.fileno())
         file.flush()
@@ -73,7 +73,7 @@ def directory_read_gbps(directory: Path) -> float | None:
 
 
 def _read_gbps(files: list[Path], reads: list[tuple[int, int, int]]) -> float | None:
-    """reads: (which file, offset, bytes), all multiples of a page."""
+    """GB/s of reads: (index of the file, offset, bytes), offsets and bytes being multiples of a page."""
     random.Random(0).shuffle(reads)
     handles = [_open_unbuffered(path) for path in files]
     if None in handles:
@@ -81,7 +81,7 @@ def _read_gbps(files: list[Path], reads: list[tuple[int, int, int]]) -> float | 
     block, interrupted = max(nbytes for _, _, nbytes in reads), False
 
     def read(part) -> int:
-        buffer, done = mmap.mmap(-1, block), 0  # page-aligned, as O_DIRECT wants it
+        buffer, done = mmap.mmap(-1, block), 0  # page-aligned, as O_DIRECT requires
         for file, offset, nbytes in part:
             if interrupted or done * READERS >= DISK_BYTES or time.perf_counter() - began > DISK_SECONDS:
                 break
@@ -93,7 +93,7 @@ def _read_gbps(files: list[Path], reads: list[tuple[int, int, int]]) -> float | 
         with ThreadPoolExecutor(READERS) as pool:
             try:
                 total = sum(pool.map(read, [reads[at::READERS] for at in range(READERS)]))
-            except BaseException:  # Ctrl-C: the threads end after the block that they are reading
+            except BaseException:  # Ctrl-C: threads end after their current block
                 interrupted = True
                 raise
         return total / (time.perf_counter() - began) / 1e9

@@ -1,9 +1,9 @@
-"""llama-bench's table for a bundle under a cap: prompt tokens a second, generated tokens a second, and their price.
+"""llama-bench's table for a bundle under a cap: prefill and decode speed, hit rate, bytes read, and peak memory.
 
 Both tests feed random token ids of a fixed seed, as llama-bench does: ppN reads a prompt of N tokens, tgN feeds N
-tokens one at a time, into an empty context or behind the tokens of a depth, which are read before the clock starts. A
-test has one warm-up run, then `repeats` timed ones with the experts that the runs before left in memory. Random tokens
-have no topic, so under a cap they hit fewer experts than text does.
+tokens one at a time. They start with an empty context, or after the tokens of a depth, which are not timed. A test has
+one warm-up run, then `repeats` timed runs with the experts that earlier runs left in memory. Random tokens have no
+topic, so under a cap their hit rate is lower than that of text.
 """
 
 import math
@@ -26,7 +26,7 @@ from .bandwidth import machine_bandwidth
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One row of the table; speeds are in tokens a second, over all timed runs where nothing else is said."""
+    """One row of the table. Speeds are in tokens a second; figures are over all timed runs unless stated otherwise."""
 
     model: str
     architecture: str
@@ -36,20 +36,20 @@ class Measurement:
     device: str
     threads: int
     ram_bytes: int  # the cap
-    slots: int  # about: how many experts of mean size they hold; 0 when resident
-    resident: bool  # every expert in memory
+    slots: int  # approximate: in experts of mean size; 0 if resident
+    resident: bool  # every expert is in memory
     holds_working_set: bool  # all experts that one token uses fit in memory at once
     test: str  # pp512, tg128 @ d4096
-    tokens: int  # that a timed run computed
-    depth: int  # tokens in the context before them
+    tokens: int  # computed by a timed run
+    depth: int  # tokens in the context before the test
     prune: str
-    experts_used: float  # a token and layer
+    experts_used: float  # per token and layer
     tps_mean: float
     tps_sd: float
     repeats: int
     hit_rate: float  # of expert look-ups
     read_bytes_per_token: float  # from storage
-    weights_gbps: float | None  # bytes of weights that generating computes with, a second; None for prompts
+    weights_gbps: float | None  # bytes of weights used for generating, per second; None for prompts
     peak_memory_bytes: int  # of the process, so far
 
 
@@ -57,7 +57,7 @@ class Measurement:
 class Report:
     rows: list[Measurement]
     memory_gbps: float
-    disk_gbps: float | None  # unbuffered; None where the file system has no such reads
+    disk_gbps: float | None  # unbuffered; None if the file system does not support that
     plan: dict
 
     def as_dict(self) -> dict:
@@ -89,7 +89,7 @@ def bench(
     prune: list[float | str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
-    """Measure a bundle and the machine; everything as for measure(), which says what is raised."""
+    """Measure a bundle and the machine; arguments and errors are those of measure()."""
     options = {key: value for key, value in locals().items() if key != "bundle"}
     rows, plan = measure(bundle, **options)
     machine = machine_bandwidth(bundle, rows[0].threads)
@@ -106,9 +106,9 @@ def bench_synthetic(
     run: Callable = bench,
     **options,
 ):
-    """Measure a random bundle of a config's shapes; see make_synthetic(). keep: leave the bundle there.
+    """Measure a random bundle with the shapes of a config; see make_synthetic(). keep: where to leave the bundle.
 
-    run: bench() or sweep(), which gets the options and whose result is returned.
+    run: bench() or sweep(), called with the options; its result is returned.
     """
     import tempfile
 
@@ -136,11 +136,11 @@ def measure(
     prune: list[float | str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[list[Measurement], Plan]:
-    """A row for each test, depth and pruning, and the plan under which they ran.
+    """Measure a row for each test, depth and pruning; returns the rows and the plan under which they ran.
 
-    prompt, generate: tokens of either test, cut to the model's context; 0 leaves the test out. depths: tokens that are
-    in the context already, a row of each test for each; the KV cache is as long as the deepest needs. prune: as for
-    Runtime, a row for each; none: off, and bundle where it is calibrated.
+    prompt, generate: tokens of each test, limited to the model's context; 0 omits the test. depths: numbers of tokens
+    that are in the context before a test; the KV cache has room for the largest. prune: values as for Runtime; by
+    default off, and also bundle if the bundle is calibrated.
 
     Raises ValueError for counts below 0, nothing to do or a depth beyond the model's context, and what Runtime raises.
     """
@@ -161,7 +161,7 @@ def prompt_run(runtime: Runtime, ids: list[int], prune) -> None:
 
 
 def generate_run(runtime: Runtime, ids: list[int], prune) -> None:
-    """Decode a text from an empty context: its tokens one by one, each with its logits."""
+    """Decode tokens one by one from an empty context, each with its logits."""
     hold(runtime, [], prune)
     compute(runtime, ids, 1)
 
@@ -230,15 +230,15 @@ def _measure(runtime: Runtime, test: Test, ids: list[int], repeats: int, prune, 
 
 
 def hold(runtime: Runtime, ids: list[int], prune) -> None:
-    """Leave exactly `ids` in the KV cache; what it holds of the run before is not computed again."""
+    """Make the KV cache hold exactly `ids`, reusing what it holds of the previous run."""
     sequence = runtime._session.begin(hold, [*ids, 0], runtime._rule(prune))
     compute(runtime, ids[len(sequence.tokens) :], runtime.plan.chunk)
 
 
 def compute(runtime: Runtime, ids: list[int], step: int) -> None:
-    """Run tokens behind those in the KV cache, `step` at a time, with the logits that generating them would need.
+    """Run tokens after those in the KV cache, `step` at a time, with the logits that generating them would need.
 
-    Without generate()'s search for what is in the KV cache already: at a depth it would take longer than a token.
+    This skips generate()'s search for a cached prefix, which at a large depth would take longer than a token.
     """
     (sequence,) = runtime._session.sequences.all
     for at in range(0, len(ids), step):
@@ -247,7 +247,7 @@ def compute(runtime: Runtime, ids: list[int], step: int) -> None:
 
 
 def weight_bytes(bundle: Bundle, experts: float) -> float:
-    """Bytes of weights that a generated token is computed with: trunk, one row of the embedding, so many experts."""
+    """Bytes of the weights that a generated token uses: trunk, one row of the embedding, and `experts` experts."""
     shapes = trunk_shapes(bundle.config)
     embedding = next(t for t in bundle.trunk if t.name == "embedding")
     rest = 0 if "head" not in shapes else _tensor_bytes(embedding)
@@ -261,6 +261,6 @@ def _tensor_bytes(tensor) -> int:
 
 
 def parameters(bundle: Bundle) -> int:
-    """Weights of the whole model."""
+    """The number of weights of the whole model."""
     trunk = sum(tensor.rows * tensor.cols for tensor in bundle.trunk)
     return trunk + len(bundle.experts) * bundle.config.expert_weights

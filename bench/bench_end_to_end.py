@@ -1,6 +1,6 @@
-"""How fast the embedded model loads, reads a prompt and decodes, all of it in memory.
+"""Benchmarks of the embedded model, all of it in memory: loading, prefill and decode.
 
-What the timed code returned is compared with the scalar kernels' answer.
+The results of the timed code are compared with the answer of the scalar kernels.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ def ids(small) -> list[int]:
 
 @pytest.fixture(scope="module")
 def answer(reference_bundle, ids) -> list[int]:
-    """What the scalar kernels write behind `ids`."""
+    """The tokens that the scalar kernels generate after `ids`."""
     with Runtime(reference_bundle, RAM, CONTEXT, kernels="scalar") as runtime:
         return runtime.generate(ids, ANSWER).tokens
 
@@ -55,7 +55,7 @@ def test_decode(benchmark, runtime, ids, answer):
     benchmark(generate_run, runtime, ids, "off")
     before = runtime.stats["tokens"]
     assert runtime.generate(ids, ANSWER).tokens == answer
-    assert runtime.stats["tokens"] - before == ANSWER  # what was timed is in the KV cache, and right
+    assert runtime.stats["tokens"] - before == ANSWER  # the timed tokens are in the KV cache, and correct
     _describe(benchmark, runtime, tokens=len(ids))
 
 

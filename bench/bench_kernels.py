@@ -1,8 +1,8 @@
-"""How fast one thread multiplies by a packed matrix: decoding (one token, out of memory) and prefill (32 tokens).
+"""Benchmarks of one thread multiplying by a packed matrix: decode (one token, from memory) and prefill (32 tokens).
 
-A matrix for decoding is larger than any cache, so its figure is bytes a second from memory; prefill computes, so its
-matrix may be in the cache. Rounding the tokens to int8 is part of either. Rows of the results are compared with the
-scalar kernels', bit for bit.
+A matrix for decode is larger than any cache, so its figure is bytes a second from memory; prefill is compute-bound, so
+its matrix may be in the cache. Both include rounding the tokens to int8. Rows of the results are compared bit for bit
+with those of the scalar kernels.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 from edge_moe import _core
 from edge_moe.bench.kernel_bandwidth import NOISE_BYTES, make_noise, random_matrix, row_bytes
 
-KERNELS = _core.kernel_names()[0]  # the best of this machine
+KERNELS = _core.kernel_names()[0]  # the fastest on this machine
 FORMATS = [*((width, 64) for width in _core.WIDTHS if width < 16), (2, 128)]
 NAMES = [f"{width} bits, group {group}" for width, group in FORMATS]
 every_format = pytest.mark.parametrize("width, group", FORMATS, ids=NAMES)
@@ -50,6 +50,6 @@ def _multiply(benchmark, noise: np.ndarray, rows: int, tokens: int, width: int, 
     assert np.array_equal(y[:, some], want)
     nbytes = codes.nbytes + scales.nbytes + biases.nbytes
     benchmark.extra_info |= {"kernels": KERNELS, "threads": 1, "tokens": tokens, "bytes": nbytes}
-    if benchmark.stats:  # none when nothing is timed
+    if benchmark.stats:  # None when timing is disabled
         seconds = benchmark.stats.stats.median
         benchmark.extra_info |= {"gbps": nbytes / seconds / 1e9, "gmacs": rows * COLS * tokens / seconds / 1e9}

@@ -1,7 +1,7 @@
-"""What a cap costs: decoding with experts paged in, at caps from the floor to every expert in memory.
+"""Benchmarks of decoding with experts paged in, at caps from the floor to every expert in memory.
 
-Each cap has a process of its own, whose peak memory is its own; it loads once and decodes when it is asked, so that
-loading is not timed. The tokens must be those without a cap, and the peak at most the cap.
+Each cap has its own process, as peak memory is per process; it loads once and decodes on request, so that loading is
+not timed. The tokens must be those without a cap, and the peak at most the cap.
 """
 
 import json
@@ -13,9 +13,9 @@ import pytest
 
 from edge_moe.bench.synthetic import make_synthetic
 
-SHARES = (0.0, 0.1, 0.3, 0.6, 1.0)  # of the way from the floor to where every expert is in memory
+SHARES = (0.0, 0.1, 0.3, 0.6, 1.0)  # position of the cap between the floor and every expert in memory
 CONFIG, LAYERS, VOCAB = "configs/qwen3-30b-a3b.json", 2, 4096
-MARGIN = 1_000_000  # by so much does one start of the interpreter differ from the next
+MARGIN = 1_000_000  # upper bound of the variation of the interpreter's memory between starts
 PROMPT, CONTEXT = 8, 256
 
 CHILD = """
@@ -41,7 +41,7 @@ for line in sys.stdin:
 
 
 class Capped:
-    """A process with a Runtime under a cap; `first` is what it says once it has loaded."""
+    """A process with a Runtime under a cap; `first` is the message that it sends after loading."""
 
     def __init__(self, path, ram: int, count: int):
         prompt = np.random.default_rng(0).integers(2, VOCAB, PROMPT).tolist()
@@ -64,13 +64,13 @@ class Capped:
 
 @pytest.fixture(scope="module")
 def count(small) -> int:
-    """Tokens that are decoded."""
+    """The number of tokens to decode."""
     return 8 if small else 16
 
 
 @pytest.fixture(scope="module")
 def bundle(request, small, tmp_path_factory):
-    """The embedded model, or random experts of 0.7 GB with Qwen3-30B-A3B's shapes."""
+    """The embedded model, or 0.7 GB of random experts with Qwen3-30B-A3B's shapes."""
     if small:
         return request.getfixturevalue("reference_bundle")
     out = tmp_path_factory.mktemp("paging") / "random.emoe"
@@ -79,7 +79,7 @@ def bundle(request, small, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def limits(bundle, count) -> tuple[int, int]:
-    """The floor, and from where on every expert is in memory."""
+    """The floor, and the cap from which every expert is in memory."""
     with Capped(bundle, 1_000_000, count) as refused:
         floor, resident = refused.first
     return floor + MARGIN, resident + MARGIN

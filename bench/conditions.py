@@ -1,4 +1,4 @@
-"""Under which conditions something was timed: the processor, what other machines took of it, and time by step."""
+"""The conditions of a measurement: the processor, the time that other machines took of it, and time by step."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The processor's name where the system tells."""
+    """The processor's name, as far as the system tells it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -15,13 +15,13 @@ def processor() -> str:
 
 
 def stolen() -> float:
-    """Seconds that a hypervisor kept from this machine's cores, since it started; 0 where that is not known."""
+    """Seconds since boot that a hypervisor withheld from this machine's cores (steal time); 0 if not known."""
     file = Path("/proc/stat")
     return int(file.read_text().split()[8]) / os.sysconf("SC_CLK_TCK") if file.exists() else 0.0
 
 
 def busy_seconds() -> float:
-    """Seconds that all cores together were busy or kept by a hypervisor, since the system started; 0 if not known."""
+    """Seconds since boot that all cores together were busy or withheld by a hypervisor; 0 if not known."""
     file = Path("/proc/stat")
     if not file.exists():
         return 0.0
@@ -30,7 +30,7 @@ def busy_seconds() -> float:
 
 
 def process_seconds(pid: int) -> float:
-    """Seconds of all cores that a process has used; 0 where that is not known."""
+    """CPU seconds on all cores that a process has used; 0 if not known."""
     file = Path(f"/proc/{pid}/stat")
     if not file.exists():
         return 0.0
@@ -39,7 +39,7 @@ def process_seconds(pid: int) -> float:
 
 
 def timed(progress, took: dict[str, float]):
-    """progress(step, done, of), which may be None, that also adds up each step's seconds in `took`."""
+    """Wrap progress(step, done, of), which may be None, so that it also adds each step's seconds to `took`."""
     last = time.perf_counter()
 
     def tell(step: str, done: int, of: int) -> None:

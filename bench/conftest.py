@@ -1,4 +1,4 @@
-"""What the benchmarks that pytest runs share: `pytest bench`, or without a clock and small, `--benchmark-disable`."""
+"""Fixtures of the benchmarks: `pytest bench` times them, `--benchmark-disable` runs them untimed at small sizes."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ REFERENCE = Path(__file__).parent / "reference_moe"
 
 @pytest.fixture(scope="session")
 def small(request) -> bool:
-    """Whether nothing is timed, so that small sizes do."""
+    """Whether timing is disabled, so that small sizes are enough."""
     return request.config.getoption("benchmark_disable")
 
 

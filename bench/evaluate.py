@@ -1,7 +1,7 @@
-"""How good a bundle is on a text: perplexity, and the distance of its predictions from a reference's.
+"""Scoring a bundle on a text: perplexity, and the divergence of its predictions from a reference's.
 
-Convention: consecutive windows of `context` tokens that do not overlap, every position but a window's first is
-scored, perplexity is per token. State it beside every figure.
+Convention: consecutive windows of `context` tokens without overlap; every position but a window's first is scored;
+perplexity is per token. State it beside every figure.
 """
 
 import math
@@ -16,7 +16,7 @@ from ..runtime.score import Score
 
 
 def windows(ids, context: int, tokens: int | None = None) -> Iterable[np.ndarray]:
-    """Consecutive windows of the first `tokens` ids; a last one of a single token scores nothing and is left out."""
+    """Consecutive windows of the first `tokens` ids, without a last window of a single token, which scores nothing."""
     ids = np.asarray(ids)[:tokens]
     for at in range(0, len(ids), context):
         if len(window := ids[at : at + context]) > 1:
@@ -26,11 +26,11 @@ def windows(ids, context: int, tokens: int | None = None) -> Iterable[np.ndarray
 def evaluate(
     runtime: Runtime, ids, *, context: int = 256, tokens: int | None = None, against=None, progress=None, score=None
 ) -> dict:
-    """Score a bundle on token ids; a Runtime made with logits_rows=LOGITS_ROWS is quickest.
+    """Score a bundle on token ids; a Runtime made with logits_rows=LOGITS_ROWS is fastest.
 
-    against: what gives reference logits (tokens, vocab) for a window of ids: another Runtime's `logits`, or
-    checkpoint_logits(). score: a new Score to add up in; the caller's own keeps the divergence at each position. Raises
-    ValueError when context is beyond the runtime's or there is nothing to score.
+    against: a function from a window of ids to reference logits (tokens, vocab): another Runtime's `logits`, or
+    checkpoint_logits(). score: the Score to add to; passing one gives access to the divergence at each position. Raises
+    ValueError if context is beyond the runtime's or there is nothing to score.
     """
     if not 2 <= context <= runtime.plan.context:
         raise ValueError(f"context is {context}, expected 2 to {runtime.plan.context}")
@@ -42,7 +42,7 @@ def evaluate(
         whole = against(window) if against else None
         at = 0
         for block in runtime.logits_blocks(window):
-            scored = min(len(block), len(window) - 1 - at)  # what follows the last position is not known
+            scored = min(len(block), len(window) - 1 - at)  # the last position has no next token
             rows = slice(at, at + scored)
             score.add(block[:scored], window[1:][rows], whole[rows] if against else None)
             at += len(block)
@@ -60,9 +60,9 @@ def evaluate(
 
 
 def checkpoint_logits(directory: str | Path, most_bytes: int | None = None):
-    """A checkpoint's config and a function from token ids to its full-precision logits, by the reference pass.
+    """A checkpoint's config, and a function from token ids to full-precision logits by the reference forward pass.
 
-    most_bytes: of tensors that are kept in memory; None keeps all of them.
+    most_bytes: the maximum of tensors kept in memory; None keeps all of them.
     """
     from ..compressor.source.checkpoint import Checkpoint
 
@@ -71,7 +71,7 @@ def checkpoint_logits(directory: str | Path, most_bytes: int | None = None):
 
 
 class Remembered:
-    """Logits of windows by `logits`, each window's kept: a reference that much is compared with."""
+    """A cache of the logits of windows, for a reference that several bundles are compared with."""
 
     def __init__(self, logits):
         self.logits, self._kept = logits, {}
@@ -83,15 +83,15 @@ class Remembered:
         return self._kept[key]
 
     def remember(self, windows: Iterable[np.ndarray]) -> None:
-        """Ask now, for when `logits` cannot be asked any more."""
+        """Compute the logits of windows now, while `logits` can still be called."""
         for window in windows:
             self(window)
 
 
 class Cached:
-    """A checkpoint's tensors, each read once and kept; the first ones alone where `most_bytes` does not hold all.
+    """A cache of a checkpoint's tensors: the first that are read, up to `most_bytes`, are kept and never evicted.
 
-    A pass goes through the layers in order, so of what was used last nothing is used soon.
+    A pass goes through the layers in order, so the tensors used last are those used again latest.
     """
 
     def __init__(self, checkpoint, most_bytes: int | None = None):

@@ -1,6 +1,6 @@
-"""How much of the memory's read bandwidth the kernels take by themselves: one token times a matrix larger than caches.
+"""Measuring the share of memory bandwidth that the kernels reach: one token times a matrix larger than caches.
 
-Reading alone is NumPy's maximum of the same bytes, by the same threads, in the same round.
+The bandwidth is that of NumPy's maximum over the same bytes, with the same threads, in the same round.
 """
 
 import statistics
@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import _core
 
-NOISE_BYTES = 1 << 29  # codes, scales and biases; beyond caches, of which the largest have 0.3 GB
+NOISE_BYTES = 1 << 29  # codes, scales and biases; larger than caches, which have up to 0.3 GB
 COLS = 2048
 GROUP = 64
 ROUNDS = 9
@@ -23,14 +23,14 @@ class KernelBandwidth:
     width: int
     threads: int
     gbps: float  # of codes, scales and biases, median of the rounds
-    share: float  # of what reading alone took in the same round, median
-    best_gbps: float  # of the best round: what is left when nothing else runs
+    share: float  # of the bandwidth of reading alone in the same round, median
+    best_gbps: float  # of the best round, least disturbed by other programs
 
 
 def kernel_bandwidth(
     threads: int, widths: tuple[int, ...], rounds: int = ROUNDS, nbytes: int = NOISE_BYTES
 ) -> list[KernelBandwidth]:
-    """GB/s of the best kernels of this machine for each width, each thread with its own rows."""
+    """Measure this machine's fastest kernels at each width, with rows of its own for each thread."""
     noise, kernels = make_noise(nbytes), _core.kernel_names()[0]
     x = np.random.default_rng(0).standard_normal((1, COLS), np.float32)
     matrices = {width: random_matrix(noise, nbytes // row_bytes(width, GROUP), width, GROUP) for width in widths}
@@ -54,7 +54,7 @@ def kernel_bandwidth(
                     _core.matmul(kernels, *matrix, width, x, row_begin=edges[i], row_end=edges[i + 1])
 
                 found = timed(product, range(threads), sum(part.nbytes for part in matrix))
-                if round:  # the first touches the pages
+                if round:  # the first round faults the pages in
                     gbps[width].append(found)
                     shares[width].append(found / read)
     return [
@@ -70,7 +70,7 @@ def row_bytes(width: int, group: int, cols: int = COLS) -> int:
 
 
 def make_noise(nbytes: int) -> np.ndarray:
-    """Random bytes (nbytes,), the codes of any matrix."""
+    """Random bytes (nbytes,), to be used as codes of any matrix."""
     return np.random.default_rng(0).integers(0, 2**64, nbytes // 8, np.uint64).view(np.uint8)
 
 

@@ -1,6 +1,6 @@
-"""How fast this machine reads what a token needs: weights from memory, as the kernels do, and records from a disk.
+"""The machine's speeds of reading weights from memory, as the kernels do, and records from a disk.
 
-Measured by `edge-moe doctor`, kept by its caller, and used by `edge-moe plan` to say what speed to expect.
+`edge-moe doctor` measures and stores them, and `edge-moe plan` predicts speeds from them.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -16,24 +16,24 @@ from .bandwidth import directory_read_gbps, disk_read_gbps, memory_read_gbps
 from .conditions import processor
 from .kernel_bandwidth import kernel_bandwidth
 
-WIDTHS = (1, 2, 3, 4, 6, 8)  # that are measured; between them speeds are interpolated
-KERNEL_BYTES = 1 << 28  # of a matrix; less where memory is short
+WIDTHS = (1, 2, 3, 4, 6, 8)  # measured widths; speeds between them are interpolated
+KERNEL_BYTES = 1 << 28  # of a matrix; less if memory is short
 KERNEL_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Bandwidths in GB/s, the best of a few rounds. disks: by mount point; None where unbuffered reads are refused."""
+    """Bandwidths in GB/s, the best of a few rounds. disks: by mount point, None without unbuffered reads."""
 
     processor: str
     threads: int
     memory_gbps: float
-    kernel_gbps: dict[int, float]  # by width: codes, scales and biases, one token
+    kernel_gbps: dict[int, float]  # by width: codes, scales and biases, for one token
     measured: str  # the day
     disks: dict[str, float | None] = field(default_factory=dict)
 
     def weights_gbps(self, bits: float) -> float:
-        """Of a matrix whose weights take so many bits, scales and biases included."""
+        """The kernels' GB/s for a matrix with `bits` bits a weight, scales and biases included."""
         if bits >= 16:
             return self.memory_gbps
         widths = sorted(self.kernel_gbps)
@@ -46,7 +46,8 @@ class Machine:
 def measure_machine(where: Path, known: Machine | None = None, tell=lambda step: None) -> Machine:
     """Measure memory, kernels and the disk of `where`, a bundle or a directory in which 268 MB are written and removed.
 
-    known: whose disks are kept. tell: called with the name of each step. Raises OSError where nothing can be written.
+    known: earlier measurements, whose disks are kept. tell: called with the name of each step. Raises OSError if the
+    directory is not writable.
     """
     threads = default_threads()
     tell("memory")
@@ -64,7 +65,7 @@ def measure_machine(where: Path, known: Machine | None = None, tell=lambda step:
 
 
 def machine_of(value) -> Machine | None:
-    """A Machine from what as_dict() gave; None for anything else, or for another machine's."""
+    """The Machine from its as_dict(); None for any other value, or if it is of another machine."""
     try:
         kernel_gbps = {int(width): float(gbps) for width, gbps in value["kernel_gbps"].items()}
         disks = {str(path): None if gbps is None else float(gbps) for path, gbps in value["disks"].items()}
@@ -78,7 +79,7 @@ def machine_of(value) -> Machine | None:
 
 
 def mount_of(path: Path) -> str:
-    """The mount point of the file system that a path is on, or will be on."""
+    """The mount point of the file system of a path, which need not exist yet."""
     path = path.resolve()
     while not path.exists() or not path.is_mount():
         if path == path.parent:

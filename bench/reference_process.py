@@ -1,7 +1,7 @@
-"""The model that a bundle is compared with, in a process of its own: both stay under one cap.
+"""Running the model that a bundle is compared with in another process, so that both stay under one cap.
 
-The other process has a part of the cap, and gives logits for one window after the other through a pipe, a few rows at a
-time. It ends when its input does.
+The other process has a part of the cap. It sends logits for one window after another through a pipe, a few rows at a
+time, and ends at the end of its input.
 """
 
 import json
@@ -20,16 +20,16 @@ from ..runtime.config import ModelConfig, trunk_shapes
 from ..runtime.plan import LOGIT_BYTES, parse_bytes, resolve_ram
 from ..runtime.score import LOGITS_ROWS
 
-SPARE_BYTES = 12_000_000  # that a process may have grown by when its plan is made
-WHOLE_BYTES = 16_000_000  # of a window's logits that are handed over at once
+SPARE_BYTES = 12_000_000  # by which a process may have grown before its plan is made
+WHOLE_BYTES = 16_000_000  # maximum of a window's logits that are returned as one array
 MODULE = "edge_moe.bench.reference_process"
 
 
 class ReferenceProcess:
     """A function from token ids (tokens,) to the logits (tokens, vocab) of a bundle or checkpoint; a context manager.
 
-    What it returns for a large window is read row by row: slices of it may be asked for once, in order. Raises what
-    opening the model raises, and MemoryError where ram_bytes is too little for it.
+    For a large window it returns Rows, whose slices can be read once and in order. Raises what opening the model
+    raises, and MemoryError if ram_bytes is too little for it.
     """
 
     def __init__(self, model: str | Path, ram_bytes: int, context: int, threads: int | None = None):
@@ -57,7 +57,7 @@ class ReferenceProcess:
             self._child.stdin.write(struct.pack("<q", len(ids)) + ids.tobytes())
             self._child.stdin.flush()
         except BrokenPipeError:
-            pass  # the answer says why
+            pass  # the answer has the error
         self._answer()
         self._rows = Rows(self._child.stdout, (len(ids), self.vocab))
         return self._rows[: len(ids)] if 4 * len(ids) * self.vocab <= WHOLE_BYTES else self._rows
@@ -79,7 +79,7 @@ class ReferenceProcess:
 
 
 class Rows:
-    """The rows of one window's logits (rows, vocab) on their way through a pipe: slices in order, each once."""
+    """The logits (rows, vocab) of one window, read from a pipe: slices must be taken in order, each once."""
 
     def __init__(self, pipe, shape: tuple[int, int]):
         self.shape, self._pipe, self._at = shape, pipe, 0
@@ -107,10 +107,10 @@ class Rows:
 
 
 def shares(bundle: str | Path, model: str | Path, ram: int | str, context: int) -> tuple[int, int]:
-    """A cap in two parts: for the bundle that is scored, and for the model that it is compared with.
+    """Divide a cap between the bundle that is scored and the model that it is compared with.
 
-    Each gets what it cannot do without, and of the rest by what it would make use of. Raises MemoryError where the cap
-    is below both floors.
+    Each gets its minimum, and the rest is divided by the memory that each could use. Raises MemoryError if the cap is
+    below the sum of the minima.
     """
     total = resolve_ram(ram)
     least, most = np.array([_needs(path, total, context) for path in (bundle, model)], np.int64).T
@@ -121,12 +121,12 @@ def shares(bundle: str | Path, model: str | Path, ram: int | str, context: int) 
         )
     wanted, rest = most - least, total - int(least.sum())
     mine = int(least[0] + min(wanted[0], rest * wanted[0] // max(int(wanted.sum()), 1)))
-    mine = max(mine, total - int(most[1]))  # what the other has no use for
+    mine = max(mine, total - int(most[1]))  # and what the other process cannot use
     return mine, total - mine
 
 
 def _needs(path: str | Path, total: int, context: int) -> tuple[int, int]:
-    """(bytes that a process needs to compute a model's logits, bytes with which it keeps all of the model)."""
+    """The bytes that a process needs to compute a model's logits, at minimum and with all of the model in memory."""
     from ..compressor.choosing.estimate import estimate
 
     if (Path(path) / "bundle.json").is_file():
@@ -146,7 +146,7 @@ def _vocab(path: str | Path) -> int:
 
 
 def checkpoint_bytes(config: ModelConfig, context: int) -> tuple[int, int]:
-    """(least, with every tensor kept) of the reference forward pass over a window of `context` tokens."""
+    """The bytes of the reference forward pass over `context` tokens, at minimum and with every tensor in memory."""
     sizes = {name: int(np.prod(shape)) for name, shape in trunk_shapes(config).items()}
     expert = config.expert_weights
     heads = max(
@@ -159,8 +159,8 @@ def checkpoint_bytes(config: ModelConfig, context: int) -> tuple[int, int]:
 
 
 def _serve(model: str, ram: int, context: int, threads: int | None) -> None:
-    """Answer windows of ids from stdin with logits on stdout, until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both; the other one ends this
+    """Answer windows of ids from stdin with logits on stdout, until end of input."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both processes; the parent ends this one
     out, ids_of = sys.stdout.buffer, sys.stdin.buffer
     try:
         vocab, blocks_of = _opened(model, ram, context, threads)
@@ -182,7 +182,7 @@ def _serve(model: str, ram: int, context: int, threads: int | None) -> None:
 
 
 def _opened(model: str, ram: int, context: int, threads: int | None):
-    """The vocabulary of a model and a function from ids to blocks of logits (rows, vocab) float32."""
+    """The vocabulary size of a model, and a function from ids to blocks of logits (rows, vocab) float32."""
     if (Path(model) / "bundle.json").is_file():
         from ..runtime.runtime import Runtime
 

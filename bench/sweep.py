@@ -1,10 +1,10 @@
-"""Speed over the cap: a bundle measured at several caps, from its floor to every expert in memory, and the knee.
+"""Measuring a bundle's speed at several caps, from its floor to every expert in memory, and finding the knee.
 
-Each cap is a process of its own, because peak memory is a process's. The floor is that of such a process, which the
-first of them tells: what it imports counts, so the plan of another would be off. Below the knee the slots cannot hold
-the experts that one token uses in all layers, so every token reads from storage, whatever is evicted.
+Each cap has its own process, because peak memory is per process. The first of these processes reports the floor: the
+memory of its imports counts, so the plan of another process would differ. Below the knee the slots cannot hold the
+experts that one token uses in all layers, so every token reads from storage, whatever is evicted.
 
-    python -m edge_moe.bench.sweep JSON     # one cap, for sweep() alone
+    python -m edge_moe.bench.sweep JSON     # one cap; called by sweep()
 """
 
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from ..runtime.plan import CHUNKS, LEAST_BYTES, BelowFloor, Plan, engine_memory,
 from .bench import Measurement, measure
 
 CAPS = 6
-MARGIN = 1_000_000  # by so much does one start of the interpreter differ from the next, and more
+MARGIN = 1_000_000  # upper bound of the variation of the interpreter's memory between starts
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Rows of every cap, the lowest cap first; caps in bytes."""
+    """The rows of all caps, the lowest cap first; caps in bytes."""
 
     rows: list[Measurement]
     floor_bytes: int
-    knee_bytes: int  # from here on the slots hold a token's working set
+    knee_bytes: int  # the smallest cap at which the slots hold a token's working set
     resident_bytes: int
     working_set_experts: int
     working_set_bytes: int
@@ -45,13 +45,13 @@ def sweep(
     progress: Callable[[str, int, int], None] | None = None,
     **options,
 ) -> Sweep:
-    """Measure a bundle at `caps` caps, evenly spaced from its floor to where every expert is in memory, or to `ram`.
+    """Measure a bundle at `caps` caps, evenly spaced from its floor to every expert in memory or to `ram`.
 
-    At the last of them prompts go in the longest steps, too. options: as for measure(), prompt to prune. Raises
+    The last cap also allows the longest steps of prefill. options: as for measure(), from prompt to prune. Raises
     ValueError for fewer than two caps, MemoryError for a `ram` below the floor, and what measure() raises.
     """
     if caps < 2:
-        raise ValueError(f"a sweep of {caps} caps is none, expected at least 2")
+        raise ValueError(f"a sweep of {caps} caps is too short, expected at least 2")
     given = {"bundle": str(bundle), **options}
     least = Plan(**_at(LEAST_BYTES, given)["refused"])
     lowest, highest = least.floor_bytes + MARGIN, min(_whole_bytes(bundle, least, options), resolve_ram(ram))
@@ -60,7 +60,7 @@ def sweep(
     rows = []
     for step in range(caps):
         measured = _at(lowest + (highest - lowest) * step // (caps - 1), given)
-        if "refused" in measured:  # its process started larger than the first one
+        if "refused" in measured:  # this process started with more memory than the first
             measured = _at(measured["refused"]["floor_bytes"] + MARGIN, given)
         rows += [Measurement(**row) for row in measured["rows"]]
         if progress:
@@ -76,7 +76,7 @@ def sweep(
 
 
 def _whole_bytes(bundle: str | Path, least: Plan, options: dict) -> int:
-    """The cap with which every expert is in memory and a step of prefill is as long as it can be."""
+    """The cap at which every expert is in memory and the steps of prefill are longest."""
     threads, step = options.get("threads") or default_threads(), min(CHUNKS[0], least.context)
     device = device_name(options.get("device", "auto"))
     _, scratch = engine_memory(Bundle.open(bundle).config, least.context, step, threads=threads, device=device)
@@ -89,7 +89,7 @@ def _at(cap: int, given: dict) -> dict:
 
 
 def _measure(bundle: str, ram: int, **options) -> dict:
-    """In the child: the rows at one cap, or the plan that says from where on there are any."""
+    """In the child process: measure the rows at one cap; below the floor, return the plan instead."""
     try:
         rows, _ = measure(bundle, ram=ram, **options)
     except BelowFloor as refused:

@@ -1,9 +1,9 @@
-"""A bundle of random weights with the shapes of any config.json, for measuring speed and memory without a download.
+"""Making a bundle of random weights with the shapes of any config.json, to measure speed and memory without a download.
 
-Codes are uniform random bits; scales and biases are powers of two that make the weights zero-mean with a deviation
-near 1/sqrt(inputs), so activations stay finite; the embedding's is 1, else attention would drown it and route every
-token alike. Routing of random weights is close to uniform: hit rates are lower than a trained model's. A record is
-written as soon as it is drawn; no checkpoint is involved.
+Codes are uniform random bits. Scales and biases are powers of two that make the weights zero-mean with a deviation near
+1/sqrt(inputs), so activations stay finite; the embedding has deviation 1, as attention would otherwise dominate it and
+all tokens would be routed alike. Random weights route almost uniformly, so hit rates are lower than a trained model's.
+Each record is written as soon as it is generated; no checkpoint is involved.
 """
 
 import json
@@ -33,11 +33,11 @@ def make_synthetic(
     seed: int = 0,
     trunk_width: int = 8,
 ) -> Bundle:
-    """Write a random bundle with the shapes of `config` (a config.json or the directory it is in), and open it.
+    """Write a random bundle with the shapes of `config` (a config.json or its directory), and open it.
 
-    layers, vocab: instead of the config's own. width: bits of every expert weight; trunk_width: of attention, embedding
+    layers, vocab: override the config's. width: bits of every expert weight; trunk_width: bits of attention, embedding
     and head. The same arguments give the same bytes. Raises ValueError for a config that is not supported,
-    FileExistsError when `out` is there.
+    FileExistsError if `out` exists.
     """
     for name, bits in (("width", width), ("trunk_width", trunk_width)):
         if bits not in _core.WIDTHS:
@@ -70,9 +70,9 @@ def make_synthetic(
 def make_in_child(
     temporary: str, config: str | Path, out: str | Path, layers: int | None, width: int, vocab: int | None
 ):
-    """make_synthetic() in a process of its own: the memory it needs must not count under this one's cap.
+    """Run make_synthetic() in another process, so that its memory does not count under this process's cap.
 
-    What it leaves when it is killed lies in the directory `temporary`.
+    If it is killed, its unfinished files are in the directory `temporary`.
     """
     shapes = {"layers": layers, "width": width, "vocab": vocab}
     killed = "writing the random bundle was killed; it may need more memory"
@@ -80,7 +80,7 @@ def make_in_child(
 
 
 def raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
-    """The config's keys with the changes applied, and without end tokens: random text would meet one by chance."""
+    """The config with the changes applied, and without end tokens, which random text would contain by chance."""
     raw = read_json(path / "config.json" if path.is_dir() else path)
     for key, value, low in (("num_hidden_layers", layers, 1), ("vocab_size", vocab, 2)):
         if value is None:
@@ -104,15 +104,15 @@ def _trunk_tensor(random: np.random.Generator, name: str, shape: tuple[int, ...]
 def _matrix(
     random: np.random.Generator, shape: tuple[int, int], width: int, group: int, deviation: float | None = None
 ) -> Quantised:
-    """A random matrix (rows, cols), packed; exact in bfloat16 because the scale is a power of two."""
+    """A packed random matrix (rows, cols); scales and biases are exact in bfloat16, as the scale is a power of two."""
     rows, cols = shape
     deviation = deviation or 1 / math.sqrt(cols)
-    if width == 16:  # random sign and mantissa, one exponent
+    if width == 16:  # random sign and mantissa, constant exponent
         exponent = 126 + round(math.log2(deviation))
         bits = random_bytes(random, 2 * rows * cols).view(np.uint16)
         return Quantised((bits & 0x807F) | np.uint16(exponent << 7))
     levels = 2**width
-    scale = 2.0 ** round(math.log2(deviation / math.sqrt((levels**2 - 1) / 12)))  # the root: deviation of codes
+    scale = 2.0 ** round(math.log2(deviation / math.sqrt((levels**2 - 1) / 12)))  # the root is the codes' deviation
     groups = (rows, cols // group)
     scales = np.full(groups, to_bfloat16(np.float32([scale]))[0])
     biases = np.full(groups, to_bfloat16(np.float32([-scale * (levels - 1) / 2]))[0])
@@ -120,7 +120,7 @@ def _matrix(
 
 
 def random_bytes(random: np.random.Generator, count: int) -> np.ndarray:
-    """uint8 (count,); whole words are five times as quick as Generator.bytes."""
+    """Random uint8 (count,); generating whole words is five times as fast as Generator.bytes."""
     return random.integers(0, 2**64, -(-count // 8), np.uint64).view(np.uint8)[:count]
 
 

@@ -1,4 +1,4 @@
-"""A bundle scored on text files, each and together, against another model where there is one to compare with."""
+"""Scoring a bundle on text files, each and together, and optionally comparing it with another model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +15,7 @@ from ..runtime.score import LOGITS_ROWS
 from .evaluate import evaluate
 from .reference_process import ReferenceProcess, shares
 
-MEANS = ("kld_mean", "kld_p99", "top1_agreement", "experts_used")  # of the texts' own; perplexity is geometric
+MEANS = ("kld_mean", "kld_p99", "top1_agreement", "experts_used")  # averaged over texts; perplexity geometrically
 
 
 def evaluate_bundle(
@@ -31,15 +31,15 @@ def evaluate_bundle(
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Score a bundle on text files: what `edge-moe eval --json` prints.
+    """Score a bundle on text files; returns the object that `edge-moe eval --json` prints.
 
-    against: a bundle or checkpoint whose predictions to compare with. context: tokens of a window; windows do not
-    overlap. tokens: the first so many of each text. The rest as for Runtime. Raises what Runtime and evaluate_texts()
-    raise.
+    against: a bundle or checkpoint to compare predictions with. context: tokens of a window; windows do not overlap.
+    tokens: score only the first `tokens` of each text. The rest is as for Runtime. Raises what Runtime and
+    evaluate_texts() raise.
     """
     files = [text] if isinstance(text, str | Path) else list(text)
     against = find_model(against) if against else None
-    mine, its = shares(bundle, against, ram, context) if against else (ram, "auto")  # both are under the one cap
+    mine, its = shares(bundle, against, ram, context) if against else (ram, "auto")  # both are under one cap
     with (
         Runtime(bundle, mine, context, device, threads, prune, logits_rows=LOGITS_ROWS) as runtime,
         reference_logits(against, runtime, context, its, threads) if against else nullcontext() as logits,
@@ -56,9 +56,9 @@ def evaluate_texts(
     against: Callable | None = None,
     progress=None,
 ) -> dict:
-    """Score a bundle on text files, the first `tokens` of each: evaluate()'s keys over all, and `texts`, by name.
+    """Score a bundle on the first `tokens` of each text file; returns evaluate()'s keys over all, and `texts` by name.
 
-    Together: tokens are summed, perplexity is the geometric mean over texts, the others are means over texts.
+    Over all texts, tokens are summed, perplexity is the geometric mean, and other figures are arithmetic means.
     Raises ValueError for a bundle without a tokenizer, FileNotFoundError, and what evaluate() raises.
     """
     if not files:
@@ -76,7 +76,7 @@ def evaluate_texts(
 
 
 def combine(results: list[dict]) -> dict:
-    """Several texts' results as one."""
+    """Combine the results of several texts."""
     total = dict(results[0])
     total["tokens"] = sum(result["tokens"] for result in results)
     total["perplexity"] = float(np.exp(np.mean([np.log(result["perplexity"]) for result in results])))
@@ -84,9 +84,9 @@ def combine(results: list[dict]) -> dict:
 
 
 def held_out_modules(tokenizer, seed: int, count: int, context: int) -> list[int]:
-    """Token ids of `count` windows spread evenly over the standard library's modules that calibration does not read.
+    """Token ids of `count` windows, spread evenly over the standard library's modules that calibration does not read.
 
-    seed: calibration's. Fewer windows where there is less text.
+    seed: of the calibration. There are fewer windows if the text is short.
     """
     files, read = stdlib_files(seed), 0
     modules = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
@@ -106,8 +106,8 @@ def reference_logits(
 ) -> Iterator[Callable]:
     """A function from token ids to the logits of `model`, a bundle or a checkpoint with the same vocabulary.
 
-    It is computed in a process of its own, in at most `ram`; shares() divides a cap for both. Raises ValueError when
-    the vocabularies differ in size.
+    It runs in another process, in at most `ram`; shares() divides a cap between both. Raises ValueError if the
+    vocabularies differ in size.
     """
     model = find_model(model)
     with ReferenceProcess(model, resolve_ram(ram), context, threads) as logits:

@@ -99,7 +99,7 @@ def test_the_cap_given_ends_the_sweep(bundle, swept):
 
 
 def test_what_cannot_be_swept_is_refused(bundle):
-    with pytest.raises(ValueError, match="^a sweep of 1 caps is none, expected at least 2$"):
+    with pytest.raises(ValueError, match="^a sweep of 1 caps is too short, expected at least 2$"):
         sweep(bundle, caps=1, **TESTS)
     with pytest.raises(MemoryError, match="^a cap of 9 MB is below the floor of "):
         sweep(bundle, ram="9MB", **TESTS)
@@ -158,4 +158,4 @@ def test_depths_are_numbers_or_several_with_commas():
     assert depths_of(["0,512", "4096"]) == [0, 512, 4096]
     done = edge_moe("bench", REFERENCE, "-d", "x")
     assert done.returncode == 1
-    assert done.stderr == "edge-moe: error: depth 'x' is not a number of tokens, or several as 0,4096\n"
+    assert done.stderr == "edge-moe: error: depth 'x' is not a number of tokens or a list such as 0,4096\n"
