@@ -1,1 +1,1 @@
-"""What measures this project, its peers and its models for the reports. Run from a checkout; no wheel has it."""
+"""Measurements of this project, its peers and its models for the reports. Run from a checkout; not part of wheels."""

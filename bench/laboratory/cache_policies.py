@@ -1,10 +1,10 @@
-"""How often experts are in memory when they are needed, by what decides who leaves: simulated over recorded text.
+"""Hit rates of the expert cache by eviction policy, simulated over recorded text.
 
     python -m bench.laboratory.cache_policies --text A.txt B.txt > policies.md
 
-The router's choices are recorded token by token, as in decoding; each policy then runs over the same record with the
-same number of slots. LFRU is the runtime's own (runtime/src/worths.h), reproduced hit by hit. Belady's optimum
-knows the future: no policy can be above it. Without texts they are of Python's standard library.
+The router's choices are recorded token by token, as in decoding; each policy then runs over the same trace with the
+same number of slots. LFRU is the runtime's own (runtime/src/worths.h), reproduced hit by hit. Belady's optimum knows
+the future and is an upper bound. The default texts are Python's standard library.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from .prune_report import texts_of
 
 CONTEXT = 256
 HALF_LIFE = 32  # tokens, as in runtime/src/engine.cpp
-SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # of all experts that have a slot
+SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # slots, as a share of all experts
 
-Trace = list[list[int]]  # by token and layer in order: the experts needed at once, numbered over all layers
+Trace = list[list[int]]  # for each token and layer in order, the experts needed, numbered over all layers
 
 
 def record(config: ModelConfig, weights, ids: np.ndarray) -> Trace:
-    """What tokens (in windows of CONTEXT) need, one token after another."""
+    """The trace of tokens, in windows of CONTEXT, one token after another."""
     steps, first = [], np.cumsum([0, *(config.experts_of(layer) for layer in config.moe_layers)])
     offset = dict(zip(config.moe_layers, first, strict=False))
     for window in windows(ids, CONTEXT):
@@ -44,12 +44,12 @@ def record(config: ModelConfig, weights, ids: np.ndarray) -> Trace:
     return steps
 
 
-# ---- policies: score(expert, now) -> the one with the least leaves
+# ---- policies: score(expert, now); the expert with the lowest score is evicted
 
 
 @dataclass
 class LFRU:
-    """Uses, halved every half_life steps; the calibrated frequencies are the first."""
+    """Counts uses, with a half-life of half_life steps, starting from the calibrated frequencies."""
 
     frequency: np.ndarray
     half_life: float
@@ -89,7 +89,7 @@ class LFU:
 
 @dataclass
 class Static(LRU):
-    """The most frequent by calibration stay for good; the slots of one step are the others'."""
+    """Pins the experts most frequent in calibration; the others share the slots of one step, by LRU."""
 
     pinned: frozenset = frozenset()
 
@@ -99,10 +99,10 @@ class Static(LRU):
 
 @dataclass
 class Belady:
-    """Who is needed last, or never again, leaves."""
+    """Evicts the expert that is needed latest, or never again."""
 
     trace: Trace
-    steps: dict = field(default_factory=dict)  # of each expert
+    steps: dict = field(default_factory=dict)  # at which each expert is used
 
     def __post_init__(self) -> None:
         for now, needed in enumerate(self.trace):
@@ -118,8 +118,8 @@ class Belady:
 
 
 def hits(trace: Trace, slots: int, policy) -> int:
-    """Uses that find their expert in memory. What a step needs is not evicted for the rest of it."""
-    there, found = [], 0  # experts by slot
+    """The number of uses that find their expert in memory. Experts that a step needs are not evicted during it."""
+    there, found = [], 0  # there: experts by slot
     for now, needed in enumerate(trace):
         held = [expert for expert in needed if expert in there]
         for expert in held + [expert for expert in needed if expert not in there]:
@@ -138,8 +138,8 @@ def hits(trace: Trace, slots: int, policy) -> int:
 
 
 def policies(trace: Trace, slots: int, frequency: np.ndarray, config: ModelConfig) -> dict:
-    """By name. frequency: of each expert in calibration."""
-    step = max(map(config.top_k_of, config.moe_layers))  # the most experts of one
+    """The policies by name. frequency: of each expert in calibration."""
+    step = max(map(config.top_k_of, config.moe_layers))  # maximum of experts in one step
     pinned = frozenset(np.argsort(-frequency, kind="stable")[: slots - step].tolist())
     return {
         "LRU": LRU(),
@@ -170,7 +170,7 @@ def main() -> None:
     texts = texts_of(a.model, a.text, 2 * a.tokens)
     with Checkpoint(a.model) as checkpoint:
         config, weights = checkpoint.config, Cached(checkpoint)
-        # calibration is the second half of every text, what is decoded the first
+        # the first half of every text is decoded, the second is for calibration
         decoded = record(config, weights, np.concatenate([ids[: a.tokens] for ids in texts.values()]))
         calibrated = record(config, weights, np.concatenate([ids[a.tokens :] for ids in texts.values()]))
     experts = sum(config.experts_of(layer) for layer in config.moe_layers)

@@ -1,6 +1,6 @@
-"""A memory cgroup for a child process: the kernel kills it above a limit, and counts its peak, cached files included.
+"""A memory cgroup for a child process, which the kernel kills above a limit; its peak includes the page cache.
 
-Linux, version 1 and 2, where this process may make one below its own (root, or a delegated subtree).
+Supports Linux cgroups version 1 and 2, if this process may create one below its own (root, or a delegated subtree).
 """
 
 import os
@@ -16,25 +16,25 @@ PEAK = {"v1": "memory.max_usage_in_bytes", "v2": "memory.peak"}
 @dataclass(frozen=True, slots=True)
 class Cgroup:
     path: Path
-    version: str  # of LIMIT
+    version: str  # a key of LIMIT
 
     def join(self) -> None:
-        """Move the calling process in: a `preexec_fn` of subprocess."""
+        """Move the calling process into the cgroup, as a `preexec_fn` of subprocess."""
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that the kernel counted; 0 where it does not say."""
+        """The peak memory that the kernel counted; 0 if it does not report it."""
         peak = self.path / PEAK[self.version]
         return int(peak.read_text()) if peak.exists() else 0
 
     def remove(self) -> None:
-        """Once its processes have ended."""
+        """Remove the cgroup, whose processes must have ended."""
         self.path.rmdir()
 
 
 def make(limit_bytes: int) -> Cgroup:
-    """A new cgroup below this process's own; raises PermissionError where that is not allowed."""
+    """Create a cgroup below this process's own. Raises PermissionError if that is not allowed."""
     for line in Path("/proc/self/cgroup").read_text().splitlines() if sys.platform == "linux" else ():
         _, controllers, own = line.split(":", 2)
         version = "v1" if "memory" in controllers.split(",") else "v2" if not controllers else None

@@ -1,11 +1,11 @@
-"""The CPU's speed, measured again: bench/reports/cpu.md by one command.
+"""Measures the speed on the CPU and writes the report bench/reports/cpu.md.
 
     python -m bench.laboratory.cpu_report [--quick] > bench/reports/cpu.md
 
-Random bundles with Qwen3-30B-A3B's layer shapes and 4,096 tokens of vocabulary: speed by width, the kernels alone,
-beside llama.cpp where the extra `peers` is installed, under caps beside what the disk allows, and as context, layers
-and experts grow. Every row is a process of its own, so that its peak memory is its own. It takes about 25 minutes and
-8 GB of disk.
+It uses random bundles with Qwen3-30B-A3B's layer shapes and a vocabulary of 4,096 tokens, and measures speed by width,
+the kernels alone, llama.cpp for comparison if the extra `peers` is installed, decoding under caps relative to the
+disk's bound, and growing context, layers and experts. Every row has its own process, as peak memory is per process. It
+takes about 25 minutes and 8 GB of disk.
 """
 
 import argparse
@@ -42,7 +42,7 @@ TESTS = {"prompt": 128, "generate": 32}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, and llama.cpp with 4 layers alone")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, and llama.cpp only with 4 layers")
     quick = parser.parse_args().quick
     began = stolen()
     with tempfile.TemporaryDirectory() as directory:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def by_width(directory: Path, repeats: int) -> str:
-    """Tokens a second by the widths of experts and trunk, everything in memory."""
+    """Tokens a second by widths of experts and trunk, with everything in memory."""
     rows, machine = [], None
     for experts, trunk in BUNDLES:
         bundle = made(directory, width=experts, trunk_width=trunk)
@@ -96,7 +96,7 @@ def kernels_alone() -> str:
 
 
 def beside_peers(quick: bool) -> list[str]:
-    """Ours and llama.cpp's in turns, where it is installed."""
+    """Our engine and llama.cpp in turns, if llama.cpp is installed."""
     if missing := [name for name in peers.NEEDED if importlib.util.find_spec(name) is None]:
         return [f"## Beside llama.cpp\n\nNot measured: {', '.join(missing)} not installed (extra `peers`)."]
     sections, build = [], "\n\nllama.cpp's own library was built again, without the fault that bench/peers.py names."
@@ -109,7 +109,7 @@ def beside_peers(quick: bool) -> list[str]:
 
 
 def under_caps(directory: Path) -> str:
-    """Decoding under caps beside what the disk allows."""
+    """Decoding under caps, relative to the bound of the disk."""
     tell("caps")
     rows = []
     for its in paging_bound(made(directory, width=PAGED[0], trunk_width=PAGED[1])):
@@ -154,7 +154,7 @@ def once(directory: Path, repeats: int, **shape) -> list[Measurement]:
 
 
 def made(directory: Path, layers: int = LAYERS, experts: int | None = None, **widths) -> Path:
-    """A random bundle of these shapes, which stays until it is removed."""
+    """Make a random bundle of these shapes, if there is none yet; remove() deletes it."""
     config = CONFIG
     if experts:
         config = directory / "config.json"
@@ -173,7 +173,7 @@ def remove(bundle: Path) -> None:
 
 
 def measured(bundle: Path, repeats: int, depths=(0,)) -> list[Measurement]:
-    """A row for each test and depth, in a process of its own."""
+    """Measure a row for each test and depth in another process."""
     asked = {"bundle": str(bundle), "ram": "20GB", "repeats": repeats, "depths": depths, **TESTS}
     return [Measurement(**row) for row in call("bench.laboratory.cpu_report", asked, "measuring was killed")]
 

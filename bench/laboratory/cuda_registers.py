@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels for each board: bench/reports/cuda-registers.md by one command, without a GPU.
+"""Compiles the CUDA kernels for each board and reports registers and spills (bench/reports/cuda-registers.md); no GPU.
 
 python -m bench.laboratory.cuda_registers DEVICES > bench/reports/cuda-registers.md      DEVICES: the sources' directory
 """
@@ -21,13 +21,13 @@ OPTIONS = ("-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "--Werror", "all
 @dataclass
 class Kernel:
     name: str
-    registers: int  # of a thread
-    spilled_bytes: int  # stored and loaded, of a thread
+    registers: int  # per thread
+    spilled_bytes: int  # stored and loaded, per thread
     stack_bytes: int
 
 
 def kernels(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
-    """The kernels of a source. Raises RuntimeError with what nvcc says when it refuses or warns."""
+    """The kernels of a source. Raises RuntimeError with nvcc's output if it fails or warns."""
     with tempfile.TemporaryDirectory() as directory:
         command = [nvcc, *OPTIONS, f"-arch={architecture}", "-c", source, "-o", Path(directory) / "kernels.o"]
         built = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -35,7 +35,7 @@ def kernels(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
         raise RuntimeError(built.stdout)
     found = []
     for part in built.stdout.split("Compiling entry function")[1:]:
-        # A mangled name; templates have a number, the queries that they take.
+        # The name is mangled; templates have a number, the queries that they take.
         name, number = re.search(r"\d([a-z_]+_kernel)(?:ILi(\d+)E)?", part).groups()
         stack, *spilled = (int(count) for count in re.findall(r"(\d+) bytes (?:stack|spill)", part))
         registers = int(re.search(r"Used (\d+) registers", part)[1])

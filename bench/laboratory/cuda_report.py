@@ -1,10 +1,10 @@
-"""The CUDA device checked and measured on this machine's GPU: bench/reports/cuda-GPU.json and .md.
+"""Checks and measures the CUDA device on this machine's GPU, for the reports bench/reports/cuda-GPU.json and .md.
 
     bench/gpu_check.sh [--quick]     builds what this needs and runs it
 
-Parity of every kernel with scalar.cpp, compute-sanitizer, the gates on the GPU, each kernel beside reading, copying and
-multiplying alone, memory beside its plan, and random models with Qwen3-30B-A3B's layer shapes, resident and paged,
-beside the processor.
+It checks the parity of every kernel with scalar.cpp, runs compute-sanitizer and the GPU's tests, compares each kernel
+with reading, copying and multiplying alone and memory with its plan, and measures random models with Qwen3-30B-A3B's
+layer shapes, resident and paged, against the CPU.
 """
 
 import argparse
@@ -42,8 +42,8 @@ MEMORY = {
     "peak_memory_bytes": "peak: the process's own, and what is not counted as that",
     "driver_bytes": "less available in the system when the GPU begins to be used, before any of this",
 }
-TOOL_S = 300  # of one compute-sanitizer run
-PAGED_SHARE = 0.5  # of the experts' bytes that slots get
+TOOL_S = 300  # time limit of one compute-sanitizer run
+PAGED_SHARE = 0.5  # bytes of the slots, as a share of all experts' bytes
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
         "models": lambda: models(WIDTHS[:1] if given.quick else WIDTHS, 2 if given.quick else 5),
     }.items():
         report[section] = make()
-        # what there is, should the next fail
+        # written after each step, in case the next one fails
         (given.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     (given.out / f"{name}.md").write_text(markdown(report))
     print(markdown(report))
@@ -84,7 +84,7 @@ def conditions() -> dict:
 
 
 def run(*command, seconds: float | None = None, **environment: str) -> dict:
-    """A program's exit status and the end of what it printed; status None when it took too long."""
+    """Run a program; returns its exit status, None if it took too long, and the end of its output."""
     tell(" ".join(str(part) for part in command))
     try:
         ran = subprocess.run(
@@ -103,12 +103,12 @@ def run(*command, seconds: float | None = None, **environment: str) -> dict:
 
 
 def parity(programs: Path) -> dict:
-    """Every kernel against scalar.cpp, bit for bit."""
+    """Compare every kernel with scalar.cpp, bit for bit."""
     return run(programs / "check_cuda")
 
 
 def sanitised(tool: str, programs: Path) -> dict:
-    """The kernels under compute-sanitizer."""
+    """Run the kernels under compute-sanitizer."""
     if not shutil.which("compute-sanitizer"):
         return {"status": None, "said": "compute-sanitizer is not installed"}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", programs / "check_cuda", "quick"]
@@ -116,12 +116,12 @@ def sanitised(tool: str, programs: Path) -> dict:
 
 
 def gates(tests: Path) -> dict:
-    """tests/test_cuda_engine.py on the GPU: transformers' logits, the processor's bits, caps, errors."""
+    """Run tests/test_cuda_engine.py on the GPU: transformers' logits, the CPU's bits, caps, errors."""
     return run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests / "test_cuda_engine.py")
 
 
 def kernels(programs: Path) -> list[dict]:
-    """What each kernel reads or multiplies a second, and its share of doing that alone."""
+    """The bytes or operations a second of each kernel, and their share of reading or multiplying alone."""
     ran = subprocess.run([programs / "bench_cuda"], stdout=subprocess.PIPE, text=True, check=True)
     found = [json.loads(line) for line in ran.stdout.splitlines()]
     alone = {its["what"]: its for its in found}
@@ -132,7 +132,7 @@ def kernels(programs: Path) -> list[dict]:
 
 
 def models(widths: tuple[int, ...], repeats: int) -> list[dict]:
-    """Rows of `edge-moe bench`: on the processor; on the GPU resident, without graphs, and paged."""
+    """Rows of `edge-moe bench`: on the CPU; on the GPU resident, without graphs, and paged."""
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for width in widths:
@@ -156,7 +156,7 @@ def models(widths: tuple[int, ...], repeats: int) -> list[dict]:
 
 
 def memory() -> dict:
-    """What the GPU and the system say that a Runtime takes, beside its plan."""
+    """The memory of a Runtime as counted by the GPU and the system, and its plan."""
     with tempfile.TemporaryDirectory() as directory:
         bundle = Path(directory) / "4.emoe"
         make_in_child(directory, CONFIG, bundle, 2, 4, VOCAB)
@@ -164,7 +164,7 @@ def memory() -> dict:
 
 
 def _memory(bundle: str) -> dict:
-    """In a process of its own, which has not used the GPU before."""
+    """Measure memory in a child process, which has not used the GPU before."""
     from edge_moe.runtime.runtime import Runtime
 
     before = _core.free_bytes()
@@ -176,9 +176,9 @@ def _memory(bundle: str) -> dict:
         taken = gpu["free_bytes"] - _core.cuda_gpu()["free_bytes"]
     return {
         "in_place": in_place,
-        "driver_bytes": before - begun,  # of the system's memory, to begin using the GPU
+        "driver_bytes": before - begun,  # of system memory, taken at the first use of the GPU
         "planned_bytes": plan.trunk_bytes + plan.kv_cache_bytes + plan.scratch_bytes + plan.experts_bytes,
-        "gpu_bytes": taken,  # that were free on it and are not
+        "gpu_bytes": taken,  # decrease of its free memory
         "uncounted_bytes": stats["uncounted_bytes"],
         "peak_memory_bytes": stats["peak_memory_bytes"],
         "total_bytes": plan.total_bytes,
@@ -190,7 +190,7 @@ def _answer(memory_of: str = "", **asked):
 
 
 def _measure(graphs: bool = True, paged: float = 0, **asked) -> list[dict]:
-    """In a process of its own: the rows of one way to run. paged: bytes of slots, instead of a cap."""
+    """Measure the rows of one way to run in a child process. paged: bytes of slots, instead of a cap."""
     from edge_moe.bench.bench import measure
     from edge_moe.runtime.plan import BelowFloor
 
@@ -205,7 +205,7 @@ def _measure(graphs: bool = True, paged: float = 0, **asked) -> list[dict]:
 
 
 def verdicts(report: dict) -> dict[str, bool]:
-    """Whether each check passed; compute-sanitizer's, where it ran."""
+    """Whether each check passed, including compute-sanitizer's if it ran."""
     checks = {"parity": report["parity"]["status"] == 0, "gates": report["gates"]["status"] == 0}
     for tool, ran in report["sanitizer"].items():
         if ran["status"] is not None and "not supported" not in ran["said"]:

@@ -1,10 +1,10 @@
-"""Engines that run the same kind of model, each in a process of its own that times the runs its parent asks for.
+"""Inference engines to compare, each in its own process, which times the runs that its parent requests.
 
     python -m bench.laboratory.engines '{"engine": "llama.cpp", "path": "model.gguf", ...}'    (the fields of Model)
 
-The child loads its model once, says so, and answers lines of JSON on stdin: {"kind": "pp", "tokens": 128, "seed": 0}
-with {"seconds": ...}. So a parent can let engines take turns, and a machine that slows down slows all of them.
-Runs are llama-bench's: pp reads a prompt of random tokens into an empty context, tg decodes as many one by one.
+The child loads its model once, reports that, and answers lines of JSON on stdin: {"kind": "pp", "tokens": 128,
+"seed": 0} with {"seconds": ...}. So a parent can let engines take turns, and a machine that slows down affects all of
+them. The runs are llama-bench's: pp reads a prompt of random tokens into an empty context, tg decodes them one by one.
 """
 
 import ctypes
@@ -28,18 +28,18 @@ from edge_moe.runtime.config_file import read_json
 
 from .cgroup import Cgroup
 
-BATCH = 512  # of llama.cpp, both kinds: its default for the smaller one
+BATCH = 512  # llama.cpp's n_batch and n_ubatch: the default of the latter
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A file and the engine that runs it."""
+    """A model file and the engine that runs it."""
 
     engine: str  # of ENGINES
-    label: str  # what the file is, for people
+    label: str  # a description of the file
     path: str
     file_bytes: int
-    token_bytes: float  # of weights that one generated token is computed with
+    token_bytes: float  # bytes of the weights used for one generated token
     vocab: int
     context: int  # tokens
     threads: int
@@ -47,7 +47,7 @@ class Model:
 
 
 class EdgeMoe:
-    """Our own engine. ram: the cap; without one every expert must fit."""
+    """Our own engine. ram: the cap; without it, every expert must fit in memory."""
 
     def __init__(self, model: Model, ram: int | str | None = None):
         from edge_moe.runtime.runtime import Runtime
@@ -64,7 +64,7 @@ class EdgeMoe:
 
 
 class LlamaCpp:
-    """llama.cpp by its C interface, on the CPU. repack: its default, a second form of the weights, made at load."""
+    """llama.cpp by its C API, on the CPU. repack: its default, makes a second copy of the weights at load."""
 
     def __init__(self, model: Model, repack: bool = True):
         import llama_cpp
@@ -114,7 +114,7 @@ class LlamaCpp:
 
 
 class MlxLm:
-    """mlx_lm on MLX's default device: random weights of a bundle's shapes, quantised here with float32 scales."""
+    """mlx_lm on MLX's default device, with random weights of a bundle's shapes, quantised here with float32 scales."""
 
     def __init__(self, model: Model, bits: int):
         import mlx.core as mx
@@ -133,7 +133,7 @@ class MlxLm:
             class_predicate=lambda path, module: hasattr(module, "to_quantized") and not routers.search(path),
         )
         for _, array in tree_flatten(self.model.parameters()):
-            mx.eval(array)  # one at a time: what it is quantised from is eight times as large
+            mx.eval(array)  # one at a time: the unquantised array is eight times as large
 
     def prompt(self, ids: list[int]) -> None:
         self._clear()
@@ -160,9 +160,9 @@ ENGINES = {"edge-moe": EdgeMoe, "llama.cpp": LlamaCpp, "mlx-lm": MlxLm}
 
 
 class Child:
-    """The parent's side: a model loaded in a process of its own, in a cgroup where one is given; a context manager.
+    """A context manager that loads a model in a child process, in a cgroup if one is given.
 
-    Raises OSError when the process ends before its time, as it does when the kernel kills it at the cgroup's limit.
+    Raises OSError if the process ends early, as when the kernel kills it at the cgroup's limit.
     """
 
     def __init__(self, model: Model, cgroup: Cgroup | None = None):
@@ -177,14 +177,14 @@ class Child:
             raise
 
     def run(self, kind: str, tokens: int, seed: int) -> float:
-        """Seconds of one run of so many random tokens. kind: pp, a prompt; tg, tokens decoded one by one."""
-        with suppress(BrokenPipeError):  # which the missing answer explains
+        """Seconds of one run of `tokens` random tokens. kind: pp, a prompt; tg, tokens decoded one by one."""
+        with suppress(BrokenPipeError):  # reading the answer raises the error
             print(json.dumps({"kind": kind, "tokens": tokens, "seed": seed}), file=self._process.stdin, flush=True)
         return self._answer()["seconds"]
 
     @property
     def cpu_seconds(self) -> float:
-        """Of all cores, since it started; 0 where that is not known."""
+        """CPU seconds on all cores since the child started; 0 if not known."""
         return process_seconds(self._process.pid)
 
     def close(self) -> None:
@@ -210,7 +210,7 @@ class Child:
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # an engine's own prints must not reach the answers
+    os.dup2(2, 1)  # an engine's own output must not mix with the answers
     model = Model(**json.loads(sys.argv[1]))
     engine = ENGINES[model.engine](model, **model.options)
     runs = {"pp": engine.prompt, "tg": engine.generate}

@@ -1,8 +1,8 @@
-"""Which tensor types llama-quantize chooses for a Mixture-of-Experts model, and a GGUF file of random blocks in them.
+"""Making a random GGUF file with the tensor types that llama-quantize chooses for a Mixture-of-Experts model.
 
-llama.cpp's counterpart of synthetic.py: the same shapes, random codes, no checkpoint. The choice of types is that of
-llama.cpp's llama-quant.cpp (2026-11) without an importance matrix, for models with experts, but not 8 of them, and at
-least 4 heads to a KV head. Blocks are written as the file holds them, a tensor at a time.
+This is the counterpart of synthetic.py for llama.cpp: the same shapes, random codes, no checkpoint. The types are those
+of llama.cpp's llama-quant.cpp (2026-11) without an importance matrix, for models whose number of experts is not 8 and
+with at least 4 heads per KV head. Blocks are generated in the file's layout, one tensor at a time.
 """
 
 import math
@@ -21,17 +21,17 @@ SAMPLE = 4096  # blocks whose deviation is measured
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
-    """How a tensor type packs its weights: a scale (float16), for some a minimum (float16), the rest random.
+    """The block layout of a tensor type: a scale (float16), for some a minimum (float16), and codes, which are random.
 
-    Scales without a minimum have a random sign, as real ones have. Else weights would have a mean below 0 (Q4_0's of a
-    tenth of their deviation), which grows from matrix to matrix until every token is routed alike.
+    Scales without a minimum have a random sign, as in real files. Otherwise the weights would have a mean below 0 (for
+    Q4_0 a tenth of their deviation), which grows from matrix to matrix until all tokens are routed alike.
     """
 
     weights: int  # in a block; a row is a multiple of it
     nbytes: int
-    scale_at: int  # byte of the block
+    scale_at: int  # byte offset in the block
     minimum_at: int | None = None
-    minimum: float = 0.0  # times the scale: what makes uniform codes zero-mean
+    minimum: float = 0.0  # times the scale, makes uniform codes zero-mean
 
 
 BLOCKS = {
@@ -45,12 +45,12 @@ BLOCKS = {
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """The types of one kind of file, by the part of the tensor's name."""
+    """The tensor types of one file type, by part of the tensor's name."""
 
     file_type: int  # llama_ftype
     usual: str
     special: dict[str, str] = field(default_factory=dict)
-    wide: dict[str, str] = field(default_factory=dict)  # instead, in the layers that get more bits
+    wide: dict[str, str] = field(default_factory=dict)  # used instead in layers that get more bits
 
 
 MIXES = {
@@ -73,9 +73,9 @@ class Tensor:
 
 
 def tensors(model: ModelConfig, mix: str) -> list[Tensor]:
-    """Every tensor of a model as a file of type `mix` has it, in the file's order.
+    """The tensors of a model in a file of type `mix`, in the file's order.
 
-    Raises ValueError for a mix that is not known and for models whose types other rules choose.
+    Raises ValueError for an unknown mix and for models whose types follow other rules.
     """
     if mix not in MIXES:
         raise ValueError(f"type {mix!r} is not known here; use one of {', '.join(MIXES)}")
@@ -111,7 +111,7 @@ def tensors(model: ModelConfig, mix: str) -> list[Tensor]:
 
 
 def bytes_per_token(model: ModelConfig, mix: str) -> float:
-    """Bytes of weights that one token is computed with: all but the embedding's other rows and experts not chosen."""
+    """Bytes of the weights used for one token: all but other rows of the embedding and experts not chosen."""
     total = 0.0
     for tensor in tensors(model, mix):
         if "_exps" in tensor.name:
@@ -124,10 +124,10 @@ def bytes_per_token(model: ModelConfig, mix: str) -> float:
 def make_gguf(
     config: str | Path, out: str | Path, mix: str, layers: int | None = None, vocab: int | None = None, seed: int = 0
 ) -> ModelConfig:
-    """Write a random GGUF file with the shapes of `config` (as make_synthetic takes it) and return those.
+    """Write a random GGUF file with the shapes of `config` (as for make_synthetic), and return its config.
 
-    layers, vocab: instead of the config's own. The file has no tokenizer. Raises ValueError as tensors() does, and
-    ImportError without the package gguf.
+    layers, vocab: override the config's. The file has no tokenizer. Raises ValueError like tensors(), and ImportError
+    without the package gguf.
     """
     import gguf
 
@@ -167,7 +167,7 @@ def make_gguf(
 
 
 def _type(name: str, shape: tuple[int, ...], model: ModelConfig, mix: str) -> str:
-    """Norms and routers are float32, the head is of 6 bits, and the rest as the mix says."""
+    """The type of a tensor: norms and routers are float32, the head has 6 bits, the rest is as the mix says."""
     part = name.rpartition(".")[2]
     if len(shape) == 1 or part == "ffn_gate_inp":
         return "F32"
@@ -186,7 +186,7 @@ def _wide_layers(layers: int) -> Iterator[int]:
 
 
 def _random_tensor(random: np.random.Generator, tensor: Tensor, deviations: dict[str, float]) -> np.ndarray:
-    """Norms of one, a router that spreads tokens evenly, and matrices with a deviation of 1/sqrt(inputs)."""
+    """A random tensor: norms are one, the router spreads tokens evenly, matrices have deviation 1/sqrt(inputs)."""
     if len(tensor.shape) == 1:
         return np.ones(tensor.shape, np.float32)
     deviation = 1.0 if tensor.name == "token_embd.weight" else 1 / math.sqrt(tensor.shape[-1])
@@ -196,7 +196,7 @@ def _random_tensor(random: np.random.Generator, tensor: Tensor, deviations: dict
 
 
 def _blocks(random: np.random.Generator, kind: str, nbytes: int, scale: float) -> np.ndarray:
-    """uint8 (blocks, bytes of a block): random codes under scales of one size."""
+    """Random blocks, uint8 (blocks, bytes of a block), whose scales have one magnitude."""
     block = BLOCKS[kind]
     data = random_bytes(random, nbytes).reshape(-1, block.nbytes)
     low, high = np.float16([scale]).view(np.uint8)

@@ -1,11 +1,11 @@
-"""What rounding the inputs of products costs, beside what rounding the weights does: bench/reports/input-precision.md.
+"""Measures the cost of quantising activations beside that of quantising weights, for bench/reports/input-precision.md.
 
     python -m bench.laboratory.input_precision --text wiki.txt --text code.txt --calibration mixed.txt [MODEL ...]
 
-Without MODEL it is the embedded model, whose activations are mild; checkpoints of pretrained models have massive ones.
-The forward pass is the reference in float32, so that nothing else is rounded: not the KV cache, no bfloat16. Inputs of
-products are rounded by the kernels' own quantise_activations(): to int8 alone, or with the second plane of codes that
-blocks with an outlier have. Weights are those of calibrated bundles of one width, which compress() makes.
+MODEL is by default the embedded model, which has no massive activations; pretrained checkpoints have them. The forward
+pass is the float32 reference, so that nothing else is rounded, such as the KV cache. Inputs of products are rounded by
+the kernels' own quantise_activations(): to int8, without or with the second plane of codes that blocks with an outlier
+get. Weights are those of calibrated bundles of one width, made by compress().
 """
 
 import argparse
@@ -28,7 +28,7 @@ from edge_moe.runtime.tokenizer import Tokenizer
 
 from .markdown import table
 
-WEIGHTS = ((8, 64), (4, 64), (2, 32), (2, 64))  # width and group of experts, beside weights as they are
+WEIGHTS = ((8, 64), (4, 64), (2, 32), (2, 64))  # width and group of experts; unquantised weights are measured too
 TRUNK_WIDTH = 8
 CALIBRATION_TOKENS = 8192
 BLOCK = 64  # inputs that share a scale
@@ -53,7 +53,7 @@ INPUTS = {"int8": to_int8, "as it runs": as_kernels_do, "float32": as_they_are}
 
 
 def rounded(x: np.ndarray, lows: bool) -> np.ndarray:
-    """x (..., cols) as the kernels round it; without lows, every block has one plane of codes."""
+    """x (..., cols) as the kernels round it; without `lows`, every block has only one plane of codes."""
     cols = x.shape[-1]
     padded = np.zeros((*x.shape[:-1], -(-cols // BLOCK) * BLOCK), np.float32)
     padded[..., :cols] = x
@@ -65,9 +65,9 @@ def rounded(x: np.ndarray, lows: bool) -> np.ndarray:
 
 
 class Matrix:
-    """A weight matrix (rows, cols) as the reference forward pass uses it, but inputs are rounded before a product."""
+    """A weight matrix (rows, cols) for the reference forward pass that rounds its inputs before a product."""
 
-    __array_ufunc__ = None  # so that `x @ matrix` comes here
+    __array_ufunc__ = None  # so that `x @ matrix` calls __rmatmul__
 
     def __init__(self, values: np.ndarray, inputs):
         self.values, self._inputs = values, inputs
@@ -84,8 +84,8 @@ class Matrix:
 
 
 class Weights:
-    """The weights of a checkpoint or bundle (config, trunk(name), expert(layer, number)), read once and kept, whose
-    products round their inputs by `inputs`."""
+    """The cached weights of a checkpoint or bundle (config, trunk(name), expert(layer, number)), whose products round
+    their inputs by `inputs`."""
 
     def __init__(self, source):
         self.config, self.inputs = source.config, as_they_are
@@ -106,7 +106,7 @@ class Weights:
 def bundles(
     model: Path, calibration: Sequence[Path], calibration_tokens: int = CALIBRATION_TOKENS
 ) -> Iterator[tuple[float, BundleWeights]]:
-    """Bits a weight and weights of a bundle for each of WEIGHTS; each is gone when the next one is asked for."""
+    """Yield the bits a weight and the weights of a bundle for each of WEIGHTS; each is deleted before the next."""
     for width, group in WEIGHTS:
         with tempfile.TemporaryDirectory() as temporary:
             made = compress(
@@ -124,7 +124,7 @@ def bundles(
 
 
 def precision(model: Path, texts: Sequence[Path], forms: Iterator[tuple[float, object]], tokens: int = TOKENS):
-    """(bits, kind of inputs, Score.result()) for the checkpoint as it is and every form, and every kind of INPUTS."""
+    """Yield (bits, kind of inputs, Score.result()) for the unquantised checkpoint and each form, and each of INPUTS."""
     checkpoint, tokenizer = Checkpoint(model), Tokenizer(model)
     parts = []
     for text in texts:
@@ -141,7 +141,7 @@ def precision(model: Path, texts: Sequence[Path], forms: Iterator[tuple[float, o
 
 
 def share_of_two_planes(model: Path, texts: list[Path]) -> float:
-    """Of all blocks of inputs that one window of each text multiplies, those with two planes."""
+    """The share of blocks with two planes among all inputs of products, over one window of each text."""
     checkpoint, tokenizer = Checkpoint(model), Tokenizer(model)
     weights, counts = Weights(checkpoint), np.zeros(2, int)
 
@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, default=[EMBEDDED], metavar="MODEL")
     parser.add_argument("--text", type=Path, action="append", required=True)
-    parser.add_argument("--calibration", type=Path, action="append", default=[], help="without it the standard library")
+    parser.add_argument("--calibration", type=Path, action="append", default=[], help="by default the standard library")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each text")
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Compressing experts of DeepSeek-V3's shapes under a memory cap: peak, speed, and going on after kills.
+"""Measures compressing experts of DeepSeek-V3's shapes under a memory cap: peak, speed, and resuming after kills.
 
-A random FP8 checkpoint with experts of 7168 x 2048 is written (the rest of the model is small), compressed by
-`edge-moe compress --ram CAP` in a process of its own, then again in runs that are killed at random moments and gone on
-with. Run: python -m bench.laboratory.large_experts --work DIR
+It writes a random FP8 checkpoint with experts of 7168 x 2048 (the rest of the model is small), compresses it with
+`edge-moe compress --ram CAP`, and then again in runs that are killed at random moments and resumed.
+Run: python -m bench.laboratory.large_experts --work DIR
 """
 
 import argparse
@@ -43,7 +43,7 @@ EXPERT_BYTES = 3 * 7168 * 2048  # of FP8
 
 
 def write_checkpoint(directory: Path, layers: int, experts: int, top_k: int, seed: int = 0) -> int:
-    """A random checkpoint, one file a layer; returns its bytes."""
+    """Write a random checkpoint, one file per layer; returns its bytes."""
     directory.mkdir(parents=True)
     config = CONFIG | {"num_hidden_layers": layers, "num_experts": experts, "num_experts_per_tok": top_k}
     (directory / "config.json").write_text(json.dumps(config, indent=1))
@@ -63,7 +63,7 @@ def write_checkpoint(directory: Path, layers: int, experts: int, top_k: int, see
         return (random_.standard_normal(shape, np.float32) * scale).view(np.uint32).__rshift__(16).astype(np.uint16)
 
     def fp8(rows: int, cols: int) -> dict[str, np.ndarray]:
-        # sign, exponents 4 to 10, mantissa: values of about 0.1 to 15; a scale brings them to a weight's size
+        # sign, exponents 4 to 10, mantissa: values of about 0.1 to 15; a scale brings them to the size of weights
         bits = random_.integers(0, 256, (rows, cols), np.uint8)
         codes = (bits & 0x80) | (((bits >> 3 & 0x0F) % 7 + 4) << 3) | (bits & 7)
         scales = random_.uniform(0.002, 0.006, (-(-rows // BLOCK), -(-cols // BLOCK))).astype(np.float32)
@@ -104,7 +104,7 @@ def start(model: Path, out: Path, options: list[str]) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, int, str]:
-    """(exit status, peak bytes, what it said): the peak is the kernel's own count for that process."""
+    """Wait for a process; returns (exit status, peak bytes as the kernel counted them, output)."""
     said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -164,7 +164,7 @@ def main() -> None:
         finish(process)
     status, peak, said = finish(start(model, killed, [*options, "--resume"]))
     if status:
-        raise SystemExit(f"going on failed: {said}")
+        raise SystemExit(f"resuming failed: {said}")
     same = digest(killed) == digest(out)
     print(
         f"killed {len(at)} times, after {at} s of work each; peak of the last run {peak / 1e6:,.0f} MB; "
@@ -172,7 +172,7 @@ def main() -> None:
     )
     shutil.rmtree(killed)
     if not same:
-        raise SystemExit("the bundle that was gone on with differs")
+        raise SystemExit("the bundle of the resumed runs differs")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How near decoding under a cap comes to what the disk allows: 1 / (compute + missed bytes / bandwidth of the disk).
+"""Compares decoding under a cap with the disk's bound: 1 / (compute + missed bytes / bandwidth of the disk).
 
-Compute is the time of a token with every expert in memory, the bandwidth that of unbuffered reads of the same records,
-measured between the rounds by the same process: a disk that others use changes from one second to the next. Reads that
-are done while a layer is computed can bring more than this bound; waiting for one record at a time brings less.
+Compute is the time of a token with every expert in memory. The bandwidth is that of unbuffered reads of the same
+records, measured between the rounds by the same process, as that of a shared disk changes from second to second.
+Reading while a layer is computed can exceed this bound; waiting for one record at a time stays below it.
 
-    python -m bench.laboratory.paging_bound JSON     # one cap, for paging_bound() alone
+    python -m bench.laboratory.paging_bound JSON     # one cap; called by paging_bound()
 """
 
 import statistics
@@ -21,14 +21,14 @@ from edge_moe.runtime.child import answer, call
 from edge_moe.runtime.plan import READERS
 from edge_moe.runtime.runtime import Runtime
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the floor to every expert in memory
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # position of the cap between the floor and every expert in memory
 TOKENS, ROUNDS = 32, 5
-SPARE = 4_000_000  # above the floor, by which one process's start differs from the next
+SPARE = 4_000_000  # above the floor, for the variation of a process's memory between starts
 
 
 @dataclass(frozen=True, slots=True)
 class AtCap:
-    """Decoding under one cap; each round's value by round."""
+    """Decoding under one cap; lists have one value per round."""
 
     ram_bytes: int
     slots: int  # 0: every expert in memory
@@ -37,11 +37,11 @@ class AtCap:
     peak_memory_bytes: int
     tps: list[float]
     disk_gbps: list[float]
-    share: float | None  # of the bound; None where nothing was read
+    share: float | None  # of the bound; None if nothing was read
 
 
 def paging_bound(bundle: str | Path) -> list[AtCap]:
-    """Measure at caps from the floor to every expert in memory, each in a process of its own."""
+    """Measure at caps from the floor to every expert in memory, each in its own process."""
     whole = _at(bundle, 10**15)
     floor, resident = whole["floor_bytes"] + SPARE, whole["resident_bytes"] + SPARE
     rows = [_at(bundle, int(floor + share * (resident - floor))) for share in SHARES]
@@ -67,7 +67,7 @@ def _at(bundle: str | Path, cap: int) -> dict:
 
 
 def _measure(bundle: str, cap: int) -> dict:
-    """In the child: rounds of decoding, after each one of reading; its buffers have their part of the cap."""
+    """In the child process: rounds of decoding, each followed by one of reading, whose buffers count under the cap."""
     opened = Bundle.open(bundle)
     buffers = READERS * max(expert.nbytes for expert in opened.experts.values())
     with Runtime(bundle, cap - buffers, 2 * TOKENS) as runtime:

@@ -1,12 +1,13 @@
-"""How fast other engines run what we run: random models of the same shapes, side by side on this machine.
+"""Compares our speed with other engines' on this machine, with random models of the same shapes.
 
     python -m bench.laboratory.peers [--layers 4] [--rounds 5] [--types Q2_K,Q4_0,Q4_K_M] [--keep DIR] [--json]
 
-Qwen3-30B-A3B's layers with 4,096 tokens of vocabulary, as a GGUF file of one of llama-quantize's mixes and as bundles
-of about as many bytes. Engines take turns on every test, and a ratio is of one turn, so that a machine whose speed
-drifts is fair to all. Other work is not: an engine whose threads spin while they wait loses more to it than one whose
-threads sleep. So a turn begins when the machine is quiet, is taken again when it was not, and of too many such the
-quietest count. The first type runs once more in memory cgroups that hold about half of the file.
+The models have Qwen3-30B-A3B's layers and a vocabulary of 4,096 tokens, as a GGUF file of one of llama-quantize's mixes
+and as bundles of about as many bytes. Engines take turns on every test, and a ratio is within one turn, so that a
+machine whose speed drifts is fair to all. Load from other programs is not: an engine whose threads spin while waiting
+loses more to it than one whose threads sleep. So a turn starts when the machine is quiet, and is repeated if it did not
+stay quiet; after too many such turns the quietest count. The first type is also run in memory cgroups that hold about
+half of the file.
 
 llama.cpp that GCC compiled for a processor with AMX may end with an illegal instruction (ggml-org/llama.cpp#26954);
 LLAMA_CPP_LIB_PATH names the directory of another build for llama_cpp to load.
@@ -46,41 +47,41 @@ CONFIG = CONFIGS / "qwen3-30b-a3b.json"
 VOCAB = 4096
 CONTEXT = 512
 WIDTHS = {"Q2_K": 2, "Q4_0": 4, "Q4_K_M": 4}  # ours of about as many bytes
-TRUNK_WIDTHS = (4, 8)  # the first is nearest to what a GGUF file has, the second our default
+TRUNK_WIDTHS = (4, 8)  # the first is closest to a GGUF file, the second our default
 TESTS = (("pp", 128), ("pp", 512), ("tg", 32))
-QUIET = 0.15  # share of the cores that others may have in a turn, a hypervisor's included
-TRIES = 4  # times the rounds
-WAIT_S = 10.0  # for the machine to be quiet, before a turn
+QUIET = 0.15  # maximum share of the cores that other programs and the hypervisor may take in a turn
+TRIES = 4  # maximum of turns, as a multiple of the rounds
+WAIT_S = 10.0  # maximum wait for the machine to be quiet before a turn
 LOOK_S = 0.5
 FORGET_TRIES = 20
 PAGED_TESTS = (("tg", 8),)
 MLX_TESTS = (("pp", 16), ("tg", 4))  # MLX's CPU backend is a correctness path
 MLX_ROUNDS = 2
 PAGED_ROUNDS = 3
-PAGED_SHARE = 1.75  # of a cgroup's limit that the GGUF file has
+PAGED_SHARE = 1.75  # size of the GGUF file over the cgroup's limit
 NEEDED = ("llama_cpp", "gguf")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One engine and test. Speeds are tokens a second by turn; ratios are to the same turn of the peer."""
+    """One engine and test. Speeds are tokens a second by turn; ratios are to the peer in the same turn."""
 
     type: str  # of the GGUF file that it is compared with
     engine: str
     label: str
     test: str  # pp128, tg32
     file_bytes: int
-    token_bytes: float  # of weights that one generated token is computed with
+    token_bytes: float  # bytes of the weights used for one generated token
     limit_bytes: int | None  # of the memory cgroup
-    peak_bytes: int | None  # of the memory cgroup, cached files included
+    peak_bytes: int | None  # of the memory cgroup, page cache included
     killed: bool  # at the limit; then there are no speeds
     tps: list[float]
     ratios: list[float]  # empty for the peer itself
-    others: float  # the largest share of the cores that others had in a turn
+    others: float  # maximum over turns of the share of the cores taken by others
 
     @property
     def weights_gbps(self) -> float | None:
-        """Of weights that generating computes with; None for prompts."""
+        """GB/s of the weights used for generating; None for prompts."""
         return self.token_bytes * statistics.median(self.tps) / 1e9 if self.test.startswith("tg") and self.tps else None
 
 
@@ -89,7 +90,7 @@ class Turn:
     """One test, run once by every engine."""
 
     seconds: list[float]  # by engine
-    others: float  # share of the cores that was not the engines'
+    others: float  # share of the cores taken by other programs and the hypervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--types", default=",".join(WIDTHS), help="of GGUF files: " + ", ".join(MIXES))
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the models there, and use those that are")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the models in DIR, and use those from before")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
@@ -130,9 +131,9 @@ def compare(
     threads: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Report:
-    """Make and measure the models of each type, and the first type's in cgroups where those can be made.
+    """Make and measure the models of each type, and those of the first type in cgroups if these can be created.
 
-    Raises ValueError for a type without a width of ours, OSError for an engine that fails.
+    Raises ValueError for a type that is not in WIDTHS, OSError for an engine that fails.
     """
     if unknown := [kind for kind in types if kind not in WIDTHS]:
         raise ValueError(f"type {unknown[0]!r} is not compared here; use some of {', '.join(WIDTHS)}")
@@ -157,7 +158,7 @@ def compare(
 
 
 def make_models(kind: str, directory: Path, layers: int, threads: int) -> list[Model]:
-    """The GGUF file, first, and our bundles; those in `directory` from before are used as they are."""
+    """Make the GGUF file, which is first, and our bundles; existing files in `directory` are reused."""
     directory.mkdir(parents=True, exist_ok=True)
     width, common = WIDTHS[kind], {"vocab": VOCAB, "context": CONTEXT, "threads": threads}
     file = directory / f"{kind}-{layers}L.gguf"
@@ -186,10 +187,10 @@ def run_rounds(
     quiet: float = QUIET,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Load every model, warm up, and let them take turns; a row for each model and test.
+    """Load every model, warm up, and let them take turns; returns a row for each model and test.
 
-    The first model is the peer that ratios are of. limit_bytes: of a memory cgroup for each. quiet: the share of the
-    cores with others from which on a turn is taken again. Tokens differ by turn.
+    Ratios are relative to the first model, the peer. limit_bytes: of a memory cgroup for each model. quiet: a turn is
+    repeated if others took a larger share of the cores. Tokens differ by turn.
     """
     turns = {test: [] for test in tests}
     with ExitStack() as stack:
@@ -201,7 +202,7 @@ def run_rounds(
             for test, its in turns.items():
                 if sum(turn.others <= quiet for turn in its) < rounds:
                     turn = take_turn(children, test, number)
-                    its += [turn] if number else []  # the first warms up
+                    its += [turn] if number else []  # the first turn is a warm-up
                     tell(f"{kind} {test[0]}{test[1]}: turn {number}, {turn.others:.0%} of the cores with others")
         peaks = [group.peak_bytes if group else None for group in groups]
     rows = []
@@ -216,7 +217,7 @@ def run_rounds(
 
 
 def take_turn(children: list[Child], test: tuple[str, int], number: int) -> Turn:
-    """One run of every engine. Who begins changes from turn to turn."""
+    """One run of every engine, in an order that rotates from turn to turn."""
     wait_until_quiet(WAIT_S)
     seconds, began, busy = [0.0] * len(children), time.perf_counter(), busy_seconds()
     own = lambda: sum(child.cpu_seconds for child in children)  # noqa: E731
@@ -229,7 +230,7 @@ def take_turn(children: list[Child], test: tuple[str, int], number: int) -> Turn
 
 
 def wait_until_quiet(seconds: float) -> None:
-    """Return when the cores have been idle for a moment, or after so many seconds."""
+    """Return when the cores have been idle for a moment, or after `seconds`."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         began, busy = time.perf_counter(), busy_seconds()
@@ -239,9 +240,9 @@ def wait_until_quiet(seconds: float) -> None:
 
 
 def run_paged(kind: str, models: list[Model], tell: Callable[[str], None] = lambda line: None) -> list[Row]:
-    """The models in memory cgroups that hold the GGUF file divided by PAGED_SHARE, from a cold page cache.
+    """Run the models in memory cgroups of the GGUF file's size divided by PAGED_SHARE, with a cold page cache.
 
-    llama.cpp as it is by default, which repacks at load and may be killed for it, and from its memory map alone.
+    llama.cpp runs with its defaults, which repack at load and may be killed for it, and with its memory map only.
     """
     limit = int(models[0].file_bytes / PAGED_SHARE) // 10_000_000 * 10_000_000
     peer = replace(models[0], label=f"{kind}, mmap, no repacking", options={"repack": False})
@@ -249,7 +250,7 @@ def run_paged(kind: str, models: list[Model], tell: Callable[[str], None] = lamb
     tell(f"{kind}: in a cgroup of {limit / 1e6:.0f} MB")
     for model in models:
         forget(Path(model.path))
-    # Reads take the time here, and others' share has the kernel's own work for them in it.
+    # The time goes into reads here, and the share of others includes the kernel's work for them.
     rows = run_rounds(kind, [peer, *ours], PAGED_TESTS, PAGED_ROUNDS, limit, quiet=1.0, tell=tell)
     group = cgroup.make(limit)
     try:
@@ -263,44 +264,44 @@ def run_paged(kind: str, models: list[Model], tell: Callable[[str], None] = lamb
 
 
 def run_mlx(models: list[Model], tell: Callable[[str], None] = lambda line: None) -> list[Row]:
-    """Our bundle nearest to mlx_lm's usual 4 bits, and mlx_lm with a random model of its shapes."""
+    """Run our bundle that is closest to mlx_lm's usual 4 bits, and mlx_lm with a random model of its shapes."""
     ours = models[1]
     peer = replace(ours, engine="mlx-lm", label="4 bits, group 64", options={"bits": 4})
     return run_rounds("mlx", [peer, ours], MLX_TESTS, MLX_ROUNDS, tell=tell)
 
 
 def forget(path: Path) -> None:
-    """Take a file, or those of a directory, out of the page cache: what is in it is charged to no later cgroup.
+    """Evict a file, or those of a directory, from the page cache: cached pages would not be charged to a new cgroup.
 
-    Raises OSError when some of it stays, as it does while a process has it mapped.
+    Raises OSError if pages stay, as they do while a process has the file mapped.
     """
     for file in [path] if path.is_file() else path.iterdir():
         with open(file, "rb") as opened:
             for _ in range(FORGET_TRIES):
-                os.fsync(opened)  # pages that are not written yet stay
+                os.fsync(opened)  # dirty pages cannot be evicted
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 if not (left := cached_share(opened.fileno())):
                     break
-                time.sleep(LOOK_S)  # the memory of a process that was killed is freed behind it
+                time.sleep(LOOK_S)  # the memory of a killed process is freed asynchronously
             else:
                 raise OSError(f"{file}: {left:.0%} of it stays in the page cache; end what uses it")
 
 
 def cached_share(handle: int) -> float:
-    """How much of a file the page cache holds."""
+    """The share of a file that is in the page cache."""
     with mmap.mmap(handle, 0, access=mmap.ACCESS_READ) as mapped:
         view = np.frombuffer(mapped, np.uint8)
         held = np.zeros(-(-view.nbytes // mmap.PAGESIZE), np.uint8)
         pages = [ctypes.c_void_p(array.ctypes.data) for array in (view, held)]
         code = ctypes.CDLL(None, use_errno=True).mincore(pages[0], ctypes.c_size_t(view.nbytes), pages[1])
-        del view  # else the map cannot be closed
+        del view  # otherwise the map cannot be closed
     if code:
         raise OSError(ctypes.get_errno(), "mincore failed")
     return float((held & 1).mean())
 
 
 def markdown(report: Report) -> str:
-    """The conditions and a table of the runs in full memory, then one of those in cgroups."""
+    """The conditions, a table of the runs in full memory, and a table of those in cgroups."""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines = [
         f"{report.processor}, {report.threads} threads, memory reads at {report.memory_gbps:.1f} GB/s; {versions}.",
@@ -319,7 +320,7 @@ def markdown(report: Report) -> str:
 
 
 def _table(rows: list[Row], extra: list[str]) -> str:
-    """A line for each engine and model, a pair of columns for each test; nothing without rows."""
+    """A table with a line for each engine and model and two columns for each test; empty without rows."""
     if not rows:
         return ""
     tests = list(dict.fromkeys(row.test for row in rows))

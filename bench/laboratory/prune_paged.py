@@ -1,9 +1,9 @@
-"""What pruning saves where experts are paged in: bytes read and speed of decoding under a cap, in one process.
+"""Measures what pruning saves when experts are paged in: bytes read and decode speed under a cap, in one process.
 
     python -m bench.laboratory.prune_paged BUNDLE IDS.npy --ram SIZE
 
-Text goes through one token at a time, as when an answer is generated; the settings take turns, so that what else the
-machine does falls on all of them. Prints one JSON object; prune_report.py makes a table of it.
+Text is decoded one token at a time; the settings take turns, so that other load on the machine affects all of them.
+Prints one JSON object; prune_report.py makes a table of it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from edge_moe.runtime.runtime import Runtime
 SETTINGS = ("off", "loss:0.2", "loss:0.35", "loss:0.5")
 ROUNDS = 7
 TOKENS = 192  # of a round
-PAGED_SHARE = 0.4  # of the way from the floor to a cap that holds everything
+PAGED_SHARE = 0.4  # position of the cap between the floor and every expert in memory
 
 
 def main() -> None:
@@ -30,13 +30,13 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("ids", type=Path)
     parser.add_argument("--ram", required=True)
-    parser.add_argument("--plan", action="store_true", help="print the plan alone")
+    parser.add_argument("--plan", action="store_true", help="print only the plan")
     a = parser.parse_args()
     print(json.dumps(measure(a.bundle, np.load(a.ids).tolist(), a.ram, a.plan)))
 
 
 def measure(bundle: Path, ids: list[int], ram: str, plan: bool = False) -> dict:
-    """By setting: tokens a second, bytes read and experts used, each round."""
+    """Tokens a second, bytes read and experts used of each round, by setting."""
     found = {setting: [] for setting in SETTINGS}
     with Runtime(bundle, ram, TOKENS, prune="off") as runtime:
         if plan:
@@ -48,13 +48,13 @@ def measure(bundle: Path, ids: list[int], ram: str, plan: bool = False) -> dict:
                 generate_run(runtime, part, setting)
                 seconds, after = time.perf_counter() - began, runtime.stats
                 used = {key: after[key] - before[key] for key in ("bytes_read", "experts_used", "moe_tokens")}
-                if turn:  # the first warms up
+                if turn:  # the first turn is a warm-up
                     found[setting].append({"tps": len(part) / seconds, **used})
         return {"settings": found, "peak_memory_bytes": runtime.stats["peak_memory_bytes"]}
 
 
 def paged_table(bundle: Path, texts: dict[str, np.ndarray], tell) -> str:
-    """Run main() in a process with a cap between the floor and where every expert fits."""
+    """Run main() in another process, with a cap between the floor and every expert in memory."""
     tell("decoding under a cap")
     with tempfile.TemporaryDirectory() as directory:
         np.save(file := Path(directory) / "ids.npy", np.concatenate(list(texts.values())))

@@ -1,10 +1,10 @@
-"""The pruning report: what leaving out experts costs by each rule, at equal numbers of experts used.
+"""The pruning report: the cost of leaving out experts by each rule, at equal numbers of experts used.
 
     python -m bench.laboratory.prune_report --text A.txt B.txt --calibration C.txt --out prune.md --plot prune.svg
 
-The rules that bundles offer run in the engine, at full precision and on a compressed bundle; those they are compared
-with (a smaller top_k, top-p, random masks, one threshold of share everywhere) in runtime/reference.py. Each is scored
-against its own bundle unpruned. Without texts it is of Python's standard library.
+The rules that bundles offer run in the engine, at full precision and on a compressed bundle; the baselines (a smaller
+top_k, top-p, random masks, one threshold of share for all layers) run in runtime/reference.py. Each is scored against
+the same bundle unpruned. The default texts are Python's standard library.
 """
 
 import argparse
@@ -47,9 +47,9 @@ class Point:
     """One rule at one setting, over all texts: tokens are summed, perplexity and divergence are means over texts."""
 
     method: str
-    used: float  # experts a token and layer
+    used: float  # experts per token and layer
     cut: float  # share of expert uses left out
-    perplexity: float  # over that unpruned, less 1
+    perplexity: float  # relative to the unpruned one, minus 1
     kld: float
     asked: float | None = None
     cuts: tuple[float, ...] = ()  # of each text
@@ -58,7 +58,7 @@ class Point:
 def main() -> None:
     a = parse()
     if a.plot and importlib.util.find_spec("matplotlib") is None:
-        sys.exit("--plot needs matplotlib: pip install matplotlib")  # before an hour's work
+        sys.exit("--plot needs matplotlib: pip install matplotlib")  # before an hour of work
     tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     texts = texts_of(a.model, a.text, a.tokens)
     calibration = {"calibration": a.calibration}
@@ -103,11 +103,11 @@ def parse() -> argparse.Namespace:
     )
     add_texts(parser, tokens=4096, calibration_tokens=32_768)
     add = parser.add_argument
-    add("--bits", type=float, nargs="+", default=[16, 2.5], help="of the experts; 16: full precision")
-    add("--seeds", type=int, default=3, help="of calibration at full precision")
+    add("--bits", type=float, nargs="+", default=[16, 2.5], help="bits of an expert weight; 16: full precision")
+    add("--seeds", type=int, default=3, help="number of calibrations at full precision")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "edge-moe-prune", help="where bundles are kept")
     add("--out", type=Path, help="file for the report; by default stdout")
-    add("--plot", type=Path, help="file for a plot; takes matplotlib")
+    add("--plot", type=Path, help="file for a plot; needs matplotlib")
     return parser.parse_args()
 
 
@@ -119,7 +119,7 @@ def texts_of(model: Path, files: list[Path], tokens: int) -> dict[str, np.ndarra
 
 
 def scored(method: str, texts: dict, logits, unpruned, account) -> Point:
-    """account(): (expert uses, of how many without pruning, layers times tokens), so far."""
+    """Score one rule on all texts. account(): (expert uses, uses without pruning, layers times tokens) so far."""
     ratios, klds, sums = [], [], [np.zeros(3)]
     for ids in texts.values():
         score, base = Score(), Score()
@@ -141,7 +141,7 @@ UNPRUNED = {}  # by bundle
 
 
 def by_engine(bundle: Path, rule: str, cut: float, texts: dict) -> list[Point]:
-    """The point of a rule at a calibrated cut; none where its curve does not reach it."""
+    """The point of a rule at a calibrated cut, or no point if its curve does not reach the cut."""
     with Runtime(bundle, context=CONTEXT, prune="off", logits_rows=LOGITS_ROWS) as runtime:
         curve = runtime.bundle.pruning.curves[rule]
         if not curve.cuts[0] <= cut <= curve.cuts[-1]:
@@ -158,12 +158,12 @@ def by_engine(bundle: Path, rule: str, cut: float, texts: dict) -> list[Point]:
             of = used["moe_tokens"] / len(layers) * sum(config.top_k_of(layer) for layer in layers)
             return used["experts_used"], of, used["moe_tokens"]
 
-        # a step of the engine's is a chunk: rules that protect tokens see as many of a window as a prompt's would
+        # a window is processed in chunks like a prompt, so rules that protect tokens see as many at a time
         logits = partial(runtime.logits, prune=f"{rule}:{cut}")
         return [replace(scored(NAMES[rule], texts, logits, unpruned, account), asked=cut)]
 
 
-# ---- what they are compared with
+# ---- baselines
 
 
 def controls(model: Path, texts: dict, tell) -> list[Point]:
@@ -185,7 +185,7 @@ def controls(model: Path, texts: dict, tell) -> list[Point]:
 
 
 class Counting:
-    """reference.forward()'s `prune` with an account; stays(config, layer, h, chosen, weights) -> (rows, top_k)."""
+    """A `prune` for reference.forward() that counts uses; stays(config, layer, h, chosen, weights) -> (rows, top_k)."""
 
     def __init__(self, config, stays):
         self.config, self.stays = config, stays
@@ -209,7 +209,7 @@ def fixed(count, config, layer, h, chosen, weights):
 
 
 def top_p(model, share, config, layer, h, chosen, weights):
-    """The fewest whose scores before the choice, of all experts, reach `share`."""
+    """The fewest experts whose router scores reach `share` of the sum over all experts."""
     scores = np.take_along_axis(reference.router_scores(config, model, layer, h), chosen, axis=-1)
     stays = np.cumsum(scores, axis=-1) - scores < share
     stays[:, 0] = True
@@ -232,7 +232,7 @@ def by_router(rule: str, routers: list, price: float, config, layer, h, chosen, 
 
 
 def entropy_text(bundle: Path, texts: dict) -> str:
-    """How much the counts of experts differ between tokens, at one cut, in the reference forward pass."""
+    """The entropy of the number of experts per token at one cut, in the reference forward pass."""
     opened, lines = Bundle.open(bundle), []
     routers, weights = read_mask_routers(bundle, opened.pruning, opened.table), Cached(BundleWeights(opened))
     for rule, its in routers.items():
@@ -270,18 +270,18 @@ def heading(a: argparse.Namespace, texts: dict) -> str:
 
 
 def curves(points: list[Point]) -> dict[str, list[list[Point]]]:
-    """By method, each seed's points by rising cut."""
+    """For each method, the points of each seed, by increasing cut."""
     found = {}
     for point in points:
         runs = found.setdefault(point.method, [[]])
         if runs[-1] and point.cut < runs[-1][-1].cut and point.method in NAMES.values():
-            runs.append([])  # the next seed's start at the least cut again
+            runs.append([])  # the next seed starts at the smallest cut again
         runs[-1].append(point)
     return {name: [sorted(run, key=lambda point: point.cut) for run in runs] for name, runs in found.items()}
 
 
 def at(run: list[Point], cut: float) -> tuple[float, float] | None:
-    """(KLD, change of perplexity) at a cut: logarithms interpolated between points."""
+    """(KLD, change of perplexity) at a cut, interpolated between points, KLD in the logarithm."""
     cuts = [point.cut for point in run]
     if not cuts[0] - 0.02 <= cut <= cuts[-1] + 0.02:
         return None
@@ -306,7 +306,7 @@ def frontier_table(points: list[Point]) -> str:
 
 
 def bars(points: list[Point]) -> str:
-    """Whether ours is below every other rule where both are measured, and the two points asked of it."""
+    """Whether our rule is below every other where both are measured, and whether it meets its two targets."""
     runs, lines = curves(points), []
     for cut, most in ((0.2, 0.003), (0.35, 0.01)):
         worst = max(at(run, cut)[1] for run in runs[NAMES["loss"]])
@@ -327,7 +327,7 @@ def bars(points: list[Point]) -> str:
 
 
 def reached_table(points: list[Point], texts: list[str]) -> str:
-    """What our cuts leave out of each text, by the first seed."""
+    """The share that our cuts leave out of each text, for the first seed."""
     first = {point.asked: point.cuts for point in reversed(points) if point.method == NAMES["loss"]}
     lines = ["| asked | " + " | ".join(texts) + " |", "|---" * (1 + len(texts)) + "|"]
     for asked, cuts in sorted(first.items()):

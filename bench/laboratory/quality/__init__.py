@@ -1,1 +1,1 @@
-"""How good compressed models are, method by method: a report on a model, some texts, and a machine."""
+"""The report on the quality of compressed models by method, for a model, texts, and a machine."""

@@ -1,9 +1,9 @@
-"""The quality report: what each method makes of a model at equal true bytes, on texts it was not calibrated on.
+"""The quality report: compares compression methods at equal true bytes, on texts that were not calibrated on.
 
     python -m bench.laboratory.quality --text A.txt B.txt --calibration C.txt > quality.md
 
-Without texts it is of Python's standard library. Rows are kept in --work: a run that was killed goes on there. mlx_lm's
-and llama.cpp's rows are left out where mlx_lm, or llama_cpp and gguf, are not installed. Progress goes to stderr.
+The default texts are Python's standard library. Rows are kept in --work, so a killed run can be resumed. The rows of
+mlx_lm and llama.cpp are left out if mlx_lm, or llama_cpp and gguf, are not installed. Progress goes to stderr.
 """
 
 import argparse
@@ -44,16 +44,16 @@ def parse() -> argparse.Namespace:
     add_texts(parser, tokens=12_288, calibration_tokens=DEFAULT_TOKENS)
     add = parser.add_argument
     add("--context", type=int, default=256, help="tokens of a window")
-    add("--trunk-width", type=int, default=8, choices=(8, 16), help="of every row's trunk")
+    add("--trunk-width", type=int, default=8, choices=(8, 16), help="bits of the trunk in every row")
     add("--bits", type=float, nargs="+", default=[1.6, 2.0, 2.5, 3.0, 3.5, 4.5], help="true bits of an expert weight")
-    add("--methods", nargs="+", help="names of rows or their first words, as rtn pmq llama.cpp; by default all")
+    add("--methods", nargs="+", help="names of rows or their first words, such as rtn pmq llama.cpp; by default all")
     add("--ablate", type=float, nargs="*", default=[2.5], help="bits of the ablation")
     add("--repeats", type=int, default=2, help="samples of calibration text in the ablation")
     add("--parts", nargs="+", default=PARTS, choices=PARTS)
     add("--processes", type=int, default=default_threads(), help="rows at a time")
     add("--work", type=Path, default=Path(tempfile.gettempdir()) / "edge-moe-quality", help="where figures are kept")
     add("--out", type=Path, help="file for the report; by default stdout")
-    add("--quick", action="store_true", help="one size and few tokens, to see that it works")
+    add("--quick", action="store_true", help="one size and few tokens, as a smoke test")
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(QUICK)
@@ -61,9 +61,9 @@ def parse() -> argparse.Namespace:
 
 
 def make_report(study: Study, arguments: argparse.Namespace, tell) -> str:
-    """Run what has not been run yet, and put it into Markdown."""
+    """Run what has not been run yet, and return the report as Markdown."""
     study.prepare()
-    if "time" in arguments.parts:  # first, while nothing else runs
+    if "time" in arguments.parts:  # timed first, while nothing else runs
         timed(study, "whole-run", lambda: cost.whole_run(study), tell)
         timed(study, "sizes", lambda: {"sizes": cost.by_size(study, *[QUICK_SIZES] * arguments.quick)}, tell)
     by_bits = {
@@ -104,7 +104,7 @@ def rows_at(study: Study, bits: float, wanted: list[str] | None) -> list[Form]:
 
 
 def figures(study: Study, forms: list[Form]) -> dict[str, dict]:
-    """Results by row name."""
+    """The results by name of the row."""
     return {form.name: study.result(form.key) for form in forms}
 
 

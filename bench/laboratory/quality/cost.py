@@ -1,4 +1,4 @@
-"""What compressing takes: the time of a whole run at default settings, and of one expert as experts grow."""
+"""Measuring the time of compressing: of a whole run at default settings, and of one expert by its size."""
 
 import os
 import shutil
@@ -21,12 +21,12 @@ from edge_moe.devices.probe import default_threads
 from .study import Study
 
 SIZES = (256, 512, 1024, 2048)  # inputs of an expert; its inner size is half of that
-ROWS = 2048  # tokens of an expert, as calibration's default gives one of 64 with 4 chosen
+ROWS = 2048  # tokens of an expert, about as many as with the default calibration, 64 experts and top 4
 WIDTHS, GROUP = (2, 4), 64
 
 
 def whole_run(study: Study) -> dict:
-    """Seconds of compress() at default settings, by step, with all threads; and how busy the machine was before."""
+    """Seconds of compress() at default settings, by step, with all threads; and the machine's load before."""
     out, steps = study.work / "timed.emoe", []
     for left in (out, *(out.with_name(out.name + suffix) for suffix in (".work", ".partial"))):
         shutil.rmtree(left, ignore_errors=True)
@@ -55,10 +55,10 @@ def whole_run(study: Study) -> dict:
 
 
 def by_size(study: Study, sizes=SIZES) -> list[dict]:
-    """Seconds of one core for an expert of each size: its second moments, measuring it, rounding it.
+    """CPU seconds for an expert of each size: for second moments, measuring, and rounding.
 
-    Random matrices and inputs, ROWS of them, through the compressor's own curvature and GPTQ. Measuring is of every
-    choice that pmq weighs at its default bits, by the mean of two of them; running the model is not counted.
+    ROWS random inputs and random matrices go through the compressor's own curvature and GPTQ. Measuring covers every
+    choice that pmq considers at its default bits, extrapolated from two of them; running the model is not counted.
     """
     with Checkpoint(study.model) as checkpoint:
         o = targets.check(targets.Options(), checkpoint.config)
@@ -78,7 +78,7 @@ def one_size(dim: int, hidden: int, choices: int) -> dict:
     def take() -> None:
         for its, values in zip(inputs, (x, inner), strict=True):
             its.add(values, weights, 0.1 * values)
-            its.curvature  # noqa: B018 (taken once)
+            its.curvature  # noqa: B018 (computed once)
 
     moments, (of_x, of_inner) = seconds_of(take), inputs
 
@@ -97,7 +97,7 @@ def one_size(dim: int, hidden: int, choices: int) -> dict:
         "dim": dim,
         "hidden": hidden,
         "choices": choices,
-        "moments": 2 * moments,  # taken once to measure and once to round
+        "moments": 2 * moments,  # once for measuring and once for rounding
         "measuring": measuring,
         "rounding": rounding,
         "seconds": 2 * moments + measuring + rounding,
@@ -105,7 +105,7 @@ def one_size(dim: int, hidden: int, choices: int) -> dict:
 
 
 def seconds_of(work: Callable[[], None]) -> float:
-    """Of this process on one core, whatever else runs beside it."""
+    """CPU seconds of this process on one core, independent of other load."""
     before = time.process_time()
     work()
     return time.process_time() - before

@@ -1,6 +1,6 @@
-"""The compressed forms of a model that are compared: methods, other ways to spend the same bytes, and ablations.
+"""The compressed forms of a model to compare: methods, other ways to spend the same bytes, and ablations.
 
-Each is a run of compress(), with one step of it replaced where a form asks for that.
+Each is a run of compress(), in some forms with one step replaced.
 """
 
 import os
@@ -26,13 +26,13 @@ from edge_moe.runtime.config import ModelConfig, trunk_shapes
 
 from .study import Study
 
-DROPPED = 0.25  # of the experts, in the rows that drop some
-SEEDS = 3  # random allocations
-REPEAT_TOKENS = 256  # fewer for each repeat, so that its windows of calibration text lie elsewhere
+DROPPED = 0.25  # share of the experts in rows that drop some
+SEEDS = 3  # number of random allocations
+REPEAT_TOKENS = 256  # each repeat uses so many tokens fewer, which shifts its windows of calibration text
 
 
 def compressed(study: Study, form: "Form", out: Path) -> None:
-    """Write the bundle of a form that compress() makes."""
+    """Write the bundle of a form with compress()."""
     with Checkpoint(study.model) as checkpoint:
         o = targets.check(targets.Options(**{**study.options, **form.options}), checkpoint.config)
         kept = form.measures_file(study) if form.measures else None
@@ -44,26 +44,26 @@ class Form:
     """One row."""
 
     name: str
-    bits: float  # true ones of an expert weight, dropped ones counted; what it may take
-    options: dict  # of compress(), beside the study's
+    bits: float  # budget of true bits a weight, with the weights of dropped experts counted
+    options: dict  # of compress(), in addition to the study's
     mixed: Callable | None = None  # (compression, measures, budget, unit) -> packings, instead of allocate.mixed()
     rounding: type = Rounding
     make: Callable[[Study, "Form", Path], None] = field(default=compressed)
-    true_bits: float | None = None  # where the bundle holds wider weights than the form has
+    true_bits: float | None = None  # given if the bundle stores the form's weights at a larger width
 
     @property
     def key(self) -> str:
-        """A name for its files."""
+        """The name of the form's files."""
         name = "".join(letter if letter.isalnum() else "-" for letter in self.name)
         return f"{name}-{self.bits:g}{self._sample}"
 
     @property
     def measures(self) -> str | None:
-        """A name for what it measures, equal for all forms that find the same; None where nothing is measured."""
+        """The name of the form's measures, equal for forms with the same measures; None if it measures nothing."""
         method = self.options.get("method")
         if self.make is not compressed or method not in ("pmq", "mc", "mc-release"):
             return None
-        # both of mc's choose from the same widths, by figures that do not depend on how many bits there are
+        # mc and mc-release choose from the same widths, by measures that do not depend on the bits
         name = "mc"
         if method == "pmq":
             name = f"pmq-{self.options['bits']:g}" if "bits" in self.options else f"pmq-whole-{self.bits:g}"
@@ -72,7 +72,7 @@ class Form:
 
     @property
     def _sample(self) -> str:
-        """Of calibration text, where it is not the study's."""
+        """The name of the sample of calibration text, if it is not the study's."""
         sample = f"-of-{self.options['tokens']}-tokens" if "tokens" in self.options else ""
         return sample + ("-of-Python" if "calibration" in self.options else "")
 
@@ -82,7 +82,7 @@ class Form:
 
 @dataclass(slots=True)
 class Variant(Compression):
-    """A run of compress() with steps replaced, and with measures that other forms may have left."""
+    """A run of compress() with replaced steps, which reuses the measures of other forms."""
 
     form: Form = None
     kept: Path | None = None
@@ -108,7 +108,7 @@ class Variant(Compression):
 
 
 def bases(study: Study) -> list[Form]:
-    """The reference itself, and what the trunk's width alone costs."""
+    """The reference itself, and a form with only the trunk quantised."""
     return [
         Form("bfloat16", 16, {"method": "rtn", "bits": 16}),
         Form("trunk alone", 16, {"method": "rtn", "width": 16}),
@@ -116,7 +116,7 @@ def bases(study: Study) -> list[Form]:
 
 
 def methods(study: Study, bits: float) -> list[Form]:
-    """The rows of one size, but for other tools'. rtn: the one width and group that `uniform` takes."""
+    """The rows of one size, without other tools'. rtn takes the width and group of `uniform`."""
     config = study.config
     one = targets.uniform_packing(config, bits, targets.groups(targets.Options(method="uniform"), config))
     pmq, certified = {"method": "pmq", "bits": bits}, {"certificate": True}
@@ -141,7 +141,7 @@ def methods(study: Study, bits: float) -> list[Form]:
 
 
 def bundle_bytes(study: Study, bits: float) -> int:
-    """Of a bundle with these bits and the study's trunk, tables at their most."""
+    """Upper bound of the bytes of a bundle with these bits and the study's trunk."""
     config = study.config
     trunk = trunk_packing(trunk_shapes(config), study.trunk_width, targets.DEFAULT_GROUP)
     with Checkpoint(study.model) as checkpoint:
@@ -150,14 +150,14 @@ def bundle_bytes(study: Study, bits: float) -> int:
 
 
 def published_bits(config: ModelConfig) -> tuple[float, float]:
-    """The least and the most true bits that mc can spend: one expert of each wider kind at least, and all widest."""
+    """The minimum and maximum true bits of mc: at least one expert has each wider width, at most all the widest."""
     group = targets.groups(targets.Options(method="mc"), config)[0]
     narrow, middle, wide = (targets.true_bits(config, (width,) * 3, group) for width in targets.MC_WIDTHS)
     return narrow + (wide + middle - 2 * narrow) / config.experts, wide
 
 
 def at_random(run: Compression, measures: Measures, budget: float, unit: Packing, seed: int) -> list[Packing]:
-    """A random packing for each expert; then random ones are made smaller until all fit, and larger while they do."""
+    """A random packing for each expert, then shrunk at random until all fit, and grown at random while they do."""
     options, sizes = by_size(run.config, allocate.packings(measures.choices))
     random = np.random.default_rng(seed)
     chosen = random.integers(len(options), size=run.config.expert_count)
@@ -174,14 +174,14 @@ def at_random(run: Compression, measures: Measures, budget: float, unit: Packing
 
 
 def by_size(config: ModelConfig, options: list[Packing]) -> tuple[list[Packing], np.ndarray]:
-    """Packings by rising bytes, and those bytes."""
+    """The packings by increasing bytes, and these bytes."""
     sizes = [record_bytes(config, option.widths, option.group, record_alignment(config)) for option in options]
     order = np.argsort(sizes, kind="stable")
     return [options[i] for i in order], np.array(sizes)[order]
 
 
 def by_frequency(run: Compression, measures: Measures, budget: float, unit: Packing) -> list[Packing]:
-    """pmq's program with the same cost of each choice for every expert, times how often the expert is used."""
+    """pmq's program, with the same costs of the choices for every expert, times the expert's frequency."""
     layers = [measure for measure in measures.layers if measure is not None]
     curve = np.mean([measure.errors.mean(axis=(0, -1)) for measure in layers], axis=0)  # (3, choices)
     costs = with_errors(measures, lambda measure: measure.frequency[:, None, None, None] * curve[..., None], 1)
@@ -189,7 +189,7 @@ def by_frequency(run: Compression, measures: Measures, budget: float, unit: Pack
 
 
 def by_error(run: Compression, measures: Measures, budget: float, unit: Packing) -> list[Packing]:
-    """pmq's program with the measured error of a use of the expert alone: no gain, frequency or kinds of text."""
+    """pmq's program with only the measured error per use of the expert: no gain, frequency or kinds of text."""
 
     def of_a_use(measure) -> np.ndarray:
         return (measure.norm_errors**2 / np.maximum(measure.rows, 1)[:, None, None])[..., None]
@@ -198,7 +198,7 @@ def by_error(run: Compression, measures: Measures, budget: float, unit: Packing)
 
 
 def with_errors(measures: Measures, errors: Callable, columns: int) -> Measures:
-    """Measures with other errors, (experts, 3, choices, columns), and no gain."""
+    """Replace the errors of measures, (experts, 3, choices, columns), and set the gain to 1."""
     layers = [None if m is None else replace(m, errors=errors(m)) for m in measures.layers]
     return Measures(layers, measures.choices, np.ones((len(layers), columns)))
 
@@ -207,7 +207,7 @@ def with_errors(measures: Measures, errors: Callable, columns: int) -> Measures:
 
 
 def ablations(study: Study, bits: float, repeat: int) -> list[Form]:
-    """pmq first, then pmq without one part of it each; on half of the study's calibration tokens, to be done sooner."""
+    """pmq, then pmq with one part removed each; with half of the study's calibration tokens, to save time."""
     tokens = study.calibration_tokens // 2 - repeat * REPEAT_TOKENS
     pmq = {"method": "pmq", "bits": bits, "tokens": tokens}
     rounding = {
@@ -241,7 +241,7 @@ def without_gain(run: Compression, measures: Measures, budget: float, unit: Pack
 
 
 def without_domains(run: Compression, measures: Measures, budget: float, unit: Packing) -> list[Packing]:
-    """All calibration tokens alike, whatever kind of text they are from; the unseen column stays."""
+    """All kinds of text merged into one; the unseen column stays."""
     share = np.bincount(run.calibration.domains) / len(run.calibration.domains)
 
     def columns(values: np.ndarray) -> np.ndarray:
@@ -267,7 +267,7 @@ class Unrefined(Rounding):
 
 
 class NothingLacking(Rounding):
-    """down's target is what the expert gives in full precision, and no more."""
+    """The target of down is the expert's full-precision output, without a share of the deficit."""
 
     def _round(self, track: Track, layer: int, number: int, matrices, a: Stream):
         return Rounding._round(self, replace(track, lacking=Zeros(a.dim)), layer, number, matrices, a)
@@ -275,10 +275,10 @@ class NothingLacking(Rounding):
 
 @dataclass(slots=True)
 class CleanInputs(Rounding):
-    """Every layer is rounded for the inputs that full precision gives it, as GPTQ is without propagated errors."""
+    """Every layer is rounded for its full-precision inputs, as in GPTQ without the errors of earlier layers."""
 
     clean_routing: forward.Routing | None = None  # of the layer
-    clean_weights: np.ndarray | None = None  # of its tokens, with nothing lacking
+    clean_weights: np.ndarray | None = None  # token weights of the layer without a deficit
 
     def _source_experts(self, layer: int, a: Stream, y: Stream) -> None:
         Rounding._source_experts(self, layer, a, y)
@@ -296,7 +296,7 @@ class CleanInputs(Rounding):
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
-    """As much of a Stream of zeros as rounding reads."""
+    """A Stream of zeros, with only the method that rounding calls."""
 
     dim: int
 

@@ -1,9 +1,9 @@
-"""llama.cpp's types on the same experts, in the same harness: its own quantiser, with an importance matrix.
+"""llama.cpp's quantisation types on the same experts and harness, with its own quantiser and an importance matrix.
 
-The experts alone are in the type, the trunk is as in every row that nothing was fitted to. Their weights are read back
-by gguf, whose code is not the quantiser's, and scored as bfloat16. Where a row is no multiple of a block's 256 weights
-llama.cpp takes a wider type; here a block goes on in the next row instead. Importance: mean squares of an expert's
-inputs over the calibration tokens that chose it, as llama-imatrix takes them.
+Only the experts have the type; the trunk is rounded to nearest, as in every row without calibration. The weights are
+read back by gguf, which is independent of the quantiser, and scored as bfloat16. If a row is not a multiple of a
+block's 256 weights, llama.cpp takes a wider type; here blocks continue in the next row instead. The importance is the
+mean square of an expert's inputs over the calibration tokens that chose it, as in llama-imatrix.
 """
 
 import ctypes
@@ -42,10 +42,10 @@ TYPES = {  # true bits a weight
     "Q4_K": 4.5,
     "Q4_0": 4.5,
 }
-NEAR = 0.15  # bits by which a type may miss the size it is shown at
-BLOCK = 256  # weights that a block has, or a multiple of what it has
+NEAR = 0.15  # maximum difference in bits between a type and the size at which it is shown
+BLOCK = 256  # weights of a block, or a multiple of them
 
-Importance = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]  # by layer and expert: of gate and up, of down
+Importance = dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]  # by layer and expert: for gate and up, and for down
 
 
 def installed() -> bool:
@@ -53,7 +53,7 @@ def installed() -> bool:
 
 
 def forms(bits: float) -> list[Form]:
-    """The types of about these true bits."""
+    """The forms of types with about `bits` true bits."""
     return [
         Form(f"llama.cpp {name}", bits, {}, make=partial(make, name=name), true_bits=its)
         for name, its in TYPES.items()
@@ -62,7 +62,7 @@ def forms(bits: float) -> list[Form]:
 
 
 def make(study: Study, form: Form, out: Path, name: str) -> None:
-    """The bundle of a type's experts, each weight as the type has it, and of the checkpoint's trunk."""
+    """Write a bundle with the experts' weights rounded to a type, and with the checkpoint's trunk."""
     how, importance = Quantiser(name), importance_of(study)
 
     def record_of(checkpoint: Checkpoint, key: tuple[int, int]) -> list[Quantised]:
@@ -74,7 +74,7 @@ def make(study: Study, form: Form, out: Path, name: str) -> None:
 
 
 class Quantiser:
-    """ggml_quantize_chunk() of one type, and what gguf reads of it."""
+    """Quantises with ggml_quantize_chunk() of one type, and reads the result back with gguf."""
 
     def __init__(self, name: str):
         from gguf import GGMLQuantizationType
@@ -90,7 +90,7 @@ class Quantiser:
         self.library.ggml_quantize_chunk.restype = ctypes.c_size_t
 
     def __call__(self, weights: np.ndarray, importance: np.ndarray) -> np.ndarray:
-        """float32 (rows, cols) as the type has it; importance: (cols,)."""
+        """Round float32 weights (rows, cols) to the type. importance: (cols,)."""
         from gguf import quant_shape_to_byte_shape
         from gguf.quants import dequantize
 
@@ -109,7 +109,7 @@ class Quantiser:
 
 
 def importance_of(study: Study) -> Importance:
-    """Of every expert of the model; kept in the work directory."""
+    """The importance of every expert of the model, cached in the work directory."""
     kept = study.work / "importance.pickle"
     if not kept.exists():
         partial_file = kept.with_suffix(f".{os.getpid()}")
@@ -121,7 +121,9 @@ def importance_of(study: Study) -> Importance:
 
 
 def mean_squares(config: ModelConfig, weights, ids: np.ndarray) -> Importance:
-    """Of the inputs of each expert's matrices over the tokens (sequences, tokens) that chose it; 1 without any."""
+    """Mean squares of the inputs of each expert's matrices over the tokens that chose it; 1 if there are none.
+
+    ids: (sequences, tokens)."""
     found, x = {}, Stream(ids.size, config.dim)
     forward.embed(config, weights, ids, x)
     for layer in range(config.layer_count):

@@ -1,7 +1,7 @@
-"""Other tools' forms of the same checkpoint, in the same bundle format and harness.
+"""Forms of the same checkpoint by other tools, in the same bundle format and harness.
 
-mlx_lm's come from its own code, run here; only its experts are taken, the trunk is as in every other row. Its packed
-codes are read as MLX reads them, so nothing is rounded twice. llama.cpp's types are in llama_types.py.
+mlx_lm's own code makes its forms; only the experts are taken from it, the trunk is as in every other row. Its packed
+codes are copied, so nothing is rounded twice. llama.cpp's types are in llama_types.py.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ from .study import Study
 
 GROUP = 64
 CONVERT_WIDTHS = (2, 3, 4)
-GPTQ_WIDTHS = (2, 4)  # those below 8 that its GPTQ packs
-SENSITIVITY_TOKENS = 8192  # of calibration for dynamic_quant: ten seconds of one core for 512
-NEAR = 0.01  # bits by which a row may miss the size it is shown at
+GPTQ_WIDTHS = (2, 4)  # widths below 8 that mlx_lm's GPTQ packs
+SENSITIVITY_TOKENS = 8192  # calibration tokens for dynamic_quant, at ten seconds of one core per 512
+NEAR = 0.01  # maximum difference in bits between a row and the size at which it is shown
 MATRIX = re.compile(r"layers\.(\d+)\..*switch_mlp\.(gate|up|down)_proj$")
 
 
@@ -38,7 +38,7 @@ def installed() -> bool:
 
 
 def mlx_forms(bits: float) -> list[Form]:
-    """What mlx_lm can make of the experts at these true bits; nothing where none of its sizes is near."""
+    """The forms that mlx_lm can make at `bits` true bits; none if its sizes are not close."""
     forms = []
     for name, widths, make in (("convert", CONVERT_WIDTHS, convert), ("gptq", GPTQ_WIDTHS, gptq)):
         for width in widths:
@@ -51,7 +51,7 @@ def mlx_forms(bits: float) -> list[Form]:
 
 
 def convert(study: Study, form: Form, out: Path, width: int) -> None:
-    """mlx_lm.convert with a predicate that takes the experts alone."""
+    """mlx_lm.convert with a predicate that selects only the experts."""
     from mlx_lm import convert, load
 
     converted = out.with_suffix(".mlx")
@@ -71,7 +71,7 @@ def convert(study: Study, form: Form, out: Path, width: int) -> None:
 
 
 def gptq(study: Study, form: Form, out: Path, width: int) -> None:
-    """mlx_lm.quant.gptq: all experts of a layer share one second moment, of all tokens."""
+    """mlx_lm.quant.gptq: all experts of a layer share the second moment over all tokens."""
     import mlx.core as mx
     from mlx_lm.quant.gptq import gptq_quantize
 
@@ -82,7 +82,7 @@ def gptq(study: Study, form: Form, out: Path, width: int) -> None:
 
 
 def dynamic_quant(study: Study, form: Form, out: Path, low: int) -> None:
-    """mlx_lm.quant.dynamic_quant: one more bit for the matrices (of a layer's experts together) of most sensitivity."""
+    """mlx_lm.quant.dynamic_quant: one more bit for the most sensitive matrices (all experts of a layer together)."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm import load
@@ -93,7 +93,7 @@ def dynamic_quant(study: Study, form: Form, out: Path, low: int) -> None:
         found = estimate_sensitivities(load_float32(study), ids, low, GROUP, low + 1, GROUP)
         model, _ = load(str(study.model))
     ranked = sorted((value, path) for path, value in found if MATRIX.search(path))
-    wide = round((form.bits - 32 / GROUP - low) * len(ranked))  # they are equally large
+    wide = round((form.bits - 32 / GROUP - low) * len(ranked))  # all matrices have the same size
     widths = {path: low + (place >= len(ranked) - wide) for place, (_, path) in enumerate(ranked)}
     nn.quantize(
         model,
@@ -103,7 +103,7 @@ def dynamic_quant(study: Study, form: Form, out: Path, low: int) -> None:
 
 
 def load_float32(study: Study):
-    """The model as mlx_lm loads it, in float32: MLX multiplies by gathered matrices on a CPU in no other type."""
+    """The model as mlx_lm loads it, in float32, the only type in which MLX multiplies gathered matrices on a CPU."""
     import mlx.core as mx
     from mlx_lm import load
 
@@ -113,20 +113,20 @@ def load_float32(study: Study):
 
 
 def calibration_ids(study: Study, tokens: int) -> np.ndarray:
-    """(sequences, tokens), those that every other row calibrates on where `tokens` is theirs."""
+    """Calibration ids (sequences, tokens): those of every other row if `tokens` is the study's number."""
     files = [Path(file) for file in study.calibration]
     return load_calibration(Tokenizer(study.model), study.config, files, tokens, 0).ids
 
 
 def write(study: Study, model, out: Path) -> None:
-    """The bundle of an mlx_lm model's packed experts and of the checkpoint's trunk, as every row has it."""
+    """Write a bundle with the packed experts of an mlx_lm model, and with the trunk that every row has."""
     import mlx.core as mx
 
     packed, widths = {}, {}
     for path, module in model.named_modules():
         if found := MATRIX.search(path):
             layer, part = int(found[1]), ("gate", "up", "down").index(found[2])
-            # float32 scales, as its tools give on a CPU, are rounded as they would be for a bfloat16 model
+            # float32 scales, which mlx_lm gives on a CPU, are rounded as they would be in a bfloat16 model
             scales, biases = (values.astype(mx.bfloat16) for values in (module.scales, module.biases))
             read = mx.dequantize(
                 module.weight, scales.astype(mx.float32), biases.astype(mx.float32), module.group_size, module.bits
@@ -143,7 +143,9 @@ def write(study: Study, model, out: Path) -> None:
 
 
 def write_bundle(study: Study, out: Path, tool: str, experts: dict, record_of) -> None:
-    """Another tool's bundle, with the checkpoint's trunk. experts: their packings; record_of(checkpoint, key): one."""
+    """Write a bundle with another tool's experts and the checkpoint's trunk.
+
+    experts: packings by key. record_of(checkpoint, key): the matrices of one expert."""
     with Checkpoint(study.model) as checkpoint:
         config = checkpoint.config
         trunk = trunk_packing(trunk_shapes(config), study.trunk_width, GROUP)

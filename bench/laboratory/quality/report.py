@@ -1,4 +1,4 @@
-"""The report as Markdown: tables of figures, bars that they must clear, ablations and times."""
+"""Formatting the report as Markdown: tables of figures, the bars that they must clear, ablations and times."""
 
 import math
 
@@ -8,7 +8,7 @@ from ..markdown import table
 from .forms import DROPPED
 from .study import Study
 
-LLAMA_CPP_BARS = {"IQ3_S": 3.5, "Q4_K": 4.5}  # types that pmq is to be below, at about these bits
+LLAMA_CPP_BARS = {"IQ3_S": 3.5, "Q4_K": 4.5}  # pmq must have a lower KLD than these types, at about these bits
 NEAR = 0.1  # bits
 BELOW_RTN = 0.4  # of rtn's divergence, below RTN_BITS
 RTN_BITS = 4.0
@@ -17,9 +17,9 @@ SIGNIFICANT = 2.0  # standard errors
 
 
 def ratio(one: dict, other: dict) -> tuple[float, float]:
-    """Mean divergence of one row over that of another on the same windows, and its standard error.
+    """The mean divergence of one row over that of another on the same windows, and the ratio's standard error.
 
-    The error is over windows, each text its own stratum: how much the figure would move with other text of the kind.
+    The error is over windows, stratified by text: how much the figure would vary with other text of the same kind.
     """
     value, variance = one["kld_mean"] / other["kld_mean"], 0.0
     for name, text in one["texts"].items():
@@ -29,7 +29,7 @@ def ratio(one: dict, other: dict) -> tuple[float, float]:
 
 
 def conditions(study: Study, bases: dict[str, dict]) -> str:
-    """What was measured, on what, and how."""
+    """The description of the model, the texts, and the measurement."""
     config, exact = study.config, bases["bfloat16"]
     source = ", ".join(file.rpartition("/")[2] for file in study.calibration) or "Python's standard library"
     trunk = "bfloat16"
@@ -98,7 +98,7 @@ MLX_NOTES = (
 
 
 def bars(results: dict[float, dict[str, dict]], study: Study) -> list[tuple[str, bool, str]]:
-    """What must hold, whether it does, and the figures: for those sizes and rows that there are."""
+    """The requirements on the available sizes and rows: text, whether it is met, and the figures."""
     found = []
 
     def bar(text: str, met: bool, figures: str) -> None:
@@ -147,7 +147,7 @@ LLAMA_CPP_NOTES = (
 
 
 def certificate_table(results: dict[float, dict[str, dict]], texts: list[str]) -> str:
-    """What each certificate said before any of these texts was seen, and what each text shows of that."""
+    """The KLD in each certificate, which is independent of these texts, and the KLD on each text relative to it."""
     head, rows = ["", "bits", "certificate: KLD", "p99", "top-1", *texts, "top-1 of all"], []
     for by_name in results.values():
         for name, result in by_name.items():
@@ -165,7 +165,7 @@ CERTIFICATE_NOTES = (
 
 
 def ablation_table(repeats: list[dict[str, dict]], texts: list[str]) -> str:
-    """pmq with one part changed, over as many samples of calibration text as there are; rows by name in each."""
+    """pmq with one part changed. repeats: for each sample of calibration text, the rows by name."""
     head = ["", *(f"KLD, sample {i + 1}" for i in range(len(repeats))), "/ pmq", *texts, ""]
     rows = []
     for name in repeats[0]:
@@ -188,13 +188,13 @@ def ablation_table(repeats: list[dict[str, dict]], texts: list[str]) -> str:
 
 
 def combined_error(values, errors) -> float:
-    """Of a mean ratio: over windows (the same in every sample, so not fewer by repeating), and between samples."""
+    """The error of a mean ratio: over windows, which repeats do not lower as they share them, and between samples."""
     between = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return math.hypot(float(np.mean(errors)), float(between))
 
 
 def verdict(value: float, error: float) -> str:
-    """Whether a ratio differs from one."""
+    """Whether a ratio differs significantly from one."""
     if not abs(value - 1) > SIGNIFICANT * error:
         return "no difference"
     return "worse" if value > 1 else "better"

