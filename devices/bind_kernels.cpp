@@ -25,7 +25,7 @@ const Kernels& find_kernels(const std::string& name) {
 
 namespace {
 
-// Codes, scales and biases as the caller's arrays; the matrix points into them.
+// A matrix that points into the caller's arrays of codes, scales and biases.
 Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn<uint16_t, 2> biases, int cols,
                  int width) {
   Matrix m;
@@ -38,7 +38,7 @@ Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn
   m.codes = codes.data();
   if (m.takes_rounded()) {
     expect(scales.shape(0) == codes.shape(0) && scales.shape(1) > 0, "scales have the wrong number of rows");
-    expect(biases.shape(0) == scales.shape(0) && biases.shape(1) == scales.shape(1), "biases are not as scales");
+    expect(biases.shape(0) == scales.shape(0) && biases.shape(1) == scales.shape(1), "biases must have scales' shape");
     m.group = cols / int(scales.shape(1));
     expect(m.group == 32 || m.group == 64 || m.group == 128, "group must be 32, 64 or 128");
     m.scales = scales.data();
@@ -47,7 +47,7 @@ Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn
   return m;
 }
 
-// The int8 form of (vectors, cols) inputs, by one kernel set.
+// Inputs (vectors, cols), quantised by one kernel set.
 struct Inputs {
   std::vector<int8_t> codes, lows;
   std::vector<uint8_t> two_planes;
@@ -81,7 +81,7 @@ void bind_kernels(nb::module_& m) {
         for (int i = 0; i < count; ++i) names.push_back(tables[i]->name);
         return names;
       },
-      "Kernel sets that this machine runs, best first; 'scalar' is always the last.");
+      "Kernel sets that this machine runs, fastest first; 'scalar' is always the last.");
 
   m.def(
       "matmul",
@@ -185,7 +185,7 @@ void bind_kernels(nb::module_& m) {
          float scale, bool half) {
         const Kernels& its = find_kernels(kernels);
         const int queries = int(q.shape(0)), head_dim = int(q.shape(1)), end = int(k.shape(0)), n = int(v.shape(1));
-        expect(int(k.shape(1)) == head_dim && int(v.shape(0)) == end, "k and v must be of as many positions");
+        expect(int(k.shape(1)) == head_dim && int(v.shape(0)) == end, "k and v must have the same number of positions");
         expect(begin >= 0 && begin < end, "begin must be a position");
         const size_t positions = align_up(end, kKeyBlock);
         std::vector<float> keys(positions * head_dim), scores(queries * positions), out(size_t(queries) * n);

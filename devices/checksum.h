@@ -1,4 +1,4 @@
-// CRC-32C (Castagnoli), the checksum of every record and of the trunk: any burst of 32 bits or less is caught, and
+// CRC-32C (Castagnoli), the checksum of every record and of the trunk: it detects any burst error of up to 32 bits, and
 // x86 and Arm compute it in hardware at several GB/s, faster than the disks that records are read from.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace edge_moe {
 
-// `seed` is the checksum of the bytes before these, 0 at the start.
+// `seed` is the checksum of the preceding bytes, 0 at the start.
 uint32_t crc32c(const void* data, size_t bytes, uint32_t seed = 0);
 
 }  // namespace edge_moe

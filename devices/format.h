@@ -1,4 +1,4 @@
-// The packed layouts: how weights lie in memory and on disk. The one definition; Python reads it from _core.
+// The layouts of packed weights in memory and on disk. This is their only definition; Python reads it from _core.
 //
 // A matrix (rows, cols) is encoded by a codec, at a width, as one part or several:
 //
@@ -25,7 +25,7 @@ inline constexpr int kWidths[] = {1, 2, 3, 4, 5, 6, 8, 16};  // of an expert's m
 inline constexpr int kGroups[] = {32, 64, 128};
 inline constexpr size_t kPartAlignment = 64;     // bytes: one cache line, one AVX-512 register
 inline constexpr size_t kDataAlignment = 16384;  // bytes: where the data of an expert file starts; Apple's page
-inline constexpr size_t kSmallAlignment = 4096;  // bytes: the least that O_DIRECT accepts everywhere
+inline constexpr size_t kSmallAlignment = 4096;  // bytes: the minimum that O_DIRECT accepts everywhere
 
 inline constexpr size_t align_up(size_t value, size_t alignment) {
   return (value + alignment - 1) / alignment * alignment;

@@ -1,7 +1,7 @@
-// IEEE half precision, in which the KV cache is kept by default: to and from float, rounding to nearest, ties to even.
-// A GPU's own instructions give the same bits, but for which not-a-number comes of one.
+// Conversion between float and IEEE half precision, the default type of the KV cache: round to nearest, ties to even.
+// A GPU's instructions give the same bits, except for the payload of a NaN.
 //
-// Static: sources compiled for different instruction sets include this, and must not share what one of them made of it.
+// Static: sources compiled for different instruction sets include this, and must not share a compiled copy.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +19,11 @@ EDGE_MOE_BOTH static inline float half_to_float(uint16_t half) {
 #else
   const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7fff;
   uint32_t bits;
-  if (rest >= 0x7c00) {  // infinity and not-a-number
+  if (rest >= 0x7c00) {  // infinity and NaN
     bits = 0x7f800000 | (rest & 0x3ff) << 13;
   } else if (rest >= 0x400) {
     bits = (rest << 13) + ((127 - 15) << 23);
-  } else {  // subnormal: so many times 2^-24
+  } else {  // subnormal: a multiple of 2^-24
     const float value = float(rest) * 0x1p-24f;
     memcpy(&bits, &value, 4);
   }
@@ -34,7 +34,7 @@ EDGE_MOE_BOTH static inline float half_to_float(uint16_t half) {
 #endif
 }
 
-// From here on a float's magnitude rounds to infinity: halfway past the largest half, 65504.
+// The smallest magnitude that rounds to infinity: half a step above the largest half, 65504.
 constexpr float kHalfOverflow = 65520.0f;
 
 EDGE_MOE_BOTH static inline uint16_t float_to_half(float value) {
@@ -49,7 +49,7 @@ EDGE_MOE_BOTH static inline uint16_t float_to_half(float value) {
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return sign | 0x7e00;
   if (bits >= 0x477ff000) return sign | 0x7c00;  // kHalfOverflow
-  if (bits < 0x38800000) {                       // below the smallest normal half: added to 0.5, rounded at 2^-24
+  if (bits < 0x38800000) {                       // below the smallest normal half: adding 0.5 rounds at 2^-24
     float sum;
     memcpy(&sum, &bits, 4);
     sum += 0.5f;

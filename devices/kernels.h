@@ -1,11 +1,11 @@
-// The CPU kernels: what a layer of the model asks of an instruction set, as one table of functions.
+// The CPU kernels: the functions that a layer of the model needs, as one table per instruction set.
 //
-// Every instruction set gives the same bits. So the order of each float operation is part of the contract, and
-// scalar.cpp is its definition. A product with a packed matrix is exact in integers over the inputs that share both
-// scales, and one running sum over these: instruction sets may add the integers up in any order. Other sums are kept in
-// 16 lanes (lane = position modulo 16) and folded in halves at the end. A multiply-add is fused where the contract says
-// fma and nowhere else. A row of a product never depends on the other rows or tokens of the call, so threads may
-// split rows and prompts may be cut into chunks without changing one bit.
+// Every instruction set gives the same bits. So the order of float operations is part of the contract, which scalar.cpp
+// defines. A product with a packed matrix is an exact integer sum over the inputs that share both scales, and one
+// running float sum over these: the integers may be added in any order. Other sums are kept in 16 lanes (lane =
+// position modulo 16) and folded in halves at the end. A multiply-add is fused where the contract says fma and nowhere
+// else. A row of a product never depends on other rows or tokens of the call, so threads may split rows and prompts may
+// be split into chunks without changing a bit.
 #pragma once
 
 #include <cstddef>
@@ -16,10 +16,10 @@
 namespace edge_moe {
 
 inline constexpr int kBlock = 64;              // inputs that share one activation scale
-inline constexpr float kLowStep = 1.0f / 256;  // of a low, in steps of a code
+inline constexpr float kLowStep = 1.0f / 256;  // step of a low, relative to the step of a code
 inline constexpr int kPlaneFlags = 16;         // flags of blocks that are read at a time
 inline constexpr int kLanes = 16;              // partial sums of every float reduction
-inline constexpr int kKeyBlock = 16;           // positions of the KV cache whose keys lie together
+inline constexpr int kKeyBlock = 16;           // positions of the KV cache whose keys are interleaved
 
 // A weight matrix (rows, cols) as format.h lays it out. Parts that its codec does not have are not read.
 struct Matrix {
@@ -55,20 +55,20 @@ inline Matrix float_matrix(const float* values, int rows, int cols) {
   return m;
 }
 
-// Vectors of inputs rounded to integers in blocks of 64: an input is its block's scale times (code + low / 256). Most
-// blocks have one plane of int8 codes, and lows of zero. A block has a second plane, the lows, where its largest input
-// is so far above the others that int8 codes would say little of these: see two_planes() in lane_math.h. That depends
-// on the block alone, so bits do not depend on what is rounded with it.
-// `blocks` is ceil(cols/64); codes past cols are zeros.
+// Vectors of inputs quantised in blocks of 64: an input is the block's scale times (code + low / 256). Most blocks have
+// one plane of int8 codes, and lows of zero. A block has a second plane, the lows, if its largest input is so far above
+// the others that int8 codes would hardly resolve them: see two_planes() in lane_math.h. This depends only on the
+// block, so the bits do not depend on what else is quantised in the call. `blocks` is ceil(cols/64); codes past cols
+// are zeros.
 struct Quantised {
   int8_t* codes = nullptr;        // (vectors, blocks*64)
   int8_t* lows = nullptr;         // (vectors, blocks*64)
-  uint8_t* two_planes = nullptr;  // (vectors, blocks): 1 where a block has lows; kPlaneFlags more may be read
+  uint8_t* two_planes = nullptr;  // (vectors, blocks): 1 if a block has lows; kPlaneFlags more may be read
   float* scales = nullptr;        // (vectors, blocks)
-  // Sums of the inputs over each weight group of 32, 64 and 128: what a group's bias is multiplied by.
+  // Sums of the inputs over each weight group of 32, 64 and 128, the factors of the groups' biases.
   float* sums[3] = {};  // (vectors, blocks*2), (vectors, blocks), (vectors, (blocks+1)/2)
 
-  // From a vector on.
+  // The vectors from `vector` on.
   Quantised from(size_t vector, int cols) const {
     const size_t blocks = (size_t(cols) + kBlock - 1) / kBlock, at = vector * blocks;
     return {codes + at * kBlock,
@@ -78,11 +78,11 @@ struct Quantised {
             {sums[0] + 2 * at, sums[1] + at, sums[2] + vector * ((blocks + 1) / 2)}};
   }
 
-  // A vector's sums over groups of 32, 64 or 128.
+  // The first vector's sums over groups of 32, 64 or 128.
   const float* group_sums(int group) const { return sums[group == 32 ? 0 : group == 64 ? 1 : 2]; }
 };
 
-// Input vectors of a product, once as they are and once rounded.
+// The input vectors of a product, as floats and quantised.
 struct Activations {
   const float* values = nullptr;  // (vectors, cols)
   Quantised quantised;
@@ -94,8 +94,8 @@ struct Activations {
   size_t vector(int token) const { return rows ? size_t(rows[token]) : size_t(token); }
 };
 
-// One KV head's cache. Keys lie in blocks of kKeyBlock positions, (blocks, head_dim, kKeyBlock), so that a register of
-// them is one dimension of as many positions; values as (positions, stride).
+// The cache of one KV head. Keys are in blocks of kKeyBlock positions, (blocks, head_dim, kKeyBlock), so that a
+// register holds one dimension of consecutive positions; values are (positions, stride).
 struct KeyValues {
   const void *keys, *values;
   size_t stride;  // in values
@@ -108,9 +108,9 @@ struct CodecKernels {
   int width;
 
   // y[t*y_stride + row] = matrix[row] . x[t] for rows [row_begin, row_end) and every token t, without the output bias.
-  // Affine: for each group, sum = fma(bias, sum of inputs, sum), then for each of its blocks (a group of 32: for
-  // itself) sum = fma(dot, scale_w * scale_x, sum). A dot is the integer one of the codes, as a float, or
-  // fma(float(that of the lows), kLowStep, float(that of the codes)) where the block has two planes.
+  // Affine: for each group, sum = fma(bias, sum of inputs, sum), then for each of its blocks (once for a group of 32)
+  // sum = fma(dot, scale_w * scale_x, sum). dot is float(d) with d the integer dot product of the codes or, if the
+  // block has two planes, fma(float(l), kLowStep, float(d)) with l the integer dot product of the lows.
   // Others: 16 lanes of fma(weight, input, lane), folded.
   void (*product)(const Matrix& matrix, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end);
 
@@ -124,8 +124,8 @@ struct Kernels {
   const CodecKernels* codecs;  // what can be multiplied
   int codec_count;
 
-  // Round one vector of cols inputs, to vector 0 of `to`. With scale = top / 127 of the largest |input|, a code is
-  // input_code(input, 127 / top), and a low is what that left, by low_code.
+  // Quantise one vector of cols inputs, to vector 0 of `to`. With top the largest |input| of a block, its scale is
+  // top / 127, a code is input_code(input, 127 / top), and a low is the remainder, by low_code.
   void (*quantise)(const float* x, int cols, const Quantised& to);
 
   // y = x / sqrt(mean(x^2) + eps) * weight
@@ -134,13 +134,13 @@ struct Kernels {
   // gate = activation(gate) * up; activation: 0 silu, 1 gelu (tanh form)
   void (*gate_up)(float* gate, const float* up, int n, int activation);
 
-  // scores[query*scores_stride + position] = scale * q[query] . key, for the positions of all key blocks that [begin,
-  // end) touches; scores must reach so far. One sum over head_dim: sum = fma(q, key, sum).
+  // scores[query*scores_stride + position] = scale * q[query] . key, for all positions of the key blocks that overlap
+  // [begin, end); scores must have room for these. One sum over head_dim: sum = fma(q, key, sum).
   void (*attend_scores)(const float* const* q, int queries, const KeyValues& cache, int begin, int end, int head_dim,
                         float scale, float* scores, size_t scores_stride);
 
   // out[query] += the weighted sum of values [begin, end), n floats: out = fma(weight, value, out), position by
-  // position; who calls cuts many of them into pieces (position_sums.h).
+  // position; the caller splits long ranges into pieces (position_sums.h).
   void (*attend_values)(const float* weights, size_t weights_stride, int queries, const KeyValues& cache, int begin,
                         int end, int n, float* const* out);
 
@@ -172,7 +172,7 @@ struct Kernels {
   }
 };
 
-// The tables that this binary has and this machine can run, best first; scalar is always the last.
+// The tables in this binary that this machine can run, fastest first; scalar is always the last.
 const Kernels* const* available_kernels(int* count);
 
 extern const Kernels kScalarKernels;

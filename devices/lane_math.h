@@ -1,7 +1,7 @@
-// The arithmetic that every device shares: one value at a time, the same bits from a CPU's vectors and a CUDA kernel.
+// Scalar arithmetic that all devices share, with the same bits in a CPU's vectors and in a CUDA kernel.
 //
-// Static: sources compiled for different instruction sets include this, and must not share what one of them made of it.
-// Compiled without contraction (-ffp-contract=off, -fmad=false).
+// Static: sources compiled for different instruction sets include this, and must not share a compiled copy. Compiled
+// without contraction (-ffp-contract=off, -fmad=false).
 #pragma once
 
 #include <math.h>
@@ -17,10 +17,10 @@
 
 namespace edge_moe {
 
-// A block of 64 inputs whose largest is more than 4 times their root mean square has two planes of codes. KL divergence
-// that rounding inputs costs SmolLM2-135M, and the share of its blocks with two planes: never 0.0074; above 5 times
-// 0.0009, 20 %; 4 times 0.0006, 33 %; 3.5 times 0.0003, 42 %. A prompt takes 1.24 times as long in products where a
-// quarter of the blocks has two, 1.5 times where they are not the same blocks for all tokens (Zen 4).
+// A block of 64 inputs whose largest is more than 4 times their root mean square has two planes of codes. The KL
+// divergence due to quantised inputs on SmolLM2-135M, and the share of blocks with two planes, by this threshold:
+// without second planes 0.0074; 5 times 0.0009, 20 %; 4 times 0.0006, 33 %; 3.5 times 0.0003, 42 %. On Zen 4, products
+// of a prompt take 1.24 times as long if a quarter of the blocks has two, 1.5 times if the blocks differ by token.
 inline constexpr int kTwoPlanesBelow = 64 * 127 * 127 / (4 * 4);
 
 EDGE_MOE_BOTH static inline float from_bfloat16(uint16_t value) {
@@ -30,7 +30,7 @@ EDGE_MOE_BOTH static inline float from_bfloat16(uint16_t value) {
   return result;
 }
 
-// exp(x) to about 2 ulp: x = n*ln2 + r, a polynomial in r, n into the exponent. Own code because libm's
+// exp(x) to about 2 ulp: x = n*ln2 + r, a polynomial in r, and n added to the exponent. This is not libm's because that
 // differs between machines. Results below 2^-126 flush to zero.
 EDGE_MOE_BOTH static inline float exp_lane(float x) {
   x = x > 88.0f ? 88.0f : x;
@@ -61,7 +61,7 @@ EDGE_MOE_BOTH static inline float gated(float gate, float up, int activation) {
   return gate / (1.0f + exp_lane(-2.0f * u)) * up;
 }
 
-// In double: libm's float functions differ between machines in the last bit, which a rounded double all but hides.
+// In double: libm's functions differ between machines in the last bit, which rounding from double almost always hides.
 EDGE_MOE_BOTH static inline float sigmoid(float x) { return float(1.0 / (1.0 + exp(-double(x)))); }
 
 EDGE_MOE_BOTH static inline int nearest(float x) {
@@ -72,17 +72,18 @@ EDGE_MOE_BOTH static inline int nearest(float x) {
 #endif
 }
 
-// The int8 code of an input; not finite: 0, which is caught where logits are read. inverse: 127 / the block's largest.
+// The int8 code of an input; 0 for one that is not finite, which is detected when logits are read. inverse: 127 / the
+// largest |input| of the block.
 EDGE_MOE_BOTH static inline int input_code(float input, float inverse) {
   const float scaled = input * inverse;
   return scaled >= -127.5f && scaled <= 127.5f ? nearest(scaled) : 0;
 }
 
-// Has a block of inputs lows, by the sum of the squares of its codes? One without a finite input that is not zero has
-// none.
+// Whether a block of inputs has lows, given the sum of the squares of its codes. A block of zeros and inputs that are
+// not finite has none.
 EDGE_MOE_BOTH static inline bool two_planes(int squares) { return squares > 0 && squares < kTwoPlanesBelow; }
 
-// What the code of an input left of it, in steps of 1/256 of a code's; half a step is 127 of them.
+// The remainder of an input after its code, in 1/256 of the code's step, at most 127.
 EDGE_MOE_BOTH static inline int low_code(float input, float inverse) {
   const float scaled = input * inverse;
   if (!(scaled >= -127.5f && scaled <= 127.5f)) return 0;

@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, asked of the driver's own library: no toolkit and no CUDA build is needed."""
+"""Finding the NVIDIA GPUs of this machine with the driver's library, without a toolkit or a CUDA build."""
 
 import ctypes
 import re
@@ -17,17 +17,17 @@ class Gpu:
     compute_capability: str  # "8.7"
     integrated: bool  # shares memory with the processor, as on a Jetson
     multiprocessors: int
-    memory_bytes: int  # the GPU's own, or what it shares
+    memory_bytes: int  # the GPU's own memory, or the memory that it shares
 
 
 @dataclass
 class Driver:
-    version: str  # of CUDA, the newest that the driver runs: "13.0"
+    version: str  # the newest CUDA that the driver supports: "13.0"
     gpus: list[Gpu]
 
 
 def find_driver(library: str = LIBRARY) -> Driver | None:
-    """The driver and its GPUs; None where there is no driver, or it finds no GPU it can use."""
+    """The driver and its GPUs; None if there is no driver or it finds no usable GPU."""
     try:
         cuda = ctypes.CDLL(library)
     except OSError:
@@ -39,7 +39,7 @@ def find_driver(library: str = LIBRARY) -> Driver | None:
 
 
 def nvcc_version() -> str | None:
-    """The toolkit's version where its compiler is on the path."""
+    """The version of the CUDA toolkit whose nvcc is on the path, or None."""
     if not (nvcc := shutil.which("nvcc")):
         return None
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""What this machine is: the memory a cgroup leaves to the process, and the threads it may use."""
+"""The resources of this process: the memory that its cgroups allow, and the threads that it may use."""
 
 import math
 import os
@@ -24,27 +24,27 @@ QUOTA_FILES = (
 
 
 def memory_limit_bytes(free_bytes: int, cgroups: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup") -> int:
-    """`free_bytes`, or less where a cgroup of this process or one above it leaves less room.
+    """`free_bytes`, or less if a cgroup of this process or an ancestor allows less.
 
-    Cached files count as room: a cgroup that has just copied a bundle is full of them, and they give way.
+    The page cache counts as free: a cgroup that has just copied a bundle is full of it, and it can be evicted.
     """
     return min([free_bytes, *(max(limit - used, 0) for limit, used in _limits(cgroups, mounts))])
 
 
 def cgroup_limit_bytes(cgroups: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup") -> int | None:
-    """The lowest limit of a cgroup of this process or one above it; None where there is none."""
+    """The lowest memory limit of this process's cgroups and their ancestors, or None."""
     return min((limit for limit, _ in _limits(cgroups, mounts)), default=None)
 
 
 def default_threads() -> int:
-    """Threads that compute best: the processors this process may use, but no slow cores beside fast ones."""
+    """The default number of threads: the processors this process may use, without efficiency cores."""
     return min(usable_processors(), _core.performance_cores() or usable_processors())
 
 
 def usable_processors(cgroups: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup") -> int:
-    """Processors this process may use: its affinity where the system tells, else all, and no more than its quota.
+    """The number of processors this process may use: by its affinity if known, else all, limited by its quota.
 
-    A cgroup's quota of CPU time, as containers have, is rounded up to whole processors.
+    A cgroup's quota of CPU time, as in containers, is rounded up to whole processors.
     """
     try:
         processors = len(os.sched_getaffinity(0))
@@ -54,7 +54,7 @@ def usable_processors(cgroups: str = "/proc/self/cgroup", mounts: str = "/sys/fs
 
 
 def _quotas(cgroups: str, mounts: str) -> Iterator[float]:
-    """Of each cgroup that has a quota: seconds of CPU time it may use in a second."""
+    """Yield the quota of each cgroup that has one, in seconds of CPU time per second."""
     for directory, (_, _, quota_name, period_name) in _directories(cgroups, mounts, QUOTA_FILES):
         quota, period = _number(directory / quota_name, 0), _number(directory / period_name, -1)
         if quota and period and quota > 0 and period > 0:
@@ -62,7 +62,7 @@ def _quotas(cgroups: str, mounts: str) -> Iterator[float]:
 
 
 def _limits(cgroups: str, mounts: str) -> Iterator[tuple[int, int]]:
-    """(limit, bytes in use but for cached files) of each cgroup that has a limit."""
+    """Yield (limit, bytes in use without the page cache) of each cgroup that has a limit."""
     for directory, (_, _, limit_name, usage_name, prefix) in _directories(cgroups, mounts, CGROUP_FILES):
         limit, usage = _number(directory / limit_name), _number(directory / usage_name)
         if limit is not None:
@@ -70,7 +70,7 @@ def _limits(cgroups: str, mounts: str) -> Iterator[tuple[int, int]]:
 
 
 def _directories(cgroups: str, mounts: str, table: tuple[tuple[str, ...], ...]) -> Iterator[tuple[Path, tuple]]:
-    """Of this process's cgroups and those above them, with the row of a table (controller, mount point, ...)."""
+    """Yield the directories of this process's cgroups and their ancestors, each with its row of `table`."""
     for controllers, path in _cgroups(Path(cgroups)):
         for row in table:
             if row[0] in controllers.split(","):
@@ -78,7 +78,7 @@ def _directories(cgroups: str, mounts: str, table: tuple[tuple[str, ...], ...]) 
 
 
 def _cgroups(file: Path) -> list[tuple[str, str]]:
-    """(controllers, path) of each line "number:controllers:path"."""
+    """The (controllers, path) of each line "number:controllers:path"."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
@@ -89,13 +89,13 @@ def _cgroups(file: Path) -> list[tuple[str, str]]:
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:
-    """The cgroup's directory and all above it, the mount point last."""
+    """The directories of a cgroup and its ancestors, the mount point last."""
     parts = [part for part in path.split("/") if part]
     return [mount.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
 
 
 def _cached_files(file: Path, prefix: str) -> int:
-    """Bytes of the page cache that memory.stat counts; 0 when it cannot be read."""
+    """Bytes of the page cache by memory.stat; 0 if it cannot be read."""
     wanted = (f"{prefix}active_file", f"{prefix}inactive_file")
     try:
         pairs = [line.split() for line in file.read_text().splitlines()]
@@ -105,7 +105,7 @@ def _cached_files(file: Path, prefix: str) -> int:
 
 
 def _number(file: Path, word: int | None = None) -> int | None:
-    """The whole number that a file is, or that one word of it is; None for "max" or when it cannot be read."""
+    """The integer in a file, or in one word of it; None for "max" or if it cannot be read."""
     try:
         text = file.read_text()
         return int(text if word is None else text.split()[word])

@@ -1,12 +1,12 @@
-// Attention's products with the KV cache: queries with keys, weights with values. What the instruction sets share;
+// Attention's products with the KV cache, queries with keys and weights with values, for all instruction sets.
 // scalar.cpp defines the result.
 //
 // Each cpu/*.cpp includes this file after packed.inl and vector_ops.inl, inside its own namespace, and defines
-// load_cached(const uint16_t*) before. A tile is eight queries, or fewer by as many more positions, so that as many
-// sums are in registers and each key and value that is loaded is used eight times where so many queries share it.
+// load_cached(const uint16_t*) before. A tile is eight queries, or fewer with proportionally more positions, so that
+// the number of sums in registers is constant, and a loaded key or value is used for up to eight queries.
 
 constexpr int kTileQueries = 8;
-constexpr int kValueRows = 64;  // values of a pass over the queries: those of 128 floats fill the first-level cache
+constexpr int kValueRows = 64;  // values in one pass over the queries: with 128 floats each they fill the L1 cache
 
 inline Vector load_cached(const float* p) {
   Vector v;
@@ -14,7 +14,7 @@ inline Vector load_cached(const float* p) {
   return v;
 }
 
-// tile(count, at) for queries [at, at + count) of all of them, count a constant.
+// Calls tile(count, at) for queries [at, at + count) until all are covered; count is a compile-time constant.
 template <typename Tile>
 inline void in_tiles(int queries, const Tile& tile) {
   int at = 0;
@@ -27,7 +27,7 @@ inline void in_tiles(int queries, const Tile& tile) {
   all_of(std::integral_constant<int, 1>{});
 }
 
-// Queries times Blocks key blocks.
+// The scores of a tile: `Queries` queries by `Blocks` key blocks.
 template <typename T, int Queries, int Blocks>
 inline void tile_scores(const float* const* q, const T* keys, int head_dim, float scale, float* const* scores) {
   for (int part = 0; part < kKeyBlock; part += kTileRows) {
@@ -49,7 +49,7 @@ inline void tile_scores(const float* const* q, const T* keys, int head_dim, floa
   }
 }
 
-// All blocks in [begin, end), for so many queries.
+// The scores of `Queries` queries with all key blocks in [begin, end).
 template <typename T, int Queries>
 void block_scores(const float* const* q, const T* keys, int begin, int end, int head_dim, float scale, float* scores,
                   size_t scores_stride) {
@@ -83,7 +83,7 @@ void attend_scores(const float* const* q, int queries, const KeyValues& cache, i
     all_scores(q, queries, static_cast<const float*>(cache.keys), first, last, head_dim, scale, scores, scores_stride);
 }
 
-// Some rows of values, for so many queries; n of the values.
+// Adds `rows` weighted values, n floats of each, for `Queries` queries.
 template <typename T, int Queries>
 void row_values(const float* weights, size_t weights_stride, const T* values, size_t stride, int rows, int n,
                 float* const* out) {

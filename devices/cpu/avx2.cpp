@@ -1,5 +1,5 @@
-// Kernels of scalar.cpp for AVX2: half a block, 32 codes of one row, is one register of bytes, and two multiply-adds of
-// it give eight partial sums, which are added across a tile's rows.
+// Kernels of scalar.cpp for AVX2: a register of bytes is half a block, 32 codes of one row, and two multiply-adds of it
+// give eight partial sums, which are added across a tile's rows.
 #include <immintrin.h>
 
 #include <array>
@@ -47,9 +47,8 @@ inline __m128i load_8(const void* p) { return _mm_loadl_epi64(static_cast<const 
 // ---- codes -> bytes ----
 
 // Widths 3, 5 and 6: each 128-bit lane takes sixteen codes, eight in each of two registers of 16-bit fields.
-// pshufb brings the one or two bytes of a code to its field, a multiplication moves the code to the field's
-// top and a shift moves it down. The upper lane is loaded so that it ends with the 32 codes; kShift is where
-// its codes begin then.
+// pshufb moves the one or two bytes of a code to its field, a multiplication moves the code to the field's top, and a
+// shift moves it down. The upper lane is loaded so that it ends with the 32 codes; its codes then begin at kShift.
 template <int Width>
 struct Fields {
   static constexpr int kShift = Width == 3 ? 2 : Width == 5 ? 6 : 4;
@@ -128,7 +127,7 @@ inline __m256 load_bfloat16(const void* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
 }
 
-// Sums of pairs in 16 bits: products of codes up to 63 with inputs of -128 fit twice over. Wider ones are split in two.
+// Sums of pairs in 16 bits: two products of codes up to 63 with inputs of -128 fit. Wider codes are split in two.
 template <bool Wide>
 inline __m256i dot_half(__m256i codes, __m256i x) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -261,7 +260,7 @@ inline int sum_of(__m256i lanes) {
   return of[0] + of[1] + of[2] + of[3] + of[4] + of[5] + of[6] + of[7];
 }
 
-// 32 integers as bytes, those above 127 as 127.
+// 32 integers as bytes, saturated at 127.
 inline __m256i as_bytes(const __m256i* integers) {
   const __m256i bytes =
       _mm256_packs_epi16(_mm256_packs_epi32(integers[0], integers[1]), _mm256_packs_epi32(integers[2], integers[3]));
@@ -275,7 +274,7 @@ void quantise(const float* x, int cols, const Quantised& to) {
     const float* in = block_inputs(x, cols, block, padded);
     alignas(32) float tops[8];
     __m256 top_lanes = _mm256_setzero_ps();
-    for (int i = 0; i < kBlock; i += 8)  // max keeps the second operand when the first is not a number
+    for (int i = 0; i < kBlock; i += 8)  // max returns the second operand if the first is NaN
       top_lanes = _mm256_max_ps(absolute(_mm256_loadu_ps(in + i)), top_lanes);
     _mm256_store_ps(tops, top_lanes);
     float top = 0.0f;

@@ -1,4 +1,4 @@
-// CRC-32C by table, and by the processor's own instruction where the compiler may assume or dispatch one.
+// CRC-32C by table, or by the processor's instruction where the compiler can assume or dispatch it.
 #include "../checksum.h"
 
 #include <array>

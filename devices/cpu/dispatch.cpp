@@ -1,4 +1,4 @@
-// Which kernel tables this machine can run: the only place that asks the processor what it is.
+// Selects the kernel tables that this machine can run; no other file queries the processor's features.
 #include "../kernels.h"
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -58,7 +58,7 @@ bool cpu_has_crc32c() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("sse4.2");
 #else
-  return true;  // the compiler was told: see checksum.cpp
+  return true;  // a compiler flag guarantees it: see checksum.cpp
 #endif
 }
 

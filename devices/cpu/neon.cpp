@@ -1,4 +1,4 @@
-// Kernels for 64-bit Arm with dot products alone (Apple M1, Jetson Orin).
+// Kernels for 64-bit Arm with dot products but without int8 matrix products (Apple M1, Jetson Orin).
 #include <arm_neon.h>
 
 #include <cmath>

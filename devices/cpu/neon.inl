@@ -1,8 +1,8 @@
 // Kernels of scalar.cpp for 64-bit Arm with dot products: an integer dot product of sixteen codes of one row adds to
-// four sums, which are added across the four rows of a tile. Where the processor multiplies matrices of int8, prompts
-// go by two rows and two tokens at a time.
+// four sums, which are added across the four rows of a tile. If the processor has int8 matrix products, prompts are
+// multiplied two rows and two tokens at a time.
 //
-// neon.cpp and neon_i8mm.cpp include this file inside their own namespaces, compiled for one and the other.
+// neon.cpp and neon_i8mm.cpp include this file inside their own namespaces, compiled without and with these products.
 
 constexpr int kRegister = 4;
 constexpr int kTileRows = 4;
@@ -27,9 +27,9 @@ inline Vector load_cached(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_
 
 // ---- codes -> bytes ----
 
-// Where sixteen codes are in a register of bytes, loaded so that it ends with the block at the latest. Of 1 and 2 bits:
-// the byte of each, and how far down its bits are moved. Of 3, 5 and 6 bits, which may lie in two bytes: the same for
-// 16-bit fields, eight to a register.
+// The positions of sixteen codes in a register of bytes, which is loaded such that it does not extend past the block.
+// For 1 and 2 bits: the byte of each code, and the shift of its bits. For 3, 5 and 6 bits, which may span two bytes:
+// the same for 16-bit fields, eight per register.
 template <int Width, int Piece>
 struct Places {
   static constexpr int kAt = 2 * Width * Piece < 8 * Width - 16 ? 2 * Width * Piece : 8 * Width - 16;
@@ -95,7 +95,7 @@ inline void unpack_in_order(const uint8_t* codes, uint8_t* out) {
 
 // ---- products ----
 
-// Codes above 127 become what they are less 128, and the inputs' sum gives that back.
+// Wide codes are reduced by 128, which the sum of the inputs compensates.
 template <bool Wide>
 inline int8x16_t as_signed(uint8x16_t codes) {
   return vreinterpretq_s8_u8(Wide ? veorq_u8(codes, vdupq_n_u8(128)) : codes);
@@ -147,7 +147,7 @@ template <int Width, int Planes, int Parts>
 
 #ifdef __ARM_FEATURE_MATMUL_INT8
 
-// Eight codes of one row, then of the next, for the instruction that multiplies such a pair by a pair of tokens.
+// Eight codes of one row, then eight of the next, for the instruction that multiplies two rows by two tokens.
 template <int Width>
 inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
   for (int r = 0; r < kTileRows; r += 2)
@@ -260,7 +260,7 @@ void quantise(const float* x, int cols, const Quantised& to) {
     float padded[kBlock];
     const float* in = block_inputs(x, cols, block, padded);
     float32x4_t tops = vdupq_n_f32(0);
-    for (int i = 0; i < kBlock; i += 4) tops = vmaxnmq_f32(tops, vabsq_f32(vld1q_f32(in + i)));  // of numbers
+    for (int i = 0; i < kBlock; i += 4) tops = vmaxnmq_f32(tops, vabsq_f32(vld1q_f32(in + i)));  // ignores NaN
     const float top = vmaxvq_f32(tops), inverse = top > 0.0f ? 127.0f / top : 0.0f;
     float32x4_t scaled[kBlock / 4];
     int32x4_t codes[kBlock / 4], squares = vdupq_n_s32(0);

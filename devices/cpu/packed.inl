@@ -1,24 +1,25 @@
-// Products of packed matrices: a tile of kTileRows rows, one a lane, by one token or by several. What the instruction
-// sets share; scalar.cpp defines the result.
+// Products of packed matrices for all instruction sets: a tile of kTileRows rows, one per lane, by one or several
+// tokens. scalar.cpp defines the result.
 //
 // Each cpu/*.cpp includes this file after vector_ops.inl, inside its own namespace. Before, it sets kTileRows and
-// kSpan<Width, Group>, the blocks that one token's products take together, and defines Vector, a register of kTileRows
-// floats, with load, store, broadcast, multiply and fma; after, the templates declared here. For one token codes are
-// unpacked in registers, as its weights are read once. For more, blocks are unpacked to bytes once, into a buffer that
-// the first-level cache holds, and multiplied with every token. Lows cost only where there are any: for one token they
-// share its unpacked codes, and of several only those that have lows in a block are multiplied by it once more.
+// kSpan<Width, Group>, the number of blocks that a product of one token takes together, and defines Vector, a register
+// of kTileRows floats, with load, store, broadcast, multiply and fma; after, it defines the templates declared here.
+// For one token, codes are unpacked in registers, as each weight is read once. For several, blocks are unpacked to
+// bytes once, into a buffer in the L1 cache, and multiplied with every token. Lows cost only where they exist: for one
+// token they use the same unpacked codes, and of several tokens only those with lows in a block are multiplied with it
+// again.
 
 constexpr int kChunk = 16;  // blocks unpacked at a time
-constexpr int kTokens = 8;  // whose sums are in registers
-constexpr int kBatch = 64;  // tokens that blocks are unpacked for
+constexpr int kTokens = 8;  // with sums in registers
+constexpr int kBatch = 64;  // tokens for which blocks are unpacked once
 constexpr int kMostGroups = kChunk * kBlock / 32;
-constexpr int kManyLows = 6;            // of kTokens: where so many have lows, all are multiplied once more
-constexpr int kMostArranged = 1 << 15;  // inputs of a product that are put in another order
+constexpr int kManyLows = 6;            // if so many of kTokens have lows, all are multiplied again
+constexpr int kMostArranged = 1 << 15;  // maximum inputs of a product with rearranged inputs
 
-// Of a lambda in the innermost loops: gcc leaves one that is called often as a function, and its sums in memory.
+// For lambdas in the innermost loops: gcc does not inline one that is called often, and keeps its sums in memory.
 #define EDGE_MOE_INLINED __attribute__((always_inline))
 
-// f(0), ..., f(N-1) with constants, so that an array of sums indexed by them lives in registers.
+// Calls f(0), ..., f(N-1) with constants, so that an array of sums that they index is kept in registers.
 template <int N, typename F>
 [[gnu::always_inline]] inline void unrolled(const F& f) {
   [&]<int... I>(std::integer_sequence<int, I...>)
@@ -42,56 +43,56 @@ struct PackedTokens {
   const float* sums[kBatch];  // over the matrix's groups
 };
 
-// One vector, its planes in the order of the rows' codes where arrange() has put them in it.
+// One vector; its planes are in the order of the rows' codes if arrange() has rearranged them.
 struct PackedToken {
   const int8_t* planes[2];
-  const uint8_t* two_planes;  // of each span's first block: has any of the span's blocks lows?
+  const uint8_t* two_planes;  // at each span's first block, whether any block of the span has lows
   const float* scales;
   const float* sums;
 };
 
-// out[g][row] = the bfloat16 values [first, first + count) of each row, `stride` of them apart. Rounds count up to 8.
-// Not inlined: gcc then keeps what the loop over blocks needs in registers (decoding 2 and 4 bits: 1.10 and 1.16
-// times).
+// out[g][row] = the bfloat16 values [first, first + count) of each row, with rows `stride` values apart. Rounds count
+// up to 8. Not inlined: gcc then keeps the variables of the loop over blocks in registers (decoding at 2 and 4 bits
+// is 1.10 and 1.16 times as fast).
 [[gnu::noinline]] void columns(const uint16_t* values, int stride, int first, int count, float (*out)[kTileRows]);
 
-// The dot products of each row's block with the planes of one of a token: of all 64 inputs, or of both halves. Reads
+// The dot products of each row's block with the planes of a token's block: over all 64 inputs, or over each half. Reads
 // nothing past the block.
 template <int Width, int Planes, int Parts>
 [[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
                                               Vector (&dots)[Planes][Parts]);
 
-// The same of kSpan blocks, whose inputs arrange() has put in order; `left` inputs are in the rows from here on, and
-// nothing past them is read. Fetches as many bytes from `next` on, row by row.
+// The same for kSpan blocks, whose inputs arrange() has rearranged; the rows have `left` more inputs, and nothing past
+// them is read. Prefetches as many bytes from `next` on, row by row.
 template <int Width, int Planes, int Parts>
 [[gnu::always_inline]] inline void span_dots(const uint8_t* codes, size_t stride, int left, const int8_t* const* x,
                                              const uint8_t* next, Vector (&dots)[Planes][Parts]);
 
-// The block's codes to bytes, kTileRows * kBlock of them in an order of the instruction set's own.
+// Unpacks the block's codes to kTileRows * kBlock bytes, in an order specific to the instruction set.
 template <int Width>
 inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out);
 
-// block_dots of bytes from unpack_block with a plane of several tokens. Wide: codes may be above 63.
+// block_dots for bytes from unpack_block, with one plane of several tokens. Wide: codes may exceed 63.
 template <int Tokens, int Parts, bool Wide>
 inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]);
 
-// The 64 codes of one row's block to bytes, in order.
+// Unpacks the 64 codes of one row's block to bytes, in order.
 template <int Width>
 inline void unpack_in_order(const uint8_t* codes, uint8_t* out);
 
-// columns() value by value.
+// columns(), computed value by value.
 inline void plain_columns(const uint16_t* values, int stride, int first, int count, float (*out)[kTileRows]) {
   for (int g = 0; g < count; ++g)
     for (int r = 0; r < kTileRows; ++r) out[g][r] = from_bfloat16(values[size_t(r) * stride + first + g]);
 }
 
-// A weight group's blocks: one, two, or half of one.
+// Parts of a block that belong to different weight groups: two halves for groups of 32.
 template <int Group>
 constexpr int kParts = Group == 32 ? 2 : 1;
 template <int Group>
 constexpr int kGroupBlocks = Group == 128 ? 2 : 1;
 
-// The codes of a block that is whole, or the last half of one padded with zeros in `tail`.
+// The codes of a whole block, or of a last half block, padded with zeros in `tail`.
 template <int Width>
 inline const uint8_t* block_codes(const PackedRows& rows, int block, uint8_t* tail, size_t& stride) {
   const uint8_t* codes = rows.codes + size_t(block) * (kBlock / 8 * Width);
@@ -105,9 +106,9 @@ inline const uint8_t* block_codes(const PackedRows& rows, int block, uint8_t* ta
   return tail;
 }
 
-// Rows of the next tile come to the second-level cache while those of this one are computed: short rows side by side
-// are not what the processor fetches ahead by itself. From memory, 2 bits: 4.7 GB/s a thread without, 6.7 with.
-// always_inline: gcc takes a function that only fetches for one without effect, and drops its calls.
+// Prefetches rows of the next tile to the L2 cache while this tile is computed, as the hardware prefetcher does not
+// handle many short rows in parallel. From memory at 2 bits: 4.7 GB/s a thread without, 6.7 with. always_inline: gcc
+// considers a function that only prefetches free of effects, and removes its calls.
 [[gnu::always_inline]] inline void fetch(const void* data, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const uint8_t*>(data) + i, 0, 2);
 }
@@ -125,8 +126,8 @@ template <int Group, int Blocks>
   fetch(rows.biases + at, kBytes);
 }
 
-// The inputs of each span in the order of its codes: those of every byte's lowest code, then of the next. A last span
-// that is not whole is filled up with zeros.
+// The inputs of a span in the order of its codes: first those of every byte's lowest code, then of the next code. An
+// incomplete last span is padded with zeros.
 template <int Width, int Group>
 inline void arrange_span(const int8_t* x, int blocks, int8_t* out) {
   constexpr int kFields = 8 / Width, kBytes = kSpan<Width, Group> * kBlock / kFields;
@@ -143,7 +144,7 @@ struct ArrangedToken {
 
   static bool holds(int blocks) { return blocks + kSpan<Width, Group> <= kMostArranged / kBlock; }
 
-  // Lows only of spans that have any.
+  // Rearranges lows only for spans that have any.
   PackedToken arrange(const Quantised& x, int blocks) {
     for (int block = 0; block < blocks; block += kSpan<Width, Group>) {
       const int count = blocks - block < kSpan<Width, Group> ? blocks - block : kSpan<Width, Group>;
@@ -156,7 +157,7 @@ struct ArrangedToken {
   }
 };
 
-// A token whose inputs stay in order.
+// A token whose inputs are not rearranged.
 template <int Width, int Group>
   requires(kSpan<Width, Group> == 1)
 struct ArrangedToken<Width, Group> {
@@ -166,7 +167,7 @@ struct ArrangedToken<Width, Group> {
   }
 };
 
-// The dots of a span whose inputs have lows. Not inlined: the loop over spans without any keeps its registers.
+// The dot products of a span whose inputs have lows. Not inlined: the loop over spans without lows keeps its registers.
 template <int Width, int Group>
 [[gnu::noinline, gnu::flatten]] void both_planes(const uint8_t* codes, size_t stride, int left, const int8_t* inputs,
                                                  const int8_t* lows, const uint8_t* next, float (*out)[kTileRows]) {
@@ -224,7 +225,7 @@ void one_token(const PackedRows rows, const PackedToken& x, float* y) {
   store(y, sum);
 }
 
-// Bit t of flags[block]: has token t lows in that block of a chunk? Returns whether any has.
+// Sets bit t of flags[block] if token t has lows in that block of a chunk. Returns whether any token has.
 template <int Tokens>
 [[gnu::always_inline]] inline bool low_flags(const uint8_t* const* two_planes, int first_block,
                                              uint8_t (&flags)[kChunk]) {
@@ -240,8 +241,8 @@ template <int Tokens>
   return words[0] | words[1];
 }
 
-// out[block][token] = unpacked_dots of lows, for the blocks and tokens that flags names; zeros for the other tokens of
-// such a block. Not inlined: the loop over tokens without any keeps its registers.
+// out[block][token] = unpacked_dots of lows, for the blocks and tokens in flags; zeros for the other tokens of such a
+// block. Not inlined: the loop over tokens without lows keeps its registers.
 template <int Tokens, int Parts, bool Wide>
 [[gnu::noinline, gnu::flatten]] void low_dots(const uint8_t* bytes, const int8_t* const* lows, int first_block,
                                               int blocks, const uint8_t* flags,
@@ -275,7 +276,7 @@ template <int Tokens, int Parts, bool Wide>
   }
 }
 
-// Adds the products of a chunk of blocks to the sums of some tokens.
+// Adds the products of a chunk of blocks to the sums of `Tokens` tokens.
 template <int Group, int Tokens, bool Wide>
 [[gnu::flatten]] void some_tokens(const uint8_t* bytes, const float (*scales)[kTileRows],
                                   const float (*biases)[kTileRows], int first_block, int first_group, int groups,
@@ -352,7 +353,7 @@ void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_str
   PackedToken only{};
   if (one) only = arranged.arrange(x.quantised.from(x.vector(0), x.cols), blocks);
   for (int row = row_begin; row < row_end; row += kTileRows) {
-    // The last tile begins earlier, on rows of which nothing is stored.
+    // The last tile begins earlier, and its first rows, which are done already, are not stored.
     const int first = row + kTileRows <= m.rows ? row : m.rows - kTileRows;
     const int stored = row_end - row < kTileRows ? row_end - row : kTileRows;
     const size_t at = size_t(first) * groups;

@@ -14,7 +14,7 @@ constexpr int kRegister = 4;
 
 #include "vector_ops.inl"
 
-// Value i of a row that is one little-endian bit stream.
+// Code i of a row, which is one little-endian bit stream.
 inline int code_at(const uint8_t* row, int i, int width) {
   size_t bit = size_t(i) * width;
   int low = int(bit % 8);
@@ -34,7 +34,7 @@ float dot_affine(const Matrix& m, int row, const Activations& x, int vector) {
   const Quantised q = x.quantised.from(size_t(vector), x.cols);
   const float* x_sums = q.group_sums(m.group);
 
-  const int part = m.group < kBlock ? m.group : kBlock;  // inputs whose codes share both scales
+  const int part = m.group < kBlock ? m.group : kBlock;  // number of inputs that share both scales
   float sum = 0.0f;
   for (int group = 0; group < groups; ++group) {
     sum = std::fma(from_bfloat16(biases[group]), x_sums[group], sum);

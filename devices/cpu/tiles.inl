@@ -1,17 +1,17 @@
-// Products of float matrices in tiles of a few rows by a few tokens: what the x86 instruction sets share.
+// Products of float matrices in tiles of a few rows by a few tokens, for the x86 instruction sets.
 //
-// Each of these includes this file after packed.inl, sets kTileTokens before and defines `tile_float` after.
+// Each of them includes this file after packed.inl, sets kTileTokens before, and defines `tile_float` after.
 
 constexpr int kFloatRows = 4;
 
-// The rows of a tile. At the end of a matrix the last row is repeated.
+// The rows of a tile. At the end of a matrix, its last row is repeated.
 struct FloatRows {
   const uint8_t* codes[kFloatRows];
   int cols;
-  size_t ahead;  // bytes from a value to the one to fetch into the cache with it, a tile later
+  size_t ahead;  // bytes from a value to the one to prefetch with it, one tile later
 };
 
-// The tokens of a tile, as pointers into Activations. After the last token it is repeated.
+// The tokens of a tile, as pointers into Activations. The last token is repeated to fill a tile.
 struct FloatTokens {
   const float* values[kTileTokens];
 };
@@ -20,7 +20,7 @@ struct FloatTokens {
 template <int Width, int Tokens>
 void tile_float(const FloatRows& rows, const FloatTokens& tokens, float* y);
 
-// fold() of four rows at once, each as the sum of its two halves of eight lanes.
+// fold() for four rows at once, given the sum of each row's two halves of eight lanes.
 inline __m128 fold_rows(__m256 a, __m256 b, __m256 c, __m256 d) {
   const __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
   const __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));

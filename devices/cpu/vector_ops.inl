@@ -3,14 +3,13 @@
 // own namespace. It is compiled with its own flags and -ffp-contract=off, so the compiler may vectorise but
 // not reorder or fuse, and every build gives the same bits.
 
-// Sixteen sums side by side. A vector type of the compilers, as gcc 12 would keep an array of floats in
-// memory.
+// Sixteen sums, as a vector type of the compilers: gcc 12 would keep an array of floats in memory.
 typedef float Register __attribute__((vector_size(kRegister * 4)));
 struct Lanes {
   Register parts[kLanes / kRegister];
 };
 
-// Lane j plus lane j + 8, then + 4, + 2 and + 1.
+// Folds sixteen lanes to one sum: lane j plus lane j + 8, then + 4, + 2 and + 1.
 inline float fold(const float* lanes) {
   typedef float Eight __attribute__((vector_size(32)));
   typedef float Four __attribute__((vector_size(16)));
@@ -47,7 +46,7 @@ inline void add_products(Lanes& lanes, const float* x, const float* y) {
   }
 }
 
-// The same for less than sixteen values.
+// The same for fewer than sixteen values.
 inline void add_last_products(Lanes& lanes, const float* x, const float* y, int count) {
   float padded[2][kLanes] = {};
   std::memcpy(padded[0], x, size_t(count) * 4);
@@ -71,7 +70,7 @@ void gate_up(float* gate, const float* up, int n, int activation) {
     for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], 1);
 }
 
-// In place; returns the sum of exp(x - max), with x[i] left as exp(x[i] - max).
+// Replaces x[i] by exp(x[i] - max), and returns their sum.
 inline float exponentiate(float* x, int begin, int end) {
   float tops[kLanes];
   int i = begin;
@@ -83,7 +82,7 @@ inline float exponentiate(float* x, int begin, int end) {
   for (int j = 1; j < kLanes; ++j) top = tops[j] > top ? tops[j] : top;
   for (i = begin; i < end; ++i) x[i] = exp_lane(x[i] - top);
 
-  // Lanes follow the absolute position, so a window that starts elsewhere or a longer prompt sums alike.
+  // Lanes follow the absolute position, so the order of the sum does not depend on the window or the prompt's length.
   Lanes lanes = {};
   for (i = begin / kLanes * kLanes; i < end; i += kLanes) {
     if (i >= begin && i + kLanes <= end) {
@@ -110,7 +109,7 @@ void add_scaled(float* y, const float* x, float weight, int n) {
 inline float as_float(float value) { return value; }
 inline float as_float(uint16_t half) { return half_to_float(half); }
 
-// The beginning of quantise() for one block: its inputs, padded with zeros where there are fewer.
+// The first step of quantise() for one block: its inputs, padded with zeros if there are fewer.
 inline const float* block_inputs(const float* x, int cols, int block, float* padded) {
   const float* in = x + block * kBlock;
   const int count = cols - block * kBlock;
@@ -120,7 +119,7 @@ inline const float* block_inputs(const float* x, int cols, int block, float* pad
   return padded;
 }
 
-// The end of quantise(): all of a block but its codes. sums: of each half, in steps of the lows.
+// The last step of quantise(): stores all of a block but its codes. sums: of each half, in steps of the lows.
 inline void store_block(const Quantised& to, int block, bool two, float scale, const int* sums) {
   auto sum = [&](int steps) { return scale * (float(steps) * kLowStep); };
   to.two_planes[block] = two;

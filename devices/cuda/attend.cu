@@ -1,8 +1,8 @@
-// Attention with keys and values for each KV head; scalar.cpp has the bits.
+// Attention with keys and values for each KV head; scalar.cpp defines the bits.
 //
-// Sums have one order whatever the length of the context, so a long one is split over positions and dimensions, not
-// over parts of a sum. Queries of one KV head, those of the heads that share it and of neighbouring tokens, go through
-// its cache together; one token alone takes its heads apart where that gives the GPU more to do at once.
+// The order of sums does not depend on the length of the context, so a long context is split over positions and
+// dimensions, not over parts of a sum. Queries of one KV head, from the heads that share it and from neighbouring
+// tokens, are processed together; for one token alone the heads are split up if that occupies more of the GPU.
 #include "batch.h"
 #include "lanes.cuh"
 #include "layer.h"
@@ -14,28 +14,28 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kPrefillQueries = 16;  // at once
-constexpr int kDecodeQueries = 8;    // whose scores are computed at once
+constexpr int kPrefillQueries = 16;  // at a time
+constexpr int kDecodeQueries = 8;    // whose scores are computed at a time
 constexpr int kTile = 32;            // positions whose weights are in shared memory
-constexpr int kAhead = 64;           // positions whose values a thread waits for together
+constexpr int kAhead = 64;           // positions whose values a thread loads at a time
 
 __device__ __forceinline__ int first_seen(const Heads& heads, int end) {
   return heads.sliding_window && end > heads.sliding_window ? end - heads.sliding_window : 0;
 }
 
-// Queries of one KV head: some heads that share it, for some tokens of a span.
+// Queries of one KV head: from some of the heads that share it, for some tokens of a span.
 struct Queries {
   int kv_head, first_head, heads, first_token, tokens, heads_at_once;
 
   EDGE_MOE_BOTH int token(int query) const { return first_token + query / heads_at_once; }
   EDGE_MOE_BOTH bool has(int query) const { return query / heads_at_once < tokens && query % heads_at_once < heads; }
-  // Of (span.count, heads): where its scores are.
+  // The row of a query's scores in (span.count, heads).
   EDGE_MOE_BOTH size_t row(int query, int all_heads) const {
     return size_t(token(query)) * all_heads + first_head + query % heads_at_once;
   }
 };
 
-// How many of them a launch has in y, for each KV head, and in z.
+// How many heads of a KV head a block takes. Grids have KV heads and groups of heads in y, tokens in z.
 EDGE_MOE_BOTH inline int heads_at_once(const Heads& heads, int most) {
   const int shared_by = heads.heads / heads.kv_heads;
   return shared_by < most ? shared_by : most;
@@ -60,7 +60,7 @@ __device__ __forceinline__ Queries queries_of(const Heads& heads, const Span& sp
           at_once};
 }
 
-// A thread takes a position, for all queries of a block.
+// Each thread computes one position, for all queries of a block.
 template <int Most, int Ahead>
 EDGE_MOE_KERNEL(kThreads)
 scores_kernel(const float* q, Heads heads, LayerCache cache, Span span, float* scores) {
@@ -91,7 +91,7 @@ scores_kernel(const float* q, Heads heads, LayerCache cache, Span span, float* s
       scores[queries.row(query, heads.heads) * cache.positions + at] = heads.softmax_scale * sums[query];
 }
 
-// A block's threads take one head of one token.
+// Each block computes one head of one token.
 EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span span, float* scores) {
   __shared__ float of_warps[kWarps];
   __shared__ float total;
@@ -120,7 +120,7 @@ EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span spa
   for (int i = begin + thread; i < end; i += kThreads) x[i] = x[i] * inverse;
 }
 
-// A thread takes a dimension of one head of one token; positions are added as position_sums.h says.
+// Each thread computes one dimension of one head of one token; positions are added as in position_sums.h.
 EDGE_MOE_KERNEL(kThreads)
 value_kernel(const float* weights, Heads heads, LayerCache cache, Span span, float* attended) {
   __shared__ float tile[kAhead];
@@ -153,8 +153,8 @@ value_kernel(const float* weights, Heads heads, LayerCache cache, Span span, flo
   if (d < n) attended[(size_t(span.first) * heads.heads + head) * n + d] = total;
 }
 
-// The same for all queries of a block at once. A weight of zero, where a query does not see a position that others do,
-// leaves a sum as it is, while values are finite: none is ever the negative zero that it would change.
+// The same for all queries of a block at once. If a query does not see a position that others see, its weight is zero,
+// which leaves the sum unchanged while values are finite: no sum is the negative zero that adding zero would change.
 EDGE_MOE_KERNEL(kThreads)
 values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, float* attended) {
   __shared__ float tile[kTile * kPrefillQueries];  // (positions, queries)
@@ -164,7 +164,7 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
   const int end = end_of(span, queries.first_token + queries.tokens - 1);
   const size_t room = size_t(queries.kv_head) * cache.positions * n + (d < n ? d : 0);
   float sums[kPrefillQueries] = {};
-  auto keep = [&](bool more) {  // a piece's sums, in the result
+  auto keep = [&](bool more) {  // adds the sums of a piece to the result
     if (d >= n) return;
     EDGE_MOE_UNROLL
     for (int query = 0; query < kPrefillQueries; ++query) {
@@ -180,7 +180,7 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
     return stop - first < kTile ? stop - first : kTile;
   };
   const auto is_whole = [&](int first) { return first < end && count_of(first) == kTile; };
-  Raw<kTile> values, next;  // the next tile's are on their way while this one's are added
+  Raw<kTile> values, next;  // the next tile is loaded while this one is added
   const auto load = [&](int first) {
     if (is_whole(first)) next.load(cache.values, cache.half, room + size_t(first) * n, n);
   };
@@ -212,12 +212,12 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
   }
 }
 
-// A thread takes a token of the pass and a head; tokens of the span are added one after the other.
+// Each thread computes one token of the pass and one head; tokens of the span are added in order.
 EDGE_MOE_KERNEL(kThreads)
 received_kernel(const float* scores, Heads heads, size_t positions, Span span, float* received, size_t stride) {
   const int token = int(blockIdx.x * kThreads + threadIdx.x), head = int(blockIdx.y), at = *span.position + token;
   if (token >= span.first + span.count) return;
-  float sum = token < span.first ? received[head * stride + token] : 0.0f;  // what earlier spans gave
+  float sum = token < span.first ? received[head * stride + token] : 0.0f;  // the sum over earlier spans
   for (int from = 0; from < span.count; ++from) {
     const int end = end_of(span, from);
     if (first_seen(heads, end) <= at && at < end)
@@ -226,7 +226,7 @@ received_kernel(const float* scores, Heads heads, size_t positions, Span span, f
   received[head * stride + token] = sum;
 }
 
-// A thread takes a token: the sums are in double and have one order.
+// Each thread computes one token: the sums are in double and in a fixed order.
 EDGE_MOE_KERNEL(kWarp)
 importance_kernel(const float* normed, const float* received, size_t stride, int heads, int tokens, int dim,
                   float* of_tokens) {

@@ -1,11 +1,11 @@
-// Jobs as a kernel's argument: they come with the launch, so nothing has to be copied first or kept until it is done.
+// Jobs as kernel arguments: they are part of the launch, so nothing has to be copied before or kept until it completes.
 #pragma once
 
 #include <algorithm>
 
 namespace edge_moe::cuda {
 
-inline constexpr int kArguments = 3072;  // bytes that the jobs of a launch may take; all its arguments may have 4096
+inline constexpr int kArguments = 3072;  // maximum bytes of the jobs of a launch; the limit for all arguments is 4096
 
 template <typename Job>
 struct Batch {
@@ -14,7 +14,7 @@ struct Batch {
   int count;
 };
 
-// launch(batch, last) for as many batches as `count` jobs need; once with no job where there is none.
+// Calls launch(batch, last) for as many batches as `count` jobs need; once with an empty batch if there are no jobs.
 template <typename Job, typename Launch>
 void in_batches(const Job* jobs, int count, const Launch& launch) {
   Batch<Job> batch;

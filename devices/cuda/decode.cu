@@ -1,4 +1,4 @@
-// Products of one token: a matrix of the trunk, and all chosen experts of a layer in two launches.
+// Products of one token: with a matrix of the trunk, and with all chosen experts of a layer in two launches.
 #include <algorithm>
 
 #include "batch.h"
@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kWarps = 4;  // of a block
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kFewRows = 4;    // of a warp, where a multiprocessor would get less than two blocks
-constexpr int kMostWarps = 8;  // of a block, of which each takes an expert
+constexpr int kFewRows = 4;    // of a warp, if a multiprocessor would otherwise get fewer than two blocks
+constexpr int kMostWarps = 8;  // of a block in which each warp takes an expert
 constexpr int kBlockWarps = kBlock / kWarpRows;
 constexpr int kGateUpThreads = 2 * kBlockWarps * kWarp;
 
@@ -50,8 +50,8 @@ product_kernel(Batch<ProductJob> batch, VectorBuffer x) {
     job.y[t * job.stride + first + lane] = with_bias(job.matrix, first + lane, sum);
 }
 
-// A block's threads take 64 rows of gate and of up of one expert, which are one block of inputs of down: half of the
-// warps take gate's, the others up's.
+// Each block computes 64 rows of gate and of up of one expert, which are one block of inputs of down: half of the warps
+// compute gate, the others up.
 EDGE_MOE_KERNEL(kGateUpThreads)
 gate_up_kernel(Batch<ExpertJob> batch, VectorBuffer x, VectorBuffer hidden, int activation) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
@@ -70,7 +70,8 @@ gate_up_kernel(Batch<ExpertJob> batch, VectorBuffer x, VectorBuffer hidden, int 
   if (warp == 0) quantise_block(values[0], kBlock, hidden, job.pair * hidden.blocks() + blockIdx.x);
 }
 
-// A block's warps take the same rows of down, each of an expert; then the token's experts are added in order of rank.
+// The warps of a block compute the same rows of down, each for one expert; then the token's experts are added in order
+// of rank.
 EDGE_MOE_KERNEL(kMostWarps* kWarp)
 down_kernel(Batch<ExpertJob> batch, VectorBuffer hidden, float* down, RankedSum sum) {
   EDGE_MOE_DYNAMIC_SHARED(shared);

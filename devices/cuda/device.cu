@@ -1,4 +1,4 @@
-// The functions of device.h by the CUDA runtime.
+// The functions of device.h, implemented by the CUDA runtime.
 #include <cuda_runtime.h>
 
 #include "device.h"
@@ -9,7 +9,7 @@ namespace {
 
 void check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // it is told here, and not again by the next call
+  cudaGetLastError();  // resets the error, so that the next call does not report it again
   const std::string what = std::string(doing) + ": " + cudaGetErrorString(error);
   if (error == cudaErrorMemoryAllocation) throw NoMemory(what);
   throw std::runtime_error(what + "; run edge-moe doctor, or use device cpu");

@@ -1,5 +1,5 @@
-// How work is cut into blocks, and what a warp's lanes do together: the largest and the sum of their values, and the
-// sums over sixteen lanes that kernels.h defines.
+// Splitting work into blocks, and warp reductions: the maximum and the sum over a warp's lanes, and the sums over
+// sixteen lanes that kernels.h defines.
 #pragma once
 
 #include "../kernels.h"
@@ -11,10 +11,10 @@ namespace edge_moe::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 
-// Blocks of a launch that take `piece` of `count` each.
+// The number of blocks for `count` items, `piece` per block.
 inline unsigned pieces(size_t count, int piece) { return unsigned((count + piece - 1) / piece); }
 
-// Blocks for as many rows as the largest of some matrices has, for as many tokens as any has, for each.
+// The grid for a batch of jobs: the maximum of row blocks, the maximum of tokens, and the number of jobs.
 template <typename Jobs>
 dim3 grid_of(const Jobs& batch, int rows_a_block) {
   int rows = 0, tokens = 0;
@@ -30,7 +30,7 @@ __device__ __forceinline__ float with_bias(const Matrix& m, int row, float produ
   return m.output_bias ? product + m.output_bias[row] : product;
 }
 
-// float(value) of |value| < 2^22, by an addition to 1.5 * 2^23: in a clock an Orin's multiprocessor converts 16 values,
+// float(value) for |value| < 2^22, by an addition to 1.5 * 2^23: per clock an Orin's multiprocessor converts 16 values,
 // but adds 64 integers and 128 floats.
 __device__ __forceinline__ float small_float(int value) {
   const int bits = value + 0x4b400000;
@@ -49,13 +49,13 @@ __device__ __forceinline__ int warp_sum(int value) {
   return value;
 }
 
-// vector_ops.inl's fold() of the values of sixteen neighbouring lanes, to each of them.
+// fold() of vector_ops.inl over the values of sixteen neighbouring lanes; each lane gets the result.
 __device__ __forceinline__ float fold_lanes(float value) {
   for (int apart = kLanes / 2; apart; apart /= 2) value = value + __shfl_xor_sync(kAllLanes, value, apart);
   return value;
 }
 
-// 1 / sqrt(mean(x^2) + eps), by a whole warp, whose halves do the same.
+// 1 / sqrt(mean(x^2) + eps), computed by a whole warp, whose two halves compute the same.
 __device__ __forceinline__ float inverse_norm(const float* x, int n, float eps) {
   float sum = 0.0f;
   EDGE_MOE_UNROLL_8

@@ -1,5 +1,5 @@
-// Attention over a latent, as runtime/src/latent_attention.cpp has it: queries are turned into ones against latents,
-// and these are summed. scalar.cpp has the bits.
+// Attention over latents (MLA), as in runtime/src/latent_attention.cpp: queries are transformed so that they apply to
+// latents directly, and the weighted sum is over latents. scalar.cpp defines the bits.
 #include "latent.h"
 #include "values.cuh"
 
@@ -8,13 +8,13 @@ namespace edge_moe::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kHalves = kThreads / kLanes;  // half warps of a block: each takes a position
+constexpr int kHalves = kThreads / kLanes;  // half warps of a block; each takes one position at a time
 constexpr int kPositions = 8 * kHalves;     // of a block
-constexpr int kTokensAtOnce = 8;            // that share a weight of kv_b
-constexpr int kHeadsAtOnce = 8;             // that share a latent
-constexpr int kAhead = 8;                   // values of a thread that it waits for together
+constexpr int kTokensAtOnce = 8;            // that share a loaded weight of kv_b
+constexpr int kHeadsAtOnce = 8;             // that share a loaded latent
+constexpr int kAhead = 8;                   // values that a thread loads at a time
 
-// A warp takes one head of one token, or the token's latent.
+// Each warp stores one head of one token, or the token's latent.
 EDGE_MOE_KERNEL(kWarp)
 store_latents_kernel(float* q, float* latents, const float* norm, const float* cos, const float* sin, LatentHeads heads,
                      LatentCache cache, Span span) {
@@ -37,7 +37,7 @@ store_latents_kernel(float* q, float* latents, const float* norm, const float* c
     put(cache.latents, cache.half, row + i, i < heads.rank ? x[i] * inverse * norm[i] : x[i]);
 }
 
-// A thread takes a column of kv_b's rows of one head, for some tokens.
+// Each thread computes one column of kv_b's rows of one head, for some tokens.
 EDGE_MOE_KERNEL(kThreads)
 absorb_kernel(const float* q, Matrix kv_b, LatentHeads heads, Span span, float* absorbed) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
@@ -73,7 +73,7 @@ absorb_kernel(const float* q, Matrix kv_b, LatentHeads heads, Span span, float* 
     if (t < count) absorbed[((size_t(first) + t) * heads.heads + head) * heads.cached() + i] = sums[t];
 }
 
-// A half warp takes a position at a time, for some heads of one token.
+// Each half warp computes one position at a time, for some heads of one token.
 EDGE_MOE_KERNEL(kThreads)
 latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache, Span span, float* scores) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
@@ -104,8 +104,7 @@ latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache
   }
 }
 
-// A thread takes a value of the latents for some heads of one token; positions are added as
-// position_sums.h says.
+// Each thread computes one value of the latents for some heads of one token; positions are added as in position_sums.h.
 EDGE_MOE_KERNEL(kThreads)
 mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span, float* mixed) {
   const int i = int(blockIdx.x * kThreads + threadIdx.x), first = int(blockIdx.y) * kHeadsAtOnce;

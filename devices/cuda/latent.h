@@ -1,11 +1,11 @@
-// Launches of attention over a latent: see latent.cu. Pointers are the device's.
+// Launches of attention over latents: see latent.cu. Pointers are device pointers.
 #pragma once
 
 #include "layer.h"
 
 namespace edge_moe::cuda {
 
-// See AttentionConfig. A latent and its part with position are `cached` values.
+// See AttentionConfig. A latent and its RoPE part have `cached` values together.
 struct LatentHeads {
   int heads, head_dim, rope_dim, v_dim, rank;
   float norm_eps, softmax_scale;
@@ -19,16 +19,16 @@ struct LatentHeads {
 
 struct LatentCache {
   void* latents;     // (positions, cached)
-  size_t positions;  // room, in whole key blocks
+  size_t positions;  // capacity, in whole key blocks
   bool half;
 };
 
-// Turns of q (tokens, heads, head_dim); norm and turn of latents (tokens, cached), and these into the cache.
+// Applies RoPE to q (tokens, heads, head_dim), norm and RoPE to latents (tokens, cached), and caches the latents.
 void store_latents(float* q, float* latents, const float* norm, const float* cos, const float* sin,
                    const LatentHeads& heads, const LatentCache& cache, const Span& span, Stream stream);
 
-// mixed (span.count, heads, rank): the sums of latents that each head of a span's tokens attends to, by keys that kv_b
-// makes of latents. absorbed, scores: room for (span.count, heads, cached) and (span.count, heads, cache.positions).
+// mixed (span.count, heads, rank) = the weighted sums of latents for each head of a span's tokens, with keys that kv_b
+// makes of latents. absorbed: buffer (span.count, heads, cached); scores: buffer (span.count, heads, cache.positions).
 void attend_latents(const float* q, const Matrix& kv_b, const LatentHeads& heads, const LatentCache& cache,
                     const Span& span, float* absorbed, float* scores, float* mixed, Stream stream);
 

@@ -1,5 +1,4 @@
-// Norms, embeddings, the router's products, sums of tokens, rotary positions and the KV cache; scalar.cpp has their
-// bits.
+// Norms, embeddings, the router's products, sums of experts, RoPE and the KV cache; scalar.cpp defines the bits.
 #include "batch.h"
 #include "lanes.cuh"
 #include "layer.h"
@@ -12,8 +11,8 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kNormThreads = 512;  // of one vector
-constexpr int kAhead = 16;         // weights of a lane that it waits for together
+constexpr int kNormThreads = 512;  // for one vector
+constexpr int kAhead = 16;         // weights that a lane loads at a time
 
 // ---- norms, embeddings, float products
 
@@ -24,7 +23,7 @@ rms_norm_kernel(const float* x, const float* weight, float eps, int n, float* y,
   const float* from = x + size_t(blockIdx.x) * n;
   for (int i = int(threadIdx.x); i < n; i += kNormThreads) values[i] = from[i];
   __syncthreads();
-  const float inverse = inverse_norm(values, n, eps);  // every warp for itself
+  const float inverse = inverse_norm(values, n, eps);  // computed by every warp
   __syncthreads();
   for (int i = int(threadIdx.x); i < n; i += kNormThreads) {
     values[i] = values[i] * inverse * weight[i];
@@ -43,7 +42,7 @@ EDGE_MOE_KERNEL(kThreads) embed_kernel(Matrix m, const int32_t* ids, float scale
   y[size_t(blockIdx.y) * m.cols + i] = scale * weight_at(m, size_t(ids[blockIdx.y]), i);
 }
 
-// Sixteen lanes take a row, so a warp two.
+// Sixteen lanes compute a row, so a warp computes two.
 EDGE_MOE_KERNEL(kThreads) float_product_kernel(Batch<ProductJob> batch, const float* x) {
   const ProductJob job = batch.jobs[blockIdx.z];
   const Matrix m = job.matrix;
@@ -76,7 +75,7 @@ EDGE_MOE_KERNEL(kThreads) add_bias_kernel(float* x, const float* bias, int n) {
   if (i < n) x[size_t(blockIdx.y) * n + i] = x[size_t(blockIdx.y) * n + i] + bias[i];
 }
 
-// A warp takes a block of 64 values.
+// Each warp computes a block of 64 values.
 EDGE_MOE_KERNEL(kThreads)
 activate_kernel(Batch<Rows> batch, float* gate, const float* up, int n, int activation, VectorBuffer into) {
   const int block = int(blockIdx.x * kWarps + threadIdx.x / kWarp), first = block * kBlock;
@@ -109,7 +108,7 @@ EDGE_MOE_KERNEL(kThreads) add_gated_kernel(float* x, const float* y, const float
 
 // ---- keys and values
 
-// A warp takes one head of one token: those of q, then those of k with their values.
+// Each warp stores one head of one token: those of q, then those of k with their values.
 EDGE_MOE_KERNEL(kWarp)
 store_keys_kernel(Projections p, Heads heads, LayerCache cache, Span span) {
   const int lane = int(threadIdx.x), n = heads.head_dim, half = heads.rope_dim / 2;

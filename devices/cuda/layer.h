@@ -1,30 +1,30 @@
-// Launches of what a layer does besides products of packed matrices: see layer.cu and attend.cu. Pointers are the
-// device's.
+// Launches of a layer's kernels except products of packed matrices: see layer.cu and attend.cu. Pointers are device
+// pointers.
 #pragma once
 
 #include "decode.h"
 
 namespace edge_moe::cuda {
 
-// y (vectors, n) = x / sqrt(mean(x^2) + eps) * weight, and rounded to int8 where `into` has codes. y may be x.
+// y (vectors, n) = x / sqrt(mean(x^2) + eps) * weight, also quantised to int8 if `into` has codes. y may be x.
 void rms_norm(const float* x, const float* weight, float eps, int vectors, int n, float* y, const VectorBuffer& into,
               Stream stream);
 
-// y (count, cols): rows ids[i] of a matrix of any width, times scale
+// y (count, cols) = rows ids[i] of a matrix of any width, times scale
 void embed(const Matrix& matrix, const int32_t* ids, int count, float scale, float* y, Stream stream);
 
-// Jobs of bfloat16 or float32 matrices (width 16 or 32) on x (vectors, cols).
+// Computes jobs of bfloat16 or float32 matrices (width 16 or 32) with x (vectors, cols).
 void float_product(const ProductJob* jobs, int count, const float* x, Stream stream);
 
 // x (vectors, n) += bias (n,)
 void add_bias(float* x, const float* bias, int vectors, int n, Stream stream);
 
-// Some vectors: [first, first + count).
+// Vectors [first, first + count).
 struct Rows {
   int first, count;
 };
 
-// gate (vectors, n) = activation(gate) * up, of some rows, and rounded to int8 where `into` has codes.
+// gate (vectors, n) = activation(gate) * up for some rows, also quantised to int8 if `into` has codes.
 void activate(const Rows* rows, int count, float* gate, const float* up, int n, int activation,
               const VectorBuffer& into, Stream stream);
 
@@ -32,17 +32,17 @@ void activate(const Rows* rows, int count, float* gate, const float* up, int n, 
 void ranked_sum(float* x, const float* down, const float* weights, const int32_t* pairs, int tokens, int places,
                 int dim, Stream stream);
 
-// x (tokens, dim) += scale * sigmoid(gates[t]) * y, or without the gates where they are null.
+// x (tokens, dim) += scale * sigmoid(gates[t]) * y, or scale * y if gates is null.
 void add_gated(float* x, const float* y, const float* gates, float scale, int tokens, int dim, Stream stream);
 
-// Keys and values of one layer, each KV head's as KeyValues has them, one after the other.
+// Keys and values of one layer, one KV head after another, each in the layout of KeyValues.
 struct LayerCache {
   void *keys, *values;
-  size_t positions;  // room of each, in whole key blocks
+  size_t positions;  // capacity of each head, in whole key blocks
   bool half;
 };
 
-// What attention is told about heads; see AttentionConfig.
+// The parameters of attention heads; see AttentionConfig.
 struct Heads {
   int heads, kv_heads, head_dim, rope_dim;
   float norm_eps, clip, softmax_scale;
@@ -50,39 +50,39 @@ struct Heads {
   bool interleaved, norm_after_rope;
 };
 
-// Tokens [first, first + count) of a pass. Token t is at `*position` + t, which the device's memory has so that a graph
-// serves every position. `most`: none of them is at a position above it.
+// Tokens [first, first + count) of a pass. Token t is at `*position` + t; this is in device memory so that one graph
+// serves all positions. `most`: an upper bound of their positions.
 struct Span {
   const int32_t* position;
   int first, count, most;
 };
 
-// Projections of a pass's tokens, which are changed in place; weights null: none.
+// Projections of a pass's tokens, which are changed in place; null weights are absent.
 struct Projections {
   float *q, *k, *v;                       // (tokens, heads * head_dim), (tokens, kv_heads * head_dim) twice
-  const float *q_bias, *k_bias, *v_bias;  // as wide as those
-  const float *q_norm, *k_norm;           // (head_dim,): of each head
+  const float *q_bias, *k_bias, *v_bias;  // (heads * head_dim,), (kv_heads * head_dim,) twice
+  const float *q_norm, *k_norm;           // (head_dim,), shared by all heads
   const float *cos, *sin;                 // (context, rope_dim / 2)
 };
 
-// Biases, norms, limits and turns of q and k; keys and values into the cache.
+// Applies biases, norms, limits and RoPE to q and k, and stores keys and values in the cache.
 void store_keys(const Projections& p, const Heads& heads, const LayerCache& cache, const Span& span, Stream stream);
 
-// attended (tokens, heads, head_dim) of a span's tokens from q and the cache, which has their own keys already. scores:
-// room for (span.count, heads, cache.positions), and what the softmax makes of them on return.
+// attended (tokens, heads, head_dim) of a span's tokens, from q and the cache, which already has their own keys.
+// scores: a buffer of (span.count, heads, cache.positions), which has the softmax of the scores on return.
 void attend(const float* q, const Heads& heads, const LayerCache& cache, const Span& span, float* scores,
             float* attended, Stream stream);
 
-// x = softmax(x) over the positions that each of a span's tokens sees, of scores (span.count, heads, positions).
+// Applies softmax to scores (span.count, heads, positions), over the positions that each token of a span sees.
 void softmax(const Heads& heads, size_t positions, const Span& span, float* scores, Stream stream);
 
-// received (heads, stride) += the attention that the pass's tokens receive from the span's, of whose scores attend()
-// has just made the softmax. It begins anew with the span of token 0.
+// received (heads, stride) += the attention that the pass's tokens receive from the span's tokens, given the softmax of
+// their scores from attend(). The span of token 0 starts from zero.
 void add_received(const float* scores, const Heads& heads, size_t positions, const Span& span, float* received,
                   size_t stride, Stream stream);
 
-// of_tokens (tokens,) = the sum of |normed| (tokens, dim) times the mean of what heads received, by those that could
-// give it.
+// of_tokens (tokens,) = the sum of |normed| (tokens, dim), times the mean over heads of the attention received, divided
+// by the number of tokens that could give it.
 void importance(const float* normed, const float* received, size_t stride, int heads, int tokens, int dim,
                 float* of_tokens, Stream stream);
 

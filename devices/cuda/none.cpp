@@ -1,4 +1,4 @@
-// The functions of device.h and every launch in a build without CUDA: open() says so, and no other is ever called.
+// The functions of device.h and every launch in a build without CUDA: open() throws, and no other is ever called.
 #include "latent.h"
 #include "prefill.h"
 

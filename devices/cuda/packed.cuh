@@ -1,8 +1,8 @@
-// Dot products of packed rows with one vector of int8 inputs, by a warp: the bits that cpu/scalar.cpp defines.
+// Dot products of packed rows with one vector of int8 inputs, by a warp; cpu/scalar.cpp defines the bits.
 //
-// A lane takes 64 neighbouring codes of each of the warp's rows, so that a warp reads a row's bytes side by side, and
-// multiplies them four at a time. What a row's blocks come to is put in shared memory, with all that turns it into a
-// sum; then a lane adds up one row, as the order of float additions is part of the result.
+// Each lane takes 64 neighbouring codes of each of the warp's rows, so that a warp reads consecutive bytes of a row,
+// and multiplies four codes at a time. The dot products of blocks go to shared memory, with the scales and biases; then
+// one lane adds up one row, as the order of float additions determines the result.
 #pragma once
 
 #include <type_traits>
@@ -11,19 +11,19 @@
 
 namespace edge_moe::cuda {
 
-constexpr int kWarpRows = 8;  // that a warp multiplies at a time, or fewer where there would be too few warps
+constexpr int kWarpRows = 8;  // rows that a warp multiplies at a time, unless there would be too few warps
 constexpr int kBlockWords = kBlock / 4;
-constexpr int kStepStride = kWarp + 1;  // rows in banks of their own
+constexpr int kStepStride = kWarp + 1;  // puts rows in different banks
 
-// A warp's part of shared memory: 32 steps of each row, one or two of a block.
+// A warp's part of shared memory: 32 steps of each row, with one or two steps per block.
 struct WarpSteps {
   float dots[kWarpRows * kStepStride];
-  uint32_t scales[kWarpRows * kStepStride];  // of weights: a scale's 16 bits, and a bias's above them
+  uint32_t scales[kWarpRows * kStepStride];  // of weights: a scale in the lower 16 bits, a bias in the upper
   float input_scales[kWarp];                 // of blocks
   float input_sums[kWarp];                   // of the inputs of groups
 };
 
-// One input vector as Kernels::quantise leaves it; its sums over 128 inputs are made of those over 64.
+// One input vector from Kernels::quantise; sums over 128 inputs are computed from those over 64.
 struct QuantisedVector {
   const int8_t *codes, *lows;  // (blocks, 64)
   const uint8_t* two_planes;   // (blocks,)
@@ -31,7 +31,7 @@ struct QuantisedVector {
   const float* sums[2];        // (blocks*2,), (blocks,)
 };
 
-// The word that four neighbouring codes of 3, 5 or 6 bits are spread from, a byte each.
+// Spreads four neighbouring codes of 3, 5 or 6 bits to one byte each.
 template <int Width>
 __device__ __forceinline__ uint32_t spread(uint32_t codes) {
   constexpr uint32_t kTwo = (1u << 2 * Width) - 1, kOne = ((1u << Width) - 1) * 0x00010001u;
@@ -39,13 +39,13 @@ __device__ __forceinline__ uint32_t spread(uint32_t codes) {
   return (pairs & kOne) | (pairs << (8 - Width) & kOne << 8);
 }
 
-// Codes of 1, 2, 4 and 8 bits are taken a plane of each word at a time, others four neighbours at a time.
+// Codes of 1, 2, 4 and 8 bits are extracted as one plane of each word at a time, others as four neighbours at a time.
 template <int Width>
 constexpr bool kByPlane = 8 % Width == 0;
 template <int Width>
 constexpr int kPlanes = kByPlane<Width> ? 8 / Width : 1;
 
-// Operand `which` of eight: four codes of 32 that lie in Width words, in the order of arrange().
+// Operand `which` of eight: four of the 32 codes in Width words, in the order of arrange().
 template <int Width>
 __device__ __forceinline__ uint32_t four_codes(const uint32_t* words, int which) {
   if (kByPlane<Width>) {
@@ -58,14 +58,14 @@ __device__ __forceinline__ uint32_t four_codes(const uint32_t* words, int which)
   return spread<Width>(codes);
 }
 
-// Which of 32 inputs byte `byte` of operand `which` is multiplied by.
+// The index of the input, out of 32, by which byte `byte` of operand `which` is multiplied.
 template <int Width>
 __host__ __device__ constexpr int input_of(int which, int byte) {
   return kByPlane<Width> ? which / kPlanes<Width> * (32 / Width) + byte * kPlanes<Width> + which % kPlanes<Width>
                          : which * 4 + byte;
 }
 
-// 32 inputs in the order of the codes.
+// Rearranges 32 inputs to the order of the codes.
 template <int Width>
 __device__ __forceinline__ void arrange(const uint32_t* in, uint32_t* inputs) {
   EDGE_MOE_UNROLL
@@ -80,7 +80,7 @@ __device__ __forceinline__ void arrange(const uint32_t* in, uint32_t* inputs) {
   }
 }
 
-// Four words at a time, from a multiple of 16 bytes.
+// Loads four words at a time, from an address aligned to 16 bytes.
 template <int Count>
 __device__ __forceinline__ void load_words(const void* from, uint32_t* words) {
   EDGE_MOE_UNROLL
@@ -90,7 +90,8 @@ __device__ __forceinline__ void load_words(const void* from, uint32_t* words) {
   }
 }
 
-// A block's codes, or the first half's when there is no second. Wide loads where every row begins at a whole block.
+// Loads a block's codes, or only the first half if there is no second; with wide loads if every row begins with a whole
+// block.
 template <int Width>
 __device__ __forceinline__ void load_block(const uint8_t* codes, bool aligned, bool whole,
                                            uint32_t (&words)[2 * Width]) {
@@ -108,14 +109,14 @@ __device__ __forceinline__ void load_block(const uint8_t* codes, bool aligned, b
   }
 }
 
-// The sum of a group's inputs, of which the vector has those of 32 and of 64.
+// The sum of a group's inputs, from the vector's sums over 32 and 64.
 __device__ __forceinline__ float group_sum(const QuantisedVector& x, int group_size, int group, int blocks) {
   if (group_size == 32) return x.sums[0][group];
   if (group_size == 64) return x.sums[1][group];
   return 2 * group + 1 < blocks ? x.sums[1][2 * group] + x.sums[1][2 * group + 1] : x.sums[1][2 * group];
 }
 
-// 32 inputs of a plane, in the order of the codes.
+// Loads 32 inputs of a plane, in the order of the codes.
 template <int Width>
 __device__ __forceinline__ void load_inputs(const int8_t* plane, uint32_t* inputs) {
   uint32_t in[kBlockWords / 2];
@@ -123,7 +124,7 @@ __device__ __forceinline__ void load_inputs(const int8_t* plane, uint32_t* input
   arrange<Width>(in, inputs);
 }
 
-// A dot product as warp_rows_of puts it into shared memory: of codes, or of both planes in steps of the lows.
+// The value of an integer dot product in shared memory: of codes or, if `two`, of both planes in steps of the lows.
 __device__ __forceinline__ float dot_value(int dot, bool two) { return two ? float(dot) * kLowStep : small_float(dot); }
 
 // The scale and the bias of one group of weights.
@@ -131,8 +132,8 @@ __device__ __forceinline__ uint32_t scale_and_bias(const Matrix& m, size_t at) {
   return uint32_t(m.scales[at]) | uint32_t(m.biases[at]) << 16;
 }
 
-// Rows [first_row, first_row + Rows) times x, by all lanes of a warp: lane i < Rows gets row first_row + i's, or that
-// of the last row where there are fewer.
+// Rows [first_row, first_row + Rows) times x, by all lanes of a warp: lane i < Rows gets the result of row first_row +
+// i, or of the matrix's last row if there are fewer.
 template <int Width, int Rows>
 __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVector& x, WarpSteps& steps) {
   static_assert(Rows <= kWarpRows);
@@ -140,7 +141,7 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
   const int groups = m.cols / m.group, halves = m.group == 32 ? 2 : 1, blocks_a_group = m.group == 128 ? 2 : 1;
   const size_t row_bytes = size_t(m.cols) / 8 * Width;
   const bool aligned = m.cols % kBlock == 0 && reinterpret_cast<uintptr_t>(m.codes) % (Width % 2 ? 8 : 16) == 0;
-  // Of a row; others take other rows.
+  // Lanes per row; the other lanes take other rows.
   const int lanes = blocks <= 8 ? 8 : blocks <= 16 || halves == 2 ? 16 : kWarp;
   auto clamped = [&](int row) { return size_t(row < m.rows ? row : m.rows - 1); };
   float sum = 0.0f;
@@ -207,7 +208,7 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
   return sum;
 }
 
-// f(width) with a constant, for one of the packed widths.
+// Calls f with the packed width as a constant.
 template <typename F>
 __device__ __forceinline__ auto with_width(int width, const F& f) {
   switch (width) {
@@ -228,7 +229,7 @@ __device__ __forceinline__ auto with_width(int width, const F& f) {
   }
 }
 
-// warp_rows_of a matrix of any packed width.
+// warp_rows_of for a matrix of any packed width.
 template <int Rows>
 __device__ float warp_rows(const Matrix& m, int first_row, const QuantisedVector& x, WarpSteps& steps) {
   return with_width(m.width,

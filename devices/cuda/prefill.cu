@@ -1,9 +1,9 @@
 // Products of many tokens: codes and inputs are bytes, so tensor cores give the exact integers of scalar.cpp.
 //
-// A block takes 64 rows and 64 tokens. A block of 64 inputs at a time, its threads spread the rows' codes to bytes in
-// shared memory and put the tokens' inputs beside them in the same order; then every warp multiplies 16 rows by all
-// tokens and adds what its lanes have to their running sums, in the order of the inputs. Where one of eight tokens has
-// lows, all of these are multiplied once more.
+// A thread block computes 64 rows by 64 tokens. For each block of 64 inputs, its threads unpack the rows' codes to
+// bytes in shared memory and store the tokens' inputs in the same order; then every warp multiplies 16 rows by all
+// tokens, and its lanes add the products to running sums, in the order of the inputs. If one of eight tokens has lows,
+// all eight are multiplied again.
 #include <algorithm>
 
 #include "batch.h"
@@ -19,18 +19,18 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kRows = 16 * kWarps;
 constexpr int kTokens = 64;
 constexpr int kTiles = kTokens / 8;   // of tokens
-constexpr int kStride = kBlock + 16;  // bytes of a row or token in shared memory: eight of them in banks of their own
-static_assert(kThreads == 2 * kRows && kThreads == 2 * kTokens);  // a thread spreads half a block of either
+constexpr int kStride = kBlock + 16;  // bytes of a row or token in shared memory: eight of them use different banks
+static_assert(kThreads == 2 * kRows && kThreads == 2 * kTokens);  // a thread unpacks half a block of each
 
 struct alignas(16) Tiles {
   uint8_t codes[kRows * kStride];
   uint8_t inputs[kTokens * kStride], lows[kTokens * kStride];
   uint64_t two_planes[kTiles];  // a byte for each of a tile's tokens
   float scales[kTokens];        // of the tokens' block
-  float sums[2][kTokens];       // of the groups that begin in it: one, or two of 32
+  float sums[2][kTokens];       // of the groups that begin in the block: one, or two of 32
 };
 
-// Half a block of one row's codes, eight words.
+// Unpacks half a block of one row's codes to eight words.
 template <int Width>
 __device__ void spread_codes(const uint8_t* codes, uint32_t* to) {
   uint32_t words[Width];
@@ -40,7 +40,7 @@ __device__ void spread_codes(const uint8_t* codes, uint32_t* to) {
   for (int i = 0; i < 8; ++i) to[i] = four_codes<Width>(words, i);
 }
 
-// The same of one plane of a token's inputs.
+// The same for one plane of a token's inputs.
 template <int Width>
 __device__ void spread_inputs(const int8_t* inputs, uint32_t* to) {
   uint32_t arranged[8];
@@ -67,7 +67,7 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
   __syncthreads();
   auto clamped = [&](int row) { return size_t(row < m.rows ? row : m.rows - 1); };
 
-  // what this thread spreads, and the two rows and sixteen tokens that it adds up
+  // the row and token that this thread unpacks, and the two rows and sixteen tokens whose sums it has
   const int line = thread / 2, half = thread % 2;
   const uint8_t* codes = m.codes + clamped(first_row + line) * (size_t(m.cols) / 8 * m.width);
   const size_t inputs = size_t(vectors[line]) * blocks * kBlock;
@@ -94,7 +94,7 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
     if (m.group == 32 ? first < m.cols : half == 1 && block * kBlock % m.group == 0)
       tiles.sums[m.group == 32 ? half : 0][line] = group_sum(token, m.group, first / m.group, blocks);
     __syncthreads();
-    // Parts of the block whose products share both scales: its halves, or both together.
+    // Parts of the block whose products share both scales: its halves, or the whole block.
     const int parts = m.group == 32 ? 2 : 1;
     uint32_t row_codes[2][4];
     EDGE_MOE_UNROLL

@@ -1,4 +1,4 @@
-// A block of inputs to int8, by a warp.
+// Quantising a block of inputs to int8, by a warp.
 #pragma once
 
 #include "decode.h"
@@ -6,7 +6,7 @@
 
 namespace edge_moe::cuda {
 
-// inputs: `count` of the block's 64, the others are zeros; at: the number of the block in `into`.
+// inputs: the first `count` of the block's 64, the others are zeros; at: the index of the block in `into`.
 __device__ __forceinline__ void quantise_block(const float* inputs, int count, const VectorBuffer& into, size_t at) {
   const int lane = int(threadIdx.x) % kWarp;
   float in[2];

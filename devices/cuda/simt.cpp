@@ -1,5 +1,5 @@
-// The stand-in for a GPU of simt.h, on fibers that live from launch to launch: ucontext begins one, and longjmp changes
-// from one to the next, which asks nothing of the system (with ucontext alone a model takes over four times as long).
+// The stand-in for a GPU of simt.h, on fibers that are reused between launches: ucontext starts a fiber, and longjmp
+// switches fibers without a system call (with ucontext alone, a model takes over four times as long).
 #undef _FORTIFY_SOURCE  // its longjmp refuses other stacks
 #include "simt.h"
 
@@ -23,14 +23,14 @@ constexpr unsigned kWarp = 32;
 enum class State { kReady, kAtWarp, kAtBlock, kDone };
 
 struct Fiber {
-  std::unique_ptr<uint8_t[]> stack;  // none: it was never begun
+  std::unique_ptr<uint8_t[]> stack;  // null if it was never started
   jmp_buf at;
   State state;
   uint64_t given;
 };
 
-std::vector<Fiber> fibers(1024);  // thread by thread of a block
-unsigned count;                   // of the block's
+std::vector<Fiber> fibers(1024);  // one per thread of a block
+unsigned count;                   // threads of the block
 std::vector<uint8_t> shared;
 jmp_buf scheduler;
 unsigned running;
@@ -48,8 +48,8 @@ void run_fiber() {
   }
 }
 
-// Let go whoever waits at a barrier that all others have reached; false when nobody does. A thread that has ended
-// holds nobody up at the block's barrier, as on a GPU, but one that skips its warp's is a mistake.
+// Releases the threads that wait at a barrier that all others have reached; false if there are none. As on a GPU, a
+// thread that has ended does not block the block's barrier, but one that skips its warp's barrier is an error.
 bool release() {
   bool any = false;
   for (unsigned first = 0; first < count; first += kWarp) {
@@ -81,8 +81,7 @@ void go_on(Fiber& fiber) {
   swapcontext(&unused, &context);
 }
 
-// In every second block the last thread goes first: of two threads that should have waited for each other one is always
-// too early.
+// In every second block the last thread runs first, so that a missing barrier between two threads shows in one order.
 void run_block() {
   static bool backwards = false;
   backwards = !backwards;
@@ -118,7 +117,7 @@ uint64_t exchange(uint64_t value, int lane) {
 
 void launch(Index grid, Index threads, size_t shared_bytes, const std::function<void()>& of_each) {
   count = threads.x;
-  shared.assign(shared_bytes, 0xcd);  // what a block finds there is of no use
+  shared.assign(shared_bytes, 0xcd);  // shared memory starts undefined
   block_size = threads, grid_size = grid;
   body = &of_each;
   for (block.z = 0; block.z < grid.z; ++block.z)

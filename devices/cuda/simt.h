@@ -1,7 +1,7 @@
-// What kernels are written in: CUDA itself under nvcc, and elsewhere a slow stand-in, so that their logic is tested on
-// machines without a GPU. The stand-in runs a launch's blocks one after the other and each block's threads as fibers
-// that give way at barriers and shuffles, and a stream's work as late as it may: when the host waits for it. Tests
-// alone build it so.
+// The language of kernels: CUDA under nvcc, and elsewhere a slow stand-in, so that their logic can be tested on
+// machines without a GPU. The stand-in runs a launch's blocks one after another and each block's threads as fibers that
+// yield at barriers and shuffles. A stream's work runs as late as allowed: when the host waits for it. Only tests build
+// the stand-in.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@
 #define EDGE_MOE_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...)                   \
   (kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
    edge_moe::cuda::check_launch())
-// Shared memory of a size that the launch names.
+// Shared memory whose size the launch determines.
 #define EDGE_MOE_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
 
 namespace edge_moe::cuda {
@@ -34,8 +34,8 @@ __device__ __forceinline__ int dot_bytes(uint32_t codes, uint32_t inputs, int su
 }
 
 // sums (16 x 8) += codes (16 x 32) . inputs (32 x 8), unsigned and signed bytes, by a warp. In PTX's order of
-// fragments: a lane has the codes of rows lane/4 and that + 8, from columns 4*(lane%4) and that + 16 on, the inputs of
-// column lane/4 from the same rows on, and the sums of its two rows in columns 2*(lane%4) and that + 1.
+// fragments: with r = lane/4 and c = lane%4, a lane has the codes of rows r and r + 8, from columns 4c and 4c + 16 on;
+// the inputs of column r, from rows 4c and 4c + 16 on; and the sums of rows r and r + 8 in columns 2c and 2c + 1.
 __device__ __forceinline__ void multiply_tiles(const uint32_t (&codes)[4], const uint32_t (&inputs)[2],
                                                int (&sums)[4]) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -83,10 +83,10 @@ void barrier_of_block();
 void barrier_of_warp();
 uint64_t exchange(uint64_t value, int lane);  // every lane of a warp gives a value and takes another lane's
 
-// Do `work` when someone waits for the stream, or at once where there is none.
+// Does `work` when the host waits for the stream, or at once if it is null.
 void put(Stream stream, std::function<void()> work);
 
-// Run body() as every thread of a grid.
+// Runs body() as every thread of a grid.
 void launch(Index grid, Index threads, size_t shared_bytes, const std::function<void()>& body);
 
 }  // namespace simt

@@ -1,5 +1,5 @@
-// The functions of device.h for the stand-in of simt.h. Memory is the processor's; a stream is a queue whose work is
-// done when the host waits for it, so that what the host does too early shows.
+// The functions of device.h for the stand-in of simt.h. Memory is the CPU's; a stream is a queue whose work is done
+// when the host waits for it, so that a missing wait of the host shows.
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -14,7 +14,7 @@ namespace edge_moe::cuda {
 
 namespace {
 
-constexpr size_t kPage = 4096;  // what reads past the page cache want
+constexpr size_t kPage = 4096;  // alignment that unbuffered reads require
 
 using Work = std::function<void()>;
 
@@ -40,7 +40,7 @@ void* unset(size_t bytes) {
   if (!bytes) return nullptr;
   void* memory = std::aligned_alloc(kPage, (bytes + kPage - 1) / kPage * kPage);
   if (!memory) throw NoMemory("allocate memory: out of memory");
-  return std::memset(memory, 0xcd, bytes);  // what is found there is of no use
+  return std::memset(memory, 0xcd, bytes);  // the contents are undefined
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Single values: of a matrix of any width, of the KV cache, and the positions that a token sees.
+// Reading single values of a matrix of any width and of the KV cache, and the positions that a token sees.
 #pragma once
 
 #include "../half.h"
@@ -8,7 +8,7 @@
 
 namespace edge_moe::cuda {
 
-// Column i of a row.
+// The weight in column i of a row.
 __device__ __forceinline__ float weight_at(const Matrix& m, size_t row, int i) {
   const size_t at = row * m.cols + i;
   if (m.codec == Codec::kFloat32) return reinterpret_cast<const float*>(m.codes)[at];
@@ -33,8 +33,8 @@ __device__ __forceinline__ float get(const void* from, bool half, size_t at) {
   return half ? half_to_float(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
 }
 
-// `Count` values, `step` apart, as they lie in memory: all are on their way before the first is waited for, and none is
-// before as_float() is asked what it is.
+// `Count` values, `step` apart, as stored: all loads are issued before the first is waited for, which happens in
+// as_float().
 template <int Count>
 struct Raw {
   uint32_t bits[Count];
@@ -58,7 +58,7 @@ struct Raw {
   }
 };
 
-// add(i, value) of `count` values, in this order, `Ahead` of them on their way at a time.
+// Calls add(i, value) for `count` values in order, with `Ahead` loads in flight at a time.
 template <int Ahead, typename Add>
 __device__ __forceinline__ void each_value(const void* from, bool half, size_t at, size_t step, int count,
                                            const Add& add) {
@@ -71,7 +71,7 @@ __device__ __forceinline__ void each_value(const void* from, bool half, size_t a
   for (; i < count; ++i) add(i, get(from, half, at + size_t(i) * step));
 }
 
-// One past the last position that token `token` of a span sees.
+// The end, exclusive, of the positions that token `token` of a span sees.
 __device__ __forceinline__ int end_of(const Span& span, int token) { return *span.position + span.first + token + 1; }
 
 }  // namespace edge_moe::cuda

@@ -1,4 +1,4 @@
-// NumPy arrays across the border: the aliases that every binding uses, and the shape check.
+// NumPy arrays in bindings: type aliases and the argument check.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -27,7 +27,7 @@ ArrayOut<T> to_numpy(std::vector<T>&& values, std::initializer_list<size_t> shap
   return ArrayOut<T>(owned->data(), shape, owner);
 }
 
-// The kernel set of that name; throws std::invalid_argument when this machine has none. Defined in ../bind_kernels.cpp.
+// The kernel set of that name; throws std::invalid_argument if this machine has none. Defined in ../bind_kernels.cpp.
 const edge_moe::Kernels& find_kernels(const std::string& name);
 
 inline void expect(bool right, const std::string& message) {

@@ -1,4 +1,4 @@
-// Threads and the end of Python; see gil.h.
+// Threads at the exit of Python; see gil.h.
 #include "gil.h"
 
 #include <atomic>
@@ -8,13 +8,13 @@
 namespace nb = nanobind;
 
 static std::atomic<bool> exiting{false};
-static std::thread::id exit_thread;    // runs the exit hooks and all that comes after; set before `exiting`
-static std::atomic<int> acquiring{0};  // threads that have seen that Python goes on, and do not have its lock yet
+static std::thread::id exit_thread;    // the thread that runs exit hooks and finalises Python; set before `exiting`
+static std::atomic<int> acquiring{0};  // threads that have seen `exiting` unset, and do not have the GIL yet
 
 static void stop_threads() {
   exit_thread = std::this_thread::get_id();
   exiting = true;
-  nb::set_leak_warnings(false);  // what those threads hold
+  nb::set_leak_warnings(false);  // the waiting threads never release their objects
   PyThreadState* state = PyEval_SaveThread();
   while (acquiring) std::this_thread::sleep_for(std::chrono::milliseconds(1));
   PyEval_RestoreThread(state);

@@ -1,8 +1,8 @@
-// Python's lock, let go of while C++ computes.
+// Releasing Python's global interpreter lock (GIL) while C++ computes.
 //
-// When Python ends, a thread that wants the lock back is ended where it stands, and with C++ frames on its stack that
-// aborts the process. Threads of daemons may well be computing then. So, once an exit hook has run, a thread that comes
-// back waits for the end of the process instead; the hook itself waits for those that are about to take the lock.
+// When Python exits, it terminates threads that try to take the GIL, and with C++ frames on the stack that aborts the
+// process. Daemon threads may be computing then. So, once an exit hook has run, a thread that would take the GIL waits
+// for the end of the process instead; the hook itself waits for threads that are about to take the GIL.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -13,7 +13,7 @@ class GilReleased {
   ~GilReleased() { acquire(); }
   GilReleased(const GilReleased&) = delete;
 
-  // call() with the lock held.
+  // Runs call() with the GIL held.
   template <typename Call>
   auto with_gil(Call&& call) {
     struct Held {
@@ -30,5 +30,5 @@ class GilReleased {
   PyThreadState* state_;
 };
 
-// Makes the exit hook known to Python. Called once, when the module is made.
+// Registers the exit hook with Python. Called once, when the module is created.
 void register_exit_hook();
