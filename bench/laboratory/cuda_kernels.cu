@@ -1,10 +1,9 @@
-// How much of a GPU's memory bandwidth and tensor cores its kernels take by themselves, beside reading, copying and
-// multiplying alone:
+// Measures the share of a GPU's memory bandwidth and tensor core throughput that the kernels reach, relative to
+// reading, copying and multiplying alone:
 //
-//     bench_cuda    prints an object of JSON a line: what, and gbps of what is read or tops, the median of the rounds
+//     bench_cuda    prints one JSON object a line: what, and gbps read or tops, the median of the rounds
 //
-// Weights are as many as the caches do not hold, and each launch takes others than the one before. Values are of no
-// use: nothing depends on them.
+// The weights exceed the caches, and each launch uses others than the one before. Nothing depends on the values.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -23,7 +22,7 @@ namespace {
 
 constexpr int kRounds = 9;
 constexpr int kGroup = 64;
-constexpr size_t kWeights = size_t(1) << 30;  // bytes that launches choose their matrices from
+constexpr size_t kWeights = size_t(1) << 30;  // bytes from which launches take their matrices
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -31,7 +30,7 @@ void check(cudaError_t error) {
   std::exit(1);
 }
 
-// Device memory of one byte's value.
+// Allocates device memory, filled with one byte value.
 template <typename T>
 T* device(size_t count, int byte = 0) {
   void* memory = cuda::allocate(count * sizeof(T));
@@ -41,7 +40,7 @@ T* device(size_t count, int byte = 0) {
 
 cudaStream_t stream;
 
-// Seconds of launch(i), the median of rounds of `launches`.
+// Seconds of launch(i): the median over rounds of `launches` launches.
 template <typename Launch>
 double seconds(int launches, const Launch& launch) {
   cudaEvent_t began, ended;
@@ -54,7 +53,7 @@ double seconds(int launches, const Launch& launch) {
     check(cudaEventSynchronize(ended));
     float ms;
     check(cudaEventElapsedTime(&ms, began, ended));
-    if (round) took.push_back(ms / 1e3 / launches);  // the first warms up
+    if (round) took.push_back(ms / 1e3 / launches);  // the first round is a warm-up
   }
   check(cudaEventDestroy(began)), check(cudaEventDestroy(ended));
   std::sort(took.begin(), took.end());
@@ -117,7 +116,7 @@ size_t matrix_bytes(int rows, int cols, int width) {
   return size_t(rows) * cols * width / 8 + size_t(rows) * (cols / kGroup) * 4;
 }
 
-// The matrix that lies at a place of the weights, which begins at a multiple of 256.
+// The matrix at a place of the weights, aligned to 256 bytes.
 Matrix matrix_at(const uint8_t* weights, size_t place, int rows, int cols, int width) {
   const size_t bytes = (matrix_bytes(rows, cols, width) + 255) / 256 * 256, places = kWeights / bytes;
   Matrix m;
