@@ -1,4 +1,4 @@
-"""An answer and its account: what one call computed, how fast, and what it took."""
+"""An answer and its statistics: the text, the speed, and the resources of one call."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
 
-PEAK_S = 0.1  # between two looks at the process's peak
+PEAK_S = 0.1  # between queries of the process's peak memory
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """An answer and its account. From stream(): `text` is one piece, `tokens` its tokens, counts are so far."""
+    """An answer and its statistics. From stream(), `text` and `tokens` are of one piece, and counts are so far."""
 
     text: str
     tokens: list[int]
-    finish_reason: str | None  # "stop" | "length" | "cancelled"; None while more is to come
+    finish_reason: str | None  # "stop" | "length" | "cancelled"; None while the answer is not complete
     prompt_tokens: int
-    cached_tokens: int  # of the prompt, that the KV cache still held
+    cached_tokens: int  # tokens of the prompt that were in the KV cache already
     generation_tokens: int
-    prompt_tps: float  # tokens a second; of those that were not still in the KV cache
+    prompt_tps: float  # tokens a second, without cached tokens
     generation_tps: float
-    time_to_first_token: float  # seconds from the first step on, waiting for other calls included
+    time_to_first_token: float  # seconds from the first step on, including waiting for other calls
     ram_bytes: int  # the cap
     peak_memory_bytes: int  # of the process, as the system counts it
     expert_hits: int
@@ -38,11 +38,11 @@ class Generation:
     top_k: int  # of the checkpoint: a bundle may use fewer in some layers
     dropped_routing_weight: float  # mean share of routing weight that pruning left out
     device: str
-    logprobs: list[TokenLogprobs] | None = None  # of each of `tokens`, where they were asked for
+    logprobs: list[TokenLogprobs] | None = None  # of each of `tokens`, if asked for
 
 
 def whole_of(pieces: Iterable[Generation]) -> Generation:
-    """All pieces of an answer as one."""
+    """Join all pieces of an answer."""
     texts: list[str] = []
     tokens: list[int] = []
     logprobs: list[TokenLogprobs] = []
@@ -54,15 +54,15 @@ def whole_of(pieces: Iterable[Generation]) -> Generation:
 
 
 class Account:
-    """The statistics of one call: what the engine's counters and the clock moved by during its own turns."""
+    """The statistics of one call: the changes of the engine's counters and the clock during its own turns."""
 
     def __init__(self, runtime: "Runtime", prompt_tokens: int):
         self.runtime, self.prompt_tokens = runtime, prompt_tokens
-        self.count = 0  # of tokens generated
+        self.count = 0  # generated tokens
         self.cached_tokens, self.time_to_first_token, self._asked = 0, 0.0, time.perf_counter()
         self.prompt_tps = 0.0
-        self._used: dict[str, float] = {}  # in turns before this one
-        self._before: dict[str, float] | None = None  # counters when this turn began; None: it is not our turn
+        self._used: dict[str, float] = {}  # in earlier turns
+        self._before: dict[str, float] | None = None  # counters at the start of this turn; None outside of a turn
         self._sequence: int | None = None
         self._seconds = self._prefill_seconds = self._began = 0.0
         self._ahead_until = 0.0
@@ -70,8 +70,8 @@ class Account:
 
     @contextmanager
     def turn(self, sequence: int | None = None) -> Iterator[None]:
-        """Steps that are computed for this call alone, or, among others, for this sequence."""
-        # The engine is never kept here: an exception's traceback would keep its memory after close().
+        """Count steps that are computed for this call alone or, with `sequence`, for several sequences together."""
+        # No reference to the engine is kept: an exception's traceback would keep its memory alive after close().
         self._sequence = sequence
         self._before, self._began = self._counters(), time.perf_counter()
         try:
@@ -83,20 +83,20 @@ class Account:
             self._before = None
 
     def prefilled(self, tokens: int) -> None:
-        """The prompt was computed, but for what the KV cache had of it."""
+        """Record that `tokens` of the prompt were computed and the others were cached."""
         self._prefill_seconds = self._computed_seconds()
         self.prompt_tps = tokens / max(self._prefill_seconds, 1e-9)
         self.cached_tokens = self.prompt_tokens - tokens
         self.time_to_first_token = time.perf_counter() - self._asked
 
     def recomputed(self, seconds: float) -> None:
-        """What another call took out of the KV cache was computed again, which took so long."""
+        """Record the seconds of recomputing what another call evicted from the KV cache."""
         self._ahead_until = time.perf_counter() + seconds + PATIENCE_S
 
     def runs_ahead(self) -> bool:
-        """Whether to go on without being asked: for as long as it took to compute again what others took away.
+        """Whether to compute ahead of requests: for as long as recomputing evicted tokens took.
 
-        So at least half of the time is spent on new tokens, however often two streams take the KV cache in turns.
+        So at least half of the time is spent on new tokens, however often two streams evict each other's KV cache.
         """
         return time.perf_counter() < self._ahead_until
 
@@ -114,7 +114,7 @@ class Account:
             cached_tokens=self.cached_tokens,
             generation_tokens=self.count,
             prompt_tps=self.prompt_tps,
-            generation_tps=(self.count - 1) / seconds if self.count > 1 else 0.0,  # the first came with the prompt
+            generation_tps=(self.count - 1) / seconds if self.count > 1 else 0.0,  # the first belongs to the prompt
             time_to_first_token=self.time_to_first_token,
             ram_bytes=runtime.plan.ram_bytes,
             peak_memory_bytes=self._peak_bytes(counters, finish_reason is not None),
@@ -128,7 +128,7 @@ class Account:
         )
 
     def _peak_bytes(self, counters: dict[str, float], last: bool) -> int:
-        """The peak, asked for ten times a second and at the end: 36 us, which are some of a small model's token."""
+        """The peak memory, queried ten times a second and at the end: it takes 36 us, which count in a small model."""
         if last or time.perf_counter() >= self._peak_until:
             self._peak, self._peak_until = self.runtime._peak_bytes(counters), time.perf_counter() + PEAK_S
         return self._peak

@@ -1,4 +1,4 @@
-"""The text of an answer as its tokens come, up to a stop string."""
+"""Converting the tokens of an answer to text as they come, up to a stop string."""
 
 from array import array
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from .tokenizer import Detokenizer, Tokenizer
 
 
 class AnswerText:
-    """Text out of tokens, held back while it could be the beginning of a stop string.
+    """Converts tokens to text, and holds text back while it could be the beginning of a stop string.
 
     A stop string that is a special token, which has no text, ends the answer at that token: see `stop_tokens`.
     """
@@ -20,7 +20,7 @@ class AnswerText:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that may be shown once this token is there; sets `stopped` where a stop string is complete."""
+        """Add a token and return the text that can be shown; sets `stopped` if a stop string is complete."""
         return "" if self.detokenizer is None else self._release(self.detokenizer.add(token))
 
     def finish(self) -> str:
@@ -42,17 +42,18 @@ class AnswerText:
 
 
 class _Stop:
-    """How much of a stop string the text ends with (Knuth, Morris and Pratt 1977): a step or two a character.
+    """Matches a stop string incrementally (Knuth, Morris and Pratt 1977), in one or two steps a character.
 
-    The table of borders is made as far as text has matched, so a long stop string costs no more than it is met.
+    The table of borders is computed only as far as text has matched, so a long stop string costs little.
     """
 
     def __init__(self, stop: str):
         self.stop, self.matched = stop, 0
-        self.borders = array("q", [0])  # of the first 1, 2, ... characters: the longest end that is also a beginning
+        self.borders = array("q", [0])  # for prefixes of 1, 2, ... characters: longest proper prefix that is a suffix
 
     def read(self, text: str, held: int) -> int | None:
-        """Go on by a text; where the stop string begins among the `held` characters that end with it, if it does."""
+        """Match on through `text`; returns where a complete stop string begins in the `held` characters that end with
+        the text, or None."""
         for at, sign in enumerate(text, start=1):
             self.matched = self._next(self.matched, sign)
             if self.matched == len(self.stop):

@@ -1,4 +1,4 @@
-"""Chat messages to the text of a prompt: the model's Jinja template, as transformers renders it.
+"""Rendering chat messages to the text of a prompt with the model's Jinja template, as transformers does.
 
 Templates run in template_environment.py, within limits.
 """
@@ -12,15 +12,15 @@ from .template_environment import Environment
 from .template_meter import Meter
 
 MOST_SOURCE = 200_000  # characters of a template; the longest in use have 20,000
-LITTER = 1_000_000  # bytes that were asked for, from which on they are given back at once
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; most templates read the first
+LITTER = 1_000_000  # bytes asked for, above which garbage is collected at once
+REASONING = ("reasoning_content", "thinking", "reasoning")  # synonyms; most templates read the first
 CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own, so that templates treat both alike
 
 
 class ChatTemplate:
     """A compiled template.
 
-    room_bytes: of memory that compiling it may take. Raises ValueError where it cannot be parsed or takes more.
+    room_bytes: maximum memory for compiling it. Raises ValueError if it cannot be parsed or takes more.
     """
 
     def __init__(self, source: str, room_bytes: int | None = None):
@@ -34,18 +34,18 @@ class ChatTemplate:
             raise _refusal(error) from None
 
     def render(self, room_bytes: int | None = None, **variables) -> str:
-        """The text for these variables.
+        """Render the template with these variables.
 
-        Raises ValueError where the template fails, or takes more than room_bytes of memory.
+        Raises ValueError if the template fails, or takes more than room_bytes of memory.
         """
         with self.environment.lock:
             self.environment.meter = meter = Meter(room_bytes)
             text, error = None, None
             try:
                 text = self.environment.concat(self.template.root_render_func(self.template.new_context(variables)))
-            except Exception as raised:  # a template is a program: it can fail in any way
+            except Exception as raised:  # a template is a program and can fail in any way
                 error = _refusal(raised)
-            if meter.asked > LITTER:  # else what each call leaves would add up; not while its frames are in an error
+            if meter.asked > LITTER:  # garbage would add up over calls; not before the error's frames are released
                 gc.collect()
                 _core.return_freed_memory()
         if error is not None:
@@ -64,7 +64,7 @@ def render(
     variables: dict,
     room_bytes: int | None,
 ) -> str:
-    """The text of a conversation, in transformers' way; the arguments are those of Tokenizer.apply_chat_template()."""
+    """Render a conversation as transformers does; the arguments are those of Tokenizer.apply_chat_template()."""
     if add_generation_prompt and continue_final_message:
         raise ValueError("add_generation_prompt and continue_final_message exclude each other; give one of them")
     for name, values in (("tools", tools), ("documents", documents)):
@@ -85,7 +85,7 @@ def render(
 
 
 def _message(message) -> dict:
-    """A message as templates are given it: plain, without keys of None, its reasoning under each of its names."""
+    """A message as templates get it: of plain types, without keys of None, with reasoning under each of its names."""
     message = plain(message)
     if not isinstance(message, dict):
         raise TypeError(f"a message is {message!r:.60}, expected a dictionary with 'role' and 'content'")
@@ -99,7 +99,7 @@ def _message(message) -> dict:
 
 
 def plain(value):
-    """The value rebuilt of JSON's types, so that a template meets no methods of the caller's objects."""
+    """The value rebuilt from JSON's types, so that a template cannot call methods of the caller's objects."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind in (str, int, float):
@@ -140,7 +140,7 @@ def _leave_open(template: ChatTemplate, messages: list[dict], key: bool | str) -
 
 
 def _cut_open(text: str, last: str) -> str:
-    """The text up to the mark; where the template took its space away, it did so with the message's own."""
+    """The text up to the mark; if the template stripped the mark's space, it also stripped the message's."""
     at = text.rfind(CONTINUE.strip())
     if at < 0 or last.strip() not in text:
         raise ValueError("continue_final_message: the chat template leaves out the last message, or a part of it")

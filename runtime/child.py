@@ -1,9 +1,9 @@
-"""Work in a process of its own, so that its memory does not count under this one's: asking for it, and answering.
+"""Running a function in another process, so that its memory does not count under this one's cap.
 
     result = call("edge_moe.bench.sweep", {"ram": 1}, killed="...")  # here
     if __name__ == "__main__": answer(function)                      # there: prints function(ram=1) as JSON
 
-The answer is the child's one line on stdout; an expected error is raised here as it was there.
+The answer is one line on the child's stdout; an expected error of the child is raised again here.
 """
 
 import json
@@ -15,9 +15,9 @@ ERRORS = {kind.__name__: kind for kind in (ValueError, MemoryError, FileExistsEr
 
 
 def call(module: str, arguments: dict, killed: str, **environment: str):
-    """What `module`, run as a program, answers to `arguments`. killed: what to say when the system ended it.
+    """Run `module` as a program with `arguments` and return its answer. killed: the message if the system killed it.
 
-    Raises what the child raised: an error of ERRORS by its name, OSError for another.
+    Raises the child's error: one of ERRORS by its name, OSError for any other.
     """
     command = [sys.executable, "-m", module, json.dumps(arguments)]
     child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
@@ -29,7 +29,7 @@ def call(module: str, arguments: dict, killed: str, **environment: str):
 
 
 def answer(function) -> None:
-    """Call function(**arguments) with the arguments of this program and print what it returns, or its error."""
+    """Call function(**arguments) with the arguments of this program, and print its result or its error."""
     try:
         print(json.dumps(function(**json.loads(sys.argv[1]))))
     except (ValueError, OSError, MemoryError) as error:

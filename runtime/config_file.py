@@ -1,8 +1,8 @@
-"""A model's config.json: found, checked, and read by the family that its `model_type` names.
+"""Finding, checking and reading a model's config.json, with the parser of the family that `model_type` names.
 
-Both spellings are read: the hub's (`num_experts`, `rope_theta`) and the one transformers 5 writes
-(`num_local_experts`, `rope_parameters`). Layers for multi-token prediction, which a checkpoint may have behind the
-model's own, are no part of it; nor is what sees pictures, where the language model is one of several.
+Both spellings are read: the hub's (`num_experts`, `rope_theta`) and transformers 5's (`num_local_experts`,
+`rope_parameters`). Layers for multi-token prediction, which a checkpoint may have after the model's own, are ignored,
+and so is the vision part of a multimodal model.
 """
 
 from pathlib import Path
@@ -15,8 +15,8 @@ from .models import FAMILIES
 from .models.family import Family, tokens
 
 ARCHITECTURES = tuple(FAMILIES)
-OUTER_KEYS = ("tie_word_embeddings", "eos_token_id")  # that count where they stand beside the language model's object
-NEW_KINDS = {  # beginnings of keys that no supported family has, and what they stand for
+OUTER_KEYS = ("tie_word_embeddings", "eos_token_id")  # read from outside the language model's object if it is nested
+NEW_KINDS = {  # prefixes of keys that no supported family has, and their meaning
     "linear_": "linear attention",
     "mamba_": "Mamba layers",
     "ssm_": "state-space layers",
@@ -35,7 +35,7 @@ NEW_KINDS = {  # beginnings of keys that no supported family has, and what they 
 def load_config(directory: str | Path) -> ModelConfig:
     """Read DIRECTORY/config.json (and the end tokens of generation_config.json, if it is there).
 
-    Raises as parse_config() does, and ValueError for a path that is not UTF-8: what reads weights takes no other.
+    Raises like parse_config(), and ValueError for a path that is not UTF-8, which reading weights requires.
     """
     directory = utf8_path(directory)
     path = directory / "config.json"
@@ -46,7 +46,7 @@ def load_config(directory: str | Path) -> ModelConfig:
         if eos is not None:
             family = _known(raw)
             own = language_keys(raw, family, str(path)).get("eos_token_id") if family else None
-            raw = {**raw, "eos_token_id": [*tokens(eos), *tokens(own)]}  # any of them ends a turn
+            raw = {**raw, "eos_token_id": [*tokens(eos), *tokens(own)]}  # each of them ends a turn
     return parse_config(raw, where=str(path))
 
 
@@ -62,8 +62,8 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict:
 def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     """Turn the keys of a Hugging Face config.json into a ModelConfig.
 
-    Raises ValueError, naming the key, when the architecture is not supported or a needed key is missing or
-    out of range. Keys that are not used are ignored.
+    Raises ValueError, naming the key, if the architecture is not supported or a required key is missing or out of
+    range. Unused keys are ignored.
     """
     family = family_of(raw, where)
     keys = language_keys(raw, family, where)
@@ -71,7 +71,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
 
 
 def family_of(raw: dict, where: str = "config.json") -> Family:
-    """The family that a config.json names. Raises ValueError where it is none, and says what is new about it."""
+    """The family that a config.json names. Raises ValueError if it is not supported, naming its new features."""
     if family := _known(raw):
         return family
     kind, inner = raw.get("model_type"), raw.get("text_config")
@@ -85,7 +85,7 @@ def family_of(raw: dict, where: str = "config.json") -> Family:
 
 
 def _known(raw: dict) -> Family | None:
-    kind = raw.get("model_type")  # anything, in a hostile file
+    kind = raw.get("model_type")  # may be of any type in a hostile file
     return FAMILIES.get(kind) if isinstance(kind, str) else None
 
 

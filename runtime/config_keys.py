@@ -1,23 +1,23 @@
-"""Typed access to the keys of one config.json: what an absent key means, and which values are refused."""
+"""Typed access to the keys of a config.json, with defaults for absent keys and checks of values."""
 
 from collections.abc import Mapping
 
-MAX_NUMBER = 1e30  # beyond any model; a damaged file stops here
+MAX_NUMBER = 1e30  # larger than in any model: refuses damaged files
 COMMON_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 
 class Keys:
     """The keys of one object of a config.json, read by name and checked. `kind` is the architecture.
 
-    A key may have several names. Names that are given together must agree: which of them counts differs between
-    versions of transformers.
+    A key may have several names. If a file has several of them they must agree, as versions of transformers differ in
+    the one that takes precedence.
     """
 
     def __init__(self, raw: dict, where: str, defaults: Mapping[str, object] | None = None, kind: str = ""):
         self.raw, self.where, self.defaults, self.kind = raw, where, defaults or {}, kind
 
     def changed(self, **values) -> "Keys":
-        """The same with other values, None for what is to be absent."""
+        """A copy with some values changed; None removes a key."""
         return Keys({**self.raw, **values}, self.where, self.defaults, self.kind)
 
     def any(self, *names, default=None):
@@ -33,7 +33,7 @@ class Keys:
         return default
 
     def nullable(self, name: str):
-        """The value as it is: None where it is null, or absent and without a default."""
+        """The value of any type; None if it is null, or absent without a default."""
         return self.raw.get(name, self.defaults.get(name))
 
     def count(self, *names, default=None, limit=2**31 - 1) -> int:
@@ -62,7 +62,7 @@ class Keys:
 
 
 def check_agree(where: str, name: str, value, other: str, other_value) -> None:
-    """Raise ValueError where two spellings of one key have two values."""
+    """Raise ValueError if two spellings of one key have different values."""
     if value != other_value:
         raise ValueError(
             f"{where}: {name} is {value!r} and {other} is {other_value!r}, two spellings of one key; "

@@ -1,4 +1,4 @@
-"""What there is to know of a bundle, as one JSON object."""
+"""Describing a bundle as one JSON object."""
 
 from collections import Counter
 
@@ -7,14 +7,14 @@ from .config import trunk_kind
 
 
 def widths_name(widths: tuple[int, int, int]) -> str:
-    """ "2" where gate, up and down agree, else "2/2/3"."""
+    """The name of an expert's widths: "2" if gate, up and down agree, else "2/2/3"."""
     return str(widths[0]) if len(set(widths)) == 1 else "/".join(map(str, widths))
 
 
 def describe_bundle(bundle) -> dict:
-    """What `inspect` shows of a Bundle, as one JSON object.
+    """The JSON object that `inspect` shows for a Bundle.
 
-    Raises ValueError where what bundle.json says of the bundle's making is not of the shape it must have.
+    Raises ValueError if bundle.json's entries about calibration, method or certificate are malformed.
     """
     config, extra = bundle.config, bundle.table
     Reader(bundle.path / TABLE_FILE).check(extra, PROVENANCE, "")

@@ -1,7 +1,7 @@
-"""Reading what came from elsewhere: regular files inside a directory, of bounded size, with the file in every error.
+"""Reading untrusted files: only regular files inside a directory, of bounded size, with the file's name in every error.
 
-A bundle may be made by a stranger. A link in it could name any file of this machine, a sparse file could be larger than
-memory, and a few megabytes of JSON can be gigabytes of Python's objects.
+A bundle may come from anyone. A link in it could point at any file of this machine, a sparse file could be larger than
+memory, and a few megabytes of JSON can become gigabytes of Python objects.
 """
 
 import json
@@ -11,22 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PIECE_BYTES = 1 << 20
-MOST_JSON_BYTES = 64_000_000  # of any JSON that is read; bundle.json of 23,040 experts has 9 MB
-MOST_JSON_VALUES = 2_000_000  # in it; Python takes up to 200 bytes for each
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that is right in pairs alone
+MOST_JSON_BYTES = 64_000_000  # of a JSON file; bundle.json of 23,040 experts has 9 MB
+MOST_JSON_VALUES = 2_000_000  # in a JSON file; Python takes up to 200 bytes for each
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that is valid only in pairs
 
 
 def real_path(directory: Path, name: str, missing: str = "") -> Path:
-    """The path of the regular file DIRECTORY/name, links followed.
+    """The path of the regular file DIRECTORY/name, with links resolved.
 
-    Links are followed inside the directory and into the blobs of a Hugging Face cache, which is all links. Raises
-    FileNotFoundError, ending in `missing`, where there is no regular file, and ValueError for a link out of it.
+    Links are followed inside the directory and into the blobs of a Hugging Face cache, which consists of links. Raises
+    FileNotFoundError, ending in `missing`, if there is no regular file, and ValueError for a link that leads elsewhere.
     """
     file = directory / name
     try:
         real = file.resolve(strict=True)
         regular = stat.S_ISREG(real.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: links in a circle
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: a cycle of links
         regular = False
     if not regular:
         raise FileNotFoundError(f"{file}: no such file{missing}")
@@ -40,7 +40,7 @@ def real_path(directory: Path, name: str, missing: str = "") -> Path:
 
 
 def pieces(path: Path, offset: int = 0, nbytes: int | None = None) -> Iterator[bytes]:
-    """The bytes of a file from `offset` on, `nbytes` of them or all, in pieces; fewer where the file ends early."""
+    """Yield the bytes of a file from `offset` on, `nbytes` or all, in pieces; fewer if the file ends early."""
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)
@@ -53,7 +53,7 @@ def pieces(path: Path, offset: int = 0, nbytes: int | None = None) -> Iterator[b
 
 
 def read_bounded(path: Path, most_bytes: int, remedy: str) -> bytes:
-    """A whole file. Raises ValueError, ending in `remedy`, for one that is larger than `most_bytes`."""
+    """Read a whole file. Raises ValueError, ending in `remedy`, if it is larger than `most_bytes`."""
     data = b"".join(pieces(path, nbytes=most_bytes + 1))
     if len(data) > most_bytes:
         raise ValueError(f"{path}: has more than {most_bytes:,} bytes, which no such file needs; {remedy}")
@@ -61,7 +61,7 @@ def read_bounded(path: Path, most_bytes: int, remedy: str) -> bytes:
 
 
 def parse_json(path: Path, text: bytes, remedy: str) -> dict:
-    """The JSON object that a file's bytes are. Raises ValueError, ending in `remedy`, for anything else."""
+    """Parse a file's bytes as a JSON object. Raises ValueError, ending in `remedy`, for anything else."""
     check_values(path, text, remedy)
     try:
         value = json.loads(text.decode("utf-8"))
@@ -78,13 +78,13 @@ def parse_json(path: Path, text: bytes, remedy: str) -> dict:
 
 
 def check_values(path: Path, text: bytes, remedy: str) -> None:
-    """Raise ValueError, ending in `remedy`, for JSON of so many values that reading it would take much memory."""
+    """Raise ValueError, ending in `remedy`, for JSON with too many values, which would take much memory."""
     if text.count(b",") + text.count(b"[") + text.count(b"{") > MOST_JSON_VALUES:
         raise ValueError(f"{path}: has more than {MOST_JSON_VALUES:,} values, which no such file needs; {remedy}")
 
 
 def _named(error: OSError, path: Path) -> OSError:
-    """The error with the file's name, which read() does not give it."""
+    """The error with the file's name, which errors of read() lack."""
     if error.filename is not None or error.errno is None:
         return error
     return OSError(error.errno, error.strerror, str(path))

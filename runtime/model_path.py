@@ -1,7 +1,7 @@
-"""What a path that is given as a model is: a directory to read, or by its true name what it is instead.
+"""Resolving the path of a model to its directory, with errors that recognise what else the path may be.
 
 Nothing is downloaded. Errors say what to do: most paths that fail are a hub id, a GGUF file, a checkpoint that is
-quantised already, or a download that is not complete.
+quantised already, or an incomplete download.
 """
 
 import os
@@ -16,7 +16,7 @@ METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
 
 
 def utf8_path(path: str | Path) -> Path:
-    """The path. Raises ValueError for a name that is not UTF-8."""
+    """The path. Raises ValueError if it is not UTF-8."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -28,8 +28,8 @@ def utf8_path(path: str | Path) -> Path:
 def find_model(path: str | Path) -> Path:
     """The directory that holds a model's files: `path` itself, or the snapshot of a folder of the hub's cache.
 
-    Raises FileNotFoundError for a hub id and ValueError for a file of another format, each with what to do. What else
-    is wrong with the path, its reader says.
+    Raises FileNotFoundError for a hub id and ValueError for a file of another format, each with what to do. Other
+    errors are left to the code that reads the path.
     """
     given, path = str(path), Path(path)
     if path.is_file():
@@ -68,7 +68,7 @@ def _snapshot(path: Path) -> Path:
 
 
 def raise_if_other_format(path: Path) -> None:
-    """Raise ValueError for a file or directory of a format that is not read here, by its name."""
+    """Raise ValueError for a file or directory of an unsupported format, naming the format."""
     if path.is_dir():
         names = sorted(one.name for one in path.iterdir())
         if gguf := [name for name in names if name.endswith(".gguf")]:
@@ -94,13 +94,13 @@ def _gguf(path: Path) -> str:
 
 
 def check_pointer(path: Path, head: bytes) -> None:
-    """Raise ValueError where a file that begins with `head` is a Git LFS pointer."""
+    """Raise ValueError if a file that begins with `head` is a Git LFS pointer."""
     if head.startswith(POINTER):
         raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 def check_quantised(raw: dict, where: str) -> None:
-    """Raise ValueError where a config.json says that its weights are rounded in a form that is not read here."""
+    """Raise ValueError if a config.json says that its weights are quantised in an unsupported format."""
     config = raw.get("quantization_config")
     config = config if isinstance(config, dict) else {}
     own = raw.get("quantization") if isinstance(raw.get("quantization"), dict) else config
@@ -118,7 +118,7 @@ def check_quantised(raw: dict, where: str) -> None:
 
 
 def what_it_is(raw: dict) -> str:
-    """What to add where the architecture of a config.json is not supported."""
+    """An addition to the error about an unsupported architecture, such as that it is a dense model."""
     inner = [its for its in raw.values() if isinstance(its, dict)]
     if any(its.get(key) for its in (raw, *inner) for key in EXPERT_KEYS) or not isinstance(raw.get("model_type"), str):
         return ""

@@ -1,4 +1,4 @@
-"""A plan as text, which str(plan) is: aligned columns, and bytes in units that are read at a glance."""
+"""Formatting a plan as text for str(plan): aligned columns, and bytes in readable units."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def plan_text(plan: "Plan") -> str:
-    """A Plan as a table of bytes by purpose, its floor, and from where on every expert is in memory."""
+    """Format a Plan as a table of bytes by purpose, its floor, and the cap from which every expert is in memory."""
     if plan.ram_bytes < plan.floor_bytes:
         experts = "less than a token needs"
     elif plan.resident:
@@ -47,7 +47,7 @@ def _working_set_warning(plan: "Plan") -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in decimal units: 1.10 GB, 61.2 MB, 4.1 kB."""
+    """Format bytes in decimal units: 1.10 GB, 61.2 MB, 4.1 kB."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(count) >= scale * 0.9995:
             return f"{count / scale:.{2 if scale >= 1e9 else 1}f} {unit}"
@@ -55,7 +55,7 @@ def size(count: float) -> str:
 
 
 def table(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
-    """Rows of cells as aligned columns, the first row a header; `right` numbers the columns aligned to the right."""
+    """Format rows of cells as aligned columns, the first row a header. right: indices of right-aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

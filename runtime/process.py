@@ -1,4 +1,4 @@
-"""The cap is the process's: what its container leaves to it, and what the Runtimes that it has leave to one more."""
+"""Caps of a process: a cap holds for all of its Runtimes together, and cannot exceed the limit of its container."""
 
 import gc
 import threading
@@ -13,23 +13,22 @@ from .plan import resolve_ram
 if TYPE_CHECKING:
     from .runtime import Runtime
 
-# The system counts memory by process, so what a cap means to one Runtime depends on all others: these are them.
+# The system counts memory by process, so the cap of one Runtime depends on all others, which are registered here.
 _runtimes: "weakref.WeakSet[Runtime]" = weakref.WeakSet()
-loading = threading.RLock()  # of the one Runtime that is being planned and loaded
+loading = threading.RLock()  # held while a Runtime is planned and loaded, one at a time
 
-CALLER = 3  # frames from warnings.warn() up to whoever makes a Runtime
+CALLER = 3  # stack frames from warnings.warn() up to the code that makes a Runtime
 UNLIMITED = 1 << 62
 
 
 def process_cap(ram: int | float | str, of: "Runtime | None" = None) -> int:
-    """The cap of one more Runtime in bytes, or of one that is open: what was asked for, or less, with a warning that
-    says why.
+    """The cap in bytes of a new Runtime, or of the open one `of`: as asked for, or less with a warning that says why.
 
-    All Runtimes of a process have the lowest of their caps in common, and no cap is above what the limit of a
-    container (a cgroup) leaves: there the system kills.
+    All Runtimes of a process share the lowest of their caps, and no cap exceeds what the limit of a container (a
+    cgroup) leaves, as the system would kill the process there.
     """
     if _core.untouched_bytes():
-        gc.collect()  # an engine that only a garbage exception's frames still refer to
+        gc.collect()  # frees an engine that only the frames of a garbage exception refer to
     asked = cap = resolve_ram(ram)
     taken = _core.resident_bytes()
     left = min(memory_limit_bytes(UNLIMITED) + taken, cgroup_limit_bytes() or UNLIMITED)
@@ -53,14 +52,14 @@ def process_cap(ram: int | float | str, of: "Runtime | None" = None) -> int:
 
 
 def taken_bytes() -> int:
-    """What this process has, and what its open Runtimes are still going to take of what was planned for them."""
+    """The memory of this process, plus the memory planned for its open Runtimes that they have not taken yet."""
     runtimes = open_runtimes()
     on_gpu = sum(runtime.stats["uncounted_bytes"] for runtime in runtimes)
     return _core.resident_bytes() + _core.untouched_bytes() + on_gpu + sum(r.plan.spare_bytes for r in runtimes)
 
 
 def others_bytes() -> int:
-    """What was planned for the open Runtimes of this process, without the interpreter that they share."""
+    """The memory planned for the open Runtimes of this process, without the interpreter, which they share."""
     return sum(r.plan.total_bytes - r.plan.interpreter_bytes + r.plan.spare_bytes for r in open_runtimes())
 
 
@@ -73,7 +72,7 @@ def add_runtime(runtime: "Runtime") -> None:
 
 
 def warn_of_threads(threads: int) -> None:
-    """Say it where more threads were asked for than can run at once."""
+    """Warn if more threads were asked for than can run at once."""
     if threads > (processors := usable_processors()):
         warnings.warn(
             f"threads is {threads}, but this process may use {processors} processor{'s' * (processors > 1)}: more "

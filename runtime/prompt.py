@@ -1,4 +1,4 @@
-"""What a caller may ask with: a text, messages or token ids, brought to token ids or refused."""
+"""Converting a prompt, given as text, messages or token ids, to token ids, with errors for invalid prompts."""
 
 import operator
 import threading
@@ -8,9 +8,9 @@ from typing import Any
 
 from .tokenizer import Tokenizer
 
-Message = Mapping[str, Any]  # "role" and "content", and what else the model's chat template knows
+Message = Mapping[str, Any]  # "role" and "content", and other keys that the model's chat template reads
 Prompt = str | Sequence[Message] | Sequence[int]
-_one_at_a_time = threading.Lock()  # else each of several threads would take the room that there is once
+_one_at_a_time = threading.Lock()  # otherwise several threads would each use the same free memory
 KINDS = "give a text, a list of messages or a list of token ids"
 
 
@@ -28,11 +28,11 @@ def prompt_ids(
     where: object = "this bundle",
     **chat,
 ) -> list[int]:
-    """Token ids of a prompt, 1 to `context` of them, each below `vocab`.
+    """The token ids of a prompt, 1 to `context`, each below `vocab`.
 
-    room_bytes: says what memory encoding may take now, a text of this process at a time. chat: keywords of
-    Tokenizer.apply_chat_template(), for messages alone.
-    Raises TypeError for what is no prompt and ValueError for one that is empty, too long or outside the vocabulary.
+    room_bytes: returns the memory that encoding may take now; the process encodes one text at a time. chat: keywords of
+    Tokenizer.apply_chat_template(), only for messages. Raises TypeError for a value that is not a prompt, and
+    ValueError for a prompt that is empty, too long or outside the vocabulary.
     """
     kind, items = _kind_of(prompt)
     if kind == "ids":
@@ -69,7 +69,7 @@ def _refuse_chat(chat: dict, kind: str) -> None:
 
 
 def _kind_of(prompt: Prompt) -> tuple[str, Any]:
-    """ "text", "messages" or "ids", and the messages as a list or the ids as they are."""
+    """The kind of a prompt, "text", "messages" or "ids", and the prompt, with messages as a list."""
     if isinstance(prompt, str):
         return "text", prompt
     if isinstance(prompt, bytes | bytearray | memoryview):

@@ -1,11 +1,11 @@
-"""Pruning as a bundle offers it and a request asks for it: rules, their calibrated curves, the mask routers.
+"""Reading the pruning calibration of a bundle, and resolving the `prune` of a request to a rule and its settings.
 
-bundle.json's `pruning` has, for each rule by name, the cuts (share of expert uses left out) that were calibrated and
-what the rule needs for each: `thresholds`, one a layer with experts, or a `price` of an expert in the mask routers'
-scores. Between two cuts both are interpolated. What the rules do is in src/prune.h and reference.py.
+bundle.json's `pruning` has, for each rule by name, the calibrated cuts (share of expert uses left out) and the settings
+for each cut: `thresholds`, one per layer with experts, or a `price` of an expert in the mask routers' scores. Both are
+interpolated between cuts. src/prune.h and reference.py implement the rules.
 
-`cut` is what "bundle" asks for. `default_cut` is what a run leaves out that does not ask, null for nothing; a bundle
-made before that was written leaves out `cut`.
+`cut` is the cut of "bundle". `default_cut` is the cut of a run without `prune`, null for none; for a bundle of an
+earlier release, which does not have it, it is `cut`.
 """
 
 import math
@@ -24,17 +24,17 @@ from .tensorfile import read_header
 MASK_FILE = "mask-routers.safetensors"
 RULES = {"odp": "ratio", "share": "share", "otp": "otp", "loss": "loss"}  # names in bundle.json, and the engine's
 LEARNED = ("otp", "loss")  # rules with mask routers
-MASK_HEADER_BYTES, MASK_TENSOR_BYTES = 65_536, 256  # of the mask routers' header at the most: of all, of each tensor
+MASK_HEADER_BYTES, MASK_TENSOR_BYTES = 65_536, 256  # upper bounds for the mask routers' header: in all, per tensor
 
 
 @dataclass(frozen=True, slots=True)
 class PruneRule:
-    """What one request asks of the engine."""
+    """The pruning of one request, as the engine takes it."""
 
     rule: str = "off"  # off, ratio, share, otp or loss
     threshold: tuple[float, ...] = ()  # by layer, for ratio and share
     price: float = 0.0  # of an expert, for otp and loss
-    protect: float = 0.0  # share of a prompt's tokens, those that receive most attention, that keep all experts
+    protect: float = 0.0  # share of a prompt's tokens, by most received attention, that keep all experts
 
 
 OFF = PruneRule()
@@ -42,7 +42,7 @@ OFF = PruneRule()
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One rule's settings by cut, ascending."""
+    """The settings of one rule by cut, in ascending order."""
 
     cuts: tuple[float, ...]
     settings: np.ndarray  # (cuts, layers with experts) thresholds, or (cuts, 1) prices
@@ -51,23 +51,23 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """What a bundle was calibrated for."""
+    """The pruning calibration of a bundle."""
 
     config: ModelConfig
     path: Path
     curves: dict[str, Curve]
     default: str  # the rule that a plain number means
     cut: float  # what "bundle" means
-    default_cut: float | None  # of a run that does not ask; None: it leaves out nothing
+    default_cut: float | None  # of a run without `prune`; None: it leaves out nothing
     certificate: list
 
     @property
     def learned(self) -> list[str]:
-        """Its rules that have mask routers."""
+        """The rules that have mask routers."""
         return [name for name in LEARNED if name in self.curves]
 
     def about(self) -> dict:
-        """What `inspect` shows. Raises ValueError for a certificate that is none."""
+        """The object that `inspect` shows. Raises ValueError for a malformed certificate."""
         read = Reader(self.path / TABLE_FILE)
         for number, row in enumerate(self.certificate):
             read.check(row, PRUNING_CERTIFICATE, f"pruning.certificate[{number}]")
@@ -76,7 +76,9 @@ class Pruning:
         return {"default": self.default, **cuts, "rules": reach, "certificate": self.certificate}
 
     def rule(self, prune: float | str) -> PruneRule:
-        """bundle, a cut, a rule's name (at the bundle's cut, or its nearest), or NAME:CUT. Raises ValueError."""
+        """Resolve "bundle", a cut, the name of a rule (at the bundle's cut, or the nearest), or NAME:CUT.
+
+        Raises ValueError for other values and for cuts that are not calibrated."""
         name, cut = self._asked_for(prune)
         curve = self.curves[name]
         low, high = curve.cuts[0], curve.cuts[-1]
@@ -107,14 +109,14 @@ class Pruning:
                 cut = math.nan
         if name not in self.curves or (cut is not None and not math.isfinite(cut)):
             raise ValueError(
-                f"prune is {prune!r}, expected off, bundle, a share of expert uses as 0.2, or one of "
-                f"{', '.join(self.curves)}, which may be followed by a share as {self.default}:0.2"
+                f"prune is {prune!r}, expected off, bundle, a share of expert uses such as 0.2, or one of "
+                f"{', '.join(self.curves)}, optionally with a share, such as {self.default}:0.2"
             )
         return name, cut
 
 
 def prune_rule(pruning: Pruning | None, prune: float | str | None, path: Path) -> PruneRule:
-    """The rule for a request. None: the bundle's default, which is off where it sets none."""
+    """The rule for a request. prune: None for the bundle's default, which is off unless set."""
     if prune == "off" or (prune is None and (pruning is None or pruning.default_cut is None)):
         return OFF
     if pruning is None:
@@ -126,7 +128,7 @@ def prune_rule(pruning: Pruning | None, prune: float | str | None, path: Path) -
 
 
 def read_pruning(path: Path, config: ModelConfig, table: dict) -> Pruning | None:
-    """bundle.json's `pruning`, checked. Raises ValueError for what cannot be."""
+    """Read and check bundle.json's `pruning`. Raises ValueError for invalid values."""
     entry = table.get("pruning")
     if entry is None:
         return None
@@ -181,9 +183,9 @@ def read_pruning(path: Path, config: ModelConfig, table: dict) -> Pruning | None
 
 
 def read_mask_routers(path: Path, pruning: Pruning | None, table: dict) -> dict[str, list[np.ndarray]]:
-    """By rule, of each layer float32 (top_k * (dim + 2 top_k + 1),), empty for a layer without experts.
+    """The mask routers by rule and layer, float32 (top_k * (dim + 2 top_k + 1),), empty for a layer without experts.
 
-    Raises ValueError for a damaged file or one of other shapes.
+    Raises ValueError for a damaged file or other shapes.
     """
     rules = pruning.learned if pruning else []
     if not rules:
@@ -216,7 +218,8 @@ def read_mask_routers(path: Path, pruning: Pruning | None, table: dict) -> dict[
 
 
 def mask_router_shape(config: ModelConfig, layer: int) -> tuple[int, int]:
-    """A row for each count of experts; columns for x, logarithms of the weights' shares, these, and 1."""
+    """The shape of a mask router: a row for each number of experts; columns for the hidden state, the log shares of the
+    weights, the shares, and 1."""
     top_k = config.top_k_of(layer)
     return top_k, config.dim + 2 * top_k + 1
 

@@ -1,12 +1,12 @@
-"""What a model computes: the forward pass in plain array code, float32, with numpy or mlx.core as `xp`.
+"""The reference forward pass of a model, in plain float32 array code, with numpy or mlx.core as `xp`.
 
-The oracle that the engines are tested against, and the pass that calibration runs layer by layer. Written to
-be read beside the C++ engine: the same sections in the same order. Speed is left to the engines.
+The engines are tested against it, and calibration runs it layer by layer. It is written to be read beside the C++
+engine, with the same sections in the same order, and not for speed.
 
-`weights` is any object with trunk(name) and expert(layer, expert) -> (gate, up, down), numpy float32 arrays,
-by canonical name: a compressor Checkpoint is one. One with product(name, x) of its own sees what the trunk's matrices
-are multiplied by. `x` is (sequences, tokens, dim); `h` is normed and flat,
-(rows, dim), a row for each token. Which expert takes which row is decided on the host, in numpy.
+`weights` is any object with trunk(name) and expert(layer, expert) -> (gate, up, down), numpy float32 arrays by
+canonical name, such as a compressor Checkpoint. If it has a method product(name, x), that computes the trunk's
+products, so it sees their inputs. `x` is (sequences, tokens, dim); `h` is normalised and flat, (rows, dim), one row per
+token. Routing is decided on the host, in numpy.
 """
 
 import math
@@ -21,11 +21,10 @@ NO_BIAS = (None, None, None)  # of gate, up and down
 
 
 def forward(config: ModelConfig, weights, token_ids, xp=np, prune=None):
-    """Logits (tokens, vocab) of one sequence (tokens,), or (sequences, tokens, vocab) of a batch of them.
+    """Logits (tokens, vocab) of one sequence (tokens,), or (sequences, tokens, vocab) of a batch of sequences.
 
-    prune: (layer, h, chosen, routing weights) -> these two (rows, top_k) after experts were taken away, -1 and 0 in
-    their place; keep_first() is one way.
-    Raises ValueError for a token id outside the vocabulary.
+    prune: (layer, h, chosen, routing weights) -> the last two (rows, top_k) with -1 and 0 for pruned experts, for
+    example by keep_first(). Raises ValueError for a token id outside the vocabulary.
     """
     token_ids = np.asarray(token_ids)
     x = embed(config, weights, np.atleast_2d(token_ids), xp)
@@ -56,14 +55,14 @@ def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None):
 
 
 def head(config: ModelConfig, weights, x, xp=np):
-    """Logits (sequences, tokens, vocab) of the last layer's output x (sequences, tokens, dim)."""
+    """Logits (sequences, tokens, vocab) for the last layer's output x (sequences, tokens, dim)."""
     h = rms_norm(x, weights.trunk("output_norm"), config.norm_eps, xp)
     logits = product(weights, "embedding" if config.tied_head else "head", h, xp)
     return logits if config.logits_scale == 1 else logits * config.logits_scale
 
 
 def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
-    """What attention adds to x (sequences, tokens, dim): norm, q k v with rope, attention, output projection."""
+    """The output of attention for x (sequences, tokens, dim): norm, q k v with RoPE, attention, output projection."""
     its = config.layers[layer].attention
 
     def trunk(name):
@@ -78,7 +77,7 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
     # q k v: (sequences, tokens, heads of that kind, head_dim or v_dim)
     q, k, v = its.qkv(trunk, times, h, config.norm_eps, xp)
 
-    # attention: a sequence at a time, so that the scores of one are all that memory holds
+    # attention: a sequence at a time, so that memory holds the scores of only one
     y = xp.stack([attend(q[i], k[i], v[i], its.softmax_scale, its.window, xp) for i in range(len(q))])
 
     # output projection
@@ -87,13 +86,13 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
 
 
 def mlp_input(config: ModelConfig, weights, layer: int, x, xp=np):
-    """The normed input of a layer's experts, (rows, dim), from x (sequences, tokens, dim)."""
+    """The normalised input of a layer's experts, (rows, dim), from x (sequences, tokens, dim)."""
     h = rms_norm(x, weights.trunk(f"layers.{layer}.mlp_norm"), config.norm_eps, xp)
     return h.reshape(-1, x.shape[-1])
 
 
 def moe_block(config: ModelConfig, weights, layer: int, h, xp=np, prune=None):
-    """What a layer's experts add, (rows, dim): route, prune, experts, shared expert."""
+    """The output of a layer's MoE block, (rows, dim): route, prune, experts, shared expert."""
     chosen, routing_weights = route(config, weights, layer, h, xp)
     if prune:
         chosen, routing_weights = prune(layer, h, chosen, routing_weights)
@@ -102,10 +101,10 @@ def moe_block(config: ModelConfig, weights, layer: int, h, xp=np, prune=None):
 
 
 def route(config: ModelConfig, weights, layer: int, h, xp=np):
-    """Experts of each row (on the host) and their routing weights, both (rows, top_k), largest weight first.
+    """The experts of each row (on the host) and their routing weights, both (rows, top_k), largest weight first.
 
-    Of experts with equal scores the lower number goes first. Where the groups that count have fewer experts than
-    top_k, which only dropping experts can bring about, the row has fewer: the rest is -1 with weight 0.
+    Ties go to the lower index. If the chosen groups have fewer experts than top_k, which only dropping experts can
+    cause, the row has fewer: the rest is -1 with weight 0.
     """
     scores = router_scores(config, weights, layer, h, xp)  # (rows, experts)
     chosen = choose_experts(config, weights, layer, np.asarray(scores))
@@ -117,14 +116,14 @@ def route(config: ModelConfig, weights, layer: int, h, xp=np):
 
 
 def keep_first(config: ModelConfig, chosen, routing_weights, kept):
-    """Take away all but the first `kept` (rows,) experts of each row; see keep()."""
+    """Prune all but the first `kept` (rows,) experts of each row; see keep()."""
     return keep(config, chosen, routing_weights, np.arange(chosen.shape[1]) < np.asarray(kept)[:, None])
 
 
 def keep(config: ModelConfig, chosen, routing_weights, stays):
-    """Take away the experts where stays (rows, top_k) is False: (chosen, weights), as route() gives them.
+    """Prune the experts where stays (rows, top_k) is False; returns (chosen, weights) like route().
 
-    Where the model renormalises, the weights that stay are scaled to the sum of all.
+    If the model renormalises, the remaining weights are scaled to the former sum.
     """
     weights = np.where(stays, routing_weights, 0).astype(np.float32)
     if config.router.renormalise:
@@ -133,44 +132,46 @@ def keep(config: ModelConfig, chosen, routing_weights, stays):
 
 
 def kept_by_ratio(routing_weights, threshold: float):
-    """How many experts of each row, (rows,), weigh at least `threshold` times the heaviest."""
+    """The number of experts of each row, (rows,), with at least `threshold` times the largest weight."""
     return (routing_weights >= threshold * routing_weights[:, :1]).sum(-1)
 
 
 def kept_by_share(routing_weights, threshold: float):
-    """The least number of experts of each row, (rows,), whose weights reach `threshold` of the sum of all."""
+    """The minimum number of experts of each row, (rows,), whose weights reach `threshold` times the sum of all."""
     before = np.cumsum(routing_weights, -1) - routing_weights
     return np.maximum((before < threshold * routing_weights.sum(-1, keepdims=True)).sum(-1), 1)
 
 
 def mask_inputs(h, routing_weights):
-    """What a mask router sees of each row, (rows, dim + 2 top_k + 1): h, log shares of the weights, shares, 1."""
+    """The inputs of a mask router, (rows, dim + 2 top_k + 1): h, log shares of the weights, shares, 1."""
     share = np.maximum(routing_weights / routing_weights.sum(-1, keepdims=True), 1e-6)
     return np.concatenate([h, np.log(share), share, np.ones((len(h), 1))], -1).astype(np.float32)
 
 
 def kept_by_router(mask_router, h, routing_weights, price: float, losses: bool):
-    """How many experts of each row, (rows,), a mask router (top_k, dim + 2 top_k + 1) keeps: those of best score or,
-    with `losses`, whose rows are their logarithms, of the least loss. price: of an expert. h: (rows, dim)."""
+    """The number of experts of each row, (rows,), that a mask router (top_k, dim + 2 top_k + 1) keeps.
+
+    It maximises the score minus the price of the experts or, with `losses`, minimises the loss, whose logarithm the
+    router predicts, plus their price. h: (rows, dim)."""
     top_k = routing_weights.shape[1]
     values = mask_inputs(h, routing_weights) @ mask_router.T
     if losses:
         values = -np.exp(np.minimum(values, 80))
-        values[:, -1] = 0  # all experts lose nothing
+        values[:, -1] = 0  # keeping all experts has no loss
     values = values - price * np.arange(1, top_k + 1)
-    return top_k - np.argmax(values[:, ::-1], -1)  # of equals, the larger
+    return top_k - np.argmax(values[:, ::-1], -1)  # ties go to the larger number
 
 
 def router_scores(config: ModelConfig, weights, layer: int, h, xp=np):
-    """The score of each expert of a layer for each row, (rows, experts)."""
+    """The router scores of a layer, (rows, experts)."""
     logits = h @ array(weights.trunk(f"layers.{layer}.router"), xp).T
     return (softmax if config.router.score == "softmax" else sigmoid)(logits, xp)
 
 
 def choose_experts(config: ModelConfig, weights, layer: int, scores: np.ndarray) -> np.ndarray:
-    """Numbers of the experts with the best scores, by score, (rows, top_k); -1 where there is none.
+    """The indices of the best experts in the order of their scores, (rows, top_k); -1 if there are too few.
 
-    A selection bias and groups decide which are the best; their order is that of `scores` alone.
+    Selection bias and groups affect which experts are chosen, but not their order.
     """
     rule, top_k = config.router, config.top_k_of(layer)
     worth = scores + weights.trunk(f"layers.{layer}.router_bias") if rule.selection_bias else scores
@@ -184,9 +185,9 @@ def choose_experts(config: ModelConfig, weights, layer: int, scores: np.ndarray)
 
 
 def in_best_groups(config: ModelConfig, layer: int, worth: np.ndarray) -> np.ndarray:
-    """Which experts are in one of the top_groups groups with the best scores, (rows, experts).
+    """Whether each expert is in one of the top_groups groups with the best scores, (rows, experts).
 
-    A group's score is that of its best expert, or of its two best together; without experts it has none.
+    A group's score is that of its best expert or the sum of its two best; that of a group without experts is -inf.
     """
     rule, group_of = config.router, np.array(config.groups_of(layer))
     group_worth = np.full((len(worth), rule.groups), -math.inf, worth.dtype)
@@ -198,7 +199,7 @@ def in_best_groups(config: ModelConfig, layer: int, worth: np.ndarray) -> np.nda
 
 
 def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights, xp=np):
-    """Sum over the chosen (rows, top_k) of routing weight x expert(h); each expert sees only its own rows.
+    """The sum over chosen experts (rows, top_k) of routing weight x expert(h); each expert computes only its own rows.
 
     An entry of `chosen` outside 0..experts-1 is a pruned expert and adds nothing.
     """
@@ -215,7 +216,7 @@ def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights
 
 
 def shared_expert(config: ModelConfig, weights, layer: int, h, xp=np):
-    """What the expert that every row passes through adds, (rows, dim), scaled by its own sigmoid gate if it has one."""
+    """The output of the shared expert, (rows, dim), scaled by its sigmoid gate if it has one."""
     y = _to_residual(config, _trunk_mlp(config, weights, f"layers.{layer}.shared", h, xp))
     if not config.shared_gate:
         return y
@@ -223,7 +224,7 @@ def shared_expert(config: ModelConfig, weights, layer: int, h, xp=np):
 
 
 def dense_block(config: ModelConfig, weights, layer: int, h, xp=np):
-    """What the MLP of a layer without experts adds, (rows, dim)."""
+    """The output of the MLP of a dense layer, (rows, dim)."""
     return _to_residual(config, _trunk_mlp(config, weights, f"layers.{layer}.dense", h, xp))
 
 

@@ -1,4 +1,4 @@
-"""One answer: what it is asked with, and while it is computed its tokens and a piece of text for each."""
+"""The request for one answer: its options, and its tokens and pieces of text while it is computed."""
 
 import threading
 from collections import deque
@@ -15,8 +15,8 @@ from .pruning import PruneRule
 from .sampling import LogitsProcessor, Sampler, TokenLogprobs, processed, whole_number
 from .turns import Wanted
 
-MOST_LOGPROBS = 1000  # tokens whose logarithms of probability are told for each of an answer
-AHEAD = 4  # threads that ask for a piece each find it there, and little is lost where nobody does
+MOST_LOGPROBS = 1000  # maximum of top_logprobs
+AHEAD = 4  # pieces computed ahead: threads that ask find one ready, and little is lost if nobody asks
 
 
 class Sampling(TypedDict, total=False):
@@ -34,7 +34,7 @@ class Sampling(TypedDict, total=False):
 
 
 class Templating(TypedDict, total=False):
-    """The chat template's options."""
+    """The options of the chat template."""
 
     tools: Sequence[dict] | None
     documents: Sequence[dict] | None
@@ -43,7 +43,7 @@ class Templating(TypedDict, total=False):
 
 
 class Choosing(TypedDict, total=False):
-    """What is done beside the sampler where a token is chosen."""
+    """The options of choosing a token that are not the sampler's."""
 
     logits_processors: Sequence[LogitsProcessor] | None
     logprobs: bool
@@ -51,7 +51,7 @@ class Choosing(TypedDict, total=False):
 
 
 class Options(Sampling, Choosing, Templating, total=False):
-    """What an answer is asked with beside its prompt and max_tokens; Runtime.generate() says what each means."""
+    """The options of an answer in addition to its prompt and max_tokens; Runtime.generate() documents them."""
 
     stop: str | Sequence[str] | None
     prune: float | str | None
@@ -66,7 +66,7 @@ def options_of(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise TypeError for an option that there is none of."""
+    """Raise TypeError for an unknown option."""
     for name in options:
         if name not in Options.__annotations__:
             near = get_close_matches(name, Options.__annotations__, 1)
@@ -83,10 +83,10 @@ def stop_strings(stop: str | Sequence[str] | None) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Chooser:
-    """How a token is chosen: the processors of its logits, then the sampler.
+    """Chooses a token: applies the logits processors, then the sampler.
 
-    top_logprobs: of how many tokens the logarithm of the probability is told beside the chosen one's; None: not even
-    that.
+    top_logprobs: the number of likeliest tokens whose log probabilities are returned beside the chosen token's; None
+    returns none at all.
     """
 
     sampler: Sampler
@@ -95,7 +95,7 @@ class Chooser:
 
     @classmethod
     def of(cls, sampler: Sampler, options: Mapping[str, Any]) -> "Chooser":
-        """Raises TypeError and ValueError for options that are none, by name."""
+        """Make it from options. Raises TypeError and ValueError, naming the option, for invalid values."""
         processors = options.get("logits_processors") or ()
         if not isinstance(processors, Sequence) or not all(callable(one) for one in processors):
             raise TypeError(f"logits_processors is {processors!r:.60}, expected a list of functions (tokens, logits)")
@@ -123,21 +123,21 @@ class Request:
     text: AnswerText
     end_tokens: Collection[int | None]
     rule: PruneRule
-    wanted: Wanted  # which also stands for the call, in turns and sequences
+    wanted: Wanted  # also identifies the call in turns and sequences
     account: Account
     progress: Callable[[str, int, int], None] | None = None
-    ahead: int = AHEAD  # pieces that may be computed before they are asked for, in a step that others need
+    ahead: int = AHEAD  # pieces that may be computed before they are asked for, in steps for other requests
     tokens: list[int] = field(default_factory=list)  # of the answer
-    pieces: deque[Generation | BaseException] = field(default_factory=deque)  # computed and not asked for yet
-    asked: float = 0.0  # when a piece was asked for last, of time.monotonic()
+    pieces: deque[Generation | BaseException] = field(default_factory=deque)  # computed but not asked for yet
+    asked: float = 0.0  # when a piece was last asked for, by time.monotonic()
 
     @property
     def whole(self) -> list[int]:
         return self.ids + self.tokens
 
     def take(self, logits: np.ndarray) -> Generation:
-        """Choose the next token by the logits (vocab,) after the last one: a piece, the last where it has a
-        finish_reason."""
+        """Choose the next token from the logits (vocab,) after the last one; returns a piece, which has a finish_reason
+        if it is the last."""
         token, logprobs = self.choose(self.whole, logits)
         self.tokens.append(token)
         self.account.count = len(self.tokens)

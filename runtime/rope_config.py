@@ -1,14 +1,14 @@
-"""Rotary position as config.json has it: one object of two names, and keys beside it.
+"""Reading the RoPE parameters of a config.json: one object with two possible names, and keys beside it.
 
-transformers 5 writes `rope_parameters`; the hub's `rope_scaling` and `rope_theta` are older. Where both objects are
-there transformers takes `rope_scaling` and forgets the other with its theta, so the two are read together here and
-refused where that would make a difference. Angles are computed in layers/rope.py.
+transformers 5 writes `rope_parameters`; `rope_scaling` and `rope_theta` are the older spelling. If both objects are
+present, transformers takes `rope_scaling` and ignores the other with its theta, so the two are merged here, and refused
+if that would make a difference. layers/rope.py computes the angles.
 """
 
 from .config_keys import Keys, check_agree
 from .layers.rope import Rope, YarnScaling, magnitude
 
-DEFAULT_THETA = 1e4  # where the architecture has none of its own
+DEFAULT_THETA = 1e4  # for architectures without a default of their own
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
 TYPES = ("default", "linear", "yarn")
 NEW, OLD = "rope_parameters", "rope_scaling"
@@ -24,12 +24,11 @@ def read_rope(
     scales_softmax: bool = False,
     ntk_alpha: bool = False,
 ) -> Rope:
-    """Read the rotary position of an attention whose heads have `head_dim` dimensions that could be turned.
+    """Read the RoPE parameters of attention heads with `head_dim` dimensions to which RoPE may apply.
 
-    of: size of the whole head, where that is more; partial: the share of head_dim that is turned where config.json does
-    not say, None where it is always all; scales_softmax: whether what a type of scaling adds to the softmax counts for
-    this architecture; ntk_alpha: whether type dynamic with a fixed alpha is known to it. Raises ValueError for a type
-    that is not supported and for spellings that disagree.
+    of: size of the whole head, if larger; partial: the default share of head_dim that is rotated, None if it is always
+    all; scales_softmax: whether the architecture applies a scaling type's factor to the softmax; ntk_alpha: whether it
+    has type dynamic with a fixed alpha. Raises ValueError for an unsupported type and for spellings that disagree.
     """
     rope, where = _merged(keys), keys.where
     scaling = rope.any("rope_type", "type", default="default")
@@ -57,12 +56,12 @@ def read_rope(
 
 
 def rope_number(keys: Keys, name: str, default: float) -> float:
-    """A number that is said of rotary position, for what a family alone has."""
+    """A number among the RoPE parameters, for keys that only one family has."""
     return _merged(keys).number(name, default=default)
 
 
 def rope_count(keys: Keys, name: str, default: int) -> int:
-    """The same of a whole number from 1."""
+    """An integer from 1 among the RoPE parameters, likewise."""
     return _merged(keys).count(name, default=default)
 
 
@@ -81,17 +80,17 @@ def _yarn(rope: Keys, theta: float, factor: float, context: int) -> YarnScaling:
 
 
 def _merged(keys: Keys) -> Keys:
-    """All that is said of rotary position, as one object."""
+    """All RoPE parameters of a config.json as one object."""
     where, new, old = keys.where, _object(keys, NEW), _object(keys, OLD)
     for key in new.keys() & old.keys():
-        if key != "rope_type" or new[key] != "default":  # which names no scaling to disagree with
+        if key != "rope_type" or new[key] != "default":  # the default type has no scaling that could disagree
             check_agree(where, f"{NEW}.{key}", new[key], f"{OLD}.{key}", old[key])
     for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         if (beside := keys.raw.get(key)) is not None:
             for name, its in ((NEW, new), (OLD, old)):
                 check_agree(where, key, beside, f"{name}.{key}", its.get(key, beside))
             new.setdefault(key, beside)
-    theta = keys.any("rope_theta", default=_default_theta(keys))  # that goes with the old object
+    theta = keys.any("rope_theta", default=_default_theta(keys))  # belongs to the old object
     if old and "rope_theta" not in old and new.get("rope_theta", theta) != theta:
         raise ValueError(
             f"{where}: {OLD} replaces {NEW}, but rope_theta {new['rope_theta']!r} is in {NEW} alone; "
@@ -106,7 +105,7 @@ def _default_theta(keys: Keys) -> float:
 
 
 def _object(keys: Keys, name: str) -> dict:
-    """One of the two objects without its nulls, `type` spelled `rope_type`."""
+    """One of the two objects, without nulls, and with `type` renamed to `rope_type`."""
     value = keys.raw.get(name)
     if value is None:
         return {}

@@ -1,7 +1,7 @@
-"""How tokens are chosen: the options of a call, checked, for the core's sampler; what a model's makers advise.
+"""Sampling tokens: checks the options of a call for the core's sampler, and reads a model's generation_config.json.
 
-The order is transformers': logit_bias, repetition_penalty, presence and frequency, then temperature, top_k, top_p and
-min_p, each of the last three among the tokens that the one before it left.
+The order is transformers': logit_bias, repetition_penalty, presence and frequency penalty, then temperature, top_k,
+top_p and min_p, each of the last three applied to the tokens that remain after the one before.
 """
 
 import operator
@@ -15,23 +15,23 @@ import numpy as np
 from .. import _core
 from .config_file import read_json
 
-LEAST, MOST = 1e-37, 1e37  # a temperature within float32: beyond either, draws are the limit's
+LEAST, MOST = 1e-37, 1e37  # temperatures are clamped to these float32 values, beyond which samples do not change
 ADVICE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # read from generation_config.json
 
 
 class Sampler:
-    """Draws tokens one after the other; with a seed the same draws every time.
+    """Samples tokens one after another, reproducibly with a seed.
 
-    temperature: what logits are divided by; 0 takes the most likely token, ties going to the lower id. top_p keeps the
-    smallest set of tokens whose probabilities reach it. top_k keeps so many of the likeliest, 0 keeps all. min_p keeps
-    those that have at least that share of the likeliest token's probability. repetition_penalty divides the positive
-    logits of tokens in the prompt or the answer so far, and multiplies the negative ones (Keskar et al. 2019, as
-    transformers does). presence_penalty is subtracted from the logit of each token of the answer so far, and
-    frequency_penalty as often as it is there (as in OpenAI's interface: the prompt does not count). logit_bias: token
-    id -> what is added to its logit, -inf to forbid it. prompt: its token ids, for the repetition penalty. vocab: the
-    number of logits, where it is known beforehand.
+    temperature divides the logits; 0 takes the most likely token, and ties go to the lower id. top_p keeps the smallest
+    set of tokens whose probabilities reach it. top_k keeps that many of the likeliest tokens, 0 keeps all. min_p keeps
+    tokens with at least that share of the highest probability. repetition_penalty divides the positive logits of tokens
+    in the prompt or the answer so far, and multiplies the negative ones (Keskar et al. 2019, as in transformers).
+    presence_penalty is subtracted once from the logit of each token in the answer so far, frequency_penalty once per
+    occurrence (as in OpenAI's API, the prompt does not count). logit_bias maps token ids to values added to their
+    logits, -inf to forbid a token. prompt: its token ids, for the repetition penalty. vocab: the number of logits, if
+    known beforehand.
 
-    Raises ValueError for values out of range and TypeError for those that are no numbers.
+    Raises ValueError for values out of range and TypeError for values that are not numbers.
     """
 
     def __init__(
@@ -74,19 +74,19 @@ class Sampler:
         )
 
     def __call__(self, logits: np.ndarray) -> int:
-        """logits: (vocab,) float32 -> a token id, which counts as part of the answer from then on."""
+        """Choose a token id from logits (vocab,) float32; it counts as part of the answer from then on."""
         return self._core(np.ascontiguousarray(logits, np.float32))
 
     def with_logprobs(self, logits: np.ndarray, count: int) -> tuple[int, "TokenLogprobs"]:
-        """The same, and how likely the token and the `count` likeliest tokens were."""
+        """Choose a token, and return it with the log probabilities of itself and of the `count` likeliest tokens."""
         token, logprob, likeliest = self._core.with_logprobs(np.ascontiguousarray(logits, np.float32), count)
         return token, TokenLogprobs(token, logprob, tuple(likeliest))
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """How likely a token of an answer was: natural logarithms of probabilities, after logits processors, logit_bias and
-    penalties, before temperature and what leaves tokens out."""
+    """The log probabilities of a token of an answer, after logits processors, logit_bias and penalties, but before
+    temperature, top_k, top_p and min_p."""
 
     token: int
     logprob: float
@@ -97,9 +97,9 @@ LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
 
 
 def processed(processors: Sequence[LogitsProcessor], tokens: list[int], logits: np.ndarray) -> np.ndarray:
-    """Logits (vocab,) float32 after each of the processors, which gets the tokens so far, the prompt's among them.
+    """Logits (vocab,) float32 after all processors, which get the tokens so far, including the prompt.
 
-    Raises ValueError where one returns something else than as many numbers, or leaves no token possible.
+    Raises ValueError if one returns something other than floats of that shape, or leaves no token possible.
     """
     for processor in processors:
         name = getattr(processor, "__name__", type(processor).__name__)
@@ -115,10 +115,10 @@ def processed(processors: Sequence[LogitsProcessor], tokens: list[int], logits: 
 
 
 def sampling_defaults(directory: str | Path) -> dict:
-    """What the model's makers advise in generation_config.json: Sampler's keywords, the temperature always.
+    """The defaults from a model's generation_config.json, as keywords of Sampler, always with a temperature.
 
-    Greedy where they do not sample; a repetition penalty holds then too, as in transformers. Raises ValueError, naming
-    the file, for values out of range.
+    Sampling is greedy if do_sample is off; a repetition penalty still applies, as in transformers. Raises ValueError,
+    naming the file, for values out of range.
     """
     file = Path(directory) / "generation_config.json"
     advice = read_json(file) if file.is_file() else {}

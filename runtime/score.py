@@ -1,26 +1,26 @@
-"""Scoring predictions: perplexity, and the distance from a reference's predictions."""
+"""Scoring predictions: perplexity, and KL divergence from a reference's predictions."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-LOGITS_ROWS = 32  # positions scored at once: bounds memory where the vocabulary is large; the plan counts them
+LOGITS_ROWS = 32  # positions scored at once: limits memory for large vocabularies; the plan counts them
 
 
-MOST_NATS = 300.0  # a token: a perplexity of 2e130 says enough, and ratios of it are numbers, too
+MOST_NATS = 300.0  # maximum per token: a perplexity of 2e130 is enough, and its ratios are finite
 
 
 @dataclass(slots=True)
 class Score:
-    """Running sums over scored positions."""
+    """Accumulates figures over scored positions."""
 
     tokens: int = 0
     nll: float = 0.0  # nats
-    kld: list = field(default_factory=list)  # nats, one a position
-    agree: int = 0  # positions where both put the same token first
+    kld: list = field(default_factory=list)  # nats, one per position
+    agree: int = 0  # positions where both have the same most likely token
 
     def add(self, logits: np.ndarray, targets: np.ndarray, against: np.ndarray | None = None) -> None:
-        """logits, against: (positions, vocab); targets: (positions,) the tokens that followed."""
+        """Add positions. logits, against: (positions, vocab); targets: (positions,), the tokens that follow."""
         log_p = log_softmax(logits)
         self.tokens += len(targets)
         self.nll -= float(log_p[np.arange(len(targets)), targets].sum())
@@ -43,7 +43,7 @@ class Score:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 (rows, vocab) of float32 logits."""
+    """The log-softmax of float32 logits, as float64 (rows, vocab)."""
     shifted = logits.astype(np.float64)
     shifted -= logits.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

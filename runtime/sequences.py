@@ -1,4 +1,4 @@
-"""Which sequence of the engine a call computes in, and what each of them has in its KV cache already."""
+"""Assigning calls to the engine's sequences, by what each sequence has in its KV cache already."""
 
 import threading
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ from .pruning import OFF, PruneRule
 @dataclass
 class Sequence:
     number: int  # in the engine
-    tokens: list[int] = field(default_factory=list)  # whose keys and values its KV cache holds
-    rule: PruneRule = OFF  # how they were computed
-    call: object | None = None  # that goes on from there
-    used: int = 0  # a number that grows: when a call took it last
+    tokens: list[int] = field(default_factory=list)  # the tokens in its KV cache
+    rule: PruneRule = OFF  # by which they were computed
+    call: object | None = None  # the call that continues them
+    used: int = 0  # logical time when a call last took it
 
     def shares(self, ids: list[int], rule: PruneRule) -> int:
-        """How many of the first tokens it holds as this rule computes them.
+        """The length of the prefix of ids that is in the KV cache, computed by the same rule.
 
-        None under a rule that protects tokens: which these are depends on the whole prompt.
+        It is 0 for a rule that protects tokens, as the choice of these depends on the whole prompt.
         """
         if rule != self.rule or rule.protect:
             return 0
@@ -28,22 +28,22 @@ class Sequence:
 
 
 class Sequences:
-    """All of an engine's. A call has at most one, and keeps it until it leaves or another call needs it."""
+    """All sequences of an engine. A call has at most one, and keeps it until it leaves or another call needs it."""
 
     def __init__(self, count: int) -> None:
         self.all = [Sequence(number) for number in range(count)]
-        self._lock = threading.Lock()  # leave() comes from any thread
+        self._lock = threading.Lock()  # leave() may be called from any thread
         self._taken = 0
 
     def of(self, call: object) -> Sequence | None:
         return next((one for one in self.all if one.call is call), None)
 
     def take(self, call: object, shared: list[int]) -> Sequence:
-        """The sequence that the call has; else one for it, which is its own from now on.
+        """Return the sequence that the call has, or assign one to it.
 
-        shared: how much of the call's tokens each holds already. Of those that no call has, the one that holds most, or
-        the one used least recently; where each has a call, the one used least recently. Its call has to begin anew
-        then.
+        shared: for each sequence, the length of the prefix of the call's tokens that it holds. Takes the sequence
+        without a call that holds most, or the least recently used of these; if every sequence has a call, the least
+        recently used one, whose call must then start over.
         """
         with self._lock:
             found = self.of(call)
@@ -56,7 +56,7 @@ class Sequences:
             return found
 
     def leave(self, call: object) -> None:
-        """The call has had its last step; what its sequence holds is there for the next."""
+        """End a call; its sequence keeps its tokens for the next call."""
         with self._lock:
             if (found := self.of(call)) is not None:
                 found.call = None

@@ -1,10 +1,10 @@
-"""The environment that chat templates are compiled and run in: jinja's sandbox, within limits of memory and work.
+"""The environment in which chat templates are compiled and run: Jinja's sandbox, with limits on memory and work.
 
-A template is a program by a stranger. Jinja's sandbox keeps it away from files and Python; limits of memory and work
-are kept here, by asking before each operation what its result may take. Everything that makes a value passes one of
-these doors: operators, calls, filters and tests (the sandbox's own hooks), and loops, comparisons, slices and `~`,
-which are rewritten to filters before the template is compiled. A child process with limits of the system would be the
-alternative: it takes 20 MB and 0.1 s for every turn, and an executable of Python, which a program may not have.
+A template is an untrusted program. Jinja's sandbox denies it access to files and Python; this module limits memory and
+work, by checking before each operation what its result may take. Everything that creates a value passes a check:
+operators, calls, filters and tests through the sandbox's own hooks, and loops, comparisons, slices and `~`, which are
+rewritten to filters before the template is compiled. The alternative would be a child process with limits of the
+system: it takes 20 MB and 0.1 s for every turn, and a Python executable, which an embedding program may lack.
 """
 
 import json
@@ -23,23 +23,23 @@ from jinja2.visitor import NodeTransformer
 from .template_meter import Meter, TooMuch, listed
 
 MOST_NODES = 10_000  # of a template's syntax tree; the largest in use have 3,000
-NODE, MACRO = 7_000, 18_000  # bytes of memory that compiling a node takes, at most, and a macro more than that
+NODE, MACRO = 7_000, 18_000  # upper bounds of the memory for compiling a node, and in addition for a macro
 MOST_ARGUMENTS = 1000  # of a call
-# Filters by what they make. Those of FREE make nothing, those of LAZY make one item after the other.
+# Filters by the size of their result. Those of FREE take no memory, those of LAZY make one item after another.
 FREE = frozenset(("abs", "attr", "count", "d", "default", "first", "float", "int", "items", "last", "length", "random"))
 LAZY = frozenset(("map", "reject", "rejectattr", "select", "selectattr"))
 LISTS = frozenset(("batch", "dictsort", "groupby", "list", "max", "min", "slice", "sort", "sum", "unique"))
-PRODUCTS = frozenset(("urlize", "wordwrap", "xmlattr"))  # as long as one text times another
+PRODUCTS = frozenset(("urlize", "wordwrap", "xmlattr"))  # the length of one text times that of another
 DIGITS = re.compile(r"\d+")
 
 
 class PlainNamespace(Namespace):
-    """Jinja's, without names that begin with an underscore."""
+    """Jinja's Namespace, without names that begin with an underscore."""
 
     def __init__(*args, **kwargs):
         self, args = args[0], args[1:]
         for name in (attrs := dict(*args, **kwargs)):
-            PlainNamespace._check(name)  # by the class: an attribute of itself is the template's
+            PlainNamespace._check(name)  # through the class: attributes of the instance belong to the template
         Namespace.__init__(self, attrs)
 
     def __setitem__(self, name, value):
@@ -53,7 +53,7 @@ class PlainNamespace(Namespace):
 
 
 class _Dict:
-    """What templates may do with the name `dict`."""
+    """The object that templates see as `dict`."""
 
     def __call__(self, *args, **kwargs):
         return dict(*args, **kwargs)
@@ -63,7 +63,7 @@ class _Dict:
 
 
 class _Doors(NodeTransformer):
-    """Sends what the sandbox does not see through filters: loops, comparisons, slices and `~`."""
+    """Rewrites operations without a hook in the sandbox to filters: loops, comparisons, slices and `~`."""
 
     def visit_For(self, node: nodes.For):
         self.generic_visit(node)
@@ -108,7 +108,7 @@ def _through(door: str, node):
 
 
 class _Generation(Extension):
-    """{% generation %}, with which templates mark what the assistant said: rendered as it is."""
+    """{% generation %}, with which templates mark the assistant's text: rendered without change."""
 
     tags = {"generation"}
 
@@ -123,7 +123,7 @@ class _Generation(Extension):
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """transformers' settings, and a meter at every door."""
+    """A sandboxed environment with transformers' settings, in which a meter checks every operation."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
@@ -158,7 +158,7 @@ class Environment(ImmutableSandboxedEnvironment):
         self.meter.allow(nbytes)
         return _Doors().visit(tree)
 
-    # ---- doors that are filters
+    # ---- checks as filters
 
     def _each(self, value) -> Iterator:
         if isinstance(value, str):
@@ -183,7 +183,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return value
 
     def _few(self, values):
-        """What is unpacked into arguments."""
+        """Check values that are unpacked into arguments."""
         if isinstance(values, Sized) and len(values) > MOST_ARGUMENTS:
             raise TooMuch(f"a call has more than {MOST_ARGUMENTS:,} arguments")
         return (
@@ -202,7 +202,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return value
 
     def concat(self, pieces) -> str:
-        """What a template, macro or block wrote, as one string."""
+        """Join the output of a template, macro or block."""
         kept, length = [], 0
         for piece in pieces:
             self.meter.step()
@@ -211,7 +211,7 @@ class Environment(ImmutableSandboxedEnvironment):
         self.meter.new_text(length, *kept)
         return "".join(kept)
 
-    # ---- the sandbox's doors
+    # ---- checks in the sandbox's hooks
 
     def call_binop(self, context, operator, left, right):
         meter = self.meter
@@ -296,7 +296,8 @@ class Environment(ImmutableSandboxedEnvironment):
         self.meter.new_text(len(text) + count * max(0, len(new) - len(old)), text, new)
 
     def _allow_format(self, form: str, fields_: int, values, widths_from_values: bool) -> None:
-        """A bound on the text of `form` with `fields_` fields, each of which may show all values."""
+        """Check an upper bound of the result of formatting `form` with `fields_` fields, each of which may show all
+        values."""
         meter = self.meter
         widths = [int(digits) if len(digits) < 9 else 10**9 for digits in DIGITS.findall(form)]
         size = meter.text(values, quoted=True)
@@ -333,7 +334,7 @@ class Environment(ImmutableSandboxedEnvironment):
             meter.flat(subject)
             size = len(subject) if isinstance(subject, Sized) else 100
             meter.allow(100 * (size + numbers))
-            if name == "sum":  # of lists or texts: each addition copies what there is
+            if name == "sum":  # of lists or texts: each addition copies the sum so far
                 total = sum(len(item) for item in subject if isinstance(item, Sized)) if size else 0
                 meter.step(1 + size * total // 64)
                 meter.allow(16 * total)
@@ -357,7 +358,7 @@ class Environment(ImmutableSandboxedEnvironment):
             meter.new_text((length + 10) * (8 + others))
         elif name == "indent":
             meter.new_text(length + lines * (numbers + others + 8), subject)
-        else:  # no longer than a few times what they are given, and a width
+        else:  # no longer than a few times the input plus a width
             meter.new_text(6 * length + numbers + others, subject)
 
 

@@ -1,7 +1,7 @@
-"""What a chat template may take: steps of work and bytes of memory, asked for before each operation.
+"""Limiting the work and memory of a chat template: steps and bytes are checked before each operation.
 
-Sizes are upper bounds where an exact one would cost as much as the operation. Memory is measured as what the process
-has grown by since rendering began, whenever as much as UNMEASURED was asked for.
+Sizes are upper bounds if an exact size would cost as much as the operation. Memory is the growth of the process since
+rendering began, measured again whenever UNMEASURED bytes were asked for.
 """
 
 import json
@@ -14,12 +14,12 @@ from markupsafe import Markup
 
 from .. import _core
 
-ROOM = 256_000_000  # bytes of memory where the caller names none
-MOST_STEPS = 1_000_000  # a step is an operation, an item of a loop, or 256 characters that an operation looks at
-MOST_NUMBER = 10_000_000  # that an operation may be given to repeat, pad or count by
-MOST_BITS = 4096  # of a whole number
-UNMEASURED = 200_000  # bytes that may have been asked for since memory was last measured
-PART = 2048  # characters that are quoted at once to see how long that makes them
+ROOM = 256_000_000  # default maximum of memory, in bytes
+MOST_STEPS = 1_000_000  # a step is an operation, an item of a loop, or 256 characters that an operation reads
+MOST_NUMBER = 10_000_000  # maximum by which an operation may repeat, pad or count
+MOST_BITS = 4096  # of an integer
+UNMEASURED = 200_000  # bytes that may be asked for between measurements of memory
+PART = 2048  # characters that are quoted at a time to measure the quoted length
 # What str.split() splits at; str.splitlines() splits at some of these and no others.
 WHITE = " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
@@ -27,11 +27,11 @@ WHITE = " \t\n\r\v\f\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000
 
 
 class TooMuch(ValueError):
-    """A template asked for more than it may have."""
+    """Raised when a template exceeds a limit."""
 
 
 class Meter:
-    """What one rendering may still take."""
+    """The work and memory that one rendering may still take."""
 
     def __init__(self, room_bytes: int | None):
         self.room = ROOM if room_bytes is None else room_bytes
@@ -39,16 +39,16 @@ class Meter:
 
     def step(self, count: int = 1) -> None:
         self.steps += count
-        self.unmeasured += 100  # what a small value takes
+        self.unmeasured += 100  # bytes of a small value
         if self.steps > MOST_STEPS:
             raise TooMuch(f"it takes more than {MOST_STEPS:,} steps")
         if self.unmeasured > UNMEASURED:
             self.allow(0)
 
     def allow(self, nbytes: int) -> None:
-        """Ask for memory that an operation is about to take.
+        """Check the memory that an operation is about to take.
 
-        Other threads may make the process grow too: by no more than was asked for is the template's.
+        Other threads may make the process grow too, so growth beyond what was asked for is not the template's.
         """
         self.unmeasured += nbytes
         if self.unmeasured > UNMEASURED:
@@ -60,7 +60,7 @@ class Meter:
             self.asked -= nbytes
 
     def number(self, value) -> int:
-        """The size of a whole number to repeat, pad or count by; 0 for what is none."""
+        """Check an integer to repeat, pad or count by, and return its absolute value; 0 for other types."""
         if not isinstance(value, int):
             return 0
         if abs(value) > MOST_NUMBER:
@@ -68,7 +68,7 @@ class Meter:
         return abs(value)
 
     def bits(self, operator: str, left, right) -> None:
-        """Ask for the result of an operation on two numbers."""
+        """Check the size of the result of an operation on two numbers."""
         if not (isinstance(left, int) and isinstance(right, int)):
             return
         sizes = left.bit_length(), right.bit_length()
@@ -80,14 +80,14 @@ class Meter:
             raise TooMuch(f"it computes with whole numbers of more than {MOST_BITS:,} bits")
 
     def flat(self, value):
-        """Walk through a value that an operation will walk through: it may hold one part many times over."""
+        """Count the steps of an operation that traverses a value, which may contain one part many times."""
         self.step(1 + len(value) // 256 if isinstance(value, str | bytes) else 1)
         for item in _items(value):
             self.flat(item)
         return value
 
     def shape(self, value) -> tuple[int, int]:
-        """The number of values in a value, itself included, and how deep they are nested."""
+        """The number of values in a value, including itself, and their nesting depth."""
         self.step()
         elements, depth = 1, 1
         for item in _items(value):
@@ -96,10 +96,10 @@ class Meter:
         return elements, depth
 
     def text(self, value, quoted: bool = False) -> int:
-        """The most characters of str(value); `quoted`: of repr(value) and of its JSON."""
+        """Upper bound of the characters of str(value) or, with `quoted`, of repr(value) and of its JSON."""
         if isinstance(value, str):
             self.step(1 + len(value) // 256)
-            factor = 6 if isinstance(value, Markup) else 1  # what it is joined with is escaped
+            factor = 6 if isinstance(value, Markup) else 1  # text joined with Markup is escaped
             if not quoted:
                 return factor * len(value)
             parts = (value[at : at + PART] for at in range(0, len(value), PART))
@@ -112,13 +112,13 @@ class Meter:
         return 100 + sum(self.text(item, True) + 4 for item in _items(value))
 
     def new_text(self, characters: int, *made_of) -> None:
-        """Ask for a string of so many characters, made of these values."""
+        """Check the memory of a new string of `characters` characters, made of these values."""
         self.step(1 + characters // 256)
         width = max(map(_width, made_of), default=4)
         self.allow(characters * width)
 
     def count_parts(self, text, separator, name: str) -> int:
-        """How many parts splitting a text gives, at most."""
+        """Upper bound of the number of parts from splitting a text."""
         if separator:
             return text.count(separator)
         white = WHITE if isinstance(text, str) and not text.isascii() else WHITE[:10]
@@ -126,7 +126,7 @@ class Meter:
 
 
 def listed(value, meter: Meter):
-    """The items of a generator, counted; any other value as it is."""
+    """The items of a generator as a list, counting steps; any other value unchanged."""
     if not isinstance(value, GeneratorType | Iterator):
         return value
     items = []
@@ -147,7 +147,7 @@ def _items(value):
 
 
 def _width(value) -> int:
-    """Bytes a character of a string; 4 for what is none, or too short to say."""
+    """Bytes per character of a string; 4 for other values and for strings too short to tell."""
     if not isinstance(value, str):
         return 4
     if value.isascii():

@@ -1,16 +1,16 @@
-"""Where a text may be cut so that its pieces, encoded alone, have the tokens of the whole.
+"""Finding places to cut a text so that its pieces, encoded separately, have the tokens of the whole text.
 
-A cut is proved or not made. Two proofs are known; both cut after a letter or digit, x, and before a character of
-MARKS, y:
+A cut is made only if it is proved correct. There are two proofs; both cut after a letter or digit x and before a
+character y of MARKS:
 
-1. The pre-tokenizer always ends a word between x and y. It does where it splits by regular expressions whose
-   alternatives are all in ALTERNATIVES, and one of them takes x: none of these matches x followed by y, none looks
-   behind, and only white space looks ahead, which a piece that ends in x does not end in. Words are encoded alone.
+1. The pre-tokenizer always ends a word between x and y. It does if it splits by regular expressions whose alternatives
+   are all in ALTERNATIVES, and one of them matches x: none of these matches x followed by y, none looks behind, and
+   only white space looks ahead, which a piece that ends in x does not end in. Words are encoded separately.
 2. The whole text is one word (as in Llama and Mixtral), y is a space, and no token of the vocabulary has a letter or
    digit followed by the sign for a space. No merge can then join the two sides, and merges on either side do not depend
    on the other.
 
-A cut inside a token that was added to the vocabulary is left out, as these are found in the text before all else.
+No cut is made inside a token that was added to the vocabulary, as these are matched in the text first.
 """
 
 import json
@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator
 
 MARKS = ' \n\t\r.,;:!?()[]{}<>"=+*/\\|#@$%&~-_，。、；：？！「」『』（）《》…—'
-# Letters on which all versions of Unicode agree, and that no normalizer but a decomposing one makes into others.
+# Letters that are the same in all versions of Unicode, and that only decomposing normalizers change.
 ASCII_WORDS, WORDS = "A-Za-z", "A-Za-zÀ-ÖØ-öø-ɏΑ-ΡΣ-Ωα-ωА-яぁ-ゖァ-ヺ一-龥가-힣"
 LETTERS = {  # alternatives that match words of letters
     r"\p{L}+",
@@ -27,7 +27,7 @@ LETTERS = {  # alternatives that match words of letters
     r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+",
     r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
 }
-CASED = {  # the two of o200k, which together match what LETTERS do
+CASED = {  # the two alternatives of o200k, which together match the same as LETTERS
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
 }
@@ -40,43 +40,43 @@ OTHERS = {
 }
 ALTERNATIVES = LETTERS | CASED | NUMBERS | OTHERS
 BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-COMPOSING = ("NFC", "NFD", "NFKC", "NFKD")  # normalizers under which neither x nor y joins with the other side
-MOST_INSIDE = 20_000  # places in added tokens, each of which is looked for at every cut; Llama 3 has 1,000
+COMPOSING = ("NFC", "NFD", "NFKC", "NFKD")  # normalizers that join neither x nor y with the other side
+MOST_INSIDE = 20_000  # places in added tokens, each of which is checked at every cut; Llama 3 has 1,000
 SPACE = "▁"  # how such vocabularies write a space
 
 
 class Cuts:
-    """The places where one tokenizer's texts may be cut; none where neither proof holds."""
+    """Finds the places where texts of one tokenizer may be cut; there are none if neither proof holds."""
 
     def __init__(self, backend):
         """backend: a `tokenizers.Tokenizer`."""
-        self.pattern: re.Pattern | None = None  # of a cut: behind the match
-        self.drop = 0  # characters behind a cut that the next piece leaves out: a space that the normalizer prepends
+        self.pattern: re.Pattern | None = None  # a cut is at the end of a match
+        self.drop = 0  # characters after a cut that the next piece omits: a space that the normalizer prepends
         added = list(backend.get_added_tokens_decoder().values())
         kinds = [kind["type"] for kind in parts(backend.normalizer, "normalizers")]
         if any(token.single_word for token in added):
-            return  # whether such a token is one depends on what stands before it
+            return  # whether such a token matches depends on the text before it
         if all(kind in COMPOSING for kind in kinds):
             taken = _taken(parts(backend.pre_tokenizer, "pretokenizers"))
-            if "NFD" in kinds or "NFKD" in kinds:  # which end a letter in a mark
+            if "NFD" in kinds or "NFKD" in kinds:  # after these a letter may end with a combining mark
                 taken = taken.replace(WORDS, ASCII_WORDS)
             if taken:
                 self.pattern = re.compile(rf"[{taken}](?=[{re.escape(MARKS)}])")
         if self.pattern is None:
             self._cut_one_word(backend)
-        # (content, characters of it before the cut, how it is looked for) wherever a cut could fall into a token.
+        # (content, number of its characters before the cut, how it is matched) for each cut that would split a token.
         self.inside = []
         for token in added if self.pattern else ():
             content = token.content
             ends = [at for at in range(1, len(content)) if content[at - 1].isalnum() and not content[at].isalnum()]
-            ends += [len(content)] if token.rstrip or self.drop else []  # it takes the white space behind it too
+            ends += [len(content)] if token.rstrip or self.drop else []  # it includes the white space after it
             ends += [-self.drop] if self.drop else []
             self.inside += [(content, end, bool(kinds) and token.normalized) for end in ends]
         if len(self.inside) > MOST_INSIDE:
             self.pattern = None
 
     def pieces(self, text: str, length: int) -> Iterator[str]:
-        """Pieces of at least `length` characters each, but for the last; each is as short as its cuts allow."""
+        """Yield pieces of at least `length` characters, except the last, each as short as the cuts allow."""
         begin = 0
         while len(text) - begin > length and self.pattern is not None:
             cut = self._next(text, begin + length)
@@ -95,7 +95,7 @@ class Cuts:
     def _is_inside(self, text: str, cut: int, content: str, before: int, normalized: bool) -> bool:
         begin = cut - before
         if normalized and not text[max(begin, 0) : begin + len(content)].isascii():
-            return True  # it may become the token once it is normalized
+            return True  # it may become the token after normalization
         return begin >= 0 and text.startswith(content, begin)
 
     def _cut_one_word(self, backend) -> None:
@@ -118,7 +118,7 @@ class Cuts:
 
 
 def parts(component, inner: str) -> list[dict]:
-    """A normalizer's, pre-tokenizer's or decoder's steps as in tokenizer.json, one after the other; none for None."""
+    """The steps of a normalizer, pre-tokenizer or decoder as in tokenizer.json, flattened; none for None."""
     return [] if component is None else _flat(json.loads(component.__getstate__()), inner)
 
 
@@ -129,7 +129,7 @@ def _flat(step: dict, inner: str) -> list[dict]:
 
 
 def alternatives(pattern: str) -> list[str]:
-    """The alternatives of a regular expression, split at the bars outside of brackets."""
+    """The alternatives of a regular expression, split at bars outside of brackets."""
     found, depth, in_class, begin, at = [], 0, False, 0, 0
     while at < len(pattern):
         sign = pattern[at]
@@ -149,7 +149,7 @@ def alternatives(pattern: str) -> list[str]:
 
 
 def _taken(splits: list[dict]) -> str:
-    """What a word surely ends behind, where a mark follows, as a class of `re` without its brackets; "" for nothing."""
+    """The characters after which a word ends if a mark follows, as a class of `re` without brackets; "" if none."""
     letters = numbers = False
     for step, split in enumerate(splits):
         kind, seen = split["type"], set()
@@ -161,7 +161,7 @@ def _taken(splits: list[dict]) -> str:
             seen = set(alternatives(split["pattern"]["Regex"]))
         elif kind == "ByteLevel":
             if split["add_prefix_space"] and step == 0:
-                return ""  # the second piece would get a space of its own
+                return ""  # a space would be prepended to the second piece
             seen = set(alternatives(BYTE_LEVEL)) if split["use_regex"] else set()
         else:
             return ""

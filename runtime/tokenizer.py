@@ -1,8 +1,8 @@
-"""Text to token ids and back, from the files that lie in a bundle.
+"""Converting text to token ids and back, with the tokenizer files of a bundle.
 
-Uses `tokenizers`; transformers is never imported here. Encoding takes up to 420 bytes of memory for a byte of text, so
-a long text is encoded in pieces, cut where that is proved to change nothing (text_cuts.py), and no further than asked
-for. chat_template.py makes a text of messages.
+It uses `tokenizers`; transformers is never imported. Encoding takes up to 420 bytes of memory per byte of text, so a
+long text is encoded in pieces, cut where that provably changes nothing (text_cuts.py), and no further than needed.
+chat_template.py renders messages to a text.
 """
 
 from contextlib import suppress
@@ -11,14 +11,14 @@ from pathlib import Path
 from .text_cuts import Cuts
 from .tokenizer_file import library_errors, read_tokenizer
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence decodes to
-ENCODING = 450  # bytes of memory that a byte of text takes while it is encoded, at most; 415 were measured
-PIECE = 4096  # characters of text that are encoded at once, where it can be cut
-ENCODING_ROOM = 6_000_000  # bytes of memory that encoding or rendering may always take: half of what a plan spares
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # an incomplete UTF-8 sequence decodes to this
+ENCODING = 450  # upper bound of memory in bytes for encoding one byte of text; 415 were measured
+PIECE = 4096  # characters that are encoded at a time, if the text can be cut
+ENCODING_ROOM = 6_000_000  # bytes of memory that encoding or rendering may always take: half of a plan's spare memory
 
 
 class Tokenizer:
-    """The tokenizer of a bundle or checkpoint directory; `chat_template` is None where it has none.
+    """The tokenizer of a bundle or checkpoint directory; `chat_template` is None if it has none.
 
     Raises ValueError for damaged files.
     """
@@ -31,7 +31,7 @@ class Tokenizer:
         self._cuts = Cuts(self.backend)
         added = self.backend.get_added_tokens_decoder().items()
         self._special_ids = {token.content: index for index, token in added if token.special}
-        self._around: tuple[list[int], list[int]] | None = None  # special tokens before and behind every text
+        self._around: tuple[list[int], list[int]] | None = None  # special tokens before and after every text
         self._templates: dict[str, object] = {}  # compiled, by name
 
     @property
@@ -40,13 +40,13 @@ class Tokenizer:
 
     @property
     def end_token(self) -> int | None:
-        """The id of the token that ends a turn by tokenizer_config.json, where it names one."""
+        """The id of the token that ends a turn, if tokenizer_config.json names one."""
         end = self.special.get("eos_token")
         return None if end is None else self.backend.token_to_id(end)
 
     @property
     def longest_token_bytes(self) -> int:
-        """At least as many bytes as any one token stands for, in UTF-8."""
+        """Upper bound of the UTF-8 bytes of one token."""
         if not self._longest:
             size = self.backend.get_vocab_size(with_added_tokens=True)
             texts = (self.backend.id_to_token(token) for token in range(size))
@@ -55,15 +55,15 @@ class Tokenizer:
         return self._longest
 
     def special_token(self, text: str) -> int | None:
-        """The id of the special token that this text is, which decode() leaves out; None where it is none."""
+        """The id of the special token with this text, which decode() omits; None if there is none."""
         return self._special_ids.get(text)
 
     def encode(self, text: str, most: int | None = None, room_bytes: int | None = None) -> list[int]:
-        """Token ids of a text, special tokens included.
+        """The token ids of a text, special tokens included.
 
-        most: a number of tokens; a text of more is encoded no further than to where that shows, so that more than
-        `most` ids mean that there are at least so many. room_bytes: of memory that encoding may take. Raises ValueError
-        for text with half a surrogate pair, or that cannot be cut and takes more than the room.
+        most: a maximum of tokens; a longer text is encoded only until it exceeds this, so more than `most` ids are a
+        lower bound. room_bytes: memory that encoding may take. Raises ValueError for text with half a surrogate pair,
+        or that cannot be cut and takes more than room_bytes.
         """
         return self._encode(text, True, most, room_bytes)
 
@@ -83,15 +83,15 @@ class Tokenizer:
         most: int | None = None,
         room_bytes: int | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's answer.
+        """The token ids of a conversation, ready for the assistant's answer.
 
         messages: [{"role": "user", "content": "..."}, ...], or with parts [{"type": "text", "text": "..."}] as content;
-        a key whose value is None is as if it were not there. tools: JSON schemas of functions; documents: what to
-        answer from. add_generation_prompt: begin the assistant's turn, the default but with continue_final_message,
-        which leaves the last message open instead, or its field of that name. chat_template_kwargs: what else the
-        template knows, as enable_thinking. most, room_bytes: as for encode().
+        a key with the value None counts as absent. tools: JSON schemas of functions; documents: texts to answer from.
+        add_generation_prompt: begin the assistant's turn, which is the default without continue_final_message, which
+        instead leaves the last message, or its field of that name, open. chat_template_kwargs: other variables of the
+        template, such as enable_thinking. most, room_bytes: as for encode().
 
-        Raises ValueError when there is no template, or it refuses the messages or takes more than the room.
+        Raises ValueError if there is no template, or if it refuses the messages or takes more than room_bytes.
         """
         if not self.chat_templates:
             raise ValueError("this model has no chat template; pass a prompt as text")
@@ -114,7 +114,7 @@ class Tokenizer:
         return self._encode(text, False, most, room_bytes)
 
     def prepare_chat(self, room_bytes: int | None = None) -> None:
-        """Compile the chat templates, which may take room_bytes of memory; one at fault says so when it is used."""
+        """Compile the chat templates in at most room_bytes of memory; a faulty one raises its error when it is used."""
         for name in {"default", "tool_use"} & self.chat_templates.keys():
             with suppress(ValueError):
                 self._template(name, room_bytes)
@@ -156,7 +156,7 @@ class Tokenizer:
             return self.backend.encode(piece, add_special_tokens=False).ids
 
     def _specials(self) -> tuple[list[int], list[int]]:
-        """What the post-processor puts before and behind a text."""
+        """The special tokens that the post-processor puts before and after a text."""
         if self._around is None:
             with library_errors(f"{self.directory / 'tokenizer.json'}: cannot encode a text"):
                 bare = self.backend.encode("a", add_special_tokens=False).ids
@@ -167,14 +167,14 @@ class Tokenizer:
 
 
 def tokenizer_of(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a bundle or checkpoint directory, where it has one."""
+    """The tokenizer of a bundle or checkpoint directory, or None."""
     return Tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
 
 
 class Detokenizer:
-    """Turns tokens into text one at a time, holding back what is not yet a whole character.
+    """Converts tokens to text one at a time, and holds incomplete characters back.
 
-    A token's text may depend on the one before it, so a short window is decoded each time and compared with the
+    A token's text may depend on the token before it, so a short window is decoded each time and compared with the
     window without the new tokens.
     """
 
@@ -182,22 +182,22 @@ class Detokenizer:
         self.tokenizer = tokenizer
         self.tokens: list[int] = []
         self.start = 0  # of the window
-        self.shown = 0  # tokens whose text is out
+        self.shown = 0  # tokens whose text has been returned
 
     def add(self, token: int) -> str:
-        """The text that this token completes, often empty in the middle of a character."""
+        """Add a token and return the text that it completes, which may be empty in the middle of a character."""
         self.tokens.append(token)
         before = self.tokenizer.decode(self.tokens[self.start : self.shown])
         now = self.tokenizer.decode(self.tokens[self.start :])
         if now.endswith(REPLACEMENT):
             return ""
-        if len(now) > len(before):  # else the window keeps its start: a special token alone is no context
+        if len(now) > len(before):  # otherwise the window keeps its start: a special token alone is not enough context
             self.start = self.shown
         self.shown = len(self.tokens)
         return now[len(before) :]
 
     def finish(self) -> str:
-        """What was held back, as it is."""
+        """Return the text held back."""
         before = self.tokenizer.decode(self.tokens[self.start : self.shown])
         now = self.tokenizer.decode(self.tokens[self.start :])
         self.start = self.shown = len(self.tokens)

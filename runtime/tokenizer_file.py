@@ -1,7 +1,7 @@
-"""A directory's tokenizer, read with every claim checked: tokenizer.json, and the tokens that other files declare.
+"""Reading and validating a directory's tokenizer: tokenizer.json, and the tokens that other files declare.
 
-What transformers makes of these files, this makes too: added_tokens.json, special_tokens_map.json and
-tokenizer_config.json add tokens and change what is special; what stands around a text is said by tokenizer.json alone.
+The result is that of transformers: added_tokens.json, special_tokens_map.json and tokenizer_config.json add tokens and
+mark them as special; only tokenizer.json determines the special tokens around a text.
 """
 
 import json
@@ -15,11 +15,11 @@ from .config_file import read_json
 from .files import read_bounded
 from .text_cuts import parts
 
-LOADING = 13  # bytes of memory that the library takes for a byte of tokenizer.json, at most; 12 were measured
-LIBRARY, TEMPLATES = 6_500_000, 4_000_000  # and for itself; what Jinja takes, before it compiles a template
-MOST_TEMPLATE_BYTES = 4_000_000  # the longest that were seen have 30 kB
+LOADING = 13  # upper bound of the library's memory in bytes per byte of tokenizer.json; 12 were measured
+LIBRARY, TEMPLATES = 6_500_000, 4_000_000  # the library's own memory, and Jinja's before it compiles a template
+MOST_TEMPLATE_BYTES = 4_000_000  # the longest seen have 30 kB
 MOST_AROUND = 100  # tokens that may be put around a text
-MOST_GROWTH = 64  # times the characters of a text that a normalizer or decoder may give
+MOST_GROWTH = 64  # maximum factor by which a normalizer or decoder may lengthen a text
 GROWTH = {"NFC": 3, "NFD": 4, "NFKC": 12, "NFKD": 12, "Precompiled": 12, "Lowercase": 2, "BertNormalizer": 3}
 ESCAPED = re.compile(rb"\\u00[2-7]")
 LOADING_PANICS = {
@@ -30,29 +30,29 @@ LOADING_PANICS = {
 
 @dataclass(slots=True)
 class TokenizerFile:
-    """What a directory says of its tokenizer."""
+    """The tokenizer files of a directory."""
 
     backend: object  # tokenizers.Tokenizer
-    named: dict[str, str] = field(default_factory=dict)  # bos_token and its like, as text: what chat templates get
-    chat_templates: dict[str, str] = field(default_factory=dict)  # by name; "default" where there is one
-    growth: int = 1  # times the characters of a text that the normalizer may give
+    named: dict[str, str] = field(default_factory=dict)  # text of bos_token and other named tokens, for chat templates
+    chat_templates: dict[str, str] = field(default_factory=dict)  # by name; "default" for the unnamed one
+    growth: int = 1  # maximum factor by which the normalizer lengthens a text
 
 
 @contextmanager
 def library_errors(what: str):
-    """Raise what the library raises, panics included, as ValueError; `what` it was doing begins the message."""
+    """Convert all errors of the library, including panics, to ValueError with a message that begins with `what`."""
     try:
         yield
     except (ValueError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # the library raises bare Exceptions, and its panics are not even those
+    except BaseException as error:  # the library raises bare Exceptions, and its panics are not Exceptions
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"{what} ({' '.join(str(error).split())[:200]})") from None
 
 
 def reading_bytes(directory: Path) -> int:
-    """Memory that reading a directory's tokenizer and compiling its chat template may take, before that is known."""
+    """Upper bound of the memory for reading a directory's tokenizer and compiling its chat template."""
     path, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
     if not path.is_file():
         return 0
@@ -90,21 +90,22 @@ def _read_backend(path: Path):
     with library_errors(f"{path}: cannot be read"):
         _check_text(path)
         backend = Tokenizer.from_file(str(path))
-        backend.no_truncation()  # some files ask for either, meant for training
+        backend.no_truncation()  # some files enable truncation or padding, for training
         backend.no_padding()
         if hasattr(backend.model, "_resize_cache"):
-            backend.model._resize_cache(0)  # of words: it would grow by megabytes with every new text
+            backend.model._resize_cache(0)  # the cache of words would grow by megabytes with every new text
     return backend
 
 
 def _check_text(path: Path) -> None:
-    """Refuse what makes the library panic while it reads, which costs 50 MB to describe and may end the process.
+    """Refuse files that make the library panic while it reads, which takes 50 MB for the message and may end the
+    process.
 
-    That is a merge whose second half does not begin with the prefix of its model, or is cut in a letter by it, and a
-    table of characters that is none. Both are of models that are not mixtures of experts.
+    These have a merge whose second half does not begin with the model's prefix, or is split inside a character by it,
+    or an invalid table of characters. Models that are not mixtures of experts use these features.
     """
     data = path.read_bytes()
-    if ESCAPED.search(data):  # letters that need no escape: a way past the search below
+    if ESCAPED.search(data):  # unnecessary escapes would evade the search below
         data = json.dumps(json.loads(data), ensure_ascii=False).encode("utf-8", "surrogatepass")
     for pattern, fault in LOADING_PANICS.items():
         if found := re.search(pattern, data):
@@ -112,7 +113,7 @@ def _check_text(path: Path) -> None:
 
 
 def _check_steps(backend, path: Path) -> None:
-    """Refuse what makes the library panic when it is used."""
+    """Refuse steps that make the library panic in use."""
     processors_ = parts(backend.post_processor, "processors")
     for step in [*parts(backend.pre_tokenizer, "pretokenizers"), *parts(backend.decoder, "decoders"), *processors_]:
         kind, fault = step["type"], None
@@ -133,12 +134,12 @@ def _check_steps(backend, path: Path) -> None:
 
 
 def _growth(steps: list[dict], path: Path, what: str) -> int:
-    """How many characters these steps can make of one, at most; ValueError above MOST_GROWTH."""
+    """Upper bound of the characters that these steps make of one. Raises ValueError if it exceeds MOST_GROWTH."""
     growth = 1
     for step in steps:
         if step["type"] == "Replace":
             pattern = step["pattern"].get("String")
-            short = len(pattern) if pattern else 1  # a regular expression may match one character, or none
+            short = len(pattern) if pattern else 1  # a regular expression may match one character or none
             growth *= max(1, -(-len(step["content"]) // short) + (0 if pattern else 1))
         elif step["type"] == "Prepend":
             growth *= 1 + len(step["prepend"])
@@ -150,7 +151,7 @@ def _growth(steps: list[dict], path: Path, what: str) -> int:
 
 
 def _add_tokens(backend, directory: Path, config: dict, config_path: Path) -> dict[str, str]:
-    """Add what is declared outside tokenizer.json, in transformers' order; returns the named tokens as text."""
+    """Add the tokens declared outside tokenizer.json, in transformers' order; returns the named tokens as text."""
     from tokenizers import AddedToken
 
     def token_of(value, where: Path, **flags) -> AddedToken:
@@ -220,7 +221,7 @@ def _add_tokens(backend, directory: Path, config: dict, config_path: Path) -> di
 
 
 def _chat_templates(directory: Path, config: dict) -> dict[str, str]:
-    """Files come before what tokenizer_config.json has: one template or a list of named ones."""
+    """The chat templates by name: files take precedence over tokenizer_config.json, which has one or a list of them."""
     files = {file.stem: file for file in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     if (directory / "chat_template.jinja").is_file():
         files.setdefault("default", directory / "chat_template.jinja")

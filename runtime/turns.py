@@ -1,10 +1,10 @@
-"""Whose turn it is to compute, and the stream that a caller holds.
+"""Scheduling the steps of concurrent calls on the engine, and the streams that callers hold.
 
 The engine computes one step at a time. A call takes a turn for each of its steps and keeps its place between them, so
-others wait; answers that are computed together take turns as one call. It is the call that has the turn, not a thread:
-the steps of one stream may be asked for by any thread, as the thread pool of a web server does. A call that asks for
-nothing for a while (PATIENCE_S), because its stream was abandoned or its reader is slow, gives way to those that wait.
-When it comes back, what its KV cache lost is computed again, which costs time and changes no bit of the result.
+others wait; answers that are computed together take turns as one call. A turn belongs to a call, not to a thread: any
+thread may ask for a step of a stream, as in the thread pool of a web server. A call that asks for nothing for a while
+(PATIENCE_S), because its stream was abandoned or its reader is slow, yields to waiting calls. When it resumes, what was
+evicted from its KV cache is recomputed, which costs time but changes no bit of the result.
 """
 
 import threading
@@ -16,28 +16,28 @@ from typing import Generic, NoReturn, TypeVar
 
 from .. import _core
 
-PATIENCE_S = 0.1  # from a call's step to its next, while others wait
-WAKE_S = 0.05  # how often one who waits for a turn looks whether it is still wanted
+PATIENCE_S = 0.1  # maximum time between two steps of a call while others wait
+WAKE_S = 0.05  # interval at which a waiting call checks whether it is still wanted
 
 Piece = TypeVar("Piece", covariant=True)
 
 
 class Turns:
-    """Who computes now, and who is going to go on: any hashable or unhashable object stands for a call."""
+    """Schedules calls, each identified by any object, hashable or not."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._running: object | None = None  # a step of this call is being computed
-        self._kept_by: object | None = None  # this call has had the last step and may come back
+        self._kept_by: object | None = None  # this call had the last step and may continue
         self._kept_until = 0.0
-        self._thread: int | None = None  # that computes it
-        self._waiting = 0  # calls, for a turn
-        self._interjections = 0  # that wait or run
-        self._interjected = False  # since the last step
+        self._thread: int | None = None  # the thread that computes it
+        self._waiting = 0  # number of calls that wait for a turn
+        self._interjections = 0  # number that wait or run
+        self._interjected = False  # whether there was one since the last step
 
     @contextmanager
     def take(self, call: object, unwanted: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """A turn for one step of a call. Raises Interrupted when unwanted() is true before it comes."""
+        """Hold a turn for one step of a call. Raises Interrupted if unwanted() becomes true while waiting for it."""
         with self._changed:
             self._raise_if_inside()
             self._waiting += 1
@@ -58,9 +58,9 @@ class Turns:
 
     @contextmanager
     def between(self) -> Iterator[None]:
-        """Between two steps, whoever computes them: the call that has had the last one goes on afterwards.
+        """Hold an interjection between two steps of any call; the call that had the last step continues afterwards.
 
-        Where calls wait for a turn, a step comes before the next interjection.
+        If calls wait for a turn, a step comes before the next interjection.
         """
         with self._changed:
             self._raise_if_inside()
@@ -83,7 +83,7 @@ class Turns:
                 self._end()
 
     def leave(self, call: object) -> None:
-        """The call has had its last step."""
+        """End a call after its last step."""
         with self._changed:
             if self._kept_by is call:
                 self._kept_by = None
@@ -108,7 +108,7 @@ class Turns:
 
 
 class Wanted:
-    """Until when a call is wanted: until it is cancelled, its time is over or its event is set; from any thread."""
+    """Tells whether a call is still wanted: until it is cancelled, times out, or its event is set, by any thread."""
 
     def __init__(self, timeout: float | None = None, stop_event: threading.Event | None = None) -> None:
         if timeout is not None and not timeout > 0:
@@ -126,14 +126,14 @@ class Wanted:
 
 
 class Stream(Generic[Piece]):
-    """Pieces of an answer as they are computed; an iterator and a context manager that closes it.
+    """An iterator over the pieces of an answer as they are computed; also a context manager that closes it.
 
     Any thread may ask for the next piece or cancel; two that ask at once get one piece each.
     """
 
     def __init__(self, pieces: Iterator[Piece], wanted: Wanted, leave: Callable[[], None]) -> None:
         self._pieces, self._wanted, self._leave = pieces, wanted, leave
-        self._lock = threading.Lock()  # of whoever is asking for a piece
+        self._lock = threading.Lock()  # held while a piece is asked for
         self._closed = False
 
     def __iter__(self) -> "Stream[Piece]":
@@ -156,10 +156,10 @@ class Stream(Generic[Piece]):
         self.close()
 
     def cancel(self) -> None:
-        """End the answer where it is, also in the middle of a step, and return at once.
+        """End the answer at once, even in the middle of a step, and return without waiting.
 
-        The next piece is then the last, with what was held back of the text and the finish_reason "cancelled". May be
-        called from any thread, a signal handler's too, and more than once.
+        The next piece is then the last, with the text held back and the finish_reason "cancelled". May be called from
+        any thread, from a signal handler, and more than once.
         """
         self._wanted.cancel()
 
@@ -178,9 +178,9 @@ class Stream(Generic[Piece]):
 
 
 class AsyncStream(Generic[Piece]):
-    """A Stream for `async for`: steps are computed in asyncio's threads, so that the event loop goes on meanwhile.
+    """A Stream for `async for`: steps are computed in asyncio's threads, so that the event loop is not blocked.
 
-    A task that is cancelled while it waits cancels the answer, too. An asynchronous context manager that closes it.
+    A task that is cancelled while it waits also cancels the answer. It is an asynchronous context manager too.
     """
 
     def __init__(self, stream: Stream[Piece]) -> None:
@@ -190,7 +190,7 @@ class AsyncStream(Generic[Piece]):
         return self
 
     async def __anext__(self) -> Piece:
-        import asyncio  # 2 MB, for those who have it
+        import asyncio  # takes 2 MB, so it is imported only when it is used
 
         try:
             pieces = await asyncio.to_thread(lambda: list(islice(self._stream, 1)))
@@ -208,7 +208,7 @@ class AsyncStream(Generic[Piece]):
         await self.aclose()
 
     def cancel(self) -> None:
-        """End the answer where it is; see Stream.cancel()."""
+        """End the answer at once; see Stream.cancel()."""
         self._stream.cancel()
 
     async def aclose(self) -> None:

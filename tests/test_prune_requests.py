@@ -52,7 +52,7 @@ def refused(call, *args, **options) -> str:
         ("odp:0.3", "prune is 0.3, but odp is calibrated for 0.2 of expert uses"),
         (
             math.nan,
-            "prune is nan, expected off, bundle, a share of expert uses as 0.2, or one of otp, loss, share, odp",
+            "prune is nan, expected off, bundle, a share of expert uses such as 0.2, or one of otp, loss, share, odp",
         ),
         ("most", "prune is 'most', expected off, bundle, a share"),
         ("share:much", "prune is 'share:much', expected off"),
