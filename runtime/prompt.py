@@ -65,7 +65,7 @@ def prompt_ids(
 def _refuse_chat(chat: dict, kind: str) -> None:
     for name, value in chat.items():
         if value:
-            raise ValueError(f"{name} belongs to messages; the prompt is {kind}")
+            raise ValueError(f"{name} needs messages, but the prompt is {kind}")
 
 
 def _kind_of(prompt: Prompt) -> tuple[str, Any]:

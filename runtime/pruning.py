@@ -151,9 +151,9 @@ def read_pruning(path: Path, config: ModelConfig, table: dict) -> Pruning | None
         rows = [[value] for value in values] if learned and isinstance(values, list) else values
         layers = 1 if learned else len(config.moe_layers)
         if not isinstance(rows, list) or len(rows) != len(cuts):
-            raise bad(f"has not one setting of {name} for each of its {len(cuts)} cuts")
+            raise bad(f"does not have one setting of {name} for each of its {len(cuts)} cuts")
         if not all(_numbers(row) for row in rows):
-            raise bad(f"has settings of {name} that are no finite numbers")
+            raise bad(f"has settings of {name} that are not finite numbers")
         if any(len(row) != layers for row in rows):
             raise bad(f"has thresholds of {name} for other than the {layers} layers with experts")
         if not learned and not all(0 <= value <= 1 for row in rows for value in row):

@@ -101,7 +101,7 @@ class Chooser:
             raise TypeError(f"logits_processors is {processors!r:.60}, expected a list of functions (tokens, logits)")
         logprobs, count = options.get("logprobs", False), whole_number("top_logprobs", options.get("top_logprobs", 0))
         if not isinstance(logprobs, bool):
-            raise TypeError(f"logprobs is {logprobs!r}, expected True or False; top_logprobs says of how many tokens")
+            raise TypeError(f"logprobs is {logprobs!r}, expected True or False; top_logprobs sets the number of tokens")
         if not 0 <= count <= MOST_LOGPROBS:
             raise ValueError(f"top_logprobs is {count}, expected 0 to {MOST_LOGPROBS}")
         return cls(sampler, tuple(processors), count if logprobs or count else None)

@@ -109,7 +109,7 @@ def processed(processors: Sequence[LogitsProcessor], tokens: list[int], logits: 
                 f"logits processor {name} returned {found.dtype} {found.shape}, expected floats {logits.shape}"
             )
         if np.isnan(found).any() or not np.isfinite(found.max()):
-            raise ValueError(f"logits processor {name} returned NaN, +inf, or no token that is possible")
+            raise ValueError(f"logits processor {name} returned NaN, +inf, or -inf for every token")
         logits = np.ascontiguousarray(found, np.float32)
     return logits
 

@@ -64,7 +64,7 @@ class Meter:
         if not isinstance(value, int):
             return 0
         if abs(value) > MOST_NUMBER:
-            raise TooMuch(f"it asks for more than {MOST_NUMBER:,} of a thing")
+            raise TooMuch(f"it repeats, pads or counts by more than {MOST_NUMBER:,}")
         return abs(value)
 
     def bits(self, operator: str, left, right) -> None:

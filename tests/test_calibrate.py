@@ -185,7 +185,7 @@ def test_a_text_that_is_encoded_in_blocks_has_the_tokens_of_the_whole(tokenizer,
 def test_a_text_in_which_a_token_is_a_whole_line_of_spaces_is_refused(tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_bytes(b"\xff" * 3 * WHOLE_BYTES)
     assert refused(load, tokenizer, tmp_path / "empty.txt") == (
-        f"{tmp_path / 'empty.txt'}: has too few tokens for its bytes to calibrate on; use another text"
+        f"{tmp_path / 'empty.txt'}: has too few tokens for its size to calibrate on; use another text"
     )
 
 

@@ -214,7 +214,7 @@ def test_no_template_takes_more_memory_than_its_room():
     ("template", "message"),
     [
         ("{{ 'a' * 10**7 }}", "it takes more than 6 MB of memory, what the cap leaves it"),
-        ("{{ 'a' * 10**8 }}", "it asks for more than 10,000,000 of a thing"),
+        ("{{ 'a' * 10**8 }}", "it repeats, pads or counts by more than 10,000,000"),
         ("{% for i in range(10**7) %}{% endfor %}", "Range too big. The sandbox blocks ranges larger than MAX_RANGE"),
         (
             "{% for i in range(9**5) %}{% for j in range(99) %}{% endfor %}{% endfor %}",

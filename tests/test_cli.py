@@ -447,7 +447,7 @@ def test_a_plan_from_a_config_takes_bits_as_compress_does_and_compares_them(tmp_
     [
         (["--bits", "0.5"], "bits is 0.5, expected 1.25 to 16 (experts of width 1 take 1.25)"),
         (["--bits", "3", "--size", "9GB"], "bits, width and size exclude each other; give one of them"),
-        (["--bits", "3", "--width", "2"], "bits and size are of all experts together; leave width out"),
+        (["--bits", "3", "--width", "2"], "bits and size apply to all experts together; leave width out"),
         (
             ["--size", "5GB"],
             "size is 5,000,000,000 bytes, expected at least 6,208,793,384: 4,529,848,320 for experts of width 1 and "

@@ -309,7 +309,7 @@ def test_activations_that_are_not_numbers_are_refused(bad, order_group):
     x[7, 9] = bad
     with np.errstate(invalid="ignore"), pytest.raises(ValueError) as caught:
         Curvature.of(moment_of(x), order_group=order_group)
-    assert str(caught.value) == "activations have NaN or Inf; the checkpoint is damaged or its text is not for it"
+    assert str(caught.value) == "activations have NaN or Inf; the checkpoint is damaged or the text does not suit it"
 
 
 def test_a_moment_that_cannot_be_inverted_is_refused():

@@ -113,7 +113,7 @@ def nothing_left(tokens, logits):
         ({"logits_processors": [nothing_left]}, ValueError, "nothing_left returned NaN, .inf, or no token"),
         ({"logits_processors": bad_shape}, TypeError, "expected a list of functions"),
         ({"logits_processors": [1]}, TypeError, "expected a list of functions"),
-        ({"logprobs": 5}, TypeError, "logprobs is 5, expected True or False; top_logprobs says of how many"),
+        ({"logprobs": 5}, TypeError, "logprobs is 5, expected True or False; top_logprobs sets the number"),
         ({"top_logprobs": -1}, ValueError, "top_logprobs is -1, expected 0 to 1000"),
         ({"top_logprobs": 2.5}, TypeError, "top_logprobs is 2.5, expected a whole number"),
     ],

@@ -164,12 +164,12 @@ def test_an_engine_that_ends_is_an_error_that_names_it(bundle_model, tmp_path, c
     missing = Model("edge-moe", "none", str(tmp_path / "no.emoe"), 0, 0, vocab=64, context=32, threads=1)
     with pytest.raises(OSError) as error:
         Child(missing)
-    assert str(error.value) == "edge-moe ended while it had no.emoe (exit code 1)"
+    assert str(error.value) == "edge-moe ended while it was running no.emoe (exit code 1)"
     with Child(bundle_model) as child:
         child._process.kill()
         with pytest.raises(OSError) as error:
             child.run("pp", 4, 0)
-    assert str(error.value) == "edge-moe ended while it had small.emoe (killed)"
+    assert str(error.value) == "edge-moe ended while it was running small.emoe (killed)"
 
 
 def test_the_report_shows_medians_and_a_killed_engine():

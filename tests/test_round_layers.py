@@ -287,4 +287,4 @@ def test_weights_that_are_not_of_the_text_are_refused_with_their_reason(golden, 
         go_through(
             checkpoint, Changed(checkpoint, {"layers.0.mlp_norm": norm}), random_ids(checkpoint.config), (2, 2, 2), 8
         )
-    assert str(caught.value) == "activations have NaN or Inf; the checkpoint is damaged or its text is not for it"
+    assert str(caught.value) == "activations have NaN or Inf; the checkpoint is damaged or the text does not suit it"

@@ -310,8 +310,8 @@ def test_options_of_another_type_are_refused(runtime, options, message):
 
 def test_what_belongs_to_messages_is_refused_with_a_text(runtime):
     tools = [{"type": "function"}]
-    assert refused(runtime.generate, PROMPT, tools=tools) == "tools belongs to messages; the prompt is text"
-    assert refused(runtime.generate, [5], tools=tools) == "tools belongs to messages; the prompt is token ids"
+    assert refused(runtime.generate, PROMPT, tools=tools) == "tools needs messages, but the prompt is text"
+    assert refused(runtime.generate, [5], tools=tools) == "tools needs messages, but the prompt is token ids"
 
 
 def test_any_declared_end_and_a_special_token_as_stop_string_end_the_answer(copy_of):

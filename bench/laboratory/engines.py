@@ -204,7 +204,7 @@ class Child:
         if not line:
             code = self._process.wait()
             said = signal.strsignal(-code).lower() if code < 0 else f"exit code {code}"
-            raise OSError(f"{self.model.engine} ended while it had {Path(self.model.path).name} ({said})")
+            raise OSError(f"{self.model.engine} ended while it was running {Path(self.model.path).name} ({said})")
         return json.loads(line)
 
 

@@ -47,7 +47,7 @@ def run_demo(keep: str | Path | None = None, progress=None) -> dict:
     """
     if not EMBEDDED.is_dir():
         raise FileNotFoundError(
-            f"{EMBEDDED}: this wheel is without the demo's model; `pip install .` in a checkout has it"
+            f"{EMBEDDED}: this wheel does not contain the demo's model; install it with `pip install .` in a checkout"
         )
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(keep or temporary)

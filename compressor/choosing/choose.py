@@ -1,4 +1,4 @@
-"""What each expert and each kind of trunk tensor gets within the target size: dropped or kept, width, and group."""
+"""Choosing, within the target size, which experts to drop, and the widths and groups of experts and trunk tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -248,7 +248,7 @@ def _sizes_as_compressed(
 ) -> tuple[Sizes, str]:
     """The sizes that compress() aims at with bits or size before it measures, and what they assume."""
     if given := [name for name in ("width", "widths") if widths[name] is not None]:
-        raise ValueError(f"bits and size are of all experts together; leave {given[0]} out")
+        raise ValueError(f"bits and size apply to all experts together; leave {given[0]} out")
     asked = targets.check(targets.Options(bits=bits, size=size, trunk_width=widths["trunk_width"]), config)
     if asked.bits == 16:
         return packed_sizes(config, widths_by_kind(16), where), "all weights as they are"

@@ -89,7 +89,7 @@ class Measures:
 
 @dataclass(slots=True)
 class Layer:
-    """What measuring the experts of one layer shares."""
+    """The data that measuring the experts of one layer shares."""
 
     index: int
     a: Stream  # after attention

@@ -130,7 +130,7 @@ def _sequences(texts: Sequence[Ids | LargeText], length: int, tokens: int, confi
         share = wanted * (index + 1) // len(texts) - wanted * index // len(texts)
         found = text.windows(share, length)
         if share and not found:
-            raise ValueError(f"{text.source}: has too few tokens for its bytes to calibrate on; use another text")
+            raise ValueError(f"{text.source}: has too few tokens for its size to calibrate on; use another text")
         for ids in found:
             if not (ids.min() >= 0 and ids.max() < config.vocab):
                 raise ValueError(f"{text.source}: has token ids outside the vocabulary of {config.vocab:,}")

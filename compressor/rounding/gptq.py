@@ -54,7 +54,7 @@ class Curvature:
 
         diagonal = np.diagonal(moment).astype(np.float64)
         if not np.isfinite(diagonal.sum()):
-            raise ValueError("activations have NaN or Inf; the checkpoint is damaged or its text is not for it")
+            raise ValueError("activations have NaN or Inf; the checkpoint is damaged or the text does not suit it")
         seen = diagonal[diagonal > 0]
         if len(seen):  # a massive input must not raise the damping of the others
             diagonal = np.minimum(diagonal, MASSIVE * np.median(seen))
