@@ -88,8 +88,8 @@ class LayerMath {
   // of rank, and the shared expert go into the residual stream.
   virtual void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) = 0;
 
-  // The longest beginning, of at most so many positions, that the state of a sequence can be brought back to. A KV cache
-  // keeps each position by itself, and has them all.
+  // The longest beginning, of at most so many positions, that the state of a sequence can be brought back to. A KV
+  // cache keeps each position by itself, and has them all.
   virtual int restorable(int /*sequence*/, int positions) { return positions; }
 
   // What the KV cache of a sequence has of the first positions, into another's.
