@@ -1,1 +1,1 @@
-"""What compressing leaves on disk: the bundle, the journal of a run that can go on, and the mark of what is ours."""
+"""What compressing writes to disk: the bundle, the journal for resuming a run, and the mark of its own directories."""

@@ -1,8 +1,8 @@
-"""What a run has done so far, on disk beside its output, so that a killed one can go on where it was.
+"""The progress of a run, kept on disk beside its output, so that a killed run can be resumed.
 
 OUT.work/ holds identity.json (what the result depends on), a file for each finished step, and the state that the next
-step needs. A step counts once its file has its name: state is written first, under a temporary name, and brought to
-disk. What is large has a checksum in a step's file: what another run left is taken for what it was, or refused.
+step needs. A step is finished once its file has its final name: before, its state is written under a temporary name and
+synced to disk. A step's file has the checksums of large state, which a resumed run compares.
 Scratch files are in OUT.work/scratch/ and mean nothing to another run.
 """
 
@@ -24,9 +24,9 @@ CHOICE, FINISHED = "choice.json", "finished.json"
 class Journal:
     """The work directory of one output; a context manager that holds its lock.
 
-    An unfinished run of the same identity is gone on with. Raises FileExistsError when there is one and `resume` is
-    off, or when OUT.work is not ours; ValueError when it was another one (of another checkpoint, version or option),
-    unless `force` starts anew; BlockingIOError while it still runs.
+    Resumes an unfinished run of the same identity. Raises FileExistsError if there is one and `resume` is off, or if
+    OUT.work was not made by a run; ValueError if the unfinished run has another identity (checkpoint, version or
+    options), unless `force` starts anew; BlockingIOError while it is still running.
     """
 
     def __init__(self, out: Path, identity: dict, resume: bool = True, force: bool = False):
@@ -57,7 +57,7 @@ class Journal:
 
     @classmethod
     def has_finished(cls, out: Path, identity: dict, checksum: str | None) -> bool:
-        """Whether OUT, with this checksum, is what a run of this identity made that was killed before it cleared up."""
+        """Whether OUT, with this checksum, is of a run of this identity that was killed before it cleaned up."""
         journal = cls.__new__(cls)
         journal.directory = work_of(out)
         if checksum is None or not own.is_own(journal.directory) or not journal.has(FINISHED):
@@ -65,7 +65,7 @@ class Journal:
         return journal.read(FINISHED) == checksum and not journal._differs(identity)
 
     def _locked(self, out: Path):
-        """The directory's lock file, held. Another run's end may remove it between opening and locking it."""
+        """Open and lock the directory's lock file, which another run may remove between the two as it ends."""
         while True:
             own.make(self.directory)
             with named(self.directory / LOCK):
@@ -84,7 +84,7 @@ class Journal:
             lock.close()
 
     def _clear(self) -> None:
-        """Remove what a run left that did not come as far as its identity."""
+        """Remove the files of a run that was killed before it wrote its identity."""
         for left in self.directory.iterdir():
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
@@ -108,23 +108,23 @@ class Journal:
         return self.path(name).is_file()
 
     def started(self) -> bool:
-        """Whether any step is done."""
+        """Whether any step is finished."""
         others = (IDENTITY, LOCK, own.MARK, CHOICE, "scratch")
         return any(file.name not in others for file in self.directory.iterdir())
 
     def write(self, name: str, value) -> None:
-        """Write a step's file: whole or not at all."""
+        """Write a step's file atomically."""
         write_whole(self.path(name), lambda file: file.write(json.dumps(value, indent=1).encode()))
 
     def read(self, name: str):
-        """What write() wrote. Raises ValueError where it is no JSON."""
+        """Read what write() wrote. Raises ValueError if it is not JSON."""
         try:
             return json.loads(self.path(name).read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             raise ValueError(f"{self.path(name)}: is damaged; remove {self.directory} to start anew") from None
 
     def arrays(self, name: str, compute) -> dict[str, np.ndarray]:
-        """The arrays of a step: compute()'s, once they are on disk, or those that a run before this one left."""
+        """The arrays of a step: those of an earlier run, or else compute()'s, after writing them to disk."""
         file = self.path(name)
         if not file.is_file():
             found = compute()
@@ -133,7 +133,7 @@ class Journal:
             return {key: saved[key] for key in saved.files}
 
     def forget(self, pattern: str) -> None:
-        """Remove state that no later step needs."""
+        """Remove state that later steps do not need."""
         for file in self.directory.glob(pattern):
             file.unlink()
 
@@ -141,7 +141,7 @@ class Journal:
         own.discard(self.directory)
 
     def _differs(self, identity: dict) -> str:
-        """In what an unfinished run differs from this one, in words; nothing where it is the same."""
+        """Describe how an unfinished run's identity differs from this run's; empty if it does not."""
         try:
             before = self.read(IDENTITY)
         except ValueError:

@@ -1,8 +1,8 @@
-"""What compressing may overwrite and remove beside OUT: what it made itself, never through a link.
+"""Which directories beside OUT a run may overwrite and remove: those that a run has made, never through a link.
 
-OUT.work and OUT.partial have names that a user may have given to something else. A directory is ours once it holds
-MARK, which is its first file; one that is empty is taken, any other is refused. A bundle is replaced only where it is a
-bundle and nothing else.
+A user may have something else under the names OUT.work and OUT.partial. A directory belongs to compressing if it
+contains MARK, which is written first; an empty directory is taken over, any other is refused. A bundle is replaced only
+if the directory contains nothing but a bundle.
 """
 
 import json
@@ -21,7 +21,7 @@ CONTENT = b"made by edge-moe compress, which goes on from here or removes this d
 
 
 def make(directory: Path) -> None:
-    """Make a directory of ours, or find it. Raises FileExistsError where something else has its name."""
+    """Make and mark a directory, if it is not there. Raises FileExistsError if something else has its name."""
     check(directory)
     directory.mkdir(parents=True, exist_ok=True)
     mark(directory)
@@ -35,7 +35,7 @@ def mark(directory: Path) -> None:
 
 
 def check(directory: Path) -> None:
-    """Raise FileExistsError where a directory is there that is not ours."""
+    """Raise FileExistsError if the directory exists and was not made by compressing."""
     if (directory.exists() or directory.is_symlink()) and not is_own(directory):
         raise FileExistsError(
             f"{directory}: is there, and edge-moe did not make it; move it away or choose another name for the bundle"
@@ -43,7 +43,7 @@ def check(directory: Path) -> None:
 
 
 def is_own(directory: Path) -> bool:
-    """Whether a directory is there that is ours, or empty."""
+    """Whether the directory exists and is marked, or empty."""
     if directory.is_symlink() or not directory.is_dir():
         return False
     names = os.listdir(directory)
@@ -55,7 +55,7 @@ def is_own(directory: Path) -> bool:
 
 
 def discard(directory: Path) -> None:
-    """Remove a directory of ours, where it is there. Raises FileExistsError where it is not ours."""
+    """Remove a marked directory, if it exists. Raises FileExistsError if it is not marked."""
     check(directory)
     if directory.is_dir():
         shutil.rmtree(directory, ignore_errors=True)
@@ -67,7 +67,7 @@ def unmark(directory: Path) -> None:
 
 
 def check_bundle(out: Path) -> None:
-    """Raise FileExistsError where `out` is not a bundle, or has other files: what is not ours is not replaced."""
+    """Raise FileExistsError unless `out` is a bundle without any other files."""
     why = None
     try:
         table = json.loads((out / "bundle.json").read_bytes())
@@ -84,6 +84,6 @@ def check_bundle(out: Path) -> None:
 
 
 def check_name(out: Path) -> None:
-    """Raise ValueError where `out` names no new directory."""
+    """Raise ValueError unless `out` can be the name of a new directory."""
     if out.name in ("", "..") or str(out).endswith(os.sep):
         raise ValueError(f"{out}: is a directory that is there; name the bundle to write, as {out / 'NAME.emoe'}")

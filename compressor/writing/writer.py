@@ -1,4 +1,4 @@
-"""Writing a bundle: under a temporary name, layer by layer, whole or not at all.
+"""Writing a bundle: layer by layer under a temporary name, renamed when it is complete.
 
 All sizes are known before the first byte is written, so every header comes first and nothing is moved later. The
 directory gets its real name only when every file is on disk; after any error the temporary one is removed. A bundle
@@ -29,13 +29,13 @@ from ..files import named, sync
 from ..source.copied_files import contents
 from . import own
 
-BLOCK_BYTES = 1 << 24  # read at a time
-SHARD_BYTES = 4_000_000_000  # an expert file is closed after the record that passes this
+BLOCK_BYTES = 1 << 24  # of a file that are read at once
+SHARD_BYTES = 4_000_000_000  # an expert file ends with the record that passes this size
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How one matrix or expert is packed: widths in bits (one, or gate, up, down) and inputs a scale."""
+    """How a matrix or an expert is packed: widths in bits (one, or gate, up, down), and inputs per scale."""
 
     widths: tuple[int, ...]
     group: int
@@ -47,8 +47,7 @@ class Packing:
 
 @dataclass(slots=True)
 class Quantised:
-    """One packed matrix, by the parts of its codec: codes uint8 (rows, bytes), scales and biases bfloat16 bits (rows,
-    groups)."""
+    """The parts of a packed matrix: codes, uint8 (rows, bytes); scales and biases, bfloat16 bits (rows, groups)."""
 
     codes: np.ndarray
     scales: np.ndarray | None = None
@@ -57,7 +56,7 @@ class Quantised:
 
 @dataclass(slots=True)
 class BundleWriter:
-    """A bundle being written; a context manager that leaves OUT whole, or not there.
+    """A bundle being written; a context manager after which OUT is complete or does not exist.
 
     config: with `kept` and `layer_top_k` as the bundle is to have them; routers come sliced to the experts kept.
     trunk: packing of each trunk tensor by name; experts: packing of each expert by (layer, index among those kept).
@@ -71,9 +70,9 @@ class BundleWriter:
     experts: dict[tuple[int, int], Packing]
     frequency: dict[tuple[int, int], float] = field(default_factory=dict)
     extra: dict = field(default_factory=dict)  # further keys of bundle.json: calibration, certificate
-    resumable: bool = False  # what another run wrote is gone on with, and left there after an error
-    begun: bool = False  # another run did write: its files must be there
-    replace: bool = False  # a bundle that is there as `out` gives way to the new one
+    resumable: bool = False  # keep files of an earlier run, and leave them there after an error
+    begun: bool = False  # an earlier run has written files, which must be there
+    replace: bool = False  # replace an existing bundle `out`
     trunk_written: dict[str, int] = field(default_factory=dict)  # CRC-32C by name
     _partial: Path = None
     _trunk_parts: dict = field(default_factory=dict)
@@ -85,7 +84,7 @@ class BundleWriter:
     _trunk_bytes: int = 0
     _trunk_header: bytes = b""
     _handles: dict = field(default_factory=dict)
-    _writing: Lock = field(default_factory=Lock)  # a place is sought and written to by one thread at a time
+    _writing: Lock = field(default_factory=Lock)  # for seek and write together
 
     def __enter__(self) -> "BundleWriter":
         self.out = Path(self.out)
@@ -99,7 +98,7 @@ class BundleWriter:
         if self.resumable:
             own.check(self._partial)
         else:
-            own.discard(self._partial)  # left by a run that was killed
+            own.discard(self._partial)  # of a run that was killed
         self._lay_out()
         if self.begun:
             self._check_what_is_there()
@@ -113,7 +112,7 @@ class BundleWriter:
 
     def __exit__(self, kind, error, trace) -> None:
         for handle in self._handles.values():
-            with suppress(OSError):  # what a full disk could not take; finish() has flushed what counts
+            with suppress(OSError):  # of a full disk; finish() has flushed what counts
                 handle.close()
         self._handles.clear()
         if kind is not None and not self.resumable:
@@ -134,17 +133,17 @@ class BundleWriter:
         self.trunk_written[name] = checksum
 
     def flush(self) -> None:
-        """Bring what was written to disk."""
+        """Sync what was written to disk."""
         for handle in self._handles.values():
             handle.flush()
             os.fsync(handle.fileno())
 
     def checksums(self, layer: int) -> dict[int, int]:
-        """Of a layer's records that were written, by expert."""
+        """The checksums of a layer's records that were written, by expert."""
         return {index: checksum for (at, index), checksum in self._checksums.items() if at == layer}
 
     def restore(self, layer: int, checksums: dict[int, int], trunk: dict[str, int]) -> None:
-        """Take a layer's records and trunk tensors as written by a run before this one, once they are read and checked.
+        """Accept a layer's records and trunk tensors of an earlier run, after reading and checking them.
 
         Raises ValueError where one is not what that run wrote.
         """
@@ -172,8 +171,7 @@ class BundleWriter:
     def write_expert(
         self, layer: int, index: int, matrices: list[Quantised], output_bias: list[np.ndarray] | None = None
     ) -> None:
-        """Write one expert's record: gate, up, down. output_bias: a float32 vector (rows,) of each, if the config says
-        so."""
+        """Write an expert's record: gate, up, down, and the float32 output bias (rows,) of each if the model has it."""
         file, offset, nbytes = self._records[layer, index]
         record = np.zeros(nbytes, np.uint8)
         for name, (at, part_bytes) in self._layout_of(self.experts[layer, index]).parts.items():
@@ -195,7 +193,7 @@ class BundleWriter:
             handle.write(data.data)
 
     def finish(self, publish: Callable[[str], None] | None = None) -> None:
-        """Write bundle.json, bring everything to disk and give the directory its real name.
+        """Write bundle.json, sync everything to disk and give the directory its final name.
 
         publish: called with the checksum that bundle.json has when nothing but the name is missing. Raises ValueError
         where the temporary directory has a file that is not of this bundle.
@@ -225,7 +223,7 @@ class BundleWriter:
 
     @property
     def _old(self) -> Path:
-        """What a bundle is called while it is replaced."""
+        """The name of a bundle while it is being replaced."""
         return self.out.with_name(self.out.name + ".old")
 
     def _rename(self) -> None:
@@ -240,7 +238,7 @@ class BundleWriter:
             own.discard(self._old)
 
     def _lay_out(self) -> None:
-        """Decide the files and where every record goes."""
+        """Choose the files, and the position of each record."""
         expected = {(layer, e) for layer in self.config.moe_layers for e in range(self.config.experts_of(layer))}
         if self.experts.keys() != expected:
             raise AssertionError(f"{len(self.experts)} experts to write, config has {len(expected)}")
@@ -265,14 +263,14 @@ class BundleWriter:
         self._lay_out_trunk()
 
     def _check_what_is_there(self) -> None:
-        """Raise ValueError when a file that another run wrote to is not there, or is not as long as it was."""
+        """Raise ValueError if a file of the earlier run is missing or has another length."""
         for name, size in ((TRUNK_FILE, self._trunk_bytes), *((name, size) for name, _, size in self._files)):
             file = self._partial / name
             if not file.is_file() or file.stat().st_size != size:
                 raise ValueError(f"{file}: what the unfinished run wrote is gone; remove its .work to start anew")
 
     def _reserve(self) -> None:
-        """Write the headers and give every file its full length, so that a full disk shows now."""
+        """Write the headers and give each file its full length, so that a full disk is noticed now."""
         needed = self._trunk_bytes + sum(size for _, _, size in self._files)
         there = sum(file.stat().st_size for file in self._partial.iterdir())
         free = shutil.disk_usage(self._partial).free
@@ -288,8 +286,8 @@ class BundleWriter:
 
     def _lay_out_trunk(self) -> None:
         shapes = trunk_shapes(self.config)
-        # Every part is aligned to its own type, and codes of 64 weights to what a GPU reads at once: they come first,
-        # those of lengths that keep the alignment of what follows before others.
+        # Each part is aligned to its type, and codes to 64 bytes, which a GPU reads at once: codes come first, and of
+        # these the ones whose length is a multiple of 64 bytes.
         tensors = []
         for name, shape in shapes.items():
             (encoding,) = self.trunk[name].encodings
@@ -359,7 +357,7 @@ class BundleWriter:
 
 
 def table_bytes(table: dict) -> bytes:
-    """The content of bundle.json, its checksum included."""
+    """The content of bundle.json, with its checksum."""
     return (json.dumps({**table, "checksum": table_checksum(table)}, indent=1) + "\n").encode()
 
 
@@ -376,6 +374,6 @@ def _padded(nbytes: int, alignment: int) -> int:
 
 
 def record_bytes_of(config: ModelConfig, packing: Packing) -> int:
-    """Bytes of one expert's record in a new bundle, padding included."""
+    """Bytes of an expert's record in a new bundle, with padding."""
     layout = record_layout(config.dim, config.expert_hidden, packing.encodings, config.expert_bias)
     return _padded(layout.bytes, record_alignment(config))
