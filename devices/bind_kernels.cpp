@@ -160,6 +160,17 @@ void bind_kernels(nb::module_& m) {
       nb::arg("kernels"), nb::arg("x"), nb::arg("weight"), nb::arg("eps"), "x / sqrt(mean(x^2) + eps) * weight.");
 
   m.def(
+      "layer_norm",
+      [](const std::string& kernels, ArrayIn<float, 1> x, ArrayIn<float, 1> weight, ArrayIn<float, 1> bias, float eps) {
+        expect(x.shape(0) == weight.shape(0) && x.shape(0) == bias.shape(0), "x, weight and bias differ in length");
+        std::vector<float> y(x.shape(0));
+        find_kernels(kernels).layer_norm(x.data(), weight.data(), bias.data(), eps, y.data(), int(y.size()));
+        return to_numpy(std::move(y), {x.shape(0)});
+      },
+      nb::arg("kernels"), nb::arg("x"), nb::arg("weight"), nb::arg("bias"), nb::arg("eps"),
+      "(x - mean(x)) / sqrt(var(x) + eps) * weight + bias.");
+
+  m.def(
       "gate_up",
       [](const std::string& kernels, ArrayIn<float, 1> gate, ArrayIn<float, 1> up, int activation) {
         expect(gate.shape(0) == up.shape(0), "gate and up differ in length");

@@ -131,6 +131,9 @@ struct Kernels {
   // y = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, int n);
 
+  // y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, float* y, int n);
+
   // gate = activation(gate) * up; activation: 0 silu, 1 gelu (tanh form)
   void (*gate_up)(float* gate, const float* up, int n, int activation);
 

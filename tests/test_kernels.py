@@ -375,6 +375,17 @@ def test_vector_kernels_are_near_numpy_and_equal_scalar(n):
         assert all(same_bits(call(name), got) for name in FAST_SETS)
 
 
+@pytest.mark.parametrize("n", [1, 15, 16, 80, 100, 2048])
+def test_a_layer_norm_is_near_numpy_far_from_zero_and_equals_scalar(n):
+    x, weight, bias = np.random.default_rng(n).standard_normal((3, n)).astype(np.float32)
+    x += 50
+    centred = x - x.mean(dtype=np.float64)
+    got = _core.layer_norm("scalar", x, weight, bias, 1e-2)
+    # The mean of x is rounded by 2e-6 at the most, and what is near 50 by as much.
+    assert np.allclose(got, centred / np.sqrt((centred**2).mean() + 1e-2) * weight + bias, rtol=0, atol=5e-5)
+    assert all(same_bits(_core.layer_norm(name, x, weight, bias, 1e-2), got) for name in FAST_SETS)
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 100, 128])
 def test_attention_is_near_numpy_and_equals_scalar(head_dim, half):

@@ -320,16 +320,9 @@ void quantise(const float* x, int cols, const Quantised& to) {
 
 }  // namespace avx2
 
-const Kernels kAvx2Kernels = {"avx2",
-                              avx2::kCodecKernels,
-                              int(std::size(avx2::kCodecKernels)),
-                              avx2::quantise,
-                              avx2::rms_norm,
-                              avx2::gate_up,
-                              avx2::attend_scores,
-                              avx2::attend_values,
-                              avx2::widen,
-                              avx2::add_scaled,
-                              avx2::softmax};
+const Kernels kAvx2Kernels = {"avx2",         avx2::kCodecKernels, int(std::size(avx2::kCodecKernels)),
+                              avx2::quantise, avx2::rms_norm,      avx2::layer_norm,
+                              avx2::gate_up,  avx2::attend_scores, avx2::attend_values,
+                              avx2::widen,    avx2::add_scaled,    avx2::softmax};
 
 }  // namespace edge_moe

@@ -383,16 +383,9 @@ void quantise(const float* x, int cols, const Quantised& to) {
 
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {"avx512",
-                                avx512::kCodecKernels,
-                                int(std::size(avx512::kCodecKernels)),
-                                avx512::quantise,
-                                avx512::rms_norm,
-                                avx512::gate_up,
-                                avx512::attend_scores,
-                                avx512::attend_values,
-                                avx512::widen,
-                                avx512::add_scaled,
-                                avx512::softmax};
+const Kernels kAvx512Kernels = {"avx512",         avx512::kCodecKernels, int(std::size(avx512::kCodecKernels)),
+                                avx512::quantise, avx512::rms_norm,      avx512::layer_norm,
+                                avx512::gate_up,  avx512::attend_scores, avx512::attend_values,
+                                avx512::widen,    avx512::add_scaled,    avx512::softmax};
 
 }  // namespace edge_moe

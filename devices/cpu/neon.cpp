@@ -17,16 +17,9 @@ namespace neon {
 
 }  // namespace neon
 
-const Kernels kNeonKernels = {"neon",
-                              neon::kCodecKernels,
-                              int(std::size(neon::kCodecKernels)),
-                              neon::quantise,
-                              neon::rms_norm,
-                              neon::gate_up,
-                              neon::attend_scores,
-                              neon::attend_values,
-                              neon::widen,
-                              neon::add_scaled,
-                              neon::softmax};
+const Kernels kNeonKernels = {"neon",         neon::kCodecKernels, int(std::size(neon::kCodecKernels)),
+                              neon::quantise, neon::rms_norm,      neon::layer_norm,
+                              neon::gate_up,  neon::attend_scores, neon::attend_values,
+                              neon::widen,    neon::add_scaled,    neon::softmax};
 
 }  // namespace edge_moe

@@ -17,16 +17,10 @@ namespace neon_i8mm {
 
 }  // namespace neon_i8mm
 
-const Kernels kNeonI8mmKernels = {"neon_i8mm",
-                                  neon_i8mm::kCodecKernels,
-                                  int(std::size(neon_i8mm::kCodecKernels)),
-                                  neon_i8mm::quantise,
-                                  neon_i8mm::rms_norm,
-                                  neon_i8mm::gate_up,
-                                  neon_i8mm::attend_scores,
-                                  neon_i8mm::attend_values,
-                                  neon_i8mm::widen,
-                                  neon_i8mm::add_scaled,
-                                  neon_i8mm::softmax};
+const Kernels kNeonI8mmKernels = {
+    "neon_i8mm",         neon_i8mm::kCodecKernels, int(std::size(neon_i8mm::kCodecKernels)),
+    neon_i8mm::quantise, neon_i8mm::rms_norm,      neon_i8mm::layer_norm,
+    neon_i8mm::gate_up,  neon_i8mm::attend_scores, neon_i8mm::attend_values,
+    neon_i8mm::widen,    neon_i8mm::add_scaled,    neon_i8mm::softmax};
 
 }  // namespace edge_moe

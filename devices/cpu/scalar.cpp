@@ -165,16 +165,9 @@ constexpr CodecKernels kCodecKernels[] = {
 
 }  // namespace scalar
 
-const Kernels kScalarKernels = {"scalar",
-                                scalar::kCodecKernels,
-                                int(std::size(scalar::kCodecKernels)),
-                                scalar::quantise,
-                                scalar::rms_norm,
-                                scalar::gate_up,
-                                scalar::attend_scores,
-                                scalar::attend_values,
-                                scalar::widen,
-                                scalar::add_scaled,
-                                scalar::softmax};
+const Kernels kScalarKernels = {"scalar",         scalar::kCodecKernels, int(std::size(scalar::kCodecKernels)),
+                                scalar::quantise, scalar::rms_norm,      scalar::layer_norm,
+                                scalar::gate_up,  scalar::attend_scores, scalar::attend_values,
+                                scalar::widen,    scalar::add_scaled,    scalar::softmax};
 
 }  // namespace edge_moe

@@ -63,6 +63,27 @@ void rms_norm(const float* x, const float* weight, float eps, float* y, int n) {
   for (int i = 0; i < n; ++i) y[i] = x[i] * inverse * weight[i];
 }
 
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, float* y, int n) {
+  Lanes sums = {}, squares = {};
+  float some[kLanes];
+  // each(values) of sixteen at a time, shifted by `shift`; the last are filled up with zeros
+  const auto in_lanes = [&](float shift, auto each) {
+    const int whole = n / kLanes * kLanes;
+    for (int i = 0; i < whole; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) some[j] = x[i + j] - shift;
+      each();
+    }
+    if (whole == n) return;
+    for (int j = 0; j < kLanes; ++j) some[j] = whole + j < n ? x[whole + j] - shift : 0.0f;
+    each();
+  };
+  in_lanes(0.0f, [&] { add_values(sums, some); });
+  const float mean = fold(sums) / float(n);
+  in_lanes(mean, [&] { add_products(squares, some, some); });
+  const float inverse = 1.0f / std::sqrt(fold(squares) / float(n) + eps);
+  for (int i = 0; i < n; ++i) y[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
+}
+
 void gate_up(float* gate, const float* up, int n, int activation) {
   if (activation == 0)
     for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], 0);

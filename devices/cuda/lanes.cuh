@@ -63,4 +63,18 @@ __device__ __forceinline__ float inverse_norm(const float* x, int n, float eps) 
   return 1.0f / sqrtf(fold_lanes(sum) / float(n) + eps);
 }
 
+// The mean of x and 1 / sqrt(variance + eps), likewise.
+struct Moments {
+  float mean, inverse;
+};
+__device__ __forceinline__ Moments moments(const float* x, int n, float eps) {
+  float sum = 0.0f, squares = 0.0f;
+  EDGE_MOE_UNROLL_8
+  for (int i = int(threadIdx.x) % kLanes; i < n; i += kLanes) sum = sum + x[i];
+  const float mean = fold_lanes(sum) / float(n);
+  EDGE_MOE_UNROLL_8
+  for (int i = int(threadIdx.x) % kLanes; i < n; i += kLanes) squares = squares + (x[i] - mean) * (x[i] - mean);
+  return {mean, 1.0f / sqrtf(fold_lanes(squares) / float(n) + eps)};
+}
+
 }  // namespace edge_moe::cuda

@@ -16,6 +16,15 @@ constexpr int kAhead = 16;         // weights that a lane loads at a time
 
 // ---- norms, embeddings, float products
 
+// The block's vector, where `into` has codes.
+__device__ __forceinline__ void quantise_normed(const float* values, int n, const VectorBuffer& into) {
+  if (!into.codes) return;
+  __syncthreads();
+  EDGE_MOE_NO_UNROLL
+  for (int block = int(threadIdx.x) / kWarp; block * kBlock < n; block += kNormThreads / kWarp)
+    quantise_block(values + block * kBlock, n - block * kBlock, into, blockIdx.x * into.blocks() + block);
+}
+
 EDGE_MOE_KERNEL(kNormThreads)
 rms_norm_kernel(const float* x, const float* weight, float eps, int n, float* y, VectorBuffer into) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
@@ -29,11 +38,24 @@ rms_norm_kernel(const float* x, const float* weight, float eps, int n, float* y,
     values[i] = values[i] * inverse * weight[i];
     y[size_t(blockIdx.x) * n + i] = values[i];
   }
-  if (!into.codes) return;
+  quantise_normed(values, n, into);
+}
+
+EDGE_MOE_KERNEL(kNormThreads)
+layer_norm_kernel(const float* x, const float* weight, const float* bias, float eps, int n, float* y,
+                  VectorBuffer into) {
+  EDGE_MOE_DYNAMIC_SHARED(shared);
+  float* values = reinterpret_cast<float*>(shared);
+  const float* from = x + size_t(blockIdx.x) * n;
+  for (int i = int(threadIdx.x); i < n; i += kNormThreads) values[i] = from[i];
   __syncthreads();
-  EDGE_MOE_NO_UNROLL
-  for (int block = int(threadIdx.x) / kWarp; block * kBlock < n; block += kNormThreads / kWarp)
-    quantise_block(values + block * kBlock, n - block * kBlock, into, blockIdx.x * into.blocks() + block);
+  const Moments of = moments(values, n, eps);
+  __syncthreads();
+  for (int i = int(threadIdx.x); i < n; i += kNormThreads) {
+    values[i] = (values[i] - of.mean) * of.inverse * weight[i] + bias[i];
+    y[size_t(blockIdx.x) * n + i] = values[i];
+  }
+  quantise_normed(values, n, into);
 }
 
 EDGE_MOE_KERNEL(kThreads) embed_kernel(Matrix m, const int32_t* ids, float scale, float* y) {
@@ -159,6 +181,12 @@ void rms_norm(const float* x, const float* weight, float eps, int vectors, int n
               Stream stream) {
   EDGE_MOE_LAUNCH(rms_norm_kernel, dim3(unsigned(vectors)), dim3(kNormThreads), size_t(n) * sizeof(float), stream, x,
                   weight, eps, n, y, into);
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int vectors, int n, float* y,
+                const VectorBuffer& into, Stream stream) {
+  EDGE_MOE_LAUNCH(layer_norm_kernel, dim3(unsigned(vectors)), dim3(kNormThreads), size_t(n) * sizeof(float), stream, x,
+                  weight, bias, eps, n, y, into);
 }
 
 void embed(const Matrix& matrix, const int32_t* ids, int count, float scale, float* y, Stream stream) {

@@ -10,7 +10,11 @@ namespace edge_moe::cuda {
 void rms_norm(const float* x, const float* weight, float eps, int vectors, int n, float* y, const VectorBuffer& into,
               Stream stream);
 
-// y (count, cols) = rows ids[i] of a matrix of any width, times scale
+// y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias, likewise.
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int vectors, int n, float* y,
+                const VectorBuffer& into, Stream stream);
+
+// y (count, cols): rows ids[i] of a matrix of any width, times scale
 void embed(const Matrix& matrix, const int32_t* ids, int count, float scale, float* y, Stream stream);
 
 // Computes jobs of bfloat16 or float32 matrices (width 16 or 32) with x (vectors, cols).

@@ -43,6 +43,9 @@ void down(const ExpertJob*, int, const VectorBuffer&, float*, const RankedSum&, 
 void products(const ProductJob*, int, const VectorBuffer&, Stream) { refuse(); }
 
 void rms_norm(const float*, const float*, float, int, int, float*, const VectorBuffer&, Stream) { refuse(); }
+void layer_norm(const float*, const float*, const float*, float, int, int, float*, const VectorBuffer&, Stream) {
+  refuse();
+}
 void embed(const Matrix&, const int32_t*, int, float, float*, Stream) { refuse(); }
 void float_product(const ProductJob*, int, const float*, Stream) { refuse(); }
 void add_bias(float*, const float*, int, int, Stream) { refuse(); }

@@ -11,21 +11,28 @@ namespace {
 
 const cuda::VectorBuffer kNone{};
 
-void check_norm() {
-  for (int n : {1, 15, 64, 100, 2048})
-    for (bool quantised : {false, true}) {
-      const int vectors = 2;
-      const Floats x = floats(size_t(vectors) * n), weight = floats(size_t(n));
-      Vectors want(vectors, n), got(vectors, n);
-      for (int t = 0; t < vectors; ++t)
-        kScalarKernels.rms_norm(&x[size_t(t) * n], weight.data(), 1e-5f, &want.values[size_t(t) * n], n);
-      if (quantised) want.quantise();
-      cuda::rms_norm(x.data(), weight.data(), 1e-5f, vectors, n, got.values.data(), quantised ? got.buffer() : kNone,
-                     nullptr);
-      compare("norm of " + std::to_string(n), got.values, want.values);
-      compare("norm of " + std::to_string(n) + ", codes", got.codes, want.codes);
-      compare("norm of " + std::to_string(n) + ", sums", got.sums[1], want.sums[1]);
-    }
+void check_norm(int n, bool quantised, bool of_layer) {
+  const int vectors = 2;
+  const Floats x = floats(size_t(vectors) * n), weight = floats(size_t(n)), bias = floats(size_t(n));
+  Vectors want(vectors, n), got(vectors, n);
+  for (int t = 0; t < vectors; ++t) {
+    const float* from = &x[size_t(t) * n];
+    float* to = &want.values[size_t(t) * n];
+    if (of_layer)
+      kScalarKernels.layer_norm(from, weight.data(), bias.data(), 1e-5f, to, n);
+    else
+      kScalarKernels.rms_norm(from, weight.data(), 1e-5f, to, n);
+  }
+  if (quantised) want.quantise();
+  const cuda::VectorBuffer into = quantised ? got.buffer() : kNone;
+  if (of_layer)
+    cuda::layer_norm(x.data(), weight.data(), bias.data(), 1e-5f, vectors, n, got.values.data(), into, nullptr);
+  else
+    cuda::rms_norm(x.data(), weight.data(), 1e-5f, vectors, n, got.values.data(), into, nullptr);
+  const std::string what = (of_layer ? "layer norm of " : "norm of ") + std::to_string(n);
+  compare(what, got.values, want.values);
+  compare(what + ", codes", got.codes, want.codes);
+  compare(what + ", sums", got.sums[1], want.sums[1]);
 }
 
 // Matrices of every width as embeddings, and those of floats as routers.
@@ -219,7 +226,9 @@ void check_attention(const Shape& s, int position, int tokens) {
 }  // namespace
 
 void check_layer() {
-  check_norm();
+  for (int n : {1, 15, 64, 100, 2048})
+    for (bool quantised : {false, true})
+      for (bool of_layer : {false, true}) check_norm(n, quantised, of_layer);
   check_floats();
   check_sums();
   for (bool half : {true, false})

@@ -163,6 +163,8 @@ static void check_vectors(const Kernels& kernels, bool reference) {
       };
     };
     both("rms_norm" + of, in_place([&](const Kernels& its, float* y) { its.rms_norm(y, b.data(), 1e-6f, y, n); }));
+    both("layer_norm" + of,
+         in_place([&](const Kernels& its, float* y) { its.layer_norm(y, b.data(), q.data(), 1e-6f, y, n); }));
     both("silu" + of, in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, 0); }));
     both("gelu" + of, in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, 1); }));
     both("softmax" + of, in_place([&](const Kernels& its, float* y) { its.softmax(y, 0, n); }));
