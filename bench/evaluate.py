@@ -59,15 +59,17 @@ def evaluate(
     }
 
 
-def checkpoint_logits(directory: str | Path, most_bytes: int | None = None):
+def checkpoint_logits(directory: str | Path, most_bytes: int | None = None, context: int = 0):
     """A checkpoint's config, and a function from token ids to full-precision logits by the reference forward pass.
 
-    most_bytes: the maximum of tensors kept in memory; None keeps all of them.
+    most_bytes: the maximum of tensors kept in memory; None keeps all of them. context: the context that a Runtime would
+    be planned for; 0 is the length of each text.
     """
     from ..compressor.source.checkpoint import Checkpoint
 
     checkpoint = Cached(Checkpoint(directory), most_bytes)
-    return checkpoint.config, lambda ids: reference.forward(checkpoint.config, checkpoint, ids)
+    config = checkpoint.config.planned(context) if context else checkpoint.config
+    return config, lambda ids: reference.forward(config, checkpoint, ids)
 
 
 class Remembered:

@@ -192,7 +192,7 @@ def _opened(model: str, ram: int, context: int, threads: int | None):
     from .evaluate import checkpoint_logits
 
     least, _ = checkpoint_bytes(load_config(model), context)
-    config, logits = checkpoint_logits(model, max(parse_bytes(ram) - least, 0))
+    config, logits = checkpoint_logits(model, max(parse_bytes(ram) - least, 0), context)
 
     def blocks(ids) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(logits(ids), np.float32)

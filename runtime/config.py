@@ -1,7 +1,7 @@
 """What a model is: its sizes and its layers, as the families of runtime/models read them from a config.json."""
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .layers.attention import Attention
 from .layers.latent import LatentAttention
@@ -32,11 +32,13 @@ class ModelConfig:
     context: int  # longest context the model was made for, in tokens
     layers: tuple[Layer, ...]
     activation: str = "silu"  # silu | gelu_tanh, of every MLP
+    norm: str = "rms"  # rms | layer, of the residual stream: an RMSNorm, or a LayerNorm with a bias
     norm_eps: float = 1e-6
     embedding_scale: float = 1.0  # of the embeddings on their way into the residual stream
     residual_scale: float = 1.0  # of what attention and MLP add to it
     logits_scale: float = 1.0
     tied_head: bool = False  # the output head is the embedding
+    head_bias: bool = False  # added to the logits
     eos_tokens: tuple[int, ...] = ()
     kept: tuple[tuple[int, ...], ...] = ()  # by layer, the checkpoint's numbers of the experts left; () is all of them
     layer_top_k: tuple[int, ...] = ()  # by layer, 0 in a dense one; () is top_k everywhere
@@ -121,6 +123,11 @@ class ModelConfig:
         """Experts of all layers together."""
         return sum(self.experts_of(layer) for layer in range(self.layer_count))
 
+    def planned(self, context: int) -> "ModelConfig":
+        """The model as a run of `context` tokens computes it, however long its sequences come to be."""
+        its = (replace(layer.attention, rope=layer.attention.rope.planned(context)) for layer in self.layers)
+        return replace(self, layers=tuple(map(Layer, its, (layer.mlp for layer in self.layers))))
+
     def has_experts(self, layer: int) -> bool:
         return isinstance(self.layers[layer].mlp, Experts)
 
@@ -167,12 +174,18 @@ def trunk_kind(name: str) -> str:
 def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that is not a routed expert, by canonical name, in the order it is used."""
     dim = config.dim
+
+    def norm(name: str) -> dict[str, tuple[int, ...]]:
+        return {name: (dim,)} | ({f"{name}_bias": (dim,)} if config.norm == "layer" else {})
+
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab, dim)}
     for at, layer in enumerate(config.layers):
-        parts = {"attention_norm": (dim,), **layer.attention.shapes(dim), "mlp_norm": (dim,)}
+        parts = {**norm("attention_norm"), **layer.attention.shapes(dim), **norm("mlp_norm")}
         parts |= layer.mlp.shapes(dim, config.experts_of(at))
         shapes |= {f"layers.{at}.{part}": shape for part, shape in parts.items()}
-    shapes["output_norm"] = (dim,)
+    shapes |= norm("output_norm")
     if not config.tied_head:
         shapes["head"] = (config.vocab, dim)
+    if config.head_bias:
+        shapes["head_bias"] = (config.vocab,)
     return shapes

@@ -183,7 +183,8 @@ def engine_config(
     c.activation = {"silu": 0, "gelu_tanh": 1}[config.activation]
     c.experts = [config.experts_of(layer) for layer in range(config.layer_count)]
     c.top_k = [config.top_k_of(layer) for layer in range(config.layer_count)]
-    c.sigmoid_score = {"softmax": False, "sigmoid": True}[router.score]
+    c.layer_norm = {"rms": False, "layer": True}[config.norm]
+    c.router_score, c.router_threshold = getattr(_core.RouterScore, router.score), router.threshold
     c.group_top2sum = {"max": False, "top2sum": True}[router.group_score]
     c.renormalise = router.renormalise
     c.groups, c.top_groups = router.groups, router.top_groups
@@ -196,7 +197,7 @@ def engine_config(
 
 def attention_config(attention: Attention | LatentAttention, context: int) -> _core.AttentionConfig:
     """The core's form of one kind of attention, over `context` positions."""
-    a, rope = _core.AttentionConfig(), attention.rope
+    a, rope = _core.AttentionConfig(), attention.rope.planned(context)
     a.heads, a.kv_heads, a.head_dim, a.v_dim = (
         attention.heads,
         attention.kv_heads,

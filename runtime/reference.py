@@ -14,7 +14,8 @@ import math
 import numpy as np
 
 from .config import ModelConfig
-from .layers.arrays import ACTIVATIONS, array, product, rms_norm, sigmoid, softmax
+from .layers import sparsemixer
+from .layers.arrays import ACTIVATIONS, array, layer_norm, product, rms_norm, sigmoid, softmax
 from .layers.attention import attend
 
 NO_BIAS = (None, None, None)  # of gate, up and down
@@ -56,9 +57,18 @@ def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None):
 
 def head(config: ModelConfig, weights, x, xp=np):
     """Logits (sequences, tokens, vocab) for the last layer's output x (sequences, tokens, dim)."""
-    h = rms_norm(x, weights.trunk("output_norm"), config.norm_eps, xp)
+    h = norm(config, weights, "output_norm", x, xp)
     logits = product(weights, "embedding" if config.tied_head else "head", h, xp)
+    if config.head_bias:
+        logits = logits + array(weights.trunk("head_bias"), xp)
     return logits if config.logits_scale == 1 else logits * config.logits_scale
+
+
+def norm(config: ModelConfig, weights, name: str, x, xp=np):
+    """One of the residual stream's norms, by canonical name, of x (..., dim)."""
+    if config.norm == "rms":
+        return rms_norm(x, weights.trunk(name), config.norm_eps, xp)
+    return layer_norm(x, weights.trunk(name), weights.trunk(f"{name}_bias"), config.norm_eps, xp)
 
 
 def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
@@ -72,7 +82,7 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
         return product(weights, f"layers.{layer}.{name}", x, xp)
 
     # attention norm
-    h = rms_norm(x, trunk("attention_norm"), config.norm_eps, xp)
+    h = norm(config, weights, f"layers.{layer}.attention_norm", x, xp)
 
     # q k v: (sequences, tokens, heads of that kind, head_dim or v_dim)
     q, k, v = its.qkv(trunk, times, h, config.norm_eps, xp)
@@ -87,7 +97,7 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
 
 def mlp_input(config: ModelConfig, weights, layer: int, x, xp=np):
     """The normalised input of a layer's experts, (rows, dim), from x (sequences, tokens, dim)."""
-    h = rms_norm(x, weights.trunk(f"layers.{layer}.mlp_norm"), config.norm_eps, xp)
+    h = norm(config, weights, f"layers.{layer}.mlp_norm", x, xp)
     return h.reshape(-1, x.shape[-1])
 
 
@@ -106,6 +116,10 @@ def route(config: ModelConfig, weights, layer: int, h, xp=np):
     Ties go to the lower index. If the chosen groups have fewer experts than top_k, which only dropping experts can
     cause, the row has fewer: the rest is -1 with weight 0.
     """
+    if config.router.score == "sparsemixer":
+        logits = np.asarray(router_logits(weights, layer, h, xp))
+        chosen, p = sparsemixer.choose(logits, config.top_k_of(layer), config.router.threshold)
+        return chosen, array(sparsemixer.weights_of(chosen, p), xp) * config.routing_scale
     scores = router_scores(config, weights, layer, h, xp)  # (rows, experts)
     chosen = choose_experts(config, weights, layer, np.asarray(scores))
     routing_weights = xp.take_along_axis(scores, array(chosen.clip(0), xp), axis=-1)
@@ -163,9 +177,15 @@ def kept_by_router(mask_router, h, routing_weights, price: float, losses: bool):
 
 
 def router_scores(config: ModelConfig, weights, layer: int, h, xp=np):
-    """The router scores of a layer, (rows, experts)."""
-    logits = h @ array(weights.trunk(f"layers.{layer}.router"), xp).T
-    return (softmax if config.router.score == "softmax" else sigmoid)(logits, xp)
+    """The score of each expert of a layer for each row, (rows, experts).
+
+    For sparsemixer this is a softmax, which tells how close an expert is to being chosen, not its routing weight.
+    """
+    return (sigmoid if config.router.score == "sigmoid" else softmax)(router_logits(weights, layer, h, xp), xp)
+
+
+def router_logits(weights, layer: int, h, xp=np):
+    return h @ array(weights.trunk(f"layers.{layer}.router"), xp).T
 
 
 def choose_experts(config: ModelConfig, weights, layer: int, scores: np.ndarray) -> np.ndarray:

@@ -5,12 +5,12 @@ present, transformers takes `rope_scaling` and ignores the other with its theta,
 if that would make a difference. layers/rope.py computes the angles.
 """
 
-from .config_keys import Keys, check_agree
-from .layers.rope import Rope, YarnScaling, magnitude
+from .config_keys import MAX_NUMBER, Keys, check_agree
+from .layers.rope import LongRope, Rope, Stretch, YarnScaling, magnitude
 
 DEFAULT_THETA = 1e4  # for architectures without a default of their own
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
-TYPES = ("default", "linear", "yarn")
+TYPES = ("default", "linear", "yarn")  # that all families have but those that say else
 NEW, OLD = "rope_parameters", "rope_scaling"
 
 
@@ -23,12 +23,14 @@ def read_rope(
     interleaved: bool = False,
     scales_softmax: bool = False,
     ntk_alpha: bool = False,
+    types: tuple[str, ...] = TYPES,
 ) -> Rope:
     """Read the RoPE parameters of attention heads with `head_dim` dimensions to which RoPE may apply.
 
     of: size of the whole head, if larger; partial: the default share of head_dim that is rotated, None if it is always
     all; scales_softmax: whether the architecture applies a scaling type's factor to the softmax; ntk_alpha: whether it
-    has type dynamic with a fixed alpha. Raises ValueError for an unsupported type and for spellings that disagree.
+    has type dynamic with a fixed alpha; types: the scaling types that it has. Raises ValueError for an unsupported type
+    and for spellings that disagree.
     """
     rope, where = _merged(keys), keys.where
     scaling = rope.any("rope_type", "type", default="default")
@@ -36,20 +38,22 @@ def read_rope(
     if ntk_alpha and scaling == "dynamic" and rope.raw.get("alpha") and head_dim > 2:
         theta *= rope.number("alpha") ** (head_dim / (head_dim - 2))
         scaling = "default"
-    if scaling not in TYPES:
-        raise ValueError(f"{where}: rope type {scaling!r} is not supported; supported are {', '.join(TYPES)}")
+    if scaling not in types:
+        raise ValueError(f"{where}: rope type {scaling!r} is not supported; supported are {', '.join(types)}")
     share = rope.number("partial_rotary_factor", default=1.0 if partial is None else partial)
     if of and share == head_dim / of:
         share = 1.0
     if (partial is None and share != 1.0) or not 0 < share <= 1:
         raise ValueError(f"{where}: partial_rotary_factor other than 1 is not supported for {keys.kind}, found {share}")
-    factor = 1.0 if scaling == "default" else rope.number("factor")
+    factor = 1.0 if scaling in ("default", "longrope") else rope.number("factor")
     if theta <= 0 or factor <= 0:
         raise ValueError(f"{where}: rope_theta and factor must be above 0, found {theta} and {factor}")
     values = {"dim": int(head_dim * share), "theta": theta, "interleaved": interleaved}
     mscale = rope.number("mscale_all_dim", default=0.0) if scales_softmax and scaling != "default" else 0.0
     if mscale:
         values["softmax_factor"] = magnitude(factor, mscale) ** 2
+    if scaling == "longrope":
+        return Rope(**values, long=_long_rope(rope, values["dim"] // 2, keys.count("max_position_embeddings")))
     if scaling == "yarn":
         return Rope(**values, yarn=_yarn(rope, theta, factor, keys.count("max_position_embeddings")))
     return Rope(**values, factor=factor)
@@ -77,6 +81,23 @@ def _yarn(rope: Keys, theta: float, factor: float, context: int) -> YarnScaling:
     if yarn.beta_fast <= 0 or yarn.beta_slow <= 0 or theta <= 1:
         raise ValueError(f"{rope.where}: rope type yarn needs beta_fast and beta_slow above 0 and rope_theta above 1")
     return yarn
+
+
+def _long_rope(rope: Keys, pairs: int, context: int) -> LongRope:
+    def stretch(length: str) -> Stretch:
+        key = f"{length}_factor"
+        factors = rope.any(key)
+        if not isinstance(factors, list) or len(factors) != pairs:
+            found = f"{len(factors)} values" if isinstance(factors, list) else repr(factors)
+            wanted = f"a list of {pairs} numbers, one for each pair of dimensions that is turned"
+            raise ValueError(f"{rope.where}: {key} is {found}, expected {wanted}")
+        for factor in factors:
+            if type(factor) not in (int, float) or not 0 < factor <= MAX_NUMBER:
+                raise ValueError(f"{rope.where}: {key} has {factor!r}, expected numbers above 0 to {MAX_NUMBER:g}")
+        return Stretch(tuple(map(float, factors)), rope.above_zero(f"{length}_mscale"))
+
+    original = rope.count("original_max_position_embeddings", default=context)
+    return LongRope(original, stretch("short"), stretch("long"))
 
 
 def _merged(keys: Keys) -> Keys:

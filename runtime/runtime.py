@@ -48,6 +48,7 @@ class Runtime:
     bundle: path of NAME.emoe.
     ram: upper bound of this process's peak memory: "8GB", "8GiB", a number of bytes, or "auto", 80 % of free memory.
     context: length of the KV cache in tokens, by default 4096, or the model's maximum if that is smaller.
+        LongRoPE chooses its factors by it.
     device: "cpu", "cuda", or "auto": a GPU if this build has code for one.
     threads: for computation, by default as many as the process may use.
     prune: which of its experts a token may skip, for calls that do not say: "off"; a share of expert uses, as 0.2;

@@ -203,6 +203,24 @@ CONFIGS = {
         "attention_bias": True,
         "tie_word_embeddings": True,
     },
+    "phimoe": {
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.45,  # with less, what rounding does to random weights moves more experts in and out
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 2.5, 3.0],
+            "long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0],
+            "short_mscale": 1.2,
+            "long_mscale": 1.4,
+        },
+    },
     "hunyuan_v1_moe": {
         "head_dim": 24,
         "intermediate_size": 32,
@@ -296,7 +314,7 @@ def random_model(architecture: str, seed: int, **changes):
     random = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         drawn = torch.randn(weight.shape, generator=random)
-        if "norm" in name:
+        if "norm" in name and not name.endswith("bias"):
             drawn = 1 + 0.3 * drawn
         elif "embed_tokens" in name:
             drawn *= 0.3 if config.get_text_config().tie_word_embeddings else 1.0

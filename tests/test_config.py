@@ -9,7 +9,7 @@ from edge_moe.runtime.config_file import ARCHITECTURES, load_config, parse_confi
 from edge_moe.runtime.layers.attention import Attention
 from edge_moe.runtime.layers.latent import LatentAttention
 from edge_moe.runtime.layers.mlp import Dense, Experts, RouterConfig
-from edge_moe.runtime.layers.rope import Rope, YarnScaling
+from edge_moe.runtime.layers.rope import LongRope, Rope, Stretch, YarnScaling
 
 SHAPES = {
     "hidden_size": 64,
@@ -211,6 +211,34 @@ def test_an_old_rope_object_beside_the_new_one_adds_its_scaling():
     rope["rope_scaling"]["factor"] = 4.0
     config = parse_config(hub("qwen3_moe", **rope))
     assert config.attention.rope == Rope(32, 5000.0, factor=4.0)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "longrope"}, "rope_theta": 5000.0, "original_max_position_embeddings": 64},
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 5000.0, "original_max_position_embeddings": 64}},
+    ],
+)
+def test_phimoe_is_read_in_each_spelling(rope):
+    lists = {"short_factor": [1] * 8, "long_factor": [2.5] * 8, "short_mscale": 1.25, "long_mscale": 1.5}
+    rope = {key: {**its, **lists} if isinstance(its, dict) else its for key, its in rope.items()}
+    own = {"intermediate_size": 96, "num_local_experts": 8, "attention_bias": True, "lm_head_bias": True}
+    own |= {"router_jitter_noise": 0.25, "input_jitter_noise": 0.01, "sliding_window": 256, "rms_norm_eps": 1e-5}
+    config = parse_config({"model_type": "phimoe", **SHAPES, **own, **rope})
+    long = LongRope(64, Stretch((1.0,) * 8, 1.25), Stretch((2.5,) * 8, 1.5))
+    assert config == expected(
+        "phimoe",
+        Attention(4, 2, 16, Rope(16, 5000.0, long=long), bias=True, output_bias=True, window=256),
+        Experts(8, 2, 96, RouterConfig("sparsemixer", threshold=0.5)),
+        norm="layer",
+        norm_eps=1e-5,
+        head_bias=True,
+    )
+    shapes = trunk_shapes(config)
+    assert list(shapes)[1:3] == ["layers.0.attention_norm", "layers.0.attention_norm_bias"]
+    biases = {name: shapes[name] for name in ("layers.2.mlp_norm_bias", "output_norm_bias", "head_bias")}
+    assert biases == {"layers.2.mlp_norm_bias": (64,), "output_norm_bias": (64,), "head_bias": (128,)}
 
 
 def test_a_dense_model_is_called_so():

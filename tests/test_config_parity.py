@@ -17,6 +17,8 @@ transformers = pytest.importorskip("transformers")
 
 NO_DEFAULTS = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}  # that a model could have
 LINEAR = {"type": "linear", "factor": 4.0}
+LONG = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0], "long_factor": [9.0] * 8}
+LONG |= {"short_mscale": 1.3, "long_mscale": 2.0}
 
 
 def set_config(directory, without=(), **changes) -> None:
@@ -60,6 +62,9 @@ def test_an_absent_key_means_what_it_means_to_transformers(kind):
         ("deepseek_v3", {"rope_parameters": {**LINEAR, "mscale_all_dim": 1.5, "rope_theta": 1e4}}),
         ("deepseek_v3", {"rope_parameters": {"type": "default", "factor": 4.0, "mscale_all_dim": 1.5}}),
         ("deepseek_v3", {"rope_parameters": {"type": "yarn", "factor": 4.0, "mscale_all_dim": 1.5}}),
+        ("phimoe", {"rope_scaling": LONG, "rope_theta": 500.0, "original_max_position_embeddings": 64}),
+        ("phimoe", {"rope_parameters": LONG}),  # the original context is the model's
+        ("phimoe", {}),
         ("qwen3_moe", {"rope_parameters": {**LINEAR, "mscale_all_dim": 1.5, "rope_theta": 1e4}}),
     ],
 )
@@ -75,6 +80,7 @@ def test_rotary_position_in_every_spelling_is_that_of_transformers(tmp_path, kin
         ("deepseek_v3", {"n_shared_experts": 1, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3,
                          "num_hidden_layers": 4}),
         ("mixtral", {"num_attention_heads": 8, "num_key_value_heads": 8}),
+        ("phimoe", {"router_jitter_noise": 0.01, "num_local_experts": 16, "rms_norm_eps": 1e-5}),
         ("qwen2_moe", {"num_attention_heads": 16, "num_key_value_heads": 16, "mlp_only_layers": []}),
     ],
 )  # fmt: skip

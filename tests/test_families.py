@@ -27,6 +27,9 @@ from edge_moe.runtime.config_file import ARCHITECTURES, load_config, parse_confi
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS
 
+LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+LONG_ROPE |= {"short_mscale": 1.0, "long_mscale": 1.0, "original_max_position_embeddings": 64}
+
 
 def test_every_family_has_golden_logits():
     five = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3"}
@@ -39,7 +42,8 @@ def test_a_compressed_model_predicts_what_transformers_does(mixed, golden, name)
     with Runtime(mixed(name), context=64, logits_rows=LOGITS_ROWS) as runtime:
         result = evaluate(runtime, ids, context=32, against=lambda window: want[: len(window)])
         assert result["tokens"] == 31
-        assert result["kld_mean"] < 0.1  # 0.015 to 0.08 at 8 bits, of random weights
+        # 0.01 to 0.08 at 8 bits, of random weights; 0.10 of sparsemixer's, which jump where an expert comes near
+        assert result["kld_mean"] < (0.2 if runtime.config.router.score == "sparsemixer" else 0.1)
 
 
 @pytest.mark.parametrize("hub", [True, False])
@@ -120,6 +124,35 @@ def test_what_is_new_about_an_unknown_family_is_said():
         (
             {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense"], "num_hidden_layers": 2},
             "mlp_layer_types is .'dense'., expected dense or sparse for every layer",
+        ),
+        ({"model_type": "phimoe", "num_experts_per_tok": 1}, "num_experts_per_tok is 1, expected 2"),
+        (
+            {"model_type": "phimoe", "router_jitter_noise": "0.01"},
+            "router_jitter_noise is '0.01', expected a number from 0 to",
+        ),
+        ({"model_type": "phimoe", "lm_head_bias": 1}, "lm_head_bias is 1, expected true or false"),
+        (
+            {"model_type": "phimoe", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope type 'linear' is not supported; supported are default, longrope",
+        ),
+        *(
+            ({"model_type": "phimoe", "rope_scaling": {**LONG_ROPE, **change}}, message)
+            for change, message in [
+                (
+                    {"short_factor": [1.0] * 7},
+                    "short_factor is 7 values, expected a list of 8 numbers, one for each pair",
+                ),
+                ({"long_factor": 2.0}, "long_factor is 2.0, expected a list of 8 numbers, one for each pair"),
+                ({"long_factor": None}, "key 'long_factor' is missing"),
+                ({"long_factor": [2.0] * 7 + [0]}, r"long_factor has 0, expected numbers above 0 to 1e\+30"),
+                ({"short_factor": [True] * 8}, r"short_factor has True, expected numbers above 0 to 1e\+30"),
+                ({"short_mscale": None}, "key 'short_mscale' is missing"),
+                ({"long_mscale": 0}, "long_mscale is 0, expected a number above 0"),
+                (
+                    {"original_max_position_embeddings": 64.5},
+                    "original_max_position_embeddings is 64.5, expected a whole",
+                ),
+            ]
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,10 +38,12 @@ def random(*shape, seed=0) -> np.ndarray:
 # ---- gradients
 
 
-def test_a_norm_passes_its_gradient_on():
-    x, weight, g, direction = (random(3, 16, seed=i) for i in range(4))
-    want = slope(lambda at: (reference.rms_norm(at, weight[0], 1e-5) * g).sum(), x, direction)
-    got = (adjoint.norm_backward(x, weight[0], 1e-5, g[None])[0] * direction).sum()
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_norm_passes_its_gradient_on(kind):
+    config, (x, weight, g, direction) = replace(CONFIG, norm=kind), (random(3, 16, seed=i) for i in range(4))
+    weights = type("", (), {"trunk": lambda self, name: weight[int(name.endswith("bias"))]})()
+    want = slope(lambda at: (reference.norm(config, weights, "output_norm", at) * g).sum(), x, direction)
+    got = (adjoint.norm_backward(config, x, weight[0], g[None])[0] * direction).sum()
     assert got == pytest.approx(want, rel=1e-6)
 
 
@@ -54,7 +57,7 @@ def test_an_expert_passes_its_gradient_on(kind):
     np.testing.assert_allclose(y, reference.expert(config, h, gate, up, down), rtol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "deepseek_v3", "phimoe"])
 def test_a_router_passes_its_gradient_on(golden, architecture):
     checkpoint = Checkpoint(golden[architecture][0])
     config, layer = checkpoint.config, checkpoint.config.moe_layers[-1]
@@ -63,12 +66,11 @@ def test_a_router_passes_its_gradient_on(golden, architecture):
     g = random(6, config.top_k_of(layer), seed=5)
 
     def weights(at):
-        its = np.take_along_axis(reference.router_scores(config, checkpoint, layer, at), chosen, axis=-1)
-        return its / its.sum(-1, keepdims=True) if config.router.renormalise else its
+        return reference.route(config, checkpoint, layer, at)[1]
 
-    want = slope(lambda at: (weights(at) * config.router.scale * g).sum(), h, direction)
+    want = slope(lambda at: (weights(at) * g).sum(), h, direction)
     scores, router = reference.router_scores(config, checkpoint, layer, h), checkpoint.trunk(f"layers.{layer}.router")
-    got = adjoint.router_backward(config, router, scores, chosen, weights(h) * config.router.scale, g[None])[0]
+    got = adjoint.router_backward(config, router, h, scores, chosen, weights(h), g[None])[0]
     assert (got * direction).sum() == pytest.approx(want, rel=1e-3)
 
 

@@ -90,6 +90,13 @@ RULES = [
     ("deepseek_v3", {"router": {"scale": 1.0}}),
     ("moonlight", {"rope": {"interleaved": True}}),
     ("moonlight", {"router": {"renormalise": True}}),
+    ("phimoe", {"norm": "rms"}),
+    ("phimoe", {"head_bias": False}),
+    ("phimoe", {"router": {"score": "softmax"}}),
+    ("phimoe", {"router": {"threshold": 0.02}}),
+    ("phimoe", {"rope": {"long": None}}),
+    ("phimoe", {"rope": {"long": {"original_context": 31}}}),
+    ("phimoe", {"rope": {"long": {"short": {"scale": 1.0}}}}),
 ]
 
 
@@ -124,6 +131,10 @@ def test_of_experts_with_equal_scores_the_lower_number_goes_first(golden):
     router = config.router
     h = np.zeros((2, config.dim), np.float32)
     chosen, routing_weights = reference.route(config, checkpoint, config.moe_layers[0], h)
+    if router.score == "sparsemixer":  # 0 is taken first, of all, and 1 of the rest, so it weighs more
+        assert chosen.tolist() == [[1, 0]] * 2
+        np.testing.assert_allclose(routing_weights, [[1 / (config.experts - 1), 1 / config.experts]] * 2, rtol=1e-6)
+        return
     assert chosen.tolist() == [list(range(config.top_k))] * 2
     score = 1 / config.experts if router.score == "softmax" else 0.5
     weight = config.routing_scale * (1 / config.top_k if router.renormalise else score)

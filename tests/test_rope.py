@@ -1,15 +1,19 @@
 """Rotary position: angles and scales are those of transformers, and turning a vector does what it should."""
 
+import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import REFERENCE
+from bundles import REFERENCE, changed, make_engine, run_engine, same_bits, write_lossless
 
+from edge_moe.bench.evaluate import checkpoint_logits
+from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.runtime import reference
 from edge_moe.runtime.config_file import load_config, parse_config, read_json
 from edge_moe.runtime.layers.latent import LatentAttention
-from edge_moe.runtime.layers.rope import Rope, YarnScaling, rotate
+from edge_moe.runtime.layers.rope import LongRope, Rope, Stretch, YarnScaling, rotate
 
 RAW = read_json(REFERENCE.parent / "configs" / "deepseek-v3.json")
 DEEPSEEK = parse_config(RAW).attention
@@ -94,6 +98,85 @@ def test_deepseek_v3_turns_fast_pairs_as_before_and_slow_ones_forty_times_slower
     assert (np.diff(slowed[10:24]) > 0).all()
     assert rope.scale == 1.0
     assert DEEPSEEK.softmax_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+
+
+LONG = LongRope(
+    64,
+    Stretch((1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 2.5, 3.0), 1.2),
+    Stretch((1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0), 1.4),
+)
+
+
+@pytest.mark.parametrize("context", [1, 64, 65, 256])
+@pytest.mark.parametrize("theta", [1e4, 50.0])
+def test_longrope_is_that_of_transformers(context, theta):
+    """Frequencies by its function of them, as its phimoe 5.24 asks for those of a short context alone."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
+
+    raw = transformers.AutoConfig.for_model(
+        "phimoe",
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": theta,
+            "original_max_position_embeddings": LONG.original_context,
+            "short_factor": list(LONG.short.factors),
+            "long_factor": list(LONG.long.factors),
+            "short_mscale": LONG.short.scale,
+            "long_mscale": LONG.long.scale,
+        },
+    )
+    frequency, _ = ROPE_INIT_FUNCTIONS["longrope"](raw, seq_len=context)
+    cos, _ = PhimoeRotaryEmbedding(raw)(torch.zeros(1), torch.arange(context)[None])
+    rope = Rope(16, theta, long=LONG)
+    planned = rope.planned(context)
+    np.testing.assert_allclose(planned.frequency(), frequency, rtol=3e-7)
+    assert planned.frequency().dtype == np.float32
+    assert planned.scale == pytest.approx(cos[0, 0, 0].item(), rel=1e-7)
+    for own, plans in zip(rope.tables(context), planned.tables(context), strict=True):
+        np.testing.assert_array_equal(own, plans)
+
+
+def test_a_run_takes_one_stretch_whatever_its_sequences_come_to_be(golden, tmp_path):
+    """What a run of 65 tokens computes is the model whose only stretch is the long one, from the first token on."""
+    directory, ids, want = golden["phimoe"]
+    checkpoint = Checkpoint(directory)
+    config, only_long = checkpoint.config, changed(checkpoint.config, rope={"long": {"short": LONG.long}})
+    assert config.attention.rope.long == LONG
+    path = write_lossless(tmp_path / "b.emoe", directory, config, checkpoint)
+    short, long = (run_engine(make_engine(path, context=context), ids) for context in (64, 65))
+    assert np.abs(short - want).max() <= 1e-4
+    assert np.abs(long - want).max() > 0.1
+    assert same_bits(long, run_engine(make_engine(path, context=64, config=only_long), ids))
+    assert same_bits(long[:5], run_engine(make_engine(path, context=200), ids[:5], 2))
+    for reference_config in (config.planned(65), only_long):
+        assert np.abs(reference.forward(reference_config, checkpoint, ids) - long).max() <= 1e-4
+    _, logits = checkpoint_logits(directory, context=65)
+    assert np.abs(logits(ids) - long).max() <= 1e-4
+
+
+def test_beyond_the_original_context_logits_are_those_of_transformers_with_the_long_stretch(golden, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from make_golden import logits_of as transformers_logits
+
+    directory = golden["phimoe"][0]
+    checkpoint = Checkpoint(directory)
+    path = write_lossless(tmp_path / "b.emoe", directory, checkpoint.config, checkpoint)
+    raw = read_json(directory / "config.json")
+    rope = raw["rope_parameters"]
+    rope |= {"short_factor": rope["long_factor"], "short_mscale": rope["long_mscale"]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").symlink_to(directory / "model.safetensors")
+    ids = np.random.default_rng(3).integers(0, raw["vocab_size"], 80)
+    got, want = run_engine(make_engine(path, context=80), ids), transformers_logits(tmp_path, ids)
+    assert np.abs(got - want).max() <= 1e-4
+    assert np.array_equal(got.argmax(-1), want.argmax(-1))
 
 
 def test_linear_scaling_divides_every_angle():

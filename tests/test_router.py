@@ -12,6 +12,7 @@ from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import Layer
 from edge_moe.runtime.layers.mlp import RouterConfig
+from edge_moe.runtime.layers.sparsemixer import choose, weights_of
 
 
 def one_layer(config, **experts):
@@ -93,6 +94,42 @@ def test_weights_are_scores_of_those_chosen_renormalised_and_scaled(deepseek):
     )
 
 
+# ---- SparseMixer
+
+
+def test_near_is_a_share_of_the_larger_of_both():
+    logits = np.array([[2.0, 1.5, 1.0, -3.0], [-1.0, -2.0, -1.2, -9.0], [0.0, 0.0, -1.0, -1.0]], np.float32)
+    # 1.5 is a quarter of 2 below it and 1.0 a third of 1.5; -1.2 is a sixth of itself below -1, and -2 two fifths below
+    # -1.2; nothing is near to zero but zero.
+    chosen, p = choose(logits, 2, 0.3)
+    assert chosen.tolist() == [[1, 0], [2, 0], [1, 0]]  # of the second there are fewer left, so it weighs more
+    e = np.exp([-0.5, -0.2])
+    np.testing.assert_allclose(
+        p,
+        [
+            [[0, 1, 0, 0], np.array([1, e[0], 0, 0]) / (1 + e[0])],
+            [[0, 0, 1, 0], np.array([1, 0, e[1], 0]) / (1 + e[1])],
+            [[0, 1, 0, 0], [0.5, 0.5, 0, 0]],
+        ],
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.01, 0.2, 1.0])
+@pytest.mark.parametrize("shift", [-6.0, 0.0, 3.0])
+def test_sparsemixer_is_that_of_transformers(jitter, shift):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    logits = np.random.default_rng(7).standard_normal((200, 16)).astype(np.float32) + np.float32(shift)
+    weights, chosen = (its.numpy() for its in sparsemixer(torch.from_numpy(logits), jitter, training=False))
+    order = np.argsort(-weights, axis=-1, kind="stable")
+    got, p = choose(logits, 2, 2 * jitter)
+    assert np.array_equal(got, np.take_along_axis(chosen, order, -1))
+    np.testing.assert_allclose(weights_of(got, p), np.take_along_axis(weights, order, -1), rtol=1e-6)
+
+
 # ---- the engine
 
 
@@ -118,6 +155,8 @@ def chosen_by_the_reference(config, weights, ids) -> int:
         {"groups": 1, "top_groups": 1},
         {"renormalise": False},
         {"scale": 0.5},
+        {"score": "sparsemixer", "threshold": 0.0},
+        {"score": "sparsemixer", "threshold": 0.9},
     ],
 )
 def test_the_engine_routes_by_every_rule_as_the_reference_does(deepseek, change):

@@ -52,6 +52,7 @@ KINDS = {
     "minimax_m2": {"embedding", "attention", "head"},
     "mistral3": {"embedding", "attention", "shared", "head"},
     "mistral4": {"embedding", "attention", "dense", "shared", "head"},
+    "phimoe": {"embedding", "attention", "head"},
     "qwen3_vl_moe": {"embedding", "attention", "head"},
 }
 ATTENTION = {"q", "k", "v", "o", "q_a", "q_b", "kv_a", "kv_b"}

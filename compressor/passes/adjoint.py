@@ -9,6 +9,7 @@ import numpy as np
 
 from ...runtime import reference
 from ...runtime.config import ModelConfig
+from ...runtime.layers import sparsemixer
 
 
 def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, random) -> np.ndarray:
@@ -27,14 +28,16 @@ def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, ran
         slope = -p
         slope[rows, labels] += 1
         slope *= config.logits_scale
-        g[sample] = norm_backward(x, weights.trunk("output_norm"), config.norm_eps, slope @ head)
+        g[sample] = norm_backward(config, x, weights.trunk("output_norm"), slope @ head)
     return g
 
 
-def norm_backward(x, weight, eps: float, g):
-    """Backward of reference.rms_norm: x (rows, dim), g (..., rows, dim)."""
-    inverse = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps)
+def norm_backward(config: ModelConfig, x, weight, g):
+    """Backward of reference.norm: x (rows, dim), g (..., rows, dim)."""
     g = g * weight
+    if config.norm == "layer":  # whose shift takes a mean away from the gradient, too
+        x, g = x - np.mean(x, axis=-1, keepdims=True), g - np.mean(g, axis=-1, keepdims=True)
+    inverse = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + config.norm_eps)
     return inverse * (g - x * (np.square(inverse) * np.mean(g * x, axis=-1, keepdims=True)))
 
 
@@ -58,11 +61,15 @@ def activation(config: ModelConfig, x):
     return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - np.square(tanh)) * slope
 
 
-def router_backward(config: ModelConfig, router, scores, chosen, weights, g_weights):
+def router_backward(config: ModelConfig, router, h, scores, chosen, weights, g_weights):
     """The gradient (samples, rows, dim) at h, given g_weights (samples, rows, top_k) at the routing weights.
 
-    router: (experts, dim); scores: (rows, experts); chosen, weights: (rows, top_k), as reference.route() gives them.
+    router: (experts, dim); h: (rows, dim); scores: (rows, experts); chosen, weights: (rows, top_k), as
+    reference.route() gives them.
     """
+    if config.router.score == "sparsemixer":
+        picked = sparsemixer.choose(h @ router.T, chosen.shape[1], config.router.threshold)
+        return sparsemixer.backward(*picked, g_weights * config.routing_scale) @ router
     rule, there = config.router, chosen >= 0
     its = np.take_along_axis(scores, chosen.clip(0), axis=-1) * there
     if rule.renormalise:

@@ -119,7 +119,7 @@ def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, 
 
     def add(its: np.ndarray, g_h: np.ndarray) -> None:
         """Add a gradient (SAMPLES, len(its), dim) at the normalised input of some rows."""
-        through = adjoint.norm_backward(a.take(its), norm, config.norm_eps, g_h)
+        through = adjoint.norm_backward(config, a.take(its), norm, g_h)
         for sample, values in enumerate(through):
             back.add(sample * rows + its, values)
 
@@ -146,7 +146,7 @@ def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, 
         g_weights = q[:, its] / np.maximum(routing.weights[its], 1e-20)
         chosen = routing.chosen[its], routing.weights[its]
         router = held.trunk(f"layers.{layer}.router")
-        g_h = adjoint.router_backward(config, router, routing.scores[its], *chosen, g_weights)
+        g_h = adjoint.router_backward(config, router, h, routing.scores[its], *chosen, g_weights)
         if config.shared_hidden:
             g_h += adjoint.shared_backward(config, held, layer, h, g_y)
         add(its, g_h)

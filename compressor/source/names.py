@@ -49,7 +49,8 @@ class Names:
 def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
     """Yield the source of every tensor of the model."""
     outside = {"embedding": f"{names.prefix}embed_tokens.weight", "output_norm": f"{names.prefix}norm.weight"}
-    outside["head"] = names.head
+    outside |= {"output_norm_bias": f"{names.prefix}norm.bias", "head": names.head}
+    outside["head_bias"] = f"{names.head.removesuffix('weight')}bias"
     for name, shape in trunk_shapes(config).items():
         _, layer, part = name.split(".", 2) if name.startswith("layers.") else ("", "", name)
         key = f"{names.layers}{layer}.{names.of_layer[part]}" if layer else outside[name]

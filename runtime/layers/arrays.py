@@ -25,6 +25,15 @@ def rms_norm(x, weight, eps: float, xp=np):
     return y
 
 
+def layer_norm(x, weight, bias, eps: float, xp=np):
+    """Shift the last axis to a mean of zero, scale it to a variance of one, then by weight, and add bias."""
+    y = x - xp.mean(x, axis=-1, keepdims=True)
+    y = y / xp.sqrt(xp.mean(y * y, axis=-1, keepdims=True) + eps)
+    y *= array(weight, xp)
+    y += array(bias, xp)
+    return y
+
+
 def softmax(x, xp=np):
     e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
     return e / xp.sum(e, axis=-1, keepdims=True)

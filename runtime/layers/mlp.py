@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 class RouterConfig:
     """How a layer turns router logits into chosen experts and their routing weights."""
 
-    score: str = "softmax"  # softmax | sigmoid, over all experts, before the cut to top_k
+    score: str = "softmax"  # softmax | sigmoid, over all experts, before the cut to top_k | sparsemixer
     renormalise: bool = False  # chosen weights are scaled to sum to one
     selection_bias: bool = False  # one number an expert, added to its score for the choice, not for the weight
     groups: int = 1  # experts are chosen within top_groups of so many groups of neighbours
     top_groups: int = 1
     group_score: str = "max"  # max | top2sum, of a group's scores
     scale: float = 1.0  # of the weights, at last
+    threshold: float = 0.0  # of sparsemixer: how far below the largest a logit may be to count, as a share
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
-"""Rotary position: the angle by which a position turns each pair of dimensions, and how YaRN scales attention.
+"""Rotary position: the angle by which a position turns each pair of dimensions, and how YaRN and LongRoPE stretch it.
 
 Everything is float32 where transformers has it so: at far positions the rounding of an angle shows in the logits.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,28 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """What each pair's angles are divided by, and what cos and sin are multiplied by."""
+
+    factors: tuple[float, ...]  # (dim / 2,)
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class LongRope:
+    """LongRoPE (arXiv 2402.13753): one stretch up to the context that was trained first, another beyond.
+
+    A run takes one of them for all of its positions, by the context that it is planned for. To change over when a
+    sequence grows beyond original_context would turn every key in the cache anew, and what a token gets would depend on
+    how many come after it.
+    """
+
+    original_context: int  # tokens
+    short: Stretch
+    long: Stretch
+
+
+@dataclass(frozen=True, slots=True)
 class Rope:
     """Which dimensions of a head's query and key are turned, and by what angles."""
 
@@ -33,11 +55,22 @@ class Rope:
     yarn: YarnScaling | None = None
     interleaved: bool = False  # the pairs are (2i, 2i + 1), else (i, i + dim / 2)
     softmax_factor: float = 1.0  # of the products of queries and keys
+    long: LongRope | None = None  # two stretches, of which planned() takes one
+    stretch: Stretch | None = None
+
+    def planned(self, context: int) -> "Rope":
+        """The same for a run of `context` tokens, with LongRoPE's choice made."""
+        if self.long is None:
+            return self
+        stretch = self.long.long if context > self.long.original_context else self.long.short
+        return replace(self, long=None, stretch=stretch)
 
     @property
     def scale(self) -> float:
         """What cos and sin are multiplied by."""
         yarn = self.yarn
+        if self.stretch:
+            return self.stretch.scale
         if yarn is None:
             return 1.0
         if yarn.mscale and yarn.mscale_all_dim:
@@ -54,6 +87,8 @@ class Rope:
         exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
         # Powers in double, then rounded: NumPy's float32 power differs in the last bit from one processor to another.
         period = np.array([theta ** float(x) for x in exponent], np.float32)
+        if self.stretch:
+            return 1 / (np.array(self.stretch.factors, np.float32) * period)
         if self.yarn is None:
             return 1 / period / np.float32(self.factor)
         yarn = self.yarn
@@ -70,9 +105,10 @@ class Rope:
         return stretched * slow + plain * (1 - slow)
 
     def tables(self, tokens: int, xp=np):
-        """cos and sin of each position's angles, both (tokens, dim / 2)."""
-        angle = np.arange(tokens, dtype=np.float32)[:, None] * self.frequency()
-        scale = np.float32(self.scale)
+        """cos and sin of each position's angles, both (tokens, dim / 2), of a run of so many tokens."""
+        its = self.planned(tokens)
+        angle = np.arange(tokens, dtype=np.float32)[:, None] * its.frequency()
+        scale = np.float32(its.scale)
         return array(np.cos(angle) * scale, xp), array(np.sin(angle) * scale, xp)
 
 

@@ -8,12 +8,14 @@ from ..config_keys import Keys
 from ..layers.attention import Attention
 from ..layers.latent import LatentAttention
 from ..layers.mlp import Dense, Experts, RouterConfig
-from ..rope_config import read_rope
+from ..rope_config import TYPES, read_rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 NAMES = {  # a layer's tensors as most checkpoints call them, by canonical name
     "attention_norm": "input_layernorm.weight",
+    "attention_norm_bias": "input_layernorm.bias",
     "mlp_norm": "post_attention_layernorm.weight",
+    "mlp_norm_bias": "post_attention_layernorm.bias",
     **{part: f"self_attn.{part}_proj.weight" for part in ("q", "k", "v", "o", "q_a", "q_b", "kv_b")},
     **{f"{part}_bias": f"self_attn.{part}_proj.bias" for part in "qkvo"},
     **{f"{part}_norm": f"self_attn.{part}_norm.weight" for part in "qk"},
@@ -128,12 +130,17 @@ def experts_and_shared(
 
 
 def grouped(
-    keys: Keys, partial: float | None = None, interleaved: bool = False, ntk_alpha: bool = False, **values
+    keys: Keys,
+    partial: float | None = None,
+    interleaved: bool = False,
+    ntk_alpha: bool = False,
+    types: tuple[str, ...] = TYPES,
+    **values,
 ) -> Attention:
-    """Grouped-query attention as most families spell it. partial, interleaved, ntk_alpha: see read_rope()."""
+    """Grouped-query attention as most families spell it. partial, interleaved, ntk_alpha, types: see read_rope()."""
     heads, dim = keys.count("num_attention_heads"), keys.count("hidden_size")
     head_dim = keys.count("head_dim", default=max(dim // heads, 1))
-    rope = read_rope(keys, head_dim, partial=partial, interleaved=interleaved, ntk_alpha=ntk_alpha)
+    rope = read_rope(keys, head_dim, partial=partial, interleaved=interleaved, ntk_alpha=ntk_alpha, types=types)
     return Attention(heads, keys.count("num_key_value_heads", default=heads), head_dim, rope, **values)
 
 

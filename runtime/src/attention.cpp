@@ -170,19 +170,13 @@ void CpuMath::received_attention(int layer, const Step& step) {
 
 void CpuMath::attention_norm(int layer, int tokens) {
   const size_t dim = config_.dim;
-  const float* weight = layers_[layer].attention_norm;
-  pool_.run(tokens, [&](int t, int) {
-    kernels_.rms_norm(s_.x + t * dim, weight, config_.norm_eps, s_.normed + t * dim, int(dim));
-  });
+  pool_.run(tokens, [&](int t, int) { norm(layers_[layer].attention_norm, s_.x + t * dim, s_.normed + t * dim); });
 }
 
 // Output projection and residual.
 void CpuMath::attention_output(int layer, int tokens) {
   const Matrix& o = layers_[layer].o;
-  const float* bias = layers_[layer].o_bias;
-  const size_t dim = config_.dim;
   matmul(o, prepare(s_.attended, tokens, o.cols, s_.attended_q, o.takes_rounded()), s_.normed);
-  for (size_t i = 0; bias && i < tokens * dim; ++i) s_.normed[i] += bias[i % dim];
   add_to_residual(s_.normed, tokens);
 }
 

@@ -234,6 +234,11 @@ void bind_engine(nb::module_& m) {
       .def_rw("query_scales", &AttentionConfig::query_scales)
       .def_rw("query_context", &AttentionConfig::query_context);
 
+  nb::enum_<RouterScore>(m, "RouterScore", "How router logits become routing weights; see router.h.")
+      .value("softmax", RouterScore::kSoftmax)
+      .value("sigmoid", RouterScore::kSigmoid)
+      .value("sparsemixer", RouterScore::kSparsemixer);
+
   nb::class_<EngineConfig>(m, "EngineConfig",
                            "Shapes and rules of a model and the sizes of one run; see engine_config.h.")
       .def(nb::init<>())
@@ -246,13 +251,15 @@ void bind_engine(nb::module_& m) {
       .def_rw("top_k", &EngineConfig::top_k)
       .def_rw("expert_hidden", &EngineConfig::expert_hidden)
       .def_rw("activation", &EngineConfig::activation)
+      .def_rw("layer_norm", &EngineConfig::layer_norm)
       .def_rw("norm_eps", &EngineConfig::norm_eps)
       .def_rw("embedding_scale", &EngineConfig::embedding_scale)
       .def_rw("residual_scale", &EngineConfig::residual_scale)
       .def_rw("logits_scale", &EngineConfig::logits_scale)
       .def_rw("shared_hidden", &EngineConfig::shared_hidden)
       .def_rw("dense_hidden", &EngineConfig::dense_hidden)
-      .def_rw("sigmoid_score", &EngineConfig::sigmoid_score)
+      .def_rw("router_score", &EngineConfig::router_score)
+      .def_rw("router_threshold", &EngineConfig::router_threshold)
       .def_rw("renormalise", &EngineConfig::renormalise)
       .def_rw("group_top2sum", &EngineConfig::group_top2sum)
       .def_rw("routing_scale", &EngineConfig::routing_scale)

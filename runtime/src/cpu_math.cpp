@@ -73,11 +73,19 @@ void CpuMath::any_attention(int layer, const Step& step, bool received) {
     attention(layer, step, received);
 }
 
+// y (dim,) = one vector of the residual stream, normed
+void CpuMath::norm(const Norm& norm, const float* x, float* y) const {
+  if (norm.bias)
+    kernels_.layer_norm(x, norm.weight, norm.bias, config_.norm_eps, y, config_.dim);
+  else
+    kernels_.rms_norm(x, norm.weight, config_.norm_eps, y, config_.dim);
+}
+
 void CpuMath::mlp_norm(int layer, int tokens) {
   const EngineConfig& c = config_;
   pool_.run(tokens, [&](int t, int) {
     float* normed = s_.normed + size_t(t) * c.dim;
-    kernels_.rms_norm(s_.x + size_t(t) * c.dim, layers_[layer].mlp_norm, c.norm_eps, normed, c.dim);
+    norm(layers_[layer].mlp_norm, s_.x + size_t(t) * c.dim, normed);
     quantise_vector(normed, c.dim, s_.normed_q, t);
   });
 }
@@ -111,8 +119,7 @@ void CpuMath::importance(int layer, const Step& step, float* of_tokens) {
 }
 
 void CpuMath::ahead_logits(int next_layer, const Routing& r) {
-  const EngineConfig& c = config_;
-  kernels_.rms_norm(s_.x, layers_[next_layer].mlp_norm, c.norm_eps, s_.ahead_normed, c.dim);
+  norm(layers_[next_layer].mlp_norm, s_.x, s_.ahead_normed);
   float_matmul(layers_[next_layer].router, s_.ahead_normed, 1, r.ahead_logits);
 }
 
@@ -147,8 +154,7 @@ std::span<float> CpuMath::logits(std::span<const int32_t> tokens) {
   const EngineConfig& c = config_;
   const int rows = int(tokens.size());
   pool_.run(rows, [&](int i, int) {
-    kernels_.rms_norm(s_.x + size_t(tokens[i]) * c.dim, ends_.output_norm, c.norm_eps, s_.normed + size_t(i) * c.dim,
-                      c.dim);
+    norm(ends_.output_norm, s_.x + size_t(tokens[i]) * c.dim, s_.normed + size_t(i) * c.dim);
   });
   const Matrix& head = ends_.head;
   if (rows) matmul(head, prepare(s_.normed, rows, c.dim, s_.normed_q, head.takes_rounded()), s_.logits);

@@ -68,6 +68,7 @@ class CpuMath : public LayerMath {
     });
   }
 
+  void norm(const Norm& norm, const float* x, float* y) const;
   void mlp_norm(int layer, int tokens);
   void importance(int layer, const Step& step, float* of_tokens);
   void shared_expert(int layer, int tokens);

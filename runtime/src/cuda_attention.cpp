@@ -10,7 +10,7 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
   const LayerWeights& w = layers_[layer];
-  cuda::rms_norm(s_.x, w.attention_norm, c.norm_eps, step.tokens, c.dim, s_.normed, s_.normed_q, stream_);
+  norm(w.attention_norm, s_.x, step.tokens, s_.normed, s_.normed_q);
   if (a.kv_rank)
     latent_project(layer, step.tokens);
   else
@@ -34,7 +34,6 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   }
   if (w.o.takes_rounded()) cuda::quantise(s_.attended, step.tokens, s_.attended_q, stream_);
   multiply(w.o, step.tokens, s_.normed, s_.attended, s_.attended_q);
-  if (w.o_bias) cuda::add_bias(s_.normed, w.o_bias, step.tokens, c.dim, stream_);
   cuda::add_gated(s_.x, s_.normed, nullptr, c.residual_scale, step.tokens, c.dim, stream_);
 }
 

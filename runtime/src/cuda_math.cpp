@@ -148,7 +148,7 @@ void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& want
     cuda::importance(s_.normed, s_.received, size_t(c.chunk), c.attention(layer).heads, step.tokens, c.dim,
                      r.importance, stream_);
   if (wants.ahead) {
-    cuda::rms_norm(s_.x, layers_[layer + 1].mlp_norm, c.norm_eps, 1, c.dim, s_.ahead_normed, {}, stream_);
+    norm(layers_[layer + 1].mlp_norm, s_.x, 1, s_.ahead_normed, {});
     multiply(layers_[layer + 1].router, 1, r.ahead_logits, s_.ahead_normed, {});
   }
 }
@@ -176,9 +176,16 @@ void CudaMath::launch_graph(int layer, const Step& step, const RouterWants& want
   cuda::launch(graph.graph, stream_);
 }
 
-void CudaMath::mlp_norm(int layer, int tokens) {
-  cuda::rms_norm(s_.x, layers_[layer].mlp_norm, config_.norm_eps, tokens, config_.dim, s_.normed, s_.normed_q, stream_);
+// y (tokens, dim) = vectors of the residual stream, normed, and rounded to int8 where `into` has codes
+void CudaMath::norm(const Norm& norm, const float* x, int tokens, float* y, const cuda::VectorBuffer& into) {
+  const EngineConfig& c = config_;
+  if (norm.bias)
+    cuda::layer_norm(x, norm.weight, norm.bias, c.norm_eps, tokens, c.dim, y, into, stream_);
+  else
+    cuda::rms_norm(x, norm.weight, c.norm_eps, tokens, c.dim, y, into, stream_);
 }
+
+void CudaMath::mlp_norm(int layer, int tokens) { norm(layers_[layer].mlp_norm, s_.x, tokens, s_.normed, s_.normed_q); }
 
 // out (tokens, dim) = the gated MLP of the normed tokens
 void CudaMath::mlp(const ExpertWeights& w, int tokens, float* out) {
@@ -297,8 +304,8 @@ std::span<float> CudaMath::logits(std::span<const int32_t> tokens) {
   const int rows = int(tokens.size());
   for (int first = 0, end; first < rows; first = end) {  // neighbours at once
     for (end = first + 1; end < rows && tokens[end] == tokens[end - 1] + 1;) ++end;
-    cuda::rms_norm(s_.x + size_t(tokens[first]) * c.dim, ends_.output_norm, c.norm_eps, end - first, c.dim,
-                   s_.normed + size_t(first) * c.dim, s_.normed_q.from(first), stream_);
+    norm(ends_.output_norm, s_.x + size_t(tokens[first]) * c.dim, end - first, s_.normed + size_t(first) * c.dim,
+         s_.normed_q.from(first));
   }
   if (rows) {
     multiply(ends_.head, rows, s_.logits, s_.normed, s_.normed_q);

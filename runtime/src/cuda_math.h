@@ -51,6 +51,7 @@ class CudaMath : public LayerMath {
   void store_keys(int layer, int sequence, const cuda::Span& span);
   void latent_project(int layer, int tokens);
   void attend_latents(int layer, int sequence, const cuda::Span& span);
+  void norm(const Norm& norm, const float* x, int tokens, float* y, const cuda::VectorBuffer& into);
   void mlp_norm(int layer, int tokens);
   void mlp(const ExpertWeights& weights, int tokens, float* out);
   void chosen_experts(std::span<const ExpertJob> jobs, const Routing& r, int places);

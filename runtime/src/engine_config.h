@@ -43,6 +43,9 @@ struct AttentionConfig {
   size_t cached_values() const { return size_t(kv_rank ? latent_cached() : head_dim); }  // of a row and position
 };
 
+// How router logits become the routing weights of experts; see RouterRule.
+enum class RouterScore { kSoftmax, kSigmoid, kSparsemixer };
+
 // runtime/config.py's ModelConfig, and how this run is sized.
 struct EngineConfig {
   int layers = 0, dim = 0, vocab = 0;
@@ -51,6 +54,7 @@ struct EngineConfig {
   int expert_hidden = 0;
   std::vector<int> experts, top_k;  // (layers,): of each layer; 0 in one without experts
   int activation = 0;               // Kernels::gate_up
+  bool layer_norm = false;          // the norms of the residual stream are LayerNorms with a bias, else RMSNorms
   float norm_eps = 1e-6f;
   float embedding_scale = 1;  // of embeddings on their way into the residual stream
   float residual_scale = 1;   // of what attention and MLPs add to it
@@ -71,7 +75,9 @@ struct EngineConfig {
   size_t key_positions() const { return align_up(context, kKeyBlock); }
 
   // The router's rule; see RouterRule.
-  bool sigmoid_score = false, renormalise = false, group_top2sum = false;
+  RouterScore router_score = RouterScore::kSoftmax;
+  float router_threshold = 0;  // of kSparsemixer
+  bool renormalise = false, group_top2sum = false;
   float routing_scale = 1;  // of routing weights, the residual scale included
   int groups = 1, top_groups = 1;
   std::vector<std::vector<int>> expert_groups;  // (layers, experts): the group of each; empty where there is one

@@ -5,6 +5,14 @@
 
 namespace edge_moe {
 
+namespace {
+
+Norm norm(const EngineConfig& c, const Trunk& trunk, const std::string& name) {
+  return {trunk.vector(name, c.dim), c.layer_norm ? trunk.vector(name + "_bias", c.dim) : nullptr};
+}
+
+}  // namespace
+
 LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer) {
   const std::string prefix = "layers." + std::to_string(layer) + ".";
   auto matrix = [&](const char* name) { return trunk.matrix(prefix + name); };
@@ -12,9 +20,9 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
   const AttentionConfig& a = c.attention(layer);
   const int q_dim = a.q_dim(), kv_dim = a.kv_dim();
   LayerWeights w{};
-  w.attention_norm = trunk.vector(prefix + "attention_norm", c.dim);
-  w.mlp_norm = trunk.vector(prefix + "mlp_norm", c.dim);
-  w.o = matrix("o"), w.o_bias = vector("o_bias", c.dim);
+  w.attention_norm = norm(c, trunk, prefix + "attention_norm");
+  w.mlp_norm = norm(c, trunk, prefix + "mlp_norm");
+  w.o = matrix("o"), w.o.output_bias = vector("o_bias", c.dim);
   if (a.kv_rank) {
     w.kv_a = matrix("kv_a"), w.kv_b = matrix("kv_b");
     w.kv_a_norm = trunk.vector(prefix + "kv_a_norm", a.kv_rank);
@@ -38,8 +46,9 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
 }
 
 EndWeights end_weights(const EngineConfig& c, const Trunk& trunk) {
-  EndWeights w{trunk.matrix("embedding"), trunk.matrix_if_any("head"), trunk.vector("output_norm", c.dim)};
+  EndWeights w{trunk.matrix("embedding"), trunk.matrix_if_any("head"), norm(c, trunk, "output_norm")};
   if (!w.head) w.head = w.embedding;
+  w.head.output_bias = trunk.vector_if_any("head_bias", c.vocab);
   return w;
 }
 

@@ -7,17 +7,21 @@
 
 namespace edge_moe {
 
+// A norm of the residual stream.
+struct Norm {
+  const float *weight, *bias;  // (dim,); bias null: an RMSNorm, else a LayerNorm
+};
+
 struct LayerWeights {
-  const float *attention_norm, *mlp_norm;  // (dim,)
-  Matrix q, k, v, o;                       // over a latent, q is q_b and there is no k and v
-  const float *q_bias, *k_bias, *v_bias;   // null: none
-  const float* o_bias;                     // (dim,); null: none
-  const float *q_norm, *k_norm;            // (head_dim,) or all heads; null: none
-  Matrix q_a, kv_a, kv_b;                  // attention over a latent
-  const float *q_a_norm, *kv_a_norm;       // (q_rank,), (kv_rank,)
-  Matrix router;                           // (experts, dim) float32; empty in a layer without experts
-  const float* router_bias;                // (experts,); null: none
-  Matrix shared_router;                    // (1, dim) float32; empty: the shared expert has no gate
+  Norm attention_norm, mlp_norm;
+  Matrix q, k, v, o;                      // over a latent, q is q_b and there is no k and v
+  const float *q_bias, *k_bias, *v_bias;  // null: none
+  const float *q_norm, *k_norm;           // (head_dim,) or all heads; null: none
+  Matrix q_a, kv_a, kv_b;                 // attention over a latent
+  const float *q_a_norm, *kv_a_norm;      // (q_rank,), (kv_rank,)
+  Matrix router;                          // (experts, dim) float32; empty in a layer without experts
+  const float* router_bias;               // (experts,); null: none
+  Matrix shared_router;                   // (1, dim) float32; empty: the shared expert has no gate
   ExpertWeights shared, dense;
 };
 
@@ -26,8 +30,8 @@ LayerWeights layer_weights(const EngineConfig& config, const Trunk& trunk, int l
 
 // What stands before and after the layers.
 struct EndWeights {
-  Matrix embedding, head;    // one matrix where they are tied
-  const float* output_norm;  // (dim,)
+  Matrix embedding, head;  // one matrix where they are tied
+  Norm output_norm;
 };
 EndWeights end_weights(const EngineConfig& config, const Trunk& trunk);
 

@@ -2,6 +2,7 @@
 #include "router.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -57,12 +58,35 @@ int insert(float value, int expert, int room, int count, float* values, int32_t*
   return std::min(count + 1, room);
 }
 
+// ids, weights: (top_k,), as route() gives them.
+void sparsemixer(const float* logits, int experts, int top_k, float threshold, int32_t* ids, float* weights) {
+  for (int k = 0; k < top_k; ++k) {
+    const auto taken = [&](int expert) { return std::find(ids, ids + k, expert) != ids + k; };
+    int best = -1;
+    for (int expert = 0; expert < experts; ++expert)
+      if (!taken(expert) && (best < 0 || logits[expert] > logits[best])) best = expert;
+    const float top = logits[best];
+    float sum = 0.0f;
+    for (int expert = 0; expert < experts; ++expert) {
+      const float size = std::max(std::abs(logits[expert]), top);
+      if (!taken(expert) && !((top - logits[expert]) / size > threshold)) sum += exp_lane(logits[expert] - top);
+    }
+    ids[k] = best, weights[k] = 1.0f / sum;
+  }
+  for (int k = 1; k < top_k; ++k) insert(weights[k], ids[k], top_k, k, weights, ids);
+}
+
 }  // namespace
 
 void route(const Kernels& kernels, const RouterRule& rule, float* logits, int experts, int top_k, float* group_scores,
            int32_t* ids, float* weights) {
   float* scores = logits;
-  if (rule.sigmoid)
+  if (rule.score == RouterScore::kSparsemixer) {
+    sparsemixer(logits, experts, top_k, rule.threshold, ids, weights);
+    for (int k = 0; k < top_k; ++k) weights[k] *= rule.scale;
+    return;
+  }
+  if (rule.score == RouterScore::kSigmoid)
     for (int expert = 0; expert < experts; ++expert) scores[expert] = sigmoid(logits[expert]);
   else
     kernels.softmax(scores, 0, experts);
