@@ -60,7 +60,7 @@ struct Inputs {
     x.cols = cols;
     const size_t blocks = x.blocks(), n = vectors;
     codes.resize(n * blocks * kBlock), lows.resize(codes.size());
-    two_planes.resize(n * blocks + kPlaneFlags);
+    two_planes.resize(n * blocks);
     scales.resize(n * blocks);
     sums[0].resize(n * blocks * 2), sums[1].resize(n * blocks), sums[2].resize(n * ((blocks + 1) / 2));
     x.quantised = {

@@ -17,7 +17,6 @@ namespace edge_moe {
 
 inline constexpr int kBlock = 64;              // inputs that share one activation scale
 inline constexpr float kLowStep = 1.0f / 256;  // step of a low, relative to the step of a code
-inline constexpr int kPlaneFlags = 16;         // flags of blocks that are read at a time
 inline constexpr int kLanes = 16;              // partial sums of every float reduction
 inline constexpr int kKeyBlock = 16;           // positions of the KV cache whose keys are interleaved
 
@@ -63,7 +62,7 @@ inline Matrix float_matrix(const float* values, int rows, int cols) {
 struct Quantised {
   int8_t* codes = nullptr;        // (vectors, blocks*64)
   int8_t* lows = nullptr;         // (vectors, blocks*64)
-  uint8_t* two_planes = nullptr;  // (vectors, blocks): 1 if a block has lows; kPlaneFlags more may be read
+  uint8_t* two_planes = nullptr;  // (vectors, blocks): 1 if a block has lows
   float* scales = nullptr;        // (vectors, blocks)
   // Sums of the inputs over each weight group of 32, 64 and 128, the factors of the groups' biases.
   float* sums[3] = {};  // (vectors, blocks*2), (vectors, blocks), (vectors, (blocks+1)/2)

@@ -225,18 +225,32 @@ void one_token(const PackedRows rows, const PackedToken& x, float* y) {
   store(y, sum);
 }
 
-// Sets bit t of flags[block] if token t has lows in that block of a chunk. Returns whether any token has.
+// The first bytes, at most 8, and zeros. It reads no others, which may be of a vector that another thread rounds.
+[[gnu::always_inline]] inline uint64_t first_bytes(const uint8_t* from, int count) {
+  uint64_t bytes = 0;
+  if (count >= 8) {
+    std::memcpy(&bytes, from, 8);
+    return bytes;
+  }
+  int at = 0;
+  const auto take = [&](auto part) {
+    if (!(count & int(sizeof(part)))) return;
+    std::memcpy(&part, from + at, sizeof(part));
+    bytes |= uint64_t(part) << 8 * at;
+    at += int(sizeof(part));
+  };
+  take(uint32_t{}), take(uint16_t{}), take(uint8_t{});
+  return bytes;
+}
+
+// Sets bit t of flags[block] if token t has lows in that block of a chunk of `blocks`. Returns whether any token has.
 template <int Tokens>
-[[gnu::always_inline]] inline bool low_flags(const uint8_t* const* two_planes, int first_block,
+[[gnu::always_inline]] inline bool low_flags(const uint8_t* const* two_planes, int first_block, int blocks,
                                              uint8_t (&flags)[kChunk]) {
-  static_assert(kChunk == kPlaneFlags && Tokens <= 8);
-  uint64_t words[kChunk / 8] = {};
-  for (int t = 0; t < Tokens; ++t)
-    for (int i = 0; i < kChunk / 8; ++i) {
-      uint64_t eight;
-      std::memcpy(&eight, two_planes[t] + first_block + 8 * i, 8);
-      words[i] |= eight << t;
-    }
+  static_assert(kChunk == 16 && Tokens <= 8);
+  uint64_t words[2] = {};
+  for (int i = 0; i < 2 && 8 * i < blocks; ++i)
+    for (int t = 0; t < Tokens; ++t) words[i] |= first_bytes(two_planes[t] + first_block + 8 * i, blocks - 8 * i) << t;
   std::memcpy(flags, words, kChunk);
   return words[0] | words[1];
 }
@@ -285,11 +299,9 @@ template <int Group, int Tokens, bool Wide>
   const int8_t* const* x = tokens.codes + token;
   uint8_t flags[kChunk];
   alignas(64) float lows[kChunk][Tokens][kSums][kTileRows];
-  const bool any_lows = low_flags<Tokens>(tokens.two_planes + token, first_block, flags);
-  if (any_lows) {
-    const int blocks = (groups + kSums - 1) / kSums * kGroupBlocks<Group>;
-    low_dots<Tokens, kSums, Wide>(bytes, tokens.lows + token, first_block, blocks, flags, lows);
-  }
+  const int blocks = (groups + kSums - 1) / kSums * kGroupBlocks<Group>;
+  const bool any_lows = low_flags<Tokens>(tokens.two_planes + token, first_block, blocks, flags);
+  if (any_lows) low_dots<Tokens, kSums, Wide>(bytes, tokens.lows + token, first_block, blocks, flags, lows);
   Vector sum[Tokens];
   unrolled<Tokens>([&](auto t) { sum[t] = load(sums[t]); });
   for (int g = 0; g < groups; g += kParts<Group>)

@@ -11,7 +11,7 @@ void carve(Carver& carver, Quantised& buffer, size_t vectors, size_t cols) {
   const size_t blocks = (cols + kBlock - 1) / kBlock;
   carver.carve(buffer.codes, vectors * blocks * kBlock);
   carver.carve(buffer.lows, vectors * blocks * kBlock);
-  carver.carve(buffer.two_planes, vectors * blocks + kPlaneFlags);
+  carver.carve(buffer.two_planes, vectors * blocks);
   carver.carve(buffer.scales, vectors * blocks);
   carver.carve(buffer.sums[0], vectors * blocks * 2);
   carver.carve(buffer.sums[1], vectors * blocks);

@@ -91,7 +91,7 @@ struct Vectors {
         if (random_bits() % 3 == 0) values[block / blocks * cols + block % blocks * kBlock] *= 3000;
     }
     codes.resize(count * blocks * kBlock), lows.resize(codes.size()), scales.resize(count * blocks);
-    two_planes.resize(count * blocks + kPlaneFlags);
+    two_planes.resize(count * blocks);
     for (int i = 0; i < 3; ++i) sums[i].resize(count * (i == 0 ? 2 * blocks : i == 1 ? blocks : (blocks + 1) / 2));
   }
   void quantise() {

@@ -70,7 +70,7 @@ struct Inputs {
     for (int block = 0; block < count * blocks; ++block)  // inputs far above the others, in some of the blocks
       if (random_bits() % 3 == 0) values[size_t(block / blocks) * cols + block % blocks * kBlock] *= 3000;
     codes.resize(size_t(count) * blocks * kBlock), lows.resize(codes.size());
-    two_planes.resize(size_t(count) * blocks + kPlaneFlags), scales.resize(size_t(count) * blocks);
+    two_planes.resize(size_t(count) * blocks), scales.resize(size_t(count) * blocks);
     for (int i = 0; i < 3; ++i)
       sums[i].resize(size_t(count) * (i == 0 ? 2 * blocks : i == 1 ? blocks : (blocks + 1) / 2));
     x.values = values.data(), x.count = count, x.cols = cols;
