@@ -46,7 +46,7 @@ def take(client, record: int) -> np.ndarray:
 
 
 def ready(client) -> set[int]:
-    return set(np.flatnonzero(np.array(client.table) >= 0).tolist())
+    return set(np.flatnonzero(client.table >= 0).tolist())
 
 
 def test_a_client_finds_each_record_whatever_leaves_for_it(stored):
@@ -91,11 +91,11 @@ def test_within_an_epoch_nothing_leaves_that_was_there_when_it_began(stored):
     large = [record for record in range(RECORDS) if SIZES[record] == LARGEST]
     for record in large[:2]:
         take(client, record), client.release(record)
-    table, before = client.table, np.array(client.table)
+    before = client.table
     client.begin_epoch()
     for record in large[2:6]:  # they take one another's place, in the memory that was free
         take(client, record), client.release(record)
-        np.testing.assert_array_equal(table[large[:2]], before[large[:2]])
+        np.testing.assert_array_equal(client.table[large[:2]], before[large[:2]])
     assert ready(client) == {large[0], large[1], large[5]}
     client.end_epoch()
     take(client, large[6]), take(client, large[7])

@@ -114,10 +114,13 @@ void bind_residency(nb::module_& m) {
       .def_prop_ro(
           "table",
           [](Client& self) {
-            const std::span<const int32_t> table = self.residency.table();
-            return nb::ndarray<nb::numpy, const int32_t, nb::c_contig>(table.data(), {table.size()}, nb::find(self));
+            std::vector<int32_t> now;
+            for (const std::atomic<int32_t>& slot : self.residency.table())
+              now.push_back(slot.load(std::memory_order_acquire));
+            const size_t records = now.size();
+            return to_numpy(std::move(now), {records});
           },
-          "int32 (records,): the slot of each record that is ready, else -1; the memory itself, which changes.")
+          nb::rv_policy::move, "int32 (records,): the slot of each record that is ready now, else -1.")
       .def(
           "slot",
           [](Client& self, int number) {

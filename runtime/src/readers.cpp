@@ -1,6 +1,8 @@
 // Reader threads; see readers.h.
 #include "readers.h"
 
+#include <utility>
+
 #include "threads.h"
 
 namespace edge_moe {
@@ -57,7 +59,8 @@ void Readers::work(int reader) {
       } catch (...) {
         error = std::current_exception();
       }
-      if (client_.ended(*read, error)) ask(*read);
+      // Given away: who waits for the read frees the error, and may be about to.
+      if (client_.ended(*read, std::move(error))) ask(*read);
     }
     lock.lock();
   }

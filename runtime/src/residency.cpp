@@ -135,10 +135,10 @@ bool Residency::ended(const Read& read, std::exception_ptr error) {
     load.left = false;
     return true;
   }
-  load.error = error;
   load.state = error ? State::kFailed : State::kReady;
+  load.error = std::move(error);
   slots_.unpin(read.slot);
-  if (!error)
+  if (load.state == State::kReady)
     slots_.publish(read.slot);
   else if (load.wanted == 0)
     slots_.remove(read.slot);

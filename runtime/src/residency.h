@@ -5,6 +5,7 @@
 // acquired record is pinned until it is released: a slot that is read or computed on never changes hands.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -59,7 +60,7 @@ class Residency final : ReadClient {
 
   // By record, the slot where it is and ready, else -1: to be read without a lock. Between begin_epoch() and
   // end_epoch() no record leaves that had a slot when it began, so what the table says then stays true.
-  std::span<const int32_t> table() const { return slots_.table(); }
+  std::span<const std::atomic<int32_t>> table() const { return slots_.table(); }
   Slot slot(int number) const;
   void begin_epoch();
   void end_epoch();

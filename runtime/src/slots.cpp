@@ -2,14 +2,14 @@
 #include "slots.h"
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <stdexcept>
 
 namespace edge_moe {
 
 Slots::Slots(size_t records, size_t smallest)
-    : smallest_(std::max<size_t>(smallest, 1)), slots_(1), slot_of_(records, -1), table_(records, -1) {
+    : smallest_(std::max<size_t>(smallest, 1)), slots_(1), slot_of_(records, -1), table_(records) {
+  for (std::atomic<int32_t>& slot : table_) slot.store(-1, std::memory_order_relaxed);
   by_worth_.emplace(0.0, 0);
 }
 
@@ -82,7 +82,7 @@ void Slots::remove(int slot) {
   if (previous >= 0 && slots_[previous].record < 0) absorb_next(previous);
 }
 
-void Slots::publish(int slot) { std::atomic_ref(table_[slots_[slot].record]).store(slot, std::memory_order_release); }
+void Slots::publish(int slot) { table_[slots_[slot].record].store(slot, std::memory_order_release); }
 
 int Slots::new_slot() {
   const int slot = unused_.back();
@@ -94,7 +94,7 @@ int Slots::new_slot() {
 void Slots::vacate(int slot) {
   if (const int record = slots_[slot].record; record >= 0) {
     slot_of_[record] = -1, --held_;
-    std::atomic_ref(table_[record]).store(-1, std::memory_order_release);
+    table_[record].store(-1, std::memory_order_release);
   }
   slots_[slot].record = -1, slots_[slot].pins = 0;
   set_worth(slot, 0);
