@@ -24,6 +24,7 @@ CHECKS = {
     "parity": ("'torch'", "'transformers'"),
     "mlx": ("'mlx.",),
     "nvcc": ("nvcc",),
+    "sanitizers": ("sanitizers",),
 }
 missing = {}  # by check: a reason
 
