@@ -28,6 +28,7 @@ class Tokenizer:
         found = read_tokenizer(self.directory)
         self.backend, self.special, self.chat_templates = found.backend, found.named, found.chat_templates
         self._growth, self._longest = found.growth, 0
+        self._cannot_decode = f"{self.directory / 'tokenizer.json'}: cannot decode these tokens"
         self._cuts = Cuts(self.backend)
         added = self.backend.get_added_tokens_decoder().items()
         self._special_ids = {token.content: index for index, token in added if token.special}
@@ -68,7 +69,7 @@ class Tokenizer:
         return self._encode(text, True, most, room_bytes)
 
     def decode(self, ids) -> str:
-        with library_errors(f"{self.directory / 'tokenizer.json'}: cannot decode these tokens"):
+        with library_errors(self._cannot_decode):
             return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def apply_chat_template(
