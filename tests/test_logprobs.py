@@ -110,7 +110,7 @@ def nothing_left(tokens, logits):
         ({"logits_processors": [bad_shape]}, ValueError, "logits processor bad_shape returned float32"),
         ({"logits_processors": [bad_type]}, ValueError, "logits processor bad_type returned int64"),
         ({"logits_processors": [not_a_number]}, ValueError, "logits processor not_a_number returned NaN"),
-        ({"logits_processors": [nothing_left]}, ValueError, "nothing_left returned NaN, .inf, or no token"),
+        ({"logits_processors": [nothing_left]}, ValueError, r"nothing_left returned NaN, \+inf, or -inf for every"),
         ({"logits_processors": bad_shape}, TypeError, "expected a list of functions"),
         ({"logits_processors": [1]}, TypeError, "expected a list of functions"),
         ({"logprobs": 5}, TypeError, "logprobs is 5, expected True or False; top_logprobs sets the number"),
