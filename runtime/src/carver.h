@@ -1,4 +1,4 @@
-// Named pieces of one block of memory, whose size a plan can be told beforehand.
+// Named pieces of one block of memory, whose size can be computed before the block is allocated.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace edge_moe {
 
-// Gives out consecutive aligned pieces of a block of memory; with none, only counts them.
+// Hands out consecutive aligned pieces of a block of memory; with a null block, only counts their bytes.
 class Carver {
  public:
   explicit Carver(uint8_t* base) : base_(base) {}

@@ -1,4 +1,4 @@
-// The layers on the processor, by one table of kernels on a pool of threads.
+// The layers on the processor, computed with one table of kernels on a pool of threads.
 #pragma once
 
 #include <atomic>
@@ -56,7 +56,7 @@ class CpuMath : public LayerMath {
   void store(int sequence, int layer, int head, int position, const float* key, const float* value);
   uint8_t* cached_latents(int sequence, int layer) const;
 
-  // task(span, i, thread) for i in [0, count(span)) of every span, all by the pool at once.
+  // Runs task(span, i, thread) for i in [0, count(span)) of every span, all in one run of the pool.
   template <typename Count, typename Task>
   void run_spans(const Step& step, const Count& count, const Task& task) {
     int all = 0;

@@ -1,5 +1,5 @@
-// The layers on an NVIDIA GPU, by the kernels of devices/cuda. The host routes, and puts work into one stream; it waits
-// where it has to read something, for that alone.
+// The layers on an NVIDIA GPU, computed with the kernels of devices/cuda. The host routes and queues work in one
+// stream; it waits only for the results that it has to read.
 #pragma once
 
 #include <vector>
@@ -27,7 +27,7 @@ class CudaMath : public LayerMath {
   void begin(const Step& step, std::span<const int32_t> ids) override;
   void dense_layer(int layer, const Step& step) override;
   void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) override;
-  void ahead_logits(int, const Routing&) override {}  // came with to_router()
+  void ahead_logits(int, const Routing&) override {}  // to_router() has computed them
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
   void copy_positions(int from, int to, int positions) override;
   std::span<float> logits(std::span<const int32_t> tokens) override;
@@ -35,12 +35,12 @@ class CudaMath : public LayerMath {
   bool asynchronous() const override { return true; }
 
  private:
-  // What was captured for a layer and a sequence, and for which request.
+  // A captured graph of one layer and sequence, and the request that it was captured for.
   struct LayerGraph {
     cuda::Graph graph = nullptr;
     const Matrix* mask_routers[2] = {};
     bool ahead = false;
-    int most = -1;  // positions it serves
+    int most = -1;  // upper bound of the positions that it serves
   };
 
   void copy_angles(const AttentionConfig& attention, size_t kind);

@@ -1,4 +1,4 @@
-// Memory on an NVIDIA GPU, and an account of what of it the system does not count as this process's.
+// Memory on an NVIDIA GPU, and how much of it the system does not count as this process's.
 #pragma once
 
 #include "../../devices/cuda/device.h"
@@ -8,7 +8,7 @@ namespace edge_moe {
 
 class CudaMemory;
 
-// Some of it, of the GPU alone or shared with the processor.
+// A block of memory, of the GPU alone or shared with the processor.
 class CudaBlock {
  public:
   CudaBlock() = default;
@@ -20,8 +20,7 @@ class CudaBlock {
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
 
-  // Another block of so many bytes in its place, which is given back first; where there is no memory for it, one of as
-  // many as before.
+  // Free this block and allocate one of `bytes` bytes; if that fails, one of the old size.
   void replace(size_t bytes);
 
  private:
@@ -32,7 +31,7 @@ class CudaBlock {
   size_t uncounted_ = 0;
 };
 
-// A stream for as long as this lives.
+// An owned stream.
 class CudaStream {
  public:
   CudaStream() : stream_(cuda::make_stream()) {}
@@ -48,13 +47,13 @@ class CudaMemory {
  public:
   CudaMemory();
 
-  // Memory that storage is read into: by the host itself where kernels find it and read it as fast, else piece by
-  // piece.
+  // Memory that storage is read into: in place by the host where the GPU can read such memory as fast, else piece by
+  // piece through a buffer.
   std::unique_ptr<DeviceMemory> filled(size_t bytes, int lanes, size_t piece, bool again);
 
   const cuda::Properties properties;
   size_t uncounted = 0;   // bytes
-  bool in_place = false;  // does the host read records to where kernels find them?
+  bool in_place = false;  // whether the host reads records straight to where kernels use them
 };
 
 }  // namespace edge_moe

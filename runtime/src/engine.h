@@ -1,9 +1,9 @@
-// The forward pass of a Mixture-of-Experts transformer over a bundle: trunk in memory, experts as they are needed.
+// The forward pass of a Mixture-of-Experts transformer over a bundle: the trunk in memory, experts loaded on demand.
 //
-// What a token needs is decided here, on the host: routing, pruning, whose records are read and who is evicted. What
-// is computed of it is a LayerMath's, on the processor or a GPU.
+// The engine runs on the host and decides routing, pruning, which records are read and which are evicted. A LayerMath
+// computes the layers, on the processor or a GPU.
 //
-// Everything is allocated when an Engine is made: `engine_memory` says how much, so a plan can be drawn up first.
+// Everything is allocated when an Engine is made; `engine_memory` returns how much, so a plan can be made beforehand.
 #pragma once
 
 #include <atomic>
@@ -23,65 +23,66 @@
 
 namespace edge_moe {
 
-// What an Engine of this configuration allocates on a device, beside the trunk and the slots.
+// The memory that an Engine of this configuration allocates on a device, besides the trunk and the slots.
 EngineMemory engine_memory(const EngineConfig& config, bool cuda);
 
 // Totals that any thread may read while the one in step() adds to them.
 struct EngineStats {
-  std::atomic<uint64_t> tokens{0};        // through step()
+  std::atomic<uint64_t> tokens{0};        // processed by step()
   std::atomic<uint64_t> experts_used{0};  // (token, layer, expert) triples computed
   std::atomic<uint64_t> moe_tokens{0};    // (token, layer) pairs routed
-  std::atomic<double> dropped_weight{0};  // share of routing weight that pruning took away, summed over those pairs
+  std::atomic<double> dropped_weight{0};  // share of routing weight removed by pruning, summed over those pairs
 };
 
-// What one sequence took part in. Sums over sequences are the totals: what a record costs that several of them use in a
-// step is counted for the first.
+// Counters of one sequence. Summed over sequences they give the totals: a record that several sequences use in a step
+// is counted for the first of them.
 struct SequenceStats {
   uint64_t tokens = 0, experts_used = 0, moe_tokens = 0;
   double dropped_weight = 0;
-  uint64_t expert_hits = 0, expert_misses = 0, bytes_read = 0;  // what is read ahead is nobody's
+  uint64_t expert_hits = 0, expert_misses = 0, bytes_read = 0;  // without records that were read ahead
 };
 
 class Engine {
  public:
-  // The mask routers of a rule: of each layer (top_k, dim + 2 * top_k + 1) values, or none; no layers: there are none.
+  // The mask routers of a rule: per layer (top_k, dim + 2 * top_k + 1) values, or none; empty without mask routers.
+  // routers.
   using MaskRouters = std::vector<std::span<const float>>;
 
-  // The trunk is in memory of the device. Records are mapped for the processor alone.
+  // The trunk is in the device's memory. Only the processor can use mapped records.
   Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk trunk, ExpertStore store, size_t slot_bytes,
          int readers, const MaskRouters& otp = {}, const MaskRouters& loss = {});
 
   enum class Want { kNothing, kLast, kAll };
 
-  // Tokens of one sequence, and the logits that are wanted of them.
+  // Tokens of one sequence, and which of their logits to return.
   struct Part {
     int sequence;
     std::span<const int32_t> tokens;
     Want want;
   };
 
-  // Run the parts' tokens (at most `chunk` together, each below vocab) at the next positions of their sequences, of
-  // which none has two parts, and return the logits wanted, part by part: (rows, vocab), valid until the next call. A
-  // sequence's logits do not depend on the others. On an error all positions are what they were before. unwanted(),
-  // asked by this thread now and then, ends the call with Interrupted. Throws KvOverflow, too.
+  // Run the parts' tokens (at most `chunk` together, each below vocab) at the next positions of their sequences (one
+  // part per sequence) and return the requested logits, part by part: (rows, vocab), valid until the next call. A
+  // sequence's logits do not depend on the other sequences. On an error no position changes. This thread calls
+  // unwanted() now and then; if it returns true, throws Interrupted. Also throws KvOverflow.
   std::span<const float> step(std::span<const Part> parts, std::function<bool()> unwanted = {});
 
-  // Reading ahead of the next layer while one is computed, where it pays; off or on, results are the same.
+  // Whether to read records of the next layer ahead, where that pays; results do not depend on it.
   void set_prefetch(bool on) { may_prefetch_ = on; }
 
-  // Which experts a sequence's tokens keep from now on. What is in the KV cache stays as it was computed.
+  // Set the rule by which a sequence's tokens keep experts from now on. The KV cache stays as it was computed.
   void set_prune(int sequence, PruneRule rule);
 
   int position(int sequence) const { return sequences_.at(sequence).position; }
 
-  // Forget all but the first positions of a sequence: so many, or fewer where its state can be brought back to these
-  // alone. Returns how many there are now.
+  // Truncate a sequence to its first `positions` positions, or to fewer if its state can only be restored to fewer.
+  // Returns how many are left.
   int truncate(int sequence, int positions);
-  // The first positions of a sequence into another, which has these alone then.
+  // Copy the first positions of a sequence to another one, which then has only these.
   void copy_positions(int from, int to, int positions);
   const SequenceStats& stats(int sequence) const { return sequences_.at(sequence).stats; }
 
-  // Memory for experts of so many bytes from now on; see Residency::resize. Not while step() runs.
+  // Resize the memory for experts to `bytes`; see Residency::resize. Not while step() runs.
   void resize_slots(size_t bytes);
 
   const EngineConfig& config() const { return config_; }
@@ -125,17 +126,17 @@ class Engine {
   std::vector<std::vector<float>> router_bias_;  // (layers,), each (experts,) or none
   std::vector<Sequence> sequences_;
   std::vector<MaskRouter> otp_, loss_;  // (layers,), or none
-  std::vector<int> first_record_;       // (layers,): the store's number of a layer's expert 0
+  std::vector<int> first_record_;       // (layers,): record of a layer's expert 0
   Routing r_;
-  std::vector<TokenSpan> spans_;  // of the step that runs, as the next three
+  std::vector<TokenSpan> spans_;  // of the current step, as are ids_ and rows_
   std::vector<int32_t> ids_, rows_;
   bool may_prefetch_ = true, prefetch_ = false;  // allowed; for this token
   PrefetchGate gate_;
   EngineStats stats_;
-  Interrupt* interrupt_ = nullptr;  // of the step() that runs
+  Interrupt* interrupt_ = nullptr;  // of the current step()
   std::vector<ExpertJob> jobs_;
-  std::vector<int> pending_;  // experts of a layer that tokens use
-  std::vector<int> used_;     // records that are pinned because the device may still read them
+  std::vector<int> pending_;  // experts of a layer that are used by some token
+  std::vector<int> used_;     // records kept pinned because the device may still be reading them
 };
 
 }  // namespace edge_moe

@@ -1,4 +1,4 @@
-// The processor's own memory as a device's: storage is read straight into it.
+// The processor's memory as a DeviceMemory: storage is read straight into it.
 #pragma once
 
 #include <algorithm>

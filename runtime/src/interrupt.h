@@ -1,6 +1,7 @@
-// Whether a computation is still wanted: what its caller looks at between two pieces of work, and drops the rest.
+// Whether a computation is still wanted: its caller checks between two pieces of work, and drops the rest if it is not.
 //
-// Asking the caller may be dear (Python's lock), so it is asked at most every kAskEvery; until then the answer is no.
+// Asking may be expensive (Python's GIL), so unwanted() is called at most once per kAskEvery.
+// changes.
 #pragma once
 
 #include <atomic>
@@ -11,7 +12,7 @@
 
 namespace edge_moe {
 
-// A computation was given up because it was not wanted any more.
+// A computation was abandoned because it was no longer wanted.
 struct Interrupted : std::exception {
   const char* what() const noexcept override { return "interrupted"; }
 };
@@ -20,11 +21,11 @@ class Interrupt {
  public:
   static constexpr std::chrono::milliseconds kAskEvery{50};
 
-  // unwanted() is asked by the one thread that calls asked(); without it nothing is ever interrupted.
+  // Only the thread that calls asked() calls unwanted(); without unwanted() nothing is ever interrupted.
   explicit Interrupt(std::function<bool()> unwanted = {})
       : unwanted_(std::move(unwanted)), next_(Clock::now() + kAskEvery) {}
 
-  // By the thread that computes, as often as it likes.
+  // For the computing thread; may be called as often as it likes.
   bool asked() {
     if (!unwanted_ || stopped()) return stopped();
     const Clock::time_point now = Clock::now();
@@ -38,7 +39,7 @@ class Interrupt {
     if (asked()) throw Interrupted();
   }
 
-  // By any thread: what asked() last said.
+  // For any thread: the last answer of asked().
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
 
  private:

@@ -1,8 +1,8 @@
-// The arithmetic of the layers on one device. Engine says what is computed, by which experts and when; this has the
-// trunk, the KV cache and the tokens' residual stream.
+// The arithmetic of the layers on one device. Engine decides what is computed, with which experts and when; LayerMath
+// holds the trunk, the KV cache and the residual stream.
 //
-// Calls come in the order of the model. A device may still be at work when one returns, but not when those return that
-// give the host something to read: to_router, ahead_logits, logits and finish wait for all that was asked before.
+// Calls come in the order of the layers. A device may still be working when a call returns, except for to_router,
+// ahead_logits, logits and finish, which wait for all work queued before, as the host reads their results.
 #pragma once
 
 #include <span>
@@ -21,28 +21,28 @@ struct KvOverflow : std::runtime_error {
   int sequence;
 };
 
-// Tokens of one sequence in a forward pass: those from `first` on, at positions from `position` on.
+// Tokens of one sequence in a forward pass: tokens [first, first + count) of the pass, at positions from `position` on.
 struct TokenSpan {
   int sequence, position, first, count;
 };
 
-// The tokens of one forward pass: of several sequences, a span of each, one after the other. What is computed of a
-// token depends on its own sequence alone.
+// The tokens of one forward pass: one span per sequence, one after the other. The results of a token depend on its own
+// sequence only.
 struct Step {
   std::span<const TokenSpan> spans;
   int tokens;
 };
 
-// One expert on some tokens: inputs of tokens[i], its outputs are pair first + i.
+// One expert on some tokens: the input of pair first + i is tokens[i].
 struct ExpertJob {
   ExpertWeights weights;
   const int32_t* tokens;
   int count, first, record;
 };
 
-// What routing works in, on the host, where the device can read it: pieces of LayerMath::shared().
+// The working memory of routing, on the host and readable by the device: pieces of LayerMath::shared().
 struct Routing {
-  float *router_logits, *routing_weights;  // (chunk, experts), (chunk, top_k): the most of any layer
+  float *router_logits, *routing_weights;  // (chunk, experts), (chunk, top_k): the maxima over layers
   float* group_scores;                     // (threads, 2, groups)
   int32_t *routed, *pair_of, *pair_token;  // (chunk, top_k): expert ids; pair of (token, k); token of a pair
   int32_t* first_pair;                     // (experts+1,)
@@ -50,7 +50,7 @@ struct Routing {
   float* dropped;                          // (chunk,): share of a token's routing weight that pruning drops
   float* importance;                       // (chunk,): |input| x attention received from the chunk's tokens
   int32_t* by_importance;                  // (chunk,)
-  uint8_t* protects;                       // (chunk,): 1 for a token that pruning leaves alone
+  uint8_t* protects;                       // (chunk,): 1 for a token that pruning leaves unchanged
   float *ahead_logits, *ahead_weights;     // of the next layer for one token: (experts,), (top_k,)
   int32_t* ahead_ids;                      // (top_k,)
 };
@@ -58,54 +58,54 @@ struct Routing {
 // Set every pointer of `r` to its piece of `base` and return the bytes that all take; with null, only count them.
 size_t carve_routing(const EngineConfig& config, Routing& r, uint8_t* base);
 
-// What a layer is asked for besides its router's logits.
+// What to compute for a layer besides the logits of its router.
 struct RouterWants {
-  const Matrix* mask_routers[2] = {};  // otp, loss: their products into mask_scores; null: none
-  bool importance = false;             // of each token; only of a pass of one span
-  bool ahead = false;                  // ahead_logits() of the next layer will be asked for
+  const Matrix* mask_routers[2] = {};  // otp, loss: their products go to mask_scores; null: none
+  bool importance = false;             // of each token; only in a pass of one span
+  bool ahead = false;                  // ahead_logits() of the next layer follows
 };
 
 class LayerMath {
  public:
   virtual ~LayerMath() = default;
 
-  // Memory that the host and the device both read and write, for as long as this lives.
+  // Memory that the host and the device both read and write; freed with this object.
   virtual uint8_t* shared(size_t bytes) = 0;
 
-  // Begin a pass: the residual stream is the tokens' embeddings.
+  // Begin a pass: set the residual stream to the tokens' embeddings.
   virtual void begin(const Step& step, std::span<const int32_t> ids) = 0;
 
-  // A layer without experts.
+  // Compute a layer without experts.
   virtual void dense_layer(int layer, const Step& step) = 0;
 
-  // A layer with experts, up to its router: logits and what else is wanted into `r`. Waits.
+  // Compute a layer with experts up to its router, and write logits and what else is wanted to `r`. Waits.
   virtual void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) = 0;
 
-  // The next layer's router on the residual stream as it is now, of one token, into r.ahead_logits. Waits.
+  // Apply the next layer's router to the current residual stream of one token, into r.ahead_logits. Waits.
   virtual void ahead_logits(int next_layer, const Routing& r) = 0;
 
-  // Some experts of the layer, jobs[i] in any order; `last` when no more come: then the tokens' weighted sums, in order
-  // of rank, and the shared expert go into the residual stream.
+  // Compute some experts of the layer, jobs[i] in any order. After the `last` jobs of a layer, add the tokens' weighted
+  // sums, in order of rank, and the shared expert to the residual stream.
   virtual void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) = 0;
 
-  // The longest beginning, of at most so many positions, that the state of a sequence can be brought back to. A KV
-  // cache keeps each position by itself, and has them all.
+  // The maximum number of first positions, up to `positions`, that the state of a sequence can be restored to. A KV
+  // cache stores each position separately, so that is all of them.
   virtual int restorable(int /*sequence*/, int positions) { return positions; }
 
-  // What the KV cache of a sequence has of the first positions, into another's.
+  // Copy the first positions of a sequence's KV cache to another sequence's.
   virtual void copy_positions(int from, int to, int positions) = 0;
 
-  // Output norm and head of some of the pass's tokens: (tokens, vocab), valid until the next call. Waits.
+  // Apply the output norm and the head to some tokens of the pass: (tokens, vocab), valid until the next call. Waits.
   virtual std::span<float> logits(std::span<const int32_t> tokens) = 0;
 
-  // The sequence in whose KV cache a key or value has become infinite since this was last asked, or -1. A device that
-  // does not tell says -1; then logits show it, where they are not finite.
+  // The sequence in whose KV cache a key or value has become infinite since the last call, or -1. A device that does
+  // not check returns -1; the overflow then shows in logits that are not finite.
   virtual int take_kv_overflow() { return -1; }
 
-  // Wait until all that was asked for is done, and experts' weights are not read any more.
+  // Wait until all queued work is done and experts' weights are no longer read.
   virtual void finish() = 0;
 
-  // Is experts() still at work when it returns?
+  // Whether experts() may still be running on the device when it returns.
   virtual bool asynchronous() const = 0;
 };
 

@@ -1,4 +1,4 @@
-// What any device works in when it computes a model, as pieces of one block of its memory.
+// The working memory of any device when it computes a model, as pieces of one block.
 #pragma once
 
 #include <vector>
@@ -12,17 +12,17 @@ struct RopeTables {
   float *cos, *sin;  // (context, rope_dim/2)
 };
 
-// `queries`: those that attention computes at once.
+// `queries`: how many attention computes at once.
 struct LayerScratch {
   float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
   float* scores;                                   // (queries, context in whole key blocks)
   float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
   float* logits;                                   // (logits_rows, vocab)
   std::vector<RopeTables> rope;                    // of each kind of attention
-  float* received;                                 // (heads, chunk): attention from the chunk's tokens
+  float* received;                                 // (heads, chunk): attention received from the chunk's tokens
   float* ahead_normed;                             // (dim,)
 
-  // Attention over a latent alone.
+  // Only for attention over a latent.
   float *q_latent, *absorbed, *mixed;  // (chunk, q_rank), (queries, kv_rank + rope_dim), (queries, kv_rank)
 };
 

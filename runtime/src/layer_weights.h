@@ -14,28 +14,28 @@ struct Norm {
 
 struct LayerWeights {
   Norm attention_norm, mlp_norm;
-  Matrix q, k, v, o;                      // over a latent, q is q_b and there is no k and v
+  Matrix q, k, v, o;                      // with a latent, q is q_b, and k and v are empty
   const float *q_bias, *k_bias, *v_bias;  // null: none
   const float *q_norm, *k_norm;           // (head_dim,) or all heads; null: none
   Matrix q_a, kv_a, kv_b;                 // attention over a latent
   const float *q_a_norm, *kv_a_norm;      // (q_rank,), (kv_rank,)
   Matrix router;                          // (experts, dim) float32; empty in a layer without experts
   const float* router_bias;               // (experts,); null: none
-  Matrix shared_router;                   // (1, dim) float32; empty: the shared expert has no gate
+  Matrix shared_router;                   // (1, dim) float32; empty: the shared expert is not gated
   ExpertWeights shared, dense;
 };
 
-// Throws DamagedFile where the trunk lacks something that the configuration asks for.
+// Throws DamagedFile if the trunk lacks a tensor that the configuration requires.
 LayerWeights layer_weights(const EngineConfig& config, const Trunk& trunk, int layer);
 
-// What stands before and after the layers.
+// The weights before and after the layers.
 struct EndWeights {
-  Matrix embedding, head;  // one matrix where they are tied
+  Matrix embedding, head;  // the same matrix if they are tied
   Norm output_norm;
 };
 EndWeights end_weights(const EngineConfig& config, const Trunk& trunk);
 
-// `count` rows of a matrix as one of their own.
+// `count` rows of a matrix as a matrix.
 Matrix rows_of(const Matrix& matrix, int first, int count);
 
 }  // namespace edge_moe

@@ -1,5 +1,5 @@
-// What the runtime asks of an operating system: unbuffered reads, anonymous memory, and how much memory is in use.
-// os_linux.cpp and os_macos.cpp have the same functions; the build picks one.
+// What the runtime needs from the operating system: unbuffered reads, anonymous memory, and how much memory is in use.
+// os_linux.cpp and os_macos.cpp define the same functions; the build picks one.
 #pragma once
 
 #include <atomic>
@@ -13,26 +13,25 @@ namespace edge_moe {
 class ReadFaults;
 struct GuardedRange;
 
-// What the system refused to do, and its reason: "WHAT: REASON", then "; ADVICE" where there is one. OSError in Python.
+// A system call failed: "WHAT: REASON", then "; ADVICE" if there is any. OSError in Python.
 struct SystemError : std::runtime_error {
   SystemError(const std::string& what, int error, const std::string& advice = "");
   int error;  // errno
 };
 
-// A file that can be read and is not what it should be: cut short, changed, of another shape. DamagedFile in Python.
+// A file is readable but its content is wrong: truncated, modified, of another shape. DamagedFile in Python.
 struct DamagedFile : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A file that another program changed, or that could not be read, while it was in use: the next try may be right.
-// OSError in Python.
+// A file was modified by another program, or unreadable, while it was in use: a retry may succeed. OSError in Python.
 struct FileInUse : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// By what a program can tell that another one has written to a file. Times are nanoseconds since 1970. Whoever writes
-// can put back the time of the last change of the content, but not that of the last change of the inode, short of
-// setting the system's clock.
+// Identifies a state of a file, to detect that another program has written to it. Times are nanoseconds since 1970. A
+// writer can restore the modification time of the content, but not the change time of the inode, short of setting the
+// system's clock.
 struct FileStamp {
   uint64_t bytes = 0;
   int64_t modified_ns = 0;
@@ -40,34 +39,34 @@ struct FileStamp {
   bool operator==(const FileStamp&) const = default;
 };
 
-// A file opened for reading past the page cache; `direct` is false where the file system refused and reads are
-// buffered. Throws SystemError, and DamagedFile for what is no regular file.
+// A file opened for direct I/O; `direct` is false if the file system does not support it and reads are buffered. Throws
+// SystemError, and DamagedFile if it is not a regular file.
 struct File {
   explicit File(const std::string& path);
   ~File();
   File(const File&) = delete;
   File& operator=(const File&) = delete;
 
-  FileStamp stamp() const;  // now
+  FileStamp stamp() const;  // current
 
-  // A stamp from which that of every later write differs. Times of files go in steps, so it waits until the last
-  // change is a step ago, at most 2 s. Pages that another program has mapped and changed are brought to the file
-  // first, because a change of such a page is noted only once for as long as it is not: not on tmpfs, where it is
-  // never noted.
+  // Return a stamp that differs from the stamp after any later write. File times have a limited resolution, so it
+  // waits, up to 2 s, until the last change is one step ago. Pages that another program has changed in a memory map are
+  // written back first, because until then only the first change of a page is noted; on tmpfs no such change is ever
+  // noted.
   FileStamp settled_stamp() const;
 
   std::string path;
   int descriptor = -1;
   bool direct = false;
-  uint64_t bytes = 0;                        // when it was opened
-  std::atomic<ReadFaults*> faults{nullptr};  // of its reads; null: none
+  uint64_t bytes = 0;                        // when opened
+  std::atomic<ReadFaults*> faults{nullptr};  // injected into its reads; null: none
 };
 
-// Zeroed memory from the system, page aligned; pages count only once touched.
+// Zeroed, page-aligned memory from the system; pages count only once touched.
 class Arena {
  public:
   Arena() = default;
-  // room: bytes that it may be resized to, which are addresses alone until then. Throws std::bad_alloc.
+  // room: the maximum that it may be resized to; beyond `bytes`, only addresses are reserved. Throws std::bad_alloc.
   explicit Arena(size_t bytes, size_t room = 0);
   ~Arena();
   Arena(Arena&& other) noexcept;
@@ -76,8 +75,8 @@ class Arena {
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
 
-  // So many bytes from now on, the first as they were; what is given up is the system's on return. Throws SystemError
-  // for more than its room, and where the system has no more.
+  // Resize to `bytes`, keeping the first bytes; what is given up is returned to the system. Throws SystemError for more
+  // than its room, and if the system has no more memory.
   void resize(size_t bytes);
 
  private:
@@ -85,8 +84,8 @@ class Arena {
   size_t bytes_ = 0, room_ = 0;
 };
 
-// A whole file mapped for reading. Where a page cannot be read, because the file was cut short or its disk fails, there
-// are zeros from that page on, and the map is lost.
+// A whole file mapped for reading. If a page cannot be read, because the file was truncated or its disk fails, the map
+// reads as zeros from that page on and is lost.
 class FileMap {
  public:
   explicit FileMap(const File& file);
@@ -96,7 +95,7 @@ class FileMap {
 
   const uint8_t* data() const { return data_; }
   bool lost() const;
-  void map_again(const File& file);  // a lost one, at the same place
+  void map_again(const File& file);  // maps a lost file again at the same address
 
  private:
   uint8_t* data_ = nullptr;
@@ -104,22 +103,22 @@ class FileMap {
   GuardedRange* guarded_ = nullptr;
 };
 
-// What to do about a file of a bundle that cannot be read now but may be later.
+// Advice for a file of a bundle that cannot be read now but may be later.
 inline constexpr const char* kTryAgain = "try again, and copy the bundle again if that does not help";
 
-// Fill `out` from `offset`. With `file.direct`, all three must be multiples of 4096. Throws SystemError when the system
-// reports an error and DamagedFile when the file ends early.
+// Fill `out` from `offset`. With `file.direct`, offset, address and length must be multiples of 4096. Throws
+// SystemError if the system reports an error and DamagedFile if the file ends early.
 void read_exactly(const File& file, uint64_t offset, uint8_t* out, size_t bytes);
 
-// The same for the end of a file, at any offset and length (fewer than 4096 bytes).
+// The same for the end of a file, at any offset, for fewer than 4096 bytes.
 void read_tail(const File& file, uint64_t offset, uint8_t* out, size_t bytes);
 
-size_t resident_bytes();   // of this process now, as the system counts it
-size_t peak_bytes();       // the most it ever was, or was since reset_peak_bytes()
-bool reset_peak_bytes();   // counts the peak from what there is now on; false where the system cannot
-size_t untouched_bytes();  // of all Arenas and FileMaps of this process, which resident_bytes() may still grow by
-size_t free_bytes();       // what the system could give to programs now
-int performance_cores();   // of a processor that has slower ones too; 0 where all are alike or the system does not tell
-void return_freed_memory();  // give the system what this process has freed and its allocator keeps
+size_t resident_bytes();     // of this process now, as the system counts them
+size_t peak_bytes();         // the maximum of resident_bytes(), of all time or since reset_peak_bytes()
+bool reset_peak_bytes();     // restarts the peak at the present value; false if the system cannot
+size_t untouched_bytes();    // of Arenas and FileMaps of this process: resident_bytes() may still grow by them
+size_t free_bytes();         // that the system could give to programs now
+int performance_cores();     // of a processor that also has slower cores; 0 if all are alike or unknown
+void return_freed_memory();  // returns the memory that the allocator keeps free to the system
 
 }  // namespace edge_moe

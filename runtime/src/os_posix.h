@@ -1,4 +1,4 @@
-// The parts of os.h that Linux and macOS share word for word; included once by each os_*.cpp.
+// The parts of os.h that are identical on Linux and macOS; included once by each os_*.cpp.
 #pragma once
 
 #include <sys/mman.h>
@@ -26,7 +26,7 @@ namespace edge_moe {
 // Each os_*.cpp has its own.
 static int64_t modified_ns(const struct stat& info);
 static int64_t changed_ns(const struct stat& info);
-static void write_back(int descriptor);  // what programs have written into their maps of the file
+static void write_back(int descriptor);  // writes back what programs have changed in maps of the file
 
 SystemError::SystemError(const std::string& what, int error, const std::string& advice)
     : std::runtime_error(what + ": " + std::generic_category().message(error) + (advice.empty() ? "" : "; " + advice)),
@@ -54,7 +54,7 @@ FileStamp File::settled_stamp() const {
   const int64_t step = found.changed_ns % kSecond ? kStep : 2 * kSecond;
   for (const int64_t begin = now_ns(); now_ns() - begin < step; found = stamp()) {
     const int64_t age = now_ns() - found.changed_ns;
-    if (age < 0 || age >= step) break;  // a change in the future is none that a later write could be taken for
+    if (age < 0 || age >= step) break;  // settled, or in the future: no later write gets this time
     std::this_thread::sleep_for(milliseconds(1));
   }
   return found;
@@ -64,10 +64,10 @@ File::~File() {
   if (descriptor >= 0) close(descriptor);
 }
 
-// Bytes of [data, data + bytes) whose pages this process has; each os_*.cpp has its own.
+// Bytes of [data, data + bytes) on pages resident in this process; each os_*.cpp has its own.
 static size_t present_bytes(const uint8_t* data, size_t bytes);
 
-// Arenas and maps of this process. Never destroyed: some outlive the end of main().
+// Arenas and maps of this process. Never destroyed, as some of them outlive main().
 struct Places {
   std::mutex mutex;
   std::map<const uint8_t*, size_t> bytes;  // by address
@@ -97,7 +97,7 @@ inline size_t whole_pages(size_t bytes) {
   return (bytes + page - 1) / page * page;
 }
 
-// Addresses without memory.
+// Reserve addresses without memory.
 inline void* reserve(void* at, size_t bytes) {
   return mmap(at, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANON | MAP_NORESERVE | (at ? MAP_FIXED : 0), -1, 0);
 }
@@ -105,7 +105,7 @@ inline void* reserve(void* at, size_t bytes) {
 Arena::Arena(size_t bytes, size_t room) : bytes_(bytes), room_(whole_pages(std::max(bytes, room))) {
   if (room_ == 0) return;
   void* memory = reserve(nullptr, room_);
-  if (memory == MAP_FAILED) {  // a limit of addresses: what is needed now may fit
+  if (memory == MAP_FAILED) {  // a limit on address space: the bytes needed now may fit
     room_ = whole_pages(bytes);
     memory = reserve(nullptr, room_);
   }
@@ -178,8 +178,8 @@ inline ssize_t read_once(const File& file, uint64_t offset, uint8_t* out, size_t
   return pread(file.descriptor, out, bytes, off_t(offset));
 }
 
-// pread until `bytes` have come or the file ends; returns how many came. After a short read a direct file goes on at a
-// whole block; less than one of what should be more is its end.
+// Call pread until all `bytes` are read or the file ends; returns how many were read. After a short read, a direct file
+// continues at a whole block; a read of less than one block, where more is expected, is the end of the file.
 inline size_t read_some(const File& file, uint64_t offset, uint8_t* out, size_t bytes) {
   size_t done = 0;
   while (done < bytes) {
@@ -202,7 +202,7 @@ void read_exactly(const File& file, uint64_t offset, uint8_t* out, size_t bytes)
                       std::to_string(offset + bytes) + "; copy the bundle again");
 }
 
-// O_DIRECT wants an aligned buffer and length, also at the end of the file, where it returns what there is.
+// O_DIRECT requires an aligned buffer and length, even at the end of the file, where the read is short.
 void read_tail(const File& file, uint64_t offset, uint8_t* out, size_t bytes) {
   if (bytes == 0) return;
   alignas(4096) static thread_local uint8_t block[4096];

@@ -1,7 +1,7 @@
-// Whether reading ahead pays: the share of records read ahead of their layer that it then used.
+// Whether reading ahead pays: judged by the share of records read ahead that their layer then used.
 //
-// Only idle readers read ahead, while a layer is computed. A record that is then used hides its whole read; one that
-// is not delays the next layer's reads by as much at the most, and takes another's place. So it pays from about half.
+// Only idle readers read ahead, while a layer is computed. A record that is used hides its whole read; one that is not
+// delays the next layer's reads by at most one read, and evicts another record. So it pays from a share of about half.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@ namespace edge_moe {
 
 class PrefetchGate {
  public:
-  // Asked once a token: is it open? A closed one opens for kTrial tokens in kPause.
+  // Whether to read ahead; to be called once per token. If it does not pay, tried for kTrial tokens in every kPause.
   bool open(uint64_t read_ahead, uint64_t used) {
-    if (read_ahead - read_ahead_ >= kEnough) {  // judged by those since the last judgement
+    if (read_ahead - read_ahead_ >= kEnough) {  // judged by those read since the last judgement
       pays_ = 2 * (used - used_) >= read_ahead - read_ahead_;
       read_ahead_ = read_ahead, used_ = used;
     }

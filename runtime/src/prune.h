@@ -1,5 +1,5 @@
-// Which of its chosen experts a token keeps: the heaviest few, by one of several rules. What a rule needs is calibrated
-// by compressor/pruning/prune.py; runtime/reference.py has the same rules to read beside these.
+// Pruning: which of its chosen experts a token keeps, always those with the largest weights.
+// compressor/pruning/prune.py calibrates the rules; runtime/reference.py has the same rules in NumPy.
 #pragma once
 
 #include <cstdint>
@@ -11,41 +11,41 @@ namespace edge_moe {
 
 enum class Prune {
   kOff,
-  kRatio,  // experts whose weight is at least threshold x the heaviest
-  kShare,  // the fewest whose weights reach threshold x the weights' sum
-  kOtp,    // the count with the best score, a count's price taken off
-  kLoss,   // the count with the least expected loss and price together
+  kRatio,  // experts whose weight is at least threshold x the largest weight
+  kShare,  // the fewest experts whose weights reach threshold x the sum of weights
+  kOtp,    // the count with the maximum of score minus price
+  kLoss,   // the count with the minimum of expected loss plus price
 };
 
-// What one request asks for.
+// The pruning options of one request.
 struct PruneRule {
   Prune kind = Prune::kOff;
-  std::vector<float> threshold;  // (layers,): ratio, 0 keeps all; share, 1 keeps all
-  float price = 0;               // of an expert, for mask routers
-  float protect = 0;             // share of a prompt's tokens that keep all, those that receive most attention
+  std::vector<float> threshold;  // (layers,): for ratio, 0 keeps all; for share, 1 keeps all
+  float price = 0;               // per expert, for mask routers
+  float protect = 0;             // share of a prompt's tokens that keep all experts: those that receive most attention
 };
 
-// One layer's mask router: for each count of experts kept, 1 to top_k, a linear form of the token: x, the logarithms of
-// its weights' shares of their sum, these shares, and 1. It is the count's score, or the logarithm of its loss (of
-// which all top_k have none, so that their row is not read). float32.
+// One layer's mask router: for each count of experts kept, 1 to top_k, a linear function of the token's x, the
+// logarithms of its weights' shares of their sum, these shares, and 1. Its value is the count's score or log loss;
+// keeping all top_k has no loss, so that row is not read. float32.
 struct MaskRouter {
   Matrix of_input;                    // (top_k, dim)
   const float* of_weights = nullptr;  // (top_k, 2 * top_k + 1)
   explicit operator bool() const { return bool(of_input); }
 };
 
-// How many of a token's experts a rule keeps, at least one. weights: (top_k,), heaviest first, 0 where there is none.
+// The number of experts that a rule keeps, at least one. weights: (top_k,), descending, 0 for empty places.
 int kept_by_ratio(const float* weights, int top_k, float threshold);
 int kept_by_share(const float* weights, int top_k, float threshold);
-// values: (top_k,), what the mask router makes of x alone; overwritten. losses: whether they are logarithms of losses.
+// values: (top_k,), the product of of_input and x; overwritten. losses: whether the values are log losses, not scores.
 int kept_by_router(const MaskRouter& router, bool losses, float* values, const float* weights, int top_k, float price);
 
-// Take away all but the first `kept`: ids -1, weights 0. Where the model renormalises, those kept are scaled to the sum
-// that all had. Returns the share of the weights' sum that was taken away.
+// Remove all but the first `kept` experts: ids -1, weights 0. If the model renormalises, the kept weights are scaled to
+// the sum of all. Returns the share of the weights' sum that was removed.
 float keep_first(int kept, int top_k, bool renormalise, int32_t* ids, float* weights);
 
-// protects: (tokens,), 1 for the tokens of most importance, a share of them rounded up; of equals the earlier.
-// importance: (tokens,). order: room for `tokens` numbers.
+// Set protects, (tokens,), to 1 for the `share` of tokens, rounded up, with the largest importance, (tokens,); ties go
+// to the earlier token. order: room for `tokens` numbers.
 void protect_most(const float* importance, int tokens, float share, int32_t* order, uint8_t* protects);
 
 }  // namespace edge_moe

@@ -1,5 +1,5 @@
-// Threads that fill slots from storage: what was asked for in its order, and when there is nothing to do what may be
-// asked for soon.
+// Threads that fill slots from storage: requested reads in order and, when there are none, records that may be needed
+// soon.
 #pragma once
 
 #include <condition_variable>
@@ -14,18 +14,18 @@
 
 namespace edge_moe {
 
-// A record and where its bytes go.
+// A record and the place of its bytes.
 struct Read {
   int record = -1, slot = -1;
   size_t offset = 0, bytes = 0;
 };
 
-// Whose memory is filled. Called from any reader, with no lock of Readers held.
+// The owner of the memory that is filled. Called from any reader, without a lock of Readers held.
 class ReadClient {
  public:
-  virtual std::optional<Read> read_ahead_now(int record) = 0;    // none: there is no room, or it is there
+  virtual std::optional<Read> read_ahead_now(int record) = 0;    // none: no room, or already in a slot
   virtual void fill(int reader, const Read& read) = 0;           // may throw
-  virtual bool ended(const Read& read, std::exception_ptr) = 0;  // true: read it once more
+  virtual bool ended(const Read& read, std::exception_ptr) = 0;  // true: retry the read
 
  protected:
   ~ReadClient() = default;
@@ -33,12 +33,12 @@ class ReadClient {
 
 class Readers {
  public:
-  Readers(int count, ReadClient& client);  // throws SystemError when the system refuses that many threads
-  ~Readers();                              // reads that have begun end first
+  Readers(int count, ReadClient& client);  // throws SystemError if the system refuses a thread
+  ~Readers();                              // waits for reads that have begun
   Readers(const Readers&) = delete;
 
   void ask(const Read& read);
-  // Records that may be asked for soon, most likely first, instead of those named before.
+  // Replace the list of records that may be needed soon, most likely first.
   void ask_ahead(std::span<const int32_t> records);
 
  private:

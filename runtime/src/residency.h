@@ -1,8 +1,8 @@
-// Which experts' records are in memory: asked for, counted, read, evicted. The engine is a client, and so may be any
-// other that computes on what it finds in the table; Python has it as _core.Residency.
+// Expert residency: acquiring, counting, reading and evicting records. The engine is one client; others may compute on
+// the records that they find in the table. In Python it is _core.Residency.
 //
-// It puts together who is wanted (worths.h), whose memory another gets (slots.h) and threads that read (readers.h). An
-// acquired record is pinned until it is released: a slot that is read or computed on never changes hands.
+// It combines eviction by worth (worths.h), memory in slots (slots.h) and reader threads (readers.h). An acquired
+// record is pinned until it is released: a slot that is being read or computed on is never reused.
 #pragma once
 
 #include <atomic>
@@ -26,65 +26,65 @@ namespace edge_moe {
 
 struct ResidencyStats {
   uint64_t hits = 0, misses = 0, bytes_read = 0;
-  uint64_t read_ahead = 0, read_ahead_used = 0;  // records: read before they were asked for, and then asked for
+  uint64_t read_ahead = 0, read_ahead_used = 0;  // records read ahead; of these, acquired later
 };
 
 class Residency final : ReadClient {
  public:
-  // bytes: of all slots together, at least one largest record. With a mapped store there are none: every acquire is a
-  // hit. half_life: in layers computed.
+  // bytes: size of all slots together, at least the largest record. A mapped store has no slots: each acquire is a hit.
+  // half_life: in layers computed.
   Residency(ExpertStore& store, const Device& device, size_t bytes, int readers, double half_life);
   ~Residency();
   Residency(const Residency&) = delete;
 
   enum class Acquired { kHit, kMiss, kNoSlot };
 
-  // Pin a record, starting its read if it is neither in memory nor on its way; kNoSlot when too much is pinned.
-  Acquired acquire(int record, int uses = 1);  // uses: that this is, by as many tokens
+  // Pin a record, starting its read if it is not in a slot; kNoSlot if too much is pinned.
+  Acquired acquire(int record, int uses = 1);  // uses: the number of tokens that use it
 
-  // Records that may be asked for soon, most likely first, instead of those named before. A reader with nothing else to
-  // do reads one that is not in memory; it is not pinned.
+  // Replace the list of records that may be needed soon, most likely first. Idle readers read those that are not in
+  // memory, without pinning them.
   void read_ahead(std::span<const int32_t> records);
 
-  // Is the record in a slot (or mapped) now? Does not pin.
+  // Whether the record is mapped or has a slot, loaded or not. Does not pin.
   bool holds(int record) const;
 
-  // The bytes of a pinned record, null while it loads. Throws what the read threw.
+  // The bytes of a pinned record; null while it is being read. Throws what the read threw.
   const uint8_t* bytes(int record);
 
-  // Wait until at least one read has ended since the last call that saw none ready; false where none has in so long.
+  // Wait until a read has ended since the last call of wait(); false if none does within `most`.
   bool wait(std::chrono::milliseconds most);
 
   void release(int record);
   void tick();  // a layer was computed
 
-  // By record, the slot where it is and ready, else -1: to be read without a lock. Between begin_epoch() and
-  // end_epoch() no record leaves that had a slot when it began, so what the table says then stays true.
+  // The slot of each record, -1 if it is not ready; readable without a lock. Between begin_epoch() and end_epoch() no
+  // record is evicted that had a slot at the beginning, so its entry stays valid.
   std::span<const std::atomic<int32_t>> table() const { return slots_.table(); }
   Slot slot(int number) const;
   void begin_epoch();
   void end_epoch();
 
-  // Memory for so many bytes from now on; what is given up is the system's again on return. Nothing may be pinned and
-  // no epoch be open. A mapped store is read into slots from now on. Throws std::invalid_argument for less than the
-  // largest record, and SystemError where there is no more memory: then as much is there as before, if it can be had.
+  // Resize the slots to `bytes`; what is given up is returned to the system. Nothing may be pinned and no epoch open. A
+  // mapped store is read into slots from now on. Throws std::invalid_argument for less than the largest record, and
+  // SystemError if the system has no more memory: the old size is then restored if possible.
   void resize(size_t bytes);
 
   ResidencyStats stats() const;
-  std::vector<double> worths() const;            // by record: uses, each times 2^(when / half_life)
+  std::vector<double> worths() const;            // by record: sum of uses, each times 2^(clock / half_life)
   int records_held() const;                      // in slots now
   size_t bytes() const;                          // of all slots
-  bool holds_all() const { return holds_all_; }  // has memory for every record
+  bool holds_all() const { return holds_all_; }  // there is memory for every record
 
  private:
   enum class State { kLoading, kReady, kFailed };
 
-  // Of a slot's record.
+  // The state of a slot's record.
   struct Load {
     State state = State::kLoading;
-    int wanted = 0;      // acquired so many times and not released
-    bool ahead = false;  // read ahead, and not asked for yet
-    bool left = false;   // its read began for a call that failed, or ahead, and not for who wants it now
+    int wanted = 0;      // number of acquires not yet released
+    bool ahead = false;  // read ahead, and not acquired yet
+    bool left = false;   // its read was started ahead or for a failed call, not for the present acquire
     std::exception_ptr error;
   };
 
@@ -110,11 +110,11 @@ class Residency final : ReadClient {
   std::vector<Load> loads_;  // by slot
   std::unique_ptr<DeviceMemory> memory_;
   ResidencyStats stats_;
-  uint64_t ended_ = 0, seen_ = 0;  // reads; those that wait() knows of
+  uint64_t ended_ = 0, seen_ = 0;  // reads ended; of these, reported by wait()
   int loading_ = 0;
   bool in_epoch_ = false, resizing_ = false;
 
-  std::unique_ptr<Readers> readers_;  // the first to go: they use all of this
+  std::unique_ptr<Readers> readers_;  // destroyed first: the threads use all of the above
 };
 
 }  // namespace edge_moe

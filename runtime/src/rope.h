@@ -1,4 +1,4 @@
-// Rotary position: cos and sin of the angles of every position, and how a vector is turned by them.
+// Rotary position embedding: cos and sin of the angles of each position, and the rotation of a vector.
 #pragma once
 
 #include <cmath>
@@ -7,8 +7,8 @@
 
 namespace edge_moe {
 
-// cos, sin: (count, frequencies), of positions from `first` on, times scale. An angle is a float32 product, as
-// transformers has it.
+// Fill cos and sin, (count, frequencies), for positions from `first` on, times scale. An angle is a float32 product, as
+// in transformers.
 inline void fill_rope(std::span<const float> frequency, float scale, int first, int count, float* cos, float* sin) {
   for (int position = first; position < first + count; ++position)
     for (size_t i = 0; i < frequency.size(); ++i) {
@@ -18,7 +18,7 @@ inline void fill_rope(std::span<const float> frequency, float scale, int first, 
     }
 }
 
-// Turn the `half` pairs of x by the angles of one position: (i, i + half), or (2i, 2i + 1) if interleaved.
+// Rotate the `half` pairs of x by the angles of one position: (i, i + half), or (2i, 2i + 1) if interleaved.
 inline void rotate(float* x, const float* cos, const float* sin, int half, bool interleaved) {
   const int step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
   for (int i = 0; i < half; ++i) {

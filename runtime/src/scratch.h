@@ -1,4 +1,4 @@
-// What the processor works in when it computes a model: named pieces of one block of memory.
+// The working memory of the processor when it computes a model: named pieces of one block.
 #pragma once
 
 #include <cstddef>
@@ -9,21 +9,21 @@
 
 namespace edge_moe {
 
-inline constexpr int kHeadQueries = 16;    // that one thread takes over a KV head's cache at a time
-inline constexpr int kLatentQueries = 16;  // that one thread takes over the latents at a time
-inline constexpr int kLatentRows = 8;      // latents, or rows of kv_b as floats, that it does so with
+inline constexpr int kHeadQueries = 16;    // processed together by one task over a KV head's cache
+inline constexpr int kLatentQueries = 16;  // processed together by one task over the latents
+inline constexpr int kLatentRows = 8;      // latents, or rows of kv_b as floats, per step of such a task
 
 struct Scratch : LayerScratch {
   int32_t* all_tokens;  // (chunk,)
-  float* piece;         // (queries, head_dim or kv_rank): attention's sums over some positions
+  float* piece;         // (queries, head_dim or kv_rank): attention's sums over a range of positions
   Quantised normed_q, attended_q, hidden_q;
 
-  // Attention over a latent alone.
+  // Only for attention over a latent.
   float* rows;  // (threads, kLatentRows, kv_rank + rope_dim)
   Quantised q_latent_q, mixed_q;
 };
 
-// `count` vectors from the `first` on, in both forms.
+// Vectors [first, first + count), as floats and quantised.
 Activations activations(const float* values, const Quantised& quantised, int cols, size_t first, int count);
 
 // Set every pointer of `s` to its piece of `base` and return the bytes that all take; with null, only count them.

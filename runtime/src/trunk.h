@@ -1,4 +1,4 @@
-// The trunk in a device's memory: trunk.safetensors read whole at load, and its tensors by name.
+// The trunk in a device's memory: trunk.safetensors is read whole at load; tensors are found by name.
 #pragma once
 
 #include <memory>
@@ -12,7 +12,7 @@
 
 namespace edge_moe {
 
-// One trunk tensor: where its parts lie in the file. Vectors have one row.
+// One trunk tensor and the layout of its parts in the file. A vector has one row.
 struct TrunkTensor {
   std::string name;
   MatrixLayout layout;
@@ -20,17 +20,17 @@ struct TrunkTensor {
 
 class Trunk {
  public:
-  // Throws DamagedFile when the file is not `bytes` long or does not match `checksum`, and Interrupted.
+  // Throws DamagedFile if the file is not `bytes` long or does not match `checksum`, and Interrupted.
   Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors,
         const Device& device, Interrupt* interrupt = nullptr);
 
-  // Where the device finds them.
-  Matrix matrix(const std::string& name) const;                           // throws DamagedFile when it is missing
-  Matrix matrix_if_any(const std::string& name) const;                    // empty when it is missing
+  // Pointers of the device.
+  Matrix matrix(const std::string& name) const;                           // throws DamagedFile if it is missing
+  Matrix matrix_if_any(const std::string& name) const;                    // empty if it is missing
   const float* vector(const std::string& name, int length) const;         // float32 values, checked length
-  const float* vector_if_any(const std::string& name, int length) const;  // null when it is missing
+  const float* vector_if_any(const std::string& name, int length) const;  // null if it is missing
 
-  // A vector's values for the host; none when it is missing.
+  // A copy of a vector's values for the host; empty if it is missing.
   std::vector<float> host_vector(const std::string& name, int length) const;
 
  private:

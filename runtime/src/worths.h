@@ -1,10 +1,10 @@
-// How much each record is wanted: LFRU, by which it is decided whose memory another record gets.
+// The worth of each record, by LFRU (least frequently and recently used): decides which records are evicted.
 //
-// Every use adds one to a record's score and scores halve every half_life layers computed, so frequency decides and
+// Each use adds one to a record's score, and scores halve every half_life layers computed, so frequency decides and
 // recency breaks ties. Layers run in order, and plain LRU would evict exactly the record that is needed soonest. Scores
-// outlive eviction and start from the calibration frequencies. They are kept in a unit that grows instead: a use adds
-// 2^(clock / half_life) to a record's worth, and none fades. So a worth changes with uses of its own record alone. How
-// this compares with other policies on recorded text, and which half-life is best: bench/laboratory/cache_policies.py.
+// survive eviction and start from the calibration frequencies. Instead of halving scores, a use adds 2^(clock /
+// half_life) to the record's worth, so a worth changes only with uses of its own record.
+// bench/laboratory/cache_policies.py compares this with other policies and half-lives on recorded text.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ namespace edge_moe {
 
 class Worths {
  public:
-  // start: of each record. half_life: in layers computed.
+  // start: the initial worth of each record. half_life: in layers computed.
   Worths(std::vector<double> start, double half_life) : worths_(std::move(start)), half_life_(half_life) {}
 
   double of(int record) const { return worths_[record]; }
@@ -23,8 +23,8 @@ class Worths {
 
   void use(int record, int uses) { worths_[record] += uses * unit_; }
 
-  // A layer was computed. True when all worths have a new unit, by a power of two that leaves their order as it is; the
-  // oldest may end as nothing.
+  // Count a layer computed. Returns true if all worths were rescaled, by a power of two that preserves their order; the
+  // oldest ones may become 0.
   bool tick() {
     const bool rebase = ++clock_ >= kRebase * half_life_;
     if (rebase) {
@@ -36,11 +36,11 @@ class Worths {
   }
 
  private:
-  static constexpr int kRebase = 512;  // half-lives, far from what a double holds
+  static constexpr int kRebase = 512;  // in half-lives, well within the range of a double
 
-  std::vector<double> worths_;  // by record: its uses, each times the unit of its time
+  std::vector<double> worths_;  // by record: sum of its uses, each times unit_ at the time
   const double half_life_;
-  double clock_ = 0, unit_ = 1;  // layers computed since the last rebase; of a use now
+  double clock_ = 0, unit_ = 1;  // layers computed since the last rescaling; worth of a use now
 };
 
 }  // namespace edge_moe
