@@ -1,7 +1,7 @@
 // Attention with keys and values for each KV head; attention over a latent is in latent_attention.cpp.
 //
-// A task takes up to kHeadQueries queries of one KV head through its cache together: the heads that share it, of one
-// token in decode and of a few in prefill, so that what comes from far memory comes once for all of them.
+// A task processes up to kHeadQueries queries of one KV head together over its cache: the query heads that share it, of
+// one token in decode and of a few in prefill, so that the cache is read from far memory once for all of them.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -38,7 +38,7 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
     for (int i = 0; weight && i < n; i += step) kernels_.rms_norm(vector + i, weight, c.norm_eps, vector + i, step);
   };
 
-  // norms of q and k, rope, and into the KV cache; one task the tokens that share key blocks
+  // norms of q and k, rope, and into the KV cache; one task for the tokens that share key blocks
   const auto blocks = [](const TokenSpan& span) {
     return (span.position + span.count - 1) / kKeyBlock - span.position / kKeyBlock + 1;
   };
@@ -64,7 +64,7 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
     }
   });
 
-  // attention, one task some heads that share a KV head, for some tokens
+  // attention; one task for some heads that share a KV head, and some tokens
   const int shared_by = a.heads / a.kv_heads, most_tokens = std::max(1, kHeadQueries / shared_by);
   const auto tiles_of = [&](const TokenSpan& span) { return (span.count - 1) / std::min(most_tokens, span.count) + 1; };
   int tiles = 0;
@@ -83,7 +83,7 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
   attention_output(layer, tokens);
 }
 
-// Attention of some heads, which share a KV head, for some tokens of a span: from q to attended.
+// Attention of some heads that share a KV head, for some tokens of a span: from q to attended.
 void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
                      int thread) {
   const EngineConfig& c = config_;
@@ -108,7 +108,7 @@ void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int toke
   for (int query = 0; query < queries; ++query)
     kernels_.softmax(scores + query * stride, begin_of(query / heads), end_of(query / heads));
 
-  // what all tokens see, together, between what the first ones alone and the last ones alone see
+  // positions that all tokens see, at once; before and after them, token by token those that only some see
   const int begin = begin_of(tokens - 1), end = std::max(begin, end_of(0));
   sum_positions(begin_of(0), end_of(tokens - 1), queries, a.head_dim, out, piece, [&](int first, int last, auto rows) {
     auto values = [&](int token, int count, int from, int to) {
@@ -123,7 +123,7 @@ void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int toke
   });
 }
 
-// A token's key and value of one KV head into the cache.
+// Store a token's key and value of one KV head in the cache.
 template <typename T>
 void CpuMath::store(int sequence, int layer, int head, int position, const float* key, const float* value) {
   const KeyValues cache = cached(sequence, layer, head);
@@ -147,8 +147,8 @@ void CpuMath::note_overflow(int sequence, const float* values, size_t count) {
   if (largest >= kHalfOverflow) kv_overflow_.store(sequence, std::memory_order_relaxed);
 }
 
-// How much attention each of the chunk's tokens receives from those at and after it in the chunk, by head. Done anew,
-// head by head, so that sums have one order; it is only for prompts whose tokens are protected from pruning.
+// The attention that each of the chunk's tokens receives from itself and later tokens of the chunk, per head. Computed
+// anew, head by head, so that the order of sums is fixed; only for prompts whose tokens are protected from pruning.
 void CpuMath::received_attention(int layer, const Step& step) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
@@ -187,7 +187,7 @@ KeyValues CpuMath::cached(int sequence, int layer, int head) const {
   return {keys, keys + a.kv_heads * row, size_t(a.head_dim), config_.half_cache};
 }
 
-// Keys lie in blocks of positions, so whole blocks are copied of every row.
+// Keys are stored in blocks of positions, so whole blocks are copied of each row.
 void CpuMath::copy_positions(int from, int to, int positions) {
   const EngineConfig& c = config_;
   const size_t blocks = align_up(positions, kKeyBlock);

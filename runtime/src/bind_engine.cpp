@@ -1,4 +1,4 @@
-// The engine for Python: its configuration, the trunk and records it is made from, forward passes and counters.
+// Python bindings of the engine: configuration, trunk and records, forward passes, counters.
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -45,7 +45,7 @@ void check_layouts(const EngineConfig& c, const std::vector<RecordLayout>& layou
   }
 }
 
-// Refuse what the device cannot multiply.
+// Raise ValueError for encodings that the device cannot multiply.
 void check_kernels(const Device& device, const std::vector<TrunkTensor>& tensors,
                    const std::vector<RecordLayout>& layouts) {
   auto check = [&](const Encoding& e, const std::string& what) {
@@ -135,8 +135,8 @@ ReadFault read_fault(const std::string& kind, int64_t after, int64_t times, uint
   return fault;
 }
 
-// An Engine and the process it was made in. A child that was forked has its memory but not its threads: nothing can run
-// there, and nothing is given back, for that would wait for them.
+// An Engine and the process it was made in. A forked child has the engine's memory but not its threads: it can run
+// nothing, and frees nothing, since that would wait for the threads.
 class BoundEngine {
  public:
   explicit BoundEngine(std::unique_ptr<Engine> engine) : engine_(std::move(engine)) {}
@@ -157,7 +157,7 @@ class BoundEngine {
   const pid_t process_ = getpid();
 };
 
-// Does the main thread have a signal to answer, or does the caller want no more? To be asked with the lock.
+// Whether a signal handler raised, or stop() returned true. Call with Python's GIL.
 bool unwanted_by(const nb::object& stop) {
   return PyErr_CheckSignals() != 0 || (!stop.is_none() && nb::cast<bool>(stop()));
 }
@@ -166,7 +166,7 @@ void check_sequence(const Engine& engine, int sequence) {
   expect(sequence >= 0 && sequence < engine.config().sequences, "there is no such sequence");
 }
 
-// Engine::step with Python's lock released, and its logits as an array (rows, vocab).
+// Call Engine::step with Python's GIL released, and return its logits as an array (rows, vocab).
 ArrayOut<float> run_step(BoundEngine& self, const std::vector<Engine::Part>& parts, const nb::object& stop) {
   std::span<const float> logits;
   Engine& engine = *self;
@@ -211,7 +211,7 @@ void bind_engine(nb::module_& m) {
     }
   });
   nb::exception<KvOverflow>(m, "KvOverflow").doc() = "A key or value was too large for a KV cache in half precision.";
-  nb::exception<Interrupted>(m, "Interrupted").doc() = "A call was given up because `stop` said so.";
+  nb::exception<Interrupted>(m, "Interrupted").doc() = "A call ended because `stop` returned true.";
 
   nb::class_<AttentionConfig>(m, "AttentionConfig", "One kind of attention; see engine_config.h.")
       .def(nb::init<>())
@@ -240,7 +240,7 @@ void bind_engine(nb::module_& m) {
       .value("sparsemixer", RouterScore::kSparsemixer);
 
   nb::class_<EngineConfig>(m, "EngineConfig",
-                           "Shapes and rules of a model and the sizes of one run; see engine_config.h.")
+                           "The shapes and rules of a model, and the sizes of one run; see engine_config.h.")
       .def(nb::init<>())
       .def_rw("layers", &EngineConfig::layers)
       .def_rw("dim", &EngineConfig::dim)
@@ -282,12 +282,12 @@ void bind_engine(nb::module_& m) {
         return std::make_tuple(memory.kv_cache, memory.scratch);
       },
       nb::arg("config"), nb::arg("device") = "cpu",
-      "Bytes an Engine of this configuration allocates: (kv_cache, scratch).");
+      "Bytes that an Engine of this configuration allocates: (kv_cache, scratch).");
 
   nb::class_<PrefetchGate>(m, "PrefetchGate", "Whether reading ahead pays; see prefetch.h.")
       .def(nb::init<>())
       .def("open", &PrefetchGate::open, nb::arg("read_ahead"), nb::arg("used"),
-           "Asked once a token, with both totals so far.");
+           "Whether to read ahead; called once per token, with both totals so far.");
 
   nb::class_<BoundEngine>(m, "Engine", "The forward pass over a bundle; everything is allocated on construction.")
       .def(
@@ -317,7 +317,7 @@ void bind_engine(nb::module_& m) {
               engine = std::make_unique<Engine>(config, std::move(device), std::move(trunk), std::move(store),
                                                 slot_bytes, readers, otp_routers, loss_routers);
             } catch (const Interrupted&) {
-              throw nb::python_error();  // what the signal's handler raised
+              throw nb::python_error();  // raised by the signal handler
             }
             new (self) BoundEngine(std::move(engine));
           },
@@ -326,23 +326,22 @@ void bind_engine(nb::module_& m) {
           nb::arg("mapped"), nb::arg("slot_bytes"), nb::arg("readers"), nb::arg("kernels") = "",
           nb::arg("otp") = nb::list(), nb::arg("loss") = nb::list(), nb::arg("device") = "cpu",
           nb::arg("graphs") = true,
-          "tensors: (name, rows, cols, (codec, width, group), offsets of the parts in the trunk file).\n"
-          "layouts: RecordLayout objects. records: int64 (experts of all layers, 5), layer by layer: file, offset,\n"
-          "bytes, checksum, which of the layouts.\n"
-          "slot_bytes: memory for records where they are not mapped.\n"
-          "frequency: float32 (experts of all layers,), use of each expert during calibration.\n"
-          "otp, loss: mask routers of a rule: of each layer float32 (top_k * (dim + 2 * top_k + 1),), empty for one\n"
-          "without experts; no layers: there are none.\n"
-          "device: cpu or cuda. graphs: launch what can be as CUDA graphs; it changes no result.\n\n"
-          "Raises DamagedFile, an OSError, for a file that is not what the tables say, OSError for one that cannot be\n"
-          "read, MemoryError where memory runs out and RuntimeError for what a GPU refuses.")
+          "tensors: (name, rows, cols, (codec, width, group), offsets of the parts in the trunk file). layouts:\n"
+          "RecordLayout objects. records: int64 (experts of all layers, 5), layer by layer: file, offset, bytes,\n"
+          "checksum, index of its layout. slot_bytes: memory for records if they are not mapped. frequency: float32\n"
+          "(experts of all layers,), use of each expert during calibration. otp, loss: the mask routers of a rule:\n"
+          "float32 (top_k * (dim + 2 * top_k + 1),) per layer, empty for a layer without experts; an empty list for\n"
+          "no mask routers. device: cpu or cuda. graphs: use CUDA graphs where possible; results do not depend on\n"
+          "it.\n\n"
+          "Raises DamagedFile, an OSError, if a file does not match the tables, OSError if it cannot be read,\n"
+          "MemoryError if memory runs out and RuntimeError for errors of the GPU.")
       .def(
           "forward",
           [](BoundEngine& self, ArrayIn<int32_t, 1> tokens, int want, const nb::object& stop, int sequence) {
             return run_step(self, {{sequence, {tokens.data(), tokens.shape(0)}, Engine::Want(want)}}, stop);
           },
           nb::arg("tokens"), nb::arg("want"), nb::arg("stop") = nb::none(), nb::arg("sequence") = 0,
-          "step() of one sequence.")
+          "Run step() for one sequence.")
       .def(
           "step",
           [](BoundEngine& self, const std::vector<std::tuple<int, ArrayIn<int32_t, 1>, int>>& parts,
@@ -354,11 +353,9 @@ void bind_engine(nb::module_& m) {
           },
           nb::arg("parts"), nb::arg("stop") = nb::none(),
           "Run int32 tokens (at most `chunk` together) of some sequences at their next positions. parts: (sequence,\n"
-          "tokens, want); want 0 no logits, 1 the last row, 2 all rows. Returns float32 (rows, vocab), part by part: "
-          "the\n"
-          "bits of each do not depend on the others. stop() is asked some twenty times a second; once it is true the\n"
-          "call ends with Interrupted, and positions are what they were before. A signal's handler that raises ends "
-          "it\n"
+          "tokens, want); want 0: no logits, 1: the last row, 2: all rows. Returns float32 (rows, vocab), part by\n"
+          "part; no part's bits depend on the others. stop() is called about twenty times a second; if it returns\n"
+          "true, the call raises Interrupted and positions do not change. A signal handler that raises ends the call\n"
           "too.")
       .def(
           "set_prune",
@@ -375,11 +372,12 @@ void bind_engine(nb::module_& m) {
           },
           nb::arg("rule"), nb::arg("threshold") = nb::list(), nb::arg("price") = 0.0f, nb::arg("protect") = 0.0f,
           nb::arg("sequence") = 0,
-          "Which experts a sequence's tokens keep from now on; see prune.h. threshold: one a layer, for ratio and\n"
-          "share. price: of an expert, for otp and loss. protect: share of a prompt's tokens that keep all.")
+          "Set the rule by which a sequence's tokens keep experts from now on; see prune.h. threshold: one per\n"
+          "layer, for ratio and share. price: per expert, for otp and loss. protect: share of a prompt's tokens that\n"
+          "keep all.")
       .def(
           "set_prefetch", [](BoundEngine& self, bool on) { self->set_prefetch(on); }, nb::arg("on"),
-          "Whether idle readers may read experts ahead of the next layer; it changes no result.")
+          "Whether idle readers may read experts of the next layer ahead; results do not depend on it.")
       .def_prop_ro("position", [](const BoundEngine& self) { return self->position(0); })
       .def(
           "truncate",
@@ -388,9 +386,8 @@ void bind_engine(nb::module_& m) {
             return self->truncate(sequence, positions);
           },
           nb::arg("positions"), nb::arg("sequence") = 0,
-          "Forget all but a sequence's first positions: so many, or fewer where its state can be brought back to "
-          "these\n"
-          "alone. Returns how many there are now.")
+          "Truncate a sequence to its first `positions` positions, or to fewer if its state can only be restored to\n"
+          "fewer. Returns how many are left.")
       .def(
           "copy_positions",
           [](BoundEngine& self, int from, int to, int positions) {
@@ -400,7 +397,7 @@ void bind_engine(nb::module_& m) {
             engine.copy_positions(from, to, positions);
           },
           nb::arg("from_"), nb::arg("to"), nb::arg("positions"),
-          "The first positions of a sequence into another, which has these alone then.")
+          "Copy the first positions of a sequence to another one, which then has only these.")
       .def(
           "sequence_counters",
           [](const BoundEngine& self, int sequence) {
@@ -413,8 +410,8 @@ void bind_engine(nb::module_& m) {
             return d;
           },
           nb::arg("sequence"),
-          "What a sequence took part in, as `counters` has it: an expert that several use in a step counts for the\n"
-          "first, and what is read ahead for none.")
+          "The `counters` of one sequence: an expert that several sequences use in a step counts for the first of\n"
+          "them, and records read ahead count for none.")
       .def(
           "resize_slots",
           [](BoundEngine& self, uint64_t bytes) {
@@ -423,12 +420,12 @@ void bind_engine(nb::module_& m) {
             engine.resize_slots(bytes);
           },
           nb::arg("bytes"),
-          "Memory for experts of so many bytes from now on, between two steps; what is given up is the\n"
-          "system's on return, and mapped records are read into slots from now on. It changes no result.")
+          "Resize the memory for experts, between two steps; what is given up is returned to the system, and mapped\n"
+          "records are read into slots from now on. Results do not depend on it.")
       .def_prop_ro("kernels", [](const BoundEngine& self) { return self->device().name(); })
       .def_prop_ro(
           "in_place", [](const BoundEngine& self) { return self->device().in_place(); },
-          "Whether records are read to where kernels find them; else a copy of each is made for the GPU.")
+          "Whether records are read straight to where kernels use them; else each is copied to the GPU.")
       .def_prop_ro("direct", [](const BoundEngine& self) { return self->store().direct(); })
       .def(
           "inject",
@@ -438,14 +435,13 @@ void bind_engine(nb::module_& m) {
             self->store().inject(read_fault(kind, after, times, value), record);
           },
           nb::arg("kind"), nb::arg("record") = -1, nb::arg("after") = 0, nb::arg("times") = -1, nb::arg("value") = 0,
-          "For tests: make reads of a record (-1: of any) go wrong, after `after` good ones, `times` times (-1: for\n"
-          "good). kind: \"error\", with the errno `value` (EIO); \"end\", as at the end of the file; \"short\", at "
-          "most\n"
-          "`value` bytes at once (4096); \"flip\", a bit of byte `value`; \"slow\", `value` bytes a second (50 MB). A\n"
-          "read is one pread. Several calls add up. May be called from any thread during a step.")
+          "For tests: make reads of a record (-1: of any) fail, after `after` good ones, `times` times (-1: from\n"
+          "then on). kind: \"error\", with errno `value` (EIO); \"end\", as at the end of the file; \"short\",\n"
+          "at most `value` bytes per read (4096); \"flip\", a bit of byte `value`; \"slow\", `value` bytes a\n"
+          "second (50 MB). A read is one pread. Several calls add up. May be called from any thread during a step.")
       .def(
           "clear_faults", [](BoundEngine& self) { self->store().clear_faults(); },
-          "Undo inject(); reads that are being slowed down go on at once.")
+          "Undo inject(), waking up reads that are being slowed down.")
       .def_prop_ro(
           "worths",
           [](const BoundEngine& self) {
@@ -454,7 +450,7 @@ void bind_engine(nb::module_& m) {
             return to_numpy(std::move(worths), {records});
           },
           nb::rv_policy::move,
-          "By what it is decided which records leave, float64 (experts of all layers,); see worths.h.")
+          "The worth of each record, which decides eviction, float64 (experts of all layers,); see worths.h.")
       .def_prop_ro("faults_met", [](const BoundEngine& self) { return self->store().faults_met(); })
       .def_prop_ro(
           "counters",
@@ -475,15 +471,13 @@ void bind_engine(nb::module_& m) {
             d["dropped_weight"] = stats.dropped_weight.load();
             return d;
           },
-          "records_held: in slots now. uncounted_bytes: of memory on a GPU that peak_bytes() does not see. Totals "
-          "since construction: expert_hits, expert_misses, bytes_read, read_ahead "
-          "(records, and\n"
-          "of them read_ahead_used), tokens, "
-          "experts_used (token, layer and\n"
-          "expert triples), moe_tokens (token and layer pairs), dropped_weight (share of routing weight, summed over\n"
-          "those pairs).");
+          "records_held: records in slots now. uncounted_bytes: GPU memory that peak_bytes() does not count. Totals\n"
+          "since construction: expert_hits, expert_misses, bytes_read, read_ahead (records), read_ahead_used (of\n"
+          "these), tokens, experts_used (token, layer and expert triples), moe_tokens (token and layer pairs),\n"
+          "dropped_weight (share of routing weight, summed over those pairs).");
 
-  m.def("cuda_build", &cuda::build, "Code for NVIDIA GPUs: \"cuda\", \"none\", or \"simulated\" for tests.");
+  m.def("cuda_build", &cuda::build,
+        "The build's code for NVIDIA GPUs: \"cuda\", \"none\", or \"simulated\" for tests.");
   m.def(
       "cuda_gpu",
       [] {
@@ -497,20 +491,19 @@ void bind_engine(nb::module_& m) {
         d["free_bytes"] = p.free;
         return d;
       },
-      "The GPU that device cuda computes on, which is begun to be used, in bytes where it has them. Raises "
-      "RuntimeError\n"
-      "where there is none.");
-  m.def("resident_bytes", &resident_bytes, "Memory of this process now, as the system counts it.");
-  m.def("peak_bytes", &peak_bytes, "The most memory this process ever had (Linux VmHWM, macOS phys_footprint).");
+      "Open the GPU of device cuda and return its properties, sizes in bytes. Raises RuntimeError if there is none.");
+  m.def("resident_bytes", &resident_bytes, "Bytes of memory of this process now, as the system counts them.");
+  m.def("peak_bytes", &peak_bytes, "The maximum of this process's memory so far (Linux VmHWM, macOS phys_footprint).");
   m.def("reset_peak_bytes", &reset_peak_bytes,
-        "Let peak_bytes() begin anew from the memory that there is now; false where the system cannot.");
+        "Restart peak_bytes() at the present memory; false if the system cannot.");
   m.def("untouched_bytes", &untouched_bytes,
-        "What engines of this process have allocated or mapped and not used yet: resident_bytes() may grow by it.");
+        "Bytes that engines of this process have allocated or mapped but not touched: resident_bytes() may grow by\n"
+        "them.");
   m.def("performance_cores", &performance_cores,
-        "Cores of the fast kind where there is a slower kind too; 0 where all are alike or the system does not tell.");
+        "The number of fast cores of a processor that also has slower ones; 0 if all are alike or unknown.");
   m.def("return_freed_memory", &return_freed_memory, nb::call_guard<nb::gil_scoped_release>(),
-        "Give the system what this process has freed and its allocator keeps.");
-  m.def("free_bytes", &free_bytes, "What the system could give to programs now, in bytes.");
+        "Give the allocator's unused memory back to the system.");
+  m.def("free_bytes", &free_bytes, "Bytes that the system could give to programs now.");
   m.def(
       "crc32c",
       [](nb::bytes data, uint32_t seed) {
@@ -519,12 +512,12 @@ void bind_engine(nb::module_& m) {
         GilReleased released;
         return crc32c(bytes, count, seed);
       },
-      nb::arg("data"), nb::arg("seed") = 0, "CRC-32C of `data`, going on from `seed`.");
+      nb::arg("data"), nb::arg("seed") = 0, "CRC-32C of `data`, continued from `seed`.");
   m.def(
       "crc32c_array",
       [](ArrayIn<uint8_t, 1> data, uint32_t seed) {
         GilReleased released;
         return crc32c(data.data(), data.shape(0), seed);
       },
-      nb::arg("data"), nb::arg("seed") = 0, "CRC-32C of a uint8 array, going on from `seed`.");
+      nb::arg("data"), nb::arg("seed") = 0, "CRC-32C of a uint8 array, continued from `seed`.");
 }

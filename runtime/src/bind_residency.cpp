@@ -1,4 +1,4 @@
-// Residency for Python, in the processor's memory: for clients that compute on records by themselves.
+// Python bindings of Residency in the processor's memory, for clients that compute on records themselves.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -26,7 +26,7 @@ std::vector<Record> table_of(ArrayIn<int64_t, 2> rows, ArrayIn<float, 1> frequen
   return records;
 }
 
-// A store, the processor's memory, and what is resident of the one in the other.
+// A store, and the residency of its records in the processor's memory.
 struct Client {
   Client(const std::vector<std::string>& files, std::vector<Record> records, size_t bytes, int readers,
          double half_life)
@@ -49,15 +49,16 @@ struct Client {
   ExpertStore store;
   std::unique_ptr<Device> device;
   Residency residency;
-  std::vector<int> wanted = std::vector<int>(store.records().size());  // acquired so many times
+  std::vector<int> wanted = std::vector<int>(store.records().size());  // acquires not yet released
 };
 
 }  // namespace
 
 void bind_residency(nb::module_& m) {
-  nb::class_<Client>(m, "Residency",
-                     "Which records are in memory: asked for, counted, read and evicted; see residency.h.\n"
-                     "One thread at a time may call it.")
+  nb::class_<Client>(
+      m, "Residency",
+      "Expert residency: acquires, counts, reads and evicts records; see residency.h. Only one thread at a time\n"
+      "may call it.")
       .def(
           "__init__",
           [](Client* self, const std::vector<std::string>& files, ArrayIn<int64_t, 2> records,
@@ -68,11 +69,10 @@ void bind_residency(nb::module_& m) {
           },
           nb::arg("files"), nb::arg("records"), nb::arg("frequency"), nb::arg("bytes"), nb::arg("readers") = 4,
           nb::arg("half_life") = 100.0,
-          "records: int64 (records, 4): number of its file, offset, bytes, CRC32C. frequency: float32 (records,), "
-          "uses\n"
-          "to begin with. bytes: memory of all slots together. half_life: of scores, in calls of tick().\n\n"
-          "Raises ValueError for less memory than the largest record, DamagedFile for a record that lies outside its\n"
-          "file and OSError for one that cannot be read.")
+          "records: int64 (records, 4): index of the file, offset, bytes, CRC32C. frequency: float32 (records,),\n"
+          "initial scores. bytes: memory of all slots together. half_life: of scores, in calls of tick().\n\n"
+          "Raises ValueError for less memory than the largest record, DamagedFile if a record lies outside its file\n"
+          "and OSError if a file cannot be read.")
       .def(
           "acquire",
           [](Client& self, int record, int uses) {
@@ -82,8 +82,7 @@ void bind_residency(nb::module_& m) {
             return true;
           },
           nb::arg("record"), nb::arg("uses") = 1,
-          "Pin a record, whose read begins where it is not in memory; false when too much is pinned. uses: that this "
-          "is.")
+          "Pin a record, starting its read if it is not in memory; false if too much is pinned. uses: to be counted.")
       .def(
           "release", [](Client& self, int record) { self.release(record); }, nb::arg("record"), "Undo one acquire().")
       .def(
@@ -92,14 +91,16 @@ void bind_residency(nb::module_& m) {
             for (size_t i = 0; i < records.shape(0); ++i) self.checked(records.data()[i]);
             self.residency.read_ahead({records.data(), records.shape(0)});
           },
-          nb::arg("records"), "int32: records that may be acquired soon, most likely first; they are not pinned.")
+          nb::arg("records"),
+          "records: int32, those that may be acquired soon, most likely first; they are not pinned.")
       .def(
           "wait",
           [](Client& self, double seconds) {
             GilReleased released;
             return self.residency.wait(std::chrono::milliseconds(int64_t(seconds * 1000)));
           },
-          nb::arg("seconds") = 1.0, "Until a read has ended since the last call; false where none has in so long.")
+          nb::arg("seconds") = 1.0,
+          "Wait until a read has ended since the last call; false if none does within `seconds`.")
       .def(
           "bytes",
           [](Client& self, int record) -> nb::object {
@@ -110,7 +111,8 @@ void bind_residency(nb::module_& m) {
             return nb::cast(nb::ndarray<nb::numpy, const uint8_t, nb::c_contig>(bytes, {count}, nb::find(self)));
           },
           nb::arg("record"),
-          "uint8 (bytes,) of an acquired record, until it is released; None while it loads. Raises what its read did.")
+          "uint8 (bytes,) of an acquired record, until it is released; None while it is being read. Raises the\n"
+          "read's error.")
       .def_prop_ro(
           "table",
           [](Client& self) {
@@ -127,13 +129,13 @@ void bind_residency(nb::module_& m) {
             const Slot slot = self.residency.slot(number);
             return std::make_tuple(slot.offset, slot.bytes, slot.record);
           },
-          nb::arg("number"), "Where a slot is: (offset, bytes, record), record -1 for free memory.")
+          nb::arg("number"), "(offset, bytes, record) of a slot; record -1 for free memory.")
       .def(
           "begin_epoch", [](Client& self) { self.residency.begin_epoch(); },
-          "No record that has a slot now leaves before end_epoch().")
+          "Evict no record that has a slot now until end_epoch().")
       .def("end_epoch", [](Client& self) { self.residency.end_epoch(); })
       .def(
-          "tick", [](Client& self) { self.residency.tick(); }, "Time goes on by one: a layer was computed.")
+          "tick", [](Client& self) { self.residency.tick(); }, "Advance the clock by one: a layer was computed.")
       .def(
           "resize",
           [](Client& self, uint64_t bytes) {
@@ -141,8 +143,8 @@ void bind_residency(nb::module_& m) {
             self.residency.resize(bytes);
           },
           nb::arg("bytes"),
-          "Memory for so many bytes from now on; what is given up is the system's on return. Raises ValueError for\n"
-          "less than the largest record and RuntimeError while a record is acquired or an epoch is open.")
+          "Resize the slots; what is given up is returned to the system. Raises ValueError for less than the largest\n"
+          "record and RuntimeError while a record is acquired or an epoch is open.")
       .def_prop_ro("counters", [](const Client& self) {
         const ResidencyStats stats = self.residency.stats();
         nb::dict d;

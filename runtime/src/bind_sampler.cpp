@@ -1,4 +1,4 @@
-// Sampling for Python: runtime/sampling.py checks the options and keeps one Sampler an answer.
+// Python bindings of sampling: runtime/sampling.py validates the options and makes one Sampler per answer.
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -42,7 +42,7 @@ void bind_sampler(nb::module_& m) {
             GilReleased released;
             return self(its);
           },
-          nb::arg("logits"), "logits: float32 (vocab,) -> a token id, which is part of the answer from then on.")
+          nb::arg("logits"), "logits: float32 (vocab,) -> the next token id, which is appended to the answer.")
       .def(
           "with_logprobs",
           [](Sampler& self, Logits logits, int count) {
@@ -57,8 +57,8 @@ void bind_sampler(nb::module_& m) {
             return std::make_tuple(drawn.token.token, drawn.token.value, likeliest);
           },
           nb::arg("logits"), nb::arg("count"),
-          "The same, as (token id, logarithm of its probability, those of the `count` likeliest tokens), after bias\n"
-          "and penalties and before temperature.");
+          "The same, as (token id, its log probability, those of the `count` likeliest tokens), after bias and\n"
+          "penalties and before temperature.");
   m.def(
       "largest",
       [](Logits values, int count) {

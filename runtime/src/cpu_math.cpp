@@ -1,4 +1,4 @@
-// The layers on the processor: all but attention, which is in attention.cpp and latent_attention.cpp.
+// The layers on the processor, without attention, which is in attention.cpp and latent_attention.cpp.
 #include "cpu_math.h"
 
 #include <algorithm>
@@ -73,7 +73,7 @@ void CpuMath::any_attention(int layer, const Step& step, bool received) {
     attention(layer, step, received);
 }
 
-// y (dim,) = one vector of the residual stream, normed
+// y (dim,) = the norm of one vector of the residual stream
 void CpuMath::norm(const Norm& norm, const float* x, float* y) const {
   if (norm.bias)
     kernels_.layer_norm(x, norm.weight, norm.bias, config_.norm_eps, y, config_.dim);
@@ -128,7 +128,7 @@ void CpuMath::experts(int layer, const Step& step, std::span<const ExpertJob> jo
   const int top_k = c.top_k[layer];
   run_jobs(jobs, s_.down);
   if (!last) return;
-  // in order of rank, whatever order they were computed in
+  // summed in order of rank, whatever the order of computation
   pool_.run(step.tokens, [&](int t, int) {
     for (int place = t * top_k; place < (t + 1) * top_k; ++place)
       if (r.routed[place] >= 0)
@@ -161,7 +161,7 @@ std::span<float> CpuMath::logits(std::span<const int32_t> tokens) {
   return {s_.logits, size_t(rows) * c.vocab};
 }
 
-// Every job's gated MLP, in three passes over all of their rows at once: gate and up; activation; down.
+// The gated MLP of each job, in three passes over the rows of all jobs: gate and up; activation; down.
 void CpuMath::run_jobs(std::span<const ExpertJob> jobs, float* out) {
   const EngineConfig& c = config_;
   const int hidden = jobs[0].weights.gate.rows;
@@ -171,7 +171,7 @@ void CpuMath::run_jobs(std::span<const ExpertJob> jobs, float* out) {
     x.rows = gathered ? job.tokens : nullptr;
     return x;
   };
-  // Rows of a task: some tasks a thread so that the last ones even out, whole vectors of rows.
+  // Rows of a task: about 8 tasks per thread, so that threads end together; a multiple of 16.
   auto rows_per_task = [&](int rows) { return std::clamp(rows / (pool_.threads() * 8) / 16 * 16, 16, 256); };
 
   tasks_.clear();
@@ -206,7 +206,7 @@ void CpuMath::run_jobs(std::span<const ExpertJob> jobs, float* out) {
   });
 }
 
-// [0, count) of a job in pieces: rows of a matrix, or pairs when there is none.
+// Split [0, count) of a job into tasks: rows of a matrix, or pairs if there is no matrix.
 void CpuMath::add_tasks(const ExpertJob& job, const Matrix* matrix, int count, int piece) {
   for (int begin = 0; begin < count; begin += piece)
     tasks_.push_back({&job, matrix, begin, std::min(begin + piece, count)});
@@ -219,7 +219,7 @@ void CpuMath::add_to_residual(const float* out, int tokens) {
             [&](int t, int) { kernels_.add_scaled(s_.x + t * dim, out + t * dim, config_.residual_scale, int(dim)); });
 }
 
-// y (tokens, rows) = x . matrix of each product, rows of all of them split over threads at once
+// y (tokens, rows) = x . matrix of each product, with the rows of all products split over the threads
 void CpuMath::matmuls(std::initializer_list<Product> products, const Activations& x) {
   int all_rows = 0, tasks = 0;
   for (const Product& product : products) all_rows += product.matrix.rows;
@@ -233,7 +233,7 @@ void CpuMath::matmuls(std::initializer_list<Product> products, const Activations
   });
 }
 
-// The same with a matrix of floats.
+// The same for a matrix of floats.
 void CpuMath::float_matmul(const Matrix& matrix, const float* x, int count, float* y) {
   Activations floats;
   floats.values = x, floats.count = count, floats.cols = matrix.cols;

@@ -1,11 +1,11 @@
-// Attention on a GPU: the launches of attention.cpp's and latent_attention.cpp's steps.
+// Attention on a GPU: launches the same steps as attention.cpp and latent_attention.cpp.
 #include <algorithm>
 
 #include "cuda_math.h"
 
 namespace edge_moe {
 
-// x += attention of the normed x. most: of a pass of one span, no token is at a position above it; -1: above its own.
+// x += attention of the normed x. most: in a pass of one span, upper bound of its positions; -1: the last position.
 void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
@@ -54,7 +54,7 @@ void CudaMath::project(int layer, int tokens) {
   norm(s_.k, w.k_bias, w.k_norm, a.kv_heads * a.head_dim);
 }
 
-// Keys and values of a span, or its latents, into the cache; queries are turned.
+// Store the keys and values of a span, or its latents, in the cache; rotate the queries.
 void CudaMath::store_keys(int layer, int sequence, const cuda::Span& span) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
@@ -64,11 +64,11 @@ void CudaMath::store_keys(int layer, int sequence, const cuda::Span& span) {
     return cuda::store_latents(s_.q, s_.k, w.kv_a_norm, rope.cos, rope.sin, latent_heads(layer),
                                latent_cache(sequence, layer), span, stream_);
   cuda::Projections p = {s_.q, s_.k, s_.v, w.q_bias, w.k_bias, w.v_bias, w.q_norm, w.k_norm, rope.cos, rope.sin};
-  if (a.qk_norm_full) p.q_bias = p.k_bias = p.q_norm = p.k_norm = nullptr;  // project() has done that
+  if (a.qk_norm_full) p.q_bias = p.k_bias = p.q_norm = p.k_norm = nullptr;  // done by project()
   cuda::store_keys(p, heads(layer), cache(sequence, layer), span, stream_);
 }
 
-// Queries, through a latent of their own or not, and latents.
+// Project to queries, with or without a latent of their own, and to latents.
 void CudaMath::latent_project(int layer, int tokens) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
@@ -88,7 +88,7 @@ void CudaMath::attend_latents(int layer, int sequence, const cuda::Span& span) {
   const cuda::LatentHeads heads = latent_heads(layer);
   cuda::attend_latents(s_.q, kv_b, heads, latent_cache(sequence, layer), span, s_.absorbed, s_.scores, s_.mixed,
                        stream_);
-  // the values of each head's sums
+  // values from each head's sums of latents
   if (kv_b.takes_rounded()) cuda::quantise(s_.mixed, span.count * a.heads, s_.mixed_q, stream_);
   const size_t stride = size_t(a.heads) * a.v_dim;
   products_.clear();

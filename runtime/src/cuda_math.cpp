@@ -1,4 +1,4 @@
-// The layers on a GPU: all but attention, which is in cuda_attention.cpp.
+// The layers on a GPU, without attention, which is in cuda_attention.cpp.
 #include "cuda_math.h"
 
 #include <algorithm>
@@ -12,8 +12,8 @@ namespace edge_moe {
 
 namespace {
 
-constexpr int kFewTokens = 2;        // are multiplied one by one
-constexpr int kLongestNorm = 12288;  // values that the norm's kernel keeps in 48 KiB
+constexpr int kFewTokens = 2;        // upper bound of tokens that are multiplied one by one
+constexpr int kLongestNorm = 12288;  // maximum of values that the norm's kernel keeps in 48 KiB
 constexpr int kFirstPositions = 256;
 
 class CudaDevice : public Device {
@@ -80,7 +80,7 @@ CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& m
   for (size_t kind = 0; kind < c.attentions.size(); ++kind) copy_angles(c.attentions[kind], kind);
 }
 
-// Angles of the positions, some at a time, and what queries at them are scaled by.
+// Copy the cos and sin of all positions, block by block, and the scales of queries.
 void CudaMath::copy_angles(const AttentionConfig& a, size_t kind) {
   const EngineConfig& c = config_;
   if (const size_t scales = a.query_scales.size()) {
@@ -129,7 +129,7 @@ void CudaMath::to_router(int layer, const Step& step, const RouterWants& wants, 
   else
     up_to_router(layer, step, wants, r);
   cuda::record(routed_, stream_);
-  // while the host routes
+  // while the host is routing
   if (config_.shared_hidden) {
     if (w.shared_router) multiply(w.shared_router, step.tokens, s_.shared_gate, s_.normed, {});
     mlp(w.shared, step.tokens, s_.shared);
@@ -153,8 +153,8 @@ void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& want
   }
 }
 
-// The same of one token as a graph, which is made when a layer first meets such a request, and anew for more positions:
-// it has launches for twice as many as there are, at most.
+// The same for one token, as a graph. It is captured at the first request of its kind for a layer, with launches for up
+// to twice the present positions, and captured again once they exceed that.
 void CudaMath::launch_graph(int layer, const Step& step, const RouterWants& wants, const Routing& r) {
   const TokenSpan& span = step.spans.front();
   LayerGraph& graph = graphs_[size_t(span.sequence) * config_.layers + layer];
@@ -176,7 +176,7 @@ void CudaMath::launch_graph(int layer, const Step& step, const RouterWants& want
   cuda::launch(graph.graph, stream_);
 }
 
-// y (tokens, dim) = vectors of the residual stream, normed, and rounded to int8 where `into` has codes
+// y (tokens, dim) = the norm of vectors of the residual stream; rounded to int8 as well if `into` has codes
 void CudaMath::norm(const Norm& norm, const float* x, int tokens, float* y, const cuda::VectorBuffer& into) {
   const EngineConfig& c = config_;
   if (norm.bias)
@@ -225,7 +225,7 @@ void CudaMath::experts(int layer, const Step& step, std::span<const ExpertJob> j
                     c.dim, stream_);
 }
 
-// One token's experts, and their sum where `places` says so.
+// Experts of a single token, and their weighted sum if `places` is not 0.
 void CudaMath::chosen_experts(std::span<const ExpertJob> jobs, const Routing& r, int places) {
   const EngineConfig& c = config_;
   const cuda::VectorBuffer hidden_q = of_length(s_.hidden_q, c.expert_hidden);
@@ -244,7 +244,7 @@ void CudaMath::chosen_experts(std::span<const ExpertJob> jobs, const Routing& r,
   cuda::down(chosen_.data(), count, hidden_q, s_.down, sum, stream_);
 }
 
-// Experts on tokens of their own, of which a layer has `pairs` together.
+// Experts of several tokens; pairs: number of (token, expert) pairs of the layer.
 void CudaMath::many_tokens(std::span<const ExpertJob> jobs, const Routing& r, int pairs) {
   const EngineConfig& c = config_;
   const int hidden = c.expert_hidden, dim = c.dim;
@@ -267,7 +267,7 @@ void CudaMath::many_tokens(std::span<const ExpertJob> jobs, const Routing& r, in
   multiply(products_, s_.gate, hidden_q);
 }
 
-// Where kernels of many threads read them.
+// Copy the routing to memory that kernels of many threads read.
 void CudaMath::copy_routing(int pairs, const Routing& r) {
   if (std::exchange(copied_, true)) return;
   for (int i = 0; i < pairs; ++i)
@@ -278,8 +278,8 @@ void CudaMath::copy_routing(int pairs, const Routing& r) {
   cuda::copy(s_.routing_weights, r.routing_weights, bytes, stream_);
 }
 
-// Each by the kernel of its width and its number of tokens. values: the vectors as they are; quantised: as int8, where
-// a matrix is packed.
+// Multiply each job with the kernel for its width and number of tokens. values: the vectors as floats; quantised: as
+// int8, if a matrix is packed.
 void CudaMath::multiply(std::span<const cuda::ProductJob> jobs, const float* values,
                         const cuda::VectorBuffer& quantised) {
   packed_.clear(), floats_.clear();
@@ -302,7 +302,7 @@ void CudaMath::multiply(const Matrix& matrix, int tokens, float* y, const float*
 std::span<float> CudaMath::logits(std::span<const int32_t> tokens) {
   const EngineConfig& c = config_;
   const int rows = int(tokens.size());
-  for (int first = 0, end; first < rows; first = end) {  // neighbours at once
+  for (int first = 0, end; first < rows; first = end) {  // runs of consecutive tokens
     for (end = first + 1; end < rows && tokens[end] == tokens[end - 1] + 1;) ++end;
     norm(ends_.output_norm, s_.x + size_t(tokens[first]) * c.dim, end - first, s_.normed + size_t(first) * c.dim,
          s_.normed_q.from(first));

@@ -13,7 +13,7 @@
 
 namespace edge_moe {
 
-// Whether pinned memory is counted differs between drivers, so it is looked up each time.
+// Drivers differ in whether the system counts pinned memory, so it is measured each time.
 CudaBlock::CudaBlock(CudaMemory& memory, size_t bytes, bool shared) : memory_(&memory), bytes_(bytes), shared_(shared) {
   const size_t before = resident_bytes();
   try {
@@ -58,8 +58,8 @@ void CudaBlock::replace(size_t bytes) {
 
 namespace {
 
-// Read by the host to where the GPU finds it, or, where the system refuses to have a device's memory read to (EFAULT,
-// as some drivers' mappings are no memory of the kernel's), through a buffer of each lane.
+// Read by the host straight to where the GPU uses it; or through a buffer per lane if the system refuses to read
+// into a device's memory (EFAULT: mappings of some drivers are not the kernel's memory).
 class InPlace : public DeviceMemory {
  public:
   InPlace(CudaMemory& memory, size_t bytes, int lanes, size_t piece)
@@ -85,10 +85,10 @@ class InPlace : public DeviceMemory {
  private:
   CudaBlock block_;
   const size_t piece_;
-  std::vector<Arena> buffers_;  // by lane, empty until it is needed
+  std::vector<Arena> buffers_;  // by lane, empty until needed
 };
 
-// Read by the host and copied to the GPU, each lane through a piece and a stream of its own.
+// Read by the host and copied to the GPU; each lane has its own buffer and stream.
 class Staged : public DeviceMemory {
  public:
   Staged(CudaMemory& memory, size_t bytes, int lanes, size_t piece) : block_(memory, bytes, false) {
@@ -120,9 +120,9 @@ class Staged : public DeviceMemory {
   std::vector<std::unique_ptr<Lane>> lanes_;
 };
 
-constexpr double kAsFast = 0.9;  // of the speed of the GPU's own memory: what a copy of each record is not worth
+constexpr double kAsFast = 0.9;  // minimum relative speed of shared memory, which saves a copy of each record
 
-// The least time of some that one vector takes times a matrix of 9 MB, of 4 bits, in either kind of memory.
+// The minimum time of several runs of multiplying one vector by a 4-bit matrix of 9 MB, in either kind of memory.
 double product_seconds(CudaMemory& memory, bool shared) {
   constexpr int kRows = 8192, kCols = 2048, kGroup = 64, kLaunches = 8, kRounds = 5;
   constexpr size_t kCodes = size_t(kRows) * kCols / 2, kScales = size_t(kRows) * (kCols / kGroup) * 2;
@@ -156,13 +156,13 @@ double product_seconds(CudaMemory& memory, bool shared) {
 }  // namespace
 
 CudaMemory::CudaMemory() : properties(cuda::open()) {
-  // A GPU that shares the processor's memory may yet not cache what both of them use.
+  // Even on a GPU that shares the processor's memory, memory that both access may not be cached.
   in_place = properties.integrated && (std::strcmp(cuda::build(), "simulated") == 0 ||
                                        product_seconds(*this, true) * kAsFast <= product_seconds(*this, false));
 }
 
 std::unique_ptr<DeviceMemory> CudaMemory::filled(size_t bytes, int lanes, size_t piece, bool again) {
-  // What is filled once is better off in the GPU's own memory.
+  // Memory that is filled once should be the GPU's own.
   if (again && in_place) return std::make_unique<InPlace>(*this, bytes, lanes, piece);
   return std::make_unique<Staged>(*this, bytes, lanes, piece);
 }

@@ -1,4 +1,4 @@
-// The pieces of memory that a GPU works in; see cuda_scratch.h.
+// The pieces of a GPU's working memory; see cuda_scratch.h.
 #include "cuda_scratch.h"
 
 #include <algorithm>
@@ -7,8 +7,8 @@ namespace edge_moe {
 
 namespace {
 
-constexpr int kTokensAtOnce = 16;         // in attention
-constexpr size_t kMostScores = 2u << 20;  // fewer tokens where they have more scores than this
+constexpr int kTokensAtOnce = 16;         // maximum in attention
+constexpr size_t kMostScores = 2u << 20;  // maximum of scores; the tokens at once are reduced to stay below it
 
 void carve(Carver& carver, cuda::VectorBuffer& buffer, size_t vectors, size_t cols) {
   buffer.cols = int(cols);
@@ -34,7 +34,7 @@ int attention_tokens(const EngineConfig& c) {
 
 size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
   const size_t chunk = c.chunk, pairs = chunk * most(c.top_k), queries = size_t(attention_tokens(c)) * most_heads(c);
-  // Vectors of hidden values come in up to three lengths: as many blocks as any of them needs.
+  // Hidden vectors have up to three lengths: reserve the maximum number of blocks.
   const auto blocks = [](size_t cols) { return (cols + kBlock - 1) / kBlock; };
   const size_t hidden_blocks =
       std::max({pairs * blocks(c.expert_hidden), chunk * blocks(c.shared_hidden), chunk * blocks(c.dense_hidden)});

@@ -1,4 +1,4 @@
-// The forward pass; read it beside runtime/reference.py, which has the same sections in the same order.
+// The forward pass; compare runtime/reference.py, which has the same sections in the same order.
 #include "engine.h"
 
 #include <algorithm>
@@ -12,9 +12,9 @@
 
 namespace edge_moe {
 
-// Tokens after which a use counts half in the choice of who is evicted. On the reference model, decoding text with
-// slots for 20, 30, 50 and 70 % of its experts: 35, 53, 79 and 94 % hits; with 512 tokens 30, 46, 72 and 90; with 4,
-// 34, 50, 77 and 93; by recency alone 13, 49, 73 and 92.
+// Tokens after which a use has half its weight in the choice of records to evict. On the reference model, decoding text
+// with slots for 20, 30, 50 and 70 % of its experts: 35, 53, 79 and 94 % hits; with 512 tokens 30, 46, 72 and 90; with
+// 4, 34, 50, 77 and 93; with LRU 13, 49, 73 and 92.
 static constexpr int kHalfLife = 32;
 
 EngineMemory engine_memory(const EngineConfig& c, bool cuda) {
@@ -86,7 +86,7 @@ void Engine::set_prune(int sequence, PruneRule rule) {
   sequences_.at(sequence).rule = std::move(rule);
 }
 
-// The parts as spans of one pass, their ids, and the tokens whose logits are wanted.
+// Turn the parts into spans of one pass, their ids, and the tokens whose logits are wanted.
 void Engine::plan_step(std::span<const Part> parts) {
   const EngineConfig& c = config_;
   spans_.clear(), ids_.clear(), rows_.clear();
@@ -124,7 +124,7 @@ std::span<const float> Engine::step(std::span<const Part> parts, std::function<b
   pool_.set_interrupt(interrupt_);
   try {
     math_->begin(step, ids_);
-    math_->take_kv_overflow();  // of a pass that was given up
+    math_->take_kv_overflow();  // clears that of an abandoned pass
     layers(step);
     if (const int sequence = math_->take_kv_overflow(); sequence >= 0) throw KvOverflow(sequence);
     logits = math_->logits(rows_);
@@ -164,25 +164,25 @@ void Engine::layers(const Step& step) {
   }
 }
 
-// Whoever the device had pinned, when it is done with them.
+// Release the records pinned for the device; only once it has finished with them.
 void Engine::release_used() {
   for (int record : used_) residency_.release(record);
   used_.clear();
 }
 
-// After an error: the device must have let go of the slots before they may be filled anew.
+// After an error: the device must stop reading the slots before they may be refilled.
 void Engine::abandon() {
   interrupt_ = nullptr;
   pool_.set_interrupt(nullptr);
   try {
     math_->finish();
-  } catch (...) {  // it computes no more, then
+  } catch (...) {  // the device has stopped, then
   }
   release_used();
 }
 
 void Engine::resize_slots(size_t bytes) {
-  math_->finish();  // graphs and kernels that read slots have ended
+  math_->finish();  // ends graphs and kernels that read slots
   release_used();
   residency_.resize(bytes);
 }
@@ -201,7 +201,7 @@ void Engine::copy_positions(int from, int to, int positions) {
   sequences_.at(to).position = positions;
 }
 
-// Pins an expert of a layer, which is used by as many tokens as it has pairs; false where too much is pinned.
+// Pin an expert of a layer, counting a use for each of its pairs; false if too much is pinned.
 bool Engine::acquire(const Step& step, int first_record, int e) {
   const int first = r_.first_pair[e], record = first_record + e;
   const Residency::Acquired acquired = residency_.acquire(record, r_.first_pair[e + 1] - first);
@@ -228,12 +228,12 @@ void Engine::experts(int layer, const Step& step) {
   release_used();
   route_tokens(layer, step);
 
-  // expert-major: those in memory are pinned first and computed while readers fetch the others
-  residency_.read_ahead({});  // what was not begun comes too late
+  // expert-major: experts in memory are pinned first and computed while readers fetch the others
+  residency_.read_ahead({});  // too late for records not begun yet
   pending_.clear();
   for (int e = 0; e < experts; ++e)
     if (r_.first_pair[e + 1] > r_.first_pair[e]) pending_.push_back(e);
-  // Asked once for each: a read ahead that fails meanwhile would change the answer.
+  // holds() is called once per expert: its answer changes if a read ahead fails meanwhile.
   std::partition(pending_.begin(), pending_.end(), [&](int e) { return residency_.holds(first_record + e); });
   if (store_.mapped()) store_.verify_together(first_record, pending_, pool_);
   size_t acquired = 0, computed = 0;  // of pending_: [0, computed) done, [computed, acquired) pinned
@@ -255,7 +255,7 @@ void Engine::experts(int layer, const Step& step) {
         check_wanted();
         if (used_.empty()) {
           residency_.wait(Interrupt::kAskEvery);
-        } else {  // whose slots may be what is lacking
+        } else {  // their slots may be the ones needed
           math_->finish();
           release_used();
         }

@@ -1,4 +1,4 @@
-// Records from storage; see expert_store.h.
+// Reading and mapping records; see expert_store.h.
 #include "expert_store.h"
 
 #include <algorithm>
@@ -65,7 +65,7 @@ const uint8_t* ExpertStore::map(int record) {
     verify(r, bytes);
   } catch (...) {
     in_use_ = false;
-    check_unchanged(r.file);  // says more than that the checksum is wrong
+    check_unchanged(r.file);  // a clearer error than a wrong checksum
     throw;
   }
   verified_[record] = true;
@@ -84,8 +84,8 @@ void ExpertStore::verify_together(int first, std::span<const int> after_it, Thre
   });
 }
 
-// What was verified holds for as long as nobody writes to the file. To checksum each mapped record at each use instead
-// would read memory twice where reading it once is what decoding waits for.
+// A verified record stays valid as long as nobody writes to the file. Verifying each mapped record at each use would
+// read memory twice, and decoding is limited by reading it once.
 void ExpertStore::begin_use() {
   guard_maps();
   for (int file = 0; file < int(files_.size()); ++file) {

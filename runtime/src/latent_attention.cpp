@@ -1,14 +1,14 @@
-// Attention over a latent: one small vector a token, from which every head's keys and values could be expanded.
+// Attention over a latent: a small vector per token from which the keys and values of all heads could be expanded.
 //
-// Nothing is expanded, in prefill as in decode. With k = K c and v = V c for the latent c of a token, q . k is
-// (K^T q) . c, and a weighted sum of v is V times that sum of c: each head turns its query into one against the
-// latents, attends to these, and turns their sum into its values. Decode then reads kv_rank + rope_dim floats a
-// position and does not expand all of them anew. Prefill would take a third of the products if it did (at DeepSeek-V3's
-// sizes), but its sums would have another order: a prompt cut elsewhere would give other bits.
+// Keys and values are not expanded, in prefill or in decode. With k = K c and v = V c for the latent c of a token, q .
+// k = (K^T q) . c, and a weighted sum of v is V times that sum of c: each head projects its query to the latents,
+// attends to them, and projects the sum of latents to its values. So decode reads kv_rank + rope_dim floats per
+// position and expands none of them. Expanding would reduce prefill to a third of the products (at DeepSeek-V3's
+// sizes), but sum in another order: a prompt split elsewhere would give other bits.
 //
-// All heads read the same latents, so a task takes kLatentQueries queries through them together. One at a time, a
-// context that the second-level cache does not hold comes from further away for each of them: with 2,000 tokens of 576
-// floats and 16 heads, on one thread of a 2.8 GHz Xeon, prefill takes 1.8 times as long so, decode 1.5 times.
+// All heads read the same latents, so a task processes kLatentQueries queries together. One by one, each would read a
+// context larger than the second-level cache from farther away: with 2,000 tokens of 576 floats and 16 heads, on one
+// thread of a 2.8 GHz Xeon, prefill would take 1.8 times as long, decode 1.5 times.
 #include <algorithm>
 
 #include "../../devices/half.h"
@@ -28,7 +28,7 @@ void CpuMath::latent_attention(int layer, const Step& step) {
   const size_t cached = a.latent_cached();
   attention_norm(layer, tokens);
 
-  // queries, through a latent of their own or not, and what is cached
+  // queries, with or without a latent of their own, and the values to cache
   const Matrix& first = a.q_rank ? w.q_a : w.q;
   Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, first.takes_rounded() || w.kv_a.takes_rounded());
   matmuls({{first, a.q_rank ? s_.q_latent : s_.q}, {w.kv_a, s_.k}}, x);
@@ -58,7 +58,7 @@ void CpuMath::latent_attention(int layer, const Step& step) {
       std::copy_n(latent, cached, reinterpret_cast<float*>(to) + position * cached);
   });
 
-  // attention, one task some tokens of a head, or some heads of the few tokens there are
+  // attention; one task for some tokens of a head, or for some heads if there are few tokens
   const auto heads_a_task = [&](const TokenSpan& span) {
     return std::clamp(a.heads * int(step.spans.size()) / pool_.threads(), 1,
                       kLatentQueries / std::min(span.count, kLatentQueries));
@@ -88,7 +88,7 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
   auto scale_of = [&](int t) { return a.softmax_scale * a.query_scale(span.position + first_token + t); };
   auto rows_of_head = [&](int head) { return (first_head + head) * (nope_dim + a.v_dim); };
 
-  // queries against latents, keys^T q, and beside them their part with position
+  // queries projected to latents, keys^T q, followed by their rotated part
   for (int head = 0; head < heads; ++head) {
     const Matrix keys = rows_of(kv_b, rows_of_head(head), nope_dim);
     const size_t q_stride = size_t(a.heads) * a.head_dim;
@@ -140,7 +140,7 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
     }
   });
 
-  // and their values
+  // projected to values
   for (int head = 0; head < heads; ++head) {
     const Matrix values = rows_of(kv_b, rows_of_head(head) + nope_dim, a.v_dim);
     const size_t first = first_query + head * tokens, v_stride = size_t(a.heads) * a.v_dim;

@@ -1,9 +1,9 @@
-// The handler of SIGBUS; see map_guard.h.
+// The SIGBUS handler; see map_guard.h.
 //
-// A handler may run in any thread at any point, so it takes no lock, and what it reads is never freed: ranges are nodes
-// of a list that only grows and that are used again, and so are the handlers before ours. Of these there is a stack,
-// because another part of the program may install its own above ours, and keep ours as the one to go back to, before
-// we put ours above that: faulthandler, enabled after the first Runtime, is such a part.
+// The handler may run in any thread at any time, so it takes no lock and what it reads is never freed: ranges are nodes
+// of a list that only grows and are reused, and so are saved handlers. These form a stack, because another part of the
+// program may install its handler above ours, and keep ours as the one to pass on to, before ours is put above it
+// again: faulthandler does, if it is enabled after the first Runtime.
 #include "map_guard.h"
 
 #include <signal.h>
@@ -27,16 +27,16 @@ namespace {
 
 struct Handler {
   struct sigaction action;
-  const Handler* before;  // ours, when it was below this one, went on to that
+  const Handler* before;  // the one that ours passed on to when it was below this one
 };
 
 std::atomic<GuardedRange*> ranges{nullptr};
 std::atomic<const Handler*> previous{nullptr};  // null: the system's default
-const Handler* spare = nullptr;                 // the last that was taken off
-std::mutex mutex;                               // of changes to all of these
-int in_use = 0;                                 // ranges
+const Handler* spare = nullptr;                 // the last one removed
+std::mutex mutex;                               // for changes to all of these
+int in_use = 0;                                 // number of ranges
 
-// Did the processor meet it at si_addr, rather than a program send it?
+// Whether the processor raised it at si_addr; else a program sent it.
 bool is_fault(const siginfo_t* info) { return info->si_code >= BUS_ADRALN && info->si_code <= BUS_OBJERR; }
 
 bool give_zeros(uintptr_t address) {
@@ -57,7 +57,7 @@ void end_by_default(int number) {
   struct sigaction action{};
   action.sa_handler = SIG_DFL;
   sigaction(number, &action, nullptr);
-  raise(number);  // comes when this handler returns
+  raise(number);  // delivered when this handler returns
 }
 
 bool is_ours(const struct sigaction& action);
@@ -76,7 +76,7 @@ void pass_on(int number, siginfo_t* info, void* context) {
     handler->action.sa_sigaction(number, info, context);
   else
     handler->action.sa_handler(number);
-  // One that puts back what it found and raises the signal again wants it to end there; what it found may be ours.
+  // A handler that restores the previous one, maybe ours, and raises the signal again expects the process to end.
   sigset_t pending;
   sigpending(&pending);
   if (sigismember(&pending, number) && is_ours(installed_now())) end_by_default(number);
@@ -92,7 +92,7 @@ bool is_ours(const struct sigaction& action) {
   return (action.sa_flags & SA_SIGINFO) && action.sa_sigaction == on_bus_error;
 }
 
-// With mutex held.
+// Call with the mutex held.
 void install() {
   const struct sigaction now = installed_now();
   if (is_ours(now)) return;
@@ -107,7 +107,7 @@ void install() {
   sigaction(SIGBUS, &ours, nullptr);
 }
 
-// With mutex held. Where another handler is above ours, ours stays, for that one to go on to.
+// Call with the mutex held. If another handler is above ours, ours stays, so that it can pass on to ours.
 void uninstall() {
   const Handler* below = previous.load();
   if (!below || !is_ours(installed_now())) return;

@@ -119,6 +119,6 @@ bool reset_peak_bytes();     // restarts the peak at the present value; false if
 size_t untouched_bytes();    // of Arenas and FileMaps of this process: resident_bytes() may still grow by them
 size_t free_bytes();         // that the system could give to programs now
 int performance_cores();     // of a processor that also has slower cores; 0 if all are alike or unknown
-void return_freed_memory();  // returns the memory that the allocator keeps free to the system
+void return_freed_memory();  // gives the allocator's unused memory back to the system
 
 }  // namespace edge_moe

@@ -19,7 +19,7 @@ int64_t changed_ns(const struct stat& info) {
   return int64_t(info.st_ctim.tv_sec) * 1'000'000'000 + info.st_ctim.tv_nsec;
 }
 
-// Without fsync's flush of the disk's own cache, which may take long. Where it fails there was nothing to write.
+// Without fsync's flush of the disk's own cache, which may take long. If it fails there was nothing to write.
 void write_back(int descriptor) {
   sync_file_range(descriptor, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
 }
@@ -32,7 +32,7 @@ File::File(const std::string& path) : path(path) {
   bytes = regular_file_bytes(*this);
 }
 
-// A line "Key:   123 kB" of a /proc file, in bytes; 0 when it is not there.
+// The value of a line "Key:   123 kB" in a /proc file, in bytes; 0 if there is no such line.
 static size_t proc_kilobytes(const char* path, const char* key) {
   FILE* file = std::fopen(path, "re");
   if (!file) return 0;
@@ -56,7 +56,7 @@ bool reset_peak_bytes() {
   return std::fclose(file) == 0 && written;
 }
 
-// By a bit of each page's entry in pagemap, which counts pages of files only where this process has mapped them in.
+// Counts the present bit of pages in pagemap; file pages count only if this process has mapped them in.
 size_t present_bytes(const uint8_t* data, size_t bytes) {
   constexpr uint64_t kPresent = uint64_t(1) << 63;
   const size_t page = size_t(getpagesize()), pages = (bytes + page - 1) / page;
@@ -82,7 +82,7 @@ int performance_cores() { return 0; }
 size_t free_bytes() { return proc_kilobytes("/proc/meminfo", "MemAvailable:"); }
 
 void return_freed_memory() {
-#ifdef __GLIBC__  // others return it by themselves
+#ifdef __GLIBC__  // other C libraries return it by themselves
   malloc_trim(0);
 #endif
 }

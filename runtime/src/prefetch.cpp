@@ -1,5 +1,5 @@
-// Reading ahead: which experts the next layer will want, by its router on this layer's input, as the residual stream
-// changes little from one layer to the next. It is advice to the readers and can never change a result.
+// Reading ahead: the next layer's router, applied to this layer's input, predicts its experts, as the residual stream
+// changes little from layer to layer. It is advice to the readers and can never change a result.
 #include "engine.h"
 
 namespace edge_moe {

@@ -9,8 +9,8 @@ namespace edge_moe {
 
 namespace {
 
-constexpr float kLeastShare = 1e-6f;  // whose logarithm a mask router sees
-constexpr double kMostLogLoss = 80;   // exp of it is a float
+constexpr float kLeastShare = 1e-6f;  // lower bound of shares in a mask router's logarithms
+constexpr double kMostLogLoss = 80;   // upper bound of a log loss: exp of it is still a float
 
 }  // namespace
 
@@ -36,14 +36,14 @@ int kept_by_router(const MaskRouter& router, bool losses, float* values, const f
     float value = values[kept - 1] + row[2 * top_k];
     for (int k = 0; k < top_k; ++k) {
       const float share = std::max(weights[k] / sum, kLeastShare);
-      // in double: libm's float functions differ between machines in the last bit, which a rounded double all but hides
+      // in double: float functions of libm differ in the last bit between machines; a rounded double hardly ever does
       value += row[k] * float(std::log(double(share))) + row[top_k + k] * share;
     }
     if (losses) value = kept == top_k ? 0.0f : -float(std::exp(std::min(double(value), kMostLogLoss)));
     values[kept - 1] = value - price * float(kept);
   }
   int best = top_k;
-  for (int kept = top_k - 1; kept > 0; --kept)  // of equals, the larger
+  for (int kept = top_k - 1; kept > 0; --kept)  // ties go to the larger count
     if (values[kept - 1] > values[best - 1]) best = kept;
   return best;
 }

@@ -1,4 +1,4 @@
-// Reads that go wrong; see read_fault.h.
+// Injected read faults; see read_fault.h.
 #include "read_fault.h"
 
 #include <unistd.h>
@@ -76,7 +76,7 @@ ssize_t ReadFaults::pread(int descriptor, uint8_t* out, size_t bytes, uint64_t o
   const ssize_t got = ::pread(descriptor, out, bytes, off_t(offset));
   if (got <= 0) return got;
   const size_t given = std::min(size_t(got), most);
-  std::memset(out + given, 0xA5, size_t(got) - given);  // what did not come is not there by luck
+  std::memset(out + given, 0xA5, size_t(got) - given);  // so bytes beyond a short read are not right by luck
   for (uint64_t at : flips)
     if (at < given) out[at] ^= 0x10;
   return ssize_t(given);

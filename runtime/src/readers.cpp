@@ -59,7 +59,7 @@ void Readers::work(int reader) {
       } catch (...) {
         error = std::current_exception();
       }
-      // Given away: who waits for the read frees the error, and may be about to.
+      // Moved: the thread that waits for the read frees the error, maybe before this call returns.
       if (client_.ended(*read, std::move(error))) ask(*read);
     }
     lock.lock();

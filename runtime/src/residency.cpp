@@ -1,4 +1,4 @@
-// Records in memory; see residency.h.
+// Expert residency; see residency.h.
 #include "residency.h"
 
 #include <algorithm>
@@ -26,14 +26,14 @@ Residency::Residency(ExpertStore& store, const Device& device, size_t bytes, int
 
 Residency::~Residency() = default;
 
-// In whole blocks.
+// `bytes` in whole blocks, after checking that the largest record fits.
 size_t Residency::checked(size_t bytes) const {
   bytes = bytes / kSmallAlignment * kSmallAlignment;
   if (bytes < store_.largest_record()) throw std::invalid_argument("the slots must hold the largest record");
   return bytes;
 }
 
-// Memory and readers, where there is no memory.
+// Allocate the memory, and start the readers if there are none.
 void Residency::take_memory(size_t bytes) {
   if (!readers_) readers_ = std::make_unique<Readers>(reader_count_, static_cast<ReadClient&>(*this));
   memory_ = device_.memory(bytes, std::max(bytes, all_bytes_), reader_count_, store_.largest_record(), true);
@@ -49,7 +49,7 @@ void Residency::resize(size_t bytes) {
   if (!memory_) return take_memory(bytes);
   for (const Load& load : loads_)
     if (load.wanted) throw std::logic_error("a record is in use; release it first");
-  resizing_ = true;  // nothing is read ahead meanwhile
+  resizing_ = true;  // no reads ahead meanwhile
   landed_.wait(lock, [this] { return loading_ == 0; });
   try {
     end_slots(std::min(bytes, slots_.bytes()));
@@ -99,7 +99,7 @@ Residency::Acquired Residency::acquire(int record, int uses) {
   return hit ? Acquired::kHit : Acquired::kMiss;
 }
 
-// A slot for a record whose read begins, which pins it; none where too much is pinned. Does not throw.
+// Place a record in a slot, which its read pins; none if too much is pinned. Does not throw.
 std::optional<Read> Residency::begin(int record) {
   const size_t bytes = store_.records()[record].padded;
   const int slot = slots_.place(record, bytes, worths_.of(record));
@@ -131,7 +131,7 @@ void Residency::fill(int reader, const Read& read) {
 bool Residency::ended(const Read& read, std::exception_ptr error) {
   std::lock_guard lock(mutex_);
   Load& load = loads_[read.slot];
-  if (error && load.left && load.wanted > 0) {  // whoever wants it now has not tried yet
+  if (error && load.left && load.wanted > 0) {  // the present acquire deserves a try of its own
     load.left = false;
     return true;
   }
@@ -176,7 +176,7 @@ void Residency::release(int record) {
   slots_.unpin(slot);
   if (--loads_[slot].wanted > 0 || loads_[slot].state != State::kFailed) return;
   loads_[slot].error = nullptr;
-  slots_.remove(slot);  // a failed read is tried again the next time it is wanted
+  slots_.remove(slot);  // the next acquire tries a failed read again
 }
 
 void Residency::tick() {

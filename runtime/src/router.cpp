@@ -14,12 +14,12 @@ namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// What an expert's choice goes by.
+// The score that an expert is chosen by.
 float worth(const RouterRule& rule, const float* scores, int expert) {
   return rule.bias ? scores[expert] + rule.bias[expert] : scores[expert];
 }
 
-// open: (groups,), 1 for the top_groups best groups and 0 for the others. A group without experts is the worst.
+// Set open, (groups,), to 1 for the top_groups best groups and 0 for the others. A group without experts is the worst.
 void choose_groups(const RouterRule& rule, const float* scores, int experts, float* group_scores, float* open) {
   float *best = group_scores, *second = open;
   std::fill_n(best, rule.groups, kNone);
@@ -44,8 +44,8 @@ void choose_groups(const RouterRule& rule, const float* scores, int experts, flo
   }
 }
 
-// Keep (value, expert) in order if it is among the best `room` so far, of which there are `count`; returns how many
-// there are now. An equal that came before stays before.
+// Insert (value, expert) into the `count` best so far, in descending order, of at most `room`; returns the new count.
+// Ties stay in order of insertion.
 int insert(float value, int expert, int room, int count, float* values, int32_t* ids) {
   if (count == room && !(value > values[room - 1])) return count;
   int at = count < room ? count : room - 1;
@@ -58,7 +58,7 @@ int insert(float value, int expert, int room, int count, float* values, int32_t*
   return std::min(count + 1, room);
 }
 
-// ids, weights: (top_k,), as route() gives them.
+// ids, weights: (top_k,), as for route().
 void sparsemixer(const float* logits, int experts, int top_k, float threshold, int32_t* ids, float* weights) {
   for (int k = 0; k < top_k; ++k) {
     const auto taken = [&](int expert) { return std::find(ids, ids + k, expert) != ids + k; };
@@ -99,7 +99,7 @@ void route(const Kernels& kernels, const RouterRule& rule, float* logits, int ex
     if (rule.groups == 1 || open[rule.group_of[expert]])
       chosen = insert(worth(rule, scores, expert), expert, top_k, chosen, weights, ids);
 
-  // their weights, heaviest first
+  // weights, in descending order
   if (rule.bias) {
     std::sort(ids, ids + chosen);
     for (int k = 0; k < chosen; ++k) insert(scores[ids[k]], ids[k], chosen, k, weights, ids);

@@ -1,4 +1,4 @@
-// Which experts each token of a chunk uses: the router, what pruning takes away, and the pairs sorted by expert.
+// The experts that each token of a chunk uses: router, pruning, and (token, expert) pairs sorted by expert.
 #include <algorithm>
 #include <numeric>
 
@@ -28,7 +28,7 @@ size_t carve_routing(const EngineConfig& c, Routing& r, uint8_t* base) {
   return carver.used();
 }
 
-// The mask router that a rule asks; null where it asks none, or the layer has none.
+// The mask router of a rule; null if the rule needs none or the layer has none.
 const MaskRouter* Engine::mask_router(int layer, Prune rule) const {
   const bool losses = rule == Prune::kLoss;
   if (!losses && rule != Prune::kOtp) return nullptr;
@@ -47,7 +47,7 @@ void Engine::route_tokens(int layer, const Step& step) {
   });
   check_wanted();
   for (const TokenSpan& span : step.spans) prune_tokens(layer, span, step.spans.size() == 1);
-  const int places = tokens * top_k;  // some may be empty: -1
+  const int places = tokens * top_k;  // entries of routed; -1 if empty
   std::fill(r_.first_pair, r_.first_pair + experts + 1, 0);
   for (int i = 0; i < places; ++i)
     if (r_.routed[i] >= 0) ++r_.first_pair[r_.routed[i] + 1];
@@ -79,7 +79,7 @@ RouterRule Engine::router_rule(int layer) const {
   return rule;
 }
 
-// Takes away experts of a span's routed and routing_weights by its sequence's rule. alone: it is the only span.
+// Prune experts from a span's routed and routing_weights by its sequence's rule. alone: it is the pass's only span.
 void Engine::prune_tokens(int layer, const TokenSpan& span, bool alone) {
   const EngineConfig& c = config_;
   Sequence& sequence = sequences_[span.sequence];

@@ -8,15 +8,15 @@
 
 namespace edge_moe {
 
-static constexpr int kColumn = 64;      // values whose maximum is looked at before they are
-static constexpr int kDrawn = 512;      // weights that are summed before the draw looks for the one it fell on
-static constexpr float kNever = -1e4f;  // the exponential of it, and of what lies below, is 0
-static constexpr float kEdges[] = {1e-2f, 1e-4f, 0};  // of the largest weight, below which top-p need not look where
-                                                      // those above have its share
+static constexpr int kColumn = 64;      // values that share one maximum; it is compared first
+static constexpr int kDrawn = 512;      // weights that share one sum; the draw picks one of these blocks first
+static constexpr float kNever = -1e4f;  // its exponential, and that of anything lower, is 0
+static constexpr float kEdges[] = {1e-2f, 1e-4f, 0};  // relative to the largest weight: top-p ignores weights below an
+                                                      // edge if those above it reach the share
 
 namespace {
 
-// The maximum in sixteen lanes, which compilers make of registers.
+// The maximum, in sixteen lanes, which compilers keep in registers.
 float max_of(std::span<const float> values) {
   float lanes[kLanes];
   std::fill_n(lanes, kLanes, -INFINITY);
@@ -47,7 +47,7 @@ std::vector<float> maxima_of(std::span<const float> values) {
   return maxima;
 }
 
-// Indices, ascending, of the values at or above an edge. maxima: of their columns.
+// Indices, ascending, of the values at or above an edge. maxima: of columns of kColumn values.
 std::vector<int32_t> at_least(float edge, std::span<const float> values, const std::vector<float>& maxima) {
   std::vector<int32_t> found;
   for (size_t column = 0; column < maxima.size(); ++column) {
@@ -66,7 +66,7 @@ int32_t first_largest(std::span<const float> values) {
     if (maxima[column] == most)
       for (size_t i = column * kColumn; i < values.size(); ++i)
         if (values[i] == most) return int32_t(i);
-  return 0;  // none is a number
+  return 0;  // all are NaN
 }
 
 }  // namespace
@@ -91,7 +91,7 @@ Drawn Sampler::with_logprobs(std::span<const float> logits, int count) {
   weights_.assign(logits.begin(), logits.end());
   for (float& weight : weights_) weight = weight - top > kNever ? weight - top : kNever;
   kernels_.softmax(weights_.data(), 0, int(weights_.size()));
-  const double log_sum = double(top) - std::log(double(max_of(weights_)));  // the likeliest has 1 / sum
+  const double log_sum = double(top) - std::log(double(max_of(weights_)));  // the likeliest token has 1 / sum
   const auto logprob = [&](int32_t token) { return Logprob{token, double(logits[token]) - log_sum}; };
   Drawn drawn;
   if (count > 0)
@@ -122,7 +122,7 @@ std::span<const float> Sampler::adjusted(std::span<const float> logits) {
 
 int32_t Sampler::draw(std::span<const float> logits) {
   const int vocab = int(logits.size());
-  tokens_.clear();  // all
+  tokens_.clear();  // empty: all tokens
   if (0 < options_.top_k && options_.top_k < vocab) {
     tokens_ = largest(logits, options_.top_k);
     weights_.resize(tokens_.size());
@@ -134,7 +134,7 @@ int32_t Sampler::draw(std::span<const float> logits) {
   const float scale = 1 / options_.temperature;
   for (float& weight : weights_) {
     const float exponent = (weight - top) * scale;
-    weight = exponent > kNever ? exponent : kNever;  // of a NaN, too
+    weight = exponent > kNever ? exponent : kNever;  // also replaces NaN
   }
   kernels_.softmax(weights_.data(), 0, int(weights_.size()));
   if (options_.top_p < 1) keep(likeliest(weights_, options_.top_p));
@@ -146,7 +146,7 @@ int32_t Sampler::draw(std::span<const float> logits) {
   return tokens_.empty() ? int32_t(drawn) : tokens_[drawn];
 }
 
-// Of the tokens that are left, those at these places.
+// Keep the remaining tokens at these places only.
 void Sampler::keep(const std::vector<int32_t>& places) {
   std::vector<int32_t> tokens(places.size());
   for (size_t i = 0; i < places.size(); ++i) {
@@ -157,7 +157,7 @@ void Sampler::keep(const std::vector<int32_t>& places) {
   weights_.resize(places.size());
 }
 
-// A place, drawn in proportion to its weight: first its block, then where in the block.
+// Draw a place in proportion to its weight: first its block, then the place in the block.
 size_t Sampler::pick() {
   const size_t count = weights_.size(), blocks = (count + kDrawn - 1) / kDrawn;
   const auto block_of = [&](size_t block) {
@@ -182,7 +182,7 @@ size_t Sampler::pick() {
 std::vector<int32_t> largest(std::span<const float> values, int count) {
   const std::vector<float> maxima = maxima_of(values);
   float edge = -INFINITY;
-  if (maxima.size() > size_t(count)) {  // the count-th largest of the columns' maxima is no more than that of all
+  if (maxima.size() > size_t(count)) {  // at least `count` values reach the count-th largest maximum
     std::vector<float> sorted = maxima;
     std::nth_element(sorted.begin(), sorted.begin() + count - 1, sorted.end(), std::greater<float>());
     edge = sorted[count - 1];
@@ -195,8 +195,8 @@ std::vector<int32_t> largest(std::span<const float> values, int count) {
   return among;
 }
 
-// Those above an edge that reaches the share are counted by their upper 16 bits, which order them: only those that
-// share theirs with the last one kept are sorted.
+// The weights above an edge that reaches the share are summed by their upper 16 bits, whose order is theirs; only those
+// with the same upper bits as the last weight kept are sorted.
 std::vector<int32_t> likeliest(std::span<const float> weights, double share) {
   const std::vector<float> maxima = maxima_of(weights);
   const double goal = share * sum_of(weights);

@@ -32,7 +32,7 @@ Activations activations(const float* values, const Quantised& quantised, int col
 size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   const size_t chunk = c.chunk, threads = c.threads;
   using A = AttentionConfig;
-  // in attention at once
+  // maximum in attention at once
   const size_t queries = threads * c.most_of([](const A& a) { return a.kv_rank ? kLatentQueries : kHeadQueries; });
   const size_t widest = std::max({c.expert_hidden, c.shared_hidden, c.dense_hidden});
   Carver carver(base);

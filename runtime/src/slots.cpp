@@ -1,4 +1,4 @@
-// Slots and who leaves them; see slots.h.
+// Slots and their eviction; see slots.h.
 #include "slots.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ Slots::Slots(size_t records, size_t smallest)
 }
 
 void Slots::resize(size_t bytes) {
-  // As many as there can be: each record at most once, and free memory before each and at the end.
+  // The maximum number: each record at most once, and free memory before each and at the end.
   const size_t most = 2 * std::min(slot_of_.size(), bytes / smallest_) + 1;
   for (size_t i = slots_.size(); i < most; ++i) unused_.push_back(int(i));
   slots_.resize(std::max(most, slots_.size()));
@@ -90,7 +90,7 @@ int Slots::new_slot() {
   return slot;
 }
 
-// Free memory from now on.
+// Turn the slot into free memory.
 void Slots::vacate(int slot) {
   if (const int record = slots_[slot].record; record >= 0) {
     slot_of_[record] = -1, --held_;
@@ -100,10 +100,10 @@ void Slots::vacate(int slot) {
   set_worth(slot, 0);
 }
 
-// Where the neighbours begin that have so many bytes and the lowest sum of worths; ties go to those with the slot of
-// the lowest worth, or number. -1 when too much may not leave. Slots are taken by worth: once one is worth no less than
-// the lowest sum found, no neighbours that have it or one after it have a lower sum. Of records of one size neighbours
-// are a slot or two, so each sum is added up anew.
+// The first of the neighbours that together have `bytes` bytes and the lowest sum of worths; ties go to those found
+// from the slot with the lowest worth, then number. -1 if too much is pinned. Slots are visited by worth: once a slot's
+// worth is not below the lowest sum, neither are the sums that remain. For records of one size the neighbours are one
+// or two slots, so each sum is computed anew.
 int Slots::cheapest(size_t bytes) const {
   int best = -1;
   double lowest = std::numeric_limits<double>::infinity();
@@ -123,7 +123,7 @@ int Slots::cheapest(size_t bytes) const {
   return best;
 }
 
-// Is it followed by free memory? Then that becomes part of it: free memory is in one piece between two slots.
+// Whether free memory follows, which is then to be merged: there is one piece of free memory between two slots.
 bool Slots::joins(const Slot& slot) const { return slot.next >= 0 && slots_[slot.next].record < 0; }
 
 void Slots::absorb_next(int slot) {
@@ -135,7 +135,7 @@ void Slots::absorb_next(int slot) {
   erase(at);
 }
 
-// Free memory after its first bytes.
+// Free the memory after the slot's first `bytes` bytes.
 void Slots::split(int slot, size_t bytes) {
   const int rest = new_slot();
   slots_[rest].offset = slots_[slot].offset + bytes, slots_[rest].bytes = slots_[slot].bytes - bytes;
@@ -152,7 +152,7 @@ int Slots::last() const {
   return slot;
 }
 
-// A place of free memory that is part of another's now.
+// Remove free memory that was merged into its neighbour.
 void Slots::erase(int slot) {
   by_worth_.erase({slots_[slot].worth, slot});
   slots_[slot] = {};

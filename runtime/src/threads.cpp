@@ -73,7 +73,7 @@ void ThreadPool::start(int count, Call call, void* task) {
   }
 }
 
-// One index of the current run, if any is left. The claim succeeds only while the run is unfinished, so call_ and
+// Run one index of the current run, if any is left. A claim succeeds only while the run is unfinished, so call_ and
 // task_ are this run's until the index is reported as done.
 bool ThreadPool::claim_and_run(int thread) {
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
