@@ -1,5 +1,5 @@
-"""What a layer is made of: one file a kind of attention or MLP, with its values, its tensors and its arithmetic.
+"""The parts of a layer: one file per kind of attention or MLP, with its values, its tensors and its arithmetic.
 
-A layer of a model is described by two of these values (`runtime/config.py`'s Layer); which family of models puts them
-together how is in `runtime/models`. The arithmetic is the reference forward pass's part, in plain arrays.
+Two of these values describe a layer of a model (`runtime/config.py`'s Layer); the families in `runtime/models` choose
+them. The arithmetic is that of the reference forward pass, in plain arrays.
 """

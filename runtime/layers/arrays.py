@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 
-EXP_MOST = np.float32(87)  # exp of it is nearly the largest float32
+EXP_MOST = np.float32(87)  # its exponential is still a float32
 
 
 def array(value, xp):
-    """A NumPy array as one of `xp`'s."""
+    """Convert a NumPy array to an array of `xp`."""
     return value if xp is np else xp.array(value)
 
 
@@ -43,7 +43,7 @@ def sigmoid(x, xp=np):
     if xp is not np:
         return xp.sigmoid(x)
     y = np.minimum(np.negative(x), EXP_MOST)
-    np.exp(y, out=y)  # in place: a sixteenth of the time that fresh arrays and a choice of two forms take
+    np.exp(y, out=y)  # in place: takes a sixteenth of the time of new arrays and a choice between two forms
     y += 1
     return np.reciprocal(y, out=y)
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention: keys and values of their own for each KV head, which all tokens' are cached of."""
+"""Grouped-query attention: each KV head has its own keys and values, and those of all tokens are cached."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from .rope import Rope, rotate
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Values of one layer's attention; sizes are in elements."""
+    """The parameters of one layer's attention; sizes are in elements."""
 
     heads: int
     kv_heads: int
@@ -20,14 +20,14 @@ class Attention:
     bias: bool = False  # of q, k and v
     output_bias: bool = False
     qk_norm: str = "none"  # none | head (one norm per head) | full (over all heads at once)
-    norm_after_rope: bool = False  # q and k are normed per head after they were turned, else before
+    norm_after_rope: bool = False  # the norms of q and k per head follow the rotation, else precede it
     clip: float = 0.0  # q, k and v are clipped to +-this after the norm; 0 is off
     window: int = 0  # keys a query can see, itself included; 0 is all
-    scale: float = 0.0  # of the products of queries and keys; 0 is head_dim ** -0.5
+    scale: float = 0.0  # factor of the products of queries and keys; 0 is head_dim ** -0.5
 
     @property
     def softmax_scale(self) -> float:
-        """What the products of queries and keys are multiplied by."""
+        """The factor of the products of queries and keys."""
         return (self.scale or self.head_dim**-0.5) * self.rope.softmax_factor
 
     @property
@@ -47,10 +47,10 @@ class Attention:
         return parts | ({"o_bias": (dim,)} if self.output_bias else {})
 
     def qkv(self, trunk, times, h, eps: float, xp=np):
-        """Queries, keys and values of h (sequences, tokens, dim), the first two turned by their positions.
+        """Compute queries, keys and values of h (sequences, tokens, dim), and rotate queries and keys by position.
 
-        trunk(name) is a tensor of the layer, times(name, x) the product of x with a matrix of it. Returns arrays
-        (sequences, tokens, heads of that kind, head_dim).
+        trunk(name) is a tensor of the layer, times(name, x) the product of x with a matrix of the layer. Returns arrays
+        (sequences, tokens, heads or kv_heads, head_dim).
         """
         sequences, tokens, _ = h.shape
         q, k, v = times("q", h), times("k", h), times("v", h)
@@ -70,13 +70,13 @@ class Attention:
         return q, k, v
 
     def _turned(self, x, cos, sin, xp):
-        """x (sequences, tokens, heads, head_dim) with its first rope.dim dimensions turned."""
+        """Rotate the first rope.dim dimensions of x (sequences, tokens, heads, head_dim)."""
         turned = rotate(x[..., : self.rope.dim], cos, sin, xp, self.rope.interleaved)
         return turned if self.rope.dim == self.head_dim else xp.concatenate([turned, x[..., self.rope.dim :]], axis=-1)
 
 
 def attend(q, k, v, scale: float, window: int = 0, xp=np):
-    """Causal attention within one sequence: q (tokens, heads, head_dim), k and v (tokens, kv_heads, their size).
+    """Causal attention within one sequence: q (tokens, heads, head_dim), k and v (tokens, kv_heads, size of each).
 
     Returns (tokens, heads * v's size). Query head i reads key head i // (heads / kv_heads). window: keys a query can
     see, itself included; 0 is all.

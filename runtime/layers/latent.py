@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values come from one small vector a token, which is all that is cached."""
+"""Multi-head latent attention (MLA): keys and values come from one latent per token, which alone is cached."""
 
 from dataclasses import dataclass
 
@@ -10,24 +10,24 @@ from .rope import Rope, rotate
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """Values of one layer's attention over a latent; sizes are in elements."""
+    """The parameters of one layer's attention over a latent; sizes are in elements."""
 
     heads: int
-    q_rank: int  # size of the queries' latent; 0: they come straight from the input
+    q_rank: int  # size of the queries' latent; 0: queries are projected from the input
     kv_rank: int  # size of the keys' and values' latent
-    nope_dim: int  # of a head's query and key, without position
+    nope_dim: int  # of a head's query and key: the part that is not rotated
     value_dim: int  # of a head's value
-    rope: Rope  # of the rest of a head's query, and of the one key with position that all heads share
-    norm_eps: float = 1e-6  # of both latents' norms, whatever the model's other norms have
-    query_growth: float = 0.0  # queries are scaled by 1 + this * log(1 + position // query_context)
+    rope: Rope  # of the rotated rest of a head's query, and of the one rotated key that all heads share
+    norm_eps: float = 1e-6  # of both latents' norms, independent of the model's norm_eps
+    query_growth: float = 0.0  # queries are multiplied by 1 + query_growth * log(1 + position // query_context)
     query_context: int = 1
 
-    window = 0  # a query sees all keys before it
+    window = 0  # no window: a query sees all keys before it
     output_bias = False
 
     @property
     def kv_heads(self) -> int:
-        """Heads whose keys and values differ."""
+        """The number of heads with different keys and values."""
         return self.heads
 
     @property
@@ -37,16 +37,16 @@ class LatentAttention:
 
     @property
     def cached(self) -> int:
-        """Numbers that the KV cache holds for a token."""
+        """The number of values in the KV cache per token."""
         return self.kv_rank + self.rope.dim
 
     @property
     def softmax_scale(self) -> float:
-        """What the products of queries and keys are multiplied by."""
+        """The factor of the products of queries and keys."""
         return self.head_dim**-0.5 * self.rope.softmax_factor
 
     def query_scales(self, tokens: int) -> np.ndarray:
-        """What the queries at the first positions are multiplied by, float32 (tokens,)."""
+        """The factors of the queries at the first positions, float32 (tokens,)."""
         steps = np.arange(tokens) // self.query_context
         return (1 + self.query_growth * np.log1p(steps)).astype(np.float32)
 
@@ -64,7 +64,7 @@ class LatentAttention:
         }
 
     def qkv(self, trunk, times, h, eps: float, xp=np):
-        """Queries, keys and values as Attention.qkv() gives them, with keys and values of every head expanded."""
+        """Compute what Attention.qkv() returns, with the keys and values of all heads expanded."""
         sequences, tokens, _ = h.shape
         if self.q_rank:
             q = times("q_b", rms_norm(times("q_a", h), trunk("q_a_norm"), self.norm_eps, xp))
@@ -73,11 +73,11 @@ class LatentAttention:
         kv = times("kv_a", h)  # (sequences, tokens, kv_rank + rope.dim)
         q = q.reshape(sequences, tokens, self.heads, self.head_dim)
 
-        # keys and values of every head, out of the latent
+        # keys and values of every head, from the latent
         c = rms_norm(kv[..., : self.kv_rank], trunk("kv_a_norm"), self.norm_eps, xp)
         expanded = times("kv_b", c).reshape(sequences, tokens, self.heads, self.nope_dim + self.value_dim)
 
-        # the dimensions with position
+        # the rotated dimensions
         cos, sin = self.rope.tables(tokens, xp)
         q_rope = rotate(q[..., self.nope_dim :], cos, sin, xp, self.rope.interleaved)
         k_rope = rotate(kv[..., None, self.kv_rank :], cos, sin, xp, self.rope.interleaved)

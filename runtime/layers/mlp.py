@@ -1,4 +1,4 @@
-"""The MLP of a layer: experts behind a router, with a shared expert or without, or a dense one."""
+"""The MLP of a layer: routed experts, with or without a shared expert, or a dense MLP."""
 
 from dataclasses import dataclass, field
 
@@ -8,29 +8,29 @@ class RouterConfig:
     """How a layer turns router logits into chosen experts and their routing weights."""
 
     score: str = "softmax"  # softmax | sigmoid, over all experts, before the cut to top_k | sparsemixer
-    renormalise: bool = False  # chosen weights are scaled to sum to one
-    selection_bias: bool = False  # one number an expert, added to its score for the choice, not for the weight
-    groups: int = 1  # experts are chosen within top_groups of so many groups of neighbours
+    renormalise: bool = False  # the weights of chosen experts are scaled to sum to one
+    selection_bias: bool = False  # one value per expert, added to its score for the choice, not for the weight
+    groups: int = 1  # number of groups of consecutive experts; experts are chosen from the best top_groups
     top_groups: int = 1
-    group_score: str = "max"  # max | top2sum, of a group's scores
-    scale: float = 1.0  # of the weights, at last
-    threshold: float = 0.0  # of sparsemixer: how far below the largest a logit may be to count, as a share
+    group_score: str = "max"  # a group's score: max | top2sum of its experts' scores
+    scale: float = 1.0  # factor of the final weights
+    threshold: float = 0.0  # of sparsemixer: the maximum relative distance below the largest logit that counts
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Routed experts, each a gated MLP, and an expert that every token passes through beside them."""
+    """Routed experts, each a gated MLP, and optionally a shared expert that every token passes through."""
 
     experts: int
     top_k: int
-    hidden: int  # inner size of one
+    hidden: int  # inner size of an expert
     router: RouterConfig = field(default_factory=RouterConfig)
     shared_hidden: int = 0  # inner size of the shared expert; 0 is none
-    shared_gate: bool = True  # its output is weighted by a sigmoid gate
+    shared_gate: bool = True  # the shared expert's output is multiplied by a sigmoid gate
     output_bias: bool = False  # a vector is added to each of a routed expert's three products
 
     def shapes(self, dim: int, experts: int | None = None) -> dict[str, tuple[int, ...]]:
-        """The trunk's tensors by canonical name, in the order of use. experts: how many are left; by default all."""
+        """The trunk's tensors by canonical name, in the order of use. experts: number kept; None: all."""
         count = self.experts if experts is None else experts
         parts: dict[str, tuple[int, ...]] = {"router": (count, dim)}
         if self.router.selection_bias:

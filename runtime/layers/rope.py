@@ -1,6 +1,6 @@
-"""Rotary position: the angle by which a position turns each pair of dimensions, and how YaRN and LongRoPE stretch it.
+"""Rotary position embedding: the angle of each pair of dimensions at a position, and its scaling by YaRN and LongRoPE.
 
-Everything is float32 where transformers has it so: at far positions the rounding of an angle shows in the logits.
+Values are float32 where transformers has float32: at high positions the rounding of an angle shows in the logits.
 """
 
 import math
@@ -13,19 +13,19 @@ from .arrays import array
 
 @dataclass(frozen=True, slots=True)
 class YarnScaling:
-    """YaRN (arXiv 2309.00071): how rotary angles are stretched beyond the context that was trained first."""
+    """YaRN (arXiv 2309.00071): how rotary angles are scaled beyond the original training context."""
 
     factor: float
     original_context: int  # tokens
-    beta_fast: float  # turns within original_context from which on an angle is left as it is
-    beta_slow: float  # turns up to which it is divided by factor
-    mscale: float  # how much the factor adds to keys and queries; 0 is not given
-    mscale_all_dim: float  # likewise, but to all of their dimensions: by the scale of the softmax, where that counts
+    beta_fast: float  # pairs with more turns than this within original_context keep their angles
+    beta_slow: float  # angles of pairs with fewer turns are divided by factor
+    mscale: float  # strength of the magnitude that the factor adds to keys and queries; 0: not given
+    mscale_all_dim: float  # the same for all dimensions, through the softmax scale, in families that use it
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """What each pair's angles are divided by, and what cos and sin are multiplied by."""
+    """The divisors of the angles of each pair, and the factor of cos and sin."""
 
     factors: tuple[float, ...]  # (dim / 2,)
     scale: float
@@ -33,11 +33,11 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class LongRope:
-    """LongRoPE (arXiv 2402.13753): one stretch up to the context that was trained first, another beyond.
+    """LongRoPE (arXiv 2402.13753): one Stretch up to the original training context, another beyond.
 
-    A run takes one of them for all of its positions, by the context that it is planned for. To change over when a
-    sequence grows beyond original_context would turn every key in the cache anew, and what a token gets would depend on
-    how many come after it.
+    A run uses one of them for all of its positions, chosen by the context that it is planned for. Switching when a
+    sequence grows beyond original_context would require rotating every cached key again, and a token's result would
+    depend on the number of tokens after it.
     """
 
     original_context: int  # tokens
@@ -47,19 +47,19 @@ class LongRope:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Which dimensions of a head's query and key are turned, and by what angles."""
+    """The dimensions of a head's query and key that are rotated, and the angles."""
 
-    dim: int  # how many of them: the first, or with a latent the last
+    dim: int  # how many are rotated: the first ones; with a latent, the last ones
     theta: float
-    factor: float = 1.0  # linear scaling: positions are divided by it
+    factor: float = 1.0  # linear scaling: divisor of positions
     yarn: YarnScaling | None = None
     interleaved: bool = False  # the pairs are (2i, 2i + 1), else (i, i + dim / 2)
-    softmax_factor: float = 1.0  # of the products of queries and keys
-    long: LongRope | None = None  # two stretches, of which planned() takes one
+    softmax_factor: float = 1.0  # factor of the products of queries and keys
+    long: LongRope | None = None  # two stretches; planned() chooses one
     stretch: Stretch | None = None
 
     def planned(self, context: int) -> "Rope":
-        """The same for a run of `context` tokens, with LongRoPE's choice made."""
+        """The same for a run of `context` tokens, with a stretch of LongRoPE chosen."""
         if self.long is None:
             return self
         stretch = self.long.long if context > self.long.original_context else self.long.short
@@ -67,7 +67,7 @@ class Rope:
 
     @property
     def scale(self) -> float:
-        """What cos and sin are multiplied by."""
+        """The factor of cos and sin."""
         yarn = self.yarn
         if self.stretch:
             return self.stretch.scale
@@ -80,8 +80,8 @@ class Rope:
     def frequency(self) -> np.ndarray:
         """The angle between two neighbouring positions, radians, float32 (dim / 2,).
 
-        With YaRN (arXiv 2309.00071, section 3.2) pairs that turn more than beta_fast times within the original context
-        stay as they are, those that turn less than beta_slow times are slowed down by the factor, the others by less.
+        With YaRN (arXiv 2309.00071, section 3.2), pairs with more than beta_fast turns within the original context keep
+        their angles, those with fewer than beta_slow turns have them divided by the factor, and those between by less.
         """
         dim, theta = self.dim, self.theta
         exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
@@ -95,7 +95,7 @@ class Rope:
         plain, stretched = 1 / period, 1 / (np.float32(yarn.factor) * period)
 
         def pair_turning(times: float) -> float:
-            """The pair, as a real number, that turns so many times within the original context."""
+            """The pair, as a real number, that makes `times` turns within the original context."""
             return dim * math.log(yarn.original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
         first = max(math.floor(pair_turning(yarn.beta_fast)), 0)
@@ -105,7 +105,7 @@ class Rope:
         return stretched * slow + plain * (1 - slow)
 
     def tables(self, tokens: int, xp=np):
-        """cos and sin of each position's angles, both (tokens, dim / 2), of a run of so many tokens."""
+        """cos and sin of each position's angles, both (tokens, dim / 2), in a run of `tokens` tokens."""
         its = self.planned(tokens)
         angle = np.arange(tokens, dtype=np.float32)[:, None] * its.frequency()
         scale = np.float32(its.scale)
@@ -113,9 +113,10 @@ class Rope:
 
 
 def rotate(x, cos, sin, xp=np, interleaved: bool = False):
-    """Turn the pairs (i, i + dim / 2) of x (sequences, tokens, heads, dim) by their angle.
+    """Rotate the pairs (i, i + dim / 2) of x (sequences, tokens, heads, dim) by their angles.
 
-    With `interleaved` the pairs are (2i, 2i + 1); they come out as the others, which no product of two such x sees.
+    With `interleaved` the pairs are (2i, 2i + 1), returned in the others' order, which changes no product of two such
+    x.
     """
     half = x.shape[-1] // 2
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
@@ -124,5 +125,5 @@ def rotate(x, cos, sin, xp=np, interleaved: bool = False):
 
 
 def magnitude(factor: float, mscale: float) -> float:
-    """By how much YaRN enlarges vectors whose positions are stretched by `factor`."""
+    """The factor by which YaRN enlarges vectors whose positions are scaled by `factor`."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

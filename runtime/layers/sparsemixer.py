@@ -1,16 +1,16 @@
-"""SparseMixer's router (arXiv 2409.12136) as inference has it: experts one by one, each with a softmax of its own.
+"""SparseMixer's router (arXiv 2409.12136) at inference: experts are chosen one by one, each with its own softmax.
 
-An expert is the one of the largest logit that is left. Its weight is a softmax over those that are left and near: whose
-logit is below the largest by no more than `threshold` times the larger of its own size and the largest logit.
+Each expert is the one with the largest logit of those not chosen yet. Its weight is a softmax over those whose logit is
+below the largest by at most `threshold` times the maximum of |logit| and the largest logit.
 """
 
 import numpy as np
 
 
 def choose(logits: np.ndarray, top_k: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """The experts of each row, (rows, top_k), heaviest first, and the softmax of each, (rows, top_k, experts).
+    """The experts of each row, (rows, top_k), by descending weight, and the softmax of each, (rows, top_k, experts).
 
-    logits: (rows, experts). An expert's weight is its own entry in its softmax; of equals the one taken first is first.
+    logits: (rows, experts). An expert's weight is its own entry in its softmax; ties go to the one chosen first.
     """
     left = np.array(logits)
     chosen = np.empty((len(left), top_k), np.int64)
@@ -18,7 +18,7 @@ def choose(logits: np.ndarray, top_k: int, threshold: float) -> tuple[np.ndarray
     for k in range(top_k):
         chosen[:, k] = left.argmax(axis=-1)
         top = left.max(axis=-1, keepdims=True)
-        with np.errstate(divide="ignore", invalid="ignore"):  # zeros alone are near each other: 0 / 0 is not above
+        with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0, if all are zeros, is not above the threshold
             far = (top - logits) / np.maximum(np.abs(logits), top) > np.float32(threshold)
         e = np.exp(np.where(far, -np.inf, left) - top)
         p[:, k] = e / e.sum(axis=-1, keepdims=True)
@@ -28,18 +28,18 @@ def choose(logits: np.ndarray, top_k: int, threshold: float) -> tuple[np.ndarray
 
 
 def weights_of(chosen: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """The weights of the experts that choose() gave, (rows, top_k)."""
+    """The weights of the experts that choose() returned, (rows, top_k)."""
     return np.take_along_axis(p, chosen[..., None], axis=-1)[..., 0]
 
 
 def backward(chosen: np.ndarray, p: np.ndarray, g: np.ndarray) -> np.ndarray:
-    """The gradient at the logits, (..., rows, experts), of g (..., rows, top_k) at the weights.
+    """The gradient with respect to the logits, (..., rows, experts), for g (..., rows, top_k), that of the weights.
 
-    Which logits are near is taken to stay as it is.
+    The set of logits within the threshold is treated as constant.
     """
     g = g * weights_of(chosen, p)
     back = -np.einsum("...rk,rke->...re", g, p)
     rows = np.arange(len(chosen))
-    for k in range(chosen.shape[1]):  # the experts of a row differ
+    for k in range(chosen.shape[1]):  # a row's experts differ, so no index repeats
         back[..., rows, chosen[:, k]] += g[..., k]
     return back
