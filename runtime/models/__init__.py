@@ -1,7 +1,7 @@
-"""The families of models that are run, a file each; FAMILIES has them by `model_type`.
+"""The supported families of models, one file each; FAMILIES maps `model_type` to them.
 
-A family says how its config.json becomes a ModelConfig, and what its checkpoints call their tensors. Nothing outside
-its file knows its name.
+A family converts its config.json to a ModelConfig and names the tensors of its checkpoints. No other file refers to a
+family by name.
 """
 
 from importlib import import_module

@@ -1,5 +1,5 @@
-"""DeepSeek-V2 and V2-Lite: attention over a latent, softmax routing over all experts or within the best groups, by the
-best expert of each, and shared experts."""
+"""DeepSeek-V2 and V2-Lite: attention over a latent, softmax routing over all experts or within the best groups (scored
+by their best expert), and shared experts."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys

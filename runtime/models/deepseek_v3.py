@@ -1,5 +1,5 @@
-"""DeepSeek-V3, R1 and their kin, Moonlight and Kimi-K2 among them: attention over a latent, a sigmoid router with
-groups and a bias that balances experts, shared experts, dense first layers."""
+"""DeepSeek-V3, R1 and derived models such as Moonlight and Kimi-K2: attention over a latent, a sigmoid router with
+groups and a load-balancing bias, shared experts, dense first layers."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys

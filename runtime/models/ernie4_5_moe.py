@@ -1,5 +1,5 @@
-"""ERNIE 4.5: pairs of neighbouring dimensions are turned; a softmax router with a bias that balances experts, shared
-experts, dense first layers."""
+"""ERNIE 4.5: interleaved rotary pairs; a softmax router with a load-balancing bias, shared experts, dense first
+layers."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def parse(keys: Keys) -> ModelConfig:
 
 
 def dense(keys: Keys) -> tuple[int, ...]:
-    """The layers outside the range that has experts, and in it all but every so many."""
+    """The dense layers: those outside the range that has experts, and inside it all but every moe_layer_interval-th."""
     count, step = layer_count(keys), keys.count("moe_layer_interval")
     first, last = keys.any("moe_layer_start_index"), keys.any("moe_layer_end_index", default=-1)
     for key, value in (("moe_layer_start_index", first), ("moe_layer_end_index", last)):

@@ -1,4 +1,4 @@
-"""What a family of models is: how its config.json becomes a ModelConfig, and what checkpoints call their tensors."""
+"""A family of models: how its config.json becomes a ModelConfig, and the names of tensors in its checkpoints."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from ..layers.mlp import Dense, Experts, RouterConfig
 from ..rope_config import TYPES, read_rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-NAMES = {  # a layer's tensors as most checkpoints call them, by canonical name
+NAMES = {  # names of a layer's tensors in most checkpoints, by canonical name
     "attention_norm": "input_layernorm.weight",
     "attention_norm_bias": "input_layernorm.bias",
     "mlp_norm": "post_attention_layernorm.weight",
@@ -33,25 +33,25 @@ NAMES = {  # a layer's tensors as most checkpoints call them, by canonical name
 class Layout:
     """How a checkpoint stores the experts of a layer.
 
-    `gate` and `up` with `{}` in them are the names of one expert's matrices, its number in place of `{}`. Else `gate`
-    is the name of one tensor that has all experts' (experts, gate rows then up rows, dim), `down` of one
-    (experts, dim, hidden), and `up` is nothing.
+    If `gate` and `up` contain `{}`, they are the names of one expert's matrices, with the expert's number in place of
+    `{}`. Otherwise `gate` names one tensor with the gate rows, then the up rows of all experts, (experts, gate rows
+    then up rows, dim), `down` names one (experts, dim, hidden), and `up` is empty.
     """
 
     gate: str
     up: str
     down: str
-    names: Mapping[str, str] = field(default_factory=dict)  # of other tensors that this layout spells otherwise
+    names: Mapping[str, str] = field(default_factory=dict)  # of other tensors whose names differ in this layout
     transposed: bool = False  # fused tensors are (experts, dim, gate columns then up columns), (experts, hidden, dim)
 
 
 def separate(path: str, gate: str, up: str, down: str, **names) -> Layout:
-    """Three matrices for each expert, as the hub has them."""
+    """Three matrices for each expert, as in most checkpoints on the Hugging Face Hub."""
     return Layout(*(f"{path}.{{}}.{part}.weight" for part in (gate, up, down)), **names)
 
 
 def fused(path: str = "mlp.experts", transposed: bool = False) -> Layout:
-    """Two tensors for all experts of a layer, as transformers 5 has them in memory, and writes them on request."""
+    """Two tensors for all experts of a layer, as in transformers 5, which can also save them."""
     return Layout(f"{path}.gate_up_proj", "", f"{path}.down_proj", transposed=transposed)
 
 
@@ -64,18 +64,20 @@ class Family:
 
     model_type: str
     parse: Callable[[Keys], ModelConfig]
-    defaults: Mapping[str, object]  # what a key means that is absent, where it is not what it means everywhere
-    names: Mapping[str, str] = field(default_factory=dict)  # of a layer's tensors, where they are not as in NAMES
-    layouts: tuple[Layout, ...] = USUAL_LAYOUTS  # the first that a checkpoint has is read
-    text: str = ""  # key of the object that describes the language model, where others are beside it
-    prefixes: tuple[str, ...] = ("model.", "")  # of the tensors' names; "" where they were saved without the head
+    defaults: Mapping[str, object]  # values of absent keys, where they differ from those of other families
+    names: Mapping[str, str] = field(default_factory=dict)  # of a layer's tensors, where they differ from NAMES
+    layouts: tuple[Layout, ...] = USUAL_LAYOUTS  # the first layout that matches a checkpoint is used
+    text: str = ""  # key of the language model's config, if config.json has other parts
+    prefixes: tuple[str, ...] = ("model.", "")  # of the tensors' names; "" for a checkpoint saved without the head
     layers: tuple[str, ...] = ("layers",)  # names of the list of layers
     heads: tuple[str, ...] = ("lm_head.weight",)  # names of the output head
-    stored_as: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # dimensions before a tensor's own
+    stored_as: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # leading dimensions of a tensor in checkpoints
 
 
 def model(keys: Keys, layers: tuple[Layer, ...], **values) -> ModelConfig:
-    """A ModelConfig of these layers with the values that all families spell alike."""
+    """A ModelConfig of these layers, with the keys that all families share."""
     activation = keys.any("hidden_act")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
@@ -98,7 +100,7 @@ def model(keys: Keys, layers: tuple[Layer, ...], **values) -> ModelConfig:
 
 
 def stack(keys: Keys, attention: Attention | LatentAttention, experts: Experts, dense: tuple[int, ...] = ()):
-    """The layers of a model with one kind of attention, whose layers `dense` have no experts."""
+    """The layers of a model with one kind of attention; the layers in `dense` have no experts."""
     mlp = Dense(keys.count("intermediate_size")) if dense else None
     return tuple(Layer(attention, mlp if layer in dense and mlp else experts) for layer in range(layer_count(keys)))
 
@@ -118,14 +120,15 @@ def experts(
     hidden: str = "moe_intermediate_size",
     **values,
 ) -> Experts:
-    """Routed experts as most families spell them. count: names of the key that says how many; hidden: of their size."""
+    """Routed experts with the keys of most families. count: names of the key for the number of experts; hidden: for
+    their size."""
     return Experts(expert_count(keys, *count), keys.count("num_experts_per_tok"), keys.count(hidden), router, **values)
 
 
 def experts_and_shared(
     keys: Keys, router: RouterConfig, count: tuple[str, ...] = ("n_routed_experts", "num_local_experts")
 ) -> Experts:
-    """Routed experts beside shared ones without a gate, as DeepSeek spells them."""
+    """Routed and shared experts without a gate, with DeepSeek's keys."""
     return experts(keys, router, count, shared_hidden=shared_of(keys), shared_gate=False)
 
 
@@ -137,7 +140,8 @@ def grouped(
     types: tuple[str, ...] = TYPES,
     **values,
 ) -> Attention:
-    """Grouped-query attention as most families spell it. partial, interleaved, ntk_alpha, types: see read_rope()."""
+    """Grouped-query attention with the keys of most families. partial, interleaved, ntk_alpha, types: see
+    read_rope()."""
     heads, dim = keys.count("num_attention_heads"), keys.count("hidden_size")
     head_dim = keys.count("head_dim", default=max(dim // heads, 1))
     rope = read_rope(keys, head_dim, partial=partial, interleaved=interleaved, ntk_alpha=ntk_alpha, types=types)
@@ -145,7 +149,7 @@ def grouped(
 
 
 def latent(keys: Keys) -> LatentAttention:
-    """Attention over a latent as DeepSeek spells it."""
+    """Attention over a latent, with DeepSeek's keys."""
     no_bias(keys)
     rope_dim, nope_dim = keys.count("qk_rope_head_dim"), keys.count("qk_nope_head_dim")
     interleaved = keys.flag("rope_interleave", True)
@@ -160,7 +164,7 @@ def latent(keys: Keys) -> LatentAttention:
 
 
 def no_bias(keys: Keys) -> None:
-    """Raise ValueError where attention_bias is on, for a family whose models have none."""
+    """Raise ValueError if attention_bias is on, for a family whose models have none."""
     if keys.flag("attention_bias", False):
         raise ValueError(
             f"{keys.where}: attention_bias true is not supported for {keys.kind} (it biases the output projection too)"
@@ -168,7 +172,7 @@ def no_bias(keys: Keys) -> None:
 
 
 def no_windows(keys: Keys) -> None:
-    """Raise ValueError where config.json has windows, for a family whose models attend to everything."""
+    """Raise ValueError if config.json has sliding windows, for a family whose models have none."""
     if keys.flag("use_sliding_window", False):
         raise ValueError(f"{keys.where}: use_sliding_window is not supported for {keys.kind}; set it to false")
     kinds = keys.any("layer_types", default=[])
@@ -177,7 +181,7 @@ def no_windows(keys: Keys) -> None:
 
 
 def grouped_router(keys: Keys, score: str = "sigmoid", selection_bias: bool = True) -> RouterConfig:
-    """DeepSeek-V3's router: experts chosen within the best groups, by score and a bias that balances them."""
+    """DeepSeek-V3's router: experts are chosen within the best groups, by score plus a load-balancing bias."""
     for key, only in (("scoring_func", score), ("topk_method", "noaux_tc")):
         if (value := keys.any(key, default=only)) != only:
             raise ValueError(f"{keys.where}: {key} {value!r} is not supported for {keys.kind}; supported is {only}")
@@ -193,12 +197,12 @@ def grouped_router(keys: Keys, score: str = "sigmoid", selection_bias: bool = Tr
 
 
 def shared_of(keys: Keys, key: str = "n_shared_experts") -> int:
-    """The inner size of so many shared experts together; 0 is none."""
+    """The total inner size of the shared experts; 0 if there are none."""
     return expert_count(keys, key) * keys.count("moe_intermediate_size") if keys.nullable(key) else 0
 
 
 def first_dense(keys: Keys) -> tuple[int, ...]:
-    """The layers without experts: the first ones, and all but every so many of the rest."""
+    """The layers without experts: the first ones, and of the rest all but every moe_layer_freq-th."""
     first, step = keys.any("first_k_dense_replace"), keys.count("moe_layer_freq", default=1)
     if type(first) is not int or first < 0:
         raise ValueError(f"{keys.where}: first_k_dense_replace is {first!r}, expected a whole number from 0")
@@ -206,7 +210,7 @@ def first_dense(keys: Keys) -> tuple[int, ...]:
 
 
 def tokens(value) -> tuple[int, ...]:
-    """The ids of a key that has one, several or none."""
+    """The token ids of a key that has one, several or none."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return tuple(dict.fromkeys(int(token) for token in values if isinstance(token, int)))
 

@@ -1,4 +1,4 @@
-"""GLM-4.5, 4.6 and 4.7 with their Air models: half of each head is turned by position; DeepSeek-V3's router."""
+"""GLM-4.5, 4.6 and 4.7 with their Air models: half of each head's dimensions are rotated; DeepSeek-V3's router."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys

@@ -1,4 +1,4 @@
-"""GLM-4.7-Flash: DeepSeek-V3's layers at another size, told layer by layer which have experts."""
+"""GLM-4.7-Flash: DeepSeek-V3's layers at another size; config.json lists the layers that have experts."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys
@@ -10,7 +10,7 @@ def parse(keys: Keys) -> ModelConfig:
 
 
 def dense_by_type(keys: Keys) -> tuple[int, ...]:
-    """The layers that mlp_layer_types, or where it is not there first_k_dense_replace, says are dense."""
+    """The dense layers, by mlp_layer_types or, if it is missing, by first_k_dense_replace."""
     count = layer_count(keys)
     kinds = keys.raw.get("mlp_layer_types")
     if kinds is None:

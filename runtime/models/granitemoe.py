@@ -1,4 +1,4 @@
-"""Granite 3 MoE: multipliers of the embeddings, of what is added to the residual stream, of attention and of logits."""
+"""Granite 3 MoE: multipliers of embeddings, of additions to the residual stream, of attention scores and of logits."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys

@@ -1,4 +1,4 @@
-"""Hunyuan-A13B: queries and keys are normed after they were turned; a shared expert without a gate."""
+"""Hunyuan-A13B: norms of queries and keys after the rotation; a shared expert without a gate."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys
@@ -35,7 +35,7 @@ def parse(keys: Keys) -> ModelConfig:
 
 
 def the_same(keys: Keys, key: str):
-    """The value of a key that may have one for each layer. Raises ValueError where these differ."""
+    """The value of a key that may have one value per layer. Raises ValueError if these differ."""
     value = keys.raw.get(key)
     if not isinstance(value, list):
         return value

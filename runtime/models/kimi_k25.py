@@ -1,4 +1,4 @@
-"""Kimi-K2.5 as a text model: DeepSeek-V3's inside a wrapper; what sees pictures is left aside."""
+"""Kimi-K2.5 as a text model: DeepSeek-V3 inside a wrapper; the vision part is ignored."""
 
 from .deepseek_v3 import DEFAULTS, parse
 from .family import Family
@@ -9,6 +9,6 @@ FAMILY = Family(
     DEFAULTS,
     text="text_config",
     prefixes=("language_model.model.", "model.language_model."),
-    layers=("layers", "blocks"),  # transformers saves the second
+    layers=("layers", "blocks"),  # transformers saves "blocks"
     heads=("language_model.lm_head.weight", "lm_head.weight"),
 )

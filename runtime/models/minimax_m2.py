@@ -1,5 +1,5 @@
-"""MiniMax-M2 and M2.1: a part of each head is turned by position, queries and keys are normed over all heads at once;
-a sigmoid router with a bias that balances experts."""
+"""MiniMax-M2 and M2.1: some of each head's dimensions are rotated, one norm for all heads' queries, one for all keys; a
+sigmoid router with a load-balancing bias."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys

@@ -1,4 +1,4 @@
-"""The wrapper in which Mistral 4 sees pictures, as a text model; what sees them is left aside."""
+"""Mistral 4's multimodal wrapper as a text model; the vision part is ignored."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys

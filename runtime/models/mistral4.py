@@ -1,4 +1,4 @@
-"""Mistral 4: DeepSeek-V3's layers with a softmax router, and queries that grow with the position."""
+"""Mistral 4: DeepSeek-V3's layers with a softmax router, and queries scaled up with the position."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from ..config_keys import Keys
 from ..rope_config import rope_count, rope_number
 from .family import Family, experts_and_shared, first_dense, grouped_router, latent, model, stack
 
-YARN = {  # where config.json says nothing of rotary position
+YARN = {  # if config.json has no rotary parameters
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 128.0,

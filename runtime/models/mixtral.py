@@ -1,4 +1,4 @@
-"""Mixtral: grouped-query attention, with a window in the first releases; softmax over the experts that are chosen."""
+"""Mixtral: grouped-query attention, with a sliding window in the first releases; softmax over the chosen experts."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys

@@ -1,4 +1,4 @@
-"""OLMoE: queries and keys normed over all heads at once and clipped; plain softmax routing."""
+"""OLMoE: one norm for all heads' queries, one for all keys, and clipping; plain softmax routing."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys

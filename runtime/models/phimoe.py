@@ -7,7 +7,7 @@ from .family import Family, experts, fused, grouped, model, separate, stack
 
 
 def parse(keys: Keys) -> ModelConfig:
-    if keys.count("num_experts_per_tok") != 2:  # transformers takes two, whatever config.json says
+    if keys.count("num_experts_per_tok") != 2:  # transformers uses two, whatever config.json says
         raise ValueError(f"{keys.where}: num_experts_per_tok is {keys.any('num_experts_per_tok')!r}, expected 2")
     window = keys.count("sliding_window") if keys.raw.get("sliding_window") is not None else 0
     biased = keys.flag("attention_bias")

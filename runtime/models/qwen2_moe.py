@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE: biased queries, keys and values, and a shared expert behind a gate of its own."""
+"""Qwen1.5-MoE and Qwen2-MoE: biases of queries, keys and values, and a shared expert with a gate."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys
@@ -14,7 +14,7 @@ def parse(keys: Keys) -> ModelConfig:
 
 
 def sparse_dense(keys: Keys) -> tuple[int, ...]:
-    """The layers without experts: those that are named, and all but every so many."""
+    """The layers without experts: those in mlp_only_layers, and of the rest all but every decoder_sparse_step-th."""
     step = keys.count("decoder_sparse_step")
     dense = keys.raw.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(x) is not int for x in dense):

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: queries and keys normed per head, no shared expert."""
+"""Qwen3-MoE: a norm of queries and keys per head, no shared expert."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys
@@ -12,7 +12,7 @@ def parse(keys: Keys) -> ModelConfig:
 
 
 def text_model(keys: Keys, router: RouterConfig) -> ModelConfig:
-    """Qwen3-MoE with another router's rule, too."""
+    """Qwen3-MoE, with the given router."""
     no_bias(keys)
     no_windows(keys)
     return model(keys, stack(keys, grouped(keys, qk_norm="head"), experts(keys, router), sparse_dense(keys)))

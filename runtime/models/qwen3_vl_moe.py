@@ -1,5 +1,5 @@
-"""Qwen3-VL-MoE as a text model: Qwen3-MoE inside a wrapper. Text alone has one position a token, so that the three
-sections of its rotary position agree; what sees pictures is left aside."""
+"""Qwen3-VL-MoE as a text model: Qwen3-MoE inside a wrapper; the vision part is ignored. A text token has one position,
+so the three sections of its rotary embedding agree."""
 
 from ..config import ModelConfig
 from ..config_keys import Keys
