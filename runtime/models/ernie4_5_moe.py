@@ -1,5 +1,5 @@
-"""ERNIE 4.5: interleaved rotary pairs; a softmax router with a load-balancing bias, shared experts, dense first
-layers."""
+"""ERNIE 4.5: interleaved rotary pairs; a softmax router with a load-balancing bias, shared experts, dense
+first layers."""
 
 from dataclasses import replace
 

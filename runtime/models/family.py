@@ -71,9 +71,7 @@ class Family:
     prefixes: tuple[str, ...] = ("model.", "")  # of the tensors' names; "" for a checkpoint saved without the head
     layers: tuple[str, ...] = ("layers",)  # names of the list of layers
     heads: tuple[str, ...] = ("lm_head.weight",)  # names of the output head
-    stored_as: Mapping[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # leading dimensions of a tensor in checkpoints
+    stored_as: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # extra leading dimensions of tensors
 
 
 def model(keys: Keys, layers: tuple[Layer, ...], **values) -> ModelConfig:
@@ -120,8 +118,7 @@ def experts(
     hidden: str = "moe_intermediate_size",
     **values,
 ) -> Experts:
-    """Routed experts with the keys of most families. count: names of the key for the number of experts; hidden: for
-    their size."""
+    """Routed experts with the keys of most families. count, hidden: names of the keys for their number and size."""
     return Experts(expert_count(keys, *count), keys.count("num_experts_per_tok"), keys.count(hidden), router, **values)
 
 
@@ -140,8 +137,7 @@ def grouped(
     types: tuple[str, ...] = TYPES,
     **values,
 ) -> Attention:
-    """Grouped-query attention with the keys of most families. partial, interleaved, ntk_alpha, types: see
-    read_rope()."""
+    """Grouped-query attention with most families' keys. partial, interleaved, ntk_alpha, types: see read_rope()."""
     heads, dim = keys.count("num_attention_heads"), keys.count("hidden_size")
     head_dim = keys.count("head_dim", default=max(dim // heads, 1))
     rope = read_rope(keys, head_dim, partial=partial, interleaved=interleaved, ntk_alpha=ntk_alpha, types=types)

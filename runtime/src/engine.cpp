@@ -176,7 +176,7 @@ void Engine::abandon() {
   pool_.set_interrupt(nullptr);
   try {
     math_->finish();
-  } catch (...) {  // the device has stopped, then
+  } catch (...) {  // the device has failed and computes no more
   }
   release_used();
 }
@@ -255,7 +255,7 @@ void Engine::experts(int layer, const Step& step) {
         check_wanted();
         if (used_.empty()) {
           residency_.wait(Interrupt::kAskEvery);
-        } else {  // their slots may be the ones needed
+        } else {  // slots of used records may be the ones needed
           math_->finish();
           release_used();
         }
