@@ -1,7 +1,7 @@
-"""Bundles of format 1, which earlier releases wrote: their table as format 2 has it.
+"""Bundles of format 1, which earlier releases wrote: converts their table to format 2.
 
-Format 1 names no layouts: each record has the widths, codecs and group of its matrices, its parts lie as they lie in
-new bundles, and a width alone says how a trunk tensor is encoded. The weights are the same bytes in both.
+Format 1 has no layouts: each record lists the widths, codecs and group of its matrices, its parts are in the order of
+new bundles, and the width of a trunk tensor determines its encoding. The bytes of weights are the same in both formats.
 """
 
 from .. import _core
@@ -14,13 +14,13 @@ OF_RECORDS = ("widths", "codecs", "group", "bytes")  # keys that layouts have in
 
 
 def upgraded(table: dict, config: ModelConfig, read: Reader) -> dict:
-    """A table of format 1 as one of format 2."""
+    """Convert a table of format 1 to format 2."""
     trunk, experts = read.get(table, "trunk", dict), read.get(table, "experts", dict)
     if "layouts" in experts:
         raise ValueError(f"{read.path}: bundles of format 1 have no 'layouts'; {REMEDY}")
     tensors = {name: _trunk_tensor(read, name, item) for name, item in read.get(trunk, "tensors", dict).items()}
     alignment = max(read.count(experts, "alignment"), 1)
-    layouts: dict[tuple, int] = {}  # number by encodings
+    layouts: dict[tuple, int] = {}  # index by encodings
     rows = []
     for layer, row in enumerate(read.get(experts, "records", list)):
         if not isinstance(row, list):

@@ -1,7 +1,7 @@
-"""Where the weights of a bundle lie: what bundle.json says of the trunk's tensors and of the experts' records.
+"""Where the weights of a bundle lie: the trunk's tensors and the experts' records, as listed in bundle.json.
 
-Everything is compared with the headers of the files and with config.json; no weight is read. Each record names one of
-the table's `layouts`, which many share: how gate, up and down are encoded, and where in the record their parts are.
+Everything is compared with the files' headers and with config.json; no weight is read. Each record refers to one of the
+table's `layouts`, which records share: the encodings of gate, up and down, and the places of their parts in the record.
 """
 
 from dataclasses import dataclass
@@ -14,33 +14,33 @@ from .config import ModelConfig, trunk_shapes
 from .files import real_path
 from .tensorfile import Stored, read_header
 
-HEADER_BYTES, TENSOR_BYTES = 65_536, 512  # of a file's header at the most: of all, and of each tensor in it
+HEADER_BYTES, TENSOR_BYTES = 65_536, 512  # upper bounds of a file's header: a constant, and per tensor
 TRUNK_FILE = "trunk.safetensors"
 MOST_LAYOUTS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How records are packed that have it."""
+    """How the records with this layout are packed."""
 
     encodings: tuple[Encoding, Encoding, Encoding]  # gate, up, down
-    parts: dict[str, tuple[int, int]]  # (offset, bytes) in the record by name, as "gate.codes"
+    parts: dict[str, tuple[int, int]]  # (offset, bytes) in the record by name, like "gate.codes"
     nbytes: int  # padding included
 
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """One record: where it is and how it is packed."""
+    """One record: its place and its packing."""
 
     layer: int
     expert: int
-    layout: int  # its number among the bundle's
+    layout: int  # index in the bundle's layouts
     encodings: tuple[Encoding, Encoding, Encoding]  # gate, up, down
     file: int
     offset: int  # bytes
     nbytes: int  # padding included
     checksum: int
-    frequency: float  # share of its layer's routed tokens during calibration; 0 when there was none
+    frequency: float  # share of its layer's routed tokens during calibration; 0 without calibration
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -49,7 +49,7 @@ class Expert:
 
     @property
     def group(self) -> int:
-        """Inputs a scale; 0 where no matrix has scales."""
+        """Inputs per scale; 0 if no matrix has scales."""
         return max(encoding.group for encoding in self.encodings)
 
 
@@ -73,7 +73,7 @@ class TrunkTensor:
 
 
 def read_trunk(path: Path, config: ModelConfig, table: dict, read: Reader) -> tuple[tuple[TrunkTensor, ...], int, int]:
-    """The trunk's tensors, the bytes of its file and its checksum."""
+    """Read the trunk's tensors, the bytes of its file and its checksum."""
     entry = read.get(table, "trunk", dict)
     file, shapes, tensors = path / TRUNK_FILE, trunk_shapes(config), []
     stored = _header_of(file, read.count(entry, "bytes"), 3 * len(shapes))
@@ -89,7 +89,7 @@ def read_trunk(path: Path, config: ModelConfig, table: dict, read: Reader) -> tu
 
 
 def read_experts(path: Path, config: ModelConfig, table: dict, read: Reader):
-    """The experts' files, the layouts, and the records by layer and expert."""
+    """Read the experts' files, the layouts, and the records by layer and expert."""
     entry = read.get(table, "experts", dict)
     alignment = read.count(entry, "alignment")
     if alignment not in (_core.SMALL_ALIGNMENT, _core.DATA_ALIGNMENT):
@@ -182,7 +182,7 @@ def _read_expert(read: Reader, layouts: tuple[Layout, ...], layer, index, item, 
 
 
 def _encoding(read: Reader, item: dict, where: str, cols: int) -> Encoding:
-    """An encoding of bundle.json, of a matrix with so many columns."""
+    """Read an encoding from bundle.json, of a matrix with `cols` columns."""
     codec, width = read.get(item, "codec", str), read.count(item, "width", 63)
     if codec not in _core.CODECS:
         raise ValueError(f"{read.path}: codec {shown(codec)} of {where} is not known; upgrade edge-moe")
@@ -198,22 +198,22 @@ def _encoding(read: Reader, item: dict, where: str, cols: int) -> Encoding:
 
 
 def record_bytes(config: ModelConfig, widths: tuple[int, ...], group: int, alignment: int) -> int:
-    """Bytes of one expert's record at these widths, padding included."""
+    """Bytes of one expert's record at these widths, with padding."""
     encodings = tuple(encoding_of(width, group) for width in widths)
     nbytes = record_layout(config.dim, config.expert_hidden, encodings, config.expert_bias).bytes
     return -(-nbytes // alignment) * alignment
 
 
 def record_alignment(config: ModelConfig) -> int:
-    """What a new bundle's records are padded to: Apple's page, or 4 KiB where that would waste over 1 %.
+    """The alignment of records in new bundles: Apple's page, or 4 KiB if padding to a page would waste over 1 %.
 
-    Records of 4 M weights have at least 750 kB at 1 bit, of which half of 16 KiB is 1 %.
+    A record of 4 M weights has at least 750 kB, at 1 bit; half of 16 KiB is about 1 % of that.
     """
     return _core.DATA_ALIGNMENT if config.expert_weights >= 4_000_000 else _core.SMALL_ALIGNMENT
 
 
 def _header_of(path: Path, nbytes: int, tensors: int) -> dict[str, Stored]:
-    """The header of a listed file of so many bytes and tensors."""
+    """Read the header of a listed file, which must have `nbytes` bytes and may have `tensors` tensors."""
     size = real_path(path.parent, path.name, LISTED).stat().st_size
     if size != nbytes:
         raise ValueError(f"{path}: has {size:,} bytes, expected {nbytes:,}; {REMEDY}")

@@ -1,7 +1,7 @@
-"""How matrices are encoded: by which codec, at which width, as which parts. devices/format.h defines the codecs.
+"""How matrices are encoded: codec, width and parts. devices/format.h defines the codecs.
 
-CODECS of the core has, by name: the widths that a codec has, its parts, the type of its codes in safetensors, and
-whether products read their inputs rounded.
+The core's CODECS has, by name, a codec's widths, its parts, the safetensors type of its codes, and whether products
+read rounded inputs.
 """
 
 from functools import lru_cache
@@ -29,14 +29,14 @@ class Encoding(NamedTuple):
 
 
 def encoding_of(width: int, group: int) -> Encoding:
-    """The encoding that a width alone stands for: of the first codec that has it."""
+    """The encoding that a width implies: of the first codec that has it."""
     codec = next(name for name, (widths, *_) in _core.CODECS.items() if width in widths)
     encoding = Encoding(codec, width, group)
     return encoding if encoding.grouped else encoding._replace(group=0)
 
 
 def trunk_parts(name: str, shape: tuple[int, ...], encoding: Encoding) -> list[tuple[str, str, str, tuple[int, ...]]]:
-    """The parts of a trunk tensor as trunk.safetensors has them: (part, name there, type, shape)."""
+    """The parts of a trunk tensor in trunk.safetensors: (part, name there, type, shape)."""
     dtype = _core.CODECS[encoding.codec][2]
     if not encoding.grouped:
         return [("codes", name, dtype, shape)]
@@ -47,11 +47,11 @@ def trunk_parts(name: str, shape: tuple[int, ...], encoding: Encoding) -> list[t
 
 @lru_cache(4096)
 def record_layout(dim: int, hidden: int, encodings: tuple[Encoding, ...], biased: bool = False) -> _core.RecordLayout:
-    """Where the parts of an expert lie in a new bundle's record. biased: its products have a bias."""
+    """The layout of an expert's record in a new bundle. biased: with output biases."""
     return _core.RecordLayout(dim, hidden, encodings, biased)
 
 
 def as_table(encoding: Encoding) -> dict:
-    """An encoding as bundle.json has it."""
+    """An encoding as written in bundle.json."""
     group = {"group": encoding.group} if encoding.grouped else {}
     return {"codec": encoding.codec, "width": encoding.width, **group}

@@ -1,4 +1,4 @@
-"""What a model is: its sizes and its layers, as the families of runtime/models read them from a config.json."""
+"""What a model is: its sizes and layers, which the families of runtime/models read from a config.json."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, replace
@@ -7,12 +7,12 @@ from .layers.attention import Attention
 from .layers.latent import LatentAttention
 from .layers.mlp import Dense, Experts, RouterConfig
 
-MAX_LAYERS, MAX_EXPERTS = 1024, 4096  # beyond any model; a damaged file stops here
+MAX_LAYERS, MAX_EXPERTS = 1024, 4096  # more than any model has; a damaged file is refused
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: what it mixes tokens with, and what each token passes through after that."""
+    """One layer: the attention, then the MLP."""
 
     attention: Attention | LatentAttention
     mlp: Experts | Dense
@@ -20,28 +20,28 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes and layers of one model. Counts are in elements.
+    """The sizes and layers of one model. Counts are in elements.
 
-    All layers with experts have as many, of the same size and with the same router; attention differs where a model's
-    does.
+    All layers with experts have the same number of experts, of the same size and with the same router; attention may
+    differ between layers.
     """
 
     architecture: str
     dim: int  # of the residual stream
     vocab: int
-    context: int  # longest context the model was made for, in tokens
+    context: int  # maximum context the model was trained for, in tokens
     layers: tuple[Layer, ...]
     activation: str = "silu"  # silu | gelu_tanh, of every MLP
     norm: str = "rms"  # rms | layer, of the residual stream: an RMSNorm, or a LayerNorm with a bias
     norm_eps: float = 1e-6
-    embedding_scale: float = 1.0  # of the embeddings on their way into the residual stream
-    residual_scale: float = 1.0  # of what attention and MLP add to it
+    embedding_scale: float = 1.0  # factor of the embeddings before they enter the residual stream
+    residual_scale: float = 1.0  # factor of what attention and MLP add to it
     logits_scale: float = 1.0
-    tied_head: bool = False  # the output head is the embedding
+    tied_head: bool = False  # the output head is the embedding matrix
     head_bias: bool = False  # added to the logits
     eos_tokens: tuple[int, ...] = ()
-    kept: tuple[tuple[int, ...], ...] = ()  # by layer, the checkpoint's numbers of the experts left; () is all of them
-    layer_top_k: tuple[int, ...] = ()  # by layer, 0 in a dense one; () is top_k everywhere
+    kept: tuple[tuple[int, ...], ...] = ()  # by layer, the checkpoint's indices of the experts kept; () keeps all
+    layer_top_k: tuple[int, ...] = ()  # top_k by layer, 0 in a dense layer; () is top_k everywhere
 
     @property
     def layer_count(self) -> int:
@@ -67,17 +67,17 @@ class ModelConfig:
 
     @property
     def routed(self) -> Experts:
-        """The experts of every layer that has any."""
+        """The Experts value that all layers with experts share."""
         return next(layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts))
 
     @property
     def experts(self) -> int:
-        """Experts of a layer in the checkpoint."""
+        """The number of experts per layer in the checkpoint."""
         return self.routed.experts
 
     @property
     def top_k(self) -> int:
-        """Experts that a token uses in a layer, by the checkpoint."""
+        """The number of experts that a token uses in a layer, by the checkpoint."""
         return self.routed.top_k
 
     @property
@@ -96,12 +96,13 @@ class ModelConfig:
 
     @property
     def routing_scale(self) -> float:
-        """What routing weights are multiplied by at last, so that their sum over experts can go into the stream."""
+        """The factor of the final routing weights; includes the residual scale, for adding the experts' sum to the
+        stream."""
         return self.router.scale * self.residual_scale
 
     @property
     def shared_hidden(self) -> int:
-        """Inner size of the shared expert; 0 is none."""
+        """The inner size of the shared expert; 0 without one."""
         return self.routed.shared_hidden
 
     @property
@@ -110,21 +111,21 @@ class ModelConfig:
 
     @property
     def dense_hidden(self) -> int:
-        """The largest inner size of a dense layer's MLP; 0 is none."""
+        """The maximum of the inner sizes of dense layers' MLPs; 0 without any."""
         return max((layer.mlp.hidden for layer in self.layers if isinstance(layer.mlp, Dense)), default=0)
 
     @property
     def expert_weights(self) -> int:
-        """Number of weights of one expert: gate, up and down."""
+        """The number of weights of one expert: gate, up and down."""
         return 3 * self.dim * self.expert_hidden
 
     @property
     def expert_count(self) -> int:
-        """Experts of all layers together."""
+        """The number of experts of all layers together."""
         return sum(self.experts_of(layer) for layer in range(self.layer_count))
 
     def planned(self, context: int) -> "ModelConfig":
-        """The model as a run of `context` tokens computes it, however long its sequences come to be."""
+        """The model as computed in a run planned for `context` tokens, whatever the length of its sequences."""
         its = (replace(layer.attention, rope=layer.attention.rope.planned(context)) for layer in self.layers)
         return replace(self, layers=tuple(map(Layer, its, (layer.mlp for layer in self.layers))))
 
@@ -132,26 +133,26 @@ class ModelConfig:
         return isinstance(self.layers[layer].mlp, Experts)
 
     def experts_of(self, layer: int) -> int:
-        """Experts a layer has: those that were not dropped, none in a dense layer."""
+        """The number of experts that a layer has after dropping; 0 in a dense layer."""
         if not self.has_experts(layer):
             return 0
         return len(self.kept[layer]) if self.kept else self.experts
 
     def number_of(self, layer: int, expert: int) -> int | None:
-        """An expert's number in this model by its number in the checkpoint; None when it was dropped."""
+        """Convert an expert's index in the checkpoint to its index in this model; None if it was dropped."""
         if not self.kept:
             return expert
         at = bisect_left(self.kept[layer], expert)
         return at if at < len(self.kept[layer]) and self.kept[layer][at] == expert else None
 
     def top_k_of(self, layer: int) -> int:
-        """Experts a token uses in a layer, none in a dense one."""
+        """The number of experts that a token uses in a layer; 0 in a dense layer."""
         if not self.has_experts(layer):
             return 0
         return self.layer_top_k[layer] if self.layer_top_k else self.top_k
 
     def groups_of(self, layer: int) -> tuple[int, ...]:
-        """The router's group of each expert that a layer has; what was dropped moves no other to another group."""
+        """The router's group of each expert that a layer has; dropping experts does not change the others' groups."""
         size = self.experts // self.router.groups
         numbers = self.kept[layer] if self.kept else range(self.experts_of(layer))
         return tuple(number // size for number in numbers)
@@ -161,18 +162,18 @@ TRUNK_KINDS = ("shared", "attention", "dense", "embedding", "head")
 
 
 def without_layer(name: str) -> str:
-    """A tensor's canonical name without the layer that it is of, which may be none."""
+    """A tensor's canonical name without its layer, if it has one."""
     return name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
 def trunk_kind(name: str) -> str:
-    """Which of TRUNK_KINDS a matrix of the trunk is. name: canonical, with its layer or without."""
+    """The kind, one of TRUNK_KINDS, of a matrix of the trunk. name: canonical, with its layer or without."""
     first = without_layer(name).split(".")[0]
     return first if first in TRUNK_KINDS else "attention"
 
 
 def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that is not a routed expert, by canonical name, in the order it is used."""
+    """The shapes of all tensors but routed experts, by canonical name, in the order of use."""
     dim = config.dim
 
     def norm(name: str) -> dict[str, tuple[int, ...]]:

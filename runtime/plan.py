@@ -1,4 +1,4 @@
-"""Where the memory goes, decided before anything is loaded: the plan, the floor, and the refusal below it."""
+"""The memory plan, made before anything is loaded: how the cap is divided, its floor, the error below the floor."""
 
 import math
 import re
@@ -13,52 +13,52 @@ from .layers.latent import LatentAttention
 from .plan_table import plan_text
 from .sampling import whole_number
 
-CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens of one step of prefill, best first
+CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens per prefill step, in order of preference
 READERS = 4  # threads that fetch records: reads of 128 KiB to 2 MB with 8 or 16 were no faster (0.96 to 1.04 times)
 READER_BYTES = 64 * 1024  # stack of a reader, the kernel's included
-THREAD_BYTES = 48 * 1024  # stack of a thread that computes: 8 kB were measured, and 28 kB that the kernel takes
-INTERPRETER_SPARE = 12_000_000  # what Python may still come to need: text, sampling; half of it for encoding a text
-TOKEN_BYTES = 64  # that Python takes for each token in the context: an int, and its place in three lists
-LOGIT_BYTES = 64  # that sampling or scoring may hold for each logit of a step: float64 copies, an order, a sum
-KV_TYPES = ("float16", "float32")  # that the KV cache is kept in
-SCRATCH_PART = 8  # when paging, a step's scratch takes at most one part in so many of what slots could have
+THREAD_BYTES = 48 * 1024  # stack of a computing thread: 8 kB measured, and 28 kB for the kernel
+INTERPRETER_SPARE = 12_000_000  # what Python may still allocate: text, sampling; half of it for encoding a text
+TOKEN_BYTES = 64  # Python's memory per token of context: an int, and its place in three lists
+LOGIT_BYTES = 64  # memory per logit of a step that sampling or scoring may hold: float64 copies, an order, a sum
+KV_TYPES = ("float16", "float32")  # types of the KV cache
+SCRATCH_PART = 8  # when paging, upper bound of a step's scratch: 1/8 of the memory that slots could have
 MOST_SEQUENCES = 256
-AUTO_SHARE = 0.8  # of free memory that ram="auto" takes
+AUTO_SHARE = 0.8  # share of free memory for ram="auto"
 UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power}
     UNITS |= dict.fromkeys((f"{_letter}I", f"{_letter}IB"), 1024**_power)
 THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+(\.[0-9]*)?")
-LEAST_BYTES = 100_000  # of a number without a unit: less is gigabytes or megabytes whose unit was forgotten
+LEAST_BYTES = 100_000  # minimum without a unit: a smaller number is gigabytes or megabytes whose unit was forgotten
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes by purpose; str(plan) is its table.
+    """Bytes by purpose; str(plan) is a table of them.
 
-    `total_bytes` is at most `ram_bytes`, the cap; below `floor_bytes` nothing works.
+    `total_bytes` is at most `ram_bytes`, the cap; `floor_bytes` is the minimum cap.
     """
 
     ram_bytes: int
     context: int  # tokens the KV cache holds
-    chunk: int  # tokens of one step of prefill
+    chunk: int  # tokens per prefill step
     trunk_bytes: int
     kv_cache_bytes: int
     scratch_bytes: int
     io_buffers_bytes: int
-    interpreter_bytes: int  # Python, stacks of threads, and what both may still come to need
+    interpreter_bytes: int  # Python, stacks of threads, and spare_bytes
     slot_bytes: int  # of the largest slot: the largest record
-    slots: int  # about: how many records of mean size; 0 when resident
+    slots: int  # approximately: the number of records of mean size that fit; 0 when resident
     resident: bool  # every expert is in memory, through the memory map
-    experts_bytes: int  # in memory: all records, or room for slots
+    experts_bytes: int  # in memory: all records if resident, else slots
     all_experts_bytes: int  # on disk
     floor_bytes: int
-    resident_bytes: int  # the cap from which on every expert is resident
-    working_set_experts: int  # that one token uses in all layers together
-    working_set_bytes: int  # of so many records of mean size
-    spare_bytes: int = 0  # of interpreter_bytes: what it may still come to need
-    kv: str = KV_TYPES[0]  # what the KV cache is kept in
-    sequences: int = 1  # that have a KV cache of `context` tokens each
+    resident_bytes: int  # minimum cap at which every expert is resident
+    working_set_experts: int  # experts that one token uses in all layers together
+    working_set_bytes: int  # of working_set_experts records of mean size
+    spare_bytes: int = 0  # of interpreter_bytes: not allocated yet, but may be
+    kv: str = KV_TYPES[0]  # type of the KV cache
+    sequences: int = 1  # number of sequences, with a KV cache of `context` tokens each
 
     @property
     def total_bytes(self) -> int:
@@ -73,14 +73,14 @@ class Plan:
 
     @property
     def holds_working_set(self) -> bool:
-        """Whether all experts that one token uses, of mean size, fit in memory at once; else it reads from storage."""
+        """Whether all experts that one token uses, of mean size, fit in memory; else each token reads from storage."""
         return self.experts_bytes >= self.working_set_bytes
 
     @property
     def working_set_cap_bytes(self) -> int:
-        """A cap from which on they fit: the knee of speed over the cap."""
+        """A cap at which they fit: the knee of the curve of speed over cap."""
         experts = self.working_set_bytes
-        scratch = max(self.scratch_bytes, math.ceil(experts / (SCRATCH_PART - 1)))  # of a longer step, where it fits
+        scratch = max(self.scratch_bytes, math.ceil(experts / (SCRATCH_PART - 1)))  # of a longer step, if it fits
         buffers = max(self.io_buffers_bytes, READERS * READER_BYTES)
         fixed = self.trunk_bytes + self.kv_cache_bytes + self.interpreter_bytes + buffers
         return min(max(fixed + scratch + experts, self.floor_bytes), self.resident_bytes)
@@ -97,11 +97,11 @@ class Plan:
 
 
 class EdgeMoeError(Exception):
-    """What all errors that are edge_moe's own have in common; the others are Python's, as ValueError."""
+    """The base class of edge_moe's own errors; other errors are Python's, such as ValueError."""
 
 
 class BelowFloor(EdgeMoeError, MemoryError):
-    """A cap under which nothing works. `plan` has its floor, counted as the process that was refused is."""
+    """The cap is below the floor. `plan.floor_bytes` includes the memory of the process in which it was refused."""
 
     def __init__(self, plan: Plan, why: str = ""):
         super().__init__(refusal(plan) + why)
@@ -109,7 +109,7 @@ class BelowFloor(EdgeMoeError, MemoryError):
 
 
 def parse_bytes(size: int | float | str) -> int:
-    """Bytes of "8GB" (decimal), "8GiB" or "8Gi" (binary), "8,000MB", or a number of bytes.
+    """Convert "8GB" (decimal), "8GiB" or "8Gi" (binary), "8,000MB", or a number of bytes to bytes.
 
     Raises ValueError for anything else, and for a number without a unit that is too small to be meant as bytes.
     """
@@ -135,13 +135,13 @@ def parse_bytes(size: int | float | str) -> int:
 
 
 def check_sequences(sequences: int) -> None:
-    """Raise TypeError or ValueError for a number of sequences that no Runtime has."""
+    """Raise TypeError or ValueError unless a Runtime can have this number of sequences."""
     if not 1 <= whole_number("sequences", sequences) <= MOST_SEQUENCES:
         raise ValueError(f"sequences is {sequences}, expected 1 to {MOST_SEQUENCES}")
 
 
 def resolve_ram(ram: int | float | str) -> int:
-    """The cap in bytes: as given, or a share of what is free now within the cgroup's limit.
+    """The cap in bytes: as given, or a share of the memory that is free now within the cgroup's limit.
 
     "50%" is half of that, "max" all of it, "auto" 80 %.
     """
@@ -154,7 +154,7 @@ def resolve_ram(ram: int | float | str) -> int:
             raise ValueError(f"size {ram!r} is not a share of memory; write 1% to 100%")
     if share is None:
         return parse_bytes(ram)
-    # What this process has counts as free, but some of it, as shared libraries, may be charged to another cgroup.
+    # This process's memory counts as free, but part of it, such as shared libraries, may be charged to another cgroup.
     free = memory_limit_bytes(_core.free_bytes()) + _core.resident_bytes()
     return int(share * min(free, cgroup_limit_bytes() or free))
 
@@ -168,7 +168,7 @@ def engine_config(
     kv: str = KV_TYPES[0],
     sequences: int = 1,
 ) -> _core.EngineConfig:
-    """The core's form of a model's configuration and one run's sizes."""
+    """Convert a model's configuration and the sizes of a run to the core's EngineConfig."""
     if kv not in KV_TYPES:
         raise ValueError(f"kv is {kv!r}, expected one of {', '.join(KV_TYPES)}")
     c, router = _core.EngineConfig(), config.router
@@ -196,7 +196,7 @@ def engine_config(
 
 
 def attention_config(attention: Attention | LatentAttention, context: int) -> _core.AttentionConfig:
-    """The core's form of one kind of attention, over `context` positions."""
+    """Convert one kind of attention, over `context` positions, to the core's AttentionConfig."""
     a, rope = _core.AttentionConfig(), attention.rope.planned(context)
     a.heads, a.kv_heads, a.head_dim, a.v_dim = (
         attention.heads,
@@ -225,7 +225,7 @@ def engine_memory(
     device: str = "cpu",
     **sizes,
 ) -> tuple[int, int]:
-    """Bytes of the KV cache and of the scratch memory. sizes: engine_config()'s."""
+    """Bytes of the KV cache and of the scratch memory. sizes: further arguments of engine_config()."""
     return _core.engine_memory(engine_config(config, context, chunk, **sizes), device)
 
 
@@ -246,19 +246,19 @@ def make_plan(
     sequences: int = 1,
     refuse: bool = True,
 ) -> Plan:
-    """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, then experts from what is left.
+    """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, and experts from the rest.
 
-    Every expert resident beats a long prefill chunk; when paging, the chunk takes at most an eighth of what the
-    slots could have. loading_bytes: a peak that the process already had; a cap below that is broken already, whatever
-    is free by now. Raises BelowFloor below the floor (room for as many of the largest records as a
-    token uses in one layer, or for all experts where they take less), naming it, unless `refuse` is off (then there is
-    less than works).
+    Having every expert resident takes precedence over a longer prefill chunk; when paging, the chunk's scratch takes at
+    most an eighth of the memory that slots could have. loading_bytes: the process's peak so far; a cap below it is
+    exceeded already, however much has been freed. Raises BelowFloor, which names the floor, if the cap is below it (the
+    floor has room for as many of the largest records as a token uses in one layer, or for all experts if they take
+    less), unless `refuse` is off; the plan then has too little memory to run.
     """
     working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
     least_bytes = _least_slots(config) * slot_bytes
     spare_bytes = INTERPRETER_SPARE + TOKEN_BYTES * context * sequences + LOGIT_BYTES * config.vocab * logits_rows
     interpreter_bytes += spare_bytes + THREAD_BYTES * (threads - 1)
-    mapped = device == "cpu"  # records that all fit are used where they are mapped from their files
+    mapped = device == "cpu"  # if all records fit, the memory map of their files is used
     read_bytes = _read_bytes(slot_bytes, mapped)
     sizes = {"logits_rows": logits_rows, "threads": threads, "kv": kv, "sequences": sequences}
 
@@ -318,9 +318,9 @@ def make_plan(
 
 
 def with_cap(plan: Plan, config: ModelConfig, ram_bytes: int, interpreter_bytes: int, device: str) -> Plan:
-    """The plan of a Runtime that has all but its experts in memory already, under another cap.
+    """Change the cap of a plan whose Runtime has allocated everything but its experts. Raises BelowFloor.
 
-    interpreter_bytes: what Python and all else in the process has by now, and may come to need. Raises BelowFloor.
+    interpreter_bytes: what Python and the rest of the process have allocated so far, and may still allocate.
     """
     read_bytes = _read_bytes(plan.slot_bytes, mapped=device == "cpu")
     fixed = plan.trunk_bytes + plan.kv_cache_bytes + plan.scratch_bytes + interpreter_bytes
@@ -348,7 +348,7 @@ def with_cap(plan: Plan, config: ModelConfig, ram_bytes: int, interpreter_bytes:
 
 
 def _least_slots(config: ModelConfig) -> int:
-    """As many as a token uses in one layer."""
+    """The minimum number of slots: as many as a token uses in one layer."""
     return max(config.top_k_of(layer) for layer in config.moe_layers)
 
 
@@ -357,12 +357,13 @@ def _mean_slots(nbytes: int, config: ModelConfig, all_experts_bytes: int) -> int
 
 
 def _read_bytes(slot_bytes: int, mapped: bool) -> int:
-    """Of the readers. A GPU gets records through a buffer of each, or may."""
+    """The readers' memory. For a GPU, each reader may need a buffer for a record."""
     return READERS * (READER_BYTES + (0 if mapped else slot_bytes))
 
 
 def refusal(plan: Plan) -> str:
-    """What to say about a plan below its floor; the cap is rounded down and the floor up, so the floor named works."""
+    """The message for a plan below its floor; rounds the cap down and the floor up, so that a cap at the floor
+    works."""
     return (
         f"a cap of {plan.ram_bytes // 1_000_000:,} MB is below the floor of {math.ceil(plan.floor_bytes / 1e6):,} MB "
         f"(trunk {plan.trunk_bytes / 1e6:,.0f}, KV cache {plan.kv_cache_bytes / 1e6:,.0f}, "
