@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the CUDA device, checks it and measures it, on a machine with an NVIDIA GPU, nvcc, Python and what pyproject.toml
-# names for building, running and tests; nothing is fetched. Writes bench/reports/cuda-GPU.json and .md.
+# Builds, checks and measures the CUDA device on a machine with an NVIDIA GPU, nvcc, Python and the packages that
+# pyproject.toml lists for building, running and tests; downloads nothing. Writes bench/reports/cuda-GPU.json and .md.
 #
 #     bench/gpu_check.sh [--quick]       PYTHON=python3, OUT=bench/reports, WORK=a new directory
 set -euo pipefail
@@ -21,7 +21,7 @@ PY
 jobs="$(nproc)"
 echo "compute capability $architecture; building in $work" >&2
 
-# The kernels' own programs, then the package, for this GPU alone.
+# The kernels' own programs, then the package, for this GPU only.
 cmake -S devices -B "$work/devices" -DEDGE_MOE_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="$architecture" >"$work/cmake.log"
 cmake --build "$work/devices" --target check_cuda bench_cuda -j "$jobs" >>"$work/cmake.log" &
 programs=$!

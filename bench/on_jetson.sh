@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bench/gpu_check.sh on a Jetson, with the board's conditions beside its report: release, power mode, clocks, disk, and
-# what tegrastats saw meanwhile. Nothing is changed on the board: set the power mode first, as by `nvpmodel -m 0`.
+# Runs bench/gpu_check.sh on a Jetson and reports the board's conditions as well: release, power mode, clocks, disk, and
+# tegrastats during the run. Changes nothing on the board: set the power mode first, for example with `nvpmodel -m 0`.
 #
 #     bench/on_jetson.sh [--quick]       PYTHON=python3, OUT=bench/reports
 set -euo pipefail

@@ -1,4 +1,4 @@
-// The bundle's formats for Python: constants and codecs of format.h, and how the parts of a record lie.
+// Python bindings of the bundle formats: constants and codecs of format.h, and record layouts.
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
@@ -40,7 +40,7 @@ std::array<Encoding, kProjections> encodings_of(const Encodings& given) {
   return encodings;
 }
 
-// f(name, place) of each part that there is, in the order of format.h.
+// Call f(name, place) for each part of the layout, in the order of format.h.
 template <typename Layout, typename F>
 void each_part(Layout& layout, const F& f) {
   for (int p = 0; p < kProjections; ++p)
@@ -52,7 +52,7 @@ void each_part(Layout& layout, const F& f) {
       f(kProjectionNames[p] + std::string(".output_bias"), place);
 }
 
-// The layout with its parts where `places` has them.
+// The layout with its parts moved to `places`.
 RecordLayout placed(RecordLayout layout, const Places& places) {
   std::vector<Place> taken;
   each_part(layout, [&](const std::string& name, Place& place) {
@@ -105,13 +105,13 @@ void bind_format(nb::module_& m) {
             new (self) RecordLayout(record_layout(dim, hidden, encodings_of(encodings), biased));
           },
           nb::arg("dim"), nb::arg("hidden"), nb::arg("encodings"), nb::arg("biased") = false,
-          "The layout that new bundles have. encodings: (codec, width, group) of gate, up and down. biased: their "
-          "products have a bias. Raises ValueError for an encoding that there is not.")
+          "The layout of records in new bundles. encodings: (codec, width, group) of gate, up and down. biased: with\n"
+          "output biases. Raises ValueError for an unknown encoding.")
       .def(
           "placed", [](const RecordLayout& self, const Places& parts) { return placed(self, parts); }, nb::arg("parts"),
-          "The same with its parts in other places: (offset, bytes) by name. Raises ValueError unless they are these\n"
-          "parts, at multiples of 64 bytes, and do not overlap.")
-      .def_ro("bytes", &RecordLayout::bytes, "Of all parts, without the padding of the record.")
+          "The same with its parts in other places: (offset, bytes) by name. Raises ValueError unless these are all\n"
+          "parts, at multiples of 64 bytes, without overlaps.")
+      .def_ro("bytes", &RecordLayout::bytes, "Bytes of all parts, without the padding of the record.")
       .def_prop_ro(
           "parts",
           [](const RecordLayout& self) {
@@ -122,5 +122,5 @@ void bind_format(nb::module_& m) {
             return parts;
           },
           nb::sig("def parts(self) -> dict[str, tuple[int, int]]"),
-          "(offset, bytes) by name, as \"gate.codes\", in the order of new bundles.");
+          "(offset, bytes) by name, like \"gate.codes\", in the order of new bundles.");
 }

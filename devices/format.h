@@ -1,4 +1,4 @@
-// The layouts of packed weights in memory and on disk. This is their only definition; Python reads it from _core.
+// The layouts of packed weights in memory and on disk, defined only here; Python reads the definitions from _core.
 //
 // A matrix (rows, cols) is encoded by a codec, at a width, as one part or several:
 //
@@ -8,9 +8,9 @@
 //     bfloat16  codes: the values themselves
 //     float32   codes: the values themselves (router and norms)
 //
-// A record is one expert: gate (hidden, dim), up (hidden, dim), down (dim, hidden), the parts of each one after the
-// other, then a float32 vector for each where the model adds one to their products. Every part is on a 64-byte
-// boundary, the whole padded to the bundle's record alignment.
+// A record is one expert: gate (hidden, dim), up (hidden, dim), down (dim, hidden), each with its parts in order, then,
+// if the model has output biases, a float32 vector for each. Every part is on a 64-byte boundary, and the record is
+// padded to the bundle's record alignment.
 #pragma once
 
 #include <array>
@@ -36,7 +36,7 @@ enum class Codec : uint8_t { kAffine, kBfloat16, kFloat32 };
 enum Part { kCodes = 0, kScales = 1, kBiases = 2, kParts = 3 };
 inline constexpr const char* kPartNames[kParts] = {"codes", "scales", "biases"};
 
-// What a product reads its inputs as: rounded to int8 in blocks of 64, or as they are.
+// The form of a product's inputs: rounded to int8 in blocks of 64, or floats.
 enum class InputForm : uint8_t { kRounded, kFloats };
 
 struct CodecTraits {
@@ -44,7 +44,7 @@ struct CodecTraits {
   const char* name;
   InputForm input;
   int parts;          // the first ones of Part
-  uint64_t widths;    // bit w is set where the codec has width w
+  uint64_t widths;    // bit w is set if the codec has width w
   const char* dtype;  // of codes in a safetensors file
 };
 
@@ -62,14 +62,14 @@ inline constexpr CodecTraits kCodecs[] = {
 
 inline constexpr const CodecTraits& traits(Codec codec) { return kCodecs[int(codec)]; }
 
-// The first codec that has a width: what a width alone means.
+// The codec that a width alone implies: the first one that has it.
 inline constexpr Codec codec_of(int width) {
   for (const CodecTraits& one : kCodecs)
     if (one.widths >> width & 1) return one.codec;
   return Codec::kAffine;
 }
 
-// How a matrix is encoded. group: inputs that share a scale, where the codec has scales.
+// How a matrix is encoded. group: inputs that share a scale, if the codec has scales.
 struct Encoding {
   Codec codec = Codec::kAffine;
   int width = 0, group = 0;
@@ -85,7 +85,7 @@ inline constexpr size_t part_bytes(const Encoding& e, int part, int rows, int co
 enum Projection { kGate = 0, kUp = 1, kDown = 2, kProjections = 3 };
 inline constexpr const char* kProjectionNames[kProjections] = {"gate", "up", "down"};
 
-// Bytes of a part, from the start of its record on. A part that is not there has none.
+// The place of a part in its record; 0 bytes if there is no such part.
 struct Place {
   size_t offset = 0, bytes = 0;
 };
@@ -102,7 +102,7 @@ struct RecordLayout {
   size_t bytes = 0;  // before padding to the record alignment
 };
 
-// The layout that new bundles have. biased: with output biases.
+// The layout of records in new bundles. biased: with output biases.
 inline constexpr RecordLayout record_layout(int dim, int hidden, const std::array<Encoding, kProjections>& encodings,
                                             bool biased) {
   RecordLayout layout{};

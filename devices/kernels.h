@@ -20,7 +20,7 @@ inline constexpr float kLowStep = 1.0f / 256;  // step of a low, relative to the
 inline constexpr int kLanes = 16;              // partial sums of every float reduction
 inline constexpr int kKeyBlock = 16;           // positions of the KV cache whose keys are interleaved
 
-// A weight matrix (rows, cols) as format.h lays it out. Parts that its codec does not have are not read.
+// A weight matrix (rows, cols) as defined in format.h. Parts that its codec does not have are not read.
 struct Matrix {
   const uint8_t* codes = nullptr;
   const uint16_t* scales = nullptr;    // bfloat16 (rows, cols/group)
@@ -35,7 +35,7 @@ struct Matrix {
   bool takes_rounded() const { return traits(codec).input == InputForm::kRounded; }
 };
 
-// The matrix whose parts lie where the layout says, from `bytes` on.
+// The matrix with the given layout, in the record or file at `bytes`.
 inline Matrix matrix_at(const MatrixLayout& layout, const uint8_t* bytes) {
   Matrix m;
   m.codes = bytes + layout.parts[kCodes].offset;
@@ -120,7 +120,7 @@ struct CodecKernels {
 // Output strides are in floats. All sizes are in elements.
 struct Kernels {
   const char* name;
-  const CodecKernels* codecs;  // what can be multiplied
+  const CodecKernels* codecs;  // the codecs and widths that can be multiplied
   int codec_count;
 
   // Quantise one vector of cols inputs, to vector 0 of `to`. With top the largest |input| of a block, its scale is
@@ -155,14 +155,14 @@ struct Kernels {
   // x = softmax(x) over [begin, end)
   void (*softmax)(float* x, int begin, int end);
 
-  // Those of a codec and width; null where there are none.
+  // The kernels of a codec and width; null if there are none.
   const CodecKernels* find(Codec codec, int width) const {
     for (const CodecKernels* one = codecs; one != codecs + codec_count; ++one)
       if (one->codec == codec && one->width == width) return one;
     return nullptr;
   }
 
-  // CodecKernels::product, and the output bias. Of a codec and width that find() finds.
+  // CodecKernels::product, plus the output bias. The matrix's codec and width must be among `codecs`.
   void matmul(const Matrix& matrix, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) const {
     find(matrix.codec, matrix.width)->product(matrix, x, y, y_stride, row_begin, row_end);
     for (int t = 0; matrix.output_bias && t < x.count; ++t)
@@ -174,7 +174,7 @@ struct Kernels {
   }
 };
 
-// The tables in this binary that this machine can run, fastest first; scalar is always the last.
+// The tables in this binary that this machine can run, fastest first; scalar is always last.
 const Kernels* const* available_kernels(int* count);
 
 extern const Kernels kScalarKernels;
