@@ -1,4 +1,4 @@
-// Python bindings of the engine: configuration, trunk and records, forward passes, counters.
+// Python bindings of the engine: the trunk and records it is made from, forward passes, counters.
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -10,11 +10,10 @@
 #include <map>
 #include <numeric>
 
-#include "../../devices/checksum.h"
-#include "../../devices/cuda/device.h"
 #include "../../devices/python/arrays.h"
 #include "../../devices/python/encodings.h"
 #include "../../devices/python/gil.h"
+#include "bind_config.h"
 #include "cuda_math.h"
 #include "engine.h"
 
@@ -55,36 +54,6 @@ void check_kernels(const Device& device, const std::vector<TrunkTensor>& tensors
   for (const TrunkTensor& tensor : tensors) check(tensor.layout.encoding, tensor.name);
   for (const RecordLayout& layout : layouts)
     for (const MatrixLayout& matrix : layout.matrices) check(matrix.encoding, "experts");
-}
-
-void check_attention(const EngineConfig& c, const AttentionConfig& a) {
-  expect(a.rope_dim <= a.head_dim && a.rope_frequency.size() * 2 == size_t(a.rope_dim),
-         "rope_frequency must have one value a pair of rope_dim, which is at most head_dim");
-  expect(a.kv_heads >= 1 && a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
-  expect(a.query_context >= 1, "query_context must be at least 1");
-  expect(a.query_scales.empty() || a.query_scales.size() > size_t(std::max(c.context - 1, 0) / a.query_context),
-         "query_scales must have a value for every position");
-}
-
-void check_config(const EngineConfig& c) {
-  const size_t layers = c.layers;
-  expect(c.threads >= 1, "threads must be at least 1");
-  expect(c.sequences >= 1, "sequences must be at least 1");
-  expect(c.experts.size() == layers && c.top_k.size() == layers, "experts and top_k must have one value a layer");
-  for (size_t i = 0; i < layers; ++i)
-    expect(c.top_k[i] <= c.experts[i] && c.top_k[i] >= (c.experts[i] > 0), "top_k must be 1 to a layer's experts");
-  expect(c.attention_of.size() == layers, "attention_of must have one value a layer");
-  for (int kind : c.attention_of)
-    expect(kind >= 0 && size_t(kind) < c.attentions.size(), "attention_of must be numbers of attentions");
-  for (const AttentionConfig& a : c.attentions) check_attention(c, a);
-  expect(c.top_groups >= 1 && c.top_groups <= c.groups, "top_groups must be 1 to groups");
-  if (c.groups == 1) return;
-  expect(c.expert_groups.size() == layers, "expert_groups must have one list a layer");
-  for (size_t i = 0; i < layers; ++i) {
-    expect(c.expert_groups[i].size() == size_t(c.experts[i]), "expert_groups must have one value an expert");
-    for (int group : c.expert_groups[i])
-      expect(group >= 0 && group < c.groups, "an expert's group is not one of groups");
-  }
 }
 
 using MaskArrays = std::vector<ArrayIn<float, 1>>;
@@ -212,77 +181,6 @@ void bind_engine(nb::module_& m) {
   });
   nb::exception<KvOverflow>(m, "KvOverflow").doc() = "A key or value was too large for a KV cache in half precision.";
   nb::exception<Interrupted>(m, "Interrupted").doc() = "A call ended because `stop` returned true.";
-
-  nb::class_<AttentionConfig>(m, "AttentionConfig", "One kind of attention; see engine_config.h.")
-      .def(nb::init<>())
-      .def_rw("heads", &AttentionConfig::heads)
-      .def_rw("kv_heads", &AttentionConfig::kv_heads)
-      .def_rw("head_dim", &AttentionConfig::head_dim)
-      .def_rw("v_dim", &AttentionConfig::v_dim)
-      .def_rw("rope_dim", &AttentionConfig::rope_dim)
-      .def_rw("rope_frequency", &AttentionConfig::rope_frequency)
-      .def_rw("rope_scale", &AttentionConfig::rope_scale)
-      .def_rw("rope_interleaved", &AttentionConfig::rope_interleaved)
-      .def_rw("softmax_scale", &AttentionConfig::softmax_scale)
-      .def_rw("qk_norm_full", &AttentionConfig::qk_norm_full)
-      .def_rw("norm_after_rope", &AttentionConfig::norm_after_rope)
-      .def_rw("qkv_clip", &AttentionConfig::qkv_clip)
-      .def_rw("sliding_window", &AttentionConfig::sliding_window)
-      .def_rw("kv_rank", &AttentionConfig::kv_rank)
-      .def_rw("q_rank", &AttentionConfig::q_rank)
-      .def_rw("latent_norm_eps", &AttentionConfig::latent_norm_eps)
-      .def_rw("query_scales", &AttentionConfig::query_scales)
-      .def_rw("query_context", &AttentionConfig::query_context);
-
-  nb::enum_<RouterScore>(m, "RouterScore", "How router logits become routing weights; see router.h.")
-      .value("softmax", RouterScore::kSoftmax)
-      .value("sigmoid", RouterScore::kSigmoid)
-      .value("sparsemixer", RouterScore::kSparsemixer);
-
-  nb::class_<EngineConfig>(m, "EngineConfig",
-                           "The shapes and rules of a model, and the sizes of one run; see engine_config.h.")
-      .def(nb::init<>())
-      .def_rw("layers", &EngineConfig::layers)
-      .def_rw("dim", &EngineConfig::dim)
-      .def_rw("vocab", &EngineConfig::vocab)
-      .def_rw("attentions", &EngineConfig::attentions)
-      .def_rw("attention_of", &EngineConfig::attention_of)
-      .def_rw("experts", &EngineConfig::experts)
-      .def_rw("top_k", &EngineConfig::top_k)
-      .def_rw("expert_hidden", &EngineConfig::expert_hidden)
-      .def_rw("activation", &EngineConfig::activation)
-      .def_rw("layer_norm", &EngineConfig::layer_norm)
-      .def_rw("norm_eps", &EngineConfig::norm_eps)
-      .def_rw("embedding_scale", &EngineConfig::embedding_scale)
-      .def_rw("residual_scale", &EngineConfig::residual_scale)
-      .def_rw("logits_scale", &EngineConfig::logits_scale)
-      .def_rw("shared_hidden", &EngineConfig::shared_hidden)
-      .def_rw("dense_hidden", &EngineConfig::dense_hidden)
-      .def_rw("router_score", &EngineConfig::router_score)
-      .def_rw("router_threshold", &EngineConfig::router_threshold)
-      .def_rw("renormalise", &EngineConfig::renormalise)
-      .def_rw("group_top2sum", &EngineConfig::group_top2sum)
-      .def_rw("routing_scale", &EngineConfig::routing_scale)
-      .def_rw("groups", &EngineConfig::groups)
-      .def_rw("top_groups", &EngineConfig::top_groups)
-      .def_rw("expert_groups", &EngineConfig::expert_groups)
-      .def_rw("sequences", &EngineConfig::sequences)
-      .def_rw("context", &EngineConfig::context)
-      .def_rw("half_cache", &EngineConfig::half_cache)
-      .def_rw("chunk", &EngineConfig::chunk)
-      .def_rw("logits_rows", &EngineConfig::logits_rows)
-      .def_rw("threads", &EngineConfig::threads)
-      .def_rw("spin", &EngineConfig::spin);
-
-  m.def(
-      "engine_memory",
-      [](const EngineConfig& config, const std::string& device) {
-        check_config(config);
-        EngineMemory memory = engine_memory(config, device == "cuda");
-        return std::make_tuple(memory.kv_cache, memory.scratch);
-      },
-      nb::arg("config"), nb::arg("device") = "cpu",
-      "Bytes that an Engine of this configuration allocates: (kv_cache, scratch).");
 
   nb::class_<PrefetchGate>(m, "PrefetchGate", "Whether reading ahead pays; see prefetch.h.")
       .def(nb::init<>())
@@ -475,49 +373,4 @@ void bind_engine(nb::module_& m) {
           "since construction: expert_hits, expert_misses, bytes_read, read_ahead (records), read_ahead_used (of\n"
           "these), tokens, experts_used (token, layer and expert triples), moe_tokens (token and layer pairs),\n"
           "dropped_weight (share of routing weight, summed over those pairs).");
-
-  m.def("cuda_build", &cuda::build,
-        "The build's code for NVIDIA GPUs: \"cuda\", \"none\", or \"simulated\" for tests.");
-  m.def(
-      "cuda_gpu",
-      [] {
-        const cuda::Properties p = cuda::open();
-        nb::dict d;
-        d["name"] = p.name;
-        d["compute_capability"] = std::to_string(p.major) + "." + std::to_string(p.minor);
-        d["integrated"] = p.integrated;
-        d["multiprocessors"] = p.multiprocessors;
-        d["memory_bytes"] = p.memory;
-        d["free_bytes"] = p.free;
-        return d;
-      },
-      "Open the GPU of device cuda and return its properties, sizes in bytes. Raises RuntimeError if there is none.");
-  m.def("resident_bytes", &resident_bytes, "Bytes of memory of this process now, as the system counts them.");
-  m.def("peak_bytes", &peak_bytes, "The maximum of this process's memory so far (Linux VmHWM, macOS phys_footprint).");
-  m.def("reset_peak_bytes", &reset_peak_bytes,
-        "Restart peak_bytes() at the present memory; false if the system cannot.");
-  m.def("untouched_bytes", &untouched_bytes,
-        "Bytes that engines of this process have allocated or mapped but not touched: resident_bytes() may grow by\n"
-        "them.");
-  m.def("performance_cores", &performance_cores,
-        "The number of fast cores of a processor that also has slower ones; 0 if all are alike or unknown.");
-  m.def("return_freed_memory", &return_freed_memory, nb::call_guard<nb::gil_scoped_release>(),
-        "Give the allocator's unused memory back to the system.");
-  m.def("free_bytes", &free_bytes, "Bytes that the system could give to programs now.");
-  m.def(
-      "crc32c",
-      [](nb::bytes data, uint32_t seed) {
-        const char* bytes = data.c_str();
-        const size_t count = data.size();
-        GilReleased released;
-        return crc32c(bytes, count, seed);
-      },
-      nb::arg("data"), nb::arg("seed") = 0, "CRC-32C of `data`, continued from `seed`.");
-  m.def(
-      "crc32c_array",
-      [](ArrayIn<uint8_t, 1> data, uint32_t seed) {
-        GilReleased released;
-        return crc32c(data.data(), data.shape(0), seed);
-      },
-      nb::arg("data"), nb::arg("seed") = 0, "CRC-32C of a uint8 array, continued from `seed`.");
 }

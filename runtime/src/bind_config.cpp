@@ -1,0 +1,114 @@
+// The engine's configuration for Python, and the memory that an engine with it allocates.
+#include "bind_config.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "../../devices/python/arrays.h"
+#include "engine.h"
+
+using namespace edge_moe;
+
+static void check_attention(const EngineConfig& c, const AttentionConfig& a) {
+  expect(a.rope_dim <= a.head_dim && a.rope_frequency.size() * 2 == size_t(a.rope_dim),
+         "rope_frequency must have one value a pair of rope_dim, which is at most head_dim");
+  expect(a.kv_heads >= 1 && a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
+  expect(a.query_context >= 1, "query_context must be at least 1");
+  expect(a.query_scales.empty() || a.query_scales.size() > size_t(std::max(c.context - 1, 0) / a.query_context),
+         "query_scales must have a value for every position");
+}
+
+void check_config(const EngineConfig& c) {
+  const size_t layers = c.layers;
+  expect(c.threads >= 1, "threads must be at least 1");
+  expect(c.sequences >= 1, "sequences must be at least 1");
+  expect(c.experts.size() == layers && c.top_k.size() == layers, "experts and top_k must have one value a layer");
+  for (size_t i = 0; i < layers; ++i)
+    expect(c.top_k[i] <= c.experts[i] && c.top_k[i] >= (c.experts[i] > 0), "top_k must be 1 to a layer's experts");
+  expect(c.attention_of.size() == layers, "attention_of must have one value a layer");
+  for (int kind : c.attention_of)
+    expect(kind >= 0 && size_t(kind) < c.attentions.size(), "attention_of must be numbers of attentions");
+  for (const AttentionConfig& a : c.attentions) check_attention(c, a);
+  expect(c.top_groups >= 1 && c.top_groups <= c.groups, "top_groups must be 1 to groups");
+  if (c.groups == 1) return;
+  expect(c.expert_groups.size() == layers, "expert_groups must have one list a layer");
+  for (size_t i = 0; i < layers; ++i) {
+    expect(c.expert_groups[i].size() == size_t(c.experts[i]), "expert_groups must have one value an expert");
+    for (int group : c.expert_groups[i])
+      expect(group >= 0 && group < c.groups, "an expert's group is not one of groups");
+  }
+}
+
+void bind_config(nb::module_& m) {
+  nb::class_<AttentionConfig>(m, "AttentionConfig", "One kind of attention; see engine_config.h.")
+      .def(nb::init<>())
+      .def_rw("heads", &AttentionConfig::heads)
+      .def_rw("kv_heads", &AttentionConfig::kv_heads)
+      .def_rw("head_dim", &AttentionConfig::head_dim)
+      .def_rw("v_dim", &AttentionConfig::v_dim)
+      .def_rw("rope_dim", &AttentionConfig::rope_dim)
+      .def_rw("rope_frequency", &AttentionConfig::rope_frequency)
+      .def_rw("rope_scale", &AttentionConfig::rope_scale)
+      .def_rw("rope_interleaved", &AttentionConfig::rope_interleaved)
+      .def_rw("softmax_scale", &AttentionConfig::softmax_scale)
+      .def_rw("qk_norm_full", &AttentionConfig::qk_norm_full)
+      .def_rw("norm_after_rope", &AttentionConfig::norm_after_rope)
+      .def_rw("qkv_clip", &AttentionConfig::qkv_clip)
+      .def_rw("sliding_window", &AttentionConfig::sliding_window)
+      .def_rw("kv_rank", &AttentionConfig::kv_rank)
+      .def_rw("q_rank", &AttentionConfig::q_rank)
+      .def_rw("latent_norm_eps", &AttentionConfig::latent_norm_eps)
+      .def_rw("query_scales", &AttentionConfig::query_scales)
+      .def_rw("query_context", &AttentionConfig::query_context);
+
+  nb::enum_<RouterScore>(m, "RouterScore", "How router logits become routing weights; see router.h.")
+      .value("softmax", RouterScore::kSoftmax)
+      .value("sigmoid", RouterScore::kSigmoid)
+      .value("sparsemixer", RouterScore::kSparsemixer);
+
+  nb::class_<EngineConfig>(m, "EngineConfig",
+                           "The shapes and rules of a model, and the sizes of one run; see engine_config.h.")
+      .def(nb::init<>())
+      .def_rw("layers", &EngineConfig::layers)
+      .def_rw("dim", &EngineConfig::dim)
+      .def_rw("vocab", &EngineConfig::vocab)
+      .def_rw("attentions", &EngineConfig::attentions)
+      .def_rw("attention_of", &EngineConfig::attention_of)
+      .def_rw("experts", &EngineConfig::experts)
+      .def_rw("top_k", &EngineConfig::top_k)
+      .def_rw("expert_hidden", &EngineConfig::expert_hidden)
+      .def_rw("activation", &EngineConfig::activation)
+      .def_rw("layer_norm", &EngineConfig::layer_norm)
+      .def_rw("norm_eps", &EngineConfig::norm_eps)
+      .def_rw("embedding_scale", &EngineConfig::embedding_scale)
+      .def_rw("residual_scale", &EngineConfig::residual_scale)
+      .def_rw("logits_scale", &EngineConfig::logits_scale)
+      .def_rw("shared_hidden", &EngineConfig::shared_hidden)
+      .def_rw("dense_hidden", &EngineConfig::dense_hidden)
+      .def_rw("router_score", &EngineConfig::router_score)
+      .def_rw("router_threshold", &EngineConfig::router_threshold)
+      .def_rw("renormalise", &EngineConfig::renormalise)
+      .def_rw("group_top2sum", &EngineConfig::group_top2sum)
+      .def_rw("routing_scale", &EngineConfig::routing_scale)
+      .def_rw("groups", &EngineConfig::groups)
+      .def_rw("top_groups", &EngineConfig::top_groups)
+      .def_rw("expert_groups", &EngineConfig::expert_groups)
+      .def_rw("sequences", &EngineConfig::sequences)
+      .def_rw("context", &EngineConfig::context)
+      .def_rw("half_cache", &EngineConfig::half_cache)
+      .def_rw("chunk", &EngineConfig::chunk)
+      .def_rw("logits_rows", &EngineConfig::logits_rows)
+      .def_rw("threads", &EngineConfig::threads)
+      .def_rw("spin", &EngineConfig::spin);
+
+  m.def(
+      "engine_memory",
+      [](const EngineConfig& config, const std::string& device) {
+        check_config(config);
+        EngineMemory memory = engine_memory(config, device == "cuda");
+        return std::make_tuple(memory.kv_cache, memory.scratch);
+      },
+      nb::arg("config"), nb::arg("device") = "cpu",
+      "Bytes that an Engine of this configuration allocates: (kv_cache, scratch).");
+}
