@@ -6,7 +6,6 @@ one warm-up run, then `repeats` timed runs with the experts that earlier runs le
 topic, so under a cap their hit rate is lower than that of text.
 """
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from ..runtime.codecs import trunk_parts
 from ..runtime.config import trunk_shapes
 from ..runtime.plan import Plan
 from ..runtime.runtime import LAST, NOTHING, Runtime
-from ..runtime.tensorfile import NUMPY_DTYPES
+from ..runtime.tensorfile import bytes_of
 from .bandwidth import machine_bandwidth
 
 
@@ -257,7 +256,7 @@ def weight_bytes(bundle: Bundle, experts: float) -> float:
 
 def _tensor_bytes(tensor) -> int:
     parts = trunk_parts(tensor.name, (tensor.rows, tensor.cols), tensor.encoding)
-    return sum(math.prod(shape) * NUMPY_DTYPES[dtype].itemsize for _, _, dtype, shape in parts)
+    return sum(bytes_of(dtype, shape) for _, _, dtype, shape in parts)
 
 
 def parameters(bundle: Bundle) -> int:

@@ -92,8 +92,7 @@ void bind_format(nb::module_& m) {
     for (int part = 0; part < codec.parts; ++part) parts.append(kPartNames[part]);
     for (int width = 0; width < 64; ++width)
       if (codec.widths >> width & 1) its_widths.append(width);
-    codecs[codec.name] =
-        nb::make_tuple(nb::tuple(its_widths), nb::tuple(parts), codec.dtype, codec.input == InputForm::kRounded);
+    codecs[codec.name] = nb::make_tuple(nb::tuple(its_widths), nb::tuple(parts), codec.dtype);
   }
   m.attr("CODECS") = codecs;
 

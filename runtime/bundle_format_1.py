@@ -6,7 +6,7 @@ new bundles, and the width of a trunk tensor determines its encoding. The bytes 
 
 from .. import _core
 from .bundle_table import REMEDY, Reader
-from .codecs import as_table, encoding_of, record_layout
+from .codecs import encoding_of, layout_table, record_layout
 from .config import ModelConfig
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 16)
@@ -26,7 +26,8 @@ def upgraded(table: dict, config: ModelConfig, read: Reader) -> dict:
         if not isinstance(row, list):
             raise ValueError(f"{read.path}: the records of a layer are no list; {REMEDY}")
         rows.append([_record(read, f"record {n} of row {layer}", item, layouts) for n, item in enumerate(row)])
-    listed = [_layout(config, encodings, alignment) for encodings in layouts]
+    shape = (config.dim, config.expert_hidden)
+    listed = [layout_table(encodings, record_layout(*shape, encodings), alignment) for encodings in layouts]
     for layer, row in enumerate(rows):
         for record, item in zip(experts["records"][layer], row, strict=True):
             nbytes, wanted = read.count(record, "bytes"), listed[item["layout"]]["bytes"]
@@ -60,12 +61,3 @@ def _record(read: Reader, where: str, item: dict, layouts: dict[tuple, int]) -> 
         raise ValueError(f"{read.path}: group {group} of {where} is not one of {_core.GROUPS}; {REMEDY}")
     kept = {key: value for key, value in item.items() if key not in OF_RECORDS}
     return {**kept, "layout": layouts.setdefault(encodings, len(layouts))}
-
-
-def _layout(config: ModelConfig, encodings: tuple, alignment: int) -> dict:
-    places = record_layout(config.dim, config.expert_hidden, encodings)
-    return {
-        "matrices": [as_table(encoding) for encoding in encodings],
-        "parts": {name: list(place) for name, place in places.parts.items()},
-        "bytes": -(-places.bytes // alignment) * alignment,
-    }

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from .. import _core
 from .bundle_table import LISTED, REMEDY, Reader, is_number, shown
-from .codecs import Encoding, encoding_of, record_layout, trunk_parts
+from .codecs import Encoding, encoding_of, padded_bytes, record_layout, trunk_parts
 from .config import ModelConfig, trunk_shapes
 from .files import real_path
-from .tensorfile import Stored, read_header
+from .tensorfile import NUMPY_DTYPES, Stored, read_header
 
 HEADER_BYTES, TENSOR_BYTES = 65_536, 512  # upper bounds of a file's header: a constant, and per tensor
 TRUNK_FILE = "trunk.safetensors"
@@ -142,7 +142,7 @@ def _read_layouts(read: Reader, config: ModelConfig, entry: dict, alignment: int
             widths = [encoding.width for encoding in encodings]
             raise ValueError(f"{read.path}: widths {widths} of {where} are not three of {_core.WIDTHS}; {REMEDY}")
         places = _places(read, config, encodings, item, where)
-        nbytes, wanted = read.count(item, "bytes"), -(-places.bytes // alignment) * alignment
+        nbytes, wanted = read.count(item, "bytes"), padded_bytes(places, alignment)
         if nbytes != wanted:
             raise ValueError(f"{read.path}: {where} has {nbytes:,} bytes, expected {wanted:,}; {REMEDY}")
         layouts.append(Layout(encodings, places.parts, nbytes))
@@ -200,8 +200,7 @@ def _encoding(read: Reader, item: dict, where: str, cols: int) -> Encoding:
 def record_bytes(config: ModelConfig, widths: tuple[int, ...], group: int, alignment: int) -> int:
     """Bytes of one expert's record at these widths, with padding."""
     encodings = tuple(encoding_of(width, group) for width in widths)
-    nbytes = record_layout(config.dim, config.expert_hidden, encodings, config.expert_bias).bytes
-    return -(-nbytes // alignment) * alignment
+    return padded_bytes(record_layout(config.dim, config.expert_hidden, encodings, config.expert_bias), alignment)
 
 
 def record_alignment(config: ModelConfig) -> int:
@@ -228,6 +227,6 @@ def _part(path: Path, stored: dict[str, Stored], name: str, dtype: str, shape: t
         raise ValueError(
             f"{path}: tensor {name} is {part.dtype} {part.shape}, bundle.json makes it {dtype} {shape}; {REMEDY}"
         )
-    if part.offset % {"F32": 4, "U32": 4, "BF16": 2, "U8": 1}[dtype]:
+    if part.offset % NUMPY_DTYPES[dtype].itemsize:
         raise ValueError(f"{path}: tensor {name} starts at byte {part.offset:,}, which is not aligned; {REMEDY}")
     return part

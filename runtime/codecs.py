@@ -1,7 +1,6 @@
 """How matrices are encoded: codec, width and parts. devices/format.h defines the codecs.
 
-The core's CODECS has, by name, a codec's widths, its parts, the safetensors type of its codes, and whether products
-read rounded inputs.
+The core's CODECS has, by name, a codec's widths, its parts, and the safetensors type of its codes.
 """
 
 from functools import lru_cache
@@ -49,6 +48,20 @@ def trunk_parts(name: str, shape: tuple[int, ...], encoding: Encoding) -> list[t
 def record_layout(dim: int, hidden: int, encodings: tuple[Encoding, ...], biased: bool = False) -> _core.RecordLayout:
     """The layout of an expert's record in a new bundle. biased: with output biases."""
     return _core.RecordLayout(dim, hidden, encodings, biased)
+
+
+def padded_bytes(places: _core.RecordLayout, alignment: int) -> int:
+    """Bytes of a record with this layout, padding included."""
+    return -(-places.bytes // alignment) * alignment
+
+
+def layout_table(encodings: tuple[Encoding, ...], places: _core.RecordLayout, alignment: int) -> dict:
+    """A layout as written in bundle.json."""
+    return {
+        "matrices": [as_table(encoding) for encoding in encodings],
+        "bytes": padded_bytes(places, alignment),
+        "parts": {name: list(place) for name, place in places.parts.items()},
+    }
 
 
 def as_table(encoding: Encoding) -> dict:

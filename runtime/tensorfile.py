@@ -88,13 +88,18 @@ def _parse_entry(path: Path, key: str, entry, remedy: str) -> tuple[str, tuple[i
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         good = isinstance(dtype, str) and all(type(x) is int and x >= 0 for x in (*shape, first, last))
         if good and dtype in NUMPY_DTYPES:
-            good = last - first == math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+            good = last - first == bytes_of(dtype, shape)
         good = good and first <= last
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:
         raise ValueError(f"{path}: type, shape and offsets of tensor {key} do not agree; {remedy}")
     return dtype, shape, first, last
+
+
+def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """The size of a tensor's data."""
+    return math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
 
 
 def make_header(tensors: list[tuple[str, str, tuple[int, ...], int]], alignment: int) -> bytes:

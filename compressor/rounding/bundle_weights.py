@@ -1,6 +1,5 @@
 """A bundle's weights as the reference forward pass reads them: dequantised, one tensor or expert at a time."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from ...runtime.bundle import TRUNK_FILE, Bundle
 from ...runtime.codecs import PROJECTIONS, Encoding, trunk_parts
 from ...runtime.config import ModelConfig
-from ...runtime.tensorfile import NUMPY_DTYPES
+from ...runtime.tensorfile import bytes_of
 from ..writing.writer import Quantised
 from .quantise import dequantise
 
@@ -29,8 +28,7 @@ class BundleWeights:
         for (_, _, dtype, shape), at in zip(
             trunk_parts(name, (tensor.rows, tensor.cols), tensor.encoding), tensor.offsets, strict=True
         ):
-            size = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
-            data = np.fromfile(self.bundle.path / TRUNK_FILE, np.uint8, size, offset=at)
+            data = np.fromfile(self.bundle.path / TRUNK_FILE, np.uint8, bytes_of(dtype, shape), offset=at)
             parts.append(data.reshape(tensor.rows, -1))
         values = unpacked(parts, tensor.encoding, tensor.cols)
         return values[0] if name.endswith(("norm", "bias")) else values

@@ -20,11 +20,20 @@ import numpy as np
 
 from ... import __version__, _core
 from ...runtime.bundle import dropped_keys
-from ...runtime.bundle_records import TRUNK_FILE, record_alignment
+from ...runtime.bundle_records import TRUNK_FILE, record_alignment, record_bytes
 from ...runtime.bundle_table import table_checksum
-from ...runtime.codecs import PROJECTIONS, Encoding, as_table, encoding_of, record_layout, trunk_parts
+from ...runtime.codecs import (
+    PROJECTIONS,
+    Encoding,
+    as_table,
+    encoding_of,
+    layout_table,
+    padded_bytes,
+    record_layout,
+    trunk_parts,
+)
 from ...runtime.config import ModelConfig, trunk_shapes
-from ...runtime.tensorfile import NUMPY_DTYPES, make_header
+from ...runtime.tensorfile import bytes_of, make_header
 from ..files import named, sync
 from ..source.copied_files import contents
 from . import own
@@ -243,7 +252,7 @@ class BundleWriter:
         if self.experts.keys() != expected:
             raise AssertionError(f"{len(self.experts)} experts to write, config has {len(expected)}")
         self._alignment = record_alignment(self.config)
-        sizes = {key: _padded(self._layout_of(packing).bytes, self._alignment) for key, packing in self.experts.items()}
+        sizes = {key: padded_bytes(self._layout_of(packing), self._alignment) for key, packing in self.experts.items()}
         shards, filled = [[]], 0
         for key, size in sizes.items():
             if filled > SHARD_BYTES:
@@ -292,7 +301,7 @@ class BundleWriter:
         for name, shape in shapes.items():
             (encoding,) = self.trunk[name].encodings
             for part, stored_as, dtype, its in trunk_parts(name, shape, encoding):
-                tensors.append((name, part, stored_as, dtype, its, math.prod(its) * NUMPY_DTYPES[dtype].itemsize))
+                tensors.append((name, part, stored_as, dtype, its, bytes_of(dtype, its)))
         tensors.sort(key=lambda tensor: (("U32", "F32", "BF16").index(tensor[3]), tensor[5] % _core.PART_ALIGNMENT > 0))
         header = make_header([tensor[2:] for tensor in tensors], _core.PART_ALIGNMENT)
         at, self._trunk_parts = len(header), {name: [] for name in shapes}
@@ -318,14 +327,7 @@ class BundleWriter:
                     }
                 )
             rows.append(row)
-        layouts = [
-            {
-                "matrices": [as_table(encoding) for encoding in packing.encodings],
-                "bytes": _padded(self._layout_of(packing).bytes, self._alignment),
-                "parts": {name: list(place) for name, place in self._layout_of(packing).parts.items()},
-            }
-            for packing in packings
-        ]
+        layouts = [layout_table(packing.encodings, self._layout_of(packing), self._alignment) for packing in packings]
         return {
             "format": "emoe",
             "version": _core.FORMAT_VERSION,
@@ -369,11 +371,6 @@ def _file_checksum(path: Path) -> int:
     return checksum
 
 
-def _padded(nbytes: int, alignment: int) -> int:
-    return -(-nbytes // alignment) * alignment
-
-
 def record_bytes_of(config: ModelConfig, packing: Packing) -> int:
     """Bytes of an expert's record in a new bundle, with padding."""
-    layout = record_layout(config.dim, config.expert_hidden, packing.encodings, config.expert_bias)
-    return _padded(layout.bytes, record_alignment(config))
+    return record_bytes(config, packing.widths, packing.group, record_alignment(config))
