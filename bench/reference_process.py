@@ -149,11 +149,8 @@ def checkpoint_bytes(config: ModelConfig, context: int) -> tuple[int, int]:
     """The bytes of the reference forward pass over `context` tokens, at minimum and with every tensor in memory."""
     sizes = {name: int(np.prod(shape)) for name, shape in trunk_shapes(config).items()}
     expert = config.expert_weights
-    heads = max(
-        its.heads * (its.head_dim + 3 * context) + 4 * (its.heads + its.kv_heads) * its.head_dim
-        for its in {layer.attention for layer in config.layers}
-    )
-    rows = 4 * context * (8 * config.dim + 2 * config.vocab + heads + 4 * config.top_k * config.dim)
+    attention = max(its.pass_values(context, context) for its in config.attentions)
+    rows = 4 * (context * (8 * config.dim + 2 * config.vocab + 4 * config.top_k * config.dim) + attention)
     least = _core.resident_bytes() + SPARE_BYTES + 10 * max(*sizes.values(), expert) + 4 * expert + rows
     return least, least + 4 * (sum(sizes.values()) + expert * config.expert_count)
 

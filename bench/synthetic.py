@@ -18,7 +18,7 @@ from ..compressor.rounding.quantise import largest_group, to_bfloat16, trunk_pac
 from ..compressor.writing.writer import BundleWriter, Packing, Quantised
 from ..runtime.bundle import Bundle
 from ..runtime.child import answer, call
-from ..runtime.config import trunk_shapes
+from ..runtime.config import stays_float, trunk_shapes
 from ..runtime.config_file import parse_config, read_json
 
 GROUP = 64
@@ -92,11 +92,11 @@ def raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
 
 
 def _trunk_tensor(random: np.random.Generator, name: str, shape: tuple[int, ...], packing: Packing) -> Quantised:
-    if name.endswith("router"):
-        return Quantised(random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1])))
     if len(shape) == 1:
         fill = np.zeros if name.endswith("_bias") else np.ones
         return Quantised(fill(shape, np.float32))
+    if stays_float(name, shape):
+        return Quantised(random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1])))
     deviation = 1.0 if name == "embedding" else None
     return _matrix(random, shape, packing.widths[0], packing.group, deviation)
 

@@ -11,14 +11,14 @@ from collections.abc import Callable
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..runtime.config import ModelConfig, trunk_shapes
+from ..runtime.config import ModelConfig, stays_float, trunk_shapes
 from .choosing import trunk
 from .choosing.sensitivity import sampled_sequences
 from .memory import Memory
 from .passes.calibrate import Calibration
 from .passes.expert_rows import FIT_BYTES
 from .rounding.gptq import SWEEPS, Curvature, gptq
-from .rounding.round_trunk import FITTED_ROWS, attention_stages
+from .rounding.round_trunk import FITTED_ROWS
 
 PIECE_ROWS, PIECE_COLS = 256, 1024  # of a matrix that is timed, at the most
 PRODUCT = 512  # rows and columns of the product that is timed
@@ -78,9 +78,9 @@ def _estimate(compression, calibration: Calibration | None, workers: int) -> flo
 def _trunk_seconds(config: ModelConfig, per_weight: float, per_flop: float) -> float:
     """Of rounding the trunk once, but for the embedding."""
     seconds, widths = 0.0, []
-    first_of_input = {stage[0] for stage in attention_stages(config)} | {"gate", "down", "head"}
+    first_of_input = {stage[0] for its in config.attentions for stage in its.stages()} | {"gate", "down", "head"}
     for name, shape in trunk_shapes(config).items():
-        if len(shape) == 2 and name != "embedding" and not name.endswith("router"):
+        if name != "embedding" and not stays_float(name, shape):
             seconds += per_weight * int(np.prod(shape))
             widths += [shape[1]] * (name.rpartition(".")[2] in first_of_input)
     moment = {cols: _moment_seconds(cols) for cols in set(widths)}

@@ -49,10 +49,7 @@ class Memory:
             sample = sampled_sequences(config, *calibration.ids.shape) * tokens
             carried = sample * (len(config.moe_layers) + len(TRUNK_KINDS) * o.chooses_trunk)
             streams = max(ROUNDING_STREAMS * rows, 3 * (rows + carried)) * config.dim * 4  # input, attended, output
-            attention = 4 * max(
-                BLOCK_ROWS * 8 * its.heads * its.head_dim + 3 * its.heads * tokens * tokens
-                for its in {layer.attention for layer in config.layers}
-            )
+            attention = 4 * max(its.pass_values(BLOCK_ROWS, tokens) for its in config.attentions)
             beside = max(attention, 6 * LOGITS_BYTES)
             fixed += 2 * 4 * rows * config.experts + beside
             # what the trunk's rounding takes beyond that: no logits are there yet

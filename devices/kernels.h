@@ -18,6 +18,7 @@ namespace edge_moe {
 inline constexpr int kBlock = 64;              // inputs that share one activation scale
 inline constexpr float kLowStep = 1.0f / 256;  // step of a low, relative to the step of a code
 inline constexpr int kLanes = 16;              // partial sums of every float reduction
+inline constexpr float kKeyEps = 1e-6f;        // added to the squared norms of a gated delta net's queries and keys
 inline constexpr int kKeyBlock = 16;           // positions of the KV cache whose keys are interleaved
 
 // A weight matrix (rows, cols) as defined in format.h. Parts that its codec does not have are not read.
@@ -101,6 +102,26 @@ struct KeyValues {
   bool half;      // half precision, else floats
 };
 
+// A causal convolution of each of `channels` channels over tokens.
+struct Convolution {
+  const float* weights;  // (kernel, channels), the last ones for a token's own input
+  const float* past;     // (kernel - 1, channels): the inputs of the tokens before the first one; null: zeros
+  float* next;           // (kernel - 1, channels): gets those of the last tokens; not `past`
+  int kernel, channels;
+  size_t stride;  // from one token's channels to the next one's
+};
+
+// One head of a gated delta net, for some consecutive tokens. Strides are from one token to the next.
+struct DeltaHead {
+  const float *q, *k, *v;      // (head_dim,), (head_dim,), (v_dim,) of the first token
+  const float *write, *decay;  // one value a token
+  float* out;                  // (v_dim,)
+  size_t stride;               // of q, k and v
+  size_t gate_stride;          // of write and decay
+  size_t out_stride;
+  int tokens, head_dim, v_dim;
+};
+
 // The functions of an instruction set for matrices of one codec and width.
 struct CodecKernels {
   Codec codec;
@@ -133,7 +154,7 @@ struct Kernels {
   // y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, float* y, int n);
 
-  // gate = activation(gate) * up; activation: 0 silu, 1 gelu (tanh form)
+  // gate = activation(gate) * up; activation: one of Activation in lane_math.h
   void (*gate_up)(float* gate, const float* up, int n, int activation);
 
   // scores[query*scores_stride + position] = scale * q[query] . key, for all positions of the key blocks that overlap
@@ -145,6 +166,20 @@ struct Kernels {
   // position; the caller splits long ranges into pieces (position_sums.h).
   void (*attend_values)(const float* weights, size_t weights_stride, int queries, const KeyValues& cache, int begin,
                         int end, int n, float* const* out);
+
+  // y = x * (scale / sqrt(sum(x^2) + eps))
+  void (*l2_norm)(const float* x, float eps, float scale, float* y, int n);
+
+  // x = silu of the convolution of x, for channels [begin, end) of all tokens. A sum begins with the product of the
+  // token's own input; then earlier ones follow, the latest first: sum = fma(weight, input, sum). past null: these are
+  // left out.
+  void (*convolve)(const Convolution& c, float* x, int tokens, int begin, int end);
+
+  // For each token and column j of the state s, (head_dim, v_dim): known = the sum over i, in order, of
+  // fma(s[i][j] * decay, k[i], known); change = (v[j] - known) * write; s[i][j] = fma(k[i], change, s[i][j] * decay);
+  // out[j] = the sum over i, in order, of fma(s[i][j], q[i], out). The first token's s is `from` (null: zeros), and the
+  // last one's is stored in `to`.
+  void (*delta_rule)(const DeltaHead& head, const float* from, float* to);
 
   // y = halves as floats
   void (*widen)(const uint16_t* halves, float* y, int n);

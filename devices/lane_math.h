@@ -53,9 +53,13 @@ EDGE_MOE_BOTH static inline float exp_lane(float x) {
   return p * power * keep;
 }
 
-// activation(gate) * up; activation: 0 silu, 1 gelu (tanh form)
+// The activations of gated(); kGelu is its tanh form.
+enum Activation { kSilu = 0, kGelu = 1, kSigmoid = 2 };
+
+// activation(gate) * up
 EDGE_MOE_BOTH static inline float gated(float gate, float up, int activation) {
-  if (activation == 0) return gate / (1.0f + exp_lane(-gate)) * up;
+  if (activation == kSilu) return gate / (1.0f + exp_lane(-gate)) * up;
+  if (activation == kSigmoid) return up / (1.0f + exp_lane(-gate));
   // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u))
   const float u = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
   return gate / (1.0f + exp_lane(-2.0f * u)) * up;
@@ -63,6 +67,12 @@ EDGE_MOE_BOTH static inline float gated(float gate, float up, int activation) {
 
 // In double: libm's functions differ between machines in the last bit, which rounding from double almost always hides.
 EDGE_MOE_BOTH static inline float sigmoid(float x) { return float(1.0 / (1.0 + exp(-double(x)))); }
+
+// The share of a gated delta net's state that is left after a token: exp(-rate * softplus(input + bias)).
+EDGE_MOE_BOTH static inline float decay_of(float input, float bias, float rate) {
+  const double x = double(input + bias), softplus = x > 40.0 ? x : log1p(exp(x));
+  return float(exp(-double(rate) * softplus));
+}
 
 EDGE_MOE_BOTH static inline int nearest(float x) {
 #if defined(__CUDA_ARCH__)

@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import _core
 from .bundle_table import LISTED, REMEDY, Reader, is_number, shown
 from .codecs import Encoding, encoding_of, padded_bytes, record_layout, trunk_parts
-from .config import ModelConfig, trunk_shapes
+from .config import ModelConfig, stays_float, trunk_shapes
 from .files import real_path
 from .tensorfile import NUMPY_DTYPES, Stored, read_header
 
@@ -81,7 +81,7 @@ def read_trunk(path: Path, config: ModelConfig, table: dict, read: Reader) -> tu
     for name, shape in shapes.items():
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
         encoding = _encoding(read, read.get(encoded, name, dict), name, cols)
-        if (encoding.codec == "float32") != (len(shape) == 1 or name.endswith("router")):
+        if (encoding.codec == "float32") != stays_float(name, shape):
             raise ValueError(f"{read.path}: codec {encoding.codec} of {name} is not possible; {REMEDY}")
         parts = [_part(file, stored, name, dtype, of) for _, name, dtype, of in trunk_parts(name, shape, encoding)]
         tensors.append(TrunkTensor(name, rows, cols, encoding, tuple(part.offset for part in parts)))

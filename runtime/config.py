@@ -4,17 +4,21 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from .layers.attention import Attention
+from .layers.delta_net import DeltaNet
 from .layers.latent import LatentAttention
 from .layers.mlp import Dense, Experts, RouterConfig
 
 MAX_LAYERS, MAX_EXPERTS = 1024, 4096  # more than any model has; a damaged file is refused
 
 
+Mixer = Attention | LatentAttention | DeltaNet  # what a layer lets tokens affect later ones by
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One layer: the attention, then the MLP."""
 
-    attention: Attention | LatentAttention
+    attention: Mixer
     mlp: Experts | Dense
 
 
@@ -56,14 +60,24 @@ class ModelConfig:
         return tuple(at for at, layer in enumerate(self.layers) if isinstance(layer.mlp, Dense))
 
     @property
-    def attention(self) -> Attention | LatentAttention:
-        """The first layer's attention."""
-        return self.layers[0].attention
+    def attentions(self) -> tuple[Mixer, ...]:
+        """The different kinds of attention, in the order of the layers that have them first."""
+        return tuple(dict.fromkeys(layer.attention for layer in self.layers))
 
     @property
-    def latent(self) -> bool:
-        """Whether every layer's attention is over a latent."""
-        return all(isinstance(layer.attention, LatentAttention) for layer in self.layers)
+    def attention(self) -> Mixer:
+        """The attention of the first layer that has keys."""
+        return next((its for its in self.attentions if not isinstance(its, DeltaNet)), self.attentions[0])
+
+    @property
+    def tells_received(self) -> bool:
+        """Whether it is known in every layer how much attention a token receives."""
+        return all(isinstance(its, Attention) for its in self.attentions)
+
+    @property
+    def recurrent_layers(self) -> tuple[int, ...]:
+        """The layers that keep a state of fixed size in place of keys and values."""
+        return tuple(at for at, layer in enumerate(self.layers) if isinstance(layer.attention, DeltaNet))
 
     @property
     def routed(self) -> Experts:
@@ -126,8 +140,8 @@ class ModelConfig:
 
     def planned(self, context: int) -> "ModelConfig":
         """The model as computed in a run planned for `context` tokens, whatever the length of its sequences."""
-        its = (replace(layer.attention, rope=layer.attention.rope.planned(context)) for layer in self.layers)
-        return replace(self, layers=tuple(map(Layer, its, (layer.mlp for layer in self.layers))))
+        its = (replace(layer, attention=layer.attention.planned(context)) for layer in self.layers)
+        return replace(self, layers=tuple(its))
 
     def has_experts(self, layer: int) -> bool:
         return isinstance(self.layers[layer].mlp, Experts)
@@ -158,6 +172,7 @@ class ModelConfig:
         return tuple(number // size for number in numbers)
 
 
+FLOAT_MATRICES = ("router", "shared_router", "write", "decay", "conv")  # small, and much depends on them
 TRUNK_KINDS = ("shared", "attention", "dense", "embedding", "head")
 
 
@@ -170,6 +185,11 @@ def trunk_kind(name: str) -> str:
     """The kind, one of TRUNK_KINDS, of a matrix of the trunk. name: canonical, with its layer or without."""
     first = without_layer(name).split(".")[0]
     return first if first in TRUNK_KINDS else "attention"
+
+
+def stays_float(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the trunk is stored as float32: vectors and FLOAT_MATRICES. name: canonical."""
+    return len(shape) == 1 or without_layer(name) in FLOAT_MATRICES
 
 
 def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

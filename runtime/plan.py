@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 
 from .. import _core
 from ..devices.probe import cgroup_limit_bytes, memory_limit_bytes
-from .config import ModelConfig
-from .layers.attention import Attention
+from .config import Mixer, ModelConfig
+from .layers.delta_net import DeltaNet
 from .layers.latent import LatentAttention
 from .plan_table import plan_text
 from .sampling import whole_number
@@ -44,6 +44,8 @@ class Plan:
     chunk: int  # tokens per prefill step
     trunk_bytes: int
     kv_cache_bytes: int
+    state_bytes: int  # of layers that keep a state in place of keys and values, snapshots included
+    state_saves_bytes: int  # of KV cache, which those layers would take with the attention of the others
     scratch_bytes: int
     io_buffers_bytes: int
     interpreter_bytes: int  # Python, stacks of threads, and spare_bytes
@@ -65,6 +67,7 @@ class Plan:
         return (
             self.trunk_bytes
             + self.kv_cache_bytes
+            + self.state_bytes
             + self.scratch_bytes
             + self.io_buffers_bytes
             + self.interpreter_bytes
@@ -82,7 +85,7 @@ class Plan:
         experts = self.working_set_bytes
         scratch = max(self.scratch_bytes, math.ceil(experts / (SCRATCH_PART - 1)))  # of a longer step, if it fits
         buffers = max(self.io_buffers_bytes, READERS * READER_BYTES)
-        fixed = self.trunk_bytes + self.kv_cache_bytes + self.interpreter_bytes + buffers
+        fixed = self.trunk_bytes + self.kv_cache_bytes + self.state_bytes + self.interpreter_bytes + buffers
         return min(max(fixed + scratch + experts, self.floor_bytes), self.resident_bytes)
 
     def __str__(self) -> str:
@@ -191,22 +194,25 @@ def engine_config(
     if router.groups > 1:
         c.expert_groups = [config.groups_of(layer) for layer in range(config.layer_count)]
     c.context, c.chunk, c.logits_rows, c.threads = context, chunk, logits_rows, threads
-    c.half_cache, c.sequences = kv == "float16", sequences
+    c.half_cache, c.sequences, c.snapshots = kv == "float16", sequences, sequences + 1
     return c
 
 
-def attention_config(attention: Attention | LatentAttention, context: int) -> _core.AttentionConfig:
+def attention_config(attention: Mixer, context: int) -> _core.AttentionConfig:
     """Convert one kind of attention, over `context` positions, to the core's AttentionConfig."""
-    a, rope = _core.AttentionConfig(), attention.rope.planned(context)
+    a = _core.AttentionConfig()
     a.heads, a.kv_heads, a.head_dim, a.v_dim = (
         attention.heads,
         attention.kv_heads,
         attention.head_dim,
         attention.value_dim,
     )
+    if isinstance(attention, DeltaNet):
+        a.conv_kernel = attention.conv_kernel
+        return a
+    rope = attention.rope.planned(context)
     a.rope_dim, a.rope_frequency, a.rope_scale = rope.dim, rope.frequency().tolist(), rope.scale
     a.rope_interleaved, a.softmax_scale = rope.interleaved, attention.softmax_scale
-    a.sliding_window = attention.window
     if isinstance(attention, LatentAttention):
         a.q_rank, a.kv_rank, a.latent_norm_eps = attention.q_rank, attention.kv_rank, attention.norm_eps
         if attention.query_growth:
@@ -214,7 +220,7 @@ def attention_config(attention: Attention | LatentAttention, context: int) -> _c
             a.query_scales = attention.query_scales(context)[:: a.query_context].tolist()
     else:
         a.qk_norm_full, a.norm_after_rope = attention.qk_norm == "full", attention.norm_after_rope
-        a.qkv_clip = attention.clip
+        a.qkv_clip, a.sliding_window, a.output_gate = attention.clip, attention.window, attention.output_gate
     return a
 
 
@@ -224,8 +230,8 @@ def engine_memory(
     chunk: int,
     device: str = "cpu",
     **sizes,
-) -> tuple[int, int]:
-    """Bytes of the KV cache and of the scratch memory. sizes: further arguments of engine_config()."""
+) -> tuple[int, int, int]:
+    """Bytes of the KV cache, recurrent states and scratch memory. sizes: further arguments of engine_config()."""
     return _core.engine_memory(engine_config(config, context, chunk, **sizes), device)
 
 
@@ -260,11 +266,12 @@ def make_plan(
     interpreter_bytes += spare_bytes + THREAD_BYTES * (threads - 1)
     mapped = device == "cpu"  # if all records fit, the memory map of their files is used
     read_bytes = _read_bytes(slot_bytes, mapped)
+    recurrent = len(config.recurrent_layers)
     sizes = {"logits_rows": logits_rows, "threads": threads, "kv": kv, "sequences": sequences}
 
     def plan(chunk: int, resident: bool) -> Plan:
-        kv_cache, scratch = engine_memory(config, context, chunk, device, **sizes)
-        fixed = trunk_bytes + kv_cache + scratch + interpreter_bytes
+        kv_cache, states, scratch = engine_memory(config, context, chunk, device, **sizes)
+        fixed = trunk_bytes + kv_cache + states + scratch + interpreter_bytes
         io_buffers = 0 if resident and mapped else read_bytes
         experts = all_experts_bytes if resident else max(0, min(ram_bytes - fixed - io_buffers, all_experts_bytes))
         return Plan(
@@ -273,6 +280,8 @@ def make_plan(
             chunk=chunk,
             trunk_bytes=trunk_bytes,
             kv_cache_bytes=kv_cache,
+            state_bytes=states,
+            state_saves_bytes=kv_cache * recurrent // max(config.layer_count - recurrent, 1),
             scratch_bytes=scratch,
             io_buffers_bytes=io_buffers,
             interpreter_bytes=interpreter_bytes,
@@ -323,7 +332,7 @@ def with_cap(plan: Plan, config: ModelConfig, ram_bytes: int, interpreter_bytes:
     interpreter_bytes: what Python and the rest of the process have allocated so far, and may still allocate.
     """
     read_bytes = _read_bytes(plan.slot_bytes, mapped=device == "cpu")
-    fixed = plan.trunk_bytes + plan.kv_cache_bytes + plan.scratch_bytes + interpreter_bytes
+    fixed = plan.trunk_bytes + plan.kv_cache_bytes + plan.state_bytes + plan.scratch_bytes + interpreter_bytes
     least_bytes = _least_slots(config) * plan.slot_bytes
     plan = replace(
         plan,
@@ -367,6 +376,7 @@ def refusal(plan: Plan) -> str:
     return (
         f"a cap of {plan.ram_bytes // 1_000_000:,} MB is below the floor of {math.ceil(plan.floor_bytes / 1e6):,} MB "
         f"(trunk {plan.trunk_bytes / 1e6:,.0f}, KV cache {plan.kv_cache_bytes / 1e6:,.0f}, "
-        f"interpreter {plan.interpreter_bytes / 1e6:,.0f}, scratch {plan.scratch_bytes / 1e6:,.0f} MB, the rest for "
+        + (f"states {plan.state_bytes / 1e6:,.0f}, " if plan.state_bytes else "")
+        + f"interpreter {plan.interpreter_bytes / 1e6:,.0f}, scratch {plan.scratch_bytes / 1e6:,.0f} MB, the rest for "
         f"slots); raise the cap, or lower the context ({plan.context} tokens) or the widths"
     )

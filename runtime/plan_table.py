@@ -23,6 +23,7 @@ def plan_text(plan: "Plan") -> str:
             size(plan.kv_cache_bytes),
             f"{plan.context:,} tokens of context" + (f", {plan.sequences} times" if plan.sequences > 1 else ""),
         ],
+        *_state_rows(plan),
         ["scratch", size(plan.scratch_bytes), f"prompts in chunks of {plan.chunk}"],
         ["I/O buffers", size(plan.io_buffers_bytes), ""],
         ["interpreter", size(plan.interpreter_bytes), "about: Python and the tokenizer, where there is one"],
@@ -34,6 +35,13 @@ def plan_text(plan: "Plan") -> str:
         ["resident from", size(plan.resident_bytes), "the cap from which nothing is paged"],
     ]
     return table(rows, right=(1,)) + _working_set_warning(plan)
+
+
+def _state_rows(plan: "Plan") -> list[list[str]]:
+    if not plan.state_bytes:
+        return []
+    saves = f"; in place of {size(plan.state_saves_bytes)} of KV cache" if plan.state_saves_bytes else ""
+    return [["states", size(plan.state_bytes), f"of recurrent layers, the same for any context{saves}"]]
 
 
 def _working_set_warning(plan: "Plan") -> str:

@@ -16,7 +16,6 @@ import numpy as np
 from .config import ModelConfig
 from .layers import sparsemixer
 from .layers.arrays import ACTIVATIONS, array, layer_norm, product, rms_norm, sigmoid, softmax
-from .layers.attention import attend
 
 NO_BIAS = (None, None, None)  # of gate, up and down
 
@@ -72,7 +71,7 @@ def norm(config: ModelConfig, weights, name: str, x, xp=np):
 
 
 def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
-    """The output of attention for x (sequences, tokens, dim): norm, q k v with RoPE, attention, output projection."""
+    """The output of attention for x (sequences, tokens, dim): norm, attention, output projection."""
     its = config.layers[layer].attention
 
     def trunk(name):
@@ -84,11 +83,8 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
     # attention norm
     h = norm(config, weights, f"layers.{layer}.attention_norm", x, xp)
 
-    # q k v: (sequences, tokens, heads of that kind, head_dim or v_dim)
-    q, k, v = its.qkv(trunk, times, h, config.norm_eps, xp)
-
-    # attention: a sequence at a time, so that memory holds the scores of only one
-    y = xp.stack([attend(q[i], k[i], v[i], its.softmax_scale, its.window, xp) for i in range(len(q))])
+    # attention, or what the layer has in its place
+    y = its.attended(trunk, times, h, config.norm_eps, xp)
 
     # output projection
     y = times("o", y) + trunk("o_bias") if its.output_bias else times("o", y)

@@ -205,7 +205,7 @@ class Runtime:
         with loading, self._session.turns.between():
             engine = self._open()
             ram_bytes, before = process_cap(ram, of=self), self.plan
-            own = before.trunk_bytes + before.kv_cache_bytes + before.scratch_bytes + before.experts_bytes
+            own = before.total_bytes - before.interpreter_bytes - before.io_buffers_bytes
             others = taken_bytes() - own - before.spare_bytes  # Python, and other Runtimes
             plan = with_cap(before, self.config, ram_bytes, max(before.interpreter_bytes, others), self.device)
             if plan.experts_bytes != before.experts_bytes or plan.resident != before.resident:

@@ -13,6 +13,13 @@ class Sequence:
     rule: PruneRule = OFF  # by which they were computed
     call: object | None = None  # the call that continues them
     used: int = 0  # logical time when a call last took it
+    stops: list[int] = field(default_factory=list)  # lengths at which its recurrent state is kept, in order
+
+    def until_stop(self, tokens: list[int]) -> list[int]:
+        """The first tokens, up to the next stop."""
+        while self.stops and self.stops[0] <= len(self.tokens):
+            del self.stops[0]
+        return tokens[: self.stops[0] - len(self.tokens)] if self.stops else tokens
 
     def shares(self, ids: list[int], rule: PruneRule) -> int:
         """The length of the prefix of ids that is in the KV cache, computed by the same rule.

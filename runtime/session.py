@@ -77,28 +77,42 @@ class Session:
         sequence = self.begin(call, whole, rule)
         shared = len(sequence.tokens)
         chunk, step = self.plan.chunk, 1 if rule.protect else self.plan.chunk
-        parts = [ids[at : at + chunk] for at in range(shared, len(ids), chunk)]
-        parts += [tokens[at : at + step] for at in range(max(shared - len(ids), 0), len(tokens), step)]
-        for number, part in enumerate(parts, start=1):
+        while (done := len(sequence.tokens)) < len(whole):
+            part = ids[done : done + chunk] or whole[done : done + step]
+            part = sequence.until_stop(part)
             if progress:
-                progress("prompt", len(sequence.tokens), len(whole))
-            logits = self.step(sequence, part, LAST if number == len(parts) else NOTHING, unwanted)
+                progress("prompt", done, len(whole))
+            logits = self.step(sequence, part, LAST if done + len(part) == len(whole) else NOTHING, unwanted)
         if progress:
             progress("prompt", len(whole), len(whole))
         return logits[-1], len(whole) - shared, time.perf_counter() - began
 
     def begin(self, call: object, whole: list[int], rule: PruneRule) -> Sequence:
         """Give the call a sequence that holds the longest available prefix of `whole`, without its last token."""
-        shared = [one.shares(whole[:-1], rule) for one in self.sequences.all]
+        alike = [one.shares(whole[:-1], rule) for one in self.sequences.all]
+        shared = [self.engine.restorable(count, sequence=number) for number, count in enumerate(alike)]
         sequence = self.sequences.take(call, shared)
         self.truncate(sequence, shared[sequence.number])
         other = max(self.sequences.all, key=lambda one: shared[one.number])
         if shared[other.number] >= len(sequence.tokens) + COPIED:
             self.engine.copy_positions(other.number, sequence.number, shared[other.number])
             sequence.tokens[:] = whole[: shared[other.number]]
+        sequence.stops = self._stops(whole, max(alike), len(sequence.tokens))
         self.engine.set_prune(rule.rule, list(rule.threshold), rule.price, rule.protect, sequence=sequence.number)
         sequence.rule, sequence.call = rule, call
         return sequence
+
+    def _stops(self, whole: list[int], alike: int, shared: int) -> list[int]:
+        """The lengths at which a prompt's recurrent state is kept, for a model with one.
+
+        These are where it departs from an earlier prompt, as others may too, and the end of its last turn, from which
+        the next prompt of a conversation usually goes on; or all but the last token, for the same prompt again.
+        """
+        if not self.plan.state_bytes:
+            return []
+        ends = self.runtime._end_tokens
+        turn = next((at for at in range(len(whole) - 1, 0, -1) if whole[at - 1] in ends), len(whole) - 1)
+        return sorted({stop for stop in (alike, turn) if stop >= shared + COPIED})
 
     def truncate(self, sequence: Sequence, count: int) -> None:
         """Forget all but the first tokens: so many, or as many of them as the engine can bring the sequence back to."""
@@ -140,6 +154,8 @@ class Session:
         found: list[np.ndarray | ValueError] = []
         for sequence, tokens, want in parts:
             sequence.tokens += tokens
+            if len(sequence.tokens) in sequence.stops:
+                self.engine.snapshot(sequence.number)
             count = {NOTHING: 0, LAST: 1, ALL: len(tokens)}[want]
             rows, logits = logits[:count], logits[count:]
             found.append(rows if np.isfinite(rows).all() else self._not_finite(sequence))
@@ -278,7 +294,7 @@ class Session:
                 tokens = tokens[: len(request.ids) - len(sequence.tokens)]
             elif request.rule.protect:
                 tokens = tokens[:1]  # one by one, as they were the first time
-            tokens = tokens[:room]
+            tokens = sequence.until_stop(tokens[:room])
             room -= len(tokens)
             if tokens:
                 is_last = len(sequence.tokens) + len(tokens) == len(request.whole)

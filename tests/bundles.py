@@ -143,6 +143,7 @@ def make_engine(
     config: ModelConfig | None = None,
     device: str = "cpu",
     sequences: int = 1,
+    snapshots: int = 0,
     **options,
 ):
     """An Engine with memory for `slots` of a bundle's largest records, or resident, that returns all rows of logits.
@@ -154,7 +155,7 @@ def make_engine(
     largest = max(expert.nbytes for expert in bundle.experts.values())
     layouts, records, frequency = bundle.record_table()
     sizes = engine_config(config or bundle.config, context, chunk, logits_rows=chunk, threads=threads, kv=kv)
-    sizes.sequences = sequences
+    sizes.sequences, sizes.snapshots = sequences, snapshots
     return _core.Engine(
         sizes,
         str(path / TRUNK_FILE),

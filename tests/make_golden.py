@@ -228,6 +228,67 @@ CONFIGS = {
         "moe_topk": 3,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0},
     },
+    "qwen3_next": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        "mlp_only_layers": [2],
+        "head_dim": 24,
+        "linear_key_head_dim": 24,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_value_head_dim": 16,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+    "qwen3_5_moe": {
+        "tie_word_embeddings": False,
+        "text_config": {
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "head_dim": 32,
+            "linear_conv_kernel_dim": 3,
+            "linear_key_head_dim": 16,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_value_head_dim": 40,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+        },
+    },
+    "qwen3_5_moe_text": {
+        "num_hidden_layers": 2,
+        "full_attention_interval": 2,
+        "head_dim": 16,
+        "linear_key_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 8,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": True,
+    },
     "mistral3": {
         "tie_word_embeddings": False,
         "text_config": {
@@ -315,7 +376,7 @@ def random_model(architecture: str, seed: int, **changes):
     for name, weight in model.named_parameters():
         drawn = torch.randn(weight.shape, generator=random)
         if "norm" in name and not name.endswith("bias"):
-            drawn = 1 + 0.3 * drawn
+            drawn = weight.data.mean() + 0.3 * drawn  # around what changes nothing: 1, or 0 where 1 is added
         elif "embed_tokens" in name:
             drawn *= 0.3 if config.get_text_config().tie_word_embeddings else 1.0
         else:
@@ -332,7 +393,7 @@ def model_class(config):
     import transformers
 
     task = "ForConditionalGeneration" if hasattr(config, "text_config") else "ForCausalLM"
-    return getattr(transformers, type(config).__name__.removesuffix("Config") + task)
+    return getattr(transformers, type(config).__name__.removesuffix("Config").removesuffix("Text") + task)
 
 
 def logits_of(directory: Path, token_ids: np.ndarray, kept=(), layer_top_k=(), bias=-np.inf) -> np.ndarray:

@@ -115,6 +115,28 @@ def test_several_sequences_give_the_processors_bits(mixed, golden, architecture,
         assert same_bits(got, run_engine(make_engine(path), request.ids, request.chunk))
 
 
+@pytest.mark.parametrize("graphs", [True, False])
+def test_recurrent_states_are_rewound_and_copied(mixed, golden, graphs):
+    path, ids = mixed("qwen3_next"), golden["qwen3_next"][1].astype(np.int32)
+    want, top_k = run_engine(make_engine(path), ids), Bundle.open(path).config.top_k
+    engine = make_engine(path, slots=top_k + 1, sequences=2, snapshots=2, device="cuda", graphs=graphs)
+    engine.forward(ids[:7], LAST)
+    engine.snapshot()
+    for at in range(7, 12):
+        engine.forward(ids[at : at + 1], LAST)
+    assert engine.truncate(10) == 7
+    assert same_bits(np.concatenate([engine.forward(ids[at : at + 1], ALL) for at in range(7, 14)]), want[7:14])
+    engine.copy_positions(0, 1, 14)
+    assert same_bits(engine.forward(ids[14:], ALL, sequence=1), want[14:])
+    engine.copy_positions(0, 1, 7)
+    assert same_bits(engine.forward(ids[7:], ALL, sequence=1), want[7:])
+    engine.inject("error", after=2)
+    with pytest.raises(OSError):
+        engine.forward(ids[14:], ALL)
+    engine.clear_faults()
+    assert same_bits(engine.forward(ids[14:], ALL), want[14:])
+
+
 @pytest.mark.parametrize("architecture", ["olmoe", "deepseek_v3"])
 def test_positions_are_copied_to_another_sequence(mixed, golden, architecture):
     path, ids = mixed(architecture), golden[architecture][1].astype(np.int32)

@@ -42,8 +42,10 @@ def test_a_compressed_model_predicts_what_transformers_does(mixed, golden, name)
     with Runtime(mixed(name), context=64, logits_rows=LOGITS_ROWS) as runtime:
         result = evaluate(runtime, ids, context=32, against=lambda window: want[: len(window)])
         assert result["tokens"] == 31
-        # 0.01 to 0.08 at 8 bits, of random weights; 0.10 of sparsemixer's, which jump where an expert comes near
-        assert result["kld_mean"] < (0.2 if runtime.config.router.score == "sparsemixer" else 0.1)
+        # 0.01 to 0.08 with a trunk of 6 bits, of random weights; 0.10 of sparsemixer's, which jump where an expert
+        # comes near; 0.13 to 0.2 of delta nets, whose states add up what is rounded
+        sensitive = runtime.config.router.score == "sparsemixer" or runtime.config.recurrent_layers
+        assert result["kld_mean"] < (0.3 if sensitive else 0.1)
 
 
 @pytest.mark.parametrize("hub", [True, False])
@@ -81,11 +83,11 @@ def test_a_pruned_answer_uses_fewer_experts_and_says_so(golden, tmp_path, name):
 
 
 def test_what_is_new_about_an_unknown_family_is_said():
-    raw = {"model_type": "qwen3_next", "num_experts": 8, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4}
+    raw = {"model_type": "qwen9", "num_experts": 8, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4}
     with pytest.raises(ValueError) as error:
         parse_config(raw)
     assert str(error.value) == (
-        f"config.json: architecture 'qwen3_next' is not supported; supported are {', '.join(ARCHITECTURES)}; "
+        f"config.json: architecture 'qwen9' is not supported; supported are {', '.join(ARCHITECTURES)}; "
         "new about this one: linear attention"
     )
     with pytest.raises(ValueError, match="new about this one: Mamba layers, short convolutions"):
@@ -125,6 +127,15 @@ def test_what_is_new_about_an_unknown_family_is_said():
             {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense"], "num_hidden_layers": 2},
             "mlp_layer_types is .'dense'., expected dense or sparse for every layer",
         ),
+        (
+            {"model_type": "qwen3_next", "layer_types": ["linear_attention", "mamba"]},
+            r"layer_types is \['linear_attention', 'mamba'\], expected linear_attention or full_attention for every",
+        ),
+        (
+            {"model_type": "qwen3_next", "shared_expert_intermediate_size": 32, "linear_num_value_heads": 5},
+            "linear_num_value_heads must be a multiple of linear_num_key_heads",
+        ),
+        ({"model_type": "qwen3_5_moe"}, "text_config is None, expected an object"),
         ({"model_type": "phimoe", "num_experts_per_tok": 1}, "num_experts_per_tok is 1, expected 2"),
         (
             {"model_type": "phimoe", "router_jitter_noise": "0.01"},

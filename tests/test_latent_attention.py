@@ -148,7 +148,7 @@ def test_what_came_before_in_the_cache_is_forgotten_with_truncate(random_bundle)
 def test_the_cache_holds_one_latent_and_one_turned_key_a_token_and_layer():
     config = parse_config(CONFIG)
     for context, chunk, threads, kv, each in ((96, 16, 1, "float32", 4), (2048, 512, 4, "float16", 2)):
-        kv_cache, scratch = engine_memory(config, context, chunk, threads=threads, kv=kv)
+        kv_cache, _, scratch = engine_memory(config, context, chunk, threads=threads, kv=kv)
         assert kv_cache == 3 * context * (96 + 12) * each
         # at the least what a chunk's streams, queries and attention's outputs are, and a row of scores a query at once
         streams, queries, outputs = 2 * chunk * 96, chunk * 5 * 32, chunk * 5 * 32

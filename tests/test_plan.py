@@ -121,7 +121,7 @@ def test_a_plan_never_exceeds_its_cap_and_works_from_the_floor_up(cap, context, 
     assert p.resident or p.slots >= CONFIG.top_k
     assert p.resident == (p.ram_bytes >= p.resident_bytes)
     assert max(min(rows, context), min(16, context)) <= p.chunk <= context
-    kv_cache, scratch = _core.engine_memory(engine_config(CONFIG, context, p.chunk, min(rows, context), threads))
+    kv_cache, _, scratch = _core.engine_memory(engine_config(CONFIG, context, p.chunk, min(rows, context), threads))
     assert (p.kv_cache_bytes, p.scratch_bytes) == (kv_cache, scratch)
     assert p.resident or p.total_bytes == min(p.ram_bytes, p.total_bytes - p.experts_bytes + RECORDS * SLOT)
     assert p.experts_bytes // SLOT == (RECORDS if p.resident else p.slots)
@@ -172,13 +172,13 @@ def test_only_experts_that_are_there_count():
 
     # the floor: what is needed anyway, the readers' stacks, and a slot for each of layer 1's three
     p = make_plan(config, ram_bytes=1, refuse=False, all_experts_bytes=29 * SLOT, **options)
-    kv_cache, scratch = _core.engine_memory(engine_config(config, 512, 16))
+    kv_cache, _, scratch = _core.engine_memory(engine_config(config, 512, 16))
     assert p.floor_bytes == 2_000_000 + kv_cache + scratch + p.interpreter_bytes + 4 * 65_536 + 3 * SLOT
     assert make_plan(config, ram_bytes=p.floor_bytes, all_experts_bytes=29 * SLOT, **options).slots == 3
     with pytest.raises(MemoryError):
         make_plan(config, ram_bytes=p.floor_bytes - 1, all_experts_bytes=29 * SLOT, **options)
     whole = engine_config(CONFIG, 512, 16)
-    assert (kv_cache, scratch) < _core.engine_memory(whole)  # fewer pairs of token and expert at once
+    assert (kv_cache, 0, scratch) < _core.engine_memory(whole)  # fewer pairs of token and expert at once
 
 
 @pytest.mark.parametrize(

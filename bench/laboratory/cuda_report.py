@@ -177,7 +177,11 @@ def _memory(bundle: str) -> dict:
     return {
         "in_place": in_place,
         "driver_bytes": before - begun,  # of system memory, taken at the first use of the GPU
-        "planned_bytes": plan.trunk_bytes + plan.kv_cache_bytes + plan.scratch_bytes + plan.experts_bytes,
+        "planned_bytes": plan.trunk_bytes
+        + plan.kv_cache_bytes
+        + plan.state_bytes
+        + plan.scratch_bytes
+        + plan.experts_bytes,
         "gpu_bytes": taken,  # decrease of its free memory
         "uncounted_bytes": stats["uncounted_bytes"],
         "peak_memory_bytes": stats["peak_memory_bytes"],

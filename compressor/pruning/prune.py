@@ -169,7 +169,7 @@ def _settings(config, weights, found: dict, rules, wanted, apart: np.ndarray, se
             kept_by = reference.kept_by_ratio if rule == "odp" else reference.kept_by_share
             cuts, thresholds = prune_curves.thresholds(found, kept_by, wanted)
         its[rule] = {"cuts": cuts, "thresholds": thresholds}
-        if rule == "odp" and not config.latent:  # received attention is known only if each token has its own keys
+        if rule == "odp" and config.tells_received:
             its[rule]["protect"] = prune_curves.PROTECTED
     names = {f"layers.{layer}.{rule}": router for (layer, rule), router in routers.items() if rule in rules}
     return {"rules": its}, names

@@ -6,6 +6,7 @@ The search for scales is compiled (src/quantise.cpp); this module calls it, and 
 import numpy as np
 
 from ... import _core
+from ...runtime.config import stays_float
 from ..writing.writer import Packing, Quantised
 
 MOST = 1e37  # the largest weight that can be packed
@@ -68,13 +69,13 @@ def largest_group(most: int, *cols: int) -> int | None:
 
 
 def trunk_packing(shapes: dict[str, tuple[int, ...]], width: int, group: int) -> dict[str, Packing]:
-    """The packing of each trunk tensor: norms, biases and routers in float32, matrices at `width`.
+    """The packing of each trunk tensor: float32 for those that stays_float() names, other matrices at `width`.
 
     A matrix whose rows are no multiple of 32 inputs cannot be grouped and stays bfloat16.
     """
     packing = {}
     for name, shape in shapes.items():
-        if len(shape) == 1 or name.endswith("router"):
+        if stays_float(name, shape):
             packing[name] = Packing((32,), 0)
             continue
         fitting = largest_group(group, shape[1])

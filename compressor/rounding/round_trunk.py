@@ -15,8 +15,6 @@ import numpy as np
 
 from ...runtime import reference
 from ...runtime.config import ModelConfig, trunk_shapes
-from ...runtime.layers.attention import Attention
-from ...runtime.layers.latent import LatentAttention
 from ..passes.forward import Held
 from ..passes.streams import BLOCK_ROWS, Stream
 from ..writing.writer import Quantised
@@ -98,7 +96,7 @@ class TrunkFit:
             return reference.attention_block(self.config, weights, self.layer, sequences)
 
         streams = (x, source_x, source_a)
-        *first, (last,) = attention_stages(self.config.layers[self.layer].attention)
+        *first, (last,) = self.config.layers[self.layer].attention.stages()
         for names in first:
             self._follow(self._named(names), part, streams)
         self._reach(self._name(last), part, streams)
@@ -178,14 +176,6 @@ class TrunkFit:
 
     def _named(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(self._name, names))
-
-
-def attention_stages(attention: Attention | LatentAttention) -> list[tuple[str, ...]]:
-    """The matrices of attention in the order of use, those with the same input together."""
-    if not isinstance(attention, LatentAttention):
-        return [("q", "k", "v"), ("o",)]
-    queries = [("q_a",), ("q_b",)] if attention.q_rank else [("q",)]
-    return [*queries, ("kv_a",), ("kv_b",), ("o",)]
 
 
 def fitted_rows(config: ModelConfig, rows: int, tokens: int) -> np.ndarray:

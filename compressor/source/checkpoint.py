@@ -140,10 +140,14 @@ class Checkpoint:
     def trunk(self, name: str) -> np.ndarray:
         """Read one tensor as float32. Raises ValueError for NaN or Inf, OSError if the file was truncated meanwhile."""
         source, tensor = self._find(name)
-        values = read(tensor, source.first_row, source.stored_shape, name)
+        if source.pieces:
+            parts = (read(tensor, first, (count, *source.shape[1:]), name) for first, count in source.pieces)
+            values = np.concatenate(list(parts))
+        else:
+            values = read(tensor, source.first_row, source.stored_shape, name)
         if source.transposed:
-            return np.ascontiguousarray(values[:, source.first_column :][:, : source.shape[0]].T)
-        return values
+            values = np.ascontiguousarray(values[:, source.first_column :][:, : source.shape[0]].T)
+        return source.convert(values) if source.convert else values
 
     def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises like trunk()."""

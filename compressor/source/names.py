@@ -1,10 +1,12 @@
 """Mapping each canonical tensor to the checkpoint's tensor that contains it, by the naming of the model's family."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ...runtime.config import ModelConfig, trunk_shapes
-from ...runtime.models.family import NAMES, Family, Layout
+import numpy as np
+
+from ...runtime.config import ModelConfig, trunk_shapes, without_layer
+from ...runtime.models.family import NAMES, Family, Layout, Packed, Rows
 from ...runtime.tensorfile import Stored
 
 
@@ -20,6 +22,8 @@ class Source:
     first_row: int = 0  # in the checkpoint's tensor, with the rows of all experts numbered consecutively
     first_column: int = 0  # in the part that is read, if it is transposed
     transposed: bool = False
+    pieces: Rows = ()  # the runs of rows that it consists of, if it is not one
+    convert: Callable[[np.ndarray], np.ndarray] | None = None  # what is stored -> what is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,8 @@ class Names:
     head: str
     layout: Layout
     of_layer: Mapping[str, str]  # by canonical name within a layer
-    stored_as: Mapping[str, tuple[int, ...]]
+    family: Family
+    packed: tuple[Packed, ...]  # of the family's, those that the checkpoint has
 
     @classmethod
     def of(cls, config: ModelConfig, family: Family, stored: Mapping[str, Stored]) -> "Names":
@@ -43,7 +48,17 @@ class Names:
         lists = [f"{prefix}{name}." for name in family.layers]
         layers = next((name for name in lists if name + norm in stored), lists[0])
         layout = _layout(config, family.layouts, f"{layers}{config.moe_layers[0]}.", stored)
-        return cls(prefix, layers, head, layout, {**NAMES, **family.names, **layout.names}, family.stored_as)
+        packed = tuple(one for one in family.packed if _has(one, layers, config, stored))
+        return cls(prefix, layers, head, layout, {**NAMES, **family.names, **layout.names}, family, packed)
+
+    def packed_at(self, config: ModelConfig, layer: int) -> dict[str, tuple[str, Rows, int]]:
+        """The matrices of a layer that are stored together: the tensor's name, their rows, and all its rows."""
+        found = {}
+        for one in self.packed:
+            rows = one.rows(config.layers[layer].attention)
+            total = sum(count for runs in rows.values() for _, count in runs)
+            found |= {part: (one.name, runs, total) for part, runs in rows.items()}
+        return found
 
 
 def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
@@ -51,10 +66,22 @@ def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
     outside = {"embedding": f"{names.prefix}embed_tokens.weight", "output_norm": f"{names.prefix}norm.weight"}
     outside |= {"output_norm_bias": f"{names.prefix}norm.bias", "head": names.head}
     outside["head_bias"] = f"{names.head.removesuffix('weight')}bias"
+    packed = [names.packed_at(config, layer) for layer in range(config.layer_count)]
     for name, shape in trunk_shapes(config).items():
-        _, layer, part = name.split(".", 2) if name.startswith("layers.") else ("", "", name)
-        key = f"{names.layers}{layer}.{names.of_layer[part]}" if layer else outside[name]
-        yield Source(name, key, shape, (*names.stored_as.get(part, ()), *shape), shape)
+        layer, part = (int(name.split(".")[1]), without_layer(name)) if name.startswith("layers.") else (None, name)
+        key_shape, stored_shape, rows, convert = shape, shape, (), names.family.conversions.get(part)
+        if layer is None:
+            key = outside[name]
+        elif part in packed[layer]:
+            its, rows, total = packed[layer][part]
+            key, key_shape = f"{names.layers}{layer}.{its}", (total, *shape[1:])
+        else:
+            kind = config.layers[layer].attention.kind
+            key = f"{names.layers}{layer}.{names.of_layer.get(f'{kind}.{part}') or names.of_layer[part]}"
+        if change := names.family.stored_as.get(part):
+            key_shape = change(shape)
+            stored_shape = tuple(size for size in key_shape if size > 1)
+        yield Source(name, key, shape, key_shape, stored_shape, pieces=rows, convert=convert)
     for layer in config.moe_layers:
         for expert in range(config.experts):
             to, at = f"layers.{layer}.experts.{expert}", f"{names.layers}{layer}."
@@ -92,6 +119,13 @@ def _fused_shapes(config: ModelConfig, layout: Layout) -> tuple[tuple[int, ...],
     if layout.transposed:
         return (experts, dim, 2 * hidden), (experts, hidden, dim)
     return (experts, 2 * hidden, dim), (experts, dim, hidden)
+
+
+def _has(packed: Packed, layers: str, config: ModelConfig, stored: Mapping[str, Stored]) -> bool:
+    """Whether the first layer that could have a packed tensor has it."""
+    of = (layer for layer in range(config.layer_count) if packed.rows(config.layers[layer].attention))
+    key = f"{layers}{next(of, 0)}.{packed.name}"
+    return key in stored or f"{key}_packed" in stored
 
 
 def _layout(config: ModelConfig, layouts: tuple[Layout, ...], layer: str, stored: Mapping[str, Stored]) -> Layout:

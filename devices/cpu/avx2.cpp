@@ -37,6 +37,7 @@ inline Vector load_cached(const uint16_t* p) {
 #include "packed.inl"
 // and this uses both
 #include "attend.inl"
+#include "delta.inl"
 #include "tiles.inl"
 
 constexpr int kHalf = kBlock / 2;
@@ -323,6 +324,7 @@ void quantise(const float* x, int cols, const Quantised& to) {
 const Kernels kAvx2Kernels = {"avx2",         avx2::kCodecKernels, int(std::size(avx2::kCodecKernels)),
                               avx2::quantise, avx2::rms_norm,      avx2::layer_norm,
                               avx2::gate_up,  avx2::attend_scores, avx2::attend_values,
+                              avx2::l2_norm,  avx2::convolve,      avx2::delta_rule,
                               avx2::widen,    avx2::add_scaled,    avx2::softmax};
 
 }  // namespace edge_moe

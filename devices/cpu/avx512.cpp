@@ -44,6 +44,7 @@ inline Vector load_cached(const uint16_t* p) {
 #include "packed.inl"
 // and this uses both
 #include "attend.inl"
+#include "delta.inl"
 #include "tiles.inl"
 
 // ---- codes -> bytes ----
@@ -386,6 +387,7 @@ void quantise(const float* x, int cols, const Quantised& to) {
 const Kernels kAvx512Kernels = {"avx512",         avx512::kCodecKernels, int(std::size(avx512::kCodecKernels)),
                                 avx512::quantise, avx512::rms_norm,      avx512::layer_norm,
                                 avx512::gate_up,  avx512::attend_scores, avx512::attend_values,
+                                avx512::l2_norm,  avx512::convolve,      avx512::delta_rule,
                                 avx512::widen,    avx512::add_scaled,    avx512::softmax};
 
 }  // namespace edge_moe

@@ -20,6 +20,7 @@ namespace neon {
 const Kernels kNeonKernels = {"neon",         neon::kCodecKernels, int(std::size(neon::kCodecKernels)),
                               neon::quantise, neon::rms_norm,      neon::layer_norm,
                               neon::gate_up,  neon::attend_scores, neon::attend_values,
+                              neon::l2_norm,  neon::convolve,      neon::delta_rule,
                               neon::widen,    neon::add_scaled,    neon::softmax};
 
 }  // namespace edge_moe

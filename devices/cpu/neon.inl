@@ -24,6 +24,7 @@ inline Vector load_cached(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_
 #include "packed.inl"
 // and this uses both
 #include "attend.inl"
+#include "delta.inl"
 
 // ---- codes -> bytes ----
 

@@ -145,6 +145,8 @@ void attend_values(const float* weights, size_t weights_stride, int queries, con
     }
 }
 
+void delta_rule(const DeltaHead& head, const float* from, float* to) { delta_from(head, from, to, 0); }
+
 void widen(const uint16_t* halves, float* y, int n) {
   for (int i = 0; i < n; ++i) y[i] = half_to_float(halves[i]);
 }
@@ -168,6 +170,7 @@ constexpr CodecKernels kCodecKernels[] = {
 const Kernels kScalarKernels = {"scalar",         scalar::kCodecKernels, int(std::size(scalar::kCodecKernels)),
                                 scalar::quantise, scalar::rms_norm,      scalar::layer_norm,
                                 scalar::gate_up,  scalar::attend_scores, scalar::attend_values,
+                                scalar::l2_norm,  scalar::convolve,      scalar::delta_rule,
                                 scalar::widen,    scalar::add_scaled,    scalar::softmax};
 
 }  // namespace edge_moe

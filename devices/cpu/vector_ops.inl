@@ -54,12 +54,22 @@ inline void add_last_products(Lanes& lanes, const float* x, const float* y, int 
   add_products(lanes, padded[0], padded[1]);
 }
 
-void rms_norm(const float* x, const float* weight, float eps, float* y, int n) {
+// The sum of the squares of x.
+inline float squares_of(const float* x, int n) {
   Lanes lanes = {};
   const int whole = n / kLanes * kLanes;
   for (int i = 0; i < whole; i += kLanes) add_products(lanes, x + i, x + i);
   if (whole < n) add_last_products(lanes, x + whole, x + whole, n - whole);
-  float inverse = 1.0f / std::sqrt(fold(lanes) / float(n) + eps);
+  return fold(lanes);
+}
+
+void l2_norm(const float* x, float eps, float scale, float* y, int n) {
+  const float factor = scale / std::sqrt(squares_of(x, n) + eps);
+  for (int i = 0; i < n; ++i) y[i] = x[i] * factor;
+}
+
+void rms_norm(const float* x, const float* weight, float eps, float* y, int n) {
+  const float inverse = 1.0f / std::sqrt(squares_of(x, n) / float(n) + eps);
   for (int i = 0; i < n; ++i) y[i] = x[i] * inverse * weight[i];
 }
 
@@ -85,10 +95,55 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 }
 
 void gate_up(float* gate, const float* up, int n, int activation) {
-  if (activation == 0)
-    for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], 0);
+  if (activation == kSilu)
+    for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], kSilu);
+  else if (activation == kSigmoid)
+    for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], kSigmoid);
   else
-    for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], 1);
+    for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], kGelu);
+}
+
+void convolve(const Convolution& c, float* x, int tokens, int begin, int end) {
+  const int past = c.kernel - 1;
+  const auto input = [&](int t) { return t < 0 ? c.past + size_t(t + past) * c.channels : x + t * c.stride; };
+  // The inputs that the next tokens need, before they are overwritten.
+  for (int t = tokens - past; t < tokens; ++t) {
+    float* to = c.next + size_t(t - tokens + past) * c.channels;
+    if (t < 0 && !c.past)
+      std::memset(to + begin, 0, size_t(end - begin) * sizeof(float));
+    else
+      std::memcpy(to + begin, input(t) + begin, size_t(end - begin) * sizeof(float));
+  }
+  for (int t = tokens - 1; t >= 0; --t) {  // backwards: a token's input is needed by later tokens
+    float* y = x + t * c.stride;
+    const float* own = c.weights + size_t(past) * c.channels;
+    for (int i = begin; i < end; ++i) y[i] = own[i] * y[i];
+    for (int at = 1; at <= past && (c.past || t >= at); ++at) {
+      const float *from = input(t - at), *weights = c.weights + size_t(past - at) * c.channels;
+      for (int i = begin; i < end; ++i) y[i] = std::fma(weights[i], from[i], y[i]);
+    }
+    for (int i = begin; i < end; ++i) y[i] = gated(y[i], 1.0f, kSilu);
+  }
+}
+
+// delta_rule() for columns from `first` on, one by one.
+inline void delta_from(const DeltaHead& h, const float* from, float* to, int first) {
+  for (int t = 0; t < h.tokens; ++t, from = to) {
+    const float *q = h.q + t * h.stride, *k = h.k + t * h.stride, *v = h.v + t * h.stride;
+    const float decay = h.decay[t * h.gate_stride], write = h.write[t * h.gate_stride];
+    for (int j = first; j < h.v_dim; ++j) {
+      const auto before = [&](int i) { return from ? from[size_t(i) * h.v_dim + j] * decay : 0.0f; };
+      float known = 0.0f, out = 0.0f;
+      for (int i = 0; i < h.head_dim; ++i) known = std::fma(before(i), k[i], known);
+      const float change = (v[j] - known) * write;
+      for (int i = 0; i < h.head_dim; ++i) {
+        const float s = std::fma(k[i], change, before(i));
+        to[size_t(i) * h.v_dim + j] = s;
+        out = std::fma(s, q[i], out);
+      }
+      h.out[t * h.out_stride + j] = out;
+    }
+  }
 }
 
 // Replaces x[i] by exp(x[i] - max), and returns their sum.

@@ -20,6 +20,11 @@ struct VectorBuffer {
 
   EDGE_MOE_BOTH size_t blocks() const { return size_t(cols + kBlock - 1) / kBlock; }
 
+  VectorBuffer of_length(int cols) const {  // the same memory for vectors of this length, at most the one now
+    VectorBuffer buffer = *this;
+    buffer.cols = cols;
+    return buffer;
+  }
   VectorBuffer from(size_t vector) const {  // the vectors from this one on
     const size_t at = vector * blocks();
     return {

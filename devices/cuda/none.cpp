@@ -1,4 +1,5 @@
 // The functions of device.h and every launch in a build without CUDA: open() throws, and no other is ever called.
+#include "delta.h"
 #include "latent.h"
 #include "prefill.h"
 
@@ -64,6 +65,15 @@ void store_latents(float*, float*, const float*, const float*, const float*, con
 }
 void attend_latents(const float*, const Matrix&, const LatentHeads&, const LatentCache&, const Span&, float*, float*,
                     float*, Stream) {
+  refuse();
+}
+
+void convolve(float*, const float*, const DeltaNet&, const StateBuffers&, const Span&, Stream) { refuse(); }
+void delta_inputs(float*, float*, float*, const float*, const float*, const DeltaNet&, const Span&, Stream) {
+  refuse();
+}
+void delta_rule(const float*, const float*, const float*, const DeltaNet&, const StateBuffers&, const Span&, float*,
+                Stream) {
   refuse();
 }
 

@@ -25,6 +25,11 @@ def rms_norm(x, weight, eps: float, xp=np):
     return y
 
 
+def l2_norm(x, eps: float, xp=np):
+    """Scale the last axis to a sum of squares of one."""
+    return x / xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True) + eps)
+
+
 def layer_norm(x, weight, bias, eps: float, xp=np):
     """Shift the last axis to a mean of zero, scale it to a variance of one, then by weight, and add bias."""
     y = x - xp.mean(x, axis=-1, keepdims=True)
@@ -46,6 +51,11 @@ def sigmoid(x, xp=np):
     np.exp(y, out=y)  # in place: takes a sixteenth of the time of new arrays and a choice between two forms
     y += 1
     return np.reciprocal(y, out=y)
+
+
+def softplus(x, xp=np):
+    """log(1 + exp(x))."""
+    return xp.logaddexp(x, array(np.float32(0), xp))
 
 
 def silu(x, xp=np):

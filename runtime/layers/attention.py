@@ -1,11 +1,11 @@
 """Grouped-query attention: each KV head has its own keys and values, and those of all tokens are cached."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .arrays import array, rms_norm, softmax
+from .arrays import array, rms_norm, sigmoid, softmax
 from .rope import Rope, rotate
 
 
@@ -24,6 +24,9 @@ class Attention:
     clip: float = 0.0  # q, k and v are clipped to +-this after the norm; 0 is off
     window: int = 0  # keys a query can see, itself included; 0 is all
     scale: float = 0.0  # factor of the products of queries and keys; 0 is head_dim ** -0.5
+    output_gate: bool = False  # the input of the output projection is multiplied by a sigmoid gate
+
+    kind = "attention"
 
     @property
     def softmax_scale(self) -> float:
@@ -35,16 +38,35 @@ class Attention:
         """Size of a head's value."""
         return self.head_dim
 
+    def planned(self, context: int) -> "Attention":
+        """The same in a run planned for `context` tokens."""
+        return replace(self, rope=self.rope.planned(context))
+
     def shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
         """The tensors of this attention by canonical name, for a residual stream of `dim`, in the order of use."""
         q_rows, kv_rows, full = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.qk_norm == "full"
         parts: dict[str, tuple[int, ...]] = {"q": (q_rows, dim), "k": (kv_rows, dim), "v": (kv_rows, dim)}
+        if self.output_gate:
+            parts |= {"o_gate": (q_rows, dim)}
         if self.bias:
             parts |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
         if self.qk_norm != "none":
             parts |= {"q_norm": (q_rows if full else self.head_dim,), "k_norm": (kv_rows if full else self.head_dim,)}
         parts |= {"o": (dim, q_rows)}
         return parts | ({"o_bias": (dim,)} if self.output_bias else {})
+
+    def stages(self) -> list[tuple[str, ...]]:
+        """The matrices that may be rounded in the order of use, those with the same input together."""
+        return [("q", "k", "v", *(("o_gate",) if self.output_gate else ())), ("o",)]
+
+    def pass_values(self, rows: int, tokens: int) -> int:
+        """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""
+        return rows * 8 * self.heads * self.head_dim + 3 * self.heads * tokens * tokens
+
+    def attended(self, trunk, times, h, eps: float, xp=np):
+        """Compute the input of the output projection, (sequences, tokens, heads * value_dim); see qkv()."""
+        y = attend_all(*self.qkv(trunk, times, h, eps, xp), self.softmax_scale, self.window, xp)
+        return y * sigmoid(times("o_gate", h), xp) if self.output_gate else y
 
     def qkv(self, trunk, times, h, eps: float, xp=np):
         """Compute queries, keys and values of h (sequences, tokens, dim), and rotate queries and keys by position.
@@ -73,6 +95,11 @@ class Attention:
         """Rotate the first rope.dim dimensions of x (sequences, tokens, heads, head_dim)."""
         turned = rotate(x[..., : self.rope.dim], cos, sin, xp, self.rope.interleaved)
         return turned if self.rope.dim == self.head_dim else xp.concatenate([turned, x[..., self.rope.dim :]], axis=-1)
+
+
+def attend_all(q, k, v, scale: float, window: int = 0, xp=np):
+    """attend() for each sequence, one at a time, so that memory holds the scores of only one."""
+    return xp.stack([attend(q[i], k[i], v[i], scale, window, xp) for i in range(len(q))])
 
 
 def attend(q, k, v, scale: float, window: int = 0, xp=np):

@@ -1,10 +1,11 @@
 """Multi-head latent attention (MLA): keys and values come from one latent per token, which alone is cached."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .arrays import array, rms_norm
+from .attention import attend_all
 from .rope import Rope, rotate
 
 
@@ -22,7 +23,7 @@ class LatentAttention:
     query_growth: float = 0.0  # queries are multiplied by 1 + query_growth * log(1 + position // query_context)
     query_context: int = 1
 
-    window = 0  # no window: a query sees all keys before it
+    kind = "latent"
     output_bias = False
 
     @property
@@ -50,6 +51,10 @@ class LatentAttention:
         steps = np.arange(tokens) // self.query_context
         return (1 + self.query_growth * np.log1p(steps)).astype(np.float32)
 
+    def planned(self, context: int) -> "LatentAttention":
+        """The same in a run planned for `context` tokens."""
+        return replace(self, rope=self.rope.planned(context))
+
     def shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
         """The tensors of this attention by canonical name, for a residual stream of `dim`, in the order of use."""
         q_rows = self.heads * self.head_dim
@@ -62,6 +67,19 @@ class LatentAttention:
             "kv_b": (self.heads * (self.nope_dim + self.value_dim), self.kv_rank),
             "o": (dim, self.heads * self.value_dim),
         }
+
+    def stages(self) -> list[tuple[str, ...]]:
+        """The matrices that may be rounded in the order of use, those with the same input together."""
+        queries: list[tuple[str, ...]] = [("q_a",), ("q_b",)] if self.q_rank else [("q",)]
+        return [*queries, ("kv_a",), ("kv_b",), ("o",)]
+
+    def pass_values(self, rows: int, tokens: int) -> int:
+        """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""
+        return rows * 8 * self.heads * self.head_dim + 3 * self.heads * tokens * tokens
+
+    def attended(self, trunk, times, h, eps: float, xp=np):
+        """Compute what Attention.attended() returns."""
+        return attend_all(*self.qkv(trunk, times, h, eps, xp), self.softmax_scale, xp=xp)
 
     def qkv(self, trunk, times, h, eps: float, xp=np):
         """Compute what Attention.qkv() returns, with the keys and values of all heads expanded."""

@@ -54,5 +54,5 @@ FAMILY = Family(
         replace(USUAL_LAYOUTS[0], names={"router_bias": f"mlp.{BIAS}"}),
         replace(USUAL_LAYOUTS[1], names={"router_bias": f"mlp.gate.{BIAS}"}),
     ),
-    stored_as={"router_bias": (1,)},
+    stored_as={"router_bias": lambda shape: (1, *shape)},
 )

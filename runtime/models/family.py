@@ -1,11 +1,15 @@
 """A family of models: how its config.json becomes a ModelConfig, and the names of tensors in its checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..config import MAX_EXPERTS, MAX_LAYERS, Layer, ModelConfig
+import numpy as np
+
+from ..config import MAX_EXPERTS, MAX_LAYERS, Layer, Mixer, ModelConfig
 from ..config_keys import Keys
 from ..layers.attention import Attention
+from ..layers.delta_net import DeltaNet
 from ..layers.latent import LatentAttention
 from ..layers.mlp import Dense, Experts, RouterConfig
 from ..rope_config import TYPES, read_rope
@@ -27,6 +31,10 @@ NAMES = {  # names of a layer's tensors in most checkpoints, by canonical name
     **{f"shared.{part}": f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
     "shared_router": "mlp.shared_expert_gate.weight",
 }
+
+
+Shape = tuple[int, ...]
+Rows = tuple[tuple[int, int], ...]  # runs of rows of a stored tensor: the first one, and how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,14 @@ def fused(path: str = "mlp.experts", transposed: bool = False) -> Layout:
     return Layout(f"{path}.gate_up_proj", "", f"{path}.down_proj", transposed=transposed)
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One tensor of a layer that contains the rows of several of the layer's matrices."""
+
+    name: str
+    rows: Callable[[Any], Mapping[str, Rows]]  # of each matrix, by canonical name; called with the layer's attention
+
+
 USUAL_LAYOUTS = (separate("mlp.experts", "gate_proj", "up_proj", "down_proj"), fused())
 
 
@@ -71,7 +87,9 @@ class Family:
     prefixes: tuple[str, ...] = ("model.", "")  # of the tensors' names; "" for a checkpoint saved without the head
     layers: tuple[str, ...] = ("layers",)  # names of the list of layers
     heads: tuple[str, ...] = ("lm_head.weight",)  # names of the output head
-    stored_as: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # extra leading dimensions of tensors
+    packed: tuple[Packed, ...] = ()
+    stored_as: Mapping[str, Callable[[Shape], Shape]] = field(default_factory=dict)  # shapes with dimensions of 1
+    conversions: Mapping[str, Callable[[np.ndarray], np.ndarray]] = field(default_factory=dict)  # of stored values
 
 
 def model(keys: Keys, layers: tuple[Layer, ...], **values) -> ModelConfig:
@@ -97,10 +115,11 @@ def model(keys: Keys, layers: tuple[Layer, ...], **values) -> ModelConfig:
     return config
 
 
-def stack(keys: Keys, attention: Attention | LatentAttention, experts: Experts, dense: tuple[int, ...] = ()):
-    """The layers of a model with one kind of attention; the layers in `dense` have no experts."""
-    mlp = Dense(keys.count("intermediate_size")) if dense else None
-    return tuple(Layer(attention, mlp if layer in dense and mlp else experts) for layer in range(layer_count(keys)))
+def stack(keys: Keys, attention: Mixer | Sequence[Mixer], experts: Experts, dense: tuple[int, ...] = ()):
+    """The layers of a model. attention: of all layers, or of each; the layers in `dense` have no experts."""
+    mlp, count = Dense(keys.count("intermediate_size")) if dense else experts, layer_count(keys)
+    of_layers = attention if isinstance(attention, Sequence) else [attention] * count
+    return tuple(Layer(its, mlp if layer in dense else experts) for layer, its in enumerate(of_layers))
 
 
 def layer_count(keys: Keys) -> int:
@@ -214,12 +233,10 @@ def tokens(value) -> tuple[int, ...]:
 def _check(config: ModelConfig, where: str) -> None:
     if not config.moe_layers:
         raise ValueError(f"{where}: no layer has experts")
-    attention, router, experts = config.attention, config.router, config.experts
+    router, experts = config.router, config.experts
     experts_a_group = experts // router.groups
-    rope_key = "qk_rope_head_dim" if config.latent else "head_dim"
     problems = [
-        (attention.heads % attention.kv_heads, "num_attention_heads must be a multiple of num_key_value_heads"),
-        (attention.rope.dim % 2, f"{rope_key} must be even"),
+        *(problem for attention in config.attentions for problem in _attention_problems(attention)),
         (config.top_k > experts, "num_experts_per_tok is larger than the number of experts"),
         (experts % router.groups, "n_routed_experts must be a multiple of n_group"),
         (router.groups > 1 and experts_a_group < 2, "a group must have at least two experts"),
@@ -229,3 +246,14 @@ def _check(config: ModelConfig, where: str) -> None:
     for wrong, message in problems:
         if wrong:
             raise ValueError(f"{where}: {message}")
+
+
+def _attention_problems(attention: Mixer) -> list[tuple[int, str]]:
+    if isinstance(attention, DeltaNet):
+        shared = attention.heads % attention.kv_heads
+        return [(shared, "linear_num_value_heads must be a multiple of linear_num_key_heads")]
+    rope_key = "qk_rope_head_dim" if isinstance(attention, LatentAttention) else "head_dim"
+    return [
+        (attention.heads % attention.kv_heads, "num_attention_heads must be a multiple of num_key_value_heads"),
+        (attention.rope.dim % 2, f"{rope_key} must be even"),
+    ]

@@ -24,9 +24,10 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
   attention_norm(layer, tokens);
 
   // q k v
-  const bool quantised = w.q.takes_rounded() || w.k.takes_rounded() || w.v.takes_rounded();  // a bundle may mix widths
+  const bool quantised = w.q.takes_rounded() || w.k.takes_rounded() || w.v.takes_rounded() ||
+                         (w.o_gate && w.o_gate.takes_rounded());  // a bundle may mix widths
   Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, quantised);
-  matmuls({{w.q, s_.q}, {w.k, s_.k}, {w.v, s_.v}}, x);
+  matmuls({{w.q, s_.q}, {w.k, s_.k}, {w.v, s_.v}, {w.o_gate, s_.o_gate}}, x);
   auto add_bias = [&](float* vector, int n, const float* bias) {
     for (int i = 0; bias && i < n; ++i) vector[i] += bias[i];
   };
@@ -80,7 +81,11 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
            std::min(heads_a_task, shared_by - in_group), thread);
   });
   if (received) received_attention(layer, step);
-  attention_output(layer, tokens);
+  if (a.output_gate)
+    pool_.run(tokens, [&](int t, int) {
+      kernels_.gate_up(s_.o_gate + size_t(t) * q_dim, s_.attended + size_t(t) * q_dim, q_dim, kSigmoid);
+    });
+  attention_output(layer, a.output_gate ? s_.o_gate : s_.attended, tokens);
 }
 
 // Attention of some heads that share a KV head, for some tokens of a span: from q to attended.
@@ -173,10 +178,10 @@ void CpuMath::attention_norm(int layer, int tokens) {
   pool_.run(tokens, [&](int t, int) { norm(layers_[layer].attention_norm, s_.x + t * dim, s_.normed + t * dim); });
 }
 
-// Output projection and residual.
-void CpuMath::attention_output(int layer, int tokens) {
+// Output projection of `values` and residual.
+void CpuMath::attention_output(int layer, const float* values, int tokens) {
   const Matrix& o = layers_[layer].o;
-  matmul(o, prepare(s_.attended, tokens, o.cols, s_.attended_q, o.takes_rounded()), s_.normed);
+  matmul(o, prepare(values, tokens, o.cols, s_.attended_q, o.takes_rounded()), s_.normed);
   add_to_residual(s_.normed, tokens);
 }
 

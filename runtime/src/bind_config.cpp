@@ -11,6 +11,7 @@
 using namespace edge_moe;
 
 static void check_attention(const EngineConfig& c, const AttentionConfig& a) {
+  expect(a.conv_kernel >= 0 && a.heads >= 1, "heads must be at least 1, conv_kernel at least 0");
   expect(a.rope_dim <= a.head_dim && a.rope_frequency.size() * 2 == size_t(a.rope_dim),
          "rope_frequency must have one value a pair of rope_dim, which is at most head_dim");
   expect(a.kv_heads >= 1 && a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
@@ -23,6 +24,7 @@ void check_config(const EngineConfig& c) {
   const size_t layers = c.layers;
   expect(c.threads >= 1, "threads must be at least 1");
   expect(c.sequences >= 1, "sequences must be at least 1");
+  expect(c.snapshots >= 0, "snapshots must be at least 0");
   expect(c.experts.size() == layers && c.top_k.size() == layers, "experts and top_k must have one value a layer");
   for (size_t i = 0; i < layers; ++i)
     expect(c.top_k[i] <= c.experts[i] && c.top_k[i] >= (c.experts[i] > 0), "top_k must be 1 to a layer's experts");
@@ -60,7 +62,9 @@ void bind_config(nb::module_& m) {
       .def_rw("q_rank", &AttentionConfig::q_rank)
       .def_rw("latent_norm_eps", &AttentionConfig::latent_norm_eps)
       .def_rw("query_scales", &AttentionConfig::query_scales)
-      .def_rw("query_context", &AttentionConfig::query_context);
+      .def_rw("query_context", &AttentionConfig::query_context)
+      .def_rw("output_gate", &AttentionConfig::output_gate)
+      .def_rw("conv_kernel", &AttentionConfig::conv_kernel);
 
   nb::enum_<RouterScore>(m, "RouterScore", "How router logits become routing weights; see router.h.")
       .value("softmax", RouterScore::kSoftmax)
@@ -95,6 +99,7 @@ void bind_config(nb::module_& m) {
       .def_rw("top_groups", &EngineConfig::top_groups)
       .def_rw("expert_groups", &EngineConfig::expert_groups)
       .def_rw("sequences", &EngineConfig::sequences)
+      .def_rw("snapshots", &EngineConfig::snapshots)
       .def_rw("context", &EngineConfig::context)
       .def_rw("half_cache", &EngineConfig::half_cache)
       .def_rw("chunk", &EngineConfig::chunk)
@@ -107,8 +112,8 @@ void bind_config(nb::module_& m) {
       [](const EngineConfig& config, const std::string& device) {
         check_config(config);
         EngineMemory memory = engine_memory(config, device == "cuda");
-        return std::make_tuple(memory.kv_cache, memory.scratch);
+        return std::make_tuple(memory.kv_cache, memory.states, memory.scratch);
       },
       nb::arg("config"), nb::arg("device") = "cpu",
-      "Bytes that an Engine of this configuration allocates: (kv_cache, scratch).");
+      "Bytes that an Engine of this configuration allocates: (kv_cache, states, scratch).");
 }

@@ -287,6 +287,23 @@ void bind_engine(nb::module_& m) {
           "Truncate a sequence to its first `positions` positions, or to fewer if its state can only be restored to\n"
           "fewer. Returns how many are left.")
       .def(
+          "restorable",
+          [](const BoundEngine& self, int positions, int sequence) {
+            check_sequence(*self, sequence);
+            return self->restorable(sequence, positions);
+          },
+          nb::arg("positions"), nb::arg("sequence") = 0,
+          "How many of the first `positions` positions truncate() would leave.")
+      .def(
+          "snapshot",
+          [](BoundEngine& self, int sequence) {
+            check_sequence(*self, sequence);
+            self->snapshot(sequence);
+          },
+          nb::arg("sequence") = 0,
+          "Keep the recurrent state of a sequence at its position, so that it can be truncated to it, or copied from\n"
+          "there. The least recently used snapshots make room for new ones.")
+      .def(
           "copy_positions",
           [](BoundEngine& self, int from, int to, int positions) {
             check_sequence(*self, from), check_sequence(*self, to);
@@ -295,7 +312,9 @@ void bind_engine(nb::module_& m) {
             engine.copy_positions(from, to, positions);
           },
           nb::arg("from_"), nb::arg("to"), nb::arg("positions"),
-          "Copy the first positions of a sequence to another one, which then has only these.")
+          "Copy the first positions of a sequence, which restorable() has returned, to another one, which then has "
+          "only\n"
+          "these.")
       .def(
           "sequence_counters",
           [](const BoundEngine& self, int sequence) {

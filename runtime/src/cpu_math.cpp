@@ -34,7 +34,8 @@ std::unique_ptr<Device> cpu_device(const Kernels& kernels) { return std::make_un
 
 EngineMemory cpu_memory(const EngineConfig& c) {
   Scratch unused;
-  return {c.sequences * c.kv_cache_bytes(), carve_scratch(c, unused, nullptr)};
+  return {c.sequences * c.kv_cache_bytes(), c.state_buffers() * c.state_offsets().back(),
+          carve_scratch(c, unused, nullptr)};
 }
 
 CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& kernels, ThreadPool& pool)
@@ -42,11 +43,13 @@ CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& 
       kernels_(kernels),
       pool_(pool),
       ends_(end_weights(config, trunk)),
-      kv_offsets_(config.kv_offsets()) {
+      kv_offsets_(config.kv_offsets()),
+      state_offsets_(config.state_offsets()) {
   const EngineConfig& c = config_;
   for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(c, trunk, layer));
   const EngineMemory memory = cpu_memory(c);
   kv_arena_ = Arena(memory.kv_cache);
+  state_arena_ = Arena(memory.states);
   scratch_arena_ = Arena(memory.scratch);
   carve_scratch(c, s_, scratch_arena_.data());
   for (size_t kind = 0; kind < c.attentions.size(); ++kind)
@@ -69,6 +72,8 @@ void CpuMath::begin(const Step&, std::span<const int32_t> ids) {
 void CpuMath::any_attention(int layer, const Step& step, bool received) {
   if (config_.attention(layer).kv_rank)
     latent_attention(layer, step);
+  else if (config_.attention(layer).conv_kernel)
+    delta_net(layer, step);
   else
     attention(layer, step, received);
 }

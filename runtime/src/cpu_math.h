@@ -28,6 +28,7 @@ class CpuMath : public LayerMath {
   void ahead_logits(int next_layer, const Routing& r) override;
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
   void copy_positions(int from, int to, int positions) override;
+  void copy_state(int from, int to) override;
   std::span<float> logits(std::span<const int32_t> tokens) override;
   int take_kv_overflow() override { return kv_overflow_.exchange(-1); }
   void finish() override {}
@@ -40,16 +41,19 @@ class CpuMath : public LayerMath {
     int begin, end;        // rows of the matrix, or pairs of the job
   };
 
-  // attention.cpp, latent_attention.cpp
+  // attention.cpp, latent_attention.cpp, delta_net.cpp
   void any_attention(int layer, const Step& step, bool received);
   void attention(int layer, const Step& step, bool received);
   void attend(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads, int thread);
   void latent_attention(int layer, const Step& step);
   void attend_latent(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
                      int thread);
+  void delta_net(int layer, const Step& step);
+  void delta_heads(int layer, const TokenSpan& span, int kv_head);
+  float* state(int buffer, int layer) const;
   void note_overflow(int sequence, const float* values, size_t count);  // of what goes into a KV cache of halves
   void attention_norm(int layer, int tokens);
-  void attention_output(int layer, int tokens);
+  void attention_output(int layer, const float* values, int tokens);
   void received_attention(int layer, const Step& step);
   KeyValues cached(int sequence, int layer, int head) const;
   template <typename T>
@@ -90,9 +94,11 @@ class CpuMath : public LayerMath {
   ThreadPool& pool_;
   EndWeights ends_;
   std::vector<LayerWeights> layers_;
-  const std::vector<size_t> kv_offsets_;  // of each layer in a sequence's part of the arena, and its end
-  Arena kv_arena_, scratch_arena_;        // by sequence and layer: keys and then values of each KV head, as KeyValues;
-                                          // or latents (context, cached)
+  const std::vector<size_t> kv_offsets_;     // of each layer in a sequence's part of the arena, and its end
+  const std::vector<size_t> state_offsets_;  // of each layer in a state buffer, and its end
+  Arena state_arena_;                        // by buffer and layer; see EngineConfig::state_offsets
+  Arena kv_arena_, scratch_arena_;  // by sequence and layer: keys and then values of each KV head, as KeyValues;
+                                    // or latents (context, cached)
   std::vector<Arena> shared_;
   Scratch s_;
   std::vector<Task> tasks_;

@@ -9,8 +9,8 @@ namespace edge_moe {
 void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
-  const LayerWeights& w = layers_[layer];
-  norm(w.attention_norm, s_.x, step.tokens, s_.normed, s_.normed_q);
+  norm(layers_[layer].attention_norm, s_.x, step.tokens, s_.normed, s_.normed_q);
+  if (a.conv_kernel) return delta_net(layer, step);
   if (a.kv_rank)
     latent_project(layer, step.tokens);
   else
@@ -32,17 +32,54 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
         cuda::add_received(s_.scores, heads(layer), c.key_positions(), span, s_.received, size_t(c.chunk), stream_);
     }
   }
-  if (w.o.takes_rounded()) cuda::quantise(s_.attended, step.tokens, s_.attended_q, stream_);
-  multiply(w.o, step.tokens, s_.normed, s_.attended, s_.attended_q);
-  cuda::add_gated(s_.x, s_.normed, nullptr, c.residual_scale, step.tokens, c.dim, stream_);
+  attention_output(layer, step.tokens);
+}
+
+// The gate of what is attended, if there is one, output projection and residual.
+void CudaMath::attention_output(int layer, int tokens) {
+  const EngineConfig& c = config_;
+  const LayerWeights& w = layers_[layer];
+  const cuda::VectorBuffer quantised = s_.attended_q.of_length(w.o.cols);
+  if (w.o_gate) {
+    const cuda::Rows rows = {0, tokens};
+    const int activation = c.attention(layer).conv_kernel ? kSilu : kSigmoid;
+    cuda::activate(&rows, 1, s_.o_gate, s_.attended, w.o.cols, activation,
+                   w.o.takes_rounded() ? quantised : cuda::VectorBuffer{}, stream_);
+  } else if (w.o.takes_rounded()) {
+    cuda::quantise(s_.attended, tokens, quantised, stream_);
+  }
+  multiply(w.o, tokens, s_.normed, w.o_gate ? s_.o_gate : s_.attended, quantised);
+  cuda::add_gated(s_.x, s_.normed, nullptr, c.residual_scale, tokens, c.dim, stream_);
+}
+
+// x += a gated delta net of the normed x; see delta_net.cpp.
+void CudaMath::delta_net(int layer, const Step& step) {
+  const AttentionConfig& a = config_.attention(layer);
+  const LayerWeights& w = layers_[layer];
+  const cuda::DeltaNet net = {a.heads, a.kv_heads, a.head_dim, a.v_dim, a.conv_kernel};
+  const cuda::ProductJob jobs[] = {cuda::whole(w.qkv, step.tokens, s_.q), cuda::whole(w.o_gate, step.tokens, s_.o_gate),
+                                   cuda::whole(w.write, step.tokens, s_.write),
+                                   cuda::whole(w.decay, step.tokens, s_.decay)};
+  multiply(jobs, s_.normed, s_.normed_q);
+  for (size_t i = 0; i < step.spans.size(); ++i) {
+    const TokenSpan& its = step.spans[i];
+    const cuda::Span span = {s_.positions + i, its.first, its.count, 0};
+    const cuda::StateBuffers states = {reinterpret_cast<float*>(states_.data() + state_offsets_[layer]),
+                                       state_offsets_.back() / sizeof(float), s_.states + 2 * i};
+    cuda::convolve(s_.q, w.conv, net, states, span, stream_);
+    cuda::delta_inputs(s_.q, s_.write, s_.decay, w.decay_bias, w.decay_rate, net, span, stream_);
+    cuda::delta_rule(s_.q, s_.write, s_.decay, net, states, span, s_.attended, stream_);
+  }
+  cuda::rms_norm(s_.attended, w.o_norm, config_.norm_eps, step.tokens * a.heads, a.v_dim, s_.attended, {}, stream_);
+  attention_output(layer, step.tokens);
 }
 
 // q k v
 void CudaMath::project(int layer, int tokens) {
   const LayerWeights& w = layers_[layer];
   const cuda::ProductJob jobs[] = {cuda::whole(w.q, tokens, s_.q), cuda::whole(w.k, tokens, s_.k),
-                                   cuda::whole(w.v, tokens, s_.v)};
-  multiply(jobs, s_.normed, s_.normed_q);
+                                   cuda::whole(w.v, tokens, s_.v), cuda::whole(w.o_gate, tokens, s_.o_gate)};
+  multiply({jobs, size_t(w.o_gate ? 4 : 3)}, s_.normed, s_.normed_q);
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
   if (!a.qk_norm_full) return;
@@ -135,6 +172,12 @@ void CudaMath::copy_positions(int from, int to, int positions) {
     for (size_t at = 0; at < c.kv_layer_bytes(layer); at += row)
       cuda::copy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, bytes, stream_);
   }
+  cuda::wait(stream_);
+}
+
+void CudaMath::copy_state(int from, int to) {
+  const size_t bytes = state_offsets_.back();
+  cuda::copy(states_.data() + to * bytes, states_.data() + from * bytes, bytes, stream_);
   cuda::wait(stream_);
 }
 

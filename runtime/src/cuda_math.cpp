@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kFewTokens = 2;        // upper bound of tokens that are multiplied one by one
 constexpr int kLongestNorm = 12288;  // maximum of values that the norm's kernel keeps in 48 KiB
+constexpr int kLongestKey = 352;     // maximum of a delta net's head_dim: 32 columns of its state in 48 KiB
 constexpr int kFirstPositions = 256;
 
 class CudaDevice : public Device {
@@ -39,11 +40,6 @@ class CudaDevice : public Device {
 
 bool packed(const ExpertWeights& w) { return w.gate.takes_rounded() && w.up.takes_rounded() && w.down.takes_rounded(); }
 
-cuda::VectorBuffer of_length(cuda::VectorBuffer buffer, int cols) {
-  buffer.cols = cols;
-  return buffer;
-}
-
 }  // namespace
 
 std::unique_ptr<Device> cuda_device(const Kernels& host, bool graphs) {
@@ -53,7 +49,8 @@ std::unique_ptr<Device> cuda_device(const Kernels& host, bool graphs) {
 EngineMemory cuda_memory(const EngineConfig& c) {
   CudaScratch scratch;
   CudaShared shared;
-  return {c.sequences * c.kv_cache_bytes(), carve_cuda(c, scratch, nullptr) + carve_cuda(c, shared, nullptr)};
+  return {c.sequences * c.kv_cache_bytes(), c.state_buffers() * c.state_offsets().back(),
+          carve_cuda(c, scratch, nullptr) + carve_cuda(c, shared, nullptr)};
 }
 
 CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& memory, bool graphs)
@@ -62,13 +59,17 @@ CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& m
       use_graphs_(graphs),
       ends_(end_weights(config, trunk)),
       kv_offsets_(config.kv_offsets()),
+      state_offsets_(config.state_offsets()),
       kv_cache_(memory, config.sequences * config.kv_cache_bytes(), false),
+      states_(memory, config.state_buffers() * state_offsets_.back(), false),
       scratch_(memory, carve_cuda(config, s_, nullptr), false),
       shared_block_(memory, carve_cuda(config, host_, nullptr), true) {
   const EngineConfig& c = config_;
   const auto longest_norm = [](const AttentionConfig& a) { return std::max(a.q_rank, a.qk_norm_full ? a.q_dim() : 0); };
   if (std::max(size_t(c.dim), c.most_of(longest_norm)) > kLongestNorm)
     throw std::invalid_argument("this model's vectors are longer than the CUDA kernels take; use device cpu");
+  if (c.most_of([](const AttentionConfig& a) { return a.conv_kernel ? a.head_dim : 0; }) > kLongestKey)
+    throw std::invalid_argument("this model's keys are longer than the CUDA kernels take; use device cpu");
   for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(c, trunk, layer));
   carve_cuda(c, s_, scratch_.data());
   carve_cuda(c, host_, shared_block_.data());
@@ -110,7 +111,10 @@ uint8_t* CudaMath::shared(size_t bytes) { return shared_.emplace_back(memory_, b
 void CudaMath::begin(const Step& step, std::span<const int32_t> ids) {
   for (size_t i = 0; i < step.spans.size(); ++i) host_.positions[i] = step.spans[i].position - step.spans[i].first;
   std::copy(ids.begin(), ids.end(), host_.ids);
+  for (size_t i = 0; i < step.spans.size(); ++i)
+    host_.states[2 * i] = step.spans[i].state, host_.states[2 * i + 1] = step.spans[i].next_state;
   cuda::copy(s_.positions, host_.positions, step.spans.size() * sizeof(int32_t), stream_);
+  cuda::copy(s_.states, host_.states, 2 * step.spans.size() * sizeof(int32_t), stream_);
   cuda::embed(ends_.embedding, host_.ids, step.tokens, config_.embedding_scale, s_.x, stream_);
 }
 
@@ -191,7 +195,7 @@ void CudaMath::mlp_norm(int layer, int tokens) { norm(layers_[layer].mlp_norm, s
 void CudaMath::mlp(const ExpertWeights& w, int tokens, float* out) {
   const EngineConfig& c = config_;
   const int hidden = w.gate.rows;
-  const cuda::VectorBuffer hidden_q = of_length(s_.hidden_q, hidden);
+  const cuda::VectorBuffer hidden_q = s_.hidden_q.of_length(hidden);
   if (tokens == 1 && packed(w)) {
     const cuda::ExpertJob job = {w.gate, w.up, w.down, 0, 0};
     cuda::gate_up(&job, 1, hidden, s_.normed_q, hidden_q, c.activation, stream_);
@@ -228,7 +232,7 @@ void CudaMath::experts(int layer, const Step& step, std::span<const ExpertJob> j
 // Experts of a single token, and their weighted sum if `places` is not 0.
 void CudaMath::chosen_experts(std::span<const ExpertJob> jobs, const Routing& r, int places) {
   const EngineConfig& c = config_;
-  const cuda::VectorBuffer hidden_q = of_length(s_.hidden_q, c.expert_hidden);
+  const cuda::VectorBuffer hidden_q = s_.hidden_q.of_length(c.expert_hidden);
   cuda::RankedSum sum = {s_.x, places, c.dim, {}, {}};
   for (int k = 0; k < places; ++k) {
     sum.weights[k] = r.routing_weights[k];
@@ -248,7 +252,7 @@ void CudaMath::chosen_experts(std::span<const ExpertJob> jobs, const Routing& r,
 void CudaMath::many_tokens(std::span<const ExpertJob> jobs, const Routing& r, int pairs) {
   const EngineConfig& c = config_;
   const int hidden = c.expert_hidden, dim = c.dim;
-  const cuda::VectorBuffer hidden_q = of_length(s_.hidden_q, hidden);
+  const cuda::VectorBuffer hidden_q = s_.hidden_q.of_length(hidden);
   copy_routing(pairs, r);
   products_.clear(), rows_.clear();
   for (const ExpertJob& job : jobs) {

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "../../devices/cuda/delta.h"
 #include "../../devices/cuda/latent.h"
 #include "cuda_memory.h"
 #include "cuda_scratch.h"
@@ -30,6 +31,7 @@ class CudaMath : public LayerMath {
   void ahead_logits(int, const Routing&) override {}  // to_router() has computed them
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
   void copy_positions(int from, int to, int positions) override;
+  void copy_state(int from, int to) override;
   std::span<float> logits(std::span<const int32_t> tokens) override;
   void finish() override;
   bool asynchronous() const override { return true; }
@@ -50,7 +52,9 @@ class CudaMath : public LayerMath {
   void project(int layer, int tokens);
   void store_keys(int layer, int sequence, const cuda::Span& span);
   void latent_project(int layer, int tokens);
+  void delta_net(int layer, const Step& step);
   void attend_latents(int layer, int sequence, const cuda::Span& span);
+  void attention_output(int layer, int tokens);
   void norm(const Norm& norm, const float* x, int tokens, float* y, const cuda::VectorBuffer& into);
   void mlp_norm(int layer, int tokens);
   void mlp(const ExpertWeights& weights, int tokens, float* out);
@@ -70,10 +74,11 @@ class CudaMath : public LayerMath {
   const bool use_graphs_;
   EndWeights ends_;
   std::vector<LayerWeights> layers_;
-  const std::vector<size_t> kv_offsets_;  // of each layer in a sequence's part of the cache, and its end
+  const std::vector<size_t> kv_offsets_;     // of each layer in a sequence's part of the cache, and its end
+  const std::vector<size_t> state_offsets_;  // of each layer in a state buffer, and its end
   CudaScratch s_;
   CudaShared host_;
-  CudaBlock kv_cache_, scratch_, shared_block_;
+  CudaBlock kv_cache_, states_, scratch_, shared_block_;
   std::vector<CudaBlock> shared_;  // given out by shared()
   CudaStream stream_;
   cuda::Event routed_;

@@ -22,7 +22,7 @@ void carve(Carver& carver, cuda::VectorBuffer& buffer, size_t vectors, size_t co
 }
 
 size_t most_heads(const EngineConfig& c) {
-  return c.most_of([](const AttentionConfig& a) { return a.heads; });
+  return c.most_of([](const AttentionConfig& a) { return a.conv_kernel ? 0 : a.heads; });
 }
 
 }  // namespace
@@ -45,6 +45,7 @@ size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
   carver.carve(s.pair_of, pairs);
   carver.carve(s.pair_token, pairs);
   carver.carve(s.positions, c.sequences);
+  carver.carve(s.states, 2 * size_t(c.sequences));
   carve(carver, s.normed_q, chunk, c.dim);
   carve(carver, s.attended_q, chunk, c.most_of([](const A& a) { return a.heads * a.v_dim; }));
   carve(carver, s.hidden_q, hidden_blocks, kBlock);
@@ -62,6 +63,7 @@ size_t carve_cuda(const EngineConfig& c, CudaShared& s, uint8_t* base) {
   Carver carver(base);
   carver.carve(s.ids, c.chunk);
   carver.carve(s.positions, c.sequences);
+  carver.carve(s.states, 2 * size_t(c.sequences));
   carver.carve(s.logits, size_t(c.logits_rows) * c.vocab);
   return carver.used();
 }

@@ -10,6 +10,7 @@ struct CudaScratch : LayerScratch {
   float* routing_weights;            // (chunk, top_k): copies of Routing's, as are the two below
   int32_t *pair_of, *pair_token;     // (chunk, top_k)
   int32_t* positions;                // (sequences,): position of each span minus the index of its first token
+  int32_t* states;                   // (sequences, 2): the state buffers before and after each span
   std::vector<float*> query_scales;  // of each kind of attention; see AttentionConfig
   cuda::VectorBuffer normed_q, attended_q, hidden_q, q_latent_q, mixed_q;
 };
@@ -17,6 +18,7 @@ struct CudaScratch : LayerScratch {
 // Pieces of memory that the host accesses too.
 struct CudaShared {
   int32_t *ids, *positions;  // (chunk,), (sequences,)
+  int32_t* states;           // (sequences, 2)
   float* logits;             // (logits_rows, vocab)
 };
 

@@ -32,7 +32,8 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk
       store_(std::move(store)),
       residency_(store_, *device_, slot_bytes, readers, double(kHalfLife) * config.layers),
       pool_(config.threads, config.spin),
-      math_(device_->math(config_, trunk_, pool_)) {
+      math_(device_->math(config_, trunk_, pool_)),
+      states_(config.sequences, config.state_buffers()) {
   const EngineConfig& c = config_;
   carve_routing(c, r_, math_->shared(carve_routing(c, r_, nullptr)));
   for (int layer = 0; layer < c.layers; ++layer)
@@ -79,9 +80,9 @@ void Engine::set_prune(int sequence, PruneRule rule) {
     throw std::invalid_argument("pruning needs one threshold a layer");
   if ((rule.kind == Prune::kOtp && otp_.empty()) || (rule.kind == Prune::kLoss && loss_.empty()))
     throw std::invalid_argument("pruning by mask routers needs a bundle that has them");
-  if (rule.protect > 0 && config_.has_latents())
+  if (rule.protect > 0 && !config_.all_have_keys())
     throw std::invalid_argument(
-        "this rule protects tokens by the attention they receive, which attention over a latent does not tell; "
+        "this rule protects tokens by the attention they receive, which only attention with keys in every layer tells; "
         "choose another rule or calibrate the bundle again");
   sequences_.at(sequence).rule = std::move(rule);
 }
@@ -102,7 +103,7 @@ void Engine::plan_step(std::span<const Part> parts) {
       throw std::invalid_argument("a prompt whose tokens are protected from pruning is computed in a step of its own");
     for (int32_t id : part.tokens)
       if (id < 0 || id >= c.vocab) throw std::invalid_argument("token id out of range");
-    spans_.push_back({part.sequence, sequence.position, first, tokens});
+    spans_.push_back({part.sequence, sequence.position, first, tokens, states_.live(part.sequence)});
     ids_.insert(ids_.end(), part.tokens.begin(), part.tokens.end());
     const int rows = part.want == Want::kNothing ? 0 : part.want == Want::kLast ? 1 : tokens;
     for (int row = tokens - rows; row < tokens; ++row) rows_.push_back(first + row);
@@ -110,6 +111,7 @@ void Engine::plan_step(std::span<const Part> parts) {
   if (spans_.empty()) throw std::invalid_argument("a step takes 1 to chunk tokens");
   if (rows_.size() > size_t(c.logits_rows))
     throw std::invalid_argument("more rows of logits wanted than were planned for");
+  for (TokenSpan& span : spans_) span.next_state = states_.next(span.sequence);
 }
 
 std::span<const float> Engine::step(std::span<const Part> parts, std::function<bool()> unwanted) {
@@ -140,6 +142,7 @@ std::span<const float> Engine::step(std::span<const Part> parts, std::function<b
   pool_.set_interrupt(nullptr);
   store_.end_use();
   for (const TokenSpan& span : spans_) {
+    states_.commit(span.sequence);
     sequences_[span.sequence].position += span.count;
     sequences_[span.sequence].stats.tokens += span.count;
   }
@@ -174,6 +177,7 @@ void Engine::release_used() {
 void Engine::abandon() {
   interrupt_ = nullptr;
   pool_.set_interrupt(nullptr);
+  states_.abandon();
   try {
     math_->finish();
   } catch (...) {  // the device has failed and computes no more
@@ -190,13 +194,31 @@ void Engine::resize_slots(size_t bytes) {
 int Engine::truncate(int sequence, int positions) {
   Sequence& its = sequences_.at(sequence);
   if (positions < 0 || positions > its.position) throw std::invalid_argument("there are not as many positions");
-  return its.position = math_->restorable(sequence, positions);
+  const int left = states_.restorable(sequence, positions, its.position);
+  states_.restore(sequence, left, its.position);
+  return its.position = left;
 }
+
+int Engine::restorable(int sequence, int positions) const {
+  const Sequence& its = sequences_.at(sequence);
+  if (positions < 0 || positions > its.position) throw std::invalid_argument("there are not as many positions");
+  return states_.restorable(sequence, positions, its.position);
+}
+
+void Engine::snapshot(int sequence) { states_.snapshot(sequence, sequences_.at(sequence).position); }
 
 void Engine::copy_positions(int from, int to, int positions) {
   if (from == to) throw std::invalid_argument("a sequence is not copied to itself");
   if (positions < 0 || positions > sequences_.at(from).position)
     throw std::invalid_argument("there are not as many positions");
+  const int position = sequences_.at(from).position;
+  if (states_.restorable(from, positions, position) != positions)
+    throw std::invalid_argument("there is no recurrent state of that position; take a snapshot there");
+  if (config_.is_recurrent()) {
+    const int state = states_.buffer_of(from, positions, position);
+    states_.restore(to, 0, -1);
+    if (state >= 0) math_->copy_state(state, states_.replace(to));
+  }
   if (positions) math_->copy_positions(from, to, positions);
   sequences_.at(to).position = positions;
 }

@@ -18,6 +18,7 @@
 #include "prune.h"
 #include "residency.h"
 #include "router.h"
+#include "states.h"
 #include "threads.h"
 #include "trunk.h"
 
@@ -78,7 +79,11 @@ class Engine {
   // Truncate a sequence to its first `positions` positions, or to fewer if its state can only be restored to fewer.
   // Returns how many are left.
   int truncate(int sequence, int positions);
-  // Copy the first positions of a sequence to another one, which then has only these.
+  // The maximum number of first positions, up to `positions`, that truncate() would leave.
+  int restorable(int sequence, int positions) const;
+  // Keep the recurrent state of a sequence at its position, so that it can be truncated to it; see States.
+  void snapshot(int sequence);
+  // Copy the first positions of a sequence, which restorable() has returned, to another one, which then has only these.
   void copy_positions(int from, int to, int positions);
   const SequenceStats& stats(int sequence) const { return sequences_.at(sequence).stats; }
 
@@ -125,6 +130,7 @@ class Engine {
   std::unique_ptr<LayerMath> math_;
   std::vector<std::vector<float>> router_bias_;  // (layers,), each (experts,) or none
   std::vector<Sequence> sequences_;
+  States states_;
   std::vector<MaskRouter> otp_, loss_;  // (layers,), or none
   std::vector<int> first_record_;       // (layers,): record of a layer's expert 0
   Routing r_;

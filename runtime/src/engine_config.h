@@ -10,7 +10,7 @@
 
 namespace edge_moe {
 
-// One kind of attention, shared by some of the layers; see runtime/layers/attention.py and latent.py.
+// One kind of attention, shared by some of the layers; see runtime/layers/attention.py, latent.py and delta_net.py.
 struct AttentionConfig {
   int heads = 0, kv_heads = 0;
   int head_dim = 0;                   // of queries and keys
@@ -32,6 +32,17 @@ struct AttentionConfig {
   std::vector<float> query_scales;  // factor of queries at positions below query_context, below twice that...; empty: 1
   int query_context = 1;
 
+  bool output_gate = false;  // the input of o is multiplied by the sigmoid of o_gate's product
+
+  // Gated delta net, in place of attention: each sequence has a state for each of `heads`, (head_dim, v_dim), and no
+  // keys or values are cached. There are kv_heads queries and keys.
+  int conv_kernel = 0;  // tokens that an output of the convolution depends on; 0: attention
+
+  bool has_keys() const { return !kv_rank && !conv_kernel; }
+  int conv_channels() const { return 2 * kv_dim() + heads * v_dim; }
+  size_t state_values() const { return conv_kernel ? size_t(heads) * head_dim * v_dim + conv_past_values() : 0; }
+  size_t conv_past_values() const { return size_t(conv_kernel - 1) * conv_channels(); }
+
   int latent_cached() const { return kv_rank + rope_dim; }
   int q_dim() const { return heads * head_dim; }
   int kv_dim() const { return kv_heads * head_dim; }
@@ -39,7 +50,7 @@ struct AttentionConfig {
 
   // What the KV cache stores for a layer, as rows of positions: its latents, or the keys of each KV head and then the
   // values of each.
-  size_t cached_rows() const { return kv_rank ? 1 : 2 * size_t(kv_heads); }
+  size_t cached_rows() const { return kv_rank ? 1 : conv_kernel ? 0 : 2 * size_t(kv_heads); }
   size_t cached_values() const { return size_t(kv_rank ? latent_cached() : head_dim); }  // per row and position
 };
 
@@ -62,6 +73,9 @@ struct EngineConfig {
   int shared_hidden = 0, dense_hidden = 0;
 
   const AttentionConfig& attention(int layer) const { return attentions[attention_of[layer]]; }
+  bool all_have_keys() const {
+    return std::all_of(attentions.begin(), attentions.end(), [](const AttentionConfig& a) { return a.has_keys(); });
+  }
   bool has_latents() const {
     return most_of([](const AttentionConfig& a) { return a.kv_rank; }) > 0;
   }
@@ -83,6 +97,7 @@ struct EngineConfig {
   std::vector<std::vector<int>> expert_groups;  // (layers, experts): group of each expert; empty if groups is 1
 
   int sequences = 1;       // with a KV cache each
+  int snapshots = 0;       // of recurrent states, of all sequences together
   int context = 0;         // positions in each
   bool half_cache = true;  // keys and values, or latents, in half precision, else floats
   int chunk = 0;           // maximum of tokens in one step()
@@ -101,6 +116,20 @@ struct EngineConfig {
     for (int layer = 0; layer < layers; ++layer) bytes += kv_layer_bytes(layer);
     return bytes;
   }
+  // The recurrent state of one sequence: the offset of each layer's part, and last the bytes of all layers. The states
+  // of the heads come first, then the convolution's past inputs, (conv_kernel - 1, conv_channels).
+  std::vector<size_t> state_offsets() const {
+    std::vector<size_t> offsets = {0};
+    for (int layer = 0; layer < layers; ++layer)
+      offsets.push_back(offsets.back() + align_up(attention(layer).state_values() * sizeof(float), kPartAlignment));
+    return offsets;
+  }
+  bool is_recurrent() const {
+    return most_of([](const AttentionConfig& a) { return a.state_values(); }) > 0;
+  }
+  // How many states there is memory for: of each sequence the present one and, during a step, the next one.
+  int state_buffers() const { return is_recurrent() ? 2 * sequences + snapshots : 0; }
+
   // The offset of each layer's cache, and last the bytes of all layers.
   std::vector<size_t> kv_offsets() const {
     std::vector<size_t> offsets = {0};
@@ -115,7 +144,7 @@ inline size_t most(const std::vector<int>& counts) {
 }
 
 struct EngineMemory {
-  size_t kv_cache = 0, scratch = 0;  // bytes
+  size_t kv_cache = 0, states = 0, scratch = 0;  // bytes
 };
 
 }  // namespace edge_moe

@@ -70,7 +70,7 @@ void CpuMath::latent_attention(int layer, const Step& step) {
     attend_latent(layer, span, token, std::min(kLatentQueries, span.count - token), head,
                   std::min(heads_a_task(span), a.heads - head), thread);
   });
-  attention_output(layer, tokens);
+  attention_output(layer, s_.attended, tokens);
 }
 
 // Attention of some heads for some tokens of a span: from q to attended.

@@ -22,8 +22,11 @@ struct KvOverflow : std::runtime_error {
 };
 
 // Tokens of one sequence in a forward pass: tokens [first, first + count) of the pass, at positions from `position` on.
+// state: which of the state buffers has the recurrent state before them, -1 if it is zero; next_state: which one gets
+// the state after them. Both are 0 in a model without recurrent layers.
 struct TokenSpan {
   int sequence, position, first, count;
+  int state = 0, next_state = 0;
 };
 
 // The tokens of one forward pass: one span per sequence, one after the other. The results of a token depend on its own
@@ -88,12 +91,11 @@ class LayerMath {
   // sums, in order of rank, and the shared expert to the residual stream.
   virtual void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) = 0;
 
-  // The maximum number of first positions, up to `positions`, that the state of a sequence can be restored to. A KV
-  // cache stores each position separately, so that is all of them.
-  virtual int restorable(int /*sequence*/, int positions) { return positions; }
-
   // Copy the first positions of a sequence's KV cache to another sequence's.
   virtual void copy_positions(int from, int to, int positions) = 0;
+
+  // Copy a state buffer to another one.
+  virtual void copy_state(int from, int to) = 0;
 
   // Apply the output norm and the head to some tokens of the pass: (tokens, vocab), valid until the next call. Waits.
   virtual std::span<float> logits(std::span<const int32_t> tokens) = 0;

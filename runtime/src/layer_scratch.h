@@ -21,6 +21,10 @@ struct LayerScratch {
   std::vector<RopeTables> rope;                    // of each kind of attention
   float* received;                                 // (heads, chunk): attention received from the chunk's tokens
   float* ahead_normed;                             // (dim,)
+  float* o_gate;                                   // (chunk, inputs of o); then the gated inputs of o
+
+  // Only for gated delta nets, whose q, k and v are in q, (chunk, conv_channels).
+  float *write, *decay;  // (chunk, heads) twice
 
   // Only for attention over a latent.
   float *q_latent, *absorbed, *mixed;  // (chunk, q_rank), (queries, kv_rank + rope_dim), (queries, kv_rank)

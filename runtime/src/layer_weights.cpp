@@ -28,8 +28,15 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
     w.kv_a_norm = trunk.vector(prefix + "kv_a_norm", a.kv_rank);
     w.q = matrix(a.q_rank ? "q_b" : "q");
     if (a.q_rank) w.q_a = matrix("q_a"), w.q_a_norm = trunk.vector(prefix + "q_a_norm", a.q_rank);
+  } else if (a.conv_kernel) {
+    w.qkv = matrix("qkv"), w.o_gate = matrix("o_gate"), w.write = matrix("write"), w.decay = matrix("decay");
+    w.conv = trunk.vector(prefix + "conv", a.conv_kernel * a.conv_channels());
+    w.decay_bias = trunk.vector(prefix + "decay_bias", a.heads);
+    w.decay_rate = trunk.vector(prefix + "decay_rate", a.heads);
+    w.o_norm = trunk.vector(prefix + "o_norm", a.v_dim);
   } else {
     w.q = matrix("q"), w.k = matrix("k"), w.v = matrix("v");
+    if (a.output_gate) w.o_gate = matrix("o_gate");
     w.q_bias = vector("q_bias", q_dim), w.k_bias = vector("k_bias", kv_dim), w.v_bias = vector("v_bias", kv_dim);
     w.q_norm = vector("q_norm", a.qk_norm_full ? q_dim : a.head_dim);
     w.k_norm = vector("k_norm", a.qk_norm_full ? kv_dim : a.head_dim);

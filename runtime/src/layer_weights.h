@@ -17,6 +17,11 @@ struct LayerWeights {
   Matrix q, k, v, o;                      // with a latent, q is q_b, and k and v are empty
   const float *q_bias, *k_bias, *v_bias;  // null: none
   const float *q_norm, *k_norm;           // (head_dim,) or all heads; null: none
+  Matrix o_gate;                          // (as o's inputs, dim), of attention with an output gate and of delta nets
+  Matrix qkv, write, decay;               // of a gated delta net; write, decay: (heads, dim) float32
+  const float* conv;                      // (conv_kernel, conv_channels)
+  const float *decay_bias, *decay_rate;   // (heads,) twice
+  const float* o_norm;                    // (v_dim,)
   Matrix q_a, kv_a, kv_b;                 // attention over a latent
   const float *q_a_norm, *kv_a_norm;      // (q_rank,), (kv_rank,)
   Matrix router;                          // (experts, dim) float32; empty in a layer without experts

@@ -121,6 +121,7 @@ int main(int count, char** arguments) try {
     }
   if (!quick) check_experts(2048, 768, 64, 8, 0);
   check_layer();
+  check_delta();
   check_latent();
   check_prefill();
   std::printf("%d\n", cases);

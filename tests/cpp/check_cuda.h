@@ -13,6 +13,7 @@
 
 using namespace edge_moe;
 
+void check_delta();    // check_cuda_delta.cpp
 void check_layer();    // check_cuda_layer.cpp
 void check_latent();   // check_cuda_latent.cpp
 void check_prefill();  // check_cuda_prefill.cpp

@@ -102,7 +102,7 @@ void check_sums() {
       cuda::add_gated(got.data(), down.data(), gate, scale, tokens, dim, nullptr);
       compare("gated sum", got, want);
     }
-  for (int activation : {0, 1}) {
+  for (int activation : {kSilu, kGelu, kSigmoid}) {
     const Floats up = floats(tokens * hidden);
     Vectors want_h(tokens, hidden), got_h(tokens, hidden, want_h.values);
     for (int t = 0; t < tokens; ++t)

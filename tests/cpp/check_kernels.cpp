@@ -165,8 +165,10 @@ static void check_vectors(const Kernels& kernels, bool reference) {
     both("rms_norm" + of, in_place([&](const Kernels& its, float* y) { its.rms_norm(y, b.data(), 1e-6f, y, n); }));
     both("layer_norm" + of,
          in_place([&](const Kernels& its, float* y) { its.layer_norm(y, b.data(), q.data(), 1e-6f, y, n); }));
-    both("silu" + of, in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, 0); }));
-    both("gelu" + of, in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, 1); }));
+    for (int activation : {kSilu, kGelu, kSigmoid})
+      both("activation " + std::to_string(activation) + of,
+           in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, activation); }));
+    both("l2_norm" + of, in_place([&](const Kernels& its, float* y) { its.l2_norm(y, 1e-6f, 0.3f, y, n); }));
     both("softmax" + of, in_place([&](const Kernels& its, float* y) { its.softmax(y, 0, n); }));
     both("add_scaled" + of, in_place([&](const Kernels& its, float* y) { its.add_scaled(y, b.data(), 0.3f, n); }));
     std::vector<uint16_t> halves(48 * size_t(n));
@@ -194,6 +196,33 @@ static void check_vectors(const Kernels& kernels, bool reference) {
   }
 }
 
+static void check_delta(const Kernels& kernels, bool reference) {
+  constexpr int kTokens = 5;
+  for (auto [head_dim, v_dim] : {std::pair{7, 5}, {16, 64}, {64, 100}, {128, 128}}) {
+    const size_t channels = 2 * size_t(head_dim) + v_dim;
+    const std::vector<float> qkv = floats(kTokens * channels), gates = floats(2 * kTokens),
+                             weights = floats(4 * channels);
+    const std::vector<float> state = floats(size_t(head_dim) * v_dim), inputs = floats(3 * channels);
+    for (bool begins : {true, false}) {
+      const auto all = [&](const Kernels& its) {
+        std::vector<float> x = qkv, next(inputs.size()), to(state.size()), out(kTokens * size_t(v_dim));
+        const Convolution conv = {weights.data(), begins ? nullptr : inputs.data(), next.data(), 4, int(channels),
+                                  channels};
+        its.convolve(conv, x.data(), kTokens, 1, int(channels));
+        const DeltaHead head = {&x[0],           &x[head_dim], &x[2 * head_dim], &gates[0],
+                                &gates[kTokens], out.data(),   channels,         1,
+                                size_t(v_dim),   kTokens,      head_dim,         v_dim};
+        its.delta_rule(head, begins ? nullptr : state.data(), to.data());
+        for (const auto* values : {&next, &to, &out}) x.insert(x.end(), values->begin(), values->end());
+        return x;
+      };
+      const std::vector<float> want = all(kScalarKernels);
+      compare(kernels.name, "delta net of " + std::to_string(head_dim), all(kernels), want);
+      if (reference) add_to_digest(want);
+    }
+  }
+}
+
 int main() {
   int count;
   const Kernels* const* tables = available_kernels(&count);
@@ -201,6 +230,7 @@ int main() {
     state = 1;
     check_products(*tables[i], i == 0);
     check_vectors(*tables[i], i == 0);
+    check_delta(*tables[i], i == 0);
     std::printf("%s ", tables[i]->name);
   }
   std::printf("%016llx\n", static_cast<unsigned long long>(digest));

@@ -1,0 +1,41 @@
+// Launches of a gated delta net's kernels: see delta.cu. Pointers are device pointers.
+#pragma once
+
+#include "layer.h"
+
+namespace edge_moe::cuda {
+
+// The sizes of a gated delta net; see AttentionConfig.
+struct DeltaNet {
+  int heads, kv_heads, head_dim, v_dim, conv_kernel;
+
+  EDGE_MOE_BOTH int kv_dim() const { return kv_heads * head_dim; }
+  EDGE_MOE_BOTH int channels() const { return 2 * kv_dim() + heads * v_dim; }
+  EDGE_MOE_BOTH size_t state_values() const { return size_t(heads) * head_dim * v_dim; }
+};
+
+// A layer's part of the state buffers: the states of the heads, then the convolution's past inputs. of_span: the
+// numbers of the buffers before and after a span, in device memory so that one graph serves all; -1: zeros.
+struct StateBuffers {
+  float* first;   // of buffer 0
+  size_t stride;  // from one buffer to the next one
+  const int32_t* of_span;
+
+  EDGE_MOE_BOTH const float* before() const { return of_span[0] < 0 ? nullptr : first + size_t(of_span[0]) * stride; }
+  EDGE_MOE_BOTH float* after() const { return first + size_t(of_span[1]) * stride; }
+};
+
+// qkv (tokens, channels) of a span = silu of their convolution with weights (conv_kernel, channels).
+void convolve(float* qkv, const float* weights, const DeltaNet& net, const StateBuffers& states, const Span& span,
+              Stream stream);
+
+// Scales the queries and keys in qkv to unit length, queries times head_dim^-0.5, and applies the functions of write
+// and decay (tokens, heads) to these, for a span's tokens. bias, rate: (heads,).
+void delta_inputs(float* qkv, float* write, float* decay, const float* bias, const float* rate, const DeltaNet& net,
+                  const Span& span, Stream stream);
+
+// out (tokens, heads, v_dim) of a span's tokens: what Kernels::delta_rule computes.
+void delta_rule(const float* qkv, const float* write, const float* decay, const DeltaNet& net,
+                const StateBuffers& states, const Span& span, float* out, Stream stream);
+
+}  // namespace edge_moe::cuda

@@ -1,0 +1,90 @@
+// Gated delta nets: a layer whose sequences have a state of fixed size in place of cached keys and values.
+//
+// Tokens pass through the convolution and the recurrence one after the other, so results do not depend on how a prompt
+// is split. A task takes a key head, with the heads that share it, through all tokens of a span, so the states that it
+// works on stay in its core's cache.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "../../devices/lane_math.h"
+#include "cpu_math.h"
+
+namespace edge_moe {
+
+void CpuMath::delta_net(int layer, const Step& step) {
+  const int tokens = step.tokens;
+  const EngineConfig& c = config_;
+  const AttentionConfig& a = c.attention(layer);
+  const LayerWeights& w = layers_[layer];
+  attention_norm(layer, tokens);
+  const Activations x =
+      prepare(s_.normed, tokens, c.dim, s_.normed_q, w.qkv.takes_rounded() || w.o_gate.takes_rounded());
+  matmuls({{w.qkv, s_.q}, {w.o_gate, s_.o_gate}, {w.write, s_.write}, {w.decay, s_.decay}}, x);
+  run_spans(
+      step, [&](const TokenSpan&) { return a.kv_heads; },
+      [&](const TokenSpan& span, int kv_head, int) { delta_heads(layer, span, kv_head); });
+  attention_output(layer, s_.o_gate, tokens);
+}
+
+// Some heads of a span, those that share a key head: from q k v and the gates to the input of o, in s_.o_gate.
+void CpuMath::delta_heads(int layer, const TokenSpan& span, int kv_head) {
+  const AttentionConfig& a = config_.attention(layer);
+  const LayerWeights& w = layers_[layer];
+  const int n = a.head_dim, shared = a.heads / a.kv_heads, first_head = kv_head * shared, kv_dim = a.kv_dim();
+  const size_t channels = a.conv_channels(), heads = a.heads, values = heads * a.v_dim, states = heads * n * a.v_dim;
+  const float* from = span.state < 0 ? nullptr : state(span.state, layer);
+  float* to = state(span.next_state, layer);
+  float* qkv = s_.q + span.first * channels;
+  const int q = kv_head * n, k = kv_dim + q, v = 2 * kv_dim + first_head * a.v_dim;
+
+  // convolution
+  const Convolution conv = {w.conv,  from ? from + states : nullptr, to + states, a.conv_kernel, int(channels),
+                            channels};
+  for (const auto& [begin, count] : {std::pair{q, n}, {k, n}, {v, shared * a.v_dim}})
+    kernels_.convolve(conv, qkv, span.count, begin, begin + count);
+
+  // unit keys and queries; write and decay
+  const float query_scale = 1.0f / std::sqrt(float(n));
+  for (int t = 0; t < span.count; ++t) {
+    float* row = qkv + t * channels;
+    kernels_.l2_norm(row + q, kKeyEps, query_scale, row + q, n);
+    kernels_.l2_norm(row + k, kKeyEps, 1.0f, row + k, n);
+    for (int head = first_head; head < first_head + shared; ++head) {
+      float &write = s_.write[(span.first + t) * heads + head], &decay = s_.decay[(span.first + t) * heads + head];
+      write = sigmoid(write), decay = decay_of(decay, w.decay_bias[head], w.decay_rate[head]);
+    }
+  }
+
+  // the states, each head's norm, and the gate
+  for (int head = first_head; head < first_head + shared; ++head) {
+    const size_t gates = span.first * heads + head, state = size_t(head) * n * a.v_dim;
+    float* out = s_.attended + span.first * values + size_t(head) * a.v_dim;
+    const DeltaHead its = {qkv + q,
+                           qkv + k,
+                           qkv + v + (head - first_head) * a.v_dim,
+                           s_.write + gates,
+                           s_.decay + gates,
+                           out,
+                           channels,
+                           heads,
+                           values,
+                           span.count,
+                           n,
+                           a.v_dim};
+    kernels_.delta_rule(its, from ? from + state : nullptr, to + state);
+    for (int t = 0; t < span.count; ++t) {
+      kernels_.rms_norm(out + t * values, w.o_norm, config_.norm_eps, out + t * values, a.v_dim);
+      kernels_.gate_up(s_.o_gate + (span.first + t) * values + size_t(head) * a.v_dim, out + t * values, a.v_dim,
+                       kSilu);
+    }
+  }
+}
+
+float* CpuMath::state(int buffer, int layer) const {
+  return reinterpret_cast<float*>(state_arena_.data() + buffer * state_offsets_.back() + state_offsets_[layer]);
+}
+
+void CpuMath::copy_state(int from, int to) { std::memcpy(state(to, 0), state(from, 0), state_offsets_.back()); }
+
+}  // namespace edge_moe

@@ -1,0 +1,79 @@
+// The convolution and the recurrence of gated delta nets against scalar.cpp.
+#include "../../devices/cuda/delta.h"
+#include "check_cuda.h"
+
+namespace {
+
+// Tokens after `before` others, whose state is there, or at the beginning.
+void check_net(const cuda::DeltaNet& net, int tokens, bool after_others) {
+  const size_t channels = net.channels(), values = size_t(net.heads) * net.v_dim, states = net.state_values();
+  const size_t of_head = size_t(net.head_dim) * net.v_dim, past = (net.conv_kernel - 1) * channels;
+  const int first = 2, shared = net.heads / net.kv_heads;  // the span does not begin with the pass
+  const Floats weights = floats(net.conv_kernel * channels), bias = floats(net.heads);
+  Floats rate = floats(net.heads), buffers = floats(3 * (states + past));
+  for (float& value : rate) value = std::fabs(value) + 0.1f;
+  Floats qkv = floats((first + tokens) * channels), write = floats((first + tokens) * net.heads);
+  Floats decay = floats(write.size()), out = floats((first + tokens) * values);
+  Floats got_qkv = qkv, got_write = write, got_decay = decay, got_out = out, got_buffers = buffers;
+
+  const float* from = after_others ? &buffers[states + past] : nullptr;  // the second buffer
+  float* to = &buffers[2 * (states + past)];
+  const Convolution conv = {weights.data(), from ? from + states : nullptr, to + states, net.conv_kernel, int(channels),
+                            channels};
+  kScalarKernels.convolve(conv, &qkv[first * channels], tokens, 0, int(channels));
+  for (int t = first; t < first + tokens; ++t) {
+    for (int vector = 0; vector < 2 * net.kv_heads; ++vector) {
+      float* x = &qkv[t * channels + size_t(vector) * net.head_dim];
+      const float scale = vector < net.kv_heads ? 1.0f / std::sqrt(float(net.head_dim)) : 1.0f;
+      kScalarKernels.l2_norm(x, kKeyEps, scale, x, net.head_dim);
+    }
+    for (int head = 0; head < net.heads; ++head) {
+      const size_t at = size_t(t) * net.heads + head;
+      write[at] = sigmoid(write[at]), decay[at] = decay_of(decay[at], bias[head], rate[head]);
+    }
+  }
+  for (int head = 0; head < net.heads; ++head) {
+    const float* row = &qkv[first * channels];
+    const size_t gate = size_t(first) * net.heads + head;
+    const DeltaHead its = {row + head / shared * net.head_dim,
+                           row + net.kv_dim() + head / shared * net.head_dim,
+                           row + 2 * net.kv_dim() + head * net.v_dim,
+                           &write[gate],
+                           &decay[gate],
+                           &out[gate * net.v_dim],
+                           channels,
+                           size_t(net.heads),
+                           values,
+                           tokens,
+                           net.head_dim,
+                           net.v_dim};
+    kScalarKernels.delta_rule(its, from ? from + head * of_head : nullptr, to + head * of_head);
+  }
+
+  const Values<int32_t> position = {5}, numbers = {after_others ? 1 : -1, 2};
+  const cuda::Span span = {position.data(), first, tokens, 0};
+  const cuda::StateBuffers at = {got_buffers.data(), states + past, numbers.data()};
+  cuda::convolve(got_qkv.data(), weights.data(), net, at, span, nullptr);
+  cuda::delta_inputs(got_qkv.data(), got_write.data(), got_decay.data(), bias.data(), rate.data(), net, span, nullptr);
+  cuda::delta_rule(got_qkv.data(), got_write.data(), got_decay.data(), net, at, span, got_out.data(), nullptr);
+  const std::string what = "delta net of " + std::to_string(net.heads) + " heads of " + std::to_string(net.head_dim) +
+                           " by " + std::to_string(net.v_dim) + ", " + std::to_string(tokens) + " tokens" +
+                           (after_others ? " after others" : "");
+  compare(what + ", q k v", got_qkv, qkv);
+  compare(what + ", write", got_write, write);
+  compare(what + ", decay", got_decay, decay);
+  compare(what + ", values", got_out, out);
+  compare(what + ", states", got_buffers, buffers);
+}
+
+}  // namespace
+
+void check_delta() {
+  for (int tokens : {1, 2, 9, 40})
+    for (bool after_others : {false, true}) {
+      check_net({6, 2, 24, 16, 4}, tokens, after_others);
+      check_net({3, 3, 16, 40, 3}, tokens, after_others);
+      check_net({2, 1, 128, 128, 4}, tokens, after_others);
+      check_net({4, 4, 7, 33, 1}, tokens, after_others);
+    }
+}
