@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..runtime.config import ModelConfig, stays_float, trunk_shapes
+from ..runtime.config import ModelConfig, stays_float, trunk_shapes, without_layer
 from .choosing import trunk
 from .choosing.sensitivity import sampled_sequences
 from .memory import Memory
@@ -78,11 +78,17 @@ def _estimate(compression, calibration: Calibration | None, workers: int) -> flo
 def _trunk_seconds(config: ModelConfig, per_weight: float, per_flop: float) -> float:
     """Of rounding the trunk once, but for the embedding."""
     seconds, widths = 0.0, []
-    first_of_input = {stage[0] for its in config.attentions for stage in its.stages()} | {"gate", "down", "head"}
+    first_of_input = {stage[0] for its in config.attentions for stage in its.stages()} | {
+        "shared.gate",
+        "shared.down",
+        "dense.gate",
+        "dense.down",
+        "head",
+    }
     for name, shape in trunk_shapes(config).items():
         if name != "embedding" and not stays_float(name, shape):
             seconds += per_weight * int(np.prod(shape))
-            widths += [shape[1]] * (name.rpartition(".")[2] in first_of_input)
+            widths += [shape[1]] * (without_layer(name) in first_of_input)
     moment = {cols: _moment_seconds(cols) for cols in set(widths)}
     return seconds + sum(3 * moment[cols] + per_flop * 4 * FITTED_ROWS * cols**2 for cols in widths)
 

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from .. import _core
-from ..runtime.config import TRUNK_KINDS, trunk_shapes
+from ..runtime.config import trunk_shapes
 from ..runtime.plan import resolve_ram
 from .certificate import LOGITS_BYTES
 from .choosing.sensitivity import sampled_sequences
+from .choosing.trunk import kinds
 from .passes.calibrate import Calibration
 from .passes.expert_rows import FIT_BYTES
 from .passes.streams import BLOCK_ROWS
@@ -47,7 +48,7 @@ class Memory:
         if calibration is not None:
             rows, tokens = calibration.ids.size + calibration.held_out.size, calibration.ids.shape[1]
             sample = sampled_sequences(config, *calibration.ids.shape) * tokens
-            carried = sample * (len(config.moe_layers) + len(TRUNK_KINDS) * o.chooses_trunk)
+            carried = sample * (len(config.moe_layers) + len(kinds(config)) * o.chooses_trunk)
             streams = max(ROUNDING_STREAMS * rows, 3 * (rows + carried)) * config.dim * 4  # input, attended, output
             attention = 4 * max(its.pass_values(BLOCK_ROWS, tokens) for its in config.attentions)
             beside = max(attention, 6 * LOGITS_BYTES)

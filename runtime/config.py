@@ -172,8 +172,14 @@ class ModelConfig:
         return tuple(number // size for number in numbers)
 
 
-FLOAT_MATRICES = ("router", "shared_router", "write", "decay", "conv")  # small, and much depends on them
-TRUNK_KINDS = ("shared", "attention", "dense", "embedding", "head")
+FLOAT_MATRICES = (
+    "router",
+    "shared_router",
+    "delta.write",
+    "delta.decay",
+    "delta.conv",
+)  # small, and much depends on them; delta.*: see layers/delta_net.py
+TRUNK_KINDS = ("shared", "attention", "delta", "dense", "embedding", "head")
 
 
 def without_layer(name: str) -> str:

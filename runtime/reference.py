@@ -87,7 +87,7 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
     y = its.attended(trunk, times, h, config.norm_eps, xp)
 
     # output projection
-    y = times("o", y) + trunk("o_bias") if its.output_bias else times("o", y)
+    y = times(its.output, y) + trunk("o_bias") if its.output_bias else times(its.output, y)
     return _to_residual(config, y)
 
 

@@ -102,7 +102,7 @@ def make_bundle(directory: Path, architecture: str) -> Path:
                 "otp": {"cuts": [0.1, 0.3], "prices": [0.1, 0.5]},
                 "loss": {"cuts": [0.1, 0.3], "prices": [0.1, 0.5]},
                 "share": {"cuts": [0.1, 0.3], "thresholds": [[0.9] * layers, [0.5] * layers]},
-                "odp": {"cuts": [0.2], "thresholds": [[0.5] * layers], "protect": 0.0 if config.latent else 0.02},
+                "odp": {"cuts": [0.2], "thresholds": [[0.5] * layers], "protect": 0.02 * config.tells_received},
             },
             "mask_routers": {"bytes": 0, "crc32c": "00000000"},
             "certificate": [dict.fromkeys((*scores[2:], "cut", "reached"), 0.1) | {"tokens": 256}],

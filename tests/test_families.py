@@ -128,7 +128,11 @@ def test_what_is_new_about_an_unknown_family_is_said():
             "mlp_layer_types is .'dense'., expected dense or sparse for every layer",
         ),
         (
-            {"model_type": "qwen3_next", "layer_types": ["linear_attention", "mamba"]},
+            {
+                "model_type": "qwen3_next",
+                "shared_expert_intermediate_size": 32,
+                "layer_types": ["linear_attention", "mamba"],
+            },
             r"layer_types is \['linear_attention', 'mamba'\], expected linear_attention or full_attention for every",
         ),
         (

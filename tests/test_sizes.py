@@ -267,7 +267,7 @@ def test_an_estimate_says_what_it_assumed(tmp_path):
     )
 
 
-KNOWN = "gate, up, down, edge_gate, edge_up, edge_down, shared, attention, dense, embedding, head"
+KNOWN = "gate, up, down, edge_gate, edge_up, edge_down, shared, attention, delta, dense, embedding, head"
 WIDTHS = "1, 2, 3, 4, 5, 6, 8, 16"
 KEPT = "expected 8, which a token uses, to 128, or a share of them such as 0.75"
 REFUSED = [

@@ -76,8 +76,7 @@ def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
             its, rows, total = packed[layer][part]
             key, key_shape = f"{names.layers}{layer}.{its}", (total, *shape[1:])
         else:
-            kind = config.layers[layer].attention.kind
-            key = f"{names.layers}{layer}.{names.of_layer.get(f'{kind}.{part}') or names.of_layer[part]}"
+            key = f"{names.layers}{layer}.{names.of_layer[part]}"
         if change := names.family.stored_as.get(part):
             key_shape = change(shape)
             stored_shape = tuple(size for size in key_shape if size > 1)

@@ -26,7 +26,7 @@ class Attention:
     scale: float = 0.0  # factor of the products of queries and keys; 0 is head_dim ** -0.5
     output_gate: bool = False  # the input of the output projection is multiplied by a sigmoid gate
 
-    kind = "attention"
+    output = "o"  # the output projection
 
     @property
     def softmax_scale(self) -> float:

@@ -23,7 +23,7 @@ class DeltaNet:
     value_dim: int
     conv_kernel: int  # of the convolution over q, k and v: how many tokens an output depends on, its own included
 
-    kind = "delta_net"
+    output = "delta.o"  # the output projection
     rope = None
     output_bias = False
 
@@ -40,20 +40,20 @@ class DeltaNet:
         """The tensors of this layer by canonical name, for a residual stream of `dim`, in the order of use."""
         outputs = self.heads * self.value_dim
         return {
-            "qkv": (self.channels, dim),
-            "o_gate": (outputs, dim),
-            "write": (self.heads, dim),
-            "decay": (self.heads, dim),
-            "conv": (self.conv_kernel, self.channels),
-            "decay_bias": (self.heads,),
-            "decay_rate": (self.heads,),
-            "o_norm": (self.value_dim,),
-            "o": (dim, outputs),
+            "delta.qkv": (self.channels, dim),
+            "delta.gate": (outputs, dim),
+            "delta.write": (self.heads, dim),
+            "delta.decay": (self.heads, dim),
+            "delta.conv": (self.conv_kernel, self.channels),
+            "delta.decay_bias": (self.heads,),
+            "delta.decay_rate": (self.heads,),
+            "delta.norm": (self.value_dim,),
+            "delta.o": (dim, outputs),
         }
 
     def stages(self) -> list[tuple[str, ...]]:
         """The matrices that may be rounded in the order of use, those with the same input together."""
-        return [("qkv", "o_gate"), ("o",)]
+        return [("delta.qkv", "delta.gate"), ("delta.o",)]
 
     def pass_values(self, rows: int, tokens: int) -> int:
         """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""
@@ -70,20 +70,20 @@ class DeltaNet:
         keys = self.kv_heads * self.head_dim
 
         # q k v, through the convolution
-        x = silu(convolve(times("qkv", h), trunk("conv"), xp), xp)
+        x = silu(convolve(times("delta.qkv", h), trunk("delta.conv"), xp), xp)
         q, k, v = x[..., :keys], x[..., keys : 2 * keys], x[..., 2 * keys :]
         q, k = (part.reshape(sequences, tokens, self.kv_heads, self.head_dim) for part in (q, k))
         v = v.reshape(sequences, tokens, self.heads, self.value_dim)
         q, k = l2_norm(q, KEY_EPS, xp) * self.head_dim**-0.5, l2_norm(k, KEY_EPS, xp)
 
         # how much of the state a token replaces, and how much is left of it before
-        write = sigmoid(times("write", h), xp)
-        decay = xp.exp(-trunk("decay_rate") * softplus(times("decay", h) + trunk("decay_bias"), xp))
+        write = sigmoid(times("delta.write", h), xp)
+        decay = xp.exp(-trunk("delta.decay_rate") * softplus(times("delta.decay", h) + trunk("delta.decay_bias"), xp))
 
         # the state's values, normed and gated
         y = delta_rule(q, k, v, write, decay, xp)
-        y = rms_norm(y, trunk("o_norm"), eps, xp).reshape(sequences, tokens, -1)
-        return y * silu(times("o_gate", h), xp)
+        y = rms_norm(y, trunk("delta.norm"), eps, xp).reshape(sequences, tokens, -1)
+        return y * silu(times("delta.gate", h), xp)
 
 
 def convolve(x, weights, xp=np):

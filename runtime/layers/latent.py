@@ -23,7 +23,7 @@ class LatentAttention:
     query_growth: float = 0.0  # queries are multiplied by 1 + query_growth * log(1 + position // query_context)
     query_context: int = 1
 
-    kind = "latent"
+    output = "o"  # the output projection
     output_bias = False
 
     @property

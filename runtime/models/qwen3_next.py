@@ -81,9 +81,9 @@ def _joined(attention: Mixer) -> dict[str, Rows]:
     if not isinstance(attention, DeltaNet):
         return {}
     values = attention.heads // attention.kv_heads * attention.value_dim
-    sizes = {"q": attention.head_dim, "k": attention.head_dim, "v": values, "o_gate": values}
+    sizes = {"q": attention.head_dim, "k": attention.head_dim, "v": values, "z": values}
     rows = _of_key_heads(attention, sizes)
-    return {"qkv": rows["q"] + rows["k"] + rows["v"], "o_gate": rows["o_gate"]}
+    return {"delta.qkv": rows["q"] + rows["k"] + rows["v"], "delta.gate": rows["z"]}
 
 
 def _joined_gates(attention: Mixer) -> dict[str, Rows]:
@@ -91,7 +91,7 @@ def _joined_gates(attention: Mixer) -> dict[str, Rows]:
     if not isinstance(attention, DeltaNet):
         return {}
     shared = attention.heads // attention.kv_heads
-    return _of_key_heads(attention, {"write": shared, "decay": shared})
+    return _of_key_heads(attention, {"delta.write": shared, "delta.decay": shared})
 
 
 def _conv_shape(shape: Shape) -> Shape:
@@ -101,15 +101,15 @@ def _conv_shape(shape: Shape) -> Shape:
 NORMS = ("attention_norm", "mlp_norm", "output_norm", "q_norm", "k_norm")
 NAMES = {
     **{f"shared.{part}": f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
-    "qkv": "linear_attn.in_proj_qkv.weight",
-    "o_gate": "linear_attn.in_proj_z.weight",
-    "write": "linear_attn.in_proj_b.weight",
-    "decay": "linear_attn.in_proj_a.weight",
-    "conv": "linear_attn.conv1d.weight",
-    "decay_bias": "linear_attn.dt_bias",
-    "decay_rate": "linear_attn.A_log",
-    "o_norm": "linear_attn.norm.weight",
-    "delta_net.o": "linear_attn.out_proj.weight",
+    "delta.qkv": "linear_attn.in_proj_qkv.weight",
+    "delta.gate": "linear_attn.in_proj_z.weight",
+    "delta.write": "linear_attn.in_proj_b.weight",
+    "delta.decay": "linear_attn.in_proj_a.weight",
+    "delta.conv": "linear_attn.conv1d.weight",
+    "delta.decay_bias": "linear_attn.dt_bias",
+    "delta.decay_rate": "linear_attn.A_log",
+    "delta.norm": "linear_attn.norm.weight",
+    "delta.o": "linear_attn.out_proj.weight",
 }
 PACKED = (
     Packed("self_attn.q_proj.weight", queries_and_gates),
@@ -117,7 +117,7 @@ PACKED = (
     Packed("linear_attn.in_proj_ba.weight", _joined_gates),
 )
 CONVERSIONS = {name: lambda weight: weight + 1 for name in NORMS}
-CONVERSIONS |= {"conv": lambda weights: np.ascontiguousarray(weights.T), "decay_rate": np.exp}
-STORED_AS = {"conv": _conv_shape}
+CONVERSIONS |= {"delta.conv": lambda weights: np.ascontiguousarray(weights.T), "delta.decay_rate": np.exp}
+STORED_AS = {"delta.conv": _conv_shape}
 
 FAMILY = Family("qwen3_next", parse, DEFAULTS, NAMES, packed=PACKED, stored_as=STORED_AS, conversions=CONVERSIONS)

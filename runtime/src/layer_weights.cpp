@@ -22,18 +22,19 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
   LayerWeights w{};
   w.attention_norm = norm(c, trunk, prefix + "attention_norm");
   w.mlp_norm = norm(c, trunk, prefix + "mlp_norm");
-  w.o = matrix("o"), w.o.output_bias = vector("o_bias", c.dim);
+  w.o = matrix(a.conv_kernel ? "delta.o" : "o"), w.o.output_bias = vector("o_bias", c.dim);
   if (a.kv_rank) {
     w.kv_a = matrix("kv_a"), w.kv_b = matrix("kv_b");
     w.kv_a_norm = trunk.vector(prefix + "kv_a_norm", a.kv_rank);
     w.q = matrix(a.q_rank ? "q_b" : "q");
     if (a.q_rank) w.q_a = matrix("q_a"), w.q_a_norm = trunk.vector(prefix + "q_a_norm", a.q_rank);
   } else if (a.conv_kernel) {
-    w.qkv = matrix("qkv"), w.o_gate = matrix("o_gate"), w.write = matrix("write"), w.decay = matrix("decay");
-    w.conv = trunk.vector(prefix + "conv", a.conv_kernel * a.conv_channels());
-    w.decay_bias = trunk.vector(prefix + "decay_bias", a.heads);
-    w.decay_rate = trunk.vector(prefix + "decay_rate", a.heads);
-    w.o_norm = trunk.vector(prefix + "o_norm", a.v_dim);
+    w.qkv = matrix("delta.qkv"), w.o_gate = matrix("delta.gate");
+    w.write = matrix("delta.write"), w.decay = matrix("delta.decay");
+    w.conv = trunk.vector(prefix + "delta.conv", a.conv_kernel * a.conv_channels());
+    w.decay_bias = trunk.vector(prefix + "delta.decay_bias", a.heads);
+    w.decay_rate = trunk.vector(prefix + "delta.decay_rate", a.heads);
+    w.o_norm = trunk.vector(prefix + "delta.norm", a.v_dim);
   } else {
     w.q = matrix("q"), w.k = matrix("k"), w.v = matrix("v");
     if (a.output_gate) w.o_gate = matrix("o_gate");
