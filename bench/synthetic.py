@@ -19,7 +19,7 @@ from ..compressor.writing.writer import BundleWriter, Packing, Quantised
 from ..runtime.bundle import Bundle
 from ..runtime.child import answer, call
 from ..runtime.config import stays_float, trunk_shapes
-from ..runtime.config_file import parse_config, read_json
+from ..runtime.config_file import family_of, language_keys, parse_config, read_json, with_language_key
 
 GROUP = 64
 
@@ -82,12 +82,16 @@ def make_in_child(
 def raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
     """The config with the changes applied, and without end tokens, which random text would contain by chance."""
     raw = read_json(path / "config.json" if path.is_dir() else path)
+    language = language_keys(raw, family_of(raw, str(path)), str(path))
     for key, value, low in (("num_hidden_layers", layers, 1), ("vocab_size", vocab, 2)):
         if value is None:
             continue
         if value < low:
             raise ValueError(f"{key} is {value}, expected at least {low}")
-        raw[key] = value
+        raw = with_language_key(raw, key, value)
+    kinds = language.get("layer_types")
+    if layers and isinstance(kinds, list):
+        raw = with_language_key(raw, "layer_types", kinds[:layers])
     return raw | dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
 
 
@@ -96,7 +100,8 @@ def _trunk_tensor(random: np.random.Generator, name: str, shape: tuple[int, ...]
         fill = np.zeros if name.endswith("_bias") else np.ones
         return Quantised(fill(shape, np.float32))
     if stays_float(name, shape):
-        return Quantised(random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1])))
+        inputs = shape[0] if name.endswith("conv") else shape[1]
+        return Quantised(random.standard_normal(shape, np.float32) / np.float32(math.sqrt(inputs)))
     deviation = 1.0 if name == "embedding" else None
     return _matrix(random, shape, packing.widths[0], packing.group, deviation)
 
