@@ -107,6 +107,9 @@ class Cached:
     def expert(self, layer: int, expert: int):
         return self._keep((layer, expert), lambda: self._checkpoint.expert(layer, expert))
 
+    def expert_bias(self, layer: int, expert: int):
+        return self._keep((layer, expert, "bias"), lambda: self._checkpoint.expert_bias(layer, expert))
+
     def _keep(self, key, read):
         if key in self._kept:
             return self._kept[key]

@@ -62,7 +62,10 @@ def make_synthetic(
                 writer.write_trunk(name, _trunk_tensor(random, name, shape, trunk[name]))
             for layer, index in experts:
                 random = np.random.Generator(np.random.SFC64([seed, 1, layer, index]))
-                writer.write_expert(layer, index, [_matrix(random, shape, width, packing.group) for shape in shapes])
+                biases = [np.zeros(rows, np.float32) for rows, _ in shapes] if model.expert_bias else ()
+                writer.write_expert(
+                    layer, index, [_matrix(random, shape, width, packing.group) for shape in shapes], biases
+                )
             writer.finish()
     return Bundle.open(out)
 

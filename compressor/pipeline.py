@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from .. import __version__, _core
 from ..devices.probe import default_threads
+from ..runtime import reference
 from ..runtime.bundle import Bundle
 from ..runtime.config import ModelConfig, trunk_shapes
 from ..runtime.config_file import read_json
@@ -435,7 +436,8 @@ class Compression:
                 parts = zip(self.checkpoint.expert(layer, index), packing.widths, strict=True)
                 search = o.method != "rtn"
                 record = [quantise(w, width, packing.group, search=search, threads=threads) for w, width in parts]
-                writer.write_expert(layer, index, record)
+                bias = reference.expert_bias(config, self.checkpoint, layer, index)
+                writer.write_expert(layer, index, record, bias)
                 self.tell("quantise", done, total)
             writer.finish(publish=self._publish)
         return Bundle.open(self.out)

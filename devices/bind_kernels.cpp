@@ -72,6 +72,12 @@ struct Inputs {
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
+  nb::enum_<Gate>(m, "Gate", "How the products of gate and up become the input of down; see lane_math.h.")
+      .value("silu", Gate::kSilu)
+      .value("gelu_tanh", Gate::kGelu)
+      .value("sigmoid", Gate::kSigmoid)
+      .value("clamped_swiglu", Gate::kClamped);
+
   m.def(
       "convolve",
       [](const std::string& kernels, ArrayIn<float, 2> x, ArrayIn<float, 2> weights, ArrayIn<float, 2> past, int begin,
@@ -219,23 +225,25 @@ void bind_kernels(nb::module_& m) {
 
   m.def(
       "gate_up",
-      [](const std::string& kernels, ArrayIn<float, 1> gate, ArrayIn<float, 1> up, int activation) {
+      [](const std::string& kernels, ArrayIn<float, 1> gate, ArrayIn<float, 1> up, Gate gate_kind, float alpha,
+         float limit) {
         expect(gate.shape(0) == up.shape(0), "gate and up differ in length");
         std::vector<float> y(gate.data(), gate.data() + gate.shape(0));
-        find_kernels(kernels).gate_up(y.data(), up.data(), int(y.size()), activation);
+        find_kernels(kernels).gate_up(y.data(), up.data(), int(y.size()), {gate_kind, alpha, limit});
         return to_numpy(std::move(y), {gate.shape(0)});
       },
-      nb::arg("kernels"), nb::arg("gate"), nb::arg("up"), nb::arg("activation"),
-      "activation(gate) * up; activation 0 is silu, 1 gelu in its tanh form.");
+      nb::arg("kernels"), nb::arg("gate"), nb::arg("up"), nb::arg("activation"), nb::arg("alpha") = 0.0f,
+      nb::arg("limit") = 0.0f, "The input of down, by the products of gate and up; see lane_math.h's gated().");
 
   m.def(
       "softmax",
-      [](const std::string& kernels, ArrayIn<float, 1> x) {
+      [](const std::string& kernels, ArrayIn<float, 1> x, float sink) {
         std::vector<float> y(x.data(), x.data() + x.shape(0));
-        find_kernels(kernels).softmax(y.data(), 0, int(y.size()));
+        find_kernels(kernels).softmax(y.data(), 0, int(y.size()), sink);
         return to_numpy(std::move(y), {x.shape(0)});
       },
-      nb::arg("kernels"), nb::arg("x"), "softmax of one vector.");
+      nb::arg("kernels"), nb::arg("x"), nb::arg("sink") = kNoSink,
+      "softmax of one vector and a sink, whose share is dropped.");
 
   m.def(
       "attend",
@@ -267,7 +275,7 @@ void bind_kernels(nb::module_& m) {
           out_rows.push_back(out.data() + size_t(i) * n);
         }
         its.attend_scores(q_rows.data(), queries, cache, begin, end, head_dim, scale, scores.data(), positions);
-        for (int i = 0; i < queries; ++i) its.softmax(scores.data() + i * positions, begin, end);
+        for (int i = 0; i < queries; ++i) its.softmax(scores.data() + i * positions, begin, end, kNoSink);
         std::vector<float> pieces(out.size());
         std::vector<float*> piece_rows;
         for (int i = 0; i < queries; ++i) piece_rows.push_back(pieces.data() + size_t(i) * n);

@@ -10,8 +10,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "format.h"
+#include "lane_math.h"
 
 namespace edge_moe {
 
@@ -20,6 +22,7 @@ inline constexpr float kLowStep = 1.0f / 256;  // step of a low, relative to the
 inline constexpr int kLanes = 16;              // partial sums of every float reduction
 inline constexpr float kKeyEps = 1e-6f;        // added to the squared norms of a gated delta net's queries and keys
 inline constexpr int kKeyBlock = 16;           // positions of the KV cache whose keys are interleaved
+inline constexpr float kNoSink = -std::numeric_limits<float>::infinity();  // a logit without a share of a softmax
 
 // A weight matrix (rows, cols) as defined in format.h. Parts that its codec does not have are not read.
 struct Matrix {
@@ -154,8 +157,8 @@ struct Kernels {
   // y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, float* y, int n);
 
-  // gate = activation(gate) * up; activation: one of Activation in lane_math.h
-  void (*gate_up)(float* gate, const float* up, int n, int activation);
+  // gate = gated(gate, up, activation)
+  void (*gate_up)(float* gate, const float* up, int n, const Activation& activation);
 
   // scores[query*scores_stride + position] = scale * q[query] . key, for all positions of the key blocks that overlap
   // [begin, end); scores must have room for these. One sum over head_dim: sum = fma(q, key, sum).
@@ -187,8 +190,9 @@ struct Kernels {
   // y += weight * x
   void (*add_scaled)(float* y, const float* x, float weight, int n);
 
-  // x = softmax(x) over [begin, end)
-  void (*softmax)(float* x, int begin, int end);
+  // x = softmax over [begin, end) and one more logit, the sink, whose share is dropped. With top the largest logit, the
+  // sink included: exp(x - top) over the sum of these, in lanes by position and folded, plus exp(sink - top).
+  void (*softmax)(float* x, int begin, int end, float sink);
 
   // The kernels of a codec and width; null if there are none.
   const CodecKernels* find(Codec codec, int width) const {

@@ -53,13 +53,24 @@ EDGE_MOE_BOTH static inline float exp_lane(float x) {
   return p * power * keep;
 }
 
-// The activations of gated(); kGelu is its tanh form.
-enum Activation { kSilu = 0, kGelu = 1, kSigmoid = 2 };
+// How the products of gate and up become the input of down.
+enum class Gate { kSilu, kGelu, kSigmoid, kClamped };
+struct Activation {
+  Gate gate = Gate::kSilu;
+  float alpha = 0, limit = 0;  // of kClamped
+};
 
-// activation(gate) * up
-EDGE_MOE_BOTH static inline float gated(float gate, float up, int activation) {
-  if (activation == kSilu) return gate / (1.0f + exp_lane(-gate)) * up;
-  if (activation == kSigmoid) return up / (1.0f + exp_lane(-gate));
+// silu(gate) * up; gelu(gate) * up, in its tanh form; sigmoid(gate) * up; or, of a gate of at most `limit` and an up
+// within +-limit, gate * sigmoid(alpha * gate) * (up + 1).
+EDGE_MOE_BOTH static inline float gated(float gate, float up, const Activation& activation) {
+  if (activation.gate == Gate::kSilu) return gate / (1.0f + exp_lane(-gate)) * up;
+  if (activation.gate == Gate::kSigmoid) return up / (1.0f + exp_lane(-gate));
+  if (activation.gate == Gate::kClamped) {
+    const float limit = activation.limit;
+    gate = gate > limit ? limit : gate;
+    up = up > limit ? limit : up < -limit ? -limit : up;
+    return gate / (1.0f + exp_lane(-(activation.alpha * gate))) * (up + 1.0f);
+  }
   // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u))
   const float u = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
   return gate / (1.0f + exp_lane(-2.0f * u)) * up;

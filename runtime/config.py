@@ -35,7 +35,9 @@ class ModelConfig:
     vocab: int
     context: int  # maximum context the model was trained for, in tokens
     layers: tuple[Layer, ...]
-    activation: str = "silu"  # silu | gelu_tanh, of every MLP
+    activation: str = "silu"  # silu | gelu_tanh | clamped_swiglu, of every MLP
+    swiglu_alpha: float = 0.0  # of clamped_swiglu: factor of the gate in the sigmoid
+    swiglu_limit: float = 0.0  # of clamped_swiglu: the maximum of the gate, and of the magnitude of up
     norm: str = "rms"  # rms | layer, of the residual stream: an RMSNorm, or a LayerNorm with a bias
     norm_eps: float = 1e-6
     embedding_scale: float = 1.0  # factor of the embeddings before they enter the residual stream

@@ -183,7 +183,7 @@ def engine_config(
     kinds = list(dict.fromkeys(layer.attention for layer in config.layers))
     c.layers, c.attention_of = config.layer_count, [kinds.index(layer.attention) for layer in config.layers]
     c.attentions = [attention_config(kind, context) for kind in kinds]
-    c.activation = {"silu": 0, "gelu_tanh": 1}[config.activation]
+    c.activation = getattr(_core.Gate, config.activation), config.swiglu_alpha, config.swiglu_limit
     c.experts = [config.experts_of(layer) for layer in range(config.layer_count)]
     c.top_k = [config.top_k_of(layer) for layer in range(config.layer_count)]
     c.layer_norm = {"rms": False, "layer": True}[config.norm]

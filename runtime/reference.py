@@ -15,7 +15,7 @@ import numpy as np
 
 from .config import ModelConfig
 from .layers import sparsemixer
-from .layers.arrays import ACTIVATIONS, array, layer_norm, product, rms_norm, sigmoid, softmax
+from .layers.arrays import ACTIVATIONS, array, clamped_swiglu, layer_norm, product, rms_norm, sigmoid, softmax
 
 NO_BIAS = (None, None, None)  # of gate, up and down
 
@@ -113,7 +113,7 @@ def route(config: ModelConfig, weights, layer: int, h, xp=np):
     cause, the row has fewer: the rest is -1 with weight 0.
     """
     if config.router.score == "sparsemixer":
-        logits = np.asarray(router_logits(weights, layer, h, xp))
+        logits = np.asarray(router_logits(config, weights, layer, h, xp))
         chosen, p = sparsemixer.choose(logits, config.top_k_of(layer), config.router.threshold)
         return chosen, array(sparsemixer.weights_of(chosen, p), xp) * config.routing_scale
     scores = router_scores(config, weights, layer, h, xp)  # (rows, experts)
@@ -177,11 +177,14 @@ def router_scores(config: ModelConfig, weights, layer: int, h, xp=np):
 
     For sparsemixer this is a softmax, which tells how close an expert is to being chosen, not its routing weight.
     """
-    return (sigmoid if config.router.score == "sigmoid" else softmax)(router_logits(weights, layer, h, xp), xp)
+    return (sigmoid if config.router.score == "sigmoid" else softmax)(router_logits(config, weights, layer, h, xp), xp)
 
 
-def router_logits(weights, layer: int, h, xp=np):
-    return h @ array(weights.trunk(f"layers.{layer}.router"), xp).T
+def router_logits(config: ModelConfig, weights, layer: int, h, xp=np):
+    logits = h @ array(weights.trunk(f"layers.{layer}.router"), xp).T
+    if not config.router.logit_bias:
+        return logits
+    return logits + array(weights.trunk(f"layers.{layer}.router_logit_bias"), xp)
 
 
 def choose_experts(config: ModelConfig, weights, layer: int, scores: np.ndarray) -> np.ndarray:
@@ -224,7 +227,7 @@ def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights
         rows, place = np.nonzero(chosen == index)
         if not rows.size:
             continue
-        bias = [array(one, xp) for one in weights.expert_bias(layer, index)] if config.expert_bias else NO_BIAS
+        bias = expert_bias(config, weights, layer, index, xp)
         rows, place = array(rows, xp), array(place, xp)
         out = expert(config, h[rows], *weights.expert(layer, index), xp, bias)
         y[rows] = y[rows] + out * routing_weights[rows, place][:, None]
@@ -244,22 +247,38 @@ def dense_block(config: ModelConfig, weights, layer: int, h, xp=np):
     return _to_residual(config, _trunk_mlp(config, weights, f"layers.{layer}.dense", h, xp))
 
 
+def expert_bias(config: ModelConfig, weights, layer: int, index: int, xp=np):
+    """What is added to the products of an expert's gate, up and down; NO_BIAS if the model has none."""
+    if not config.expert_bias:
+        return NO_BIAS
+    return tuple(array(one, xp) for one in weights.expert_bias(layer, index))
+
+
 def expert(config: ModelConfig, h, w_gate, w_up, w_down, xp=np, bias=NO_BIAS):
     """One gated MLP, (rows, dim), for h (rows, dim), w_gate and w_up (inner, dim), w_down (dim, inner).
 
     bias: what is added to the products of gate, up (inner,) and down (dim,).
     """
-    return _plus(expert_inner(config, h, w_gate, w_up, xp, bias) @ array(w_down, xp).T, bias[2])
+    return plus(expert_inner(config, h, w_gate, w_up, xp, bias) @ array(w_down, xp).T, bias[2])
 
 
 def expert_inner(config: ModelConfig, h, w_gate, w_up, xp=np, bias=NO_BIAS):
     """The input of an expert's down projection, (rows, inner)."""
-    inner = ACTIVATIONS[config.activation](_plus(h @ array(w_gate, xp).T, bias[0]), xp)
-    inner *= _plus(h @ array(w_up, xp).T, bias[1])
+    gate, up = plus(h @ array(w_gate, xp).T, bias[0]), plus(h @ array(w_up, xp).T, bias[1])
+    return gated(config, gate, up, xp)
+
+
+def gated(config: ModelConfig, gate, up, xp=np):
+    """The input of a gated MLP's down projection, from the products of its gate and up."""
+    if config.activation == "clamped_swiglu":
+        return clamped_swiglu(gate, up, config.swiglu_alpha, config.swiglu_limit, xp)
+    inner = ACTIVATIONS[config.activation](gate, xp)
+    inner *= up
     return inner
 
 
-def _plus(y, bias):
+def plus(y, bias):
+    """y plus a bias, or y itself without one."""
     return y if bias is None else y + bias
 
 
@@ -268,6 +287,5 @@ def _to_residual(config: ModelConfig, y):
 
 
 def _trunk_mlp(config: ModelConfig, weights, prefix: str, h, xp):
-    inner = ACTIVATIONS[config.activation](product(weights, f"{prefix}.gate", h, xp), xp)
-    inner *= product(weights, f"{prefix}.up", h, xp)
-    return product(weights, f"{prefix}.down", inner, xp)
+    gate, up = product(weights, f"{prefix}.gate", h, xp), product(weights, f"{prefix}.up", h, xp)
+    return product(weights, f"{prefix}.down", gated(config, gate, up, xp), xp)

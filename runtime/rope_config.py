@@ -70,13 +70,13 @@ def rope_count(keys: Keys, name: str, default: int) -> int:
 
 
 def _yarn(rope: Keys, theta: float, factor: float, context: int) -> YarnScaling:
-    for key, only in (("attention_factor", None), ("truncate", True)):
-        if rope.raw.get(key, only) not in (only, None):
-            raise ValueError(f"{rope.where}: {key} of rope type yarn is not supported; leave it out")
+    if rope.raw.get("attention_factor") is not None:
+        raise ValueError(f"{rope.where}: attention_factor of rope type yarn is not supported; leave it out")
     yarn = YarnScaling(
         factor,
         rope.count("original_max_position_embeddings", default=context),
         *(rope.number(key, default=default) for key, default in YARN_DEFAULTS.items()),
+        truncate=rope.flag("truncate", True),
     )
     if yarn.beta_fast <= 0 or yarn.beta_slow <= 0 or theta <= 1:
         raise ValueError(f"{rope.where}: rope type yarn needs beta_fast and beta_slow above 0 and rope_theta above 1")

@@ -68,11 +68,14 @@ class Kept:
 
     def trunk(self, name: str) -> np.ndarray:
         weights = self.checkpoint.trunk(name)
-        of_router = name.endswith((".router", ".router_bias"))
+        of_router = name.endswith((".router", ".router_bias", ".router_logit_bias"))
         return weights[list(self.kept[int(name.split(".")[1])])] if of_router else weights
 
     def expert(self, layer: int, index: int) -> tuple[np.ndarray, ...]:
         return self.checkpoint.expert(layer, self.kept[layer][index])
+
+    def expert_bias(self, layer: int, index: int) -> tuple[np.ndarray, ...]:
+        return self.checkpoint.expert_bias(layer, self.kept[layer][index])
 
 
 def weights_of(path: Path) -> BundleWeights:
@@ -89,7 +92,8 @@ def write_bundle(
             writer.write_trunk(name, quantise(weights.trunk(name), packing.widths[0], packing.group))
         for key, packing in experts.items():
             matrices = zip(weights.expert(*key), packing.widths, strict=True)
-            writer.write_expert(*key, [quantise(matrix, width, packing.group) for matrix, width in matrices])
+            packed = [quantise(matrix, width, packing.group) for matrix, width in matrices]
+            writer.write_expert(*key, packed, reference.expert_bias(config, weights, *key))
         writer.finish()
     return out
 

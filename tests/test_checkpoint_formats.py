@@ -346,7 +346,7 @@ def test_a_checkpoint_that_is_quantised_already_is_refused_by_the_name_of_its_fo
     )
 
 
-@pytest.mark.parametrize("method", ["mxfp4", "modelopt", None])
+@pytest.mark.parametrize("method", ["quark", "modelopt", None])
 def test_another_quantisation_method_is_refused(plain, method):
     set_quantisation(plain, {"quant_method": method, "bits": 4})
     assert refusal(ValueError, lambda: Checkpoint(plain)) == (

@@ -1,6 +1,7 @@
 """ModelConfig from config.json: both spellings, every architecture, every refusal."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -62,10 +63,12 @@ KINDS = {
     },
 }
 
+OTHER = {"intermediate_size": 96}
+
 
 def hub(kind: str, **changes) -> dict:
     """config.json as the hub has it."""
-    raw = {"model_type": kind, **SHAPES, **KINDS[kind], "rope_theta": 5000.0, "torch_dtype": "bfloat16"}
+    raw = {"model_type": kind, **SHAPES, **KINDS.get(kind, OTHER), "rope_theta": 5000.0, "torch_dtype": "bfloat16"}
     return {**raw, **changes}
 
 
@@ -241,6 +244,34 @@ def test_phimoe_is_read_in_each_spelling(rope):
     assert biases == {"layers.2.mlp_norm_bias": (64,), "output_norm_bias": (64,), "head_bias": (128,)}
 
 
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_gpt_oss_is_read_in_each_spelling(name, truncate):
+    rope = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": truncate}
+    rope |= {"original_max_position_embeddings": 64}
+    beside = {"rope_theta": 5000.0, name: rope} if name == "rope_scaling" else {name: {**rope, "rope_theta": 5000.0}}
+    own = {"intermediate_size": 96, "num_local_experts": 8, "head_dim": 16, "sliding_window": 24, "swiglu_limit": 5.0}
+    own |= {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "rms_norm_eps": 1e-5}
+    config = parse_config({"model_type": "gpt_oss", **SHAPES, **own, **beside})
+    yarn = YarnScaling(32.0, 64, beta_fast=32.0, beta_slow=1.0, mscale=0.0, mscale_all_dim=0.0, truncate=truncate)
+    full = Attention(4, 2, 16, Rope(16, 5000.0, yarn=yarn), bias=True, output_bias=True, sinks=True)
+    router = RouterConfig(renormalise=True, logit_bias=True)
+    want = expected(
+        "gpt_oss",
+        full,
+        Experts(8, 2, 96, router, output_bias=True),
+        activation="clamped_swiglu",
+        swiglu_alpha=1.702,
+        swiglu_limit=5.0,
+        norm_eps=1e-5,
+    )
+    layers = (replace(want.layers[0], attention=replace(full, window=24)), *want.layers[1:])
+    assert config == replace(want, layers=layers)
+    shapes = trunk_shapes(config)
+    assert shapes["layers.2.sinks"] == (4,) and shapes["layers.0.router_logit_bias"] == (8,)
+    assert "layers.0.router_bias" not in shapes
+
+
 def test_a_dense_model_is_called_so():
     raw = {key: value for key, value in hub("qwen3_moe", model_type="qwen3").items() if "experts" not in key}
     with pytest.raises(ValueError) as error:
@@ -349,8 +380,15 @@ REFUSED = [
      "rope_scaling.original_max_position_embeddings is 64, two spellings of one key; remove the one that is wrong"),
     ("deepseek_v3", {"rope_scaling": {**YARN, "attention_factor": 1.0}},
      "attention_factor of rope type yarn is not supported; leave it out"),
-    ("deepseek_v3", {"rope_scaling": {**YARN, "truncate": False}},
-     "truncate of rope type yarn is not supported; leave it out"),
+    ("deepseek_v3", {"rope_scaling": {**YARN, "truncate": 0}}, "truncate is 0, expected true or false"),
+    ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types is ['full_attention'], expected sliding_attention "
+     "or full_attention for every layer"),
+    ("gpt_oss", {"layer_types": ["chunked_attention"] * 3}, "layer_types is ['chunked_attention', 'chunked_attention', "
+     "'chunked_attention'], expected sliding_attention or full_attention for every layer"),
+    ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit is 0, expected a number above 0"),
+    ("gpt_oss", {"swiglu_alpha": "1.7"}, "swiglu_alpha is '1.7', expected a number from 0 to 1e+30"),
+    ("gpt_oss", {"attention_bias": 1}, "attention_bias is 1, expected true or false"),
+    ("gpt_oss", {"sliding_window": -1}, "sliding_window is -1, expected a whole number from 1 to 2,147,483,647"),
     ("deepseek_v3", {"rope_scaling": {**YARN, "beta_fast": 0}},
      "rope type yarn needs beta_fast and beta_slow above 0 and rope_theta above 1"),
     ("deepseek_v3", {"rope_scaling": {**YARN, "beta_slow": 0}},

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 NO_DEFAULTS = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}  # that a model could have
 LINEAR = {"type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 6.0}
 LONG = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0], "long_factor": [9.0] * 8}
 LONG |= {"short_mscale": 1.3, "long_mscale": 2.0}
 
@@ -65,6 +66,12 @@ def test_an_absent_key_means_what_it_means_to_transformers(kind):
         ("phimoe", {"rope_scaling": LONG, "rope_theta": 500.0, "original_max_position_embeddings": 64}),
         ("phimoe", {"rope_parameters": LONG}),  # the original context is the model's
         ("phimoe", {}),
+        ("gpt_oss", {"rope_scaling": {**YARN, "truncate": False}, "rope_theta": 500.0}),
+        ("gpt_oss", {"rope_parameters": {**YARN, "truncate": True}}),
+        ("gpt_oss", {"rope_parameters": YARN, "rope_theta": 500.0}),
+        ("gpt_oss", {"rope_theta": 500.0}),
+        ("gpt_oss", {"rope_parameters": {}}),
+        ("gpt_oss", {}),
         ("qwen3_moe", {"rope_parameters": {**LINEAR, "mscale_all_dim": 1.5, "rope_theta": 1e4}}),
     ],
 )
@@ -79,6 +86,8 @@ def test_rotary_position_in_every_spelling_is_that_of_transformers(tmp_path, kin
     [
         ("deepseek_v3", {"n_shared_experts": 1, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3,
                          "num_hidden_layers": 4}),
+        ("gpt_oss", {"layer_types": None, "swiglu_limit": 7.0, "sliding_window": 128, "num_local_experts": 128,
+                     "num_experts_per_tok": 4, "head_dim": 64, "rms_norm_eps": 1e-5}),
         ("mixtral", {"num_attention_heads": 8, "num_key_value_heads": 8}),
         ("phimoe", {"router_jitter_noise": 0.01, "num_local_experts": 16, "rms_norm_eps": 1e-5}),
         ("qwen2_moe", {"num_attention_heads": 16, "num_key_value_heads": 16, "mlp_only_layers": []}),

@@ -348,7 +348,7 @@ def test_exp_is_within_three_ten_millionths():
     error = np.abs(got[:, 1] / got[:, 0] / np.exp(x.astype(np.float64)) - 1)
     assert error.max() <= 3e-7 + 2 * 2.0**-24
     gate = np.linspace(-88, -20, 20001).astype(np.float32)
-    silu = _core.gate_up("scalar", gate, np.ones_like(gate), 0).astype(np.float64)
+    silu = _core.gate_up("scalar", gate, np.ones_like(gate), _core.Gate.silu).astype(np.float64)
     error = np.abs(gate / silu / (1 + np.exp(-gate.astype(np.float64))) - 1)
     assert error.max() <= 3e-7 + 2 * 2.0**-24
     assert _core.softmax("scalar", np.zeros(1, np.float32))[0] == 1
@@ -361,12 +361,17 @@ def test_vector_kernels_are_near_numpy_and_equal_scalar(n):
     x, w = rng.standard_normal((2, n)).astype(np.float32) * np.float32(4)
     a, b = x.astype(np.float64), w.astype(np.float64)
     e = np.exp(a - a.max())
+    gate = np.minimum(a, 3)
+    clamped = gate / (1 + np.exp(-1.702 * gate)) * (np.clip(b, -3, 3) + 1)
     gelu = a / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) * b
     calls = [
         (lambda s: _core.rms_norm(s, x, w, 1e-6), a / np.sqrt((a**2).mean() + 1e-6) * b),
-        (lambda s: _core.gate_up(s, x, w, 0), a / (1 + np.exp(-a)) * b),
-        (lambda s: _core.gate_up(s, x, w, 1), gelu),
+        (lambda s: _core.gate_up(s, x, w, _core.Gate.silu), a / (1 + np.exp(-a)) * b),
+        (lambda s: _core.gate_up(s, x, w, _core.Gate.gelu_tanh), gelu),
+        (lambda s: _core.gate_up(s, x, w, _core.Gate.clamped_swiglu, 1.702, 3), clamped),
         (lambda s: _core.softmax(s, x), e / e.sum()),
+        (lambda s: _core.softmax(s, x, 2.5), e / (e.sum() + np.exp(2.5 - a.max()))),
+        (lambda s: _core.softmax(s, x, 99.0), np.exp(a - 99)),
     ]
     for call, want in calls:
         got = call("scalar")

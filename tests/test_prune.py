@@ -47,17 +47,25 @@ def test_a_norm_passes_its_gradient_on(kind):
     assert got == pytest.approx(want, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
-def test_an_expert_passes_its_gradient_on(kind):
-    config = type("", (), {"activation": kind})
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "clamped_swiglu"])
+def test_an_expert_passes_its_gradient_on(kind, biased):
+    config = type("", (), {"activation": kind, "swiglu_alpha": 1.702, "swiglu_limit": 3.0})
     gate, up, down, g, h, direction = random(8, 16), random(8, 16, seed=1), random(16, 8, seed=2), *random(3, 5, 16)
-    want = slope(lambda at: (reference.expert(config, at, gate, up, down) * g).sum(), h, direction)
-    y, back = adjoint.mlp_backward(config, h, (gate, up, down), g[None])
+    bias = (*random(2, 8, seed=3), random(16, seed=4)) if biased else reference.NO_BIAS
+    inner = h @ gate.T, h @ up.T
+    assert all((np.abs(one) > 3).any() and (np.abs(one) < 3).any() for one in inner)  # beyond the limits, and within
+
+    def expert(at):
+        return reference.expert(config, at, gate, up, down, bias=bias)
+
+    want = slope(lambda at: (expert(at) * g).sum(), h, direction)
+    y, back = adjoint.mlp_backward(config, h, (gate, up, down), g[None], bias)
     assert (back[0] * direction).sum() == pytest.approx(want, rel=1e-5)
-    np.testing.assert_allclose(y, reference.expert(config, h, gate, up, down), rtol=1e-6)
+    np.testing.assert_allclose(y, expert(h), rtol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "deepseek_v3", "phimoe"])
+@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "deepseek_v3", "phimoe", "gpt_oss"])
 def test_a_router_passes_its_gradient_on(golden, architecture):
     checkpoint = Checkpoint(golden[architecture][0])
     config, layer = checkpoint.config, checkpoint.config.moe_layers[-1]

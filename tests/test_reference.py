@@ -127,7 +127,7 @@ def test_a_pruned_expert_adds_nothing(golden):
 
 def test_of_experts_with_equal_scores_the_lower_number_goes_first(golden):
     checkpoint, _, _ = golden
-    config = changed(checkpoint.config, router={"selection_bias": False})
+    config = changed(checkpoint.config, router={"selection_bias": False, "logit_bias": False})
     router = config.router
     h = np.zeros((2, config.dim), np.float32)
     chosen, routing_weights = reference.route(config, checkpoint, config.moe_layers[0], h)

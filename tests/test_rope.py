@@ -49,6 +49,9 @@ def transformers_rope(attention: LatentAttention, rope: dict) -> tuple[np.ndarra
         {"factor": 0.5},
         {"factor": 3.0, "original_context": 1000},
         {"beta_fast": 8.0, "beta_slow": 4.0},
+        {"truncate": False},
+        {"truncate": False, "beta_fast": 8.0, "beta_slow": 4.0},
+        {"truncate": False, "original_context": 20},
         {"original_context": 20},
         {"beta_fast": 1.0, "beta_slow": 1.0, "original_context": 7},
     ],
@@ -63,6 +66,7 @@ def test_yarn_is_that_of_transformers(change, theta):
         "original_max_position_embeddings": yarn.original_context,
         "beta_fast": yarn.beta_fast,
         "beta_slow": yarn.beta_slow,
+        "truncate": yarn.truncate,
         **({"mscale": yarn.mscale} if yarn.mscale else {}),
         **({"mscale_all_dim": yarn.mscale_all_dim} if yarn.mscale_all_dim else {}),
     }

@@ -40,7 +40,7 @@ def go_through(
     packing = dict.fromkeys(keys, Packing(widths, 32))
 
     class Kept:
-        def write_expert(self, layer, number, packed):
+        def write_expert(self, layer, number, packed, _bias):
             cols = (config.dim, config.dim, config.expert_hidden)
             written[layer, number] = [dequantise(*its) for its in zip(packed, widths, cols, strict=True)]
 
@@ -133,7 +133,7 @@ def test_a_written_bundle_computes_what_its_track_did(golden, tmp_path, architec
     np.testing.assert_allclose(moved, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_moe", "olmoe", "mixtral"])
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "olmoe", "mixtral", "gpt_oss"])
 def test_an_expert_is_rounded_for_its_inputs_and_aims_at_what_is_lacking(golden, tmp_path, architecture):
     """The last layer's most used expert, from the definition in float64."""
     checkpoint = Checkpoint(golden[architecture][0])
@@ -171,8 +171,10 @@ def test_an_expert_is_rounded_for_its_inputs_and_aims_at_what_is_lacking(golden,
         packed = gptq(best.astype(np.float32), Curvature.of(moment, damping_for(*x.shape)), width, 32)
         return dequantise(packed, width, matrix.shape[1])
 
-    inner = reference.expert_inner(c, h_made[rows], *found[:2])
-    target = reference.expert(c, h[rows], *matrices) + lacking[rows]
+    bias = reference.expert_bias(c, checkpoint, layer, expert)
+    inner = reference.expert_inner(c, h_made[rows], *found[:2], bias=bias)
+    target = reference.expert(c, h[rows], *matrices, bias=bias) + lacking[rows]
+    target -= 0 if bias[2] is None else bias[2]
     for got, want in zip(
         found,
         (

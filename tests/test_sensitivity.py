@@ -38,6 +38,9 @@ class Changed:
         found = self.changes.get((layer, expert))
         return self.checkpoint.expert(layer, expert) if found is None else found
 
+    def expert_bias(self, layer: int, expert: int):
+        return self.checkpoint.expert_bias(layer, expert)
+
 
 class Measured:
     """A measuring pass over a golden checkpoint, and what it must have found."""
@@ -83,7 +86,9 @@ class Measured:
         h, weight, rows = self.rows_of(layer, expert, a)
         counts = (weight**2 / np.square(self.after[layer][rows]).sum(1))[::2]
         found = []
-        for matrix, x in zip(matrices, (h, h, reference.expert_inner(self.config, h, *matrices[:2])), strict=True):
+        bias = reference.expert_bias(self.config, self.weights, layer, expert)
+        inner = reference.expert_inner(self.config, h, *matrices[:2], bias=bias)
+        for matrix, x in zip(matrices, (h, h, inner), strict=True):
             x = x[::2]
             moment = np.einsum("r,ri,rj->ij", counts / counts.sum(), x, x)
             packed = gptq(matrix, Curvature.of(moment, damping_for(*x.shape)), *choice, sweeps=0)
@@ -111,7 +116,7 @@ def same_bits(a: LayerMeasure, b: LayerMeasure) -> None:
         np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "phimoe"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_oss", "phimoe"])
 def test_the_pass_computes_what_the_model_does_and_counts_its_experts(measured, architecture):
     m = measured(architecture)
     c, want = m.config, reference.embed(m.config, m.weights, m.ids)
@@ -129,7 +134,7 @@ def test_the_pass_computes_what_the_model_does_and_counts_its_experts(measured, 
     assert m.told == list(range(1, c.experts + 1)) * len(c.moe_layers)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_moe", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "qwen3_moe", "mixtral", "gpt_oss"])
 def test_errors_are_those_of_a_direct_computation(measured, architecture):
     """Rounded for every second row, the change of the output on the others; only one matrix is rounded at a time."""
     m = measured(architecture, domains=2)
@@ -138,7 +143,8 @@ def test_errors_are_those_of_a_direct_computation(measured, architecture):
     h, weight, rows = m.rows_of(layer, expert, a)
     assert len(rows) >= LEAST_ROWS  # so that no others are taken in
     matrices, others = m.weights.expert(layer, expert), slice(1, None, 2)
-    full = reference.expert(c, h, *matrices).astype(np.float64)
+    bias = reference.expert_bias(c, m.weights, layer, expert)
+    full = reference.expert(c, h, *matrices, bias=bias).astype(np.float64)
     domain = np.repeat(m.domains, tokens)[rows[others]]
     scale = len(rows) / len(rows[others])
     relative = 1 / np.square(m.after[layer][rows[others]], dtype=np.float64).sum(1)
@@ -153,13 +159,13 @@ def test_errors_are_those_of_a_direct_computation(measured, architecture):
         rounded = m.rounded(layer, expert, a, choice)
         for part in range(3):
             mixed = [rounded[j] if j == part else matrices[j] for j in range(3)]
-            norm, errors = errors_of((reference.expert(c, h, *mixed) - full)[others])
+            norm, errors = errors_of((reference.expert(c, h, *mixed, bias=bias) - full)[others])
             np.testing.assert_allclose(m.layers[layer].norm_errors[expert, part, i], norm, rtol=0.01)
             np.testing.assert_allclose(m.layers[layer].errors[expert, part, i], errors, rtol=0.02)
     np.testing.assert_allclose(m.layers[layer].drop_errors[expert], errors_of(full[others])[1], rtol=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "olmoe", "gpt_oss"])
 def test_a_gain_is_the_divergence_that_a_layers_error_makes(measured, architecture):
     """With one kind of text and all of it sampled, gain times error is the mean KL divergence itself."""
     m = measured(architecture)

@@ -46,6 +46,7 @@ KINDS = {
     "ernie4_5_moe": {"embedding", "attention", "dense", "shared"},
     "glm4_moe": {"embedding", "attention", "dense", "shared", "head"},
     "glm4_moe_lite": {"embedding", "attention", "dense", "shared", "head"},
+    "gpt_oss": {"embedding", "attention", "head"},
     "granitemoe": {"embedding", "attention"},
     "hunyuan_v1_moe": {"embedding", "attention", "shared", "head"},
     "kimi_k25": {"embedding", "attention", "shared", "head"},
@@ -89,6 +90,9 @@ class OneKind:
 
     def expert(self, layer: int, expert: int):
         return self.checkpoint.expert(layer, expert)
+
+    def expert_bias(self, layer: int, expert: int):
+        return self.checkpoint.expert_bias(layer, expert)
 
 
 # ---- kinds

@@ -166,7 +166,7 @@ void decode(const Shape& s, int width, const uint8_t* weights) {
   const std::string what = std::string(s.name) + ", " + std::to_string(width) + " bits, ";
   tell(what + "gate and up", "gbps", 2 * bytes / 1e9 / seconds(50, [&](int launch) {
                                        choose(launch);
-                                       cuda::gate_up(jobs.data(), s.chosen, s.hidden, x, hidden, 0, stream);
+                                       cuda::gate_up(jobs.data(), s.chosen, s.hidden, x, hidden, {}, stream);
                                      }));
   tell(what + "down", "gbps", bytes / 1e9 / seconds(50, [&](int launch) {
                                 choose(launch);

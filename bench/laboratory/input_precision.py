@@ -102,6 +102,9 @@ class Weights:
             self._kept[layer, expert] = self._source.expert(layer, expert)
         return tuple(Matrix(values, self.inputs) for values in self._kept[layer, expert])
 
+    def expert_bias(self, layer: int, expert: int) -> tuple[np.ndarray, ...]:
+        return self._source.expert_bias(layer, expert)
+
 
 def bundles(
     model: Path, calibration: Sequence[Path], calibration_tokens: int = CALIBRATION_TOKENS

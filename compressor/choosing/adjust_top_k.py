@@ -91,11 +91,12 @@ def _add_experts(
 
     def one(expert: int):
         matrices, outputs = checkpoint.expert(layer, expert), []
+        bias = reference.expert_bias(full, checkpoint, layer, expert)
         for config, form in forms:
             number = config.number_of(layer, expert)
             if number is not None:
                 rows, weight = form.routing.rows_of(number)
-                parts = forward.expert_parts(full, norms, layer, form.a, matrices, rows, weight)
+                parts = forward.expert_parts(full, norms, layer, form.a, matrices, bias, rows, weight)
                 outputs.append((form.y, forward.held(parts, len(rows), full.dim)))
         return outputs
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from ...runtime import reference
 from ...runtime.config import ModelConfig
-from ...runtime.layers.arrays import ACTIVATIONS
 from ...runtime.score import log_softmax
 from ..files import write_whole
 from ..passes import forward
@@ -197,9 +196,10 @@ class Sensitivity:
         def outputs_of(expert: int):
             """For each form, its stream and the blocks of output that the expert adds to it."""
             matrices, outputs = self.weights.expert(layer, expert), []
+            bias = reference.expert_bias(config, self.weights, layer, expert)
             for form in forms:
                 rows, routed = form.routing.rows_of(expert)
-                parts = forward.expert_parts(config, norms, layer, form.a, matrices, rows, routed)
+                parts = forward.expert_parts(config, norms, layer, form.a, matrices, bias, rows, routed)
                 outputs.append((form.y, forward.held(parts, len(rows), config.dim)))
             return outputs
 
@@ -215,7 +215,10 @@ class Sensitivity:
         at = Layer(layer, a, routing, norms, relative, place)
 
         def measured(expert: int):
-            compute = lambda: self._expert(at, expert, self.weights.expert(layer, expert))  # noqa: E731
+            def compute() -> dict[str, np.ndarray]:
+                bias = reference.expert_bias(config, self.weights, layer, expert)
+                return self._expert(at, expert, self.weights.expert(layer, expert), bias)
+
             return self.keep(f"measured-{layer:04}-{expert:04}", compute) if self.keep else compute()
 
         found = []
@@ -238,7 +241,7 @@ class Sensitivity:
             self._of_sample(np.square(change, dtype=np.float64).sum(-1) * relative[self.sample_rows]),
         )
 
-    def _expert(self, at: "Layer", expert: int, matrices) -> dict[str, np.ndarray]:
+    def _expert(self, at: "Layer", expert: int, matrices, bias) -> dict[str, np.ndarray]:
         """One expert's part of a LayerMeasure, and the change of its output on the sampled rows with all three matrices
         at the carried choice."""
         config, routing = self.config, at.routing
@@ -249,7 +252,7 @@ class Sensitivity:
         kept = sampled(len(given))
         relative = at.relative[given]
         h = forward.expert_input(config, at.norms, at.index, at.a, given)
-        squared, gone, rounded = self._changes(matrices, h, share**2 * relative, kept)
+        squared, gone, rounded = self._changes(matrices, bias, h, share**2 * relative, kept)
         # the last row is the whole output, the change when the expert is dropped
         squared = np.concatenate([squared.reshape(-1, len(kept)), gone[None]]) * share[kept] ** 2
         scale = len(rows) / max(len(kept), 1)
@@ -260,7 +263,7 @@ class Sensitivity:
 
         sample = at.place[rows] >= 0
         h = forward.expert_input(config, at.norms, at.index, at.a, rows[sample])
-        moved = reference.expert(config, h, *rounded) - reference.expert(config, h, *matrices)
+        moved = reference.expert(config, h, *rounded, bias=bias) - reference.expert(config, h, *matrices, bias=bias)
         return {
             "count": np.array(len(rows)),
             "norm_errors": norm_errors,
@@ -269,7 +272,7 @@ class Sensitivity:
             "moved": moved * routed[sample, None],
         }
 
-    def _changes(self, matrices, h, token_weights, kept):
+    def _changes(self, matrices, bias, h, token_weights, kept):
         """Squared norm of the change of one expert's output, (3, choices, kept rows), with each matrix rounded alone.
 
         Also return the squared norm of the output, (kept rows,), and the three matrices at the carried choice. The
@@ -277,12 +280,14 @@ class Sensitivity:
         few rows would be underestimated.
         """
         config = self.config
-        inner = reference.expert_inner(config, h, *matrices[:2])
+        inner = reference.expert_inner(config, h, *matrices[:2], bias=bias)
         curvature = curvature_of(h[::2], token_weights[::2])
         curvature_down = curvature_of(inner[::2], token_weights[::2])
         h_kept, inner_kept = h[kept], inner[kept]
-        gate, up = h_kept @ matrices[0].T, h_kept @ matrices[1].T
-        y = inner_kept @ matrices[2].T
+        gate, up, y = (
+            reference.plus(x @ matrix.T, its)
+            for x, matrix, its in zip((h_kept, h_kept, inner_kept), matrices, bias, strict=True)
+        )
         squared = np.empty((3, len(self.choices), len(kept)), np.float64)
         carried = None
         for i, (width, group) in enumerate(self.choices):
@@ -290,11 +295,11 @@ class Sensitivity:
             for matrix, its in zip(matrices, (curvature, curvature, curvature_down), strict=True):
                 packed = gptq(matrix, its, width, group, sweeps=0, threads=self.threads)
                 rounded.append(dequantise(packed, width, matrix.shape[1]))
-            gates, ups = h_kept @ rounded[0].T, h_kept @ rounded[1].T
-            act = ACTIVATIONS[config.activation]
-            squared[0, i] = np.square((act(gates) * up) @ matrices[2].T - y).sum(-1)
-            squared[1, i] = np.square((act(gate) * ups) @ matrices[2].T - y).sum(-1)
-            squared[2, i] = np.square(inner_kept @ rounded[2].T - y).sum(-1)
+            gates, ups = reference.plus(h_kept @ rounded[0].T, bias[0]), reference.plus(h_kept @ rounded[1].T, bias[1])
+            inners = (reference.gated(config, gates, up), reference.gated(config, gate, ups), inner_kept)
+            for part, inner in enumerate(inners):
+                down = rounded[2] if part == 2 else matrices[2]
+                squared[part, i] = np.square(reference.plus(inner @ down.T, bias[2]) - y).sum(-1)
             if i == self.carried_choice:
                 carried = rounded
         return squared, np.square(y, dtype=np.float64).sum(-1), carried

@@ -41,20 +41,36 @@ def norm_backward(config: ModelConfig, x, weight, g):
     return inverse * (g - x * (np.square(inverse) * np.mean(g * x, axis=-1, keepdims=True)))
 
 
-def mlp_backward(config: ModelConfig, h, matrices, g):
+def mlp_backward(config: ModelConfig, h, matrices, g, bias=reference.NO_BIAS):
     """Backward of reference.expert: the output (rows, dim), and the gradient (samples, rows, dim) at h (rows, dim)."""
     w_gate, w_up, w_down = matrices
-    gate, up = h @ w_gate.T, h @ w_up.T
-    act, slope = activation(config, gate)
+    gate, up = reference.plus(h @ w_gate.T, bias[0]), reference.plus(h @ w_up.T, bias[1])
+    y, of_gate, of_up = gated(config, gate, up)
     inner = g @ w_down
-    return (act * up) @ w_down.T, (inner * (up * slope)) @ w_gate + (inner * act) @ w_up
+    return reference.plus(y @ w_down.T, bias[2]), (inner * of_gate) @ w_gate + (inner * of_up) @ w_up
+
+
+def gated(config: ModelConfig, gate, up):
+    """reference.gated(), and its derivatives by gate and by up."""
+    if config.activation == "clamped_swiglu":
+        alpha, limit = config.swiglu_alpha, config.swiglu_limit
+        act, slope = _swish(np.minimum(gate, limit), alpha)
+        linear = np.clip(up, -limit, limit) + 1
+        return act * linear, linear * slope * (gate <= limit), act * (np.abs(up) <= limit)
+    act, slope = activation(config, gate)
+    return act * up, up * slope, act
+
+
+def _swish(x, alpha: float):
+    """x * sigmoid(alpha * x) and its derivative."""
+    sigmoid = reference.sigmoid(alpha * x)
+    return x * sigmoid, sigmoid * (1 + alpha * x * (1 - sigmoid))
 
 
 def activation(config: ModelConfig, x):
     """The activation and its derivative."""
     if config.activation == "silu":
-        sigmoid = reference.sigmoid(x)
-        return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+        return _swish(x, 1)
     inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x**3)
     tanh = np.tanh(inner)
     slope = np.float32(np.sqrt(2 / np.pi)) * (1 + np.float32(3 * 0.044715) * np.square(x))

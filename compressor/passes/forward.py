@@ -80,12 +80,17 @@ def expert_input(config: ModelConfig, weights, layer: int, a: Stream, rows: np.n
     return reference.mlp_input(config, weights, layer, a.take(rows))
 
 
-def expert_parts(config: ModelConfig, norms, layer: int, a: Stream, matrices, rows: np.ndarray, weight: np.ndarray):
-    """Yield one expert's weighted output in blocks, as (rows, values (rows, dim)). matrices: gate, up and down."""
+def expert_parts(
+    config: ModelConfig, norms, layer: int, a: Stream, matrices, bias, rows: np.ndarray, weight: np.ndarray
+):
+    """Yield one expert's weighted output in blocks, as (rows, values (rows, dim)).
+
+    matrices: gate, up and down; bias: what is added to the product of each, as reference.expert_bias() gives it.
+    """
     for start in range(0, len(rows), BLOCK_ROWS):
         at = slice(start, start + BLOCK_ROWS)
         h = expert_input(config, norms, layer, a, rows[at])
-        yield rows[at], reference.expert(config, h, *matrices) * weight[at, None]
+        yield rows[at], reference.expert(config, h, *matrices, bias=bias) * weight[at, None]
 
 
 def held(parts, rows: int, dim: int):

@@ -100,7 +100,8 @@ def _add_experts(config, weights, layer: int, a: Stream, y: Stream, routing, wor
 
     def one(expert: int):
         rows, weight = routing.rows_of(expert)
-        return list(forward.expert_parts(config, norms, layer, a, weights.expert(layer, expert), rows, weight))
+        matrices, bias = weights.expert(layer, expert), reference.expert_bias(config, weights, layer, expert)
+        return list(forward.expert_parts(config, norms, layer, a, matrices, bias, rows, weight))
 
     for parts in forward.in_order(workers, one, range(config.experts_of(layer))):
         forward.add_all(y, parts)
@@ -127,10 +128,10 @@ def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, 
         return np.stack([g.take(sample * rows + its) for sample in range(SAMPLES)])
 
     def one(part):
-        matrices, its, place = part
+        matrices, bias, its, place = part
         h, g_y = forward.expert_input(config, held, layer, a, its), gradient(its)
         weight = routing.weights[its, place][:, None]
-        y, g_h = adjoint.mlp_backward(config, h, matrices, g_y * weight)
+        y, g_h = adjoint.mlp_backward(config, h, matrices, g_y * weight, bias)
         return its, place, (g_y * (y * weight)).sum(-1), g_h
 
     q = None if routing is None else np.zeros((SAMPLES, rows, routing.chosen.shape[1]), np.float32)
@@ -154,12 +155,15 @@ def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, 
 
 
 def _parts(config: ModelConfig, weights, layer: int, routing):
-    """Yield (matrices, rows, the expert's place in their top-k) for a layer's experts, at most BLOCK rows at a time."""
+    """Yield (matrices, biases, rows, the expert's place in their top-k) for a layer's experts, at most BLOCK rows at a
+    time."""
     if routing is None:
         return
     for expert in range(config.experts_of(layer)):
         its, place = np.nonzero(routing.chosen == expert)
-        matrices = weights.expert(layer, expert) if len(its) else None
+        if not len(its):
+            continue
+        matrices, bias = weights.expert(layer, expert), reference.expert_bias(config, weights, layer, expert)
         for start in range(0, len(its), BLOCK):
             at = slice(start, start + BLOCK)
-            yield matrices, its[at], place[at]
+            yield matrices, bias, its[at], place[at]

@@ -31,7 +31,7 @@ class BundleWeights:
             data = np.fromfile(self.bundle.path / TRUNK_FILE, np.uint8, bytes_of(dtype, shape), offset=at)
             parts.append(data.reshape(tensor.rows, -1))
         values = unpacked(parts, tensor.encoding, tensor.cols)
-        return values[0] if name.endswith(("norm", "bias", "decay_rate")) else values
+        return values[0] if name.endswith(("norm", "bias", "sinks", "decay_rate")) else values
 
     def expert(self, layer: int, number: int) -> tuple[np.ndarray, ...]:
         dim, hidden = self.config.dim, self.config.expert_hidden

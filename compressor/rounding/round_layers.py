@@ -196,11 +196,14 @@ class Rounding:
 
         def one(expert: int):
             matrices = self.checkpoint.expert(layer, expert)
+            bias = reference.expert_bias(self.config, self.checkpoint, layer, expert)
             wanted = [(y, routing.rows_of(expert))]
             for track in self.tracks:
                 if (number := track.config.number_of(layer, expert)) is not None:
                     wanted.append((track.lacking, track.routing.rows_of(number)))
-            return [(into, self._parts(self.config, self._norms, layer, a, matrices, *its)) for into, its in wanted]
+            return [
+                (into, self._parts(self.config, self._norms, layer, a, matrices, bias, *its)) for into, its in wanted
+            ]
 
         for outputs in forward.in_order(self.workers, one, range(self.config.experts)):
             for into, parts in outputs:
@@ -232,39 +235,40 @@ class Rounding:
             if all(number is None for _, number in numbers):
                 return []
             matrices, results = self.checkpoint.expert(layer, expert), []
+            bias = reference.expert_bias(self.config, self.checkpoint, layer, expert)
             for track, number in numbers:
                 if number is not None:
-                    packed = self._packed(track, layer, number, matrices, a)
+                    packed = self._packed(track, layer, number, matrices, bias, a)
                     widths = track.experts[layer, number].widths
                     rounded = [
                         dequantise(one, width, matrix.shape[1])
                         for one, width, matrix in zip(packed, widths, matrices, strict=True)
                     ]
                     its = track.routing.rows_of(number)
-                    parts = self._parts(track.config, track.norms, layer, track.a, rounded, *its)
-                    results.append((track, number, packed, parts))
+                    parts = self._parts(track.config, track.norms, layer, track.a, rounded, bias, *its)
+                    results.append((track, number, packed, bias, parts))
             return results
 
         for done, results in enumerate(forward.in_order(self.workers, one, range(self.config.experts)), start=1):
-            for track, number, packed, parts in results:
+            for track, number, packed, bias, parts in results:
                 forward.add_all(track.y, parts)
                 if track.writer is not None:
-                    track.writer.write_expert(layer, number, packed)
+                    track.writer.write_expert(layer, number, packed, bias)
             tell(done)
         for track in self.tracks:
             track.lacking.close()
 
-    def _parts(self, config, norms, layer, a, matrices, rows, weight):
-        parts = forward.expert_parts(config, norms, layer, a, matrices, rows, weight)
+    def _parts(self, config, norms, layer, a, matrices, bias, rows, weight):
+        parts = forward.expert_parts(config, norms, layer, a, matrices, bias, rows, weight)
         return forward.held(parts, len(rows), config.dim)
 
-    def _packed(self, track: Track, layer: int, number: int, matrices, a: Stream) -> list[Quantised]:
+    def _packed(self, track: Track, layer: int, number: int, matrices, bias, a: Stream) -> list[Quantised]:
         """gate, up and down of one expert, rounded; with `keep`, saved on disk for a resumed run."""
         if self.keep is None:
-            return self._round(track, layer, number, matrices, a)
+            return self._round(track, layer, number, matrices, bias, a)
 
         def compute() -> dict:
-            parts = enumerate(self._round(track, layer, number, matrices, a))
+            parts = enumerate(self._round(track, layer, number, matrices, bias, a))
             return {
                 f"{i}.{f.name}": v for i, one in parts for f in fields(one) if (v := getattr(one, f.name)) is not None
             }
@@ -272,7 +276,7 @@ class Rounding:
         saved = self.keep(f"packed-{layer:04}-{number:04}.{track.name}", compute)
         return [Quantised(*(saved.get(f"{i}.{f.name}") for f in fields(Quantised))) for i in range(3)]
 
-    def _round(self, track: Track, layer: int, number: int, matrices, a: Stream) -> list[Quantised]:
+    def _round(self, track: Track, layer: int, number: int, matrices, bias, a: Stream) -> list[Quantised]:
         packing, config = track.experts[layer, number], self.config
         if packing.widths[0] >= 16:
             return [quantise(matrix, 16, packing.group) for matrix in matrices]
@@ -293,14 +297,14 @@ class Rounding:
         steps = np.split(inputs.step(np.concatenate(matrices[:2])), 2)
         for matrix, step, width in zip(matrices[:2], steps, packing.widths[:2], strict=True):
             pack(matrix, step, inputs, width)
-        inner = reference.expert_inner(config, h, *rounded)
-        target = reference.expert(config, clean, *matrices) + track.lacking.take(rows)
-        inner_inputs.add(inner, counts, target - inner @ matrices[2].T)
+        inner = reference.expert_inner(config, h, *rounded, bias=bias)
+        target = reference.expert(config, clean, *matrices, bias=bias) + track.lacking.take(rows)
+        inner_inputs.add(inner, counts, target - reference.plus(inner @ matrices[2].T, bias[2]))
         pack(matrices[2], inner_inputs.step(), inner_inputs, packing.widths[2])
         del inputs, inner_inputs, inner
 
         def error(its: list[np.ndarray]) -> float:
-            return float(counts @ np.square(reference.expert(config, h, *its) - target).sum(-1))
+            return float(counts @ np.square(reference.expert(config, h, *its, bias=bias) - target).sum(-1))
 
         # Each matrix alone is no worse than rounded to nearest, row by row; all three together may be.
         to_nearest = [
@@ -314,7 +318,7 @@ class Rounding:
 
 
 def cut_router(config: ModelConfig, name: str, tensor: np.ndarray) -> np.ndarray:
-    """The rows of a router (or its selection bias) for the experts that are kept; other tensors unchanged."""
-    if not config.kept or not name.endswith((".router", ".router_bias")):
+    """The rows of a router (or its biases) for the experts that are kept; other tensors unchanged."""
+    if not config.kept or not name.endswith((".router", ".router_bias", ".router_logit_bias")):
         return tensor
     return np.ascontiguousarray(tensor[list(config.kept[int(name.split(".")[1])])])

@@ -145,14 +145,18 @@ class Checkpoint:
             values = np.concatenate(list(parts))
         else:
             values = read(tensor, source.first_row, source.stored_shape, name)
-        if source.transposed:
-            values = np.ascontiguousarray(values[:, source.first_column :][:, : source.shape[0]].T)
+            values = np.ascontiguousarray((values.T if source.transposed else values)[source.rows])
         return source.convert(values) if source.convert else values
 
     def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises like trunk()."""
         name = f"layers.{layer}.experts.{expert}"
         return self.trunk(f"{name}.gate"), self.trunk(f"{name}.up"), self.trunk(f"{name}.down")
+
+    def expert_bias(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What is added to the products of gate, up (expert_hidden,) and down (dim,), of a model that has it."""
+        name = f"layers.{layer}.experts.{expert}"
+        return self.trunk(f"{name}.gate_bias"), self.trunk(f"{name}.up_bias"), self.trunk(f"{name}.down_bias")
 
     def _find(self, name: str) -> tuple[Source, Tensor]:
         if name not in self._tensors:

@@ -4,6 +4,8 @@ A quantised tensor has values and, in another tensor, the scales that blocks of 
   FP8    X.weight F8_E4M3 (rows, cols), X.weight_scale_inv or X.weight_scale (block rows, block cols). Despite its
          name, `_inv` is a factor too. Blocks at the last rows and columns may be incomplete.
   MXFP4  X.weight_packed U8 (rows, cols / 2), the low nibble first; X.weight_scale U8 (rows, cols / 32), an exponent.
+         Or, of all experts, X_blocks U8 (experts, rows, cols / 32, 16), the low nibble first; X_scales U8 (experts,
+         rows, cols / 32).
   INT4   X.weight_packed I32 (rows, cols / 8), the low nibble first, 8 is zero; X.weight_scale (rows, cols / group).
 The names and types of the stored tensors tell the format; config.json's quantization_config has the block sizes. A few
 rows are decoded at a time, so that little memory is needed beyond the float32 result.
@@ -24,6 +26,7 @@ EXPONENTS = ("U8", "F8_E8M0")  # a power of two, stored as its biased exponent
 SCALES = {FP8: (*PLAIN, *EXPONENTS), MXFP4: EXPONENTS, INT4: PLAIN}
 WHOLE = 0  # a block as high or wide as the matrix
 BLOCKS = {FP8: (128, 128), MXFP4: (1, 32)}  # rows and columns that share a scale, unless config.json says otherwise
+BLOCKS_SUFFIX = "_blocks"  # of a tensor of MXFP4 with a dimension for the blocks of a row
 STEP_VALUES = 1 << 16  # values decoded at a time: codes and floats stay in the core's cache
 
 Block = tuple[int, int]
@@ -52,6 +55,8 @@ def scale_blocks(quantisation, where: str) -> tuple[Block, ...]:
     if not isinstance(quantisation, dict):
         raise ValueError(f"{where}: quantization_config is {quantisation!r}, expected an object")
     method = quantisation.get("quant_method")
+    if method == "mxfp4":
+        return _any_block([])
     if method == "fp8":
         size = quantisation.get("weight_block_size")
         return _any_block([]) if size is None else (_block(size, "weight_block_size", where),)
@@ -85,6 +90,8 @@ def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: 
         if packed is None:
             return None
         return (_locate_int4 if packed.dtype == "I32" else _locate_mxfp4)(key, shape, packed, stored)
+    if values.dtype == "U8" and key.endswith(BLOCKS_SUFFIX):
+        return _locate_blocks(key, shape, values, stored)
     if values.dtype not in (*PLAIN, FP8) or (values.dtype == FP8 and len(shape) < 2):
         raise _unsupported(values.path, f"tensor {key} of type {values.dtype}")
     _check_shape(key, values, shape)
@@ -176,21 +183,37 @@ def _scale_shapes(shape: tuple[int, ...], block: Block) -> list[tuple[int, ...]]
 
 
 def _locate_mxfp4(key: str, shape: tuple[int, ...], packed: Stored, stored: dict[str, Stored]) -> Tensor:
-    packed_key, scale_key, block = f"{key}_packed", f"{key}_scale", BLOCKS[MXFP4]
+    packed_key = f"{key}_packed"
     if packed.dtype != "U8" or len(shape) != 2:
         raise _unsupported(packed.path, f"tensor {packed_key} of type {packed.dtype}")
-    rows, cols = shape
-    if cols % block[1]:
+    return _mxfp4(packed_key, shape, packed, (shape[-1] // 2,), f"{key}_scale", stored)
+
+
+def _locate_blocks(key: str, shape: tuple[int, ...], values: Stored, stored: dict[str, Stored]) -> Tensor:
+    return _mxfp4(key, shape, values, (shape[-1] // 32, 16), f"{key.removesuffix(BLOCKS_SUFFIX)}_scales", stored)
+
+
+def _mxfp4(
+    key: str,
+    shape: tuple[int, ...],
+    values: Stored,
+    row_shape: tuple[int, ...],
+    scale_key: str,
+    stored: dict[str, Stored],
+) -> Tensor:
+    """A tensor of MXFP4, each row of which is stored as `row_shape` bytes."""
+    block = BLOCKS[MXFP4]
+    if shape[-1] % block[1]:
         raise ValueError(
-            f"{packed.path}: tensor {packed_key} is MXFP4, which has blocks of {block[1]} columns, and config.json "
+            f"{values.path}: tensor {key} is MXFP4, which has blocks of {block[1]} columns, and config.json "
             f"makes it {shape}; config.json and the weights do not belong together"
         )
-    _check_shape(packed_key, packed, (rows, cols // 2))
-    scales = _locate_scales(MXFP4, packed_key, packed, scale_key, stored)
+    _check_shape(key, values, (*shape[:-1], *row_shape))
+    scales = _locate_scales(MXFP4, key, values, scale_key, stored)
     wanted = _scale_shapes(shape, block)[0]
     if scales.shape != wanted:
-        raise _wrong_scales(scale_key, scales, packed_key, shape, str(wanted))
-    return Tensor(packed_key, MXFP4, shape, packed, scale_key, scales, block)
+        raise _wrong_scales(scale_key, scales, key, shape, str(wanted))
+    return Tensor(key, MXFP4, shape, values, scale_key, scales, block)
 
 
 def _locate_int4(key: str, shape: tuple[int, ...], packed: Stored, stored: dict[str, Stored]) -> Tensor:

@@ -1,7 +1,7 @@
 """Mapping each canonical tensor to the checkpoint's tensor that contains it, by the naming of the model's family."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,8 +20,8 @@ class Source:
     key_shape: tuple[int, ...]
     stored_shape: tuple[int, ...]  # the part that is read
     first_row: int = 0  # in the checkpoint's tensor, with the rows of all experts numbered consecutively
-    first_column: int = 0  # in the part that is read, if it is transposed
-    transposed: bool = False
+    transposed: bool = False  # the part that is read has the rows as columns
+    rows: slice = field(default_factory=lambda: slice(None))  # of the part that is read, once it is transposed
     pieces: Rows = ()  # the runs of rows that it consists of, if it is not one
     convert: Callable[[np.ndarray], np.ndarray] | None = None  # what is stored -> what is used
 
@@ -85,6 +85,8 @@ def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
         for expert in range(config.experts):
             to, at = f"layers.{layer}.experts.{expert}", f"{names.layers}{layer}."
             yield from (_fused if not names.layout.up else _separate)(config, names.layout, to, at, expert)
+            if any(names.layout.biases):
+                yield from _biases(config, names.layout, to, at, expert)
 
 
 def _separate(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -> Iterator[Source]:
@@ -99,17 +101,36 @@ def _separate(config: ModelConfig, layout: Layout, to: str, at: str, expert: int
 
 def _fused(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -> Iterator[Source]:
     dim, hidden = config.dim, config.expert_hidden
-    gate_up, down = _fused_shapes(config, layout)
-    for part, key, key_shape, shape, first in (
-        ("gate", layout.gate, gate_up, (hidden, dim), 0),
-        ("up", layout.gate, gate_up, (hidden, dim), hidden),
-        ("down", layout.down, down, (dim, hidden), 0),
+    (gate_up, down), gate_rows, up_rows = _fused_shapes(config, layout), *_shares(hidden, layout)
+    for part, key, key_shape, shape, rows in (
+        ("gate", layout.gate, gate_up, (hidden, dim), gate_rows),
+        ("up", layout.gate, gate_up, (hidden, dim), up_rows),
+        ("down", layout.down, down, (dim, hidden), slice(0, dim)),
     ):
-        if layout.transposed:
-            rows = expert * key_shape[1]
-            yield Source(f"{to}.{part}", at + key, shape, key_shape, key_shape[1:], rows, first, transposed=True)
+        name, first = f"{to}.{part}", expert * key_shape[1]
+        if layout.transposed or rows.step:  # all of the expert is read
+            yield Source(name, at + key, shape, key_shape, key_shape[1:], first, layout.transposed, rows)
         else:
-            yield Source(f"{to}.{part}", at + key, shape, key_shape, shape, expert * key_shape[1] + first)
+            yield Source(name, at + key, shape, key_shape, shape, first + rows.start)
+
+
+def _biases(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -> Iterator[Source]:
+    dim, hidden = config.dim, config.expert_hidden
+    gate_rows, up_rows = _shares(hidden, layout)
+    gate_up, down = layout.biases
+    for part, key, count, of, rows in (
+        ("gate", gate_up, hidden, 2 * hidden, gate_rows),
+        ("up", gate_up, hidden, 2 * hidden, up_rows),
+        ("down", down, dim, dim, slice(0, dim)),
+    ):
+        yield Source(f"{to}.{part}_bias", at + key, (count,), (config.experts, of), (of,), expert, rows=rows)
+
+
+def _shares(hidden: int, layout: Layout) -> tuple[slice, slice]:
+    """The rows of gate and of up in an expert's fused matrix."""
+    if layout.interleaved:
+        return slice(0, 2 * hidden, 2), slice(1, 2 * hidden, 2)
+    return slice(0, hidden), slice(hidden, 2 * hidden)
 
 
 def _fused_shapes(config: ModelConfig, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +178,7 @@ class BundleWriter:
             )
 
     def write_expert(
-        self, layer: int, index: int, matrices: list[Quantised], output_bias: list[np.ndarray] | None = None
+        self, layer: int, index: int, matrices: list[Quantised], output_bias: Sequence[np.ndarray | None] = ()
     ) -> None:
         """Write an expert's record: gate, up, down, and the float32 output bias (rows,) of each if the model has it."""
         file, offset, nbytes = self._records[layer, index]

@@ -94,13 +94,17 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
   for (int i = 0; i < n; ++i) y[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
 }
 
-void gate_up(float* gate, const float* up, int n, int activation) {
-  if (activation == kSilu)
-    for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], kSilu);
-  else if (activation == kSigmoid)
-    for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], kSigmoid);
-  else
-    for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], kGelu);
+template <Gate Kind>
+void gate_up_of(float* gate, const float* up, int n, float alpha, float limit) {
+  for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], {Kind, alpha, limit});
+}
+
+void gate_up(float* gate, const float* up, int n, const Activation& activation) {
+  auto* loop = activation.gate == Gate::kSilu      ? gate_up_of<Gate::kSilu>
+               : activation.gate == Gate::kGelu    ? gate_up_of<Gate::kGelu>
+               : activation.gate == Gate::kSigmoid ? gate_up_of<Gate::kSigmoid>
+                                                   : gate_up_of<Gate::kClamped>;
+  loop(gate, up, n, activation.alpha, activation.limit);
 }
 
 void convolve(const Convolution& c, float* x, int tokens, int begin, int end) {
@@ -122,7 +126,7 @@ void convolve(const Convolution& c, float* x, int tokens, int begin, int end) {
       const float *from = input(t - at), *weights = c.weights + size_t(past - at) * c.channels;
       for (int i = begin; i < end; ++i) y[i] = std::fma(weights[i], from[i], y[i]);
     }
-    for (int i = begin; i < end; ++i) y[i] = gated(y[i], 1.0f, kSilu);
+    for (int i = begin; i < end; ++i) y[i] = gated(y[i], 1.0f, {Gate::kSilu});
   }
 }
 
@@ -146,8 +150,8 @@ inline void delta_from(const DeltaHead& h, const float* from, float* to, int fir
   }
 }
 
-// Replaces x[i] by exp(x[i] - max), and returns their sum.
-inline float exponentiate(float* x, int begin, int end) {
+// Replaces x[i] by exp(x[i] - top), and returns their sum and that of the sink's.
+inline float exponentiate(float* x, int begin, int end, float sink) {
   float tops[kLanes];
   int i = begin;
   for (float& top : tops) top = x[begin];
@@ -156,6 +160,7 @@ inline float exponentiate(float* x, int begin, int end) {
   for (; i < end; ++i) tops[0] = x[i] > tops[0] ? x[i] : tops[0];
   float top = tops[0];
   for (int j = 1; j < kLanes; ++j) top = tops[j] > top ? tops[j] : top;
+  top = sink > top ? sink : top;
   for (i = begin; i < end; ++i) x[i] = exp_lane(x[i] - top);
 
   // Lanes follow the absolute position, so the order of the sum does not depend on the window or the prompt's length.
@@ -170,11 +175,11 @@ inline float exponentiate(float* x, int begin, int end) {
       add_values(lanes, padded);
     }
   }
-  return fold(lanes);
+  return fold(lanes) + exp_lane(sink - top);
 }
 
-void softmax(float* x, int begin, int end) {
-  const float inverse = 1.0f / exponentiate(x, begin, end);
+void softmax(float* x, int begin, int end, float sink) {
+  const float inverse = 1.0f / exponentiate(x, begin, end, sink);
   for (int i = begin; i < end; ++i) x[i] = x[i] * inverse;
 }
 

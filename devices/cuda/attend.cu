@@ -104,6 +104,8 @@ EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span spa
   if (thread % kWarp == 0) of_warps[thread / kWarp] = top;
   __syncthreads();
   for (int warp = 0; warp < kWarps; ++warp) top = of_warps[warp] > top ? of_warps[warp] : top;
+  const float sink = heads.sinks ? heads.sinks[blockIdx.x] : kNoSink;
+  top = sink > top ? sink : top;
   for (int i = begin + thread; i < end; i += kThreads) x[i] = exp_lane(x[i] - top);
   __syncthreads();
   if (thread < kWarp) {  // lanes follow the absolute position
@@ -113,7 +115,7 @@ EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span spa
     EDGE_MOE_UNROLL_8
     for (; i < end; i += kLanes) sum = sum + x[i];
     sum = fold_lanes(sum);
-    if (thread == 0) total = sum;
+    if (thread == 0) total = sum + exp_lane(sink - top);
   }
   __syncthreads();
   const float inverse = 1.0f / total;

@@ -53,7 +53,7 @@ product_kernel(Batch<ProductJob> batch, VectorBuffer x) {
 // Each block computes 64 rows of gate and of up of one expert, which are one block of inputs of down: half of the warps
 // compute gate, the others up.
 EDGE_MOE_KERNEL(kGateUpThreads)
-gate_up_kernel(Batch<ExpertJob> batch, VectorBuffer x, VectorBuffer hidden, int activation) {
+gate_up_kernel(Batch<ExpertJob> batch, VectorBuffer x, VectorBuffer hidden, Activation activation) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
   __shared__ float values[2][kBlock];
   const ExpertJob& job = batch.jobs[blockIdx.y];
@@ -115,7 +115,7 @@ void product(const ProductJob* jobs, int count, const VectorBuffer& x, Stream st
 }
 
 void gate_up(const ExpertJob* jobs, int count, int rows, const VectorBuffer& x, const VectorBuffer& hidden,
-             int activation, Stream stream) {
+             const Activation& activation, Stream stream) {
   in_batches(jobs, count, [&](const Batch<ExpertJob>& batch, bool) {
     if (batch.count)
       EDGE_MOE_LAUNCH(gate_up_kernel, dim3(pieces(rows, kBlock), unsigned(batch.count)), dim3(kGateUpThreads),

@@ -69,9 +69,9 @@ void quantise(const float* values, int vectors, const VectorBuffer& into, Stream
 // Computes jobs of widths below 16, token by token.
 void product(const ProductJob* jobs, int count, const VectorBuffer& x, Stream stream);
 
-// hidden[pair] = activation(gate . x) * (up . x), quantised to int8, for `count` experts with `rows` rows.
+// hidden[pair] = gated(gate . x, up . x, activation), quantised to int8, for `count` experts with `rows` rows.
 void gate_up(const ExpertJob* jobs, int count, int rows, const VectorBuffer& x, const VectorBuffer& hidden,
-             int activation, Stream stream);
+             const Activation& activation, Stream stream);
 
 // out[pair] (dim,) = down . hidden[pair] for `count` experts, each with its own widths; then the sum, if places > 0.
 void down(const ExpertJob* jobs, int count, const VectorBuffer& hidden, float* out, const RankedSum& sum,

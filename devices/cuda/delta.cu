@@ -27,7 +27,7 @@ convolve_kernel(float* qkv, const float* weights, DeltaNet net, StateBuffers sta
     float sum = weights[size_t(past) * channels + channel] * x[size_t(t) * channels];
     for (int at = 1; at <= past && (inputs || t >= at); ++at)
       sum = fmaf(weights[size_t(past - at) * channels + channel], input(t - at), sum);
-    x[size_t(t) * channels] = gated(sum, 1.0f, kSilu);
+    x[size_t(t) * channels] = gated(sum, 1.0f, {Gate::kSilu});
   }
 }
 

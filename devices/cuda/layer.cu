@@ -99,7 +99,7 @@ EDGE_MOE_KERNEL(kThreads) add_bias_kernel(float* x, const float* bias, int n) {
 
 // Each warp computes a block of 64 values.
 EDGE_MOE_KERNEL(kThreads)
-activate_kernel(Batch<Rows> batch, float* gate, const float* up, int n, int activation, VectorBuffer into) {
+activate_kernel(Batch<Rows> batch, float* gate, const float* up, int n, Activation activation, VectorBuffer into) {
   const int block = int(blockIdx.x * kWarps + threadIdx.x / kWarp), first = block * kBlock;
   if (first >= n || int(blockIdx.y) >= batch.jobs[blockIdx.z].count) return;
   const size_t row = size_t(batch.jobs[blockIdx.z].first) + blockIdx.y, at = row * n + first;
@@ -205,7 +205,7 @@ void add_bias(float* x, const float* bias, int vectors, int n, Stream stream) {
   EDGE_MOE_LAUNCH(add_bias_kernel, dim3(pieces(n, kThreads), unsigned(vectors)), dim3(kThreads), 0, stream, x, bias, n);
 }
 
-void activate(const Rows* rows, int count, float* gate, const float* up, int n, int activation,
+void activate(const Rows* rows, int count, float* gate, const float* up, int n, const Activation& activation,
               const VectorBuffer& into, Stream stream) {
   in_batches(rows, count, [&](const Batch<Rows>& batch, bool) {
     int most = 0;

@@ -28,8 +28,8 @@ struct Rows {
   int first, count;
 };
 
-// gate (vectors, n) = activation(gate) * up for some rows, also quantised to int8 if `into` has codes.
-void activate(const Rows* rows, int count, float* gate, const float* up, int n, int activation,
+// gate (vectors, n) = gated(gate, up, activation) for some rows, also quantised to int8 if `into` has codes.
+void activate(const Rows* rows, int count, float* gate, const float* up, int n, const Activation& activation,
               const VectorBuffer& into, Stream stream);
 
 // x (tokens, dim) += weights[t, k] * down[pairs[t, k]] for k in [0, places), in this order; a pair of -1 was pruned.
@@ -52,6 +52,7 @@ struct Heads {
   float norm_eps, clip, softmax_scale;
   int sliding_window;
   bool interleaved, norm_after_rope;
+  const float* sinks;  // (heads,), see Kernels::softmax; null: none
 };
 
 // Tokens [first, first + count) of a pass. Token t is at `*position` + t; this is in device memory so that one graph

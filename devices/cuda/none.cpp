@@ -39,7 +39,9 @@ void check_launch() {}
 
 void quantise(const float*, int, const VectorBuffer&, Stream) { refuse(); }
 void product(const ProductJob*, int, const VectorBuffer&, Stream) { refuse(); }
-void gate_up(const ExpertJob*, int, int, const VectorBuffer&, const VectorBuffer&, int, Stream) { refuse(); }
+void gate_up(const ExpertJob*, int, int, const VectorBuffer&, const VectorBuffer&, const Activation&, Stream) {
+  refuse();
+}
 void down(const ExpertJob*, int, const VectorBuffer&, float*, const RankedSum&, Stream) { refuse(); }
 void products(const ProductJob*, int, const VectorBuffer&, Stream) { refuse(); }
 
@@ -50,7 +52,7 @@ void layer_norm(const float*, const float*, const float*, float, int, int, float
 void embed(const Matrix&, const int32_t*, int, float, float*, Stream) { refuse(); }
 void float_product(const ProductJob*, int, const float*, Stream) { refuse(); }
 void add_bias(float*, const float*, int, int, Stream) { refuse(); }
-void activate(const Rows*, int, float*, const float*, int, int, const VectorBuffer&, Stream) { refuse(); }
+void activate(const Rows*, int, float*, const float*, int, const Activation&, const VectorBuffer&, Stream) { refuse(); }
 void ranked_sum(float*, const float*, const float*, const int32_t*, int, int, int, Stream) { refuse(); }
 void add_gated(float*, const float*, const float*, float, int, int, Stream) { refuse(); }
 void store_keys(const Projections&, const Heads&, const LayerCache&, const Span&, Stream) { refuse(); }

@@ -39,9 +39,13 @@ def layer_norm(x, weight, bias, eps: float, xp=np):
     return y
 
 
-def softmax(x, xp=np):
-    e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
-    return e / xp.sum(e, axis=-1, keepdims=True)
+def softmax(x, xp=np, sink=None):
+    """Softmax over the last axis. sink: (..., 1), a logit that takes part and is left out of the result."""
+    top = xp.max(x, axis=-1, keepdims=True)
+    top = top if sink is None else xp.maximum(top, sink)
+    e = xp.exp(x - top)
+    whole = xp.sum(e, axis=-1, keepdims=True)
+    return e / (whole if sink is None else whole + xp.exp(sink - top))
 
 
 def sigmoid(x, xp=np):
@@ -68,4 +72,10 @@ def gelu_tanh(x, xp=np):
     return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}
+def clamped_swiglu(gate, up, alpha: float, limit: float, xp=np):
+    """SwiGLU of a gate of at most `limit`, whose sigmoid is `alpha` times as steep, and of 1 + up within +-limit."""
+    gate = xp.minimum(gate, limit)
+    return gate * sigmoid(alpha * gate, xp) * (xp.clip(up, -limit, limit) + 1)
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}  # whose product with up is the input of the down projection

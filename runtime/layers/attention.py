@@ -25,6 +25,7 @@ class Attention:
     window: int = 0  # keys a query can see, itself included; 0 is all
     scale: float = 0.0  # factor of the products of queries and keys; 0 is head_dim ** -0.5
     output_gate: bool = False  # the input of the output projection is multiplied by a sigmoid gate
+    sinks: bool = False  # each head has a logit of its own in the softmax, which takes weight from the values
 
     output = "o"  # the output projection
 
@@ -52,6 +53,7 @@ class Attention:
             parts |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
         if self.qk_norm != "none":
             parts |= {"q_norm": (q_rows if full else self.head_dim,), "k_norm": (kv_rows if full else self.head_dim,)}
+        parts |= {"sinks": (self.heads,)} if self.sinks else {}
         parts |= {"o": (dim, q_rows)}
         return parts | ({"o_bias": (dim,)} if self.output_bias else {})
 
@@ -65,7 +67,8 @@ class Attention:
 
     def attended(self, trunk, times, h, eps: float, xp=np):
         """Compute the input of the output projection, (sequences, tokens, heads * value_dim); see qkv()."""
-        y = attend_all(*self.qkv(trunk, times, h, eps, xp), self.softmax_scale, self.window, xp)
+        sinks = trunk("sinks") if self.sinks else None
+        y = attend_all(*self.qkv(trunk, times, h, eps, xp), self.softmax_scale, self.window, xp, sinks)
         return y * sigmoid(times("o_gate", h), xp) if self.output_gate else y
 
     def qkv(self, trunk, times, h, eps: float, xp=np):
@@ -97,16 +100,16 @@ class Attention:
         return turned if self.rope.dim == self.head_dim else xp.concatenate([turned, x[..., self.rope.dim :]], axis=-1)
 
 
-def attend_all(q, k, v, scale: float, window: int = 0, xp=np):
+def attend_all(q, k, v, scale: float, window: int = 0, xp=np, sinks=None):
     """attend() for each sequence, one at a time, so that memory holds the scores of only one."""
-    return xp.stack([attend(q[i], k[i], v[i], scale, window, xp) for i in range(len(q))])
+    return xp.stack([attend(q[i], k[i], v[i], scale, window, xp, sinks) for i in range(len(q))])
 
 
-def attend(q, k, v, scale: float, window: int = 0, xp=np):
+def attend(q, k, v, scale: float, window: int = 0, xp=np, sinks=None):
     """Causal attention within one sequence: q (tokens, heads, head_dim), k and v (tokens, kv_heads, size of each).
 
     Returns (tokens, heads * v's size). Query head i reads key head i // (heads / kv_heads). window: keys a query can
-    see, itself included; 0 is all.
+    see, itself included; 0 is all. sinks: (heads,), a logit of each head that has no value; None: none.
     """
     tokens, heads, head_dim = q.shape
     kv_heads, v_dim = v.shape[1:]
@@ -117,5 +120,6 @@ def attend(q, k, v, scale: float, window: int = 0, xp=np):
     age = np.arange(tokens)[:, None] - np.arange(tokens)  # (query, key)
     visible = (age >= 0) & (age < (window or tokens))
     scores = xp.where(array(visible, xp), q @ k * scale, -math.inf)
-    y = softmax(scores, xp) @ v  # (kv_heads, heads / kv_heads, tokens, v_dim)
+    sinks = None if sinks is None else sinks.reshape(kv_heads, heads // kv_heads, 1, 1)
+    y = softmax(scores, xp, sinks) @ v  # (kv_heads, heads / kv_heads, tokens, v_dim)
     return y.reshape(heads, tokens, v_dim).transpose(1, 0, 2).reshape(tokens, heads * v_dim)

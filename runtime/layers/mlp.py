@@ -14,6 +14,7 @@ class RouterConfig:
     top_groups: int = 1
     group_score: str = "max"  # a group's score: max | top2sum of its experts' scores
     scale: float = 1.0  # factor of the final weights
+    logit_bias: bool = False  # one value per expert, added to its logit
     threshold: float = 0.0  # of sparsemixer: the maximum relative distance below the largest logit that counts
 
 
@@ -33,6 +34,8 @@ class Experts:
         """The trunk's tensors by canonical name, in the order of use. experts: number kept; None: all."""
         count = self.experts if experts is None else experts
         parts: dict[str, tuple[int, ...]] = {"router": (count, dim)}
+        if self.router.logit_bias:
+            parts |= {"router_logit_bias": (count,)}
         if self.router.selection_bias:
             parts |= {"router_bias": (count,)}
         if self.shared_hidden:

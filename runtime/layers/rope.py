@@ -21,6 +21,7 @@ class YarnScaling:
     beta_slow: float  # angles of pairs with fewer turns are divided by factor
     mscale: float  # strength of the magnitude that the factor adds to keys and queries; 0: not given
     mscale_all_dim: float  # the same for all dimensions, through the softmax scale, in families that use it
+    truncate: bool = True  # the first and the last pair whose angles are between the two are whole numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,10 @@ class Rope:
             """The pair, as a real number, that makes `times` turns within the original context."""
             return dim * math.log(yarn.original_context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-        first = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-        last = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
+        first, last = pair_turning(yarn.beta_fast), pair_turning(yarn.beta_slow)
+        if yarn.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dim - 1)
         last = last + 0.001 if first == last else last
         slow = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(first)) / np.float32(last - first), 0, 1)
         return stretched * slow + plain * (1 - slow)

@@ -28,6 +28,8 @@ NAMES = {  # names of a layer's tensors in most checkpoints, by canonical name
     **{f"dense.{part}": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")},
     "router": "mlp.gate.weight",
     "router_bias": "mlp.gate.e_score_correction_bias",
+    "router_logit_bias": "mlp.gate.bias",
+    "sinks": "self_attn.sinks",
     **{f"shared.{part}": f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
     "shared_router": "mlp.shared_expert_gate.weight",
 }
@@ -44,6 +46,9 @@ class Layout:
     If `gate` and `up` contain `{}`, they are the names of one expert's matrices, with the expert's number in place of
     `{}`. Otherwise `gate` names one tensor with the gate rows, then the up rows of all experts, (experts, gate rows
     then up rows, dim), `down` names one (experts, dim, hidden), and `up` is empty.
+
+    `biases` are the names of two tensors (experts, rows) with what is added to the products of fused gate and up and of
+    down, for a family whose experts have that.
     """
 
     gate: str
@@ -51,6 +56,8 @@ class Layout:
     down: str
     names: Mapping[str, str] = field(default_factory=dict)  # of other tensors whose names differ in this layout
     transposed: bool = False  # fused tensors are (experts, dim, gate columns then up columns), (experts, hidden, dim)
+    interleaved: bool = False  # fused gate and up rows (if transposed, columns) take turns, gate first
+    biases: tuple[str, str] = ("", "")
 
 
 def separate(path: str, gate: str, up: str, down: str, **names) -> Layout:
@@ -93,19 +100,14 @@ class Family:
 
 
 def model(keys: Keys, layers: tuple[Layer, ...], **values) -> ModelConfig:
-    """A ModelConfig of these layers, with the keys that all families share."""
-    activation = keys.any("hidden_act")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{keys.where}: hidden_act {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
-        )
+    """A ModelConfig of these layers, with the keys that all families share; hidden_act unless `activation` is given."""
+    values["activation"] = values.get("activation") or _activation(keys)
     config = ModelConfig(
         architecture=keys.kind,
         dim=keys.count("hidden_size"),
         vocab=keys.count("vocab_size"),
         context=keys.count("max_position_embeddings"),
         layers=layers,
-        activation=ACTIVATIONS[activation],
         norm_eps=keys.number("rms_norm_eps"),
         tied_head=keys.flag("tie_word_embeddings"),
         eos_tokens=tokens(keys.nullable("eos_token_id")),
@@ -113,6 +115,15 @@ def model(keys: Keys, layers: tuple[Layer, ...], **values) -> ModelConfig:
     )
     _check(config, keys.where)
     return config
+
+
+def _activation(keys: Keys) -> str:
+    activation = keys.any("hidden_act")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{keys.where}: hidden_act {activation!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[activation]
 
 
 def stack(keys: Keys, attention: Mixer | Sequence[Mixer], experts: Experts, dense: tuple[int, ...] = ()):
@@ -184,6 +195,15 @@ def no_bias(keys: Keys) -> None:
         raise ValueError(
             f"{keys.where}: attention_bias true is not supported for {keys.kind} (it biases the output projection too)"
         )
+
+
+def windows(keys: Keys) -> tuple[bool, ...]:
+    """Whether each layer's attention has the sliding window, by layer_types or, if it is missing, every other one."""
+    count, names = layer_count(keys), ("sliding_attention", "full_attention")
+    kinds = keys.any("layer_types", default=[names[layer % 2] for layer in range(count)])
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in names for kind in kinds):
+        raise ValueError(f"{keys.where}: layer_types is {kinds!r}, expected {' or '.join(names)} for every layer")
+    return tuple(kind == names[0] for kind in kinds)
 
 
 def no_windows(keys: Keys) -> None:

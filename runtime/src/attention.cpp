@@ -83,7 +83,7 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
   if (received) received_attention(layer, step);
   if (a.output_gate)
     pool_.run(tokens, [&](int t, int) {
-      kernels_.gate_up(s_.o_gate + size_t(t) * q_dim, s_.attended + size_t(t) * q_dim, q_dim, kSigmoid);
+      kernels_.gate_up(s_.o_gate + size_t(t) * q_dim, s_.attended + size_t(t) * q_dim, q_dim, {Gate::kSigmoid});
     });
   attention_output(layer, a.output_gate ? s_.o_gate : s_.attended, tokens);
 }
@@ -93,6 +93,7 @@ void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int toke
                      int thread) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
+  const LayerWeights& w = layers_[layer];
   const size_t stride = c.key_positions();
   const int queries = heads * tokens;
   float* scores = s_.scores + size_t(thread) * kHeadQueries * stride;
@@ -111,7 +112,8 @@ void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int toke
   kernels_.attend_scores(q, queries, cache, begin_of(0), end_of(tokens - 1), a.head_dim, a.softmax_scale, scores,
                          stride);
   for (int query = 0; query < queries; ++query)
-    kernels_.softmax(scores + query * stride, begin_of(query / heads), end_of(query / heads));
+    kernels_.softmax(scores + query * stride, begin_of(query / heads), end_of(query / heads),
+                     w.sink(first_head + query % heads));
 
   // positions that all tokens see, at once; before and after them, token by token those that only some see
   const int begin = begin_of(tokens - 1), end = std::max(begin, end_of(0));
@@ -167,7 +169,7 @@ void CpuMath::received_attention(int layer, const Step& step) {
       const int end = span.position + t + 1, begin = a.sliding_window ? std::max(0, end - a.sliding_window) : 0;
       const float* q = s_.q + (size_t(t) * a.heads + head) * a.head_dim;
       kernels_.attend_scores(&q, 1, cache, begin, end, a.head_dim, a.softmax_scale, scores, 0);
-      kernels_.softmax(scores, begin, end);
+      kernels_.softmax(scores, begin, end, layers_[layer].sink(head));
       for (int at = std::max(begin, span.position); at < end; ++at) received[at - span.position] += scores[at];
     }
   });

@@ -82,7 +82,12 @@ void bind_config(nb::module_& m) {
       .def_rw("experts", &EngineConfig::experts)
       .def_rw("top_k", &EngineConfig::top_k)
       .def_rw("expert_hidden", &EngineConfig::expert_hidden)
-      .def_rw("activation", &EngineConfig::activation)
+      .def_prop_rw(
+          "activation",
+          [](const EngineConfig& c) { return std::tuple(c.activation.gate, c.activation.alpha, c.activation.limit); },
+          [](EngineConfig& c, const std::tuple<Gate, float, float>& its) {
+            c.activation = {std::get<0>(its), std::get<1>(its), std::get<2>(its)};
+          })
       .def_rw("layer_norm", &EngineConfig::layer_norm)
       .def_rw("norm_eps", &EngineConfig::norm_eps)
       .def_rw("embedding_scale", &EngineConfig::embedding_scale)

@@ -42,7 +42,7 @@ void CudaMath::attention_output(int layer, int tokens) {
   const cuda::VectorBuffer quantised = s_.attended_q.of_length(w.o.cols);
   if (w.o_gate) {
     const cuda::Rows rows = {0, tokens};
-    const int activation = c.attention(layer).conv_kernel ? kSilu : kSigmoid;
+    const Activation activation = {c.attention(layer).conv_kernel ? Gate::kSilu : Gate::kSigmoid};
     cuda::activate(&rows, 1, s_.o_gate, s_.attended, w.o.cols, activation,
                    w.o.takes_rounded() ? quantised : cuda::VectorBuffer{}, stream_);
   } else if (w.o.takes_rounded()) {
@@ -139,8 +139,8 @@ void CudaMath::attend_latents(int layer, int sequence, const cuda::Span& span) {
 
 cuda::Heads CudaMath::heads(int layer) const {
   const AttentionConfig& a = config_.attention(layer);
-  return {a.heads,    a.kv_heads,      a.head_dim,       a.rope_dim,         config_.norm_eps,
-          a.qkv_clip, a.softmax_scale, a.sliding_window, a.rope_interleaved, a.norm_after_rope};
+  return {a.heads,         a.kv_heads,       a.head_dim,         a.rope_dim,        config_.norm_eps,    a.qkv_clip,
+          a.softmax_scale, a.sliding_window, a.rope_interleaved, a.norm_after_rope, layers_[layer].sinks};
 }
 
 cuda::LatentHeads CudaMath::latent_heads(int layer) const {

@@ -76,7 +76,7 @@ void CpuMath::delta_heads(int layer, const TokenSpan& span, int kv_head) {
     for (int t = 0; t < span.count; ++t) {
       kernels_.rms_norm(out + t * values, w.o_norm, config_.norm_eps, out + t * values, a.v_dim);
       kernels_.gate_up(s_.o_gate + (span.first + t) * values + size_t(head) * a.v_dim, out + t * values, a.v_dim,
-                       kSilu);
+                       {Gate::kSilu});
     }
   }
 }

@@ -64,7 +64,7 @@ struct EngineConfig {
   std::vector<int> attention_of;            // (layers,): the kind of each layer
   int expert_hidden = 0;
   std::vector<int> experts, top_k;  // (layers,): of each layer; 0 in a layer without experts
-  int activation = 0;               // Kernels::gate_up
+  Activation activation;            // of every MLP
   bool layer_norm = false;          // the norms of the residual stream are LayerNorms with a bias, not RMSNorms
   float norm_eps = 1e-6f;
   float embedding_scale = 1;  // factor of embeddings before they enter the residual stream

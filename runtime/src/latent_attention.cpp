@@ -122,7 +122,7 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
     const Matrix keys = float_matrix(latents_from(begin, count), count, int(cached));
     kernels_.matmul(keys, x, scores + begin, context, 0, keys.rows);
   }
-  for (int query = 0; query < queries; ++query) kernels_.softmax(scores + query * context, 0, end_of(query));
+  for (int query = 0; query < queries; ++query) kernels_.softmax(scores + query * context, 0, end_of(query), kNoSink);
 
   // sums of latents, in order of position
   std::fill_n(mixed, size_t(queries) * rank, 0.0f);

@@ -41,12 +41,13 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
     w.q_bias = vector("q_bias", q_dim), w.k_bias = vector("k_bias", kv_dim), w.v_bias = vector("v_bias", kv_dim);
     w.q_norm = vector("q_norm", a.qk_norm_full ? q_dim : a.head_dim);
     w.k_norm = vector("k_norm", a.qk_norm_full ? kv_dim : a.head_dim);
+    w.sinks = vector("sinks", a.heads);
   }
   if (!c.experts[layer]) {
     w.dense = {matrix("dense.gate"), matrix("dense.up"), matrix("dense.down")};
     return w;
   }
-  w.router = matrix("router");
+  w.router = matrix("router"), w.router.output_bias = vector("router_logit_bias", c.experts[layer]);
   w.router_bias = vector("router_bias", c.experts[layer]);
   if (c.shared_hidden) w.shared = {matrix("shared.gate"), matrix("shared.up"), matrix("shared.down")};
   w.shared_router = trunk.matrix_if_any(prefix + "shared_router");

@@ -22,12 +22,15 @@ struct LayerWeights {
   const float* conv;                      // (conv_kernel, conv_channels)
   const float *decay_bias, *decay_rate;   // (heads,) twice
   const float* o_norm;                    // (v_dim,)
+  const float* sinks;                     // (heads,) logits; null: none
   Matrix q_a, kv_a, kv_b;                 // attention over a latent
   const float *q_a_norm, *kv_a_norm;      // (q_rank,), (kv_rank,)
   Matrix router;                          // (experts, dim) float32; empty in a layer without experts
   const float* router_bias;               // (experts,); null: none
   Matrix shared_router;                   // (1, dim) float32; empty: the shared expert is not gated
   ExpertWeights shared, dense;
+
+  float sink(int head) const { return sinks ? sinks[head] : kNoSink; }  // see Kernels::softmax
 };
 
 // Throws DamagedFile if the trunk lacks a tensor that the configuration requires.

@@ -89,7 +89,7 @@ void route(const Kernels& kernels, const RouterRule& rule, float* logits, int ex
   if (rule.score == RouterScore::kSigmoid)
     for (int expert = 0; expert < experts; ++expert) scores[expert] = sigmoid(logits[expert]);
   else
-    kernels.softmax(scores, 0, experts);
+    kernels.softmax(scores, 0, experts, kNoSink);
 
   // the best experts of the best groups
   float* open = group_scores + rule.groups;

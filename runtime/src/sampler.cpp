@@ -90,7 +90,7 @@ Drawn Sampler::with_logprobs(std::span<const float> logits, int count) {
   const float top = max_of(logits);
   weights_.assign(logits.begin(), logits.end());
   for (float& weight : weights_) weight = weight - top > kNever ? weight - top : kNever;
-  kernels_.softmax(weights_.data(), 0, int(weights_.size()));
+  kernels_.softmax(weights_.data(), 0, int(weights_.size()), kNoSink);
   const double log_sum = double(top) - std::log(double(max_of(weights_)));  // the likeliest token has 1 / sum
   const auto logprob = [&](int32_t token) { return Logprob{token, double(logits[token]) - log_sum}; };
   Drawn drawn;
@@ -136,7 +136,7 @@ int32_t Sampler::draw(std::span<const float> logits) {
     const float exponent = (weight - top) * scale;
     weight = exponent > kNever ? exponent : kNever;  // also replaces NaN
   }
-  kernels_.softmax(weights_.data(), 0, int(weights_.size()));
+  kernels_.softmax(weights_.data(), 0, int(weights_.size()), kNoSink);
   if (options_.top_p < 1) keep(likeliest(weights_, options_.top_p));
   if (options_.min_p > 0) {
     const std::vector<float> maxima = maxima_of(weights_);

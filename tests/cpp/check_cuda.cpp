@@ -50,7 +50,7 @@ static void check_product() {
 }
 
 // A layer's chosen experts, each with widths of its own, in two launches as when some have to be read first.
-static void check_experts(int dim, int hidden, int group, int count, int activation) {
+static void check_experts(int dim, int hidden, int group, int count, const Activation& activation) {
   const int widths[] = {2, 3, 4, 8, 1, 6, 5};
   std::vector<Packed> matrices;
   matrices.reserve(3 * count);
@@ -99,7 +99,7 @@ static void check_experts(int dim, int hidden, int group, int count, int activat
     cuda::down(&jobs[begin], end - begin, hidden_got.buffer(), got.data(), end == count ? sum : none, nullptr);
   }
   const std::string what = std::to_string(count) + " experts " + std::to_string(dim) + " x " + std::to_string(hidden) +
-                           ", group " + std::to_string(group) + ", activation " + std::to_string(activation);
+                           ", group " + std::to_string(group) + ", activation " + std::to_string(int(activation.gate));
   compare(what + ", hidden", hidden_got.codes, hidden_want.codes);
   compare(what + ", hidden's scales", hidden_got.scales, hidden_want.scales);
   compare(what + ", down", got, want);
@@ -112,14 +112,14 @@ int main(int count, char** arguments) try {
   check_quantise();
   if (!quick) check_product();
   for (int group : {32, 64, 128})
-    for (int activation : {0, 1}) {
+    for (const Activation& activation : kActivations) {
       check_experts(256, 128, group, 8, activation);
       if (quick) break;
       check_experts(group, 3 * group, group, 1, activation);
       check_experts(5 * group, group, group, 13, activation);
       check_experts(group, group, group, 32, activation);
     }
-  if (!quick) check_experts(2048, 768, 64, 8, 0);
+  if (!quick) check_experts(2048, 768, 64, 8, {});
   check_layer();
   check_delta();
   check_latent();

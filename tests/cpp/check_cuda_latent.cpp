@@ -76,7 +76,7 @@ void check_attention(const Shape& s, int position, int tokens) {
       Activations x;
       x.values = absorbed.data(), x.count = 1, x.cols = cached;
       kScalarKernels.matmul(keys, x, scores.data(), 0, 0, keys.rows);
-      kScalarKernels.softmax(scores.data(), 0, keys.rows);
+      kScalarKernels.softmax(scores.data(), 0, keys.rows, kNoSink);
       float *sum = &want[query * s.rank], *into = piece.data();
       sum_positions(0, keys.rows, 1, s.rank, &sum, &into, [&](int from, int to, float* const* sums) {
         for (int at = from; at < to; ++at)

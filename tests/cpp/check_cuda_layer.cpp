@@ -102,7 +102,7 @@ void check_sums() {
       cuda::add_gated(got.data(), down.data(), gate, scale, tokens, dim, nullptr);
       compare("gated sum", got, want);
     }
-  for (int activation : {kSilu, kGelu, kSigmoid}) {
+  for (const Activation& activation : kActivations) {
     const Floats up = floats(tokens * hidden);
     Vectors want_h(tokens, hidden), got_h(tokens, hidden, want_h.values);
     for (int t = 0; t < tokens; ++t)
@@ -176,6 +176,7 @@ void check_attention(const Shape& s, int position, int tokens) {
     }
   }
   const size_t stride = size_t(tokens) + 3;
+  const Floats sinks = floats(s.heads);
   Floats scores(room), piece(n), received(s.heads * stride);
   for (int t = 0; t < tokens; ++t)
     for (int head = 0; head < s.heads; ++head) {
@@ -185,7 +186,7 @@ void check_attention(const Shape& s, int position, int tokens) {
       const float* query = &q[(size_t(t) * s.heads + head) * n];
       float* out = &want[(size_t(t) * s.heads + head) * n];
       kScalarKernels.attend_scores(&query, 1, kv, begin, end, n, 0.125f, scores.data(), 0);
-      kScalarKernels.softmax(scores.data(), begin, end);
+      kScalarKernels.softmax(scores.data(), begin, end, s.clip ? sinks[head] : kNoSink);
       float* into = piece.data();
       sum_positions(begin, end, 1, n, &out, &into, [&](int from, int to, float* const* rows) {
         kScalarKernels.attend_values(scores.data(), 0, 1, kv, from, to, n, rows);
@@ -193,8 +194,17 @@ void check_attention(const Shape& s, int position, int tokens) {
       for (int of = std::max(begin - position, 0); of <= t; ++of) received[head * stride + of] += scores[position + of];
     }
 
-  const cuda::Heads heads = {s.heads, s.kv_heads, n,        s.rope_dim,    1e-6f,
-                             s.clip,  0.125f,     s.window, s.interleaved, s.norm_after_rope};
+  const cuda::Heads heads = {s.heads,
+                             s.kv_heads,
+                             n,
+                             s.rope_dim,
+                             1e-6f,
+                             s.clip,
+                             0.125f,
+                             s.window,
+                             s.interleaved,
+                             s.norm_after_rope,
+                             s.clip ? sinks.data() : nullptr};
   const cuda::LayerCache cache = {got_keys.data(), got_values.data(), room, s.half};
   cuda::Projections p{};
   p.q = got_q.data(), p.k = got_k.data(), p.v = got_v.data(), p.cos = cos.data(), p.sin = sin.data();

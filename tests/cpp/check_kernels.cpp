@@ -165,11 +165,13 @@ static void check_vectors(const Kernels& kernels, bool reference) {
     both("rms_norm" + of, in_place([&](const Kernels& its, float* y) { its.rms_norm(y, b.data(), 1e-6f, y, n); }));
     both("layer_norm" + of,
          in_place([&](const Kernels& its, float* y) { its.layer_norm(y, b.data(), q.data(), 1e-6f, y, n); }));
-    for (int activation : {kSilu, kGelu, kSigmoid})
-      both("activation " + std::to_string(activation) + of,
+    for (const Activation& activation :
+         {Activation{Gate::kSilu}, {Gate::kGelu}, {Gate::kSigmoid}, {Gate::kClamped, 1.702f, 1.5f}})
+      both("activation " + std::to_string(int(activation.gate)) + of,
            in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, activation); }));
     both("l2_norm" + of, in_place([&](const Kernels& its, float* y) { its.l2_norm(y, 1e-6f, 0.3f, y, n); }));
-    both("softmax" + of, in_place([&](const Kernels& its, float* y) { its.softmax(y, 0, n); }));
+    both("softmax with a sink" + of, in_place([&](const Kernels& its, float* y) { its.softmax(y, 0, n, 1.5f); }));
+    both("softmax" + of, in_place([&](const Kernels& its, float* y) { its.softmax(y, 0, n, kNoSink); }));
     both("add_scaled" + of, in_place([&](const Kernels& its, float* y) { its.add_scaled(y, b.data(), 0.3f, n); }));
     std::vector<uint16_t> halves(48 * size_t(n));
     for (uint16_t& half : halves) half = float_to_half(floats(1)[0]);
@@ -184,7 +186,8 @@ static void check_vectors(const Kernels& kernels, bool reference) {
           std::vector<float*> out_rows;
           for (int i = 0; i < queries; ++i) out_rows.push_back(out.data() + size_t(i) * n);
           its.attend_scores(q_rows.data(), queries, cache, 5, 37, n, 0.2f, scores.data(), 48);
-          for (int i = 0; i < queries; ++i) its.softmax(scores.data() + size_t(i) * 48, 5 + i % 3, 37);
+          for (int i = 0; i < queries; ++i)
+            its.softmax(scores.data() + size_t(i) * 48, 5 + i % 3, 37, i % 2 ? kNoSink : 0.3f * i);
           its.attend_values(scores.data(), 48, queries, cache, 7, 37, n, out_rows.data());
           return out;
         });

@@ -135,8 +135,9 @@ def mean_squares(config: ModelConfig, weights, ids: np.ndarray) -> Importance:
             for expert in range(config.experts):
                 (rows, weight), matrices = routing.rows_of(expert), weights.expert(layer, expert)
                 h = forward.expert_input(config, norms, layer, a, rows)
-                inner = reference.expert_inner(config, h, *matrices[:2])
-                y.add(rows, inner @ matrices[2].T * weight[:, None])
+                bias = reference.expert_bias(config, weights, layer, expert)
+                inner = reference.expert_inner(config, h, *matrices[:2], bias=bias)
+                y.add(rows, reference.plus(inner @ matrices[2].T, bias[2]) * weight[:, None])
                 found[layer, expert] = tuple(
                     np.square(its).mean(axis=0) if len(rows) else np.ones(its.shape[1], np.float32)
                     for its in (h, inner)

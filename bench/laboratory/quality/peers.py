@@ -19,6 +19,7 @@ from edge_moe.compressor.rounding.quantise import dequantise, trunk_packing
 from edge_moe.compressor.rounding.round_layers import PackedTrunk
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.writing.writer import BundleWriter, Packing, Quantised
+from edge_moe.runtime import reference
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.tokenizer import Tokenizer
 
@@ -154,5 +155,6 @@ def write_bundle(study: Study, out: Path, tool: str, experts: dict, record_of) -
             for name in trunk:
                 packed_trunk.trunk(name)
             for key in experts:
-                writer.write_expert(*key, record_of(checkpoint, key))
+                bias = reference.expert_bias(config, checkpoint, *key)
+                writer.write_expert(*key, record_of(checkpoint, key), bias)
             writer.finish()
