@@ -4,6 +4,7 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 
 from .. import _core
 from ..devices.probe import cgroup_limit_bytes, memory_limit_bytes
@@ -22,6 +23,7 @@ TOKEN_BYTES = 64  # Python's memory per token of context: an int, and its place 
 LOGIT_BYTES = 64  # memory per logit of a step that sampling or scoring may hold: float64 copies, an order, a sum
 KV_TYPES = ("float16", "float32")  # types of the KV cache
 SCRATCH_PART = 8  # when paging, upper bound of a step's scratch: 1/8 of the memory that slots could have
+SNAPSHOTS_PART = 16  # upper bound of snapshots: 1/16 of the cap
 MOST_SEQUENCES = 256
 AUTO_SHARE = 0.8  # share of free memory for ram="auto"
 UNITS = {"": 1, "B": 1}
@@ -44,8 +46,9 @@ class Plan:
     chunk: int  # tokens per prefill step
     trunk_bytes: int
     kv_cache_bytes: int
-    state_bytes: int  # of layers that keep a state in place of keys and values, snapshots included
+    state_bytes: int  # of layers that keep a state in place of keys and values, and of snapshots
     state_saves_bytes: int  # of KV cache, which those layers would take with the attention of the others
+    snapshots: int  # of recurrent states and windows, which prompts can go on from
     scratch_bytes: int
     io_buffers_bytes: int
     interpreter_bytes: int  # Python, stacks of threads, and spare_bytes
@@ -170,6 +173,7 @@ def engine_config(
     threads: int = 1,
     kv: str = KV_TYPES[0],
     sequences: int = 1,
+    snapshots: int = 0,
 ) -> _core.EngineConfig:
     """Convert a model's configuration and the sizes of a run to the core's EngineConfig."""
     if kv not in KV_TYPES:
@@ -194,7 +198,7 @@ def engine_config(
     if router.groups > 1:
         c.expert_groups = [config.groups_of(layer) for layer in range(config.layer_count)]
     c.context, c.chunk, c.logits_rows, c.threads = context, chunk, logits_rows, threads
-    c.half_cache, c.sequences, c.snapshots = kv == "float16", sequences, sequences + 1
+    c.half_cache, c.sequences, c.snapshots = kv == "float16", sequences, snapshots
     return c
 
 
@@ -255,10 +259,11 @@ def make_plan(
     """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, and experts from the rest.
 
     Having every expert resident takes precedence over a longer prefill chunk; when paging, the chunk's scratch takes at
-    most an eighth of the memory that slots could have. loading_bytes: the process's peak so far; a cap below it is
-    exceeded already, however much has been freed. Raises BelowFloor, which names the floor, if the cap is below it (the
-    floor has room for as many of the largest records as a token uses in one layer, or for all experts if they take
-    less), unless `refuse` is off; the plan then has too little memory to run.
+    most an eighth of the memory that slots could have. Snapshots take at most a sixteenth of the cap. loading_bytes:
+    the process's peak so far; a cap below it is exceeded already, however much has been freed. Raises BelowFloor, which
+    names the floor, if the cap is below it (the floor has room for as many of the largest records as a token uses in
+    one layer, or for all experts if they take less), unless `refuse` is off; the plan then has too little memory to
+    run.
     """
     working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
     least_bytes = _least_slots(config) * slot_bytes
@@ -269,8 +274,12 @@ def make_plan(
     recurrent = len(config.recurrent_layers)
     sizes = {"logits_rows": logits_rows, "threads": threads, "kv": kv, "sequences": sequences}
 
-    def plan(chunk: int, resident: bool) -> Plan:
-        kv_cache, states, scratch = engine_memory(config, context, chunk, device, **sizes)
+    def plan(chunk: int, resident: bool, keeps: bool = True) -> Plan:
+        """keeps: whether there are snapshots."""
+        without, one = (engine_memory(config, context, chunk, device, snapshots=n, **sizes)[1] for n in (0, 1))
+        most = ram_bytes // SNAPSHOTS_PART // (one - without) if keeps and one > without else 0
+        snapshots = min(sequences + 1, most)
+        kv_cache, states, scratch = engine_memory(config, context, chunk, device, snapshots=snapshots, **sizes)
         fixed = trunk_bytes + kv_cache + states + scratch + interpreter_bytes
         io_buffers = 0 if resident and mapped else read_bytes
         experts = all_experts_bytes if resident else max(0, min(ram_bytes - fixed - io_buffers, all_experts_bytes))
@@ -281,6 +290,7 @@ def make_plan(
             trunk_bytes=trunk_bytes,
             kv_cache_bytes=kv_cache,
             state_bytes=states,
+            snapshots=snapshots,
             state_saves_bytes=kv_cache * recurrent // max(config.layer_count - recurrent, 1),
             scratch_bytes=scratch,
             io_buffers_bytes=io_buffers,
@@ -302,7 +312,7 @@ def make_plan(
     rows = min(logits_rows, context)
     chunks = [chunk for chunk in sorted({min(chunk, context) for chunk in CHUNKS}, reverse=True) if chunk >= rows]
     chunks = chunks or [rows]
-    smallest = plan(chunks[-1], False)
+    smallest = plan(chunks[-1], False, keeps=False)
     resident_bytes = max(smallest.resident_bytes, loading_bytes)
     floor_bytes = min(max(smallest.floor_bytes, loading_bytes), resident_bytes)
 
@@ -315,8 +325,8 @@ def make_plan(
             why = f"; this process had, or would have while it loads, {loading_bytes / 1e6:,.0f} MB"
             raise BelowFloor(smallest, why if loading_bytes > ram_bytes else "")
         return smallest
-    for chunk in chunks:
-        if (candidate := plan(chunk, True)).total_bytes <= ram_bytes:
+    for keeps, chunk in product((True, False), chunks):
+        if (candidate := plan(chunk, True, keeps)).total_bytes <= ram_bytes:
             return limited(candidate)
     for chunk in chunks:
         candidate = plan(chunk, False)

@@ -40,8 +40,9 @@ def plan_text(plan: "Plan") -> str:
 def _state_rows(plan: "Plan") -> list[list[str]]:
     if not plan.state_bytes:
         return []
-    saves = f"; in place of {size(plan.state_saves_bytes)} of KV cache" if plan.state_saves_bytes else ""
-    return [["states", size(plan.state_bytes), f"of recurrent layers, the same for any context{saves}"]]
+    about = f"in place of {size(plan.state_saves_bytes)} of KV cache; " if plan.state_saves_bytes else ""
+    kept = f"{plan.snapshots} to go on from" if plan.snapshots else "none to go on from"
+    return [["states", size(plan.state_bytes), f"{about}{kept}; the same for any context"]]
 
 
 def _working_set_warning(plan: "Plan") -> str:

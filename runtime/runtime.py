@@ -146,7 +146,7 @@ class Runtime:
     def _load(self, mask_routers: dict[str, list[np.ndarray]], kv: str, kernels: str) -> "_core.Engine":
         plan = self.plan
         config = engine_config(
-            self.config, plan.context, plan.chunk, self.logits_rows, self.threads, kv, plan.sequences
+            self.config, plan.context, plan.chunk, self.logits_rows, self.threads, kv, plan.sequences, plan.snapshots
         )
         config.spin = self.threads <= usable_processors()
         layouts, records, frequency = self.bundle.record_table()

@@ -13,7 +13,7 @@ class Sequence:
     rule: PruneRule = OFF  # by which they were computed
     call: object | None = None  # the call that continues them
     used: int = 0  # logical time when a call last took it
-    stops: list[int] = field(default_factory=list)  # lengths at which its recurrent state is kept, in order
+    stops: list[int] = field(default_factory=list)  # lengths at which a snapshot of its state is kept, in order
 
     def until_stop(self, tokens: list[int]) -> list[int]:
         """The first tokens, up to the next stop."""

@@ -103,12 +103,12 @@ class Session:
         return sequence
 
     def _stops(self, whole: list[int], alike: int, shared: int) -> list[int]:
-        """The lengths at which a prompt's recurrent state is kept, for a model with one.
+        """The lengths at which a prompt's recurrent state and windows are kept, for a model with such.
 
         These are where it departs from an earlier prompt, as others may too, and the end of its last turn, from which
         the next prompt of a conversation usually goes on; or all but the last token, for the same prompt again.
         """
-        if not self.plan.state_bytes:
+        if not self.plan.snapshots:
             return []
         ends = self.runtime._end_tokens
         turn = next((at for at in range(len(whole) - 1, 0, -1) if whole[at - 1] in ends), len(whole) - 1)

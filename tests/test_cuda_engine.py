@@ -137,6 +137,28 @@ def test_recurrent_states_are_rewound_and_copied(mixed, golden, graphs):
     assert same_bits(engine.forward(ids[14:], ALL), want[14:])
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_windows_are_kept_rewound_and_copied(mixed, golden, name):
+    path, vocab = mixed(name), golden[name][2].shape[1]
+    ids = np.random.default_rng(2).integers(0, vocab, 90).astype(np.int32)
+    want = run_engine(make_engine(path, context=96, chunk=96), ids, 96)
+
+    def run(first: int, last: int, sequence: int = 0) -> np.ndarray:
+        steps = range(first, last, 16)
+        return np.concatenate([engine.forward(ids[at : min(at + 16, last)], ALL, sequence=sequence) for at in steps])
+
+    engine = make_engine(path, context=96, chunk=16, sequences=2, snapshots=1, device="cuda")
+    assert same_bits(run(0, 40), want[:40])
+    engine.snapshot()
+    assert same_bits(run(40, 75), want[40:75])
+    assert same_bits(np.concatenate([engine.forward(ids[at : at + 1], ALL) for at in range(75, 80)]), want[75:80])
+    assert engine.truncate(77) == 77
+    engine.copy_positions(0, 1, 77)
+    assert same_bits(run(77, 90, 1), want[77:])
+    assert engine.truncate(50) == 40
+    assert same_bits(run(40, 90), want[40:])
+
+
 @pytest.mark.parametrize("architecture", ["olmoe", "deepseek_v3"])
 def test_positions_are_copied_to_another_sequence(mixed, golden, architecture):
     path, ids = mixed(architecture), golden[architecture][1].astype(np.int32)

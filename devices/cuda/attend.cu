@@ -78,8 +78,9 @@ scores_kernel(const float* q, Heads heads, LayerCache cache, Span span, float* s
   }
   __syncthreads();
   if (at >= end) return;
+  const int place = at % int(cache.places);
   const size_t key =
-      size_t(queries.kv_head) * cache.positions * n + size_t(at / kKeyBlock) * n * kKeyBlock + at % kKeyBlock;
+      size_t(queries.kv_head) * cache.places * n + size_t(place / kKeyBlock) * n * kKeyBlock + place % kKeyBlock;
   float sums[Most] = {};
   each_value<Ahead>(cache.keys, cache.half, key, kKeyBlock, n, [&](int d, float value) {
     EDGE_MOE_UNROLL
@@ -128,16 +129,17 @@ value_kernel(const float* weights, Heads heads, LayerCache cache, Span span, flo
   __shared__ float tile[kAhead];
   const int thread = int(threadIdx.x), n = heads.head_dim, head = int(blockIdx.y), end = end_of(span, 0);
   const int d = int(blockIdx.x) * kThreads + thread, column = d < n ? d : 0, begin = first_seen(heads, end);
-  const size_t room = size_t(head / (heads.heads / heads.kv_heads)) * cache.positions * n + column;
+  const size_t room = size_t(head / (heads.heads / heads.kv_heads)) * cache.places * n + column;
   const float* weight = weights + size_t(head) * cache.positions;
   float total = 0.0f;
   for (int from = begin, to; from < end; from = to) {
     to = end_of_piece(from, end);
     float sum = 0.0f;
-    for (int first = from; first < to; first += kAhead) {
-      const int count = to - first < kAhead ? to - first : kAhead;
+    for (int first = from, count; first < to; first += count) {
+      const int left = cache.end_of_run(first, to) - first, place = first % int(cache.places);
+      count = left < kAhead ? left : kAhead;
       Raw<kAhead> values;
-      if (count == kAhead) values.load(cache.values, cache.half, room + size_t(first) * n, n);
+      if (count == kAhead) values.load(cache.values, cache.half, room + size_t(place) * n, n);
       __syncthreads();
       if (thread < count) tile[thread] = weight[first + thread];
       __syncthreads();
@@ -147,7 +149,7 @@ value_kernel(const float* weights, Heads heads, LayerCache cache, Span span, flo
       } else {
         EDGE_MOE_UNROLL_8
         for (int i = 0; i < count; ++i)
-          sum = fmaf(tile[i], get(cache.values, cache.half, room + size_t(first + i) * n), sum);
+          sum = fmaf(tile[i], get(cache.values, cache.half, room + size_t(place + i) * n), sum);
       }
     }
     total = from == begin ? sum : total + sum;
@@ -164,7 +166,7 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
   const int n = heads.head_dim, thread = int(threadIdx.x), d = int(blockIdx.x) * kThreads + thread;
   const int begin = first_seen(heads, end_of(span, queries.first_token));
   const int end = end_of(span, queries.first_token + queries.tokens - 1);
-  const size_t room = size_t(queries.kv_head) * cache.positions * n + (d < n ? d : 0);
+  const size_t room = size_t(queries.kv_head) * cache.places * n + (d < n ? d : 0);
   float sums[kPrefillQueries] = {};
   auto keep = [&](bool more) {  // adds the sums of a piece to the result
     if (d >= n) return;
@@ -178,13 +180,13 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
   };
   bool more = false;
   const auto count_of = [&](int first) {
-    const int stop = end_of_piece(first, end);
+    const int stop = cache.end_of_run(first, end_of_piece(first, end));
     return stop - first < kTile ? stop - first : kTile;
   };
   const auto is_whole = [&](int first) { return first < end && count_of(first) == kTile; };
   Raw<kTile> values, next;  // the next tile is loaded while this one is added
   const auto load = [&](int first) {
-    if (is_whole(first)) next.load(cache.values, cache.half, room + size_t(first) * n, n);
+    if (is_whole(first)) next.load(cache.values, cache.half, room + size_t(first % int(cache.places)) * n, n);
   };
   load(begin);
   for (int first = begin, count; first < end; first += count) {
@@ -208,7 +210,8 @@ values_kernel(const float* weights, Heads heads, LayerCache cache, Span span, fl
       EDGE_MOE_UNROLL
       for (int i = 0; i < kTile; ++i) add(i, values.as_float(i));
     } else {
-      for (int i = 0; i < count; ++i) add(i, get(cache.values, cache.half, room + size_t(first + i) * n));
+      const size_t place = first % int(cache.places);
+      for (int i = 0; i < count; ++i) add(i, get(cache.values, cache.half, room + (place + i) * n));
     }
     if (first + count == end_of_piece(first, end)) keep(more), more = true;
   }

@@ -166,12 +166,12 @@ store_keys_kernel(Projections p, Heads heads, LayerCache cache, Span span) {
   if (weight && heads.norm_after_rope) norm();
   if (!is_key) return;
   __syncwarp();
-  const size_t room = size_t(head) * cache.positions * n;
+  const size_t room = size_t(head) * cache.places * n, place = at % cache.places;
   for (int i = lane; i < n; i += kWarp) {
     float value = p.v[row + i];
     if (p.v_bias) value = value + p.v_bias[head * n + i];
-    put(cache.keys, cache.half, room + (at / kKeyBlock * n + i) * kKeyBlock + at % kKeyBlock, x[i]);
-    put(cache.values, cache.half, room + at * n + i, limited(value));
+    put(cache.keys, cache.half, room + (place / kKeyBlock * n + i) * kKeyBlock + place % kKeyBlock, x[i]);
+    put(cache.values, cache.half, room + place * n + i, limited(value));
   }
 }
 

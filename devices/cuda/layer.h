@@ -42,8 +42,15 @@ void add_gated(float* x, const float* y, const float* gates, float scale, int to
 // Keys and values of one layer, one KV head after another, each in the layout of KeyValues.
 struct LayerCache {
   void *keys, *values;
-  size_t positions;  // capacity of each head, in whole key blocks
+  size_t places;  // capacity of each head, in whole key blocks; position p is at place p % places
   bool half;
+  size_t positions;  // of the whole context, in whole key blocks: the length of a row of scores
+
+  // The end of the part of [from, end) whose positions follow one another in memory.
+  EDGE_MOE_BOTH int end_of_run(int from, int end) const {
+    const int to = from / int(places) * int(places) + int(places);
+    return to < end ? to : end;
+  }
 };
 
 // The parameters of attention heads; see AttentionConfig.

@@ -109,8 +109,9 @@ void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int toke
   }
   const auto end_of = [&](int token) { return span.position + first_token + token + 1; };
   const auto begin_of = [&](int token) { return a.sliding_window ? std::max(0, end_of(token) - a.sliding_window) : 0; };
-  kernels_.attend_scores(q, queries, cache, begin_of(0), end_of(tokens - 1), a.head_dim, a.softmax_scale, scores,
-                         stride);
+  in_runs(layer, cache, begin_of(0), end_of(tokens - 1), [&](const KeyValues& run, int from, int to) {
+    kernels_.attend_scores(q, queries, run, from, to, a.head_dim, a.softmax_scale, scores, stride);
+  });
   for (int query = 0; query < queries; ++query)
     kernels_.softmax(scores + query * stride, begin_of(query / heads), end_of(query / heads),
                      w.sink(first_head + query % heads));
@@ -120,9 +121,10 @@ void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int toke
   sum_positions(begin_of(0), end_of(tokens - 1), queries, a.head_dim, out, piece, [&](int first, int last, auto rows) {
     auto values = [&](int token, int count, int from, int to) {
       from = std::max(from, first), to = std::min(to, last);
-      if (from < to)
-        kernels_.attend_values(scores + token * heads * stride, stride, count * heads, cache, from, to, a.head_dim,
+      in_runs(layer, cache, from, to, [&](const KeyValues& run, int first, int last) {
+        kernels_.attend_values(scores + token * heads * stride, stride, count * heads, run, first, last, a.head_dim,
                                rows + token * heads);
+      });
     };
     for (int token = 0; token < tokens; ++token) values(token, 1, begin_of(token), std::min(begin, end_of(token)));
     values(0, tokens, begin, end);
@@ -140,11 +142,11 @@ void CpuMath::store(int sequence, int layer, int head, int position, const float
     else
       return x;
   };
-  const size_t dim = config_.attention(layer).head_dim;
+  const size_t dim = config_.attention(layer).head_dim, place = position % config_.cached_positions(layer);
   if (std::is_same_v<T, uint16_t>) note_overflow(sequence, key, dim), note_overflow(sequence, value, dim);
-  T* keys = static_cast<T*>(const_cast<void*>(cache.keys)) + position / kKeyBlock * dim * kKeyBlock;
-  T* values = static_cast<T*>(const_cast<void*>(cache.values)) + position * dim;
-  for (size_t i = 0; i < dim; ++i) keys[i * kKeyBlock + position % kKeyBlock] = stored(key[i]);
+  T* keys = static_cast<T*>(const_cast<void*>(cache.keys)) + place / kKeyBlock * dim * kKeyBlock;
+  T* values = static_cast<T*>(const_cast<void*>(cache.values)) + place * dim;
+  for (size_t i = 0; i < dim; ++i) keys[i * kKeyBlock + place % kKeyBlock] = stored(key[i]);
   for (size_t i = 0; i < dim; ++i) values[i] = stored(value[i]);
 }
 
@@ -168,7 +170,9 @@ void CpuMath::received_attention(int layer, const Step& step) {
     for (int t = 0; t < step.tokens; ++t) {
       const int end = span.position + t + 1, begin = a.sliding_window ? std::max(0, end - a.sliding_window) : 0;
       const float* q = s_.q + (size_t(t) * a.heads + head) * a.head_dim;
-      kernels_.attend_scores(&q, 1, cache, begin, end, a.head_dim, a.softmax_scale, scores, 0);
+      in_runs(layer, cache, begin, end, [&](const KeyValues& run, int from, int to) {
+        kernels_.attend_scores(&q, 1, run, from, to, a.head_dim, a.softmax_scale, scores, 0);
+      });
       kernels_.softmax(scores, begin, end, layers_[layer].sink(head));
       for (int at = std::max(begin, span.position); at < end; ++at) received[at - span.position] += scores[at];
     }
@@ -190,20 +194,54 @@ void CpuMath::attention_output(int layer, const float* values, int tokens) {
 KeyValues CpuMath::cached(int sequence, int layer, int head) const {
   const AttentionConfig& a = config_.attention(layer);
   const size_t row = config_.kv_row_bytes(layer);
-  uint8_t* keys = kv_arena_.data() + sequence * kv_offsets_.back() + kv_offsets_[layer] + head * row;
+  uint8_t* keys = layer_cache(sequence, layer) + head * row;
   return {keys, keys + a.kv_heads * row, size_t(a.head_dim), config_.half_cache};
 }
 
-// Keys are stored in blocks of positions, so whole blocks are copied of each row.
+// Calls run(cache, from, to) for the parts of [begin, end) whose positions follow one another in memory. The cache of a
+// part is addressed by position, too.
+template <typename Run>
+void CpuMath::in_runs(int layer, const KeyValues& cache, int begin, int end, const Run& run) const {
+  const int room = int(config_.cached_positions(layer));
+  for (int from = begin, to; from < end; from = to) {
+    const int round = from / room * room;
+    to = std::min(end, round + room);
+    const size_t before = round * config_.kv_position_bytes(layer);
+    run({static_cast<const uint8_t*>(cache.keys) - before, static_cast<const uint8_t*>(cache.values) - before,
+         cache.stride, cache.half},
+        from, to);
+  }
+}
+
+// Keys are stored in blocks of positions, so whole blocks are copied of each row; of a window all of it.
 void CpuMath::copy_positions(int from, int to, int positions) {
   const EngineConfig& c = config_;
-  const size_t blocks = align_up(positions, kKeyBlock);
   pool_.run(c.layers, [&](int layer, int) {
-    const size_t row = c.kv_row_bytes(layer), bytes = blocks * c.kv_position_bytes(layer);
-    for (size_t at = kv_offsets_[layer]; at < kv_offsets_[layer + 1]; at += row)
-      std::memcpy(kv_arena_.data() + to * kv_offsets_.back() + at, kv_arena_.data() + from * kv_offsets_.back() + at,
-                  bytes);
+    const size_t row = c.kv_row_bytes(layer);
+    const size_t bytes = std::min(align_up(positions, kKeyBlock) * c.kv_position_bytes(layer), row);
+    for (size_t at = 0; at < c.kv_layer_bytes(layer); at += row)
+      std::memcpy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, bytes);
   });
+}
+
+void CpuMath::save_windows(int sequence, int slot, int position) {
+  each_window_block(config_, position, [&](int layer, size_t place, size_t at, size_t bytes) {
+    std::memcpy(kept_windows(slot, layer) + at, layer_cache(sequence, layer) + place, bytes);
+  });
+}
+
+void CpuMath::load_windows(int slot, int sequence, int position) {
+  each_window_block(config_, position, [&](int layer, size_t place, size_t at, size_t bytes) {
+    std::memcpy(layer_cache(sequence, layer) + place, kept_windows(slot, layer) + at, bytes);
+  });
+}
+
+uint8_t* CpuMath::layer_cache(int sequence, int layer) const {
+  return kv_arena_.data() + sequence * kv_offsets_.back() + kv_offsets_[layer];
+}
+
+uint8_t* CpuMath::kept_windows(int slot, int layer) const {
+  return window_arena_.data() + slot * window_offsets_.back() + window_offsets_[layer];
 }
 
 }  // namespace edge_moe

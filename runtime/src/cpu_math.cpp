@@ -34,8 +34,7 @@ std::unique_ptr<Device> cpu_device(const Kernels& kernels) { return std::make_un
 
 EngineMemory cpu_memory(const EngineConfig& c) {
   Scratch unused;
-  return {c.sequences * c.kv_cache_bytes(), c.state_buffers() * c.state_offsets().back(),
-          carve_scratch(c, unused, nullptr)};
+  return {c.sequences * c.kv_cache_bytes(), c.states_bytes(), carve_scratch(c, unused, nullptr)};
 }
 
 CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& kernels, ThreadPool& pool)
@@ -44,12 +43,14 @@ CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& 
       pool_(pool),
       ends_(end_weights(config, trunk)),
       kv_offsets_(config.kv_offsets()),
-      state_offsets_(config.state_offsets()) {
+      state_offsets_(config.state_offsets()),
+      window_offsets_(config.window_offsets()) {
   const EngineConfig& c = config_;
   for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(c, trunk, layer));
   const EngineMemory memory = cpu_memory(c);
   kv_arena_ = Arena(memory.kv_cache);
-  state_arena_ = Arena(memory.states);
+  state_arena_ = Arena(c.state_buffers() * state_offsets_.back());
+  window_arena_ = Arena(c.snapshots * window_offsets_.back());
   scratch_arena_ = Arena(memory.scratch);
   carve_scratch(c, s_, scratch_arena_.data());
   for (size_t kind = 0; kind < c.attentions.size(); ++kind)

@@ -29,6 +29,8 @@ class CpuMath : public LayerMath {
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
   void copy_positions(int from, int to, int positions) override;
   void copy_state(int from, int to) override;
+  void save_windows(int sequence, int slot, int position) override;
+  void load_windows(int slot, int sequence, int position) override;
   std::span<float> logits(std::span<const int32_t> tokens) override;
   int take_kv_overflow() override { return kv_overflow_.exchange(-1); }
   void finish() override {}
@@ -56,6 +58,10 @@ class CpuMath : public LayerMath {
   void attention_output(int layer, const float* values, int tokens);
   void received_attention(int layer, const Step& step);
   KeyValues cached(int sequence, int layer, int head) const;
+  template <typename Run>
+  void in_runs(int layer, const KeyValues& cache, int begin, int end, const Run& run) const;
+  uint8_t* layer_cache(int sequence, int layer) const;
+  uint8_t* kept_windows(int slot, int layer) const;
   template <typename T>
   void store(int sequence, int layer, int head, int position, const float* key, const float* value);
   uint8_t* cached_latents(int sequence, int layer) const;
@@ -94,9 +100,11 @@ class CpuMath : public LayerMath {
   ThreadPool& pool_;
   EndWeights ends_;
   std::vector<LayerWeights> layers_;
-  const std::vector<size_t> kv_offsets_;     // of each layer in a sequence's part of the arena, and its end
-  const std::vector<size_t> state_offsets_;  // of each layer in a state buffer, and its end
-  Arena state_arena_;                        // by buffer and layer; see EngineConfig::state_offsets
+  const std::vector<size_t> kv_offsets_;      // of each layer in a sequence's part of the arena, and its end
+  const std::vector<size_t> state_offsets_;   // of each layer in a state buffer, and its end
+  const std::vector<size_t> window_offsets_;  // of each layer in a snapshot of windows, and its end
+  Arena window_arena_;                        // by slot and layer; see EngineConfig::window_offsets
+  Arena state_arena_;                         // by buffer and layer; see EngineConfig::state_offsets
   Arena kv_arena_, scratch_arena_;  // by sequence and layer: keys and then values of each KV head, as KeyValues;
                                     // or latents (context, cached)
   std::vector<Arena> shared_;

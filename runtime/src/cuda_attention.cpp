@@ -153,7 +153,8 @@ cuda::LatentHeads CudaMath::latent_heads(int layer) const {
 cuda::LayerCache CudaMath::cache(int sequence, int layer) const {
   const EngineConfig& c = config_;
   uint8_t* keys = layer_cache(sequence, layer);
-  return {keys, keys + c.attention(layer).kv_heads * c.kv_row_bytes(layer), c.key_positions(), c.half_cache};
+  return {keys, keys + c.attention(layer).kv_heads * c.kv_row_bytes(layer), c.cached_positions(layer), c.half_cache,
+          c.key_positions()};
 }
 
 cuda::LatentCache CudaMath::latent_cache(int sequence, int layer) const {
@@ -166,9 +167,9 @@ uint8_t* CudaMath::layer_cache(int sequence, int layer) const {
 
 void CudaMath::copy_positions(int from, int to, int positions) {
   const EngineConfig& c = config_;
-  const size_t blocks = align_up(positions, kKeyBlock);
   for (int layer = 0; layer < c.layers; ++layer) {
-    const size_t row = c.kv_row_bytes(layer), bytes = blocks * c.kv_position_bytes(layer);
+    const size_t row = c.kv_row_bytes(layer);
+    const size_t bytes = std::min(align_up(positions, kKeyBlock) * c.kv_position_bytes(layer), row);
     for (size_t at = 0; at < c.kv_layer_bytes(layer); at += row)
       cuda::copy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, bytes, stream_);
   }
@@ -179,6 +180,24 @@ void CudaMath::copy_state(int from, int to) {
   const size_t bytes = state_offsets_.back();
   cuda::copy(states_.data() + to * bytes, states_.data() + from * bytes, bytes, stream_);
   cuda::wait(stream_);
+}
+
+void CudaMath::save_windows(int sequence, int slot, int position) {
+  each_window_block(config_, position, [&](int layer, size_t place, size_t at, size_t bytes) {
+    cuda::copy(kept_windows(slot, layer) + at, layer_cache(sequence, layer) + place, bytes, stream_);
+  });
+  cuda::wait(stream_);
+}
+
+void CudaMath::load_windows(int slot, int sequence, int position) {
+  each_window_block(config_, position, [&](int layer, size_t place, size_t at, size_t bytes) {
+    cuda::copy(layer_cache(sequence, layer) + place, kept_windows(slot, layer) + at, bytes, stream_);
+  });
+  cuda::wait(stream_);
+}
+
+uint8_t* CudaMath::kept_windows(int slot, int layer) const {
+  return windows_.data() + slot * window_offsets_.back() + window_offsets_[layer];
 }
 
 }  // namespace edge_moe

@@ -49,7 +49,7 @@ std::unique_ptr<Device> cuda_device(const Kernels& host, bool graphs) {
 EngineMemory cuda_memory(const EngineConfig& c) {
   CudaScratch scratch;
   CudaShared shared;
-  return {c.sequences * c.kv_cache_bytes(), c.state_buffers() * c.state_offsets().back(),
+  return {c.sequences * c.kv_cache_bytes(), c.states_bytes(),
           carve_cuda(c, scratch, nullptr) + carve_cuda(c, shared, nullptr)};
 }
 
@@ -60,8 +60,10 @@ CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& m
       ends_(end_weights(config, trunk)),
       kv_offsets_(config.kv_offsets()),
       state_offsets_(config.state_offsets()),
+      window_offsets_(config.window_offsets()),
       kv_cache_(memory, config.sequences * config.kv_cache_bytes(), false),
       states_(memory, config.state_buffers() * state_offsets_.back(), false),
+      windows_(memory, config.snapshots * window_offsets_.back(), false),
       scratch_(memory, carve_cuda(config, s_, nullptr), false),
       shared_block_(memory, carve_cuda(config, host_, nullptr), true) {
   const EngineConfig& c = config_;

@@ -32,6 +32,8 @@ class CudaMath : public LayerMath {
   void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) override;
   void copy_positions(int from, int to, int positions) override;
   void copy_state(int from, int to) override;
+  void save_windows(int sequence, int slot, int position) override;
+  void load_windows(int slot, int sequence, int position) override;
   std::span<float> logits(std::span<const int32_t> tokens) override;
   void finish() override;
   bool asynchronous() const override { return true; }
@@ -66,6 +68,7 @@ class CudaMath : public LayerMath {
   cuda::Heads heads(int layer) const;
   cuda::LatentHeads latent_heads(int layer) const;
   uint8_t* layer_cache(int sequence, int layer) const;
+  uint8_t* kept_windows(int slot, int layer) const;
   cuda::LayerCache cache(int sequence, int layer) const;
   cuda::LatentCache latent_cache(int sequence, int layer) const;
 
@@ -74,11 +77,12 @@ class CudaMath : public LayerMath {
   const bool use_graphs_;
   EndWeights ends_;
   std::vector<LayerWeights> layers_;
-  const std::vector<size_t> kv_offsets_;     // of each layer in a sequence's part of the cache, and its end
-  const std::vector<size_t> state_offsets_;  // of each layer in a state buffer, and its end
+  const std::vector<size_t> kv_offsets_;      // of each layer in a sequence's part of the cache, and its end
+  const std::vector<size_t> state_offsets_;   // of each layer in a state buffer, and its end
+  const std::vector<size_t> window_offsets_;  // of each layer in a snapshot of windows, and its end
   CudaScratch s_;
   CudaShared host_;
-  CudaBlock kv_cache_, states_, scratch_, shared_block_;
+  CudaBlock kv_cache_, states_, windows_, scratch_, shared_block_;
   std::vector<CudaBlock> shared_;  // given out by shared()
   CudaStream stream_;
   cuda::Event routed_;

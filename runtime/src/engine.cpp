@@ -33,7 +33,7 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk
       residency_(store_, *device_, slot_bytes, readers, double(kHalfLife) * config.layers),
       pool_(config.threads, config.spin),
       math_(device_->math(config_, trunk_, pool_)),
-      states_(config.sequences, config.state_buffers()) {
+      states_(config.sequences, config.snapshots, config.state_buffers()) {
   const EngineConfig& c = config_;
   carve_routing(c, r_, math_->shared(carve_routing(c, r_, nullptr)));
   for (int layer = 0; layer < c.layers; ++layer)
@@ -111,7 +111,11 @@ void Engine::plan_step(std::span<const Part> parts) {
   if (spans_.empty()) throw std::invalid_argument("a step takes 1 to chunk tokens");
   if (rows_.size() > size_t(c.logits_rows))
     throw std::invalid_argument("more rows of logits wanted than were planned for");
-  for (TokenSpan& span : spans_) span.next_state = states_.next(span.sequence);
+  for (TokenSpan& span : spans_) {
+    span.next_state = states_.next(span.sequence);
+    Sequence& its = sequences_[span.sequence];
+    its.written = std::max(its.written, span.position + span.count);
+  }
 }
 
 std::span<const float> Engine::step(std::span<const Part> parts, std::function<bool()> unwanted) {
@@ -193,34 +197,66 @@ void Engine::resize_slots(size_t bytes) {
 
 int Engine::truncate(int sequence, int positions) {
   Sequence& its = sequences_.at(sequence);
-  if (positions < 0 || positions > its.position) throw std::invalid_argument("there are not as many positions");
-  const int left = states_.restorable(sequence, positions, its.position);
-  states_.restore(sequence, left, its.position);
+  const auto [left, snapshot] = origin(sequence, positions);
+  if (snapshot) {
+    states_.touch(*snapshot);
+    states_.restore(sequence, snapshot);
+    math_->load_windows(snapshot->slot, sequence, left);
+  } else if (!left) {
+    states_.restore(sequence, nullptr);
+  }
+  if (snapshot || !left) its.written = its.restored = left;
+  states_.drop(sequence, left);
   return its.position = left;
 }
 
-int Engine::restorable(int sequence, int positions) const {
-  const Sequence& its = sequences_.at(sequence);
-  if (positions < 0 || positions > its.position) throw std::invalid_argument("there are not as many positions");
-  return states_.restorable(sequence, positions, its.position);
-}
+int Engine::restorable(int sequence, int positions) const { return origin(sequence, positions).positions; }
 
-void Engine::snapshot(int sequence) { states_.snapshot(sequence, sequences_.at(sequence).position); }
+void Engine::snapshot(int sequence) {
+  if (!config_.is_recurrent() && !config_.has_windows()) return;
+  const int position = sequences_.at(sequence).position;
+  if (const States::Snapshot* its = states_.keep(sequence, position))
+    math_->save_windows(sequence, its->slot, position);
+}
 
 void Engine::copy_positions(int from, int to, int positions) {
   if (from == to) throw std::invalid_argument("a sequence is not copied to itself");
-  if (positions < 0 || positions > sequences_.at(from).position)
-    throw std::invalid_argument("there are not as many positions");
-  const int position = sequences_.at(from).position;
-  if (states_.restorable(from, positions, position) != positions)
-    throw std::invalid_argument("there is no recurrent state of that position; take a snapshot there");
-  if (config_.is_recurrent()) {
-    const int state = states_.buffer_of(from, positions, position);
-    states_.restore(to, 0, -1);
-    if (state >= 0) math_->copy_state(state, states_.replace(to));
+  const auto [found, snapshot] = origin(from, positions);
+  if (found != positions)
+    throw std::invalid_argument("the state of that position is not there any more; take a snapshot there");
+  Sequence& its = sequences_.at(to);
+  states_.drop(to, -1);
+  states_.restore(to, nullptr);
+  if (snapshot) states_.touch(*snapshot);
+  if (config_.is_recurrent() && positions) {
+    const int state = snapshot ? snapshot->buffer : states_.live(from);
+    math_->copy_state(state, states_.replace(to));
   }
   if (positions) math_->copy_positions(from, to, positions);
-  sequences_.at(to).position = positions;
+  if (snapshot) math_->load_windows(snapshot->slot, to, positions);
+  its.written = snapshot || !positions ? positions : sequences_.at(from).written;
+  its.restored = snapshot || !positions ? positions : sequences_.at(from).restored;
+  its.position = positions;
+}
+
+Engine::Origin Engine::origin(int sequence, int positions) const {
+  const Sequence& its = sequences_.at(sequence);
+  if (positions < 0 || positions > its.position) throw std::invalid_argument("there are not as many positions");
+  if (!positions || positions == its.position || (!config_.is_recurrent() && windows_hold(its, positions)))
+    return {positions, nullptr};
+  const States::Snapshot* snapshot = states_.latest(sequence, positions);
+  return {snapshot ? snapshot->position : 0, snapshot};
+}
+
+// Whether all keys and values that the next token after so many positions sees are there.
+bool Engine::windows_hold(const Sequence& its, int positions) const {
+  if (positions < its.restored) return false;
+  for (int layer = 0; layer < config_.layers; ++layer)
+    if (config_.is_window(layer)) {
+      const int first = positions - (config_.attention(layer).sliding_window - 1);
+      if (std::max(first, 0) < its.written - int(config_.cached_positions(layer))) return false;
+    }
+  return true;
 }
 
 // Pin an expert of a layer, counting a use for each of its pairs; false if too much is pinned.

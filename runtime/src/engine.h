@@ -81,7 +81,7 @@ class Engine {
   int truncate(int sequence, int positions);
   // The maximum number of first positions, up to `positions`, that truncate() would leave.
   int restorable(int sequence, int positions) const;
-  // Keep the recurrent state of a sequence at its position, so that it can be truncated to it; see States.
+  // Keep the state of a sequence at its position, so that it can be truncated to it; see States.
   void snapshot(int sequence);
   // Copy the first positions of a sequence, which restorable() has returned, to another one, which then has only these.
   void copy_positions(int from, int to, int positions);
@@ -100,9 +100,20 @@ class Engine {
  private:
   struct Sequence {
     int position = 0;
+    // Positions up to `written` have been written to windows, each over an earlier one, and none before `restored` -
+    // window is there.
+    int written = 0, restored = 0;
     PruneRule rule;
     SequenceStats stats;
   };
+
+  // Where the state of a sequence after some of its positions is: in a snapshot, or, with null, in the sequence itself.
+  struct Origin {
+    int positions;
+    const States::Snapshot* snapshot;
+  };
+  Origin origin(int sequence, int positions) const;  // after at most so many positions
+  bool windows_hold(const Sequence& its, int positions) const;
 
   std::vector<MaskRouter> load_mask_routers(const MaskRouters& from);
   const MaskRouter* mask_router(int layer, Prune rule) const;

@@ -88,6 +88,33 @@ struct EngineConfig {
   }
   size_t key_positions() const { return align_up(context, kKeyBlock); }
 
+  // The KV cache of a layer with a window is as long as the window and a step: position p is at place
+  // p % cached_positions.
+  size_t cached_positions(int layer) const {
+    const int window = attention(layer).sliding_window;
+    return window ? std::min(key_positions(), align_up(window - 1 + chunk, kKeyBlock)) : key_positions();
+  }
+  bool is_window(int layer) const { return cached_positions(layer) < key_positions(); }
+  bool has_windows() const {
+    for (int layer = 0; layer < layers; ++layer)
+      if (is_window(layer)) return true;
+    return false;
+  }
+  // What a snapshot keeps of a layer's window: so many key blocks, which have the keys that the next token sees.
+  size_t window_blocks(int layer) const {
+    const size_t blocks = (attention(layer).sliding_window - 1 + kKeyBlock - 1) / kKeyBlock + 1;
+    return std::min(blocks, cached_positions(layer) / kKeyBlock);
+  }
+  // The offset of each layer's part in a snapshot of windows, and last the bytes of all.
+  std::vector<size_t> window_offsets() const {
+    std::vector<size_t> offsets = {0};
+    for (int layer = 0; layer < layers; ++layer) {
+      const size_t row = is_window(layer) ? window_blocks(layer) * kKeyBlock * kv_position_bytes(layer) : 0;
+      offsets.push_back(offsets.back() + attention(layer).cached_rows() * row);
+    }
+    return offsets;
+  }
+
   // The router's rule; see RouterRule.
   RouterScore router_score = RouterScore::kSoftmax;
   float router_threshold = 0;  // of kSparsemixer
@@ -97,7 +124,7 @@ struct EngineConfig {
   std::vector<std::vector<int>> expert_groups;  // (layers, experts): group of each expert; empty if groups is 1
 
   int sequences = 1;       // with a KV cache each
-  int snapshots = 0;       // of recurrent states, of all sequences together
+  int snapshots = 0;       // of recurrent states and windows, of all sequences together
   int context = 0;         // positions in each
   bool half_cache = true;  // keys and values, or latents, in half precision, else floats
   int chunk = 0;           // maximum of tokens in one step()
@@ -106,7 +133,7 @@ struct EngineConfig {
   bool spin = true;  // idle threads spin for some microseconds before they sleep
 
   // Sizes of one sequence's cache, per layer.
-  size_t kv_row_bytes(int layer) const { return key_positions() * kv_position_bytes(layer); }
+  size_t kv_row_bytes(int layer) const { return cached_positions(layer) * kv_position_bytes(layer); }
   size_t kv_layer_bytes(int layer) const { return attention(layer).cached_rows() * kv_row_bytes(layer); }
   size_t kv_position_bytes(int layer) const {
     return attention(layer).cached_values() * (half_cache ? sizeof(uint16_t) : sizeof(float));
@@ -127,6 +154,8 @@ struct EngineConfig {
   bool is_recurrent() const {
     return most_of([](const AttentionConfig& a) { return a.state_values(); }) > 0;
   }
+  // Recurrent states and snapshots.
+  size_t states_bytes() const { return state_buffers() * state_offsets().back() + snapshots * window_offsets().back(); }
   // How many states there is memory for: of each sequence the present one and, during a step, the next one.
   int state_buffers() const { return is_recurrent() ? 2 * sequences + snapshots : 0; }
 

@@ -68,6 +68,21 @@ struct RouterWants {
   bool ahead = false;                  // ahead_logits() of the next layer follows
 };
 
+// Calls block(layer, in the layer's cache of a sequence, in its part of a snapshot, bytes) for the key blocks of all
+// windows that have keys which the token at `position` sees.
+template <typename Block>
+void each_window_block(const EngineConfig& c, int position, const Block& block) {
+  for (int layer = 0; layer < c.layers; ++layer) {
+    if (!c.is_window(layer)) continue;
+    const size_t bytes = kKeyBlock * c.kv_position_bytes(layer), row = c.kv_row_bytes(layer);
+    const int count = int(c.window_blocks(layer)), end = (position - 1) / kKeyBlock + 1, places = int(row / bytes);
+    size_t at = 0;
+    for (size_t first = 0; first < c.kv_layer_bytes(layer); first += row)
+      for (int i = std::max(0, end - count); i < end; ++i, at += bytes)
+        block(layer, first + i % places * bytes, at, bytes);
+  }
+}
+
 class LayerMath {
  public:
   virtual ~LayerMath() = default;
@@ -96,6 +111,10 @@ class LayerMath {
 
   // Copy a state buffer to another one.
   virtual void copy_state(int from, int to) = 0;
+
+  // Copy the windows of a sequence before `position` to the slot of a snapshot, and the other way round.
+  virtual void save_windows(int sequence, int slot, int position) = 0;
+  virtual void load_windows(int slot, int sequence, int position) = 0;
 
   // Apply the output norm and the head to some tokens of the pass: (tokens, vocab), valid until the next call. Waits.
   virtual std::span<float> logits(std::span<const int32_t> tokens) = 0;

@@ -1,6 +1,8 @@
-// Which memory holds the recurrent state of each sequence. A state cannot be rewound like a KV cache, so a step reads
-// one buffer and writes another, which counts once the step has succeeded; and a snapshot keeps the buffer of a
-// position, to which its sequence can be brought back.
+// What a sequence cannot be brought back from: its recurrent state and the keys and values of windows, which later
+// tokens overwrite. A snapshot keeps both as they are at a position.
+//
+// A step reads one buffer of recurrent state and writes another, which counts once the step has succeeded; a snapshot
+// is a buffer that is not given away meanwhile. The contents of windows are copied, to the slot of the snapshot.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +12,17 @@ namespace edge_moe {
 
 class States {
  public:
-  // Memory for `buffers` states, at least 2 * sequences; those that sequences and steps do not need may be snapshots.
-  // 0: a model without recurrent layers, whose sequences can be brought back to any position.
-  States(int sequences, int buffers);
+  struct Snapshot {
+    int sequence, position;
+    int buffer;  // of recurrent state; -1: the model has none
+    int slot;    // of the contents of windows
+    uint64_t used;
+  };
 
-  // The buffer with the state of a sequence; -1 if it is zero, as at position 0.
+  // buffers: of recurrent state, 0 or 2 * sequences + snapshots.
+  States(int sequences, int snapshots, int buffers);
+
+  // The buffer with the recurrent state of a sequence; -1 if it is zero, as at position 0.
   int live(int sequence) const { return sequences_[sequence].live; }
 
   // A buffer for the state after the step that a sequence takes part in.
@@ -22,40 +30,37 @@ class States {
   void commit(int sequence);  // after the step: that buffer has the sequence's state
   void abandon();             // the step has failed
 
-  // Keep the state of a sequence at its present position, in place of the least recently used snapshot if there is no
-  // room for more.
-  void snapshot(int sequence, int position);
+  // Keep the state of a sequence at its present position. Returns the snapshot, or null if it is there already, or
+  // there is no room for any; the least recently used one makes room.
+  const Snapshot* keep(int sequence, int position);
 
-  // The maximum number of first positions, up to `positions`, that a sequence at `position` can be brought back to.
-  int restorable(int sequence, int positions, int position) const;
+  // The snapshot of a sequence at most positions, of those up to `positions`; null if there is none.
+  const Snapshot* latest(int sequence, int positions) const;
 
-  // Bring a sequence back to so many positions, which restorable() has returned. Snapshots of later ones are dropped.
-  void restore(int sequence, int positions, int position);
+  // Make the state of a snapshot its sequence's, or zero with null.
+  void restore(int sequence, const Snapshot* snapshot);
 
-  // The buffer with a sequence's state after so many positions, which restorable() has returned; -1: zero.
-  int buffer_of(int sequence, int positions, int position) const;
+  // Note a use of a snapshot.
+  void touch(const Snapshot& snapshot);
 
-  // Give a sequence a buffer for a state that is copied there, and drop its snapshots.
+  // Forget the snapshots of a sequence at positions above `after`.
+  void drop(int sequence, int after);
+
+  // A buffer for a recurrent state that is copied to a sequence.
   int replace(int sequence);
 
  private:
   struct Sequence {
     int live = -1, next = -1;
   };
-  struct Snapshot {
-    int sequence, position, buffer;
-    mutable uint64_t used;
-  };
 
-  int free_buffer();
-  bool is_used(int buffer) const;
-  void drop(int sequence, int after);  // the snapshots of a sequence at positions above `after`
-  const Snapshot* latest(int sequence, int positions) const;
+  int free_buffer() const;
+  int free_slot() const;
 
-  int buffers_;
+  int most_, buffers_;
   std::vector<Sequence> sequences_;
   std::vector<Snapshot> snapshots_;
-  mutable uint64_t clock_ = 0;
+  uint64_t clock_ = 0;
 };
 
 }  // namespace edge_moe

@@ -145,7 +145,22 @@ void check_attention(const Shape& s, int position, int tokens) {
       std::memcpy(&(*cache)[i], s.half ? static_cast<const void*>(&half) : &value, value_bytes);
     }
   Floats q = floats(size_t(tokens) * q_dim), k = floats(size_t(tokens) * kv_dim), v = floats(size_t(tokens) * kv_dim);
-  Values<uint8_t> got_keys = keys, got_values = values;
+  // What the cache of a window has of the keys and values of the first positions: the latest one of each place.
+  const size_t places = s.window ? std::min(room, align_up(s.window - 1 + tokens, kKeyBlock)) : room;
+  auto in_places = [&](const Values<uint8_t>& whole, bool is_keys, int positions) {
+    Values<uint8_t> some(s.kv_heads * places * n * value_bytes);
+    for (size_t head = 0; head < size_t(s.kv_heads); ++head)
+      for (size_t place = 0; place < places; ++place)
+        for (size_t i = 0; i < size_t(n); ++i) {
+          const size_t p = int(place) < positions ? place + (positions - 1 - place) / places * places : place;
+          auto index = [&](size_t at, size_t of) {
+            return head * of * n + (is_keys ? (at / kKeyBlock * n + i) * kKeyBlock + at % kKeyBlock : at * n + i);
+          };
+          std::memcpy(&some[index(place, places) * value_bytes], &whole[index(p, room) * value_bytes], value_bytes);
+        }
+    return some;
+  };
+  Values<uint8_t> got_keys = in_places(keys, true, position), got_values = in_places(values, false, position);
   Floats got_q = q, got_k = k, got_v = v, got(q.size()), want(q.size());
 
   auto put = [&](Values<uint8_t>& cache, size_t at, float value) {
@@ -205,7 +220,7 @@ void check_attention(const Shape& s, int position, int tokens) {
                              s.interleaved,
                              s.norm_after_rope,
                              s.clip ? sinks.data() : nullptr};
-  const cuda::LayerCache cache = {got_keys.data(), got_values.data(), room, s.half};
+  const cuda::LayerCache cache = {got_keys.data(), got_values.data(), places, s.half, room};
   cuda::Projections p{};
   p.q = got_q.data(), p.k = got_k.data(), p.v = got_v.data(), p.cos = cos.data(), p.sin = sin.data();
   if (s.biased) p.q_bias = q_bias.data(), p.k_bias = k_bias.data(), p.v_bias = v_bias.data();
@@ -223,8 +238,8 @@ void check_attention(const Shape& s, int position, int tokens) {
                            std::to_string(s.window) + ", " + std::to_string(tokens) + " tokens at " +
                            std::to_string(position) + (s.half ? ", halves" : ", floats");
   compare(what + ", q", got_q, q);
-  compare(what + ", keys", got_keys, keys);
-  compare(what + ", values", got_values, values);
+  compare(what + ", keys", got_keys, in_places(keys, true, position + tokens));
+  compare(what + ", values", got_values, in_places(values, false, position + tokens));
   compare(what + ", attended", got, want);
   cuda::wait(nullptr);
   for (int head = 0; head < s.heads; ++head)  // beyond the tokens there is nothing
