@@ -76,6 +76,11 @@ EDGE_MOE_BOTH static inline float gated(float gate, float up, const Activation& 
   return gate / (1.0f + exp_lane(-2.0f * u)) * up;
 }
 
+// cap * tanh(x / cap)
+EDGE_MOE_BOTH static inline float soft_cap(float x, float cap) {
+  return cap - 2.0f * cap / (1.0f + exp_lane(2.0f * (x / cap)));
+}
+
 // In double: libm's functions differ between machines in the last bit, which rounding from double almost always hides.
 EDGE_MOE_BOTH static inline float sigmoid(float x) { return float(1.0 / (1.0 + exp(-double(x)))); }
 

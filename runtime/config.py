@@ -43,6 +43,9 @@ class ModelConfig:
     embedding_scale: float = 1.0  # factor of the embeddings before they enter the residual stream
     residual_scale: float = 1.0  # factor of what attention and MLP add to it
     logits_scale: float = 1.0
+    logits_cap: float = 0.0  # logits are logits_cap * tanh(logit / logits_cap); 0 is off
+    post_norms: bool = False  # RMSNorms of what attention and the MLP add to the residual stream
+    layer_scale: bool = False  # the residual stream is multiplied by one number after each layer
     tied_head: bool = False  # the output head is the embedding matrix
     head_bias: bool = False  # added to the logits
     eos_tokens: tuple[int, ...] = ()
@@ -124,6 +127,16 @@ class ModelConfig:
     @property
     def shared_gate(self) -> bool:
         return self.routed.shared_gate
+
+    @property
+    def own_norms(self) -> bool:
+        """Whether router, routed experts and shared expert have norms of their own."""
+        return self.routed.own_norms
+
+    @property
+    def sums_experts(self) -> bool:
+        """Whether experts' outputs are summed before the residual stream gets them, as norms or a factor follow."""
+        return self.post_norms or self.own_norms or self.layer_scale
 
     @property
     def dense_hidden(self) -> int:
@@ -209,8 +222,11 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab, dim)}
     for at, layer in enumerate(config.layers):
-        parts = {**norm("attention_norm"), **layer.attention.shapes(dim), **norm("mlp_norm")}
-        parts |= layer.mlp.shapes(dim, config.experts_of(at))
+        parts = {**norm("attention_norm"), **layer.attention.shapes(dim)}
+        parts |= {"attention_post_norm": (dim,)} if config.post_norms else {}
+        parts |= {**norm("mlp_norm"), **layer.mlp.shapes(dim, config.experts_of(at))}
+        parts |= {"mlp_post_norm": (dim,)} if config.post_norms else {}
+        parts |= {"layer_scale": (1,)} if config.layer_scale else {}
         shapes |= {f"layers.{at}.{part}": shape for part, shape in parts.items()}
     shapes |= norm("output_norm")
     if not config.tied_head:

@@ -22,7 +22,6 @@ NEW_KINDS = {  # prefixes of keys that no supported family has, and their meanin
     "ssm_": "state-space layers",
     "conv_": "short convolutions",
     "index_": "an indexer of attention",
-    "final_logit_softcapping": "soft-capped logits",
     "attn_logit_softcapping": "soft-capped attention",
     "hidden_size_per_layer_input": "inputs of each layer",
     "attention_chunk_size": "chunked attention",

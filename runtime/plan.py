@@ -181,7 +181,8 @@ def engine_config(
     c, router = _core.EngineConfig(), config.router
     for name in (
         *("dim", "vocab", "expert_hidden", "norm_eps", "shared_hidden", "dense_hidden"),
-        *("embedding_scale", "residual_scale", "logits_scale", "routing_scale"),
+        *("embedding_scale", "residual_scale", "logits_scale", "logits_cap", "routing_scale"),
+        *("post_norms", "own_norms", "layer_scale"),
     ):
         setattr(c, name, getattr(config, name))
     kinds = list(dict.fromkeys(layer.attention for layer in config.layers))
@@ -193,7 +194,7 @@ def engine_config(
     c.layer_norm = {"rms": False, "layer": True}[config.norm]
     c.router_score, c.router_threshold = getattr(_core.RouterScore, router.score), router.threshold
     c.group_top2sum = {"max": False, "top2sum": True}[router.group_score]
-    c.renormalise = router.renormalise
+    c.renormalise, c.router_logits_scale = router.renormalise, router.logits_scale
     c.groups, c.top_groups = router.groups, router.top_groups
     if router.groups > 1:
         c.expert_groups = [config.groups_of(layer) for layer in range(config.layer_count)]
@@ -216,7 +217,7 @@ def attention_config(attention: Mixer, context: int) -> _core.AttentionConfig:
         return a
     rope = attention.rope.planned(context)
     a.rope_dim, a.rope_frequency, a.rope_scale = rope.dim, rope.frequency().tolist(), rope.scale
-    a.rope_interleaved, a.softmax_scale = rope.interleaved, attention.softmax_scale
+    a.rope_span, a.rope_interleaved, a.softmax_scale = rope.span, rope.interleaved, attention.softmax_scale
     if isinstance(attention, LatentAttention):
         a.q_rank, a.kv_rank, a.latent_norm_eps = attention.q_rank, attention.kv_rank, attention.norm_eps
         if attention.query_growth:
@@ -225,6 +226,7 @@ def attention_config(attention: Mixer, context: int) -> _core.AttentionConfig:
     else:
         a.qk_norm_full, a.norm_after_rope = attention.qk_norm == "full", attention.norm_after_rope
         a.qkv_clip, a.sliding_window, a.output_gate = attention.clip, attention.window, attention.output_gate
+        a.keys_as_values, a.v_norm = attention.keys_as_values, attention.v_norm
     return a
 
 

@@ -46,12 +46,11 @@ def embed(config: ModelConfig, weights, token_ids, xp=np):
 def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None):
     """One layer: x (sequences, tokens, dim) in and out."""
     x = x + attention_block(config, weights, layer, x, xp)
-    h = mlp_input(config, weights, layer, x, xp)  # (rows, dim)
     if not config.has_experts(layer):
-        y = dense_block(config, weights, layer, h, xp)
+        y = dense_block(config, weights, layer, mlp_input(config, weights, layer, x, xp), xp)
     else:
-        y = moe_block(config, weights, layer, h, xp, prune)
-    return x + y.reshape(x.shape)
+        y = moe_block(config, weights, layer, x, xp, prune)
+    return scaled(config, weights, layer, x + y.reshape(x.shape), xp)
 
 
 def head(config: ModelConfig, weights, x, xp=np):
@@ -60,7 +59,8 @@ def head(config: ModelConfig, weights, x, xp=np):
     logits = product(weights, "embedding" if config.tied_head else "head", h, xp)
     if config.head_bias:
         logits = logits + array(weights.trunk("head_bias"), xp)
-    return logits if config.logits_scale == 1 else logits * config.logits_scale
+    logits = logits if config.logits_scale == 1 else logits * config.logits_scale
+    return config.logits_cap * xp.tanh(logits / config.logits_cap) if config.logits_cap else logits
 
 
 def norm(config: ModelConfig, weights, name: str, x, xp=np):
@@ -88,22 +88,53 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
 
     # output projection
     y = times(its.output, y) + trunk("o_bias") if its.output_bias else times(its.output, y)
-    return _to_residual(config, y)
+    return _to_residual(config, post_norm(config, weights, f"layers.{layer}.attention_post_norm", y, xp))
+
+
+def scaled(config: ModelConfig, weights, layer: int, x, xp=np):
+    """The residual stream x (..., dim) after a layer, times the layer's factor if it has one."""
+    return x * array(weights.trunk(f"layers.{layer}.layer_scale"), xp) if config.layer_scale else x
 
 
 def mlp_input(config: ModelConfig, weights, layer: int, x, xp=np):
-    """The normalised input of a layer's experts, (rows, dim), from x (sequences, tokens, dim)."""
-    h = norm(config, weights, f"layers.{layer}.mlp_norm", x, xp)
-    return h.reshape(-1, x.shape[-1])
+    """The normalised input of a layer's experts or dense MLP, (rows, dim), from x (..., dim)."""
+    return norm(config, weights, f"layers.{layer}.mlp_norm", x, xp).reshape(-1, x.shape[-1])
 
 
-def moe_block(config: ModelConfig, weights, layer: int, h, xp=np, prune=None):
-    """The output of a layer's MoE block, (rows, dim): route, prune, experts, shared expert."""
-    chosen, routing_weights = route(config, weights, layer, h, xp)
+def router_input(config: ModelConfig, weights, layer: int, x, xp=np):
+    """The normalised input of a layer's router, (rows, dim), from x (..., dim)."""
+    return _own_input(config, weights, layer, "router_norm", x, xp)
+
+
+def shared_input(config: ModelConfig, weights, layer: int, x, xp=np):
+    """The normalised input of a layer's shared expert, (rows, dim), from x (..., dim)."""
+    return _own_input(config, weights, layer, "shared_norm", x, xp)
+
+
+def _own_input(config: ModelConfig, weights, layer: int, name: str, x, xp):
+    if not config.own_norms:
+        return mlp_input(config, weights, layer, x, xp)
+    return rms_norm(x, weights.trunk(f"layers.{layer}.{name}"), config.norm_eps, xp).reshape(-1, x.shape[-1])
+
+
+def moe_block(config: ModelConfig, weights, layer: int, x, xp=np, prune=None):
+    """The output of a layer's MoE block, (rows, dim), for x (..., dim): route, prune, experts, shared expert."""
+    h = mlp_input(config, weights, layer, x, xp)
+    chosen, routing_weights = route(config, weights, layer, router_input(config, weights, layer, x, xp), xp)
     if prune:
         chosen, routing_weights = prune(layer, h, chosen, routing_weights)
     y = experts(config, weights, layer, h, chosen, routing_weights, xp)
-    return y + shared_expert(config, weights, layer, h, xp) if config.shared_hidden else y
+    y = with_shared(config, weights, layer, x, y, xp)
+    return post_norm(config, weights, f"layers.{layer}.mlp_post_norm", y, xp)
+
+
+def with_shared(config: ModelConfig, weights, layer: int, x, y, xp=np):
+    """The output of the shared expert for x (..., dim), added to y (rows, dim), the weighted sum of the experts."""
+    if config.own_norms:
+        y = rms_norm(y, weights.trunk(f"layers.{layer}.experts_post_norm"), config.norm_eps, xp)
+    if config.shared_hidden:
+        y = y + shared_expert(config, weights, layer, shared_input(config, weights, layer, x, xp), xp)
+    return y
 
 
 def route(config: ModelConfig, weights, layer: int, h, xp=np):
@@ -122,6 +153,12 @@ def route(config: ModelConfig, weights, layer: int, h, xp=np):
     routing_weights = xp.where(array(chosen >= 0, xp), routing_weights, 0.0)
     if config.router.renormalise:
         routing_weights = routing_weights / (xp.sum(routing_weights, axis=-1, keepdims=True) + 1e-20)
+    if config.router.expert_scale:
+        scale = weights.trunk(f"layers.{layer}.expert_scale")[chosen.clip(0)]
+        routing_weights = routing_weights * array(scale, xp)
+        order = np.argsort(-np.asarray(routing_weights), axis=-1, kind="stable")
+        chosen = np.take_along_axis(chosen, order, axis=-1)
+        routing_weights = xp.take_along_axis(routing_weights, array(order, xp), axis=-1)
     return chosen, routing_weights * config.routing_scale
 
 
@@ -182,9 +219,9 @@ def router_scores(config: ModelConfig, weights, layer: int, h, xp=np):
 
 def router_logits(config: ModelConfig, weights, layer: int, h, xp=np):
     logits = h @ array(weights.trunk(f"layers.{layer}.router"), xp).T
-    if not config.router.logit_bias:
-        return logits
-    return logits + array(weights.trunk(f"layers.{layer}.router_logit_bias"), xp)
+    if config.router.logit_bias:
+        logits = logits + array(weights.trunk(f"layers.{layer}.router_logit_bias"), xp)
+    return logits if config.router.logits_scale == 1 else logits * config.router.logits_scale
 
 
 def choose_experts(config: ModelConfig, weights, layer: int, scores: np.ndarray) -> np.ndarray:
@@ -235,8 +272,11 @@ def experts(config: ModelConfig, weights, layer: int, h, chosen, routing_weights
 
 
 def shared_expert(config: ModelConfig, weights, layer: int, h, xp=np):
-    """The output of the shared expert, (rows, dim), scaled by its sigmoid gate if it has one."""
-    y = _to_residual(config, _trunk_mlp(config, weights, f"layers.{layer}.shared", h, xp))
+    """The output of the shared expert, (rows, dim), scaled by its sigmoid gate and normalised if it has these."""
+    y = _trunk_mlp(config, weights, f"layers.{layer}.shared", h, xp)
+    if config.own_norms:
+        y = rms_norm(y, weights.trunk(f"layers.{layer}.shared_post_norm"), config.norm_eps, xp)
+    y = _to_residual(config, y)
     if not config.shared_gate:
         return y
     return y * sigmoid(h @ array(weights.trunk(f"layers.{layer}.shared_router"), xp).T, xp)  # (rows, 1)
@@ -244,7 +284,8 @@ def shared_expert(config: ModelConfig, weights, layer: int, h, xp=np):
 
 def dense_block(config: ModelConfig, weights, layer: int, h, xp=np):
     """The output of the MLP of a dense layer, (rows, dim)."""
-    return _to_residual(config, _trunk_mlp(config, weights, f"layers.{layer}.dense", h, xp))
+    y = _trunk_mlp(config, weights, f"layers.{layer}.dense", h, xp)
+    return _to_residual(config, post_norm(config, weights, f"layers.{layer}.mlp_post_norm", y, xp))
 
 
 def expert_bias(config: ModelConfig, weights, layer: int, index: int, xp=np):
@@ -280,6 +321,11 @@ def gated(config: ModelConfig, gate, up, xp=np):
 def plus(y, bias):
     """y plus a bias, or y itself without one."""
     return y if bias is None else y + bias
+
+
+def post_norm(config: ModelConfig, weights, name: str, y, xp=np):
+    """What the residual stream gets of y (..., dim): normalised, if the model has such norms."""
+    return rms_norm(y, weights.trunk(name), config.norm_eps, xp) if config.post_norms else y
 
 
 def _to_residual(config: ModelConfig, y):

@@ -11,6 +11,7 @@ from .layers.rope import LongRope, Rope, Stretch, YarnScaling, magnitude
 DEFAULT_THETA = 1e4  # for architectures without a default of their own
 YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
 TYPES = ("default", "linear", "yarn")  # that all families have but those that say else
+FACTORS = {"proportional": 1.0}  # of a scaling type, where config.json may leave it out
 NEW, OLD = "rope_parameters", "rope_scaling"
 
 
@@ -43,12 +44,14 @@ def read_rope(
     share = rope.number("partial_rotary_factor", default=1.0 if partial is None else partial)
     if of and share == head_dim / of:
         share = 1.0
-    if (partial is None and share != 1.0) or not 0 < share <= 1:
+    if (partial is None and scaling != "proportional" and share != 1.0) or not 0 < share <= 1:
         raise ValueError(f"{where}: partial_rotary_factor other than 1 is not supported for {keys.kind}, found {share}")
-    factor = 1.0 if scaling in ("default", "longrope") else rope.number("factor")
+    factor = 1.0 if scaling in ("default", "longrope") else rope.number("factor", default=FACTORS.get(scaling))
     if theta <= 0 or factor <= 0:
         raise ValueError(f"{where}: rope_theta and factor must be above 0, found {theta} and {factor}")
     values = {"dim": int(head_dim * share), "theta": theta, "interleaved": interleaved}
+    if scaling == "proportional":  # the first pairs of all of head_dim's, with the angles that they have there
+        values |= {"dim": 2 * int(head_dim * share // 2), "of": head_dim}
     mscale = rope.number("mscale_all_dim", default=0.0) if scales_softmax and scaling != "default" else 0.0
     if mscale:
         values["softmax_factor"] = magnitude(factor, mscale) ** 2

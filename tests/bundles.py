@@ -68,7 +68,7 @@ class Kept:
 
     def trunk(self, name: str) -> np.ndarray:
         weights = self.checkpoint.trunk(name)
-        of_router = name.endswith((".router", ".router_bias", ".router_logit_bias"))
+        of_router = name.endswith((".router", ".router_bias", ".router_logit_bias", ".expert_scale"))
         return weights[list(self.kept[int(name.split(".")[1])])] if of_router else weights
 
     def expert(self, layer: int, index: int) -> tuple[np.ndarray, ...]:

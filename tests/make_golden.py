@@ -24,6 +24,28 @@ COMMON = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
+GEMMA4 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 11,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 20,
+    "global_head_dim": 36,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "final_logit_softcapping": 12.0,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "top_k_experts": 3,
+}
+SMALL_IN_GEMMA4 = (  # what scales the products of queries and keys, and what a layer adds to the residual stream
+    *("q_norm.weight", "k_norm.weight"),
+    *("post_attention_layernorm.weight", "post_feedforward_layernorm.weight"),
+)
 LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 16}  # of the smaller ones
 CONFIGS = {
     "mixtral": {
@@ -329,6 +351,39 @@ CONFIGS = {
             "num_attention_heads": 2,
         },
     },
+    "gemma4_text": {
+        **GEMMA4,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 50.0,
+                "partial_rotary_factor": 0.5,
+                "factor": 1.5,
+            },
+        },
+    },
+    "gemma4": {  # whose global layers have values of their own, and as many KV heads as the others
+        "text_config": {
+            "model_type": "gemma4_text",
+            **GEMMA4,
+            "attention_k_eq_v": False,
+            "final_logit_softcapping": None,
+            "sliding_window": 7,
+            "pad_token_id": 0,
+        },
+        "vision_config": {
+            "num_hidden_layers": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "position_embedding_size": 16,
+        },
+    },
     "qwen3_vl_moe": {
         "text_config": {
             "head_dim": 24,
@@ -393,16 +448,23 @@ def random_model(architecture: str, seed: int, **changes):
     random = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         drawn = torch.randn(weight.shape, generator=random)
-        if "norm" in name and not name.endswith("bias"):
+        if ("norm" in name and not name.endswith("bias")) or name.endswith("scale"):
             drawn = weight.data.mean() + 0.3 * drawn  # around what changes nothing: 1, or 0 where 1 is added
+            if architecture.startswith("gemma4") and name.endswith(SMALL_IN_GEMMA4):
+                drawn *= 0.4
         elif "embed_tokens" in name:
-            drawn *= 0.3 if config.get_text_config().tie_word_embeddings else 1.0
+            small = config.get_text_config().tie_word_embeddings or architecture.startswith("gemma4")
+            drawn *= 0.3 if small else 1.0
+        elif name.endswith("router.proj.weight"):
+            drawn *= 1.6  # the router's logits are scaled by hidden_size ** -0.5
         else:
             drawn *= 0.2
         weight.data.copy_(drawn)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(0.2 * torch.randn(buffer.shape, generator=random))
+        elif name.endswith("layer_scalar"):
+            buffer.copy_(1 + 0.3 * torch.randn(buffer.shape, generator=random))
     return model.to(torch.bfloat16)
 
 

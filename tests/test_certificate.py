@@ -163,7 +163,7 @@ def test_choices_of_experts_that_changed_are_counted(golden, tmp_path, texts):
             a = x + reference.attention_block(config, weights, layer, x)
             h = reference.mlp_input(config, weights, layer, a)
             chosen.append(reference.route(config, weights, layer, h)[0])
-            x = a + reference.moe_block(config, weights, layer, h).reshape(a.shape)
+            x = a + reference.moe_block(config, weights, layer, a).reshape(a.shape)
         routes.append(chosen)
     lost = [
         np.mean([expert not in other for one, other in zip(*its, strict=True) for expert in one])

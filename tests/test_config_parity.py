@@ -15,7 +15,12 @@ from edge_moe.runtime.models import FAMILIES
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-NO_DEFAULTS = {"deepseek_v2": {"num_experts_per_tok": 6}, "glm4_moe": {"head_dim": 128}}  # that a model could have
+GEMMA4 = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
+NO_DEFAULTS = {  # that a model could have
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    **dict.fromkeys(("gemma4", "gemma4_text"), {**GEMMA4, "hidden_size_per_layer_input": 0}),
+    "glm4_moe": {"head_dim": 128},
+}
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 6.0}
 LONG = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0], "long_factor": [9.0] * 8}
@@ -28,6 +33,18 @@ def set_config(directory, without=(), **changes) -> None:
     path.write_text(json.dumps({**raw, **changes}))
 
 
+def default_of(text, key: str):
+    """transformers' default of a key, of a configuration made without any."""
+    if key == "rope_theta":
+        return text.rope_parameters[key]
+    if key == "global_head_dim":
+        return text.per_layer_config["full_attention"].head_dim
+    if key == "hidden_act" and hasattr(text, "hidden_activation"):
+        return COMMON_DEFAULTS[key]  # a key that the family does not have
+    text.allow_global_per_layer_attribute_access = True
+    return getattr(text, key)
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_an_absent_key_means_what_it_means_to_transformers(kind):
     family = FAMILIES[kind]
@@ -38,7 +55,7 @@ def test_an_absent_key_means_what_it_means_to_transformers(kind):
     else:
         text = theirs
     for key, value in {**COMMON_DEFAULTS, **family.defaults}.items():
-        assert (text.rope_parameters[key] if key == "rope_theta" else getattr(text, key)) == value, key
+        assert default_of(text, key) == value, key
     defaults = {**text.to_dict(), **NO_DEFAULTS.get(kind, {})}
 
     def parse(keys: dict):
@@ -88,6 +105,8 @@ def test_rotary_position_in_every_spelling_is_that_of_transformers(tmp_path, kin
                          "num_hidden_layers": 4}),
         ("gpt_oss", {"layer_types": None, "swiglu_limit": 7.0, "sliding_window": 128, "num_local_experts": 128,
                      "num_experts_per_tok": 4, "head_dim": 64, "rms_norm_eps": 1e-5}),
+        ("gemma4_text", {"layer_types": None, "num_hidden_layers": 7, "num_kv_shared_layers": 0}),
+        ("gemma4_text", {"attention_k_eq_v": False, "attention_bias": False, "rope_parameters": None}),
         ("mixtral", {"num_attention_heads": 8, "num_key_value_heads": 8}),
         ("phimoe", {"router_jitter_noise": 0.01, "num_local_experts": 16, "rms_norm_eps": 1e-5}),
         ("qwen2_moe", {"num_attention_heads": 16, "num_key_value_heads": 16, "mlp_only_layers": []}),
@@ -111,6 +130,23 @@ def test_a_head_that_is_stored_beside_a_tied_embedding_is_used_where_it_differs(
     assert_logits_of_transformers(tmp_path)
     assert Checkpoint(tmp_path).config.tied_head is not own
     assert json.loads((tmp_path / "lossless.emoe" / "config.json").read_text())["tie_word_embeddings"] is not own
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"global_head_dim": 48, "num_global_key_value_heads": None},
+        {"attention_k_eq_v": False},  # then there are as many KV heads everywhere
+        {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "tie_word_embeddings": True},
+        {"use_bidirectional_attention": "vision", "final_logit_softcapping": None, "num_key_value_heads": 2},
+    ],
+)
+def test_gemma4_as_the_hub_spells_it(tmp_path, changes):
+    """transformers 5.24 writes per_layer_config instead of the two keys of global layers."""
+    hub = {"global_head_dim": 36, "num_global_key_value_heads": 2, **changes}
+    random_model("gemma4_text", seed=41, **hub).save_pretrained(tmp_path)
+    set_config(tmp_path, without=["per_layer_config"], **hub)
+    assert_logits_of_transformers(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])

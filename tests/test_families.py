@@ -27,6 +27,7 @@ from edge_moe.runtime.config_file import ARCHITECTURES, load_config, parse_confi
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS
 
+EXPERTS = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
 LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 LONG_ROPE |= {"short_mscale": 1.0, "long_mscale": 1.0, "original_max_position_embeddings": 64}
 
@@ -140,6 +141,57 @@ def test_what_is_new_about_an_unknown_family_is_said():
             "linear_num_value_heads must be a multiple of linear_num_key_heads",
         ),
         ({"model_type": "qwen3_5_moe"}, "text_config is None, expected an object"),
+        *(
+            (
+                {"model_type": "gemma4_text", "enable_moe_block": True, "hidden_size_per_layer_input": 0, **change},
+                message,
+            )
+            for change, message in [
+                ({"enable_moe_block": False}, "enable_moe_block is false; this is a dense model, and edge-moe runs"),
+                (
+                    {"hidden_size_per_layer_input": 256},
+                    "hidden_size_per_layer_input is 256, inputs of each layer are not",
+                ),
+                (
+                    {"hidden_size_per_layer_input": None},
+                    "hidden_size_per_layer_input is 256, inputs of each layer are not",
+                ),
+                ({"num_kv_shared_layers": 20}, "num_kv_shared_layers is 20, layers that share keys and values are not"),
+                (
+                    {"use_bidirectional_attention": "all"},
+                    "use_bidirectional_attention is 'all', expected null or 'vision'",
+                ),
+                (
+                    {**EXPERTS, "layer_types": ["full_attention"]},
+                    "layer_types is .'full_attention'., expected sliding_att",
+                ),
+                (
+                    {**EXPERTS, "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+                    "rope_parameters has no sliding_attention with a rope_theta",
+                ),
+                (
+                    {**EXPERTS, "rope_parameters": {"sliding_attention": {"rope_type": "yarn", "rope_theta": 1e6}}},
+                    "rope type 'yarn' is not supported; supported are default, linear, proportional",
+                ),
+                (
+                    {**EXPERTS, "per_layer_config": {"30": {}}},
+                    "per_layer_config has '30'; supported are head_dim and num_key",
+                ),
+                (
+                    {**EXPERTS, "per_layer_config": {"01": {"sliding_window": 4}}},
+                    "per_layer_config has 'sliding_window'; supported are head_dim and num_key_value_heads of layers",
+                ),
+                (
+                    {**EXPERTS, "per_layer_config": {"05": 4}},
+                    "per_layer_config is {'05': 4}, expected an object for each",
+                ),
+                ({**EXPERTS, "final_logit_softcapping": 0}, "final_logit_softcapping is 0, expected a number above 0"),
+                (
+                    {**EXPERTS, "num_global_key_value_heads": 3, "attention_k_eq_v": True},
+                    "num_attention_heads must be a mul",
+                ),
+            ]
+        ),
         ({"model_type": "phimoe", "num_experts_per_tok": 1}, "num_experts_per_tok is 1, expected 2"),
         (
             {"model_type": "phimoe", "router_jitter_noise": "0.01"},

@@ -76,7 +76,7 @@ class Trail:
             a = x + reference.attention_block(config, weights, layer, x)
             h = reference.mlp_input(config, weights, layer, a)
             chosen.append(np.sort(reference.route(config, weights, layer, h)[0], axis=-1))
-            x = a + reference.moe_block(config, weights, layer, h).reshape(a.shape)
+            x = a + reference.moe_block(config, weights, layer, a).reshape(a.shape)
         self.chosen = np.concatenate(chosen, axis=-1)
         self.predictions = log_softmax(reference.head(config, weights, x).reshape(ids.size, -1))
 

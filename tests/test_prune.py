@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bundles import REFERENCE, logits_of, use
 
-from edge_moe.compressor.passes import adjoint
+from edge_moe.compressor.passes import adjoint, forward
 from edge_moe.compressor.passes.streams import Stream
 from edge_moe.compressor.pruning import prune, prune_curves, prune_losses
 from edge_moe.compressor.pruning.mask_routers import fit_losses, train_otp
@@ -65,7 +65,7 @@ def test_an_expert_passes_its_gradient_on(kind, biased):
     np.testing.assert_allclose(y, expert(h), rtol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "deepseek_v3", "phimoe", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "deepseek_v3", "phimoe", "gpt_oss", "gemma4_text"])
 def test_a_router_passes_its_gradient_on(golden, architecture):
     checkpoint = Checkpoint(golden[architecture][0])
     config, layer = checkpoint.config, checkpoint.config.moe_layers[-1]
@@ -78,8 +78,48 @@ def test_a_router_passes_its_gradient_on(golden, architecture):
 
     want = slope(lambda at: (weights(at) * g).sum(), h, direction)
     scores, router = reference.router_scores(config, checkpoint, layer, h), checkpoint.trunk(f"layers.{layer}.router")
-    got = adjoint.router_backward(config, router, h, scores, chosen, weights(h), g[None])[0]
+    scale = checkpoint.trunk(f"layers.{layer}.expert_scale") if config.router.expert_scale else None
+    got = adjoint.router_backward(config, router, h, scores, chosen, weights(h), g[None], scale)[0]
     assert (got * direction).sum() == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "granitemoe", "phimoe", "gemma4_text"])
+def test_a_layer_passes_its_gradient_on(golden, architecture):
+    """From its output to the residual stream after attention, and each expert's part of the output along it."""
+    checkpoint, rows = Checkpoint(golden[architecture][0]), 40
+    config, layer = checkpoint.config, checkpoint.config.moe_layers[-1]
+    a, direction = 3 * random(2, rows, config.dim).astype(np.float32)
+    g = random(prune_losses.SAMPLES, rows, config.dim, seed=3).astype(np.float32)
+    streams = [Stream(rows, config.dim) for _ in range(2)] + [Stream(len(g) * rows, config.dim) for _ in range(3)]
+    of_a, sums, of_g, inner, back = streams
+    of_a.write(0, a)
+    of_g.write(0, g.reshape(-1, config.dim))
+    routing = forward.route(config, checkpoint, layer, of_a)
+    if forward.sums_experts(config, layer):
+        forward.common_mlp(config, checkpoint, layer, of_a, sums)
+        prune_losses._add_experts(config, checkpoint, layer, of_a, sums, routing, 1)
+    else:
+        sums, inner = None, of_g
+    q = prune_losses._layer_backward(config, checkpoint, layer, of_a, sums, routing, of_g, inner, back, 1)
+
+    def output(at, prune=None):
+        return reference.scaled(
+            config, checkpoint, layer, at + reference.moe_block(config, checkpoint, layer, at, prune=prune)
+        )
+
+    got = back.read(0, back.rows).reshape(g.shape)
+    for sample in (0, 5):
+        want = slope(lambda at, its=g[sample]: (output(at) * its).sum(), a.astype(np.float64), direction)
+        assert (got[sample] * direction).sum() == pytest.approx(want, rel=1e-3)
+
+    def without(last: float):
+        """The output with the lightest expert's weight reduced by a share."""
+        return output(
+            a, lambda layer, h, chosen, weights: (chosen, weights * np.r_[[1] * (weights.shape[1] - 1), 1 - last])
+        )
+
+    lost = (without(0.0) - without(1e-3)) / 1e-3
+    np.testing.assert_allclose((g * lost).sum((1, 2)), q[:, :, -1].sum(1), rtol=0.03, atol=0.3)
 
 
 # ---- losses

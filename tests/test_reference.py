@@ -90,6 +90,19 @@ RULES = [
     ("deepseek_v3", {"router": {"scale": 1.0}}),
     ("moonlight", {"rope": {"interleaved": True}}),
     ("moonlight", {"router": {"renormalise": True}}),
+    ("gemma4_text", {"attention": {"window": 0}}),
+    ("gemma4_text", {"v_norm": False}),
+    ("gemma4_text", {"qk_norm": "none"}),
+    ("gemma4_text", {"attention": {"scale": 0.0}}),
+    ("gemma4_text", {"rope": {"of": 0}}),
+    ("gemma4_text", {"embedding_scale": 1.0}),
+    ("gemma4_text", {"logits_cap": 0.0}),
+    ("gemma4_text", {"post_norms": False}),
+    ("gemma4_text", {"own_norms": False}),
+    ("gemma4_text", {"layer_scale": False}),
+    ("gemma4_text", {"router": {"expert_scale": False}}),
+    ("gemma4_text", {"router": {"logits_scale": 1.0}}),
+    ("gemma4", {"keys_as_values": True}),
     ("phimoe", {"norm": "rms"}),
     ("phimoe", {"head_bias": False}),
     ("phimoe", {"router": {"score": "softmax"}}),
@@ -127,7 +140,7 @@ def test_a_pruned_expert_adds_nothing(golden):
 
 def test_of_experts_with_equal_scores_the_lower_number_goes_first(golden):
     checkpoint, _, _ = golden
-    config = changed(checkpoint.config, router={"selection_bias": False, "logit_bias": False})
+    config = changed(checkpoint.config, router={"selection_bias": False, "logit_bias": False, "expert_scale": False})
     router = config.router
     h = np.zeros((2, config.dim), np.float32)
     chosen, routing_weights = reference.route(config, checkpoint, config.moe_layers[0], h)

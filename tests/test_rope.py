@@ -12,8 +12,10 @@ from edge_moe.bench.evaluate import checkpoint_logits
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.config_file import load_config, parse_config, read_json
+from edge_moe.runtime.config_keys import Keys
 from edge_moe.runtime.layers.latent import LatentAttention
 from edge_moe.runtime.layers.rope import LongRope, Rope, Stretch, YarnScaling, rotate
+from edge_moe.runtime.rope_config import read_rope
 
 RAW = read_json(REFERENCE.parent / "configs" / "deepseek-v3.json")
 DEEPSEEK = parse_config(RAW).attention
@@ -102,6 +104,24 @@ def test_deepseek_v3_turns_fast_pairs_as_before_and_slow_ones_forty_times_slower
     assert (np.diff(slowed[10:24]) > 0).all()
     assert rope.scale == 1.0
     assert DEEPSEEK.softmax_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+
+
+@pytest.mark.parametrize("share, factor", [(0.25, 1.0), (1.0, 1.0), (0.3, 2.5)])
+def test_proportional_angles_are_those_of_transformers(share, factor):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_type": "proportional", "rope_theta": 5000.0, "partial_rotary_factor": share, "factor": factor}
+    raw = transformers.AutoConfig.for_model("qwen3_moe", head_dim=48, rope_parameters=rope)
+    want, scale = ROPE_INIT_FUNCTIONS["proportional"](raw, None)
+    got = read_rope(Keys({"rope_parameters": rope}, "config.json"), 48, types=("proportional",))
+    assert got.span == 48 and scale == got.scale == 1
+    frequency = np.zeros(24, np.float32)
+    frequency[: got.dim // 2] = got.frequency()
+    np.testing.assert_allclose(frequency, want.numpy(), rtol=3e-7)
+    cos, sin = got.tables(3)
+    assert np.all(cos[:, got.dim // 2 :] == 1) and np.all(sin[:, got.dim // 2 :] == 0)
 
 
 LONG = LongRope(

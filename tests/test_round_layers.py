@@ -151,7 +151,7 @@ def test_an_expert_is_rounded_for_its_inputs_and_aims_at_what_is_lacking(golden,
 
     (a, h), (a_made, h_made) = until_experts(checkpoint), until_experts(made)
     chosen, weight = reference.route(c, made, layer, h_made)
-    after = a + reference.moe_block(c, checkpoint, layer, h)
+    after = a + reference.moe_block(c, checkpoint, layer, a)
     common = a_made + (reference.shared_expert(c, made, layer, h_made) if c.shared_hidden else 0)
     lacking = after - common - reference.experts(c, checkpoint, layer, h, chosen, weight)
     size = np.square(after).sum(1) + np.square(lacking).sum(1)

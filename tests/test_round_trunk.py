@@ -65,7 +65,7 @@ def test_attention_aims_at_what_its_stream_lacks(golden, tmp_path, architecture)
     assert np.square(found - expected).sum() < 0.02 * np.square(found - matrix).sum()  # ties of float32 fall either way
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma4_text"])
 def test_a_fitted_trunk_is_closer_than_one_rounded_to_nearest(golden, architecture):
     """On text that nothing was fitted to, experts as they are."""
     checkpoint = Checkpoint(golden[architecture][0])

@@ -94,6 +94,20 @@ def test_weights_are_scores_of_those_chosen_renormalised_and_scaled(deepseek):
     )
 
 
+def test_factors_of_experts_order_the_weights_that_they_change(deepseek):
+    class Weights:
+        def trunk(self, name):
+            values = {"router": [[0], [6], [4], [2]], "expert_scale": [1, 0.5, 2, 1]}
+            return np.array(values[name.split(".")[-1]], np.float32)
+
+    h = np.full((1, 1), np.log(2), np.float32)  # logits are halved: softmax over 1, 8, 4 and 2, of which 8 and 4 stay
+    rule = RouterConfig(renormalise=True, logits_scale=0.5, expert_scale=True)
+    config = changed(one_layer(deepseek[0].config, experts=4, top_k=2), router=rule)
+    chosen, weights = reference.route(config, Weights(), 0, h)
+    assert chosen.tolist() == [[2, 1]]
+    np.testing.assert_allclose(weights, [[2 * 4 / 12, 0.5 * 8 / 12]], rtol=1e-6)
+
+
 # ---- SparseMixer
 
 

@@ -76,7 +76,8 @@ class Measured:
     def rows_of(self, layer: int, expert: int, a: np.ndarray):
         """Normed inputs of the rows that chose the expert, their routing weights, their numbers."""
         h = reference.mlp_input(self.config, self.weights, layer, a)
-        chosen, weight = reference.route(self.config, self.weights, layer, h)
+        routed = reference.router_input(self.config, self.weights, layer, a)
+        chosen, weight = reference.route(self.config, self.weights, layer, routed)
         rows, place = np.nonzero(chosen == expert)
         return h[rows], weight[rows, place], rows
 
@@ -116,7 +117,7 @@ def same_bits(a: LayerMeasure, b: LayerMeasure) -> None:
         np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_oss", "phimoe"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma4_text", "gpt_oss", "phimoe"])
 def test_the_pass_computes_what_the_model_does_and_counts_its_experts(measured, architecture):
     m = measured(architecture)
     c, want = m.config, reference.embed(m.config, m.weights, m.ids)

@@ -44,6 +44,8 @@ KINDS = {
     "moonlight": {"embedding", "attention", "dense", "shared", "head"},
     "deepseek_v2": {"embedding", "attention", "dense", "shared", "head"},
     "ernie4_5_moe": {"embedding", "attention", "dense", "shared"},
+    "gemma4": {"embedding", "attention", "shared"},
+    "gemma4_text": {"embedding", "attention", "shared", "head"},
     "glm4_moe": {"embedding", "attention", "dense", "shared", "head"},
     "glm4_moe_lite": {"embedding", "attention", "dense", "shared", "head"},
     "gpt_oss": {"embedding", "attention", "head"},

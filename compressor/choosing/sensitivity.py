@@ -94,7 +94,11 @@ class Layer:
     a: Stream  # after attention
     routing: forward.Routing
     norms: forward.Held
-    relative: np.ndarray  # (rows,) 1 / squared norm of the residual stream after the layer, which later norms divide by
+    relative: (
+        np.ndarray
+    )  # (rows,) 1 / squared norm of the residual stream after the layer, which later norms divide by,
+    #                       times the square of output_scales()' factor of the row
+    of_dims: np.ndarray  # (dim,) its other factor
     place: np.ndarray  # (rows,) index in the sample that carries errors, -1 outside of it
 
 
@@ -118,7 +122,9 @@ class Form:
         if layer not in config.dense_layers:
             self.routing = forward.route(config, self.weights, layer, self.a)
 
-    def leave(self) -> None:
+    def leave(self, config: ModelConfig, layer: int) -> None:
+        """Finish the layer, whose experts' outputs y has now."""
+        forward.finish_mlp(config, self.weights, layer, self.a, self.y, self.y)
         self.x.close()
         self.a.close()
         self.x = self.y
@@ -182,10 +188,13 @@ class Sensitivity:
         if layer not in config.dense_layers:
             change = np.zeros((len(self.sample_rows), config.dim), np.float32)
             measure = self._experts(layer, present, change, tell)
+            source, rows = self.forms["source"], self.sample_rows
+            moved = source.y.take(rows) + change
+            moved = forward.finished(config, forward.Held(self.weights), layer, source.a.take(rows), moved)
         for form in present:
-            form.leave()
+            form.leave(config, layer)
         if change is not None:
-            self._carry(change)
+            self._carry(moved)
         return measure
 
     def _experts(self, layer: int, forms: list[Form], change: np.ndarray, tell) -> LayerMeasure:
@@ -211,8 +220,11 @@ class Sensitivity:
         place[self.sample_rows] = np.arange(len(self.sample_rows))
         relative = np.empty(a.rows, np.float32)
         for start, stop in source.y.blocks():
-            relative[start:stop] = 1 / np.maximum(np.square(source.y.read(start, stop)).sum(-1), 1e-12)
-        at = Layer(layer, a, routing, norms, relative, place)
+            streams = a.read(start, stop), source.y.read(start, stop)
+            of_rows, of_dims = forward.output_scales(config, norms, layer, *streams)
+            size = np.square(forward.finished(config, norms, layer, *streams)).sum(-1)
+            relative[start:stop] = np.square(of_rows) / np.maximum(size, 1e-12)
+        at = Layer(layer, a, routing, norms, relative, of_dims, place)
 
         def measured(expert: int):
             def compute() -> dict[str, np.ndarray]:
@@ -238,7 +250,7 @@ class Sensitivity:
             norm_errors,
             errors[:, :-1].reshape(config.experts, 3, len(self.choices), -1),
             errors[:, -1],
-            self._of_sample(np.square(change, dtype=np.float64).sum(-1) * relative[self.sample_rows]),
+            self._of_sample(np.square(change * of_dims, dtype=np.float64).sum(-1) * relative[self.sample_rows]),
         )
 
     def _expert(self, at: "Layer", expert: int, matrices, bias) -> dict[str, np.ndarray]:
@@ -252,7 +264,7 @@ class Sensitivity:
         kept = sampled(len(given))
         relative = at.relative[given]
         h = forward.expert_input(config, at.norms, at.index, at.a, given)
-        squared, gone, rounded = self._changes(matrices, bias, h, share**2 * relative, kept)
+        squared, gone, rounded = self._changes(matrices, bias, h, share**2 * relative, kept, at.of_dims)
         # the last row is the whole output, the change when the expert is dropped
         squared = np.concatenate([squared.reshape(-1, len(kept)), gone[None]]) * share[kept] ** 2
         scale = len(rows) / max(len(kept), 1)
@@ -272,8 +284,10 @@ class Sensitivity:
             "moved": moved * routed[sample, None],
         }
 
-    def _changes(self, matrices, bias, h, token_weights, kept):
+    def _changes(self, matrices, bias, h, token_weights, kept, of_dims):
         """Squared norm of the change of one expert's output, (3, choices, kept rows), with each matrix rounded alone.
+
+        of_dims: factors of the output's dimensions, (dim,).
 
         Also return the squared norm of the output, (kept rows,), and the three matrices at the carried choice. The
         rounding is fitted to every second row and the error taken on the others: otherwise the error of an expert with
@@ -299,10 +313,10 @@ class Sensitivity:
             inners = (reference.gated(config, gates, up), reference.gated(config, gate, ups), inner_kept)
             for part, inner in enumerate(inners):
                 down = rounded[2] if part == 2 else matrices[2]
-                squared[part, i] = np.square(reference.plus(inner @ down.T, bias[2]) - y).sum(-1)
+                squared[part, i] = np.square((reference.plus(inner @ down.T, bias[2]) - y) * of_dims).sum(-1)
             if i == self.carried_choice:
                 carried = rounded
-        return squared, np.square(y, dtype=np.float64).sum(-1), carried
+        return squared, np.square(y * of_dims, dtype=np.float64).sum(-1), carried
 
     def _of_sample(self, values: np.ndarray) -> np.ndarray:
         """Mean over each domain, (domains,), of one value per sampled row."""
@@ -310,16 +324,16 @@ class Sensitivity:
         domains = int(self.calibration.domains.max()) + 1
         return np.bincount(domain, values, domains) / np.maximum(np.bincount(domain, minlength=domains), 1)
 
-    def _carry(self, change: np.ndarray) -> None:
-        """Append a stream with this layer's error to those of the layers before."""
-        rows, form = self.sample_rows, self.forms["carried"]
+    def _carry(self, moved: np.ndarray) -> None:
+        """Append a stream with this layer's error, (sampled rows, dim), to those of the layers before."""
+        form = self.forms["carried"]
         before = form.x.rows if form.x else 0
-        out = self.new_stream("carried", before + len(rows))
+        out = self.new_stream("carried", before + len(moved))
         if form.x:
             for start, stop in form.x.blocks():
                 out.write(start, form.x.read(start, stop))
             form.x.close()
-        out.write(before, self.forms["source"].x.take(rows) + change)
+        out.write(before, moved)
         form.x = out
 
     def close(self) -> None:

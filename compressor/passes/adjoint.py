@@ -19,7 +19,8 @@ def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, ran
     curvature of the KL divergence along it (the Fisher information).
     """
     head = weights.trunk("embedding" if config.tied_head else "head")
-    p = reference.softmax(reference.head(config, weights, x))
+    logits = reference.head(config, weights, x)
+    p = reference.softmax(logits)
     ends, rows = np.cumsum(p, axis=-1), np.arange(len(x))
     g = np.empty((samples, *x.shape), np.float32)
     for sample in range(samples):
@@ -27,6 +28,8 @@ def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, ran
         labels = np.minimum((ends < drawn).sum(axis=-1), config.vocab - 1)
         slope = -p
         slope[rows, labels] += 1
+        if config.logits_cap:
+            slope *= 1 - np.square(logits / config.logits_cap)
         slope *= config.logits_scale
         g[sample] = norm_backward(config, x, weights.trunk("output_norm"), slope @ head)
     return g
@@ -34,10 +37,17 @@ def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, ran
 
 def norm_backward(config: ModelConfig, x, weight, g):
     """Backward of reference.norm: x (rows, dim), g (..., rows, dim)."""
-    g = g * weight
     if config.norm == "layer":  # whose shift takes a mean away from the gradient, too
+        g = g * weight
         x, g = x - np.mean(x, axis=-1, keepdims=True), g - np.mean(g, axis=-1, keepdims=True)
-    inverse = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + config.norm_eps)
+        weight = 1
+    return rms_norm_backward(x, weight, config.norm_eps, g)
+
+
+def rms_norm_backward(x, weight, eps: float, g):
+    """Backward of reference.rms_norm, likewise."""
+    g = g * weight
+    inverse = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps)
     return inverse * (g - x * (np.square(inverse) * np.mean(g * x, axis=-1, keepdims=True)))
 
 
@@ -77,22 +87,25 @@ def activation(config: ModelConfig, x):
     return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - np.square(tanh)) * slope
 
 
-def router_backward(config: ModelConfig, router, h, scores, chosen, weights, g_weights):
+def router_backward(config: ModelConfig, router, h, scores, chosen, weights, g_weights, expert_scale=None):
     """The gradient (samples, rows, dim) at h, given g_weights (samples, rows, top_k) at the routing weights.
 
     router: (experts, dim); h: (rows, dim); scores: (rows, experts); chosen, weights: (rows, top_k), as
-    reference.route() gives them.
+    reference.route() gives them; expert_scale: (experts,), if the router has it.
     """
+    if config.router.logits_scale != 1:
+        router = router * config.router.logits_scale
     if config.router.score == "sparsemixer":
         picked = sparsemixer.choose(h @ router.T, chosen.shape[1], config.router.threshold)
         return sparsemixer.backward(*picked, g_weights * config.routing_scale) @ router
     rule, there = config.router, chosen >= 0
     its = np.take_along_axis(scores, chosen.clip(0), axis=-1) * there
+    scale = config.routing_scale * (1 if expert_scale is None else expert_scale[chosen.clip(0)])
     if rule.renormalise:
-        mean = (g_weights * weights).sum(axis=-1, keepdims=True) / config.routing_scale
-        g_its = (g_weights - mean) * config.routing_scale / (its.sum(axis=-1, keepdims=True) + 1e-20)
+        mean = (g_weights * weights).sum(axis=-1, keepdims=True)
+        g_its = (g_weights * scale - mean) / (its.sum(axis=-1, keepdims=True) + 1e-20)
     else:
-        g_its = g_weights * config.routing_scale
+        g_its = g_weights * scale
     g_scores = np.zeros((len(g_weights), *scores.shape), np.float32)
     rows, place = np.nonzero(there)
     g_scores[:, rows, chosen[rows, place]] = g_its[:, rows, place]
@@ -108,6 +121,9 @@ def shared_backward(config: ModelConfig, weights, layer: int, h, g):
     prefix = f"layers.{layer}.shared"
     matrices = [weights.trunk(f"{prefix}.{part}") for part in ("gate", "up", "down")]
     g = g * config.residual_scale
+    if config.own_norms:
+        y = reference.expert(config, h, *matrices)
+        g = rms_norm_backward(y, weights.trunk(f"layers.{layer}.shared_post_norm"), config.norm_eps, g)
     if not config.shared_gate:
         return mlp_backward(config, h, matrices, g)[1]
     row = weights.trunk(f"{prefix}_router")  # (1, dim)
@@ -119,4 +135,21 @@ def shared_backward(config: ModelConfig, weights, layer: int, h, g):
 def dense_backward(config: ModelConfig, weights, layer: int, h, g):
     """The gradient at h, through the MLP of a dense layer."""
     matrices = [weights.trunk(f"layers.{layer}.dense.{part}") for part in ("gate", "up", "down")]
-    return mlp_backward(config, h, matrices, g * config.residual_scale)[1]
+    g = g * config.residual_scale
+    if config.post_norms:
+        y = reference.expert(config, h, *matrices)
+        g = rms_norm_backward(y, weights.trunk(f"layers.{layer}.mlp_post_norm"), config.norm_eps, g)
+    return mlp_backward(config, h, matrices, g)[1]
+
+
+def sum_backward(config: ModelConfig, weights, layer: int, a, y, g):
+    """Backward from what the MoE block adds to the residual stream, given a (rows, dim) before and the experts' sum y.
+
+    Returns the gradients at the experts' sum and at the shared expert's output, both like g (samples, rows, dim).
+    """
+    if config.post_norms:
+        x = reference.with_shared(config, weights, layer, a, y)
+        g = rms_norm_backward(x, weights.trunk(f"layers.{layer}.mlp_post_norm"), config.norm_eps, g)
+    if not config.own_norms:
+        return g, g
+    return rms_norm_backward(y, weights.trunk(f"layers.{layer}.experts_post_norm"), config.norm_eps, g), g

@@ -57,22 +57,73 @@ def route(config: ModelConfig, weights, layer: int, a: Stream) -> Routing:
     """Route the rows of `a`, the residual stream after the layer's attention."""
     trunk, parts = Held(weights), []
     for start, stop in a.blocks():
-        h = reference.mlp_input(config, trunk, layer, a.read(start, stop))
+        h = reference.router_input(config, trunk, layer, a.read(start, stop))
         scores = reference.router_scores(config, trunk, layer, h)
         parts.append((*reference.route(config, trunk, layer, h), scores))
     return Routing(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def common_mlp(config: ModelConfig, weights, layer: int, a: Stream, out: Stream) -> None:
-    """Write out = a + the output of the dense MLP or the shared expert, if the layer has one."""
+    """Write to `out` what experts' outputs are added to, or the layer's whole output if it has none.
+
+    out = a + the output of the dense MLP or the shared expert, if the layer has one; or zeros, if the experts' sum is
+    changed before the residual stream gets it.
+    """
     trunk = Held(weights)
     for start, stop in a.blocks():
         block = a.read(start, stop)
         if not config.has_experts(layer):
             block += reference.dense_block(config, trunk, layer, reference.mlp_input(config, trunk, layer, block))
+            block = reference.scaled(config, trunk, layer, block)
+        elif config.sums_experts:
+            block[:] = 0
         elif config.shared_hidden:
             block += reference.shared_expert(config, trunk, layer, reference.mlp_input(config, trunk, layer, block))
         out.write(start, block)
+
+
+def finish_mlp(config: ModelConfig, weights, layer: int, a: Stream, y: Stream, out: Stream) -> None:
+    """Write the layer's output to `out`, which may be y, given what common_mlp() wrote plus the experts' outputs."""
+    trunk = Held(weights)
+    if out is y and not sums_experts(config, layer):
+        return
+    for start, stop in y.blocks():
+        out.write(start, finished(config, trunk, layer, a.read(start, stop), y.read(start, stop)))
+
+
+def finished(config: ModelConfig, weights, layer: int, a: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The same for some rows, (rows, dim)."""
+    if not sums_experts(config, layer):
+        return y
+    added = reference.with_shared(config, weights, layer, a, y)
+    added = reference.post_norm(config, weights, f"layers.{layer}.mlp_post_norm", added)
+    return reference.scaled(config, weights, layer, a + added)
+
+
+def sums_experts(config: ModelConfig, layer: int) -> bool:
+    """Whether what experts' outputs are added to is not the residual stream."""
+    return config.sums_experts and config.has_experts(layer)
+
+
+def output_scales(config: ModelConfig, weights, layer: int, a: np.ndarray, y: np.ndarray):
+    """How much a change of the experts' sum y (rows, dim) changes the layer's output: factors (rows,) and (dim,).
+
+    Norms also take away the part of a change that is parallel to what they normalise; this is neglected.
+    """
+    of_rows, of_dims = np.ones(len(a), np.float32), np.ones(config.dim, np.float32)
+    if not sums_experts(config, layer):
+        return of_rows, of_dims
+
+    def through(x: np.ndarray, name: str) -> None:
+        nonlocal of_rows, of_dims
+        of_rows = of_rows / np.sqrt(np.square(x).mean(-1) + config.norm_eps)
+        of_dims = of_dims * weights.trunk(f"layers.{layer}.{name}")
+
+    if config.own_norms:
+        through(y, "experts_post_norm")
+    if config.post_norms:
+        through(reference.with_shared(config, weights, layer, a, y), "mlp_post_norm")
+    return of_rows, reference.scaled(config, weights, layer, of_dims)
 
 
 def expert_input(config: ModelConfig, weights, layer: int, a: Stream, rows: np.ndarray) -> np.ndarray:

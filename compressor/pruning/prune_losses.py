@@ -61,15 +61,20 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
     tokens, total = ids.shape[1], 2 * config.layer_count
     x = new_stream("input", ids.size)
     forward.embed(config, weights, ids, x)
-    attended, routings = [], []
+    attended, sums, routings = [], [], []
     for layer in range(config.layer_count):
-        a, y = new_stream(f"attended-{layer}", x.rows), new_stream("output", x.rows)
+        name = f"sums-{layer}" if forward.sums_experts(config, layer) else "output"
+        a, y = new_stream(f"attended-{layer}", x.rows), new_stream(name, x.rows)
         forward.attention(config, weights, layer, x, tokens, a)
         forward.common_mlp(config, weights, layer, a, y)
         routings.append(None)
         if layer not in config.dense_layers:
             routings[-1] = forward.route(config, weights, layer, a)
             _add_experts(config, weights, layer, a, y, routings[-1], workers)
+        sums.append(None)
+        if forward.sums_experts(config, layer):
+            sums[-1], y = y, new_stream("output", x.rows)
+            forward.finish_mlp(config, weights, layer, a, sums[-1], y)
         attended.append(a)
         x.close()
         x = y
@@ -83,8 +88,10 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
     x.close()
     for layer in reversed(range(config.layer_count)):
         back, a, routing = new_stream("gradient", g.rows), attended[layer], routings[layer]
-        q = _layer_backward(config, weights, layer, a, routing, g, back, workers)
-        g.close()
+        inner = g if sums[layer] is None else new_stream("inner-gradient", g.rows)
+        q = _layer_backward(config, weights, layer, a, sums[layer], routing, g, inner, back, workers)
+        for stream in {g, inner, sums[layer]} - {None}:
+            stream.close()
         g = back
         if q is None:
             a.close()
@@ -107,25 +114,40 @@ def _add_experts(config, weights, layer: int, a: Stream, y: Stream, routing, wor
         forward.add_all(y, parts)
 
 
-def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, back: Stream, workers: int):
+def _layer_backward(config, weights, layer: int, a: Stream, sums, routing, g: Stream, inner: Stream, back, workers):
     """Propagate the gradient `g` at the layer's output to its input, into `back`; both (SAMPLES * rows, dim).
 
+    sums: the experts' sums (rows, dim), if the residual stream gets them changed; the gradient at them goes to `inner`.
     Returns the dot product of the gradient and each expert's weighted output, (SAMPLES, rows, top_k); None for a dense
     layer.
     """
     rows, held = a.rows, forward.Held(weights)
-    norm = held.trunk(f"layers.{layer}.mlp_norm")
     for start, stop in g.blocks():
-        back.write(start, g.read(start, stop))
+        back.write(start, reference.scaled(config, held, layer, g.read(start, stop)))
 
-    def add(its: np.ndarray, g_h: np.ndarray) -> None:
+    def add(its: np.ndarray, g_h: np.ndarray, norm: str = "mlp_norm") -> None:
         """Add a gradient (SAMPLES, len(its), dim) at the normalised input of some rows."""
-        through = adjoint.norm_backward(config, a.take(its), norm, g_h)
+        weight = held.trunk(f"layers.{layer}.{norm}")
+        if norm == "mlp_norm":
+            through = adjoint.norm_backward(config, a.take(its), weight, g_h)
+        else:
+            through = adjoint.rms_norm_backward(a.take(its), weight, config.norm_eps, g_h)
         for sample, values in enumerate(through):
             back.add(sample * rows + its, values)
 
-    def gradient(its: np.ndarray) -> np.ndarray:
-        return np.stack([g.take(sample * rows + its) for sample in range(SAMPLES)])
+    def gradient(its: np.ndarray, of: Stream = inner) -> np.ndarray:
+        return np.stack([of.take(sample * rows + its) for sample in range(SAMPLES)])
+
+    of_router, of_shared = ("router_norm", "shared_norm") if config.own_norms else ("mlp_norm", "mlp_norm")
+    for start in range(0, rows if sums else 0, BLOCK):
+        its = np.arange(start, min(start + BLOCK, rows))
+        g_y = reference.scaled(config, held, layer, gradient(its, g))
+        g_sum, g_shared = adjoint.sum_backward(config, held, layer, a.take(its), sums.take(its), g_y)
+        for sample, values in enumerate(g_sum):
+            inner.write(sample * rows + start, values)
+        if config.shared_hidden:
+            h = reference.shared_input(config, held, layer, a.take(its))
+            add(its, adjoint.shared_backward(config, held, layer, h, g_shared), of_shared)
 
     def one(part):
         matrices, bias, its, place = part
@@ -140,17 +162,19 @@ def _layer_backward(config, weights, layer: int, a: Stream, routing, g: Stream, 
         add(its, g_h)
     for start in range(0, rows, BLOCK):
         its = np.arange(start, min(start + BLOCK, rows))
-        h, g_y = forward.expert_input(config, held, layer, a, its), gradient(its)
         if routing is None:
-            add(its, adjoint.dense_backward(config, held, layer, h, g_y))
+            h, g_y = forward.expert_input(config, held, layer, a, its), gradient(its)
+            add(its, adjoint.dense_backward(config, held, layer, h, reference.scaled(config, held, layer, g_y)))
             continue
+        h = reference.router_input(config, held, layer, a.take(its))
         g_weights = q[:, its] / np.maximum(routing.weights[its], 1e-20)
         chosen = routing.chosen[its], routing.weights[its]
         router = held.trunk(f"layers.{layer}.router")
-        g_h = adjoint.router_backward(config, router, h, routing.scores[its], *chosen, g_weights)
-        if config.shared_hidden:
-            g_h += adjoint.shared_backward(config, held, layer, h, g_y)
-        add(its, g_h)
+        scale = held.trunk(f"layers.{layer}.expert_scale") if config.router.expert_scale else None
+        g_h = adjoint.router_backward(config, router, h, routing.scores[its], *chosen, g_weights, scale)
+        if config.shared_hidden and not sums:
+            g_h += adjoint.shared_backward(config, held, layer, h, gradient(its))
+        add(its, g_h, of_router)
     return q
 
 

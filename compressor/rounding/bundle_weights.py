@@ -6,7 +6,7 @@ import numpy as np
 
 from ...runtime.bundle import TRUNK_FILE, Bundle
 from ...runtime.codecs import PROJECTIONS, Encoding, trunk_parts
-from ...runtime.config import ModelConfig
+from ...runtime.config import ModelConfig, trunk_shapes
 from ...runtime.tensorfile import bytes_of
 from ..writing.writer import Quantised
 from .quantise import dequantise
@@ -31,7 +31,7 @@ class BundleWeights:
             data = np.fromfile(self.bundle.path / TRUNK_FILE, np.uint8, bytes_of(dtype, shape), offset=at)
             parts.append(data.reshape(tensor.rows, -1))
         values = unpacked(parts, tensor.encoding, tensor.cols)
-        return values[0] if name.endswith(("norm", "bias", "sinks", "decay_rate")) else values
+        return values[0] if len(trunk_shapes(self.config)[name]) == 1 else values
 
     def expert(self, layer: int, number: int) -> tuple[np.ndarray, ...]:
         dim, hidden = self.config.dim, self.config.expert_hidden

@@ -12,6 +12,9 @@ A few tokens can be a thousand times larger than the others (massive activations
 weight, or other experts, then makes a deficit a thousand times as large. So the error of each token is taken relative
 to the norm of the residual stream after the layer, which later norms divide by, and a token whose deficit exceeds that
 norm counts accordingly less.
+
+Where norms follow the sum of the experts, their target is the source's sum: the deficit is that of the sum, and the
+error is taken relative to it, times the share of the residual stream that depends on it.
 """
 
 from dataclasses import dataclass, field, fields
@@ -152,6 +155,7 @@ class Rounding:
         if layer not in self.config.dense_layers:
             self._source_experts(layer, a, y)
             self._rounded_experts(layer, a, tell)
+            self._finish(layer, a, y)
         for owner, after in ((self, y), *((track, track.y) for track in self.tracks)):
             owner.x.close()
             owner.x = after
@@ -181,6 +185,11 @@ class Rounding:
         y = self.new_stream(f"{name}-next", a.rows)
         forward.common_mlp(config, weights, layer, a, y)
         return y
+
+    def _finish(self, layer: int, a: Stream, y: Stream) -> None:
+        forward.finish_mlp(self.config, self._norms, layer, a, y, y)
+        for track in self.tracks:
+            forward.finish_mlp(track.config, track.norms, layer, track.a, track.y, track.y)
 
     def _source_experts(self, layer: int, a: Stream, y: Stream) -> None:
         """Add the source's experts to y, and compute each track's deficit per unit of routing weight.
@@ -215,8 +224,20 @@ class Rounding:
                 whole = y.read(start, stop)
                 lacks = whole - track.y.read(start, stop) - track.lacking.read(start, stop)
                 size = np.square(whole).sum(-1) + np.square(lacks).sum(-1)
-                track.token_weights[start:stop] = 1 / np.maximum(size, 1e-12)
+                share = self._share(layer, a.read(start, stop), whole)
+                track.token_weights[start:stop] = share / np.maximum(size, 1e-12)
                 track.lacking.write(start, lacks / np.maximum(weight[start:stop], 1e-6))
+
+    def _share(self, layer: int, a: np.ndarray, y: np.ndarray):
+        """The squared share of the residual stream after the layer that depends on y, what the experts are added to.
+
+        a: the stream before the MLP, (rows, dim). 1 if y is the stream itself.
+        """
+        if not forward.sums_experts(self.config, layer):
+            return 1
+        after = forward.finished(self.config, self._norms, layer, a, y)
+        before = reference.scaled(self.config, self._norms, layer, a)
+        return np.square(after - before).sum(-1) / np.maximum(np.square(after).sum(-1), 1e-12)
 
     def _changed(self, track: Track, layer: int, routing: forward.Routing) -> float:
         """The share of the source's expert uses, on held-out tokens and for experts kept, that the track lacks."""
@@ -318,7 +339,8 @@ class Rounding:
 
 
 def cut_router(config: ModelConfig, name: str, tensor: np.ndarray) -> np.ndarray:
-    """The rows of a router (or its biases) for the experts that are kept; other tensors unchanged."""
-    if not config.kept or not name.endswith((".router", ".router_bias", ".router_logit_bias")):
+    """The rows of a router (or its values for each expert) for the experts that are kept; other tensors unchanged."""
+    per_expert = (".router", ".router_bias", ".router_logit_bias", ".expert_scale")
+    if not config.kept or not name.endswith(per_expert):
         return tensor
     return np.ascontiguousarray(tensor[list(config.kept[int(name.split(".")[1])])])

@@ -99,7 +99,10 @@ class TrunkFit:
         *first, (last,) = self.config.layers[self.layer].attention.stages()
         for names in first:
             self._follow(self._named(names), part, streams)
-        self._reach(self._name(last), part, streams)
+        if self.config.post_norms:
+            self._follow(self._named((last,)), part, streams, relative=True, normed=True)
+        else:
+            self._reach(self._name(last), part, streams)
 
     def mlp(self, a: Stream, source_a: Stream, source_y: Stream) -> None:
         """Round the shared expert or the dense MLP. a, source_a: the streams after attention; source_y: the source's
@@ -108,17 +111,18 @@ class TrunkFit:
         if not (dense or self.config.shared_hidden):
             return
         block = reference.dense_block if dense else reference.shared_expert
+        h_of = reference.mlp_input if dense else reference.shared_input
         name, streams = "dense" if dense else "shared", (a, source_a, source_y if dense else source_a)
 
         def part(weights, a: np.ndarray) -> np.ndarray:
-            h = reference.mlp_input(self.config, weights, self.layer, a)
-            return block(self.config, weights, self.layer, h)
+            return block(self.config, weights, self.layer, h_of(self.config, weights, self.layer, a))
 
         self._follow(self._named((f"{name}.gate", f"{name}.up")), part, streams)
-        if dense:
+        if dense and not self.config.sums_experts:
             self._reach(self._name(f"{name}.down"), part, streams)
-        else:  # the experts make up for the deficit
-            self._follow(self._named((f"{name}.down",)), part, streams, relative=True)
+        else:  # the experts make up for the deficit, or norms are between this output and the residual stream
+            normed = self.config.post_norms if dense else self.config.own_norms
+            self._follow(self._named((f"{name}.down",)), part, streams, relative=True, normed=normed)
 
     def head(self, x: Stream, source_x: Stream) -> None:
         """Round the head. x, source_x: the streams after the last layer."""
@@ -126,16 +130,20 @@ class TrunkFit:
             part = lambda weights, x: reference.head(self.config, weights, x)  # noqa: E731
             self._follow(("head",), part, (x, source_x, source_x))
 
-    def _follow(self, names: tuple[str, ...], part, streams: tuple[Stream, ...], relative: bool = False) -> None:
+    def _follow(
+        self, names: tuple[str, ...], part, streams: tuple[Stream, ...], relative: bool = False, normed: bool = False
+    ) -> None:
         """Round matrices with one input; the target of each is the source's output. relative: errors are relative to
-        the norm of the stream."""
+        the norm of the stream; normed: and to that of the output of the first."""
         if self._is_rounded(names[0]):
             inputs, rounded = self._inputs(names[0]), Held(self.rounded)
             for block in self._blocks(streams):
                 x = input_of(names[0], rounded, lambda weights, its=block.track: part(weights, its))
                 source_x = input_of(names[0], self.source, lambda weights, its=block.source: part(weights, its))
-                alike = np.ones(len(x), np.float32)
-                inputs.add(x, block.token_weights if relative else alike, source_x - x)
+                counts = block.token_weights if relative else np.ones(len(x), np.float32)
+                if normed:
+                    counts = counts / np.maximum(np.square(source_x @ self.source.trunk(names[0]).T).mean(-1), 1e-12)
+                inputs.add(x, counts, source_x - x)
             for name in names:
                 self._pack(name, self.rounded.whole(name), inputs, follows=True)
 

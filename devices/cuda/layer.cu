@@ -128,6 +128,16 @@ EDGE_MOE_KERNEL(kThreads) add_gated_kernel(float* x, const float* y, const float
   x[at] = x[at] + (gates ? sigmoid(gates[blockIdx.y]) * scale : scale) * y[at];
 }
 
+EDGE_MOE_KERNEL(kThreads) fill_kernel(float* x, float value, size_t n) {
+  const size_t i = size_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) x[i] = value;
+}
+
+EDGE_MOE_KERNEL(kThreads) scale_kernel(float* x, float factor, size_t n) {
+  const size_t i = size_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) x[i] = x[i] * factor;
+}
+
 // ---- keys and values
 
 // Each warp stores one head of one token: those of q, then those of k with their values.
@@ -156,7 +166,7 @@ store_keys_kernel(Projections p, Heads heads, LayerCache cache, Span span) {
   if (weight && !heads.norm_after_rope) norm();
   for (int i = lane; i < n; i += kWarp) x[i] = limited(x[i]);
   __syncwarp();
-  const int step = heads.interleaved ? 2 : 1, apart = heads.interleaved ? 1 : half;
+  const int step = heads.interleaved ? 2 : 1, apart = heads.interleaved ? 1 : heads.rope_span / 2;
   for (int i = lane; i < half; i += kWarp) {
     const float cos = p.cos[at * half + i], sin = p.sin[at * half + i], a = x[i * step], b = x[i * step + apart];
     x[i * step] = a * cos - b * sin;
@@ -166,12 +176,19 @@ store_keys_kernel(Projections p, Heads heads, LayerCache cache, Span span) {
   if (weight && heads.norm_after_rope) norm();
   if (!is_key) return;
   __syncwarp();
+  float* v = p.v + row;
+  if (p.v_bias)
+    for (int i = lane; i < n; i += kWarp) v[i] = v[i] + p.v_bias[head * n + i];
+  __syncwarp();
+  if (heads.v_norm) {
+    const float inverse = inverse_norm(v, n, heads.norm_eps);
+    for (int i = lane; i < n; i += kWarp) v[i] = v[i] * inverse;
+    __syncwarp();
+  }
   const size_t room = size_t(head) * cache.places * n, place = at % cache.places;
   for (int i = lane; i < n; i += kWarp) {
-    float value = p.v[row + i];
-    if (p.v_bias) value = value + p.v_bias[head * n + i];
     put(cache.keys, cache.half, room + (place / kKeyBlock * n + i) * kKeyBlock + place % kKeyBlock, x[i]);
-    put(cache.values, cache.half, room + place * n + i, limited(value));
+    put(cache.values, cache.half, room + place * n + i, limited(v[i]));
   }
 }
 
@@ -225,6 +242,14 @@ void ranked_sum(float* x, const float* down, const float* weights, const int32_t
 void add_gated(float* x, const float* y, const float* gates, float scale, int tokens, int dim, Stream stream) {
   EDGE_MOE_LAUNCH(add_gated_kernel, dim3(pieces(dim, kThreads), unsigned(tokens)), dim3(kThreads), 0, stream, x, y,
                   gates, scale, dim);
+}
+
+void fill(float* x, float value, size_t n, Stream stream) {
+  EDGE_MOE_LAUNCH(fill_kernel, dim3(pieces(n, kThreads)), dim3(kThreads), 0, stream, x, value, n);
+}
+
+void scale(float* x, float factor, size_t n, Stream stream) {
+  EDGE_MOE_LAUNCH(scale_kernel, dim3(pieces(n, kThreads)), dim3(kThreads), 0, stream, x, factor, n);
 }
 
 void store_keys(const Projections& p, const Heads& heads, const LayerCache& cache, const Span& span, Stream stream) {

@@ -39,6 +39,12 @@ void ranked_sum(float* x, const float* down, const float* weights, const int32_t
 // x (tokens, dim) += scale * sigmoid(gates[t]) * y, or scale * y if gates is null.
 void add_gated(float* x, const float* y, const float* gates, float scale, int tokens, int dim, Stream stream);
 
+// x (n,) = value
+void fill(float* x, float value, size_t n, Stream stream);
+
+// x (n,) = x * factor
+void scale(float* x, float factor, size_t n, Stream stream);
+
 // Keys and values of one layer, one KV head after another, each in the layout of KeyValues.
 struct LayerCache {
   void *keys, *values;
@@ -55,10 +61,10 @@ struct LayerCache {
 
 // The parameters of attention heads; see AttentionConfig.
 struct Heads {
-  int heads, kv_heads, head_dim, rope_dim;
+  int heads, kv_heads, head_dim, rope_dim, rope_span;
   float norm_eps, clip, softmax_scale;
   int sliding_window;
-  bool interleaved, norm_after_rope;
+  bool interleaved, norm_after_rope, v_norm;
   const float* sinks;  // (heads,), see Kernels::softmax; null: none
 };
 

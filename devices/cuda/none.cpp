@@ -55,6 +55,8 @@ void add_bias(float*, const float*, int, int, Stream) { refuse(); }
 void activate(const Rows*, int, float*, const float*, int, const Activation&, const VectorBuffer&, Stream) { refuse(); }
 void ranked_sum(float*, const float*, const float*, const int32_t*, int, int, int, Stream) { refuse(); }
 void add_gated(float*, const float*, const float*, float, int, int, Stream) { refuse(); }
+void fill(float*, float, size_t, Stream) { refuse(); }
+void scale(float*, float, size_t, Stream) { refuse(); }
 void store_keys(const Projections&, const Heads&, const LayerCache&, const Span&, Stream) { refuse(); }
 void attend(const float*, const Heads&, const LayerCache&, const Span&, float*, float*, Stream) { refuse(); }
 void softmax(const Heads&, size_t, const Span&, float*, Stream) { refuse(); }

@@ -24,6 +24,8 @@ class Attention:
     clip: float = 0.0  # q, k and v are clipped to +-this after the norm; 0 is off
     window: int = 0  # keys a query can see, itself included; 0 is all
     scale: float = 0.0  # factor of the products of queries and keys; 0 is head_dim ** -0.5
+    keys_as_values: bool = False  # values are the projections of the keys, before their norm and rotation
+    v_norm: bool = False  # values are scaled to a root mean square of one, per head
     output_gate: bool = False  # the input of the output projection is multiplied by a sigmoid gate
     sinks: bool = False  # each head has a logit of its own in the softmax, which takes weight from the values
 
@@ -46,11 +48,12 @@ class Attention:
     def shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
         """The tensors of this attention by canonical name, for a residual stream of `dim`, in the order of use."""
         q_rows, kv_rows, full = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.qk_norm == "full"
-        parts: dict[str, tuple[int, ...]] = {"q": (q_rows, dim), "k": (kv_rows, dim), "v": (kv_rows, dim)}
+        rows = {"q": q_rows, "k": kv_rows} | ({} if self.keys_as_values else {"v": kv_rows})
+        parts: dict[str, tuple[int, ...]] = {part: (count, dim) for part, count in rows.items()}
         if self.output_gate:
             parts |= {"o_gate": (q_rows, dim)}
         if self.bias:
-            parts |= {"q_bias": (q_rows,), "k_bias": (kv_rows,), "v_bias": (kv_rows,)}
+            parts |= {f"{part}_bias": (count,) for part, count in rows.items()}
         if self.qk_norm != "none":
             parts |= {"q_norm": (q_rows if full else self.head_dim,), "k_norm": (kv_rows if full else self.head_dim,)}
         parts |= {"sinks": (self.heads,)} if self.sinks else {}
@@ -59,7 +62,8 @@ class Attention:
 
     def stages(self) -> list[tuple[str, ...]]:
         """The matrices that may be rounded in the order of use, those with the same input together."""
-        return [("q", "k", "v", *(("o_gate",) if self.output_gate else ())), ("o",)]
+        own = {"v": not self.keys_as_values, "o_gate": self.output_gate}
+        return [("q", "k", *(name for name, present in own.items() if present)), ("o",)]
 
     def pass_values(self, rows: int, tokens: int) -> int:
         """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""
@@ -78,9 +82,12 @@ class Attention:
         (sequences, tokens, heads or kv_heads, head_dim).
         """
         sequences, tokens, _ = h.shape
-        q, k, v = times("q", h), times("k", h), times("v", h)
-        if self.bias:
-            q, k, v = q + trunk("q_bias"), k + trunk("k_bias"), v + trunk("v_bias")
+
+        def projected(part: str):
+            return times(part, h) + trunk(f"{part}_bias") if self.bias else times(part, h)
+
+        q, k = projected("q"), projected("k")
+        v = k if self.keys_as_values else projected("v")
         if self.qk_norm == "full":
             q, k = rms_norm(q, trunk("q_norm"), eps, xp), rms_norm(k, trunk("k_norm"), eps, xp)
         if self.clip:
@@ -88,6 +95,8 @@ class Attention:
         q, k, v = (part.reshape(sequences, tokens, -1, self.head_dim) for part in (q, k, v))
         if self.qk_norm == "head" and not self.norm_after_rope:
             q, k = rms_norm(q, trunk("q_norm"), eps, xp), rms_norm(k, trunk("k_norm"), eps, xp)
+        if self.v_norm:
+            v = rms_norm(v, np.ones(self.head_dim, np.float32), eps, xp)
         cos, sin = self.rope.tables(tokens, xp)
         q, k = self._turned(q, cos, sin, xp), self._turned(k, cos, sin, xp)
         if self.qk_norm == "head" and self.norm_after_rope:
@@ -95,9 +104,10 @@ class Attention:
         return q, k, v
 
     def _turned(self, x, cos, sin, xp):
-        """Rotate the first rope.dim dimensions of x (sequences, tokens, heads, head_dim)."""
-        turned = rotate(x[..., : self.rope.dim], cos, sin, xp, self.rope.interleaved)
-        return turned if self.rope.dim == self.head_dim else xp.concatenate([turned, x[..., self.rope.dim :]], axis=-1)
+        """Rotate the first rope.span dimensions of x (sequences, tokens, heads, head_dim)."""
+        span = self.rope.span
+        turned = rotate(x[..., :span], cos, sin, xp, self.rope.interleaved)
+        return turned if span == self.head_dim else xp.concatenate([turned, x[..., span:]], axis=-1)
 
 
 def attend_all(q, k, v, scale: float, window: int = 0, xp=np, sinks=None):

@@ -16,6 +16,8 @@ class RouterConfig:
     scale: float = 1.0  # factor of the final weights
     logit_bias: bool = False  # one value per expert, added to its logit
     threshold: float = 0.0  # of sparsemixer: the maximum relative distance below the largest logit that counts
+    logits_scale: float = 1.0
+    expert_scale: bool = False  # the final weights are multiplied by a factor of each expert, and ordered by the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +31,28 @@ class Experts:
     shared_hidden: int = 0  # inner size of the shared expert; 0 is none
     shared_gate: bool = True  # the shared expert's output is multiplied by a sigmoid gate
     output_bias: bool = False  # a vector is added to each of a routed expert's three products
+    # RMSNorms instead of the layer's one norm: of the input of the router, of routed experts and of the shared expert;
+    # and of what routed experts add up to, and of the shared expert's output, before these two are added.
+    own_norms: bool = False
 
     def shapes(self, dim: int, experts: int | None = None) -> dict[str, tuple[int, ...]]:
         """The trunk's tensors by canonical name, in the order of use. experts: number kept; None: all."""
         count = self.experts if experts is None else experts
-        parts: dict[str, tuple[int, ...]] = {"router": (count, dim)}
+        parts: dict[str, tuple[int, ...]] = {"router_norm": (dim,)} if self.own_norms else {}
+        parts |= {"router": (count, dim)}
         if self.router.logit_bias:
             parts |= {"router_logit_bias": (count,)}
         if self.router.selection_bias:
             parts |= {"router_bias": (count,)}
+        if self.router.expert_scale:
+            parts |= {"expert_scale": (count,)}
+        if self.own_norms:
+            parts |= {"experts_post_norm": (dim,)}
         if self.shared_hidden:
+            parts |= {"shared_norm": (dim,)} if self.own_norms else {}
             parts |= {"shared_router": (1, dim)} if self.shared_gate else {}
             parts |= _gated("shared", dim, self.shared_hidden)
+            parts |= {"shared_post_norm": (dim,)} if self.own_norms else {}
         return parts
 
 

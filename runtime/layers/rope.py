@@ -58,6 +58,7 @@ class Rope:
     softmax_factor: float = 1.0  # factor of the products of queries and keys
     long: LongRope | None = None  # two stretches; planned() chooses one
     stretch: Stretch | None = None
+    of: int = 0  # the pairs are the first ones of this many dimensions, with their angles; 0: of `dim`
 
     def planned(self, context: int) -> "Rope":
         """The same for a run of `context` tokens, with a stretch of LongRoPE chosen."""
@@ -65,6 +66,11 @@ class Rope:
             return self
         stretch = self.long.long if context > self.long.original_context else self.long.short
         return replace(self, long=None, stretch=stretch)
+
+    @property
+    def span(self) -> int:
+        """The dimensions within which the pairs lie: a pair that is not interleaved is (i, i + span / 2)."""
+        return self.of or self.dim
 
     @property
     def scale(self) -> float:
@@ -85,7 +91,7 @@ class Rope:
         their angles, those with fewer than beta_slow turns have them divided by the factor, and those between by less.
         """
         dim, theta = self.dim, self.theta
-        exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+        exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(self.span)
         # Powers in double, then rounded: NumPy's float32 power differs in the last bit from one processor to another.
         period = np.array([theta ** float(x) for x in exponent], np.float32)
         if self.stretch:
@@ -108,9 +114,13 @@ class Rope:
         return stretched * slow + plain * (1 - slow)
 
     def tables(self, tokens: int, xp=np):
-        """cos and sin of each position's angles, both (tokens, dim / 2), in a run of `tokens` tokens."""
+        """cos and sin of each position's angles, both (tokens, span / 2), in a run of `tokens` tokens.
+
+        Pairs that are not rotated have angles of 0.
+        """
         its = self.planned(tokens)
-        angle = np.arange(tokens, dtype=np.float32)[:, None] * its.frequency()
+        frequency = np.pad(its.frequency(), (0, (self.span - self.dim) // 2))
+        angle = np.arange(tokens, dtype=np.float32)[:, None] * frequency
         scale = np.float32(its.scale)
         return array(np.cos(angle) * scale, xp), array(np.sin(angle) * scale, xp)
 

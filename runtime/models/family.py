@@ -275,5 +275,5 @@ def _attention_problems(attention: Mixer) -> list[tuple[int, str]]:
     rope_key = "qk_rope_head_dim" if isinstance(attention, LatentAttention) else "head_dim"
     return [
         (attention.heads % attention.kv_heads, "num_attention_heads must be a multiple of num_key_value_heads"),
-        (attention.rope.dim % 2, f"{rope_key} must be even"),
+        (attention.rope.span % 2, f"{rope_key} must be even"),
     ]

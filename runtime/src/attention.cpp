@@ -21,10 +21,11 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
   const LayerWeights& w = layers_[layer];
   const RopeTables& rope = s_.rope[c.attention_of[layer]];
   const int q_dim = a.q_dim(), kv_dim = a.kv_dim(), half = a.rope_dim / 2;
+  const int apart = a.rope_span / 2;
   attention_norm(layer, tokens);
 
   // q k v
-  const bool quantised = w.q.takes_rounded() || w.k.takes_rounded() || w.v.takes_rounded() ||
+  const bool quantised = w.q.takes_rounded() || w.k.takes_rounded() || (w.v && w.v.takes_rounded()) ||
                          (w.o_gate && w.o_gate.takes_rounded());  // a bundle may mix widths
   Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, quantised);
   matmuls({{w.q, s_.q}, {w.k, s_.k}, {w.v, s_.v}, {w.o_gate, s_.o_gate}}, x);
@@ -39,7 +40,7 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
     for (int i = 0; weight && i < n; i += step) kernels_.rms_norm(vector + i, weight, c.norm_eps, vector + i, step);
   };
 
-  // norms of q and k, rope, and into the KV cache; one task for the tokens that share key blocks
+  // norms, rope, and into the KV cache; one task for the tokens that share key blocks
   const auto blocks = [](const TokenSpan& span) {
     return (span.position + span.count - 1) / kKeyBlock - span.position / kKeyBlock + 1;
   };
@@ -49,13 +50,19 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
     const int end = std::min((block + 1) * kKeyBlock - span.position, span.count);
     for (int t = span.first + begin; t < span.first + end; ++t) {
       float *q = s_.q + size_t(t) * q_dim, *k = s_.k + size_t(t) * kv_dim, *v = s_.v + size_t(t) * kv_dim;
+      if (a.keys_as_values) std::copy_n(k, kv_dim, v);
       add_bias(q, q_dim, w.q_bias), add_bias(k, kv_dim, w.k_bias), add_bias(v, kv_dim, w.v_bias);
       if (!a.norm_after_rope) norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
+      for (int i = 0; a.v_norm && i < kv_dim; i += a.head_dim)
+        kernels_.rms_norm(v + i, s_.ones, c.norm_eps, v + i, a.head_dim);
       clip(q, q_dim), clip(k, kv_dim), clip(v, kv_dim);
       const int position = span.position + t - span.first;
       const float *cos = rope.cos + size_t(position) * half, *sin = rope.sin + size_t(position) * half;
-      for (int head = 0; head < a.heads; ++head) rotate(q + head * a.head_dim, cos, sin, half, a.rope_interleaved);
-      for (int head = 0; head < a.kv_heads; ++head) rotate(k + head * a.head_dim, cos, sin, half, a.rope_interleaved);
+      const auto turn = [&](float* x, int heads) {
+        for (int head = 0; head < heads; ++head)
+          rotate(x + head * a.head_dim, cos, sin, half, apart, a.rope_interleaved);
+      };
+      turn(q, a.heads), turn(k, a.kv_heads);
       if (a.norm_after_rope) norm(q, q_dim, w.q_norm), norm(k, kv_dim, w.k_norm);
       for (int head = 0; head < a.kv_heads; ++head) {
         float *key = k + head * a.head_dim, *value = v + head * a.head_dim;
@@ -184,11 +191,11 @@ void CpuMath::attention_norm(int layer, int tokens) {
   pool_.run(tokens, [&](int t, int) { norm(layers_[layer].attention_norm, s_.x + t * dim, s_.normed + t * dim); });
 }
 
-// Output projection of `values` and residual.
+// Output projection of `values`, its norm and residual.
 void CpuMath::attention_output(int layer, const float* values, int tokens) {
   const Matrix& o = layers_[layer].o;
   matmul(o, prepare(values, tokens, o.cols, s_.attended_q, o.takes_rounded()), s_.normed);
-  add_to_residual(s_.normed, tokens);
+  add_to_residual(layers_[layer].attention_post_norm, s_.normed, tokens);
 }
 
 KeyValues CpuMath::cached(int sequence, int layer, int head) const {

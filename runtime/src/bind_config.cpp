@@ -14,6 +14,8 @@ static void check_attention(const EngineConfig& c, const AttentionConfig& a) {
   expect(a.conv_kernel >= 0 && a.heads >= 1, "heads must be at least 1, conv_kernel at least 0");
   expect(a.rope_dim <= a.head_dim && a.rope_frequency.size() * 2 == size_t(a.rope_dim),
          "rope_frequency must have one value a pair of rope_dim, which is at most head_dim");
+  expect(a.rope_span >= a.rope_dim && a.rope_span <= a.head_dim && (a.rope_span == a.rope_dim || !a.kv_rank),
+         "rope_span must be from rope_dim to head_dim; with a latent, rope_dim");
   expect(a.kv_heads >= 1 && a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
   expect(a.query_context >= 1, "query_context must be at least 1");
   expect(a.query_scales.empty() || a.query_scales.size() > size_t(std::max(c.context - 1, 0) / a.query_context),
@@ -50,12 +52,15 @@ void bind_config(nb::module_& m) {
       .def_rw("head_dim", &AttentionConfig::head_dim)
       .def_rw("v_dim", &AttentionConfig::v_dim)
       .def_rw("rope_dim", &AttentionConfig::rope_dim)
+      .def_rw("rope_span", &AttentionConfig::rope_span)
       .def_rw("rope_frequency", &AttentionConfig::rope_frequency)
       .def_rw("rope_scale", &AttentionConfig::rope_scale)
       .def_rw("rope_interleaved", &AttentionConfig::rope_interleaved)
       .def_rw("softmax_scale", &AttentionConfig::softmax_scale)
       .def_rw("qk_norm_full", &AttentionConfig::qk_norm_full)
       .def_rw("norm_after_rope", &AttentionConfig::norm_after_rope)
+      .def_rw("keys_as_values", &AttentionConfig::keys_as_values)
+      .def_rw("v_norm", &AttentionConfig::v_norm)
       .def_rw("qkv_clip", &AttentionConfig::qkv_clip)
       .def_rw("sliding_window", &AttentionConfig::sliding_window)
       .def_rw("kv_rank", &AttentionConfig::kv_rank)
@@ -89,16 +94,21 @@ void bind_config(nb::module_& m) {
             c.activation = {std::get<0>(its), std::get<1>(its), std::get<2>(its)};
           })
       .def_rw("layer_norm", &EngineConfig::layer_norm)
+      .def_rw("post_norms", &EngineConfig::post_norms)
+      .def_rw("own_norms", &EngineConfig::own_norms)
+      .def_rw("layer_scale", &EngineConfig::layer_scale)
       .def_rw("norm_eps", &EngineConfig::norm_eps)
       .def_rw("embedding_scale", &EngineConfig::embedding_scale)
       .def_rw("residual_scale", &EngineConfig::residual_scale)
       .def_rw("logits_scale", &EngineConfig::logits_scale)
+      .def_rw("logits_cap", &EngineConfig::logits_cap)
       .def_rw("shared_hidden", &EngineConfig::shared_hidden)
       .def_rw("dense_hidden", &EngineConfig::dense_hidden)
       .def_rw("router_score", &EngineConfig::router_score)
       .def_rw("router_threshold", &EngineConfig::router_threshold)
       .def_rw("renormalise", &EngineConfig::renormalise)
       .def_rw("group_top2sum", &EngineConfig::group_top2sum)
+      .def_rw("router_logits_scale", &EngineConfig::router_logits_scale)
       .def_rw("routing_scale", &EngineConfig::routing_scale)
       .def_rw("groups", &EngineConfig::groups)
       .def_rw("top_groups", &EngineConfig::top_groups)

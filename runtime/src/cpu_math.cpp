@@ -56,6 +56,7 @@ CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& 
   for (size_t kind = 0; kind < c.attentions.size(); ++kind)
     fill_rope(c.attentions[kind].rope_frequency, c.attentions[kind].rope_scale, 0, c.context, s_.rope[kind].cos,
               s_.rope[kind].sin);
+  std::fill_n(s_.ones, c.most_of([](const AttentionConfig& a) { return a.v_norm ? a.head_dim : 0; }), 1.0f);
   std::iota(s_.all_tokens, s_.all_tokens + c.chunk, 0);
   tasks_.reserve(4096);
 }
@@ -87,27 +88,37 @@ void CpuMath::norm(const Norm& norm, const float* x, float* y) const {
     kernels_.rms_norm(x, norm.weight, config_.norm_eps, y, config_.dim);
 }
 
-void CpuMath::mlp_norm(int layer, int tokens) {
+// The same for each token, x and y (tokens, dim), where there is such a norm. y may be x.
+void CpuMath::norm_each(const Norm& its, const float* x, int tokens, float* y) {
+  const size_t dim = config_.dim;
+  if (its.weight) pool_.run(tokens, [&](int t, int) { norm(its, x + t * dim, y + t * dim); });
+}
+
+// The input of an MLP.
+void CpuMath::mlp_norm(const Norm& its, int tokens) {
   const EngineConfig& c = config_;
   pool_.run(tokens, [&](int t, int) {
     float* normed = s_.normed + size_t(t) * c.dim;
-    norm(layers_[layer].mlp_norm, s_.x + size_t(t) * c.dim, normed);
+    norm(its, s_.x + size_t(t) * c.dim, normed);
     quantise_vector(normed, c.dim, s_.normed_q, t);
   });
 }
 
 void CpuMath::dense_layer(int layer, const Step& step) {
   any_attention(layer, step, false);
-  mlp_norm(layer, step.tokens);
+  mlp_norm(layers_[layer].mlp_norm, step.tokens);
   const ExpertJob job = {layers_[layer].dense, s_.all_tokens, step.tokens, 0, -1};
   run_jobs({&job, 1}, s_.shared);
-  add_to_residual(s_.shared, step.tokens);
+  add_to_residual(layers_[layer].mlp_post_norm, s_.shared, step.tokens);
+  scale_residual(layer, step.tokens);
 }
 
 void CpuMath::to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) {
+  const LayerWeights& w = layers_[layer];
   any_attention(layer, step, wants.importance);
-  mlp_norm(layer, step.tokens);
-  float_matmul(layers_[layer].router, s_.normed, step.tokens, r.router_logits);
+  mlp_norm(w.mlp_norm, step.tokens);
+  norm_each(w.router_norm, s_.x, step.tokens, s_.sum);
+  float_matmul(w.router, w.router_norm.weight ? s_.sum : s_.normed, step.tokens, r.router_logits);
   for (int rule = 0; rule < 2; ++rule)
     if (wants.mask_routers[rule]) float_matmul(*wants.mask_routers[rule], s_.normed, step.tokens, r.mask_scores[rule]);
   if (wants.importance) importance(layer, step, r.importance);
@@ -125,7 +136,7 @@ void CpuMath::importance(int layer, const Step& step, float* of_tokens) {
 }
 
 void CpuMath::ahead_logits(int next_layer, const Routing& r) {
-  norm(layers_[next_layer].mlp_norm, s_.x, s_.ahead_normed);
+  norm(layers_[next_layer].before_router(), s_.x, s_.ahead_normed);
   float_matmul(layers_[next_layer].router, s_.ahead_normed, 1, r.ahead_logits);
 }
 
@@ -135,24 +146,43 @@ void CpuMath::experts(int layer, const Step& step, std::span<const ExpertJob> jo
   run_jobs(jobs, s_.down);
   if (!last) return;
   // summed in order of rank, whatever the order of computation
+  float* sums = c.sums_experts() ? s_.sum : s_.x;
   pool_.run(step.tokens, [&](int t, int) {
+    if (c.sums_experts()) std::fill_n(sums + size_t(t) * c.dim, c.dim, 0.0f);
     for (int place = t * top_k; place < (t + 1) * top_k; ++place)
       if (r.routed[place] >= 0)
-        kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.down + size_t(r.pair_of[place]) * c.dim,
+        kernels_.add_scaled(sums + size_t(t) * c.dim, s_.down + size_t(r.pair_of[place]) * c.dim,
                             r.routing_weights[place], c.dim);
   });
-  if (c.shared_hidden) shared_expert(layer, step.tokens);
+  if (c.sums_experts())
+    finish_sum(layer, step.tokens);
+  else if (c.shared_hidden)
+    shared_expert(layer, step.tokens, s_.x);
 }
 
-void CpuMath::shared_expert(int layer, int tokens) {
+// From the experts' sums to the residual stream.
+void CpuMath::finish_sum(int layer, int tokens) {
+  const size_t dim = config_.dim;
+  const LayerWeights& w = layers_[layer];
+  norm_each(w.experts_post_norm, s_.sum, tokens, s_.sum);
+  if (config_.shared_hidden) shared_expert(layer, tokens, s_.sum);
+  norm_each(w.mlp_post_norm, s_.sum, tokens, s_.sum);
+  pool_.run(tokens, [&](int t, int) { kernels_.add_scaled(s_.x + t * dim, s_.sum + t * dim, 1.0f, int(dim)); });
+  scale_residual(layer, tokens);
+}
+
+// y (tokens, dim) += the shared expert
+void CpuMath::shared_expert(int layer, int tokens, float* y) {
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
+  if (w.shared_norm.weight) mlp_norm(w.shared_norm, tokens);
   if (w.shared_router) float_matmul(w.shared_router, s_.normed, tokens, s_.shared_gate);
   const ExpertJob job = {w.shared, s_.all_tokens, tokens, 0, -1};
   run_jobs({&job, 1}, s_.shared);
+  norm_each(w.shared_post_norm, s_.shared, tokens, s_.shared);
   pool_.run(tokens, [&](int t, int) {
     const float gate = w.shared_router ? sigmoid(s_.shared_gate[t]) : 1.0f;
-    kernels_.add_scaled(s_.x + size_t(t) * c.dim, s_.shared + size_t(t) * c.dim, gate * c.residual_scale, c.dim);
+    kernels_.add_scaled(y + size_t(t) * c.dim, s_.shared + size_t(t) * c.dim, gate * c.residual_scale, c.dim);
   });
 }
 
@@ -218,11 +248,21 @@ void CpuMath::add_tasks(const ExpertJob& job, const Matrix* matrix, int count, i
     tasks_.push_back({&job, matrix, begin, std::min(begin + piece, count)});
 }
 
-// x += out times the residual scale, both (tokens, dim)
-void CpuMath::add_to_residual(const float* out, int tokens) {
+// x += the norm of out, if there is one, times the residual scale; out (tokens, dim) is changed
+void CpuMath::add_to_residual(const Norm& post_norm, float* out, int tokens) {
   const size_t dim = config_.dim;
+  norm_each(post_norm, out, tokens, out);
   pool_.run(tokens,
             [&](int t, int) { kernels_.add_scaled(s_.x + t * dim, out + t * dim, config_.residual_scale, int(dim)); });
+}
+
+void CpuMath::scale_residual(int layer, int tokens) {
+  const size_t dim = config_.dim;
+  const float scale = layers_[layer].layer_scale;
+  if (scale == 1) return;
+  pool_.run(tokens, [&](int t, int) {
+    for (size_t i = t * dim; i < (t + 1) * dim; ++i) s_.x[i] *= scale;
+  });
 }
 
 // y (tokens, rows) = x . matrix of each product, with the rows of all products split over the threads

@@ -79,12 +79,15 @@ class CpuMath : public LayerMath {
   }
 
   void norm(const Norm& norm, const float* x, float* y) const;
-  void mlp_norm(int layer, int tokens);
+  void norm_each(const Norm& norm, const float* x, int tokens, float* y);
+  void mlp_norm(const Norm& norm, int tokens);
   void importance(int layer, const Step& step, float* of_tokens);
-  void shared_expert(int layer, int tokens);
+  void shared_expert(int layer, int tokens, float* y);
+  void finish_sum(int layer, int tokens);
   void run_jobs(std::span<const ExpertJob> jobs, float* out);
   void add_tasks(const ExpertJob& job, const Matrix* matrix, int count, int piece);
-  void add_to_residual(const float* out, int tokens);
+  void add_to_residual(const Norm& post_norm, float* out, int tokens);
+  void scale_residual(int layer, int tokens);
   struct Product {
     const Matrix& matrix;
     float* y;  // (tokens, rows)

@@ -49,7 +49,7 @@ void CudaMath::attention_output(int layer, int tokens) {
     cuda::quantise(s_.attended, tokens, quantised, stream_);
   }
   multiply(w.o, tokens, s_.normed, w.o_gate ? s_.o_gate : s_.attended, quantised);
-  cuda::add_gated(s_.x, s_.normed, nullptr, c.residual_scale, tokens, c.dim, stream_);
+  add_to_residual(w.attention_post_norm, s_.normed, tokens);
 }
 
 // x += a gated delta net of the normed x; see delta_net.cpp.
@@ -77,11 +77,14 @@ void CudaMath::delta_net(int layer, const Step& step) {
 // q k v
 void CudaMath::project(int layer, int tokens) {
   const LayerWeights& w = layers_[layer];
-  const cuda::ProductJob jobs[] = {cuda::whole(w.q, tokens, s_.q), cuda::whole(w.k, tokens, s_.k),
-                                   cuda::whole(w.v, tokens, s_.v), cuda::whole(w.o_gate, tokens, s_.o_gate)};
-  multiply({jobs, size_t(w.o_gate ? 4 : 3)}, s_.normed, s_.normed_q);
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
+  cuda::ProductJob jobs[4] = {cuda::whole(w.q, tokens, s_.q), cuda::whole(w.k, tokens, s_.k)};
+  size_t count = 2;
+  if (w.v) jobs[count++] = cuda::whole(w.v, tokens, s_.v);
+  if (w.o_gate) jobs[count++] = cuda::whole(w.o_gate, tokens, s_.o_gate);
+  multiply({jobs, count}, s_.normed, s_.normed_q);
+  if (a.keys_as_values) cuda::copy(s_.v, s_.k, size_t(tokens) * a.kv_dim() * sizeof(float), stream_);
   if (!a.qk_norm_full) return;
   const auto norm = [&](float* x, const float* bias, const float* weight, int n) {  // over all heads at once
     if (bias) cuda::add_bias(x, bias, tokens, n, stream_);
@@ -139,8 +142,9 @@ void CudaMath::attend_latents(int layer, int sequence, const cuda::Span& span) {
 
 cuda::Heads CudaMath::heads(int layer) const {
   const AttentionConfig& a = config_.attention(layer);
-  return {a.heads,         a.kv_heads,       a.head_dim,         a.rope_dim,        config_.norm_eps,    a.qkv_clip,
-          a.softmax_scale, a.sliding_window, a.rope_interleaved, a.norm_after_rope, layers_[layer].sinks};
+  return {a.heads,           a.kv_heads, a.head_dim,          a.rope_dim,       a.rope_span,
+          config_.norm_eps,  a.qkv_clip, a.softmax_scale,     a.sliding_window, a.rope_interleaved,
+          a.norm_after_rope, a.v_norm,   layers_[layer].sinks};
 }
 
 cuda::LatentHeads CudaMath::latent_heads(int layer) const {

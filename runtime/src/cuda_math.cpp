@@ -122,9 +122,10 @@ void CudaMath::begin(const Step& step, std::span<const int32_t> ids) {
 
 void CudaMath::dense_layer(int layer, const Step& step) {
   attention(layer, step, false);
-  mlp_norm(layer, step.tokens);
+  mlp_norm(layers_[layer].mlp_norm, step.tokens);
   mlp(layers_[layer].dense, step.tokens, s_.shared);
-  cuda::add_gated(s_.x, s_.shared, nullptr, config_.residual_scale, step.tokens, config_.dim, stream_);
+  add_to_residual(layers_[layer].mlp_post_norm, s_.shared, step.tokens);
+  scale_residual(layer, step.tokens);
 }
 
 void CudaMath::to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) {
@@ -137,24 +138,29 @@ void CudaMath::to_router(int layer, const Step& step, const RouterWants& wants, 
   cuda::record(routed_, stream_);
   // while the host is routing
   if (config_.shared_hidden) {
+    if (w.shared_norm.weight) mlp_norm(w.shared_norm, step.tokens);
     if (w.shared_router) multiply(w.shared_router, step.tokens, s_.shared_gate, s_.normed, {});
     mlp(w.shared, step.tokens, s_.shared);
+    if (w.shared_post_norm.weight) norm(w.shared_post_norm, s_.shared, step.tokens, s_.shared, {});
+    if (w.shared_norm.weight) mlp_norm(w.mlp_norm, step.tokens);  // again, for the routed experts
   }
   cuda::wait_for(routed_);
 }
 
 void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r, int most) {
   const EngineConfig& c = config_;
+  const LayerWeights& w = layers_[layer];
   attention(layer, step, wants.importance, most);
-  mlp_norm(layer, step.tokens);
-  multiply(layers_[layer].router, step.tokens, r.router_logits, s_.normed, {});
+  mlp_norm(w.mlp_norm, step.tokens);
+  if (w.router_norm.weight) norm(w.router_norm, s_.x, step.tokens, s_.sum, {});
+  multiply(w.router, step.tokens, r.router_logits, w.router_norm.weight ? s_.sum : s_.normed, {});
   for (int rule = 0; rule < 2; ++rule)
     if (wants.mask_routers[rule]) multiply(*wants.mask_routers[rule], step.tokens, r.mask_scores[rule], s_.normed, {});
   if (wants.importance)
     cuda::importance(s_.normed, s_.received, size_t(c.chunk), c.attention(layer).heads, step.tokens, c.dim,
                      r.importance, stream_);
   if (wants.ahead) {
-    norm(layers_[layer + 1].mlp_norm, s_.x, 1, s_.ahead_normed, {});
+    norm(layers_[layer + 1].before_router(), s_.x, 1, s_.ahead_normed, {});
     multiply(layers_[layer + 1].router, 1, r.ahead_logits, s_.ahead_normed, {});
   }
 }
@@ -191,7 +197,32 @@ void CudaMath::norm(const Norm& norm, const float* x, int tokens, float* y, cons
     cuda::rms_norm(x, norm.weight, c.norm_eps, tokens, c.dim, y, into, stream_);
 }
 
-void CudaMath::mlp_norm(int layer, int tokens) { norm(layers_[layer].mlp_norm, s_.x, tokens, s_.normed, s_.normed_q); }
+// The input of an MLP.
+void CudaMath::mlp_norm(const Norm& its, int tokens) { norm(its, s_.x, tokens, s_.normed, s_.normed_q); }
+
+// x += the norm of out, if there is one, times the residual scale; out (tokens, dim) is changed
+void CudaMath::add_to_residual(const Norm& post_norm, float* out, int tokens) {
+  if (post_norm.weight) norm(post_norm, out, tokens, out, {});
+  cuda::add_gated(s_.x, out, nullptr, config_.residual_scale, tokens, config_.dim, stream_);
+}
+
+void CudaMath::scale_residual(int layer, int tokens) {
+  const float factor = layers_[layer].layer_scale;
+  if (factor != 1) cuda::scale(s_.x, factor, size_t(tokens) * config_.dim, stream_);
+}
+
+// From the experts' sums and the shared expert's output to the residual stream.
+void CudaMath::finish_sum(int layer, int tokens) {
+  const EngineConfig& c = config_;
+  const LayerWeights& w = layers_[layer];
+  if (w.experts_post_norm.weight) norm(w.experts_post_norm, s_.sum, tokens, s_.sum, {});
+  if (c.shared_hidden)
+    cuda::add_gated(s_.sum, s_.shared, w.shared_router ? s_.shared_gate : nullptr, c.residual_scale, tokens, c.dim,
+                    stream_);
+  if (w.mlp_post_norm.weight) norm(w.mlp_post_norm, s_.sum, tokens, s_.sum, {});
+  cuda::add_gated(s_.x, s_.sum, nullptr, 1.0f, tokens, c.dim, stream_);
+  scale_residual(layer, tokens);
+}
 
 // out (tokens, dim) = the gated MLP of the normed tokens
 void CudaMath::mlp(const ExpertWeights& w, int tokens, float* out) {
@@ -217,6 +248,8 @@ void CudaMath::experts(int layer, const Step& step, std::span<const ExpertJob> j
   const bool all_packed =
       std::all_of(jobs.begin(), jobs.end(), [](const ExpertJob& job) { return packed(job.weights); });
   const bool in_one_go = tokens == 1 && top_k <= cuda::kMostPlaces && all_packed;
+  float* sums = c.sums_experts() ? s_.sum : s_.x;
+  if (last && c.sums_experts()) cuda::fill(sums, 0.0f, size_t(tokens) * c.dim, stream_);
   if (in_one_go)
     chosen_experts(jobs, r, last ? top_k : 0);
   else
@@ -224,9 +257,11 @@ void CudaMath::experts(int layer, const Step& step, std::span<const ExpertJob> j
   if (!last) return;
   if (!in_one_go) {
     copy_routing(tokens * top_k, r);
-    cuda::ranked_sum(s_.x, s_.down, s_.routing_weights, s_.pair_of, tokens, top_k, c.dim, stream_);
+    cuda::ranked_sum(sums, s_.down, s_.routing_weights, s_.pair_of, tokens, top_k, c.dim, stream_);
   }
-  if (c.shared_hidden)
+  if (c.sums_experts())
+    finish_sum(layer, tokens);
+  else if (c.shared_hidden)
     cuda::add_gated(s_.x, s_.shared, layers_[layer].shared_router ? s_.shared_gate : nullptr, c.residual_scale, tokens,
                     c.dim, stream_);
 }
@@ -235,7 +270,7 @@ void CudaMath::experts(int layer, const Step& step, std::span<const ExpertJob> j
 void CudaMath::chosen_experts(std::span<const ExpertJob> jobs, const Routing& r, int places) {
   const EngineConfig& c = config_;
   const cuda::VectorBuffer hidden_q = s_.hidden_q.of_length(c.expert_hidden);
-  cuda::RankedSum sum = {s_.x, places, c.dim, {}, {}};
+  cuda::RankedSum sum = {c.sums_experts() ? s_.sum : s_.x, places, c.dim, {}, {}};
   for (int k = 0; k < places; ++k) {
     sum.weights[k] = r.routing_weights[k];
     sum.pairs[k] = r.routed[k] < 0 ? -1 : r.pair_of[k];

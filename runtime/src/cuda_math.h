@@ -58,7 +58,10 @@ class CudaMath : public LayerMath {
   void attend_latents(int layer, int sequence, const cuda::Span& span);
   void attention_output(int layer, int tokens);
   void norm(const Norm& norm, const float* x, int tokens, float* y, const cuda::VectorBuffer& into);
-  void mlp_norm(int layer, int tokens);
+  void mlp_norm(const Norm& norm, int tokens);
+  void add_to_residual(const Norm& post_norm, float* out, int tokens);
+  void scale_residual(int layer, int tokens);
+  void finish_sum(int layer, int tokens);
   void mlp(const ExpertWeights& weights, int tokens, float* out);
   void chosen_experts(std::span<const ExpertJob> jobs, const Routing& r, int places);
   void many_tokens(std::span<const ExpertJob> jobs, const Routing& r, int pairs);

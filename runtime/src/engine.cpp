@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "../../devices/lane_math.h"
 #include "cpu_math.h"
 #include "cuda_math.h"
 
@@ -36,8 +37,11 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk
       states_(config.sequences, config.snapshots, config.state_buffers()) {
   const EngineConfig& c = config_;
   carve_routing(c, r_, math_->shared(carve_routing(c, r_, nullptr)));
-  for (int layer = 0; layer < c.layers; ++layer)
-    router_bias_.push_back(trunk_.host_vector("layers." + std::to_string(layer) + ".router_bias", c.experts[layer]));
+  for (int layer = 0; layer < c.layers; ++layer) {
+    const std::string prefix = "layers." + std::to_string(layer) + ".";
+    router_bias_.push_back(trunk_.host_vector(prefix + "router_bias", c.experts[layer]));
+    expert_scale_.push_back(trunk_.host_vector(prefix + "expert_scale", c.experts[layer]));
+  }
   first_record_.resize(c.layers);
   std::exclusive_scan(c.experts.begin(), c.experts.end(), first_record_.begin(), 0);
   otp_ = load_mask_routers(otp);
@@ -136,6 +140,7 @@ std::span<const float> Engine::step(std::span<const Part> parts, std::function<b
     logits = math_->logits(rows_);
     if (config_.logits_scale != 1)
       for (float& logit : logits) logit *= config_.logits_scale;
+    if (config_.logits_cap != 0) cap_logits(logits);
     check_wanted();
     release_used();
   } catch (...) {
@@ -152,6 +157,14 @@ std::span<const float> Engine::step(std::span<const Part> parts, std::function<b
   }
   stats_.tokens += step.tokens;
   return logits;
+}
+
+void Engine::cap_logits(std::span<float> logits) {
+  constexpr size_t kPiece = 16384;
+  pool_.run(int((logits.size() + kPiece - 1) / kPiece), [&](int i, int) {
+    for (float& logit : logits.subspan(i * kPiece).first(std::min(kPiece, logits.size() - i * kPiece)))
+      logit = soft_cap(logit, config_.logits_cap);
+  });
 }
 
 Engine::Sequence& Engine::sequence_of(const Step& step, int token) {

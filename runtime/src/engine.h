@@ -119,6 +119,7 @@ class Engine {
   const MaskRouter* mask_router(int layer, Prune rule) const;
   void plan_step(std::span<const Part> parts);
   void layers(const Step& step);
+  void cap_logits(std::span<float> logits);
   void check_wanted() const {
     if (interrupt_) interrupt_->check();
   }
@@ -139,7 +140,7 @@ class Engine {
   Residency residency_;
   ThreadPool pool_;
   std::unique_ptr<LayerMath> math_;
-  std::vector<std::vector<float>> router_bias_;  // (layers,), each (experts,) or none
+  std::vector<std::vector<float>> router_bias_, expert_scale_;  // (layers,), each (experts,) or none
   std::vector<Sequence> sequences_;
   States states_;
   std::vector<MaskRouter> otp_, loss_;  // (layers,), or none

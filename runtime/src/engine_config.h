@@ -16,12 +16,15 @@ struct AttentionConfig {
   int head_dim = 0;                   // of queries and keys
   int v_dim = 0;                      // of values
   int rope_dim = 0;                   // how many of head_dim are rotated: the first ones; with a latent, the last ones
+  int rope_span = 0;                  // the pairs are (i, i + rope_span/2): rope_dim, or more if pairs are left out
   std::vector<float> rope_frequency;  // (rope_dim/2,) radians per position
   float rope_scale = 1;               // factor of cos and sin
   bool rope_interleaved = false;      // rotated pairs are neighbours
   float softmax_scale = 1;            // factor of the products of queries and keys
   bool qk_norm_full = false;          // one norm over all heads at once, else per head; no weights: no norm
   bool norm_after_rope = false;       // the norms per head follow the rotation
+  bool keys_as_values = false;        // values are the projections of the keys, before their norm and rotation
+  bool v_norm = false;                // values are scaled to a root mean square of one, per head
   float qkv_clip = 0;                 // 0: off
   int sliding_window = 0;             // 0: none
 
@@ -66,10 +69,14 @@ struct EngineConfig {
   std::vector<int> experts, top_k;  // (layers,): of each layer; 0 in a layer without experts
   Activation activation;            // of every MLP
   bool layer_norm = false;          // the norms of the residual stream are LayerNorms with a bias, not RMSNorms
+  bool post_norms = false;          // RMSNorms of what attention and MLP add to the residual stream
+  bool own_norms = false;           // of router, routed experts and shared expert; see LayerWeights
+  bool layer_scale = false;         // the residual stream is multiplied by one number after each layer
   float norm_eps = 1e-6f;
   float embedding_scale = 1;  // factor of embeddings before they enter the residual stream
   float residual_scale = 1;   // factor of what attention and MLPs add to it
   float logits_scale = 1;
+  float logits_cap = 0;  // logits are logits_cap * tanh(logit / logits_cap); 0: off
   int shared_hidden = 0, dense_hidden = 0;
 
   const AttentionConfig& attention(int layer) const { return attentions[attention_of[layer]]; }
@@ -86,6 +93,8 @@ struct EngineConfig {
     for (const AttentionConfig& attention : attentions) largest = std::max(largest, size_t(count(attention)));
     return largest;
   }
+  // Whether experts' outputs are summed before the residual stream gets them, as norms or a factor follow.
+  bool sums_experts() const { return post_norms || own_norms || layer_scale; }
   size_t key_positions() const { return align_up(context, kKeyBlock); }
 
   // The KV cache of a layer with a window is as long as the window and a step: position p is at place
@@ -119,6 +128,7 @@ struct EngineConfig {
   RouterScore router_score = RouterScore::kSoftmax;
   float router_threshold = 0;  // of kSparsemixer
   bool renormalise = false, group_top2sum = false;
+  float router_logits_scale = 1;
   float routing_scale = 1;  // factor of routing weights, residual scale included
   int groups = 1, top_groups = 1;
   std::vector<std::vector<int>> expert_groups;  // (layers, experts): group of each expert; empty if groups is 1

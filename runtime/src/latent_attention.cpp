@@ -48,8 +48,8 @@ void CpuMath::latent_attention(int layer, const Step& step) {
     uint8_t* to = cached_latents(span.sequence, layer);
     const float *cos = rope.cos + position * half, *sin = rope.sin + position * half;
     for (int head = 0; head < a.heads; ++head)
-      rotate(q + head * a.head_dim + nope_dim, cos, sin, half, a.rope_interleaved);
-    rotate(latent + a.kv_rank, cos, sin, half, a.rope_interleaved);
+      rotate(q + head * a.head_dim + nope_dim, cos, sin, half, half, a.rope_interleaved);
+    rotate(latent + a.kv_rank, cos, sin, half, half, a.rope_interleaved);
     kernels_.rms_norm(latent, w.kv_a_norm, a.latent_norm_eps, latent, a.kv_rank);
     if (c.half_cache) note_overflow(span.sequence, latent, cached);
     if (c.half_cache)

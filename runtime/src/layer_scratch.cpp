@@ -25,6 +25,7 @@ void carve(Carver& carver, const EngineConfig& c, size_t queries, LayerScratch& 
   carver.carve(s.down, pairs * c.dim);
   carver.carve(s.shared, c.shared_hidden || c.dense_hidden ? chunk * c.dim : 0);
   carver.carve(s.shared_gate, chunk);
+  carver.carve(s.sum, c.sums_experts() ? chunk * c.dim : 0);
   carver.carve(s.logits, size_t(c.logits_rows) * c.vocab);
   s.rope.resize(c.attentions.size());
   for (size_t kind = 0; kind < s.rope.size(); ++kind) {

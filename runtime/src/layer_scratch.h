@@ -17,6 +17,7 @@ struct LayerScratch {
   float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
   float* scores;                                   // (queries, context in whole key blocks)
   float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
+  float* sum;                                      // (chunk, dim): of the experts, with EngineConfig::sums_experts
   float* logits;                                   // (logits_rows, vocab)
   std::vector<RopeTables> rope;                    // of each kind of attention
   float* received;                                 // (heads, chunk): attention received from the chunk's tokens

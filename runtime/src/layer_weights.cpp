@@ -22,6 +22,12 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
   LayerWeights w{};
   w.attention_norm = norm(c, trunk, prefix + "attention_norm");
   w.mlp_norm = norm(c, trunk, prefix + "mlp_norm");
+  const auto rms_norm = [&](bool present, const char* name) {
+    return Norm{present ? trunk.vector(prefix + name, c.dim) : nullptr, nullptr};
+  };
+  w.attention_post_norm = rms_norm(c.post_norms, "attention_post_norm");
+  w.mlp_post_norm = rms_norm(c.post_norms, "mlp_post_norm");
+  w.layer_scale = c.layer_scale ? trunk.number(prefix + "layer_scale") : 1.0f;
   w.o = matrix(a.conv_kernel ? "delta.o" : "o"), w.o.output_bias = vector("o_bias", c.dim);
   if (a.kv_rank) {
     w.kv_a = matrix("kv_a"), w.kv_b = matrix("kv_b");
@@ -36,9 +42,11 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
     w.decay_rate = trunk.vector(prefix + "delta.decay_rate", a.heads);
     w.o_norm = trunk.vector(prefix + "delta.norm", a.v_dim);
   } else {
-    w.q = matrix("q"), w.k = matrix("k"), w.v = matrix("v");
+    w.q = matrix("q"), w.k = matrix("k");
+    if (!a.keys_as_values) w.v = matrix("v");
     if (a.output_gate) w.o_gate = matrix("o_gate");
-    w.q_bias = vector("q_bias", q_dim), w.k_bias = vector("k_bias", kv_dim), w.v_bias = vector("v_bias", kv_dim);
+    w.q_bias = vector("q_bias", q_dim), w.k_bias = vector("k_bias", kv_dim);
+    w.v_bias = a.keys_as_values ? w.k_bias : vector("v_bias", kv_dim);
     w.q_norm = vector("q_norm", a.qk_norm_full ? q_dim : a.head_dim);
     w.k_norm = vector("k_norm", a.qk_norm_full ? kv_dim : a.head_dim);
     w.sinks = vector("sinks", a.heads);
@@ -48,6 +56,10 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
     return w;
   }
   w.router = matrix("router"), w.router.output_bias = vector("router_logit_bias", c.experts[layer]);
+  w.router_norm = rms_norm(c.own_norms, "router_norm");
+  w.experts_post_norm = rms_norm(c.own_norms, "experts_post_norm");
+  w.shared_norm = rms_norm(c.own_norms && c.shared_hidden, "shared_norm");
+  w.shared_post_norm = rms_norm(c.own_norms && c.shared_hidden, "shared_post_norm");
   w.router_bias = vector("router_bias", c.experts[layer]);
   if (c.shared_hidden) w.shared = {matrix("shared.gate"), matrix("shared.up"), matrix("shared.down")};
   w.shared_router = trunk.matrix_if_any(prefix + "shared_router");

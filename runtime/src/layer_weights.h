@@ -7,14 +7,20 @@
 
 namespace edge_moe {
 
-// A norm of the residual stream.
+// A norm of the residual stream, or of what it gets.
 struct Norm {
-  const float *weight, *bias;  // (dim,); bias null: an RMSNorm, else a LayerNorm
+  const float *weight, *bias;  // (dim,); bias null: an RMSNorm, else a LayerNorm; weight null: there is none
 };
 
 struct LayerWeights {
   Norm attention_norm, mlp_norm;
-  Matrix q, k, v, o;                      // with a latent, q is q_b, and k and v are empty
+  // Only with EngineConfig::post_norms: RMSNorms of what the residual stream gets.
+  Norm attention_post_norm, mlp_post_norm;
+  // Only with EngineConfig::own_norms: of the inputs of the router and of the shared expert, for which mlp_norm is that
+  // of the routed experts alone, and of the sum of routed experts and the output of the shared expert.
+  Norm router_norm, shared_norm, experts_post_norm, shared_post_norm;
+  float layer_scale;                      // 1 without EngineConfig::layer_scale
+  Matrix q, k, v, o;                      // with a latent, q is q_b, and k and v are empty; v where it is k's product
   const float *q_bias, *k_bias, *v_bias;  // null: none
   const float *q_norm, *k_norm;           // (head_dim,) or all heads; null: none
   Matrix o_gate;                          // (as o's inputs, dim), of attention with an output gate and of delta nets
@@ -31,6 +37,7 @@ struct LayerWeights {
   ExpertWeights shared, dense;
 
   float sink(int head) const { return sinks ? sinks[head] : kNoSink; }  // see Kernels::softmax
+  const Norm& before_router() const { return router_norm.weight ? router_norm : mlp_norm; }
 };
 
 // Throws DamagedFile if the trunk lacks a tensor that the configuration requires.

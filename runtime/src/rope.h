@@ -18,10 +18,10 @@ inline void fill_rope(std::span<const float> frequency, float scale, int first, 
     }
 }
 
-// Rotate the `half` pairs of x by the angles of one position: (i, i + half), or (2i, 2i + 1) if interleaved.
-inline void rotate(float* x, const float* cos, const float* sin, int half, bool interleaved) {
+// Rotate `pairs` pairs of x by the angles of one position: (i, i + half), or (2i, 2i + 1) if interleaved.
+inline void rotate(float* x, const float* cos, const float* sin, int pairs, int half, bool interleaved) {
   const int step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
-  for (int i = 0; i < half; ++i) {
+  for (int i = 0; i < pairs; ++i) {
     float &a = x[i * step], &b = x[i * step + apart];
     const float turned = a * cos[i] - b * sin[i];
     b = b * cos[i] + a * sin[i];

@@ -81,6 +81,8 @@ void sparsemixer(const float* logits, int experts, int top_k, float threshold, i
 void route(const Kernels& kernels, const RouterRule& rule, float* logits, int experts, int top_k, float* group_scores,
            int32_t* ids, float* weights) {
   float* scores = logits;
+  if (rule.logits_scale != 1)
+    for (int expert = 0; expert < experts; ++expert) logits[expert] *= rule.logits_scale;
   if (rule.score == RouterScore::kSparsemixer) {
     sparsemixer(logits, experts, top_k, rule.threshold, ids, weights);
     for (int k = 0; k < top_k; ++k) weights[k] *= rule.scale;
@@ -111,6 +113,8 @@ void route(const Kernels& kernels, const RouterRule& rule, float* logits, int ex
   if (rule.renormalise)
     for (int k = 0; k < top_k; ++k) weights[k] /= sum + 1e-20f;
   for (int k = 0; k < top_k; ++k) weights[k] *= rule.scale;
+  if (rule.expert_scale)
+    for (int k = 0; k < chosen; ++k) insert(weights[k] * rule.expert_scale[ids[k]], ids[k], chosen, k, weights, ids);
 }
 
 }  // namespace edge_moe

@@ -11,12 +11,14 @@ namespace edge_moe {
 struct RouterRule {
   RouterScore score = RouterScore::kSoftmax;  // over all experts; kSigmoid: of each alone; kSparsemixer: see below
   float threshold = 0;                        // of kSparsemixer
+  float logits_scale = 1;                     // factor of the logits
   bool renormalise = false;                   // the chosen weights are scaled to sum to one
   float scale = 1;                            // factor of the final weights
   int groups = 1, top_groups = 1;             // only experts of the top_groups best groups are chosen
   bool group_top2sum = false;                 // a group scores the sum of its two best experts, else its best
-  const float* bias = nullptr;    // (experts,) added to a score for the choice, not for the weight; null: none
-  const int* group_of = nullptr;  // (experts,); null if there is one group
+  const float* bias = nullptr;          // (experts,) added to a score for the choice, not for the weight; null: none
+  const int* group_of = nullptr;        // (experts,); null if there is one group
+  const float* expert_scale = nullptr;  // (experts,) factors of the final weights, which order them; null: none
 };
 
 // kSparsemixer chooses the expert with the largest logit, then the one with the largest logit of the others, and so on.

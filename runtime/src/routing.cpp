@@ -72,9 +72,10 @@ void Engine::route_tokens(int layer, const Step& step) {
 
 RouterRule Engine::router_rule(int layer) const {
   const EngineConfig& c = config_;
-  RouterRule rule{c.router_score, c.router_threshold, c.renormalise,  c.routing_scale,
-                  c.groups,       c.top_groups,       c.group_top2sum};
+  RouterRule rule{c.router_score,  c.router_threshold, c.router_logits_scale, c.renormalise,
+                  c.routing_scale, c.groups,           c.top_groups,          c.group_top2sum};
   rule.bias = router_bias_[layer].empty() ? nullptr : router_bias_[layer].data();
+  rule.expert_scale = expert_scale_[layer].empty() ? nullptr : expert_scale_[layer].data();
   rule.group_of = c.groups > 1 ? c.expert_groups[layer].data() : nullptr;
   return rule;
 }

@@ -39,6 +39,7 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   carve(carver, c, queries, s);
   carver.carve(s.all_tokens, chunk);
   carver.carve(s.piece, queries * c.most_of([](const A& a) { return a.kv_rank ? a.kv_rank : a.head_dim; }));
+  carver.carve(s.ones, c.most_of([](const A& a) { return a.v_norm ? a.head_dim : 0; }));
   carve(carver, s.normed_q, chunk, c.dim);
   carve(carver, s.attended_q, chunk, c.most_of([](const A& a) { return a.heads * a.v_dim; }));
   carve(carver, s.hidden_q, chunk * most(c.top_k), widest);

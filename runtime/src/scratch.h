@@ -16,6 +16,7 @@ inline constexpr int kLatentRows = 8;      // latents, or rows of kv_b as floats
 struct Scratch : LayerScratch {
   int32_t* all_tokens;  // (chunk,)
   float* piece;         // (queries, head_dim or kv_rank): attention's sums over a range of positions
+  float* ones;          // (head_dim,): the weights of a norm without weights
   Quantised normed_q, attended_q, hidden_q;
 
   // Only for attention over a latent.

@@ -70,6 +70,11 @@ std::vector<float> Trunk::host_vector(const std::string& name, int length) const
   return copy;
 }
 
+float Trunk::number(const std::string& name) const {
+  matrix(name);
+  return host_vector(name, 1).front();
+}
+
 const float* Trunk::vector(const std::string& name, int length) const {
   matrix(name);
   return vector_if_any(name, length);

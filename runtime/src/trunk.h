@@ -30,6 +30,9 @@ class Trunk {
   const float* vector(const std::string& name, int length) const;         // float32 values, checked length
   const float* vector_if_any(const std::string& name, int length) const;  // null if it is missing
 
+  // A tensor of one value; throws like vector().
+  float number(const std::string& name) const;
+
   // A copy of a vector's values for the host; empty if it is missing.
   std::vector<float> host_vector(const std::string& name, int length) const;
 

@@ -56,8 +56,8 @@ void check_attention(const Shape& s, int position, int tokens) {
     float* latent = &fresh[size_t(t) * cached];
     for (int head = 0; head < s.heads; ++head)
       rotate(&q[(size_t(t) * s.heads + head) * head_dim + s.nope_dim], &cos[at * turned], &sin[at * turned], turned,
-             s.interleaved);
-    rotate(latent + s.rank, &cos[at * turned], &sin[at * turned], turned, s.interleaved);
+             turned, s.interleaved);
+    rotate(latent + s.rank, &cos[at * turned], &sin[at * turned], turned, turned, s.interleaved);
     kScalarKernels.rms_norm(latent, norm.data(), 1e-6f, latent, s.rank);
     for (int i = 0; i < cached; ++i) {
       halves[at * cached + i] = float_to_half(latent[i]);

@@ -119,6 +119,12 @@ void check_sums() {
   for (int i = 0; i < tokens * dim; ++i) want[i] += bias[i % dim];
   cuda::add_bias(got.data(), bias.data(), tokens, dim, nullptr);
   compare("bias", got, want);
+  for (float& value : want) value *= 0.7f;
+  cuda::scale(got.data(), 0.7f, got.size(), nullptr);
+  compare("scaled", got, want);
+  cuda::fill(got.data(), 0.25f, got.size() - 3, nullptr);
+  std::fill(want.begin(), want.end() - 3, 0.25f);
+  compare("filled", got, want);
 }
 
 // attention.cpp's steps for one token and head, by the scalar kernels.
@@ -127,13 +133,18 @@ struct Shape {
   bool half, biased, normed;
   float clip;
   bool interleaved = false, norm_after_rope = false;
+  int rope_span = 0;  // 0: rope_dim
+  bool v_norm = false;
 };
+
+int span_of(const Shape& s) { return s.rope_span ? s.rope_span : s.rope_dim; }
 
 void check_attention(const Shape& s, int position, int tokens) {
   const int n = s.head_dim, q_dim = s.heads * n, kv_dim = s.kv_heads * n, turned = s.rope_dim / 2;
   const size_t room = align_up(position + tokens, kKeyBlock), value_bytes = s.half ? 2 : 4;
   const Floats frequency = floats(size_t(turned)), q_bias = floats(q_dim), k_bias = floats(kv_dim),
                v_bias = floats(kv_dim), q_norm = floats(n), k_norm = floats(n);
+  const Floats ones(n, 1.0f);
   Floats cos(room * turned), sin(room * turned);
   fill_rope(frequency, 1.5f, 0, int(room), cos.data(), sin.data());
 
@@ -171,9 +182,10 @@ void check_attention(const Shape& s, int position, int tokens) {
   auto prepared = [&](float* x, const float* bias, const float* weight, size_t at) {
     for (int i = 0; i < n; ++i) x[i] = s.biased ? x[i] + bias[i] : x[i];
     const bool normed = weight && s.normed;
+    if (!weight && s.v_norm) kScalarKernels.rms_norm(x, ones.data(), 1e-6f, x, n);
     if (normed && !s.norm_after_rope) kScalarKernels.rms_norm(x, weight, 1e-6f, x, n);
     for (int i = 0; i < n; ++i) x[i] = limited(x[i]);
-    if (weight) rotate(x, &cos[at * turned], &sin[at * turned], turned, s.interleaved);
+    if (weight) rotate(x, &cos[at * turned], &sin[at * turned], turned, span_of(s) / 2, s.interleaved);
     if (normed && s.norm_after_rope) kScalarKernels.rms_norm(x, weight, 1e-6f, x, n);
   };
   for (int t = 0; t < tokens; ++t) {
@@ -213,12 +225,14 @@ void check_attention(const Shape& s, int position, int tokens) {
                              s.kv_heads,
                              n,
                              s.rope_dim,
+                             span_of(s),
                              1e-6f,
                              s.clip,
                              0.125f,
                              s.window,
                              s.interleaved,
                              s.norm_after_rope,
+                             s.v_norm,
                              s.clip ? sinks.data() : nullptr};
   const cuda::LayerCache cache = {got_keys.data(), got_values.data(), places, s.half, room};
   cuda::Projections p{};
@@ -263,6 +277,8 @@ void check_layer() {
       check_attention({11, 1, 48, 48, 40, half, true, true, 0}, position, tokens);
       check_attention({4, 2, 40, 24, 0, half, true, true, 0, true, false}, position, tokens);
       check_attention({6, 2, 32, 32, 0, half, false, true, 0, false, true}, position, tokens);
+      check_attention({6, 3, 36, 18, 17, half, true, true, 0, false, false, 36, true}, position, tokens);
+      check_attention({8, 1, 512, 128, 0, half, false, true, 0, false, false, 512, true}, position, tokens);
     }
   for (auto [position, tokens] : {std::pair{2 * kSumPositions, 1}, std::pair{kSumPositions - 5, 12}})
     for (int window : {0, kSumPositions - 100})
