@@ -26,7 +26,7 @@ def test_every_matrix_but_the_embedding_is_fitted_once(golden, monkeypatch, name
     )
     go_through(checkpoint, checkpoint, random_ids(checkpoint.config, sequences=2), (16,) * 3, 4)
     wanted = [name for name in checkpoint.trunk_names() if kind_of(name) not in (None, "embedding")]
-    assert sorted(put) == sorted(wanted)
+    assert sorted(put) == sorted(name for name in wanted if checkpoint.shape(name)[1] % 32 == 0)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2_moe", "deepseek_v3", "mixtral"])

@@ -19,9 +19,7 @@ DEFAULTS = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
     "linear_value_head_dim": 128,
-    "norm_topk_prob": True,
     "num_key_value_heads": 2,
-    "decoder_sparse_step": 1,
 }
 
 
@@ -120,4 +118,12 @@ CONVERSIONS = {name: lambda weight: weight + 1 for name in NORMS}
 CONVERSIONS |= {"delta.conv": lambda weights: np.ascontiguousarray(weights.T), "delta.decay_rate": np.exp}
 STORED_AS = {"delta.conv": _conv_shape}
 
-FAMILY = Family("qwen3_next", parse, DEFAULTS, NAMES, packed=PACKED, stored_as=STORED_AS, conversions=CONVERSIONS)
+FAMILY = Family(
+    "qwen3_next",
+    parse,
+    {**DEFAULTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
+    NAMES,
+    packed=PACKED,
+    stored_as=STORED_AS,
+    conversions=CONVERSIONS,
+)
