@@ -32,7 +32,7 @@ from .codecs import record_layout
 from .config import ModelConfig
 from .config_file import load_config, parse_config, read_json
 from .files import pieces, real_path
-from .model_path import check_quantised, find_model, raise_if_other_format
+from .model_path import check_quantised, find_model, quantisation_in, raise_if_other_format
 from .pruning import MASK_FILE, Pruning, read_mask_routers, read_pruning
 
 COPIED = {  # files that are copied from a checkpoint and used, and the maximum size of each in bytes
@@ -130,7 +130,7 @@ def _raise_for_checkpoint(path: Path) -> None:
         raise_if_other_format(path)
         return
     raw = read_json(config)
-    check_quantised(raw, str(config))
+    check_quantised(quantisation_in(raw), str(config))
     parse_config(raw, str(config))
     raise ValueError(f"{path}: this is not a bundle; make one with `edge-moe compress {path} OUT`")
 

@@ -99,22 +99,30 @@ def check_pointer(path: Path, head: bytes) -> None:
         raise ValueError(f"{path}: is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
-def check_quantised(raw: dict, where: str) -> None:
-    """Raise ValueError if a config.json says that its weights are quantised in an unsupported format."""
-    config = raw.get("quantization_config")
-    config = config if isinstance(config, dict) else {}
-    own = raw.get("quantization") if isinstance(raw.get("quantization"), dict) else config
-    if "quant_method" not in config and {"bits", "group_size"} <= own.keys():
-        name, config = "MLX-quantised", own
-    elif (method := config.get("quant_method")) in METHODS:
-        name = f"quantised with {METHODS[method]}"
-    else:
+def quantisation_in(raw: dict):
+    """What a config.json says of quantised weights, the language model's part of it too; None if it says nothing."""
+    inner = raw.get("text_config")
+    for keys in (raw, inner if isinstance(inner, dict) else {}):
+        for key in ("quantization_config", "quantization"):  # the latter is MLX's
+            if keys.get(key) is not None:
+                return keys[key]
+    return None
+
+
+def check_quantised(quantisation, where: str) -> None:
+    """Raise ValueError if quantisation_in() names one of METHODS, which are not supported."""
+    config = quantisation if isinstance(quantisation, dict) else {}
+    method = config.get("quant_method")
+    if not isinstance(method, str) or method not in METHODS:
         return
     bits = config.get("bits") or config.get("w_bit") or (4 if config.get("load_in_4bit") else None)
     group = config.get("group_size") or config.get("q_group_size")
     told = [f"{bits} bits"] * isinstance(bits, int) + [f"group {group}"] * (isinstance(group, int) and group > 0)
     told = f" ({', '.join(told)})" if told else ""
-    raise ValueError(f"{where}: is {name}{told}; edge-moe compresses from the original checkpoint: download that one")
+    raise ValueError(
+        f"{where}: is quantised with {METHODS[method]}{told}; edge-moe compresses from the original checkpoint: "
+        "download that one"
+    )
 
 
 def what_it_is(raw: dict) -> str:

@@ -1,7 +1,8 @@
-"""Makes FP8, MXFP4 and INT4 versions of small checkpoints, as the hub has them, with neither torch nor transformers.
+"""Makes quantised versions of small checkpoints, as the hub has them, with neither torch nor transformers.
 
-write_fp8(), write_mxfp4() and write_int4() give back what every quantised tensor stands for, exactly, and write_plain()
-a checkpoint that holds just these values and is not quantised: reading one must give what reading the other gives.
+write_fp8(), write_mxfp8(), write_mxfp4(), write_nvfp4() and write_ints() give back what every quantised tensor stands
+for, exactly, and write_plain() a checkpoint that holds just these values and is not quantised: reading one must give
+what reading the other gives.
 """
 
 import json
@@ -97,25 +98,89 @@ def write_mxfp4(source: Path, out: Path, *, scales: str = "U8") -> dict[str, np.
     return values
 
 
-def write_int4(source: Path, out: Path, *, group: int = 32, scales: str = "BF16") -> dict[str, np.ndarray]:
-    """Write a version in integers of four bits as compressed-tensors does; as write_fp8()."""
+def write_mxfp8(source: Path, out: Path, *, method: str = "mxfp8", scales: str = "U8") -> dict[str, np.ndarray]:
+    """Write an MXFP8 version; as write_fp8(). Columns must be multiples of 32.
+
+    method: mxfp8, as MiniMax-M3 has it, compressed-tensors or modelopt. scales: U8, or F8_E8M0, the same bytes.
+    """
     tensors, values = read_file(_copy(source, out)), {}
     for key, weights in _linear(tensors).items():
+        blocks = weights.reshape(len(weights), -1, 32)
+        factors = np.exp2(np.ceil(np.log2(np.abs(blocks).max(-1, keepdims=True) / 448)))
+        codes = nearest(blocks / factors, E4M3)
+        values[key] = (np.copysign(E4M3[codes], blocks) * factors).astype(np.float32).reshape(weights.shape)
+        data = (codes | np.signbit(blocks) << 7).astype("u1").tobytes()
+        tensors[key] = "F8_E4M3", list(weights.shape), data
+        stored = ENCODE["F8_E8M0"](factors[..., 0])
+        tensors[f"{key}_scale_inv" if method == "mxfp8" else f"{key}_scale"] = (
+            scales,
+            list(stored.shape),
+            stored.tobytes(),
+        )
+    weights = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    about = {
+        "mxfp8": {"weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
+        "compressed-tensors": {"format": "mxfp8-quantized", "config_groups": {"group_0": {"weights": weights}}},
+        "modelopt": {"quant_algo": "MXFP8", "ignore": ["lm_head"]},
+    }
+    _finish(out, tensors, {"quant_method": method, **about[method]})
+    return values
+
+
+def write_nvfp4(source: Path, out: Path, *, method: str = "compressed-tensors") -> dict[str, np.ndarray]:
+    """Write an NVFP4 version; as write_fp8(). Columns must be multiples of 16. method: compressed-tensors or modelopt,
+    which say the same of a tensor's scale by its inverse and by itself."""
+    tensors, values, modelopt = read_file(_copy(source, out)), {}, method == "modelopt"
+    for key, weights in _linear(tensors).items():
+        blocks = weights.reshape(len(weights), -1, 16)
+        whole = np.float32(np.abs(weights).max() / (448 * 6))
+        whole = whole if modelopt else 1 / whole
+        largest = np.abs(blocks).max(-1) / 6
+        scale_codes = np.maximum(nearest(largest / whole if modelopt else largest * whole, E4M3), 1)
+        stored = E4M3[scale_codes].astype(np.float32)
+        factors = (stored * whole if modelopt else stored / whole)[..., None]
+        codes = nearest(blocks / factors, E2M1)
+        values[key] = (np.copysign(E2M1[codes].astype(np.float32), blocks) * factors).reshape(weights.shape)
+        nibbles = (codes | np.signbit(blocks) << 3).astype("u1").reshape(weights.shape)
+        packed = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+        del tensors[key]
+        tensors[key if modelopt else f"{key}_packed"] = "U8", list(packed.shape), packed.tobytes()
+        tensors[f"{key}_scale"] = "F8_E4M3", list(stored.shape), scale_codes.astype("u1").tobytes()
+        shape, name = ([], f"{key}_scale_2") if modelopt else ([1], f"{key}_global_scale")
+        tensors[name] = "F32", shape, whole.astype("<f4").tobytes()
+        of_inputs = key.removesuffix("weight") + ("input_scale" if modelopt else "input_global_scale")
+        tensors[of_inputs] = "F32", shape, np.float32(0.5).tobytes()
+    form, weights = "nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "tensor_group"}
+    groups = {"group_0": {"weights": {**weights, "group_size": 16}, "format": form}}
+    about = {"format": form, "config_groups": groups, "ignore": ["lm_head", "re:.*mlp.gate$"]}
+    if modelopt:
+        about = {"quant_algo": "NVFP4", "ignore": ["lm_head", "model.layers.*.mlp.gate"], "producer": {}}
+    _finish(out, tensors, {"quant_method": method, **about})
+    return values
+
+
+def write_ints(
+    source: Path, out: Path, *, bits: int = 4, group: int | None = 32, scales: str = "BF16"
+) -> dict[str, np.ndarray]:
+    """Write a version in integers of 4 or 8 bits as compressed-tensors does; as write_fp8(). group: None is a row."""
+    tensors, values, zero = read_file(_copy(source, out)), {}, 1 << bits - 1
+    for key, weights in _linear(tensors).items():
         rows, cols = weights.shape
-        groups = weights.reshape(rows, -1, group)
-        stored = ENCODE[scales](np.abs(groups).max(-1) / np.float32(7))
+        groups = weights.reshape(rows, -1, group or cols)
+        stored = ENCODE[scales](np.abs(groups).max(-1) / np.float32(zero - 1))
         factors = DECODE[scales](stored)[..., None]
-        codes = np.clip(np.rint(groups / factors), -8, 7)
+        codes = np.clip(np.rint(groups / factors), -zero, zero - 1)
         values[key] = (codes * factors).astype(np.float32).reshape(rows, cols)
-        eights = (codes.astype(np.int64).reshape(rows, -1, 8) + 8) << np.arange(0, 32, 4)  # the first lowest
-        packed = eights.sum(-1).astype("<u4")
+        words = (codes.astype(np.int64).reshape(rows, -1, 32 // bits) + zero) << np.arange(0, 32, bits)  # first lowest
+        packed = words.sum(-1).astype("<u4")
         del tensors[key]
         tensors[f"{key}_packed"] = "I32", list(packed.shape), packed.tobytes()
         tensors[f"{key}_scale"] = scales, list(stored.shape), stored.tobytes()
         tensors[f"{key}_shape"] = "I32", [2], np.array([rows, cols], "<i4").tobytes()
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
-    groups = {"group_0": {"weights": weights, "format": "pack-quantized"}}
-    _finish(out, tensors, {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups})
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group" if group else "channel"}
+    groups = {"group_0": {"weights": {**weights, "group_size": group}, "format": "pack-quantized"}}
+    about = {"format": "pack-quantized", "config_groups": groups, "ignore": ["lm_head", "re:.*self_attn.*"]}
+    _finish(out, tensors, {"quant_method": "compressed-tensors", **about})
     return values
 
 

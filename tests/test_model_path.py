@@ -49,15 +49,6 @@ def gguf_directory(directory: Path) -> tuple[str, str]:
     return directory, f"{directory / 'q4.gguf'}{GGUF}"
 
 
-def mlx(directory: Path) -> tuple[str, str]:
-    form = {"group_size": 64, "bits": 4, "mode": "affine"}
-    changed(directory, quantization=form, quantization_config=form)
-    return directory, (
-        f"{directory}/config.json: is MLX-quantised (4 bits, group 64); "
-        "edge-moe compresses from the original checkpoint: download that one"
-    )
-
-
 def awq(directory: Path) -> tuple[str, str]:
     changed(directory, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128})
     return directory, (
@@ -83,7 +74,7 @@ def pointer(directory: Path) -> tuple[str, str]:
     )
 
 
-@pytest.mark.parametrize("make", [hub_id, hub_address, gguf_file, gguf_directory, mlx, awq, dense, pointer])
+@pytest.mark.parametrize("make", [hub_id, hub_address, gguf_file, gguf_directory, awq, dense, pointer])
 @pytest.mark.parametrize("command", ["compress", "plan", "inspect", "generate", "chat", "eval"])
 def test_every_subcommand_says_what_a_model_is_that_it_cannot_take(golden, bundle_of, tmp_path, make, command):
     path, message = make(Path(shutil.copytree(golden["olmoe"][0], tmp_path / "model")))

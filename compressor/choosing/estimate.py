@@ -14,12 +14,12 @@ from ...runtime.child import answer
 from ...runtime.config import ModelConfig, trunk_shapes
 from ...runtime.config_file import parse_config, read_json
 from ...runtime.device import device_name
-from ...runtime.model_path import check_quantised, find_model, raise_if_other_format
+from ...runtime.model_path import find_model, raise_if_other_format
 from ...runtime.plan import KV_TYPES, Plan, check_sequences, make_plan, resolve_ram
 from ...runtime.runtime import DEFAULT_CONTEXT
 from ...runtime.tokenizer import tokenizer_of
 from ..rounding.quantise import largest_group
-from ..source.formats import scale_blocks
+from ..source.quantisation import quantisation_of, scale_blocks
 from . import targets
 from .sizes import (
     EDGES,
@@ -218,8 +218,7 @@ def _config_of(path: Path, keep_experts: int | float | None) -> ModelConfig:
     if path.is_dir() and not file.is_file():
         raise_if_other_format(path)
     raw = read_json(file)
-    check_quantised(raw, str(file))
-    scale_blocks(raw.get("quantization_config"), str(file))
+    scale_blocks(quantisation_of(file.parent, raw), str(file))
     config = parse_config(raw, where=str(file))
     return config if keep_experts is None else keep_experts_of(config, keep_experts)
 

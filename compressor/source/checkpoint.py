@@ -3,7 +3,7 @@
 Opening reads only headers and checks that every tensor the model needs is present, of a known type and the right shape.
 An unused tensor in one of the model's layers is refused, as results would not be the model's. Tensors are read one at a
 time, as float32. No file stays open in between: large checkpoints have more shards than macOS lets a process open.
-names.py has the tensor names of each family, formats.py the types and quantised tensors.
+names.py has the tensor names of each family, formats.py the types and quantised tensors, quantisation.py the methods.
 """
 
 import hashlib
@@ -17,17 +17,18 @@ import numpy as np
 from ...runtime.config import ModelConfig
 from ...runtime.config_file import family_of, load_config, read_json
 from ...runtime.files import real_path
-from ...runtime.model_path import check_quantised, find_model, raise_if_other_format
+from ...runtime.model_path import find_model, raise_if_other_format
 from ...runtime.tensorfile import Stored, read_header
-from .formats import Block, Tensor, locate, read, read_bytes, scale_blocks
+from .formats import Tensor, locate, read, read_bytes
 from .names import Names, Source, sources
+from .quantisation import Block, quantisation_of, scale_blocks
 
 SAMPLE_BYTES = 4096  # of each layer's attention output o, for the fingerprint
 MOST_MISSING = 100_000  # missing tensors are counted up to this: a config.json may claim millions
 COMPARED_ROWS = 1024  # of embedding and head, at a time
 NOT_WEIGHTS = (  # suffixes of tensors that other programs store beside the weights
     ".rotary_emb.inv_freq",
-    *(f".{what}_scale" for what in ("input", "output", "q", "k", "v", "kv")),
+    *(f".{what}_scale" for what in ("input", "output", "input_global", "q", "k", "v", "kv")),
     ".weight_shape",
 )
 
@@ -45,10 +46,9 @@ class Checkpoint:
         if not path.is_file() and self.directory.is_dir():
             raise_if_other_format(self.directory)
         raw = read_json(path)
-        check_quantised(raw, str(path))
+        blocks = scale_blocks(quantisation_of(self.directory, raw), str(path))
         self.config: ModelConfig = load_config(self.directory)
         real_path(self.directory, path.name)
-        blocks = scale_blocks(raw.get("quantization_config"), str(path))
         stored = _read_headers(self.directory)
         names = Names.of(self.config, family_of(raw, str(path)), stored)
         if self.config.tied_head and names.head in stored and not self._is_embedding(stored, names, blocks):
@@ -70,7 +70,7 @@ class Checkpoint:
 
     def _unused(self, stored: dict[str, Stored], names: Names) -> list[str]:
         """The tensors that are not read. Raises ValueError if one belongs to a part of the model."""
-        used = {key for _, tensor in self._tensors.values() for key in (tensor.key, tensor.scale_key)}
+        used = {key for _, tensor in self._tensors.values() for key, _ in tensor.parts()}
         left = [key for key in stored if key not in used and not key.endswith(NOT_WEIGHTS)]
         left = [key for key in left if key != names.head or not self.config.tied_head]
         own = tuple(f"{names.prefix}{part}" for part in ("embed_tokens.", "norm."))
@@ -107,7 +107,7 @@ class Checkpoint:
         return self._find(name)[0].shape
 
     def dtype(self, name: str) -> str:
-        """The type on disk: BF16, F16, F32, F8_E4M3, MXFP4 or INT4."""
+        """The type on disk, as Tensor.dtype."""
         return self._find(name)[1].dtype
 
     def source_bytes(self, name: str) -> int:
@@ -126,7 +126,7 @@ class Checkpoint:
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         tensors = {tensor.key: tensor for _, tensor in self._tensors.values()}
         parts = [(tensor.key, tensor.values) for tensor in tensors.values()]
-        parts += [(tensor.scale_key, tensor.scales) for tensor in tensors.values() if tensor.scales]
+        parts += [part for tensor in tensors.values() for part in list(tensor.parts())[1:]]
         sizes = {path: path.stat().st_size for path in dict.fromkeys(stored.path for _, stored in parts)}
         table = [(key, s.dtype, s.shape, s.offset, s.path.name, sizes[s.path]) for key, s in parts]
         digest.update(json.dumps(table).encode())

@@ -1,35 +1,43 @@
-"""Decoding a checkpoint's tensors to float32: plain types, FP8 with block scales, MXFP4, and 4-bit integers.
+"""Finding quantised tensors in a checkpoint and decoding them to float32.
 
-A quantised tensor has values and, in another tensor, the scales that blocks of values share: w = value * scale.
+A quantised tensor has codes (codes.py) and, in other tensors, the scales that blocks of them share: w = value * scale.
   FP8    X.weight F8_E4M3 (rows, cols), X.weight_scale_inv or X.weight_scale (block rows, block cols). Despite its
-         name, `_inv` is a factor too. Blocks at the last rows and columns may be incomplete.
-  MXFP4  X.weight_packed U8 (rows, cols / 2), the low nibble first; X.weight_scale U8 (rows, cols / 32), an exponent.
-         Or, of all experts, X_blocks U8 (experts, rows, cols / 32, 16), the low nibble first; X_scales U8 (experts,
-         rows, cols / 32).
-  INT4   X.weight_packed I32 (rows, cols / 8), the low nibble first, 8 is zero; X.weight_scale (rows, cols / group).
-The names and types of the stored tensors tell the format; config.json's quantization_config has the block sizes. A few
-rows are decoded at a time, so that little memory is needed beyond the float32 result.
+         name, `_inv` is a factor too. Blocks at the last rows and columns may be incomplete. MXFP8 has an exponent,
+         U8 or F8_E8M0, for 32 columns.
+  MXFP4  X.weight_packed U8 (rows, cols / 2), E2M1; X.weight_scale U8 (rows, cols / 32), an exponent. Or, of all
+         experts, X_blocks U8 (experts, rows, cols / 32, 16), X_scales U8 (experts, rows, cols / 32).
+  NVFP4  X.weight_packed U8 (rows, cols / 2), E2M1; X.weight_scale F8_E4M3 (rows, cols / 16), over
+         X.weight_global_scale. ModelOpt has X.weight and X.weight_scale_2 instead, which is a factor.
+  INT    X.weight_packed I32 (rows, cols * bits / 32), bits 4 or 8, zero in the middle; X.weight_scale (rows, groups).
+  MLX    X.weight U32 (..., cols * bits / 32), X.scales and, in mode affine, X.biases (..., groups): w = code * scale +
+         bias. The other modes have no biases and the codes and scales of MXFP4, MXFP8 and NVFP4.
+The names, types and shapes of the stored tensors tell the format; quantisation.py has what config.json says of block
+sizes. A few rows are decoded at a time, so that little memory is needed beyond the float32 result.
 """
 
 import math
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ...runtime.tensorfile import NUMPY_DTYPES, Stored
+from . import codes
+from .quantisation import MX_BLOCK, PLAIN, Block, unsupported
 
-PLAIN = ("BF16", "F16", "F32")
-FP8, MXFP4, INT4 = "F8_E4M3", "MXFP4", "INT4"
-NIBBLES = (MXFP4, INT4)
+FP8, MXFP4, NVFP4 = "F8_E4M3", "MXFP4", "NVFP4"
 EXPONENTS = ("U8", "F8_E8M0")  # a power of two, stored as its biased exponent
-SCALES = {FP8: (*PLAIN, *EXPONENTS), MXFP4: EXPONENTS, INT4: PLAIN}
-WHOLE = 0  # a block as high or wide as the matrix
-BLOCKS = {FP8: (128, 128), MXFP4: (1, 32)}  # rows and columns that share a scale, unless config.json says otherwise
+SCALES = {FP8: (*PLAIN, *EXPONENTS), MXFP4: EXPONENTS, NVFP4: (FP8,), "INT4": PLAIN, "INT8": PLAIN}
 BLOCKS_SUFFIX = "_blocks"  # of a tensor of MXFP4 with a dimension for the blocks of a row
+NVFP4_BLOCK = (1, 16)
+MLX_BITS = (2, 3, 4, 5, 6, 8)  # of mode affine
+MLX_MODES = {(4, 32): (MXFP4, "E2M1", "U8"), (8, 32): (FP8, "E4M3", "U8"), (4, 16): (NVFP4, "E2M1", FP8)}
+FACTORS = {  # of the scales, from what a tensor stores for all of them, by the end of its name
+    "weight_scale_2": lambda scales, stored: scales * stored,
+    "weight_global_scale": lambda scales, stored: scales / stored,
+    ".global_scale": lambda scales, stored: scales * (stored / np.float32(448 * 6)),  # MLX: the largest weight
+}
 STEP_VALUES = 1 << 16  # values decoded at a time: codes and floats stay in the core's cache
-
-Block = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,45 +45,23 @@ class Tensor:
     """One tensor of a checkpoint as it is stored."""
 
     key: str  # the checkpoint's name for the values
-    dtype: str  # BF16, F16, F32, F8_E4M3, MXFP4 or INT4
+    dtype: str  # BF16, F16, F32, F8_E4M3, MXFP4, NVFP4, INT4, INT8, or MLX2 to MLX8
     shape: tuple[int, ...]  # decoded: (rows, cols), fused (experts, rows, cols), or a vector
     values: Stored
+    codes: str = ""  # the kind of codes, as for codes.values(), of a quantised tensor
     scale_key: str = ""
     scales: Stored | None = None
     block: Block = (0, 0)
+    bias_key: str = ""
+    biases: Stored | None = None  # as many as scales
+    factor_key: str = ""
+    factor: Stored | None = None  # one for all scales, or one for each expert
 
-
-def scale_blocks(quantisation, where: str) -> tuple[Block, ...]:
-    """The possible block sizes of FP8, given config.json's `quantization_config` or None.
-
-    Raises ValueError for an unsupported method or an invalid size.
-    """
-    if quantisation is None:
-        return _any_block([])
-    if not isinstance(quantisation, dict):
-        raise ValueError(f"{where}: quantization_config is {quantisation!r}, expected an object")
-    method = quantisation.get("quant_method")
-    if method == "mxfp4":
-        return _any_block([])
-    if method == "fp8":
-        size = quantisation.get("weight_block_size")
-        return _any_block([]) if size is None else (_block(size, "weight_block_size", where),)
-    if method != "compressed-tensors":
-        raise _unsupported(where, f"quantisation method {method!r}")
-    if quantisation.get("transform_config"):
-        raise _unsupported(where, "transform_config (rotated weights)")
-    groups = quantisation.get("config_groups") or {}
-    if not isinstance(groups, dict):
-        raise ValueError(f"{where}: config_groups is {groups!r}, expected an object")
-    found = []
-    for group in groups.values():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        weights = weights if isinstance(weights, dict) else {}
-        if weights.get("block_structure") is not None:
-            found.append(_block(weights["block_structure"], "block_structure", where))
-        elif type(weights.get("group_size")) is int and weights["group_size"] > 0:  # -1 is a whole row
-            found.append((1, weights["group_size"]))
-    return _any_block(found)
+    def parts(self) -> Iterator[tuple[str, Stored]]:
+        """All that is stored of it, by name."""
+        yield self.key, self.values
+        others = (self.scale_key, self.scales), (self.bias_key, self.biases), (self.factor_key, self.factor)
+        yield from ((key, stored) for key, stored in others if stored is not None)
 
 
 def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: tuple[Block, ...]) -> Tensor | None:
@@ -89,11 +75,17 @@ def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: 
         packed = stored.get(f"{key}_packed")
         if packed is None:
             return None
-        return (_locate_int4 if packed.dtype == "I32" else _locate_mxfp4)(key, shape, packed, stored)
+        return (_locate_ints if packed.dtype == "I32" else _locate_fp4)(key, f"{key}_packed", shape, packed, stored)
     if values.dtype == "U8" and key.endswith(BLOCKS_SUFFIX):
-        return _locate_blocks(key, shape, values, stored)
+        return _fp4(
+            MXFP4, key, shape, values, (shape[-1] // 32, 16), f"{key.removesuffix(BLOCKS_SUFFIX)}_scales", stored
+        )
+    if values.dtype == "U8" and f"{key}_scale_2" in stored:
+        return _locate_fp4(key, key, shape, values, stored)
+    if values.dtype == "U32" and f"{key.removesuffix('weight')}scales" in stored and len(shape) > 1:
+        return _locate_mlx(key, shape, values, stored)
     if values.dtype not in (*PLAIN, FP8) or (values.dtype == FP8 and len(shape) < 2):
-        raise _unsupported(values.path, f"tensor {key} of type {values.dtype}")
+        raise unsupported(values.path, f"tensor {key} of type {values.dtype}")
     _check_shape(key, values, shape)
     if values.dtype in PLAIN:
         return Tensor(key, values.dtype, shape, values)
@@ -101,7 +93,7 @@ def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: 
     scales = _locate_scales(FP8, key, values, scale_key, stored)
     for block in blocks:
         if scales.shape in _scale_shapes(shape, block):
-            return Tensor(key, FP8, shape, values, scale_key, scales, _resolve(block, shape))
+            return Tensor(key, FP8, shape, values, "E4M3", scale_key, scales, _resolve(block, shape))
     wanted = dict.fromkeys(str(_scale_shapes(shape, block)[0]) for block in blocks)
     raise _wrong_scales(scale_key, scales, key, shape, " or ".join(wanted))
 
@@ -117,32 +109,29 @@ def read(tensor: Tensor, first_row: int, shape: tuple[int, ...], name: str) -> n
         _check_finite(values, tensor.key, tensor.values, name)
         return values.reshape(shape)
     rows, cols = shape
-    blocks, first, count = _scale_span(tensor, first_row, rows)
-    factors = _floats(tensor.scale_key, tensor.scales, first, count)
-    _check_finite(factors, tensor.scale_key, tensor.scales, name)
-    factors = factors.reshape(-1, -(-cols // tensor.block[1]))
+    blocks, scales, biases = _scales(tensor, first_row, shape, name)
 
-    table = _table(tensor.dtype, pairs=tensor.dtype == FP8 and cols % 2 == 0)
-    size, each = table.shape  # values that one code stands for
-    codes = np.empty(max(STEP_VALUES // cols, 1) * cols // each, "u1" if size == 256 else "<u2")
+    row_bytes = cols * codes.bits_of(tensor.codes) // 8
+    step = max(STEP_VALUES // cols, 1)
+    packed = np.empty(step * row_bytes, "u1")
     result = np.empty(shape, np.float32)
-    step = codes.size * each // cols
     whole = cols // tensor.block[1]  # blocks that are not cut off
     edge = whole * tensor.block[1]
     with open(tensor.values.path, "rb", buffering=0) as file:
-        file.seek(tensor.values.offset + first_row * cols * codes.itemsize // each)
+        file.seek(tensor.values.offset + first_row * row_bytes)
         for row in range(0, rows, step):
             part = result[row : row + step]
-            found = file.readinto(codes[: part.size // each])
-            if found < part.size // each * codes.itemsize:
-                done = row * cols + found // codes.itemsize * each
-                raise _cut(tensor.key, tensor.values, done, rows * cols)
-            np.take(table, codes[: part.size // each], axis=0, out=part.reshape(-1, each), mode="clip")
-            scales = factors[blocks[row : row + step]]
-            inner = part[:, :edge].reshape(len(part), whole, tensor.block[1])
+            found = file.readinto(packed[: len(part) * row_bytes])
+            if found < len(part) * row_bytes:
+                raise _cut(tensor.key, tensor.values, row * cols + found * cols // row_bytes, rows * cols)
+            codes.decode(tensor.codes, packed[: len(part) * row_bytes], part)
+            of_rows = blocks[row : row + step]
+            factors, inner = scales[of_rows], part[:, :edge].reshape(len(part), whole, tensor.block[1])
             with np.errstate(over="ignore"):
-                inner *= scales[:, :whole, None]
-                part[:, edge:] *= scales[:, whole:]
+                inner *= factors[:, :whole, None]
+                part[:, edge:] *= factors[:, whole:]
+                if biases is not None:  # blocks are whole
+                    inner += biases[of_rows][:, :, None]
             _check_finite(part, tensor.key, tensor.values, name)
     return result
 
@@ -153,21 +142,12 @@ def read_bytes(tensor: Tensor, first_row: int, shape: tuple[int, ...]) -> int:
     if tensor.scales is None:
         return count * NUMPY_DTYPES[tensor.dtype].itemsize
     _, _, scales = _scale_span(tensor, first_row, shape[0])
-    return (count // 2 if tensor.dtype in NIBBLES else count) + scales * NUMPY_DTYPES[tensor.scales.dtype].itemsize
+    others = [(tensor.scales, scales), (tensor.biases, scales), (tensor.factor, 1)]
+    others = sum(number * NUMPY_DTYPES[stored.dtype].itemsize for stored, number in others if stored is not None)
+    return count * codes.bits_of(tensor.codes) // 8 + others
 
 
 # Finding and checking
-
-
-def _any_block(found: list[Block]) -> tuple[Block, ...]:
-    """The candidates that the shape of the scales decides between: one scale per tensor, per row, or per block."""
-    return ((WHOLE, WHOLE), (1, WHOLE), *(dict.fromkeys(found) or (BLOCKS[FP8],)))
-
-
-def _block(size, what: str, where: str) -> Block:
-    if not isinstance(size, list) or len(size) != 2 or not all(type(x) is int and x > 0 for x in size):
-        raise ValueError(f"{where}: {what} is {size!r}, expected two numbers of rows and columns above 0")
-    return size[0], size[1]
 
 
 def _resolve(block: Block, shape: tuple[int, ...]) -> Block:
@@ -179,21 +159,22 @@ def _scale_shapes(shape: tuple[int, ...], block: Block) -> list[tuple[int, ...]]
     *experts, rows, cols = shape
     height, width = _resolve(block, shape)
     grid = (*experts, -(-rows // height), -(-cols // width))
-    return [grid, (), (1,)] if grid == (1, 1) else [grid]
+    return [grid, (), (1,)] if grid == (1, 1) else [grid, grid[:-1]] if block == (1, 0) else [grid]
 
 
-def _locate_mxfp4(key: str, shape: tuple[int, ...], packed: Stored, stored: dict[str, Stored]) -> Tensor:
-    packed_key = f"{key}_packed"
+def _locate_fp4(key: str, packed_key: str, shape: tuple[int, ...], packed: Stored, stored: dict[str, Stored]) -> Tensor:
+    """MXFP4 or NVFP4: two codes of E2M1 in a byte."""
+    scale_key, factor_key = f"{key}_scale", f"{key}_scale_2" if packed_key == key else f"{key}_global_scale"
+    found = stored.get(scale_key)
+    dtype = NVFP4 if packed_key == key or (found and found.dtype == FP8) else MXFP4
     if packed.dtype != "U8" or len(shape) != 2:
-        raise _unsupported(packed.path, f"tensor {packed_key} of type {packed.dtype}")
-    return _mxfp4(packed_key, shape, packed, (shape[-1] // 2,), f"{key}_scale", stored)
+        raise unsupported(packed.path, f"tensor {packed_key} of type {packed.dtype}")
+    tensor = _fp4(dtype, packed_key, shape, packed, (shape[-1] // 2,), scale_key, stored)
+    return _with_factor(tensor, factor_key, stored) if dtype == NVFP4 else tensor
 
 
-def _locate_blocks(key: str, shape: tuple[int, ...], values: Stored, stored: dict[str, Stored]) -> Tensor:
-    return _mxfp4(key, shape, values, (shape[-1] // 32, 16), f"{key.removesuffix(BLOCKS_SUFFIX)}_scales", stored)
-
-
-def _mxfp4(
+def _fp4(
+    dtype: str,
     key: str,
     shape: tuple[int, ...],
     values: Stored,
@@ -201,32 +182,88 @@ def _mxfp4(
     scale_key: str,
     stored: dict[str, Stored],
 ) -> Tensor:
-    """A tensor of MXFP4, each row of which is stored as `row_shape` bytes."""
-    block = BLOCKS[MXFP4]
+    """A tensor of E2M1, each row of which is stored as `row_shape` bytes."""
+    block = NVFP4_BLOCK if dtype == NVFP4 else MX_BLOCK
     if shape[-1] % block[1]:
         raise ValueError(
-            f"{values.path}: tensor {key} is MXFP4, which has blocks of {block[1]} columns, and config.json "
+            f"{values.path}: tensor {key} is {dtype}, which has blocks of {block[1]} columns, and config.json "
             f"makes it {shape}; config.json and the weights do not belong together"
         )
     _check_shape(key, values, (*shape[:-1], *row_shape))
-    scales = _locate_scales(MXFP4, key, values, scale_key, stored)
+    scales = _locate_scales(dtype, key, values, scale_key, stored)
     wanted = _scale_shapes(shape, block)[0]
     if scales.shape != wanted:
         raise _wrong_scales(scale_key, scales, key, shape, str(wanted))
-    return Tensor(key, MXFP4, shape, values, scale_key, scales, block)
+    return Tensor(key, dtype, shape, values, "E2M1", scale_key, scales, block)
 
 
-def _locate_int4(key: str, shape: tuple[int, ...], packed: Stored, stored: dict[str, Stored]) -> Tensor:
-    packed_key, scale_key = f"{key}_packed", f"{key}_scale"
-    if len(shape) != 2 or shape[1] % 8 or f"{key}_zero_point" in stored or f"{key}_g_idx" in stored:
-        raise _unsupported(packed.path, f"tensor {packed_key} of integers with zero points, or in another order")
-    rows, cols = shape
-    _check_shape(packed_key, packed, (rows, cols // 8))
-    scales = _locate_scales(INT4, packed_key, packed, scale_key, stored)
-    groups = scales.shape[1] if len(scales.shape) == 2 and scales.shape[0] == rows else 0
+def _locate_ints(
+    key: str, packed_key: str, shape: tuple[int, ...], packed: Stored, stored: dict[str, Stored]
+) -> Tensor:
+    """Whole numbers of 4 or 8 bits."""
+    scale_key, cols = f"{key}_scale", shape[-1]
+    bits = 8 if packed.shape[-1:] == (cols // 4,) else 4
+    if len(shape) != 2 or cols % (32 // bits) or f"{key}_zero_point" in stored or f"{key}_g_idx" in stored:
+        raise unsupported(packed.path, f"tensor {packed_key} of integers with zero points, or in another order")
+    rows = shape[0]
+    _check_shape(packed_key, packed, (rows, cols * bits // 32))
+    dtype = f"INT{bits}"
+    scales = _locate_scales(dtype, packed_key, packed, scale_key, stored)
+    block = (1, _group(scale_key, scales, packed_key, shape))
+    return Tensor(packed_key, dtype, shape, packed, f"S{bits}", scale_key, scales, block)
+
+
+def _locate_mlx(key: str, shape: tuple[int, ...], packed: Stored, stored: dict[str, Stored]) -> Tensor:
+    """A tensor that MLX quantised, in any of its modes, with the bits and groups that its shape tells."""
+    name, (*others, cols) = key.removesuffix("weight"), shape
+    words = packed.shape[-1] if packed.shape[:-1] == tuple(others) else 0
+    bits = next((bits for bits in MLX_BITS if words * 32 == bits * cols), 0)
+    if not bits:
+        wanted = f"{(*others, cols)} in words of codes of {', '.join(map(str, MLX_BITS))} bits"
+        raise ValueError(
+            f"{packed.path}: tensor {key} has shape {packed.shape}, config.json makes it {wanted}; "
+            "config.json and the weights do not belong together"
+        )
+    scale_key, bias_key, factor_key = f"{name}scales", f"{name}biases", f"{name}global_scale"
+    scales, biases = stored[scale_key], stored.get(bias_key)
+    group = _group(scale_key, scales, key, shape)
+    if biases is not None and scales.dtype in PLAIN and biases.dtype in PLAIN:
+        _check_shape(bias_key, biases, scales.shape)
+        rest = (scale_key, scales, (1, group), bias_key, biases)
+        return Tensor(key, f"MLX{bits}", shape, packed, f"U{bits}", *rest)
+    mode = MLX_MODES.get((bits, group)) if scales.dtype == "U8" and biases is None else None
+    if mode is None:
+        what = f"tensor {key} of {bits} bits in groups of {group} with {scale_key} of type {scales.dtype}"
+        raise unsupported(packed.path, what + " and no biases" * (biases is None))
+    dtype, kind, scale_dtype = mode
+    scales = replace(scales, dtype=scale_dtype)
+    tensor = Tensor(key, dtype, shape, packed, kind, scale_key, scales, (1, group))
+    return _with_factor(tensor, factor_key, stored) if factor_key in stored else tensor
+
+
+def _with_factor(tensor: Tensor, factor_key: str, stored: dict[str, Stored]) -> Tensor:
+    """The tensor with the factor of all its scales, or of those of each expert."""
+    if factor_key not in stored:
+        raise ValueError(
+            f"{tensor.values.path}: tensor {tensor.key} is {tensor.dtype} and {factor_key} is missing; "
+            "download the checkpoint again, or use the one that is not quantised"
+        )
+    factor = stored[factor_key]
+    if factor.dtype not in PLAIN:
+        raise unsupported(factor.path, f"tensor {factor_key} of type {factor.dtype}")
+    wanted = (math.prod(tensor.shape[:-2]),) if len(tensor.shape) > 2 else (1,)
+    if math.prod(factor.shape) != 1 and factor.shape != wanted:
+        raise _wrong_scales(factor_key, factor, tensor.key, tensor.shape, str(wanted))
+    return replace(tensor, factor_key=factor_key, factor=factor)
+
+
+def _group(key: str, scales: Stored, of: str, shape: tuple[int, ...]) -> int:
+    """The columns that share a scale, in groups within a row."""
+    *others, cols = shape
+    groups = scales.shape[-1] if scales.shape[:-1] == tuple(others) else 0
     if groups == 0 or cols % groups or cols // groups % 2:
-        raise _wrong_scales(scale_key, scales, packed_key, shape, f"({rows}, groups of columns)")
-    return Tensor(packed_key, INT4, shape, packed, scale_key, scales, (1, cols // groups))
+        raise _wrong_scales(key, scales, of, shape, f"({', '.join(map(str, others))}, groups of columns)")
+    return cols // groups
 
 
 def _locate_scales(dtype: str, key: str, values: Stored, scale_key: str, stored: dict[str, Stored]) -> Stored:
@@ -237,7 +274,7 @@ def _locate_scales(dtype: str, key: str, values: Stored, scale_key: str, stored:
         )
     scales = stored[scale_key]
     if scales.dtype not in SCALES[dtype]:
-        raise _unsupported(scales.path, f"tensor {scale_key} of type {scales.dtype}")
+        raise unsupported(scales.path, f"tensor {scale_key} of type {scales.dtype}")
     return scales
 
 
@@ -256,15 +293,27 @@ def _wrong_scales(key: str, found: Stored, of: str, shape: tuple[int, ...], want
     )
 
 
-def _unsupported(where, what: str) -> ValueError:
-    return ValueError(
-        f"{where}: {what} is not supported; supported are {', '.join(PLAIN)}, FP8 (quant_method fp8 or "
-        "compressed-tensors, F8_E4M3 with scales), MXFP4 (compressed-tensors, mxfp4-pack-quantized) and INT4 "
-        "(compressed-tensors, pack-quantized, symmetric); use such a checkpoint, best the one that is not quantised"
-    )
-
-
 # Reading
+
+
+def _scales(tensor: Tensor, first_row: int, shape: tuple[int, int], name: str):
+    """Read the scales of some rows: each row's row of scales, the scales (rows, cols) and the biases, or None."""
+    blocks, first, count = _scale_span(tensor, first_row, shape[0])
+    width = -(-shape[1] // tensor.block[1])
+
+    def of_blocks(key: str, stored: Stored) -> np.ndarray:
+        found = _floats(key, stored, first, count)
+        _check_finite(found, key, stored, name)
+        return found.reshape(-1, width)
+
+    scales = of_blocks(tensor.scale_key, tensor.scales)
+    if tensor.factor is not None:
+        expert = first_row // tensor.shape[-2] if math.prod(tensor.factor.shape) > 1 else 0
+        factor = _floats(tensor.factor_key, tensor.factor, expert, 1)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            scales = next(of for end, of in FACTORS.items() if tensor.factor_key.endswith(end))(scales, factor)
+        _check_finite(scales, tensor.factor_key, tensor.factor, name)
+    return blocks, scales, None if tensor.biases is None else of_blocks(tensor.bias_key, tensor.biases)
 
 
 def _scale_span(tensor: Tensor, first_row: int, rows: int) -> tuple[np.ndarray, int, int]:
@@ -280,13 +329,13 @@ def _scale_span(tensor: Tensor, first_row: int, rows: int) -> tuple[np.ndarray, 
 
 
 def _floats(key: str, stored: Stored, first: int, count: int) -> np.ndarray:
-    """Read `count` values from index `first` on, of a plain type or exponents, as float32 (count,)."""
+    """Read `count` values from index `first` on, of a plain type or of one byte, as float32 (count,)."""
     dtype = NUMPY_DTYPES[stored.dtype]
     values = np.fromfile(stored.path, dtype, count, offset=stored.offset + first * dtype.itemsize)
     if values.size < count:
         raise _cut(key, stored, values.size, count)
-    if stored.dtype in EXPONENTS:
-        return _table("F8_E8M0")[values, 0]
+    if dtype.itemsize == 1:
+        return codes.values("E8M0" if stored.dtype in EXPONENTS else "E4M3")[values]
     if stored.dtype == "BF16":  # the upper half of a float32
         values = values.astype(np.uint32)
         values <<= 16
@@ -306,28 +355,3 @@ def _check_finite(values: np.ndarray, key: str, stored: Stored, name: str) -> No
             f"{stored.path}: tensor {key} has NaN or Inf (read for {name}); "
             "the checkpoint is damaged, download it again"
         )
-
-
-@cache
-def _table(dtype: str, pairs: bool = False) -> np.ndarray:
-    """The lookup table of a type, float32 (codes, values per code); with `pairs`, a code is two bytes.
-
-    Looking up pairs takes half as many steps as bytes.
-    """
-    code = np.arange(256)
-    if dtype == "F8_E8M0":  # OCP MX specification 1.0: 2 to the code less 127; 255 is NaN
-        values = np.where(code == 255, np.nan, 2.0 ** (code - 127.0))
-    elif dtype == INT4:  # offset by 8, the low nibble first
-        values = np.stack([(code & 15) - 8.0, (code >> 4) - 8.0], axis=1)
-    elif dtype == MXFP4:  # E2M1, the low nibble first
-        value = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-        value = np.concatenate([value, -value])
-        values = np.stack([value[code & 15], value[code >> 4]], axis=1)
-    else:  # E4M3 as in OCP's FP8 specification: bias 7, no Inf, all ones is NaN
-        exponent, fraction = code >> 3 & 15, code & 7
-        values = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10))
-        values = np.where(code & 127 == 127, np.nan, np.where(code < 128, values, -values))
-    values = values.astype(np.float32).reshape(256, -1)
-    if pairs:  # little-endian: the first byte is the low one
-        values = np.stack(np.broadcast_arrays(values.T, values), axis=2).reshape(-1, 2)
-    return values
