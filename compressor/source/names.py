@@ -1,7 +1,7 @@
 """Mapping each canonical tensor to the checkpoint's tensor that contains it, by the naming of the model's family."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -37,19 +37,25 @@ class Names:
     of_layer: Mapping[str, str]  # by canonical name within a layer
     family: Family
     packed: tuple[Packed, ...]  # of the family's, those that the checkpoint has
+    mlx: bool  # mlx-lm saved it
 
     @classmethod
     def of(cls, config: ModelConfig, family: Family, stored: Mapping[str, Stored]) -> "Names":
-        """Find which of the family's spellings the stored tensors have."""
-        prefixes = [prefix for prefix in family.prefixes if f"{prefix}embed_tokens.weight" in stored]
+        """Find which of the family's spellings the stored tensors have, or whether they have mlx-lm's."""
+        inner = ("language_model.",) if family.text else ()
+        prefixes = (*family.prefixes, *(f"{one}model." for one in inner))
+        prefixes = [prefix for prefix in prefixes if f"{prefix}embed_tokens.weight" in stored]
         prefix = prefixes[0] if prefixes else family.prefixes[0]
-        head = next((name for name in family.heads if name in stored), family.heads[0])
+        heads = (*family.heads, *(f"{one}lm_head.weight" for one in inner))
+        head = next((name for name in heads if name in stored), heads[0])
         norm = f"0.{NAMES['attention_norm']}"
         lists = [f"{prefix}{name}." for name in family.layers]
         layers = next((name for name in lists if name + norm in stored), lists[0])
-        layout = _layout(config, family.layouts, f"{layers}{config.moe_layers[0]}.", stored)
+        stacked = tuple(_stacked_layouts(family.layouts))
+        layout = _layout(config, (*family.layouts, *stacked), f"{layers}{config.moe_layers[0]}.", stored)
         packed = tuple(one for one in family.packed if _has(one, layers, config, stored))
-        return cls(prefix, layers, head, layout, {**NAMES, **family.names, **layout.names}, family, packed)
+        of_layer = {**NAMES, **family.names, **layout.names}
+        return cls(prefix, layers, head, layout, of_layer, family, packed, layout in stacked)
 
     def packed_at(self, config: ModelConfig, layer: int) -> dict[str, tuple[str, Rows, int]]:
         """The matrices of a layer that are stored together: the tensor's name, their rows, and all its rows."""
@@ -70,6 +76,8 @@ def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
     for name, shape in trunk_shapes(config).items():
         layer, part = (int(name.split(".")[1]), without_layer(name)) if name.startswith("layers.") else (None, name)
         key_shape, stored_shape, rows, convert = shape, shape, (), names.family.conversions.get(part)
+        if names.mlx and part.endswith("norm"):
+            convert = None  # mlx-lm stores the weights that are used
         if layer is None:
             key = outside[name]
         elif part in packed[layer]:
@@ -79,24 +87,37 @@ def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
             key = f"{names.layers}{layer}.{names.of_layer[part]}"
         if change := names.family.stored_as.get(part):
             key_shape = change(shape)
+            if names.mlx:  # has a convolution's inputs last
+                key_shape = (key_shape[0], *key_shape[2:], key_shape[1])
             stored_shape = tuple(size for size in key_shape if size > 1)
         yield Source(name, key, shape, key_shape, stored_shape, pieces=rows, convert=convert)
     for layer in config.moe_layers:
         for expert in range(config.experts):
             to, at = f"layers.{layer}.experts.{expert}", f"{names.layers}{layer}."
-            yield from (_fused if not names.layout.up else _separate)(config, names.layout, to, at, expert)
+            yield from _of_expert(names.layout)(config, names.layout, to, at, expert)
             if any(names.layout.biases):
                 yield from _biases(config, names.layout, to, at, expert)
 
 
+def _of_expert(layout: Layout) -> Callable[..., Iterator[Source]]:
+    """The function that yields the sources of one expert."""
+    return _fused if not layout.up else _separate if "{}" in layout.gate else _stacked
+
+
 def _separate(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -> Iterator[Source]:
-    dim, hidden = config.dim, config.expert_hidden
-    for part, name, shape in (
-        ("gate", layout.gate, (hidden, dim)),
-        ("up", layout.up, (hidden, dim)),
-        ("down", layout.down, (dim, hidden)),
-    ):
+    for part, name, shape in _parts(config, layout):
         yield Source(f"{to}.{part}", at + name.format(expert), shape, shape, shape)
+
+
+def _stacked(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -> Iterator[Source]:
+    for part, name, shape in _parts(config, layout):
+        yield Source(f"{to}.{part}", at + name, shape, (config.experts, *shape), shape, expert * shape[0])
+
+
+def _parts(config: ModelConfig, layout: Layout) -> tuple[tuple[str, str, tuple[int, int]], ...]:
+    """An expert's matrices: part, name and shape."""
+    inwards, outwards = (config.expert_hidden, config.dim), (config.dim, config.expert_hidden)
+    return ("gate", layout.gate, inwards), ("up", layout.up, inwards), ("down", layout.down, outwards)
 
 
 def _fused(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -> Iterator[Source]:
@@ -146,6 +167,14 @@ def _has(packed: Packed, layers: str, config: ModelConfig, stored: Mapping[str, 
     of = (layer for layer in range(config.layer_count) if packed.rows(config.layers[layer].attention))
     key = f"{layers}{next(of, 0)}.{packed.name}"
     return key in stored or f"{key}_packed" in stored
+
+
+def _stacked_layouts(layouts: tuple[Layout, ...]) -> Iterator[Layout]:
+    """The layouts of mlx-lm, which has a tensor for the gates of all experts of a layer, one for ups, one for downs."""
+    for layout in layouts:
+        path = f"{layout.gate.partition('.')[0]}.switch_mlp"
+        gate, up, down = (f"{path}.{part}_proj.weight" for part in ("gate", "up", "down"))
+        yield replace(layout, gate=gate, up=up, down=down, transposed=False)
 
 
 def _layout(config: ModelConfig, layouts: tuple[Layout, ...], layer: str, stored: Mapping[str, Stored]) -> Layout:

@@ -44,8 +44,8 @@ class Layout:
     """How a checkpoint stores the experts of a layer.
 
     If `gate` and `up` contain `{}`, they are the names of one expert's matrices, with the expert's number in place of
-    `{}`. Otherwise `gate` names one tensor with the gate rows, then the up rows of all experts, (experts, gate rows
-    then up rows, dim), `down` names one (experts, dim, hidden), and `up` is empty.
+    `{}`. Otherwise all are (experts, rows, cols): `gate`, `up` and `down` name a tensor each, or `up` is empty and
+    `gate` names one with both, (experts, gate rows then up rows, dim).
 
     `biases` are the names of two tensors (experts, rows) with what is added to the products of fused gate and up and of
     down, for a family whose experts have that.
