@@ -25,14 +25,14 @@ def utf8_path(path: str | Path) -> Path:
     return Path(path)
 
 
-def find_model(path: str | Path) -> Path:
+def find_model(path: str | Path, gguf: bool = False) -> Path:
     """The directory that holds a model's files: `path` itself, or the snapshot of a folder of the hub's cache.
 
-    Raises FileNotFoundError for a hub id and ValueError for a file of another format, each with what to do. Other
-    errors are left to the code that reads the path.
+    gguf: a GGUF file is one, too. Raises FileNotFoundError for a hub id and ValueError for a file of another format,
+    each with what to do. Other errors are left to the code that reads the path.
     """
     given, path = str(path), Path(path)
-    if path.is_file():
+    if path.is_file() and not (gguf and is_gguf(path)):
         raise_if_other_format(path)
     if path.is_dir():
         return _snapshot(path)
@@ -67,6 +67,28 @@ def _snapshot(path: Path) -> Path:
     raise FileNotFoundError(f"{path}: is a hub cache with {len(found)} snapshots and none is main; name one of them")
 
 
+def is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(len(POINTER))
+    return head.startswith(b"GGUF") or (path.suffix == ".gguf" and head != POINTER)
+
+
+def gguf_in(directory: Path) -> Path | None:
+    """The GGUF file of a directory that has no safetensors, or the first file of its only split one.
+
+    Raises ValueError if there are several models.
+    """
+    names = sorted(one.name for one in directory.iterdir())
+    found = [name for name in names if name.endswith(".gguf") and not name.startswith("mmproj")]
+    if not found or any(name.endswith(".safetensors") for name in names):
+        return None
+    if len({re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", name) for name in found}) > 1:
+        raise ValueError(f"{directory}: has several GGUF models, {found[0]} and others; name one of them")
+    return directory / found[0]
+
+
 def raise_if_other_format(path: Path) -> None:
     """Raise ValueError for a file or directory of an unsupported format, naming the format."""
     if path.is_dir():
@@ -83,14 +105,14 @@ def raise_if_other_format(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(64)
     check_pointer(path, head)
-    if head.startswith(b"GGUF") or path.suffix == ".gguf":
+    if is_gguf(path):
         raise ValueError(_gguf(path))
     if path.suffix == ".safetensors":
         raise ValueError(f"{path}: is one file of a checkpoint; name its directory, {path.parent}")
 
 
 def _gguf(path: Path) -> str:
-    return f"{path}: is a GGUF file; edge-moe compresses from safetensors: download the original checkpoint"
+    return f"{path}: is a GGUF file, not a bundle; make one with `edge-moe compress {path} OUT`"
 
 
 def check_pointer(path: Path, head: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ HUB = (
     ": no such directory, but it looks like a model on the Hugging Face hub; download it with `hf download "
     "Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B`, then `edge-moe compress Qwen3-30B-A3B Qwen3-30B-A3B.emoe`"
 )
-GGUF = ": is a GGUF file; edge-moe compresses from safetensors: download the original checkpoint"
 
 
 def changed(directory: Path, **changes) -> None:
@@ -39,14 +39,15 @@ def hub_address(directory: Path) -> tuple[str, str]:
 def gguf_file(directory: Path) -> tuple[str, str]:
     file = directory / "model-q4.bin"
     file.write_bytes(b"GGUF\3\0\0\0" + bytes(100))
-    return file, f"{file}{GGUF}"
+    return file, f"{file}: is a GGUF file, not a bundle; make one with `edge-moe compress {file} OUT`"
 
 
 def gguf_directory(directory: Path) -> tuple[str, str]:
     for name in ("config.json", "model.safetensors"):
         (directory / name).unlink()
-    (directory / "q4.gguf").write_bytes(b"GGUF")
-    return directory, f"{directory / 'q4.gguf'}{GGUF}"
+    file = directory / "q4.gguf"
+    file.write_bytes(b"GGUF")
+    return directory, f"{file}: is a GGUF file, not a bundle; make one with `edge-moe compress {file} OUT`"
 
 
 def awq(directory: Path) -> tuple[str, str]:
@@ -74,8 +75,16 @@ def pointer(directory: Path) -> tuple[str, str]:
     )
 
 
-@pytest.mark.parametrize("make", [hub_id, hub_address, gguf_file, gguf_directory, awq, dense, pointer])
-@pytest.mark.parametrize("command", ["compress", "plan", "inspect", "generate", "chat", "eval"])
+@pytest.mark.parametrize(
+    ("command", "make"),
+    [
+        *product(("compress", "plan"), (hub_id, hub_address, awq, dense, pointer)),
+        *product(
+            ("inspect", "generate", "chat"), (hub_id, hub_address, gguf_file, gguf_directory, awq, dense, pointer)
+        ),
+        *product(("eval",), (hub_id, hub_address, gguf_file, awq, dense, pointer)),
+    ],
+)
 def test_every_subcommand_says_what_a_model_is_that_it_cannot_take(golden, bundle_of, tmp_path, make, command):
     path, message = make(Path(shutil.copytree(golden["olmoe"][0], tmp_path / "model")))
     (tmp_path / "text.txt").write_text("text")

@@ -102,7 +102,8 @@ def test_it_computes_what_the_dense_model_does(dense, tmp_path):
 def test_weights_leave_the_grid_but_not_their_step(dense, tmp_path):
     write_gguf(dense, tmp_path / "dense.gguf", quantised=True)
     source = smollm2.Source(tmp_path / "dense.gguf")
-    tensor = source.tensors["blk.0.ffn_up.weight"]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "dense.gguf").tensors}
+    tensor = tensors["blk.0.ffn_up.weight"]
     grid = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     steps = np.repeat((grid.reshape(-1, 32).max(1) - grid.reshape(-1, 32).min(1)) / 15, 32).reshape(grid.shape)
     moved = source.tensor("blk.0.ffn_up.weight") - grid

@@ -19,6 +19,7 @@ from ...runtime.plan import KV_TYPES, Plan, check_sequences, make_plan, resolve_
 from ...runtime.runtime import DEFAULT_CONTEXT
 from ...runtime.tokenizer import tokenizer_of
 from ..rounding.quantise import largest_group
+from ..source.gguf_file import small_files
 from ..source.quantisation import quantisation_of, scale_blocks
 from . import targets
 from .sizes import (
@@ -104,7 +105,7 @@ def estimate(
     including the tokenizer if there is one. Raises ValueError for bad options, and what reading the config or the
     bundle raises.
     """
-    path = find_model(model)
+    path = find_model(model, gguf=True)
     choices = {"bits": bits, "size": size, "width": width, "widths": widths, "trunk_width": trunk_width}
     choices["recipe"] = recipe
     given = [name for name, value in {**choices, "keep_experts": keep_experts}.items() if value is not None]
@@ -113,13 +114,14 @@ def estimate(
     bundle = Bundle.open(path) if (path / "bundle.json").is_file() else None
     if bundle and given:
         raise ValueError(f"{path}: a bundle has its widths and experts already; leave {given[0]} out")
-    config = bundle.config if bundle else _config_of(path, keep_experts)
+    with small_files(path) as files:
+        config = bundle.config if bundle else _config_of(files, keep_experts)
+        tokenizer = tokenizer_of(files)
     sizes, assumed = _bundle_sizes(bundle) if bundle else _config_sizes(config, str(path), **choices)
     context = min(DEFAULT_CONTEXT, config.context) if context is None else context
     if not 1 <= context <= config.context:
         raise ValueError(f"context is {context}, expected 1 to {config.context}, the model's own")
     check_sequences(sequences)
-    tokenizer = tokenizer_of(path)
     table_bytes = 0 if bundle else TABLE_BYTES + RECORD_BYTES * config.expert_count
     fixed = {
         "ram_bytes": resolve_ram(ram),

@@ -9,6 +9,7 @@ names.py has the tensor names of each family, formats.py the types and quantised
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ...runtime.files import real_path
 from ...runtime.model_path import find_model, raise_if_other_format
 from ...runtime.tensorfile import Stored, read_header
 from .formats import Tensor, locate, read, read_bytes
+from .gguf_file import find_gguf, unpacked
 from .names import Names, Source, sources
 from .quantisation import Block, quantisation_of, scale_blocks
 
@@ -41,7 +43,11 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = find_model(directory)
+        self.directory = find_model(directory, gguf=True)
+        self._made, gguf = None, None
+        if (file := find_gguf(self.directory)) is not None:
+            self._made = ExitStack()  # a directory that is kept as long as the checkpoint
+            self.directory, gguf = self._made.enter_context(unpacked(file))
         path = self.directory / "config.json"
         if not path.is_file() and self.directory.is_dir():
             raise_if_other_format(self.directory)
@@ -49,8 +55,11 @@ class Checkpoint:
         blocks = scale_blocks(quantisation_of(self.directory, raw), str(path))
         self.config: ModelConfig = load_config(self.directory)
         real_path(self.directory, path.name)
-        stored = _read_headers(self.directory)
-        names = Names.of(self.config, family_of(raw, str(path)), stored)
+        family = family_of(raw, str(path))
+        stored = gguf.stored(family) if gguf else _read_headers(self.directory)
+        names = Names.of(self.config, family, stored)
+        if gguf:
+            names = replace(names, conversions={**names.conversions, **gguf.conversions(self.config)})
         if self.config.tied_head and names.head in stored and not self._is_embedding(stored, names, blocks):
             self.config = replace(self.config, tied_head=False)
         self._tensors = _match(self.directory, sources(self.config, names), names.head, stored, blocks)
@@ -98,6 +107,8 @@ class Checkpoint:
     def close(self) -> None:
         """Forget the tensors; a later read raises ValueError."""
         self._tensors = {}
+        if self._made:
+            self._made.close()
 
     def trunk_names(self) -> list[str]:
         """Canonical names of all tensors that are not routed experts, in a fixed order."""

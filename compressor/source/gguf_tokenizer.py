@@ -1,0 +1,68 @@
+"""Making a tokenizer.json, and what belongs beside it, of a GGUF file's metadata.
+
+Byte-pair encodings of bytes are made where the way of splitting a text into words, `tokenizer.ggml.pre`, is known.
+Others are left out, and the model's own tokenizer.json must be put beside the file.
+"""
+
+import json
+from collections.abc import Callable
+
+SPLITS = {  # regular expressions of words, by the name in the metadata
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+",
+    "glm4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+",
+    "smollm": "",  # single digits, then as GPT-2
+}
+NORMALISED = ("qwen2",)  # to NFC
+CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+
+def files(fields: dict) -> dict[str, Callable[[], dict]]:
+    """What makes tokenizer.json, tokenizer_config.json and generation_config.json, as far as the metadata has them."""
+
+    def field(name: str):
+        return fields.get(f"tokenizer.ggml.{name}")
+
+    made = {}
+    if field("model") == "gpt2" and field("pre") in SPLITS and field("merges") and field("tokens"):
+        made["tokenizer.json"] = lambda: tokenizer(fields)
+        made["tokenizer_config.json"] = lambda: about(fields)
+    ends = [field(f"{name}_token_id") for name in ("eos", "eot", "eom")]
+    if ends := [end for end in dict.fromkeys(ends) if isinstance(end, int)]:
+        made["generation_config.json"] = lambda: {"eos_token_id": ends}
+    return made
+
+
+def tokenizer(fields: dict) -> dict:
+    """The content of tokenizer.json."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokens, kinds, merges, pre = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type", "merges", "pre"))
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
+    added = [token for token, kind in zip(tokens, kinds, strict=True) if kind == USER_DEFINED]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
+    if pre in NORMALISED:
+        made.normalizer = normalizers.NFC()
+    if SPLITS[pre]:
+        words = [
+            pre_tokenizers.Split(Regex(SPLITS[pre]), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    else:
+        words = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Sequence(words), decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    made.add_tokens([AddedToken(token, normalized=False) for token in added])
+    return json.loads(made.to_str())
+
+
+def about(fields: dict) -> dict:
+    """The content of tokenizer_config.json."""
+    tokens = fields["tokenizer.ggml.tokens"]
+    named = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    found = {f"{name}_token": tokens[number] for name, number in named.items() if number is not None}
+    found |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    template = fields.get("tokenizer.chat_template")
+    return found | ({"chat_template": template} if template else {})
