@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..compressor.passes.texts import STDLIB_BYTES, stdlib_files
+from ..runtime.hub import local_copy
 from ..runtime.model_path import find_model
 from ..runtime.plan import resolve_ram
 from ..runtime.runtime import Runtime
@@ -38,7 +39,7 @@ def evaluate_bundle(
     evaluate_texts() raise.
     """
     files = [text] if isinstance(text, str | Path) else list(text)
-    against = find_model(against) if against else None
+    against = find_model(local_copy(against)) if against else None
     mine, its = shares(bundle, against, ram, context) if against else (ram, "auto")  # both are under one cap
     with (
         Runtime(bundle, mine, context, device, threads, prune, logits_rows=LOGITS_ROWS) as runtime,
@@ -109,7 +110,7 @@ def reference_logits(
     It runs in another process, in at most `ram`; shares() divides a cap between both. Raises ValueError if the
     vocabularies differ in size.
     """
-    model = find_model(model)
+    model = find_model(local_copy(model))
     with ReferenceProcess(model, resolve_ram(ram), context, threads) as logits:
         if logits.vocab != runtime.config.vocab:
             raise ValueError(

@@ -1,15 +1,15 @@
-"""Resolving the path of a model to its directory, with errors that recognise what else the path may be.
+"""Resolving what names a model to its directory, with errors that recognise what else the path may be.
 
-Nothing is downloaded. Errors say what to do: most paths that fail are a hub id, a GGUF file, a checkpoint that is
-quantised already, or an incomplete download.
+Errors say what to do: most paths that fail are a GGUF file, a checkpoint that is quantised already, or an incomplete
+download.
 """
 
 import os
 import re
 from pathlib import Path
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_URL = re.compile(r"https?:/+(?:huggingface\.co|hf\.co)/([^/]+/[^/?#]+)")
+from .hub import bundle_of
+
 POINTER = b"version https://git-lfs"
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 METHODS = {"awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes"}
@@ -28,27 +28,15 @@ def utf8_path(path: str | Path) -> Path:
 def find_model(path: str | Path, gguf: bool = False) -> Path:
     """The directory that holds a model's files: `path` itself, or the snapshot of a folder of the hub's cache.
 
-    gguf: a GGUF file is one, too. Raises FileNotFoundError for a hub id and ValueError for a file of another format,
-    each with what to do. Other errors are left to the code that reads the path.
+    A bundle on the hub is downloaded. gguf: a GGUF file is a model, too. Raises ValueError for a file of another
+    format, with what to do, and what bundle_of() raises. Other errors are left to the code that reads the path.
     """
-    given, path = str(path), Path(path)
+    if (bundle := bundle_of(path)) is not None:
+        return bundle
+    path = Path(path)
     if path.is_file() and not (gguf and is_gguf(path)):
         raise_if_other_format(path)
-    if path.is_dir():
-        return _snapshot(path)
-    if (url := HUB_URL.match(given)) or (HUB_ID.fullmatch(given) and not _is_local(path)):
-        name = url[1] if url else given
-        directory = name.split("/")[1]
-        raise FileNotFoundError(
-            f"{given}: no such directory, but it looks like a model on the Hugging Face hub; download it with "
-            f"`hf download {name} --local-dir {directory}`, then `edge-moe compress {directory} {directory}.emoe`"
-        )
-    return path
-
-
-def _is_local(path: Path) -> bool:
-    """Whether ORG/NAME is more likely a path that does not exist."""
-    return path.parent.is_dir() or path.suffix in (".emoe", ".json", ".gguf", ".safetensors")
+    return _snapshot(path) if path.is_dir() else path
 
 
 def _snapshot(path: Path) -> Path:

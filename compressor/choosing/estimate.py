@@ -2,8 +2,11 @@
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec
 
 import numpy as np
 
@@ -14,13 +17,13 @@ from ...runtime.child import answer
 from ...runtime.config import ModelConfig, trunk_shapes
 from ...runtime.config_file import parse_config, read_json
 from ...runtime.device import device_name
-from ...runtime.model_path import find_model, raise_if_other_format
+from ...runtime.model_path import raise_if_other_format
 from ...runtime.plan import KV_TYPES, Plan, check_sequences, make_plan, resolve_ram
 from ...runtime.runtime import DEFAULT_CONTEXT
 from ...runtime.tokenizer import tokenizer_of
 from ..rounding.quantise import largest_group
-from ..source.gguf_file import small_files
 from ..source.quantisation import quantisation_of, scale_blocks
+from ..source.small_files import small_files
 from . import targets
 from .sizes import (
     EDGES,
@@ -35,6 +38,7 @@ from .sizes import (
     widths_by_kind,
 )
 
+Options = ParamSpec("Options")
 SHOWN_BITS = (2.0, 2.5, 3.0, 3.5, 4.5)  # the rows of the comparison at one cap
 COMMAND_LINE_BYTES = 14_000_000  # upper bound of what the command line adds to the library: typer and pydantic
 TABLE_BYTES, RECORD_BYTES = 2_500_000, 1_200  # memory for reading bundle.json: in all, and for each expert; 4.7 MB were
@@ -78,6 +82,18 @@ class Estimate:
         return self.plan.as_dict() | known | (more if self.parts else {})
 
 
+def _on_small_files(function: Callable[Options, "Estimate"]) -> Callable[Options, "Estimate"]:
+    """The function called with the directory of a model's small files instead of what names the model."""
+
+    @wraps(function)
+    def called(model: str | Path, *arguments, **options) -> Estimate:
+        with small_files(model) as path:
+            return function(path, *arguments, **options)
+
+    return called
+
+
+@_on_small_files
 def estimate(
     model: str | Path,
     ram: int | str = "auto",
@@ -105,7 +121,7 @@ def estimate(
     including the tokenizer if there is one. Raises ValueError for bad options, and what reading the config or the
     bundle raises.
     """
-    path = find_model(model, gguf=True)
+    path = Path(model)
     choices = {"bits": bits, "size": size, "width": width, "widths": widths, "trunk_width": trunk_width}
     choices["recipe"] = recipe
     given = [name for name, value in {**choices, "keep_experts": keep_experts}.items() if value is not None]
@@ -114,14 +130,13 @@ def estimate(
     bundle = Bundle.open(path) if (path / "bundle.json").is_file() else None
     if bundle and given:
         raise ValueError(f"{path}: a bundle has its widths and experts already; leave {given[0]} out")
-    with small_files(path) as files:
-        config = bundle.config if bundle else _config_of(files, keep_experts)
-        tokenizer = tokenizer_of(files)
+    config = bundle.config if bundle else _config_of(path, keep_experts)
     sizes, assumed = _bundle_sizes(bundle) if bundle else _config_sizes(config, str(path), **choices)
     context = min(DEFAULT_CONTEXT, config.context) if context is None else context
     if not 1 <= context <= config.context:
         raise ValueError(f"context is {context}, expected 1 to {config.context}, the model's own")
     check_sequences(sequences)
+    tokenizer = tokenizer_of(path)
     table_bytes = 0 if bundle else TABLE_BYTES + RECORD_BYTES * config.expert_count
     fixed = {
         "ram_bytes": resolve_ram(ram),

@@ -18,10 +18,12 @@ import numpy as np
 from ...runtime.config import ModelConfig
 from ...runtime.config_file import family_of, load_config, read_json
 from ...runtime.files import real_path
+from ...runtime.hub import HubModel
 from ...runtime.model_path import find_model, raise_if_other_format
 from ...runtime.tensorfile import Stored, read_header
 from .formats import Tensor, locate, read, read_bytes
 from .gguf_file import find_gguf, unpacked
+from .hub_files import hub_files
 from .names import Names, Source, sources
 from .quantisation import Block, quantisation_of, scale_blocks
 
@@ -43,11 +45,14 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = find_model(directory, gguf=True)
-        self._made, gguf = None, None
-        if (file := find_gguf(self.directory)) is not None:
-            self._made = ExitStack()  # a directory that is kept as long as the checkpoint
-            self.directory, gguf = self._made.enter_context(unpacked(file))
+        self._kept, self.remote, gguf = ExitStack(), None, None  # the first has a directory made of another source
+        if (model := HubModel.open(directory)) is not None:
+            self.remote = self._kept.enter_context(hub_files(model))
+            self.directory = self.remote.directory
+        else:
+            self.directory = find_model(directory, gguf=True)
+            if (file := find_gguf(self.directory)) is not None:
+                self.directory, gguf = self._kept.enter_context(unpacked(file))
         path = self.directory / "config.json"
         if not path.is_file() and self.directory.is_dir():
             raise_if_other_format(self.directory)
@@ -57,6 +62,8 @@ class Checkpoint:
         real_path(self.directory, path.name)
         family = family_of(raw, str(path))
         stored = gguf.stored(family) if gguf else _read_headers(self.directory)
+        if self.remote:
+            self.remote.forget_headers()
         names = Names.of(self.config, family, stored)
         if gguf:
             names = replace(names, conversions={**names.conversions, **gguf.conversions(self.config)})
@@ -72,6 +79,8 @@ class Checkpoint:
         if embedding is None:
             return False
         for row in range(0, shape[0], COMPARED_ROWS):
+            self._fetch(head)
+            self._fetch(embedding)
             part = (min(COMPARED_ROWS, shape[0] - row), shape[1])
             if not np.array_equal(*(read(one, row, part, one.key) for one in (head, embedding))):
                 return False
@@ -107,8 +116,7 @@ class Checkpoint:
     def close(self) -> None:
         """Forget the tensors; a later read raises ValueError."""
         self._tensors = {}
-        if self._made:
-            self._made.close()
+        self._kept.close()
 
     def trunk_names(self) -> list[str]:
         """Canonical names of all tensors that are not routed experts, in a fixed order."""
@@ -138,11 +146,14 @@ class Checkpoint:
         tensors = {tensor.key: tensor for _, tensor in self._tensors.values()}
         parts = [(tensor.key, tensor.values) for tensor in tensors.values()]
         parts += [part for tensor in tensors.values() for part in list(tensor.parts())[1:]]
-        sizes = {path: path.stat().st_size for path in dict.fromkeys(stored.path for _, stored in parts)}
+        paths, known = dict.fromkeys(stored.path for _, stored in parts), self.remote.sizes if self.remote else {}
+        sizes = {path: known.get(path.name) or path.stat().st_size for path in paths}
         table = [(key, s.dtype, s.shape, s.offset, s.path.name, sizes[s.path]) for key, s in parts]
         digest.update(json.dumps(table).encode())
         for name, (_, tensor) in self._tensors.items():
-            if name.endswith(".o"):
+            if name.endswith(".o") and self.remote:
+                digest.update(self.remote.start_of(tensor.values, SAMPLE_BYTES))
+            elif name.endswith(".o"):
                 with open(tensor.values.path, "rb", buffering=0) as file:
                     file.seek(tensor.values.offset)
                     digest.update(file.read(min(SAMPLE_BYTES, tensor.values.nbytes)))
@@ -151,6 +162,7 @@ class Checkpoint:
     def trunk(self, name: str) -> np.ndarray:
         """Read one tensor as float32. Raises ValueError for NaN or Inf, OSError if the file was truncated meanwhile."""
         source, tensor = self._find(name)
+        self._fetch(tensor)
         if source.pieces:
             parts = (read(tensor, first, (count, *source.shape[1:]), name) for first, count in source.pieces)
             values = np.concatenate(list(parts))
@@ -158,6 +170,12 @@ class Checkpoint:
             values = read(tensor, source.first_row, source.stored_shape, name)
             values = np.ascontiguousarray((values.T if source.transposed else values)[source.rows])
         return source.convert(values) if source.convert else values
+
+    def _fetch(self, tensor: Tensor) -> None:
+        """Download the shards that a tensor is in, if the checkpoint is on the hub."""
+        if self.remote:
+            for _, stored in tensor.parts():
+                self.remote.fetch(stored.path)
 
     def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises like trunk()."""

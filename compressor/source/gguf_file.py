@@ -175,8 +175,8 @@ class GgufFile:
 def read_gguf(path: Path) -> GgufFile:
     """Read the header of a GGUF file, and of the other files of a split one.
 
-    Raises ImportError without the package gguf, FileNotFoundError for a file that is missing, and ValueError for one
-    that is damaged.
+    Raises FileNotFoundError for a file that is missing, ValueError for one that is damaged, and another OSError without
+    the package gguf.
     """
     fields: dict[str, object] = {}
     tensors: dict[str, Stored] = {}
@@ -212,16 +212,6 @@ def unpacked(path: Path) -> Iterator[tuple[Path, GgufFile]]:
         yield directory, file
 
 
-@contextmanager
-def small_files(path: Path) -> Iterator[Path]:
-    """The directory or file with a model's small files: `path` itself, or what a GGUF file is unpacked to."""
-    if (file := find_gguf(path)) is None:
-        yield path
-        return
-    with unpacked(file) as (directory, _):
-        yield directory
-
-
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that a path names: the file itself, or the only model of a directory without safetensors."""
     return path if is_gguf(path) else gguf_in(path) if path.is_dir() else None
@@ -242,7 +232,7 @@ def _reader(path: Path):
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ImportError(f"{path}: reading GGUF files needs the package gguf; pip install 'edge-moe[gguf]'") from None
+        raise OSError(f"{path}: reading GGUF files needs the package gguf; pip install 'edge-moe[gguf]'") from None
     try:
         return GGUFReader(path)
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
