@@ -20,7 +20,7 @@ MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32", "uint8": "U8"}
 FAMILIES = (
     *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "glm4_moe", "granitemoe", "minimax_m2", "phimoe"),
-    *("qwen3_next", "qwen3_5_moe", "qwen3_vl_moe"),
+    *("qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss"),
 )
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.switch_mlp.up_proj.weight"
 
@@ -98,6 +98,19 @@ def test_modes_with_exponents_are_dequantised_as_by_mlx(plain, tmp_path, mode):
     check_values(Checkpoint(tmp_path / "mlx"), values, rtol=0, atol=0)
 
 
+def make_blocks(directory: Path) -> None:
+    """Make the experts of gpt-oss MXFP4, random codes with exponents that make weights of about 0.1."""
+    path, random = directory / "model.safetensors", np.random.default_rng(0)
+    tensors = read_file(path)
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        _, (experts, cols, rows), _ = tensors.pop(key)
+        codes = random.integers(0, 256, (experts, rows, cols // 32, 16), np.uint8)
+        scales = random.integers(121, 125, (experts, rows, cols // 32), np.uint8)
+        tensors[f"{key}_blocks"] = "U8", list(codes.shape), codes.tobytes()
+        tensors[f"{key}_scales"] = "U8", list(scales.shape), scales.tobytes()
+    write_file(path, tensors)
+
+
 def renamed_by_mlx_lm(architecture: str, source: Path, out: Path) -> None:
     """Write a checkpoint with the tensors that mlx-lm makes of those of `source`."""
     pytest.importorskip("mlx_lm")
@@ -126,11 +139,14 @@ def renamed_by_mlx_lm(architecture: str, source: Path, out: Path) -> None:
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_every_familys_names_in_mlx_lm_are_known(tmp_path, architecture):
     source, _, _ = write_checkpoint(architecture, tmp_path / "source")
+    if architecture == "gpt_oss":
+        make_blocks(source)
     wanted = Checkpoint(source)
     wanted = {name: wanted.trunk(name) for name in wanted._tensors}
     renamed_by_mlx_lm(architecture, source, tmp_path / "mlx")
     checkpoint = Checkpoint(tmp_path / "mlx")
-    assert any(".switch_mlp." in key for key in read_file(tmp_path / "mlx" / "model.safetensors"))
+    stacked = (".switch_mlp.up_proj.weight", ".experts.up_proj.weight")
+    assert any(key.endswith(stacked) for key in read_file(tmp_path / "mlx" / "model.safetensors"))
     assert list(checkpoint._tensors) == list(wanted)
     for name, values in wanted.items():
         norm = architecture in ("qwen3_next", "qwen3_5_moe") and name.endswith("norm")  # 1 + w was rounded to bfloat16

@@ -139,6 +139,11 @@ def _fused(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -
 
 def _biases(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -> Iterator[Source]:
     dim, hidden = config.dim, config.expert_hidden
+    if layout.up:
+        for part, name, (count, _) in _parts(config, layout):
+            key = f"{at}{name.removesuffix('weight')}bias"
+            yield Source(f"{to}.{part}_bias", key, (count,), (config.experts, count), (count,), expert)
+        return
     gate_rows, up_rows = _shares(hidden, layout)
     gate_up, down = layout.biases
     for part, key, count, of, rows in (
@@ -174,9 +179,10 @@ def _has(packed: Packed, layers: str, config: ModelConfig, stored: Mapping[str, 
 def _stacked_layouts(layouts: tuple[Layout, ...]) -> Iterator[Layout]:
     """The layouts of mlx-lm, which has a tensor for the gates of all experts of a layer, one for ups, one for downs."""
     for layout in layouts:
-        path = f"{layout.gate.partition('.')[0]}.switch_mlp"
-        gate, up, down = (f"{path}.{part}_proj.weight" for part in ("gate", "up", "down"))
-        yield replace(layout, gate=gate, up=up, down=down, transposed=False)
+        block = layout.gate.partition(".")[0]
+        for path in (f"{block}.switch_mlp", f"{block}.experts"):
+            gate, up, down = (f"{path}.{part}_proj.weight" for part in ("gate", "up", "down"))
+            yield replace(layout, gate=gate, up=up, down=down, transposed=False, interleaved=False)
 
 
 def _layout(config: ModelConfig, layouts: tuple[Layout, ...], layer: str, stored: Mapping[str, Stored]) -> Layout:
