@@ -21,6 +21,7 @@ TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32"
 FAMILIES = (
     *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "glm4_moe", "granitemoe", "minimax_m2", "phimoe"),
     *("qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss"),
+    *("deepseek_v3", "moonlight", "glm4_moe_lite", "kimi_k25", "mistral4"),  # whose kv_b is split
 )
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.switch_mlp.up_proj.weight"
 
@@ -125,8 +126,9 @@ def renamed_by_mlx_lm(architecture: str, source: Path, out: Path) -> None:
         model.language_model.sanitize = lambda tensors: rename(model.language_model, tensors)
         path = source / "model.safetensors"
         write_file(path, fuse_experts(read_file(path)))
-    file = {"minimax_m2": "minimax"}.get(architecture, architecture)
+    file = {"minimax_m2": "minimax", "moonlight": "deepseek_v3"}.get(architecture, architecture)
     tensors = mx.load(str(source / "model.safetensors"))
+    tensors = {key.replace("model.blocks.", "model.layers."): tensor for key, tensor in tensors.items()}  # as the hub
     if architecture == "qwen3_vl_moe":  # the hub's have columns first
         fused = [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]
         tensors |= {key: tensors[key].swapaxes(1, 2) for key in fused}
@@ -217,3 +219,27 @@ def test_scales_of_another_shape_or_type_are_refused(plain, tmp_path):
         f"{path}: tensor {UP} of 4 bits in groups of 32 with {scales} of type F32 and no biases is not supported; "
         f"{SUPPORTED}"
     )
+
+
+def test_one_half_of_a_split_kv_b_may_be_quantised(tmp_path):
+    source, _, _ = write_checkpoint("deepseek_v3", tmp_path / "source")
+    renamed_by_mlx_lm("deepseek_v3", source, tmp_path / "mlx")
+    path, key = tmp_path / "mlx" / "model.safetensors", "model.layers.1.self_attn.unembed_out."
+    before = Checkpoint(path.parent).trunk("layers.1.kv_b")
+    tensors = read_file(path)
+    _, shape, data = tensors.pop(f"{key}weight")
+    parts = mx.quantize(mx.array(bf16(data).reshape(shape)), group_size=32, bits=8)
+    wanted = np.array(mx.dequantize(*parts, group_size=32, bits=8))
+    tensors |= {key + end: stored(part) for end, part in zip(("weight", "scales", "biases"), parts, strict=True)}
+    write_file(path, tensors)
+    checkpoint = Checkpoint(path.parent)
+    attention, both = checkpoint.config.layers[1].attention, (checkpoint.trunk("layers.1.kv_b"), before)
+    halves = [one.reshape(attention.heads, -1, attention.kv_rank) for one in both]
+    keys = attention.nope_dim
+    np.testing.assert_array_equal(halves[0][:, :keys], halves[1][:, :keys])
+    np.testing.assert_allclose(halves[0][:, keys:], wanted, rtol=0, atol=1e-7)
+    count = wanted.size + 2 * 4 * wanted.size // 32
+    assert checkpoint.source_bytes("layers.1.kv_b") == count + 2 * attention.heads * keys * attention.kv_rank
+    del tensors[f"{key}weight"]
+    write_file(path, tensors)
+    assert f"tensor {key}weight is missing" in refusal(ValueError, lambda: Checkpoint(path.parent))

@@ -8,6 +8,7 @@ names.py has the tensor names of each family, formats.py the types and quantised
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -132,7 +133,8 @@ class Checkpoint:
     def source_bytes(self, name: str) -> int:
         """Bytes on disk that reading one tensor takes, its scales included."""
         source, tensor = self._find(name)
-        return read_bytes(tensor, source.first_row, source.stored_shape)
+        others = read_bytes(tensor.second, 0, _rows_of(tensor.second)) if tensor.second else 0
+        return read_bytes(tensor, source.first_row, source.stored_shape) + others
 
     def fingerprint(self) -> str:
         """A SHA-256 in hex that identifies a checkpoint: equal for a copy, different for another checkpoint.
@@ -166,6 +168,9 @@ class Checkpoint:
         if source.pieces:
             parts = (read(tensor, first, (count, *source.shape[1:]), name) for first, count in source.pieces)
             values = np.concatenate(list(parts))
+        elif source.join:
+            both = (read(tensor, 0, source.stored_shape, name), read(tensor.second, 0, _rows_of(tensor.second), name))
+            values = source.join(*both)
         else:
             values = read(tensor, source.first_row, source.stored_shape, name)
             values = np.ascontiguousarray((values.T if source.transposed else values)[source.rows])
@@ -205,6 +210,11 @@ def _match(
             if len(missing) > MOST_MISSING:
                 break
             continue
+        if source.second:
+            if (second := locate(*source.second, stored, blocks)) is None:
+                missing[source.second[0]] = None
+                continue
+            tensor = replace(tensor, second=second)
         tensors[source.key] = tensor
         found[source.name] = source, tensor
         if tensor.scales is not None and source.first_row % tensor.shape[-2]:  # up, which is below gate
@@ -222,6 +232,11 @@ def _match(
             "config.json and the weights do not belong together, or the download is not complete"
         )
     return found
+
+
+def _rows_of(tensor: Tensor) -> tuple[int, int]:
+    """The shape of all rows of a tensor (experts or heads, rows, columns)."""
+    return math.prod(tensor.shape[:-1]), tensor.shape[-1]
 
 
 def _check_boundary(source: Source, tensor: Tensor) -> None:

@@ -57,12 +57,15 @@ class Tensor:
     biases: Stored | None = None  # as many as scales
     factor_key: str = ""
     factor: Stored | None = None  # one for all scales, or one for each expert
+    second: "Tensor | None" = None  # another one that has a part of what is read, as Source.second says
 
     def parts(self) -> Iterator[tuple[str, Stored]]:
         """All that is stored of it, by name."""
         yield self.key, self.values
         others = (self.scale_key, self.scales), (self.bias_key, self.biases), (self.factor_key, self.factor)
         yield from ((key, stored) for key, stored in others if stored is not None)
+        if self.second:
+            yield from self.second.parts()
 
 
 def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: tuple[Block, ...]) -> Tensor | None:

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ...runtime.config import ModelConfig, trunk_shapes, without_layer
+from ...runtime.layers.latent import LatentAttention
 from ...runtime.models.family import NAMES, Family, Layout, Packed, Rows
 from ...runtime.tensorfile import Stored
+
+KEYS_OF_LATENT, VALUES_OF_LATENT = "self_attn.embed_q.weight", "self_attn.unembed_out.weight"  # mlx-lm's kv_b
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,8 @@ class Source:
     rows: slice = field(default_factory=lambda: slice(None))  # of the part that is read, once it is transposed
     pieces: Rows = ()  # the runs of rows that it consists of, if it is not one
     convert: Callable[[np.ndarray], np.ndarray] | None = None  # what is stored -> what is used
+    second: tuple[str, tuple[int, ...]] | None = None  # name and shape of another tensor that has a part of it
+    join: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # the rows of both -> what is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class Names:
     family: Family
     packed: tuple[Packed, ...]  # of the family's, those that the checkpoint has
     mlx: bool  # mlx-lm saved it
+    splits_latent: bool  # kv_b is in two tensors, as mlx-lm has it
     conversions: Mapping[str, Callable[[np.ndarray], np.ndarray]]  # of stored values, by canonical name
 
     @classmethod
@@ -59,7 +65,8 @@ class Names:
         mlx = layout in stacked
         # mlx-lm stores the weights of norms that are used.
         changes = {part: its for part, its in family.conversions.items() if not (mlx and part.endswith("norm"))}
-        return cls(prefix, layers, head, layout, of_layer, family, packed, mlx, changes)
+        splits_latent = f"{layers}0.{KEYS_OF_LATENT}" in stored
+        return cls(prefix, layers, head, layout, of_layer, family, packed, mlx, splits_latent, changes)
 
     def packed_at(self, config: ModelConfig, layer: int) -> dict[str, tuple[str, Rows, int]]:
         """The matrices of a layer that are stored together: the tensor's name, their rows, and all its rows."""
@@ -80,6 +87,9 @@ def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
     for name, shape in trunk_shapes(config).items():
         layer, part = (int(name.split(".")[1]), without_layer(name)) if name.startswith("layers.") else (None, name)
         key_shape, stored_shape, rows, convert = shape, shape, (), names.conversions.get(part)
+        if part == "kv_b" and names.splits_latent:
+            yield _halves(name, f"{names.layers}{layer}.", config.layers[layer].attention)
+            continue
         if layer is None:
             key = outside[name]
         elif part in packed[layer]:
@@ -99,6 +109,18 @@ def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
             yield from _of_expert(names.layout)(config, names.layout, to, at, expert)
             if any(names.layout.biases):
                 yield from _biases(config, names.layout, to, at, expert)
+
+
+def _halves(name: str, at: str, its: LatentAttention) -> Source:
+    """What makes keys of the latent, transposed, is one tensor, and what makes values of it another."""
+    keys, values = (its.heads, its.kv_rank, its.nope_dim), (its.heads, its.value_dim, its.kv_rank)
+
+    def join(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        parts = [first.reshape(keys).swapaxes(1, 2), second.reshape(values)]
+        return np.concatenate(parts, axis=1).reshape(-1, its.kv_rank)
+
+    shape, rows = (its.heads * (its.nope_dim + its.value_dim), its.kv_rank), (its.heads * its.kv_rank, its.nope_dim)
+    return Source(name, at + KEYS_OF_LATENT, shape, keys, rows, second=(at + VALUES_OF_LATENT, values), join=join)
 
 
 def _of_expert(layout: Layout) -> Callable[..., Iterator[Source]]:
