@@ -90,10 +90,28 @@ def test_deepseeks_weights_are_as_many_as_transformers_has(changes):
     assert weights_of(packed_sizes(parse_config(raw), widths_by_kind())) == transformers_weights(raw)
 
 
-@pytest.mark.parametrize("file", [DEEPSEEK, QWEN])
-def test_a_published_models_weights_are_as_many_as_transformers_has(file):
+PUBLISHED = {  # billions of weights
+    "deepseek-v3": 671,
+    "gemma-4-26b-a4b": 25.2,
+    "glm-4.5-air": 107,
+    "glm-4.7-flash": 30,
+    "gpt-oss-20b": 20.9,
+    "gpt-oss-120b": 117,
+    "kimi-k2": 1026,
+    "minimax-m2": 229,
+    "qwen3-235b-a22b": 235,
+    "qwen3-30b-a3b": 30.5,
+    "qwen3-next-80b-a3b": 80,
+    "qwen3.6-35b-a3b": 35,
+}
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+def test_a_published_models_weights_are_as_many_as_are_published_and_as_transformers_has(file):
     raw = read_json(file)
-    assert weights_of(packed_sizes(parse_config(raw), widths_by_kind())) == transformers_weights(raw)
+    found = weights_of(packed_sizes(parse_config(raw), widths_by_kind()))
+    assert found / 1e9 == pytest.approx(PUBLISHED[file.stem], rel=0.01)
+    assert found == transformers_weights(raw.get("text_config", raw))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

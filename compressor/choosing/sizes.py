@@ -110,8 +110,8 @@ def packed_sizes(config: ModelConfig, widths: dict[str, int], where: str = "conf
         width = TRUNK_WIDTH if tensor.kind == "float32" else width_of(tensor)  # trunk_packing keeps float32 as it is
         return packed_bytes(tensor.shape, trunk_packing({tensor.name: tensor.shape}, width, GROUP)[tensor.name])
 
-    def record(projections: tuple[Tensor, ...]) -> int:
-        chosen = tuple(width_of(tensor) for tensor in projections)
+    def record(tensors: tuple[Tensor, ...]) -> int:
+        chosen = tuple(width_of(tensor) for tensor in tensors if tensor.kind in PROJECTIONS)
         return record_bytes(config, chosen, group or GROUP, record_alignment(config))
 
     return _sizes(config, nbytes, record)
@@ -128,7 +128,7 @@ def mixed_sizes(config: ModelConfig, bits: float, trunk_width: int) -> Sizes:
             return math.ceil(tensor.weights * bits / 8)
         return packed_bytes(tensor.shape, trunk_packing({tensor.name: tensor.shape}, trunk_width, GROUP)[tensor.name])
 
-    sizes = _sizes(config, nbytes, lambda projections: sum(map(nbytes, projections)))
+    sizes = _sizes(config, nbytes, lambda tensors: sum(map(nbytes, tensors)))
     group = largest_group(GROUP, config.dim, config.expert_hidden) or GROUP
     largest = record_bytes(config, (WIDEST,) * 3, group, record_alignment(config))
     return replace(sizes, slot_bytes=max(sizes.slot_bytes, largest))
@@ -140,7 +140,7 @@ def sizes_by_bits(config: ModelConfig, bits_of: Callable[[Tensor], float]) -> Si
     def nbytes(tensor: Tensor) -> int:
         return math.ceil(tensor.weights * bits_of(tensor) / 8)
 
-    return _sizes(config, nbytes, lambda projections: sum(map(nbytes, projections)))
+    return _sizes(config, nbytes, lambda tensors: sum(map(nbytes, tensors)))
 
 
 def at_edge(at: int, of: int) -> bool:
@@ -209,12 +209,14 @@ def _sizes(config: ModelConfig, nbytes: Callable[[Tensor], int], record: Callabl
     for at, layer in enumerate(config.moe_layers):
         shapes = ((hidden, dim), (hidden, dim), (dim, hidden))
         place = (at, len(config.moe_layers))
-        projections = tuple(Tensor(name, name, shape, *place) for name, shape in zip(PROJECTIONS, shapes, strict=True))
-        experts, whole = config.experts_of(layer), record(projections)
-        for tensor in projections:
+        tensors = tuple(Tensor(name, name, shape, *place) for name, shape in zip(PROJECTIONS, shapes, strict=True))
+        if config.expert_bias:
+            tensors += (Tensor("float32", "output_bias", (2 * hidden + dim,), *place),)
+        experts, whole = config.experts_of(layer), record(tensors)
+        for tensor in tensors:
             weights[tensor.kind] += experts * tensor.weights
             sums[tensor.kind] += experts * nbytes(tensor)
-        sums["padding"] += experts * (whole - sum(map(nbytes, projections)))
+        sums["padding"] += experts * (whole - sum(map(nbytes, tensors)))
         slot_bytes, experts_bytes = max(slot_bytes, whole), experts_bytes + experts * whole
     parts = tuple(Part(name, weights[name], sums[name]) for name in PARTS if sums[name])
     return Sizes(parts, trunk_bytes, experts_bytes, slot_bytes)
