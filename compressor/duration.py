@@ -98,6 +98,8 @@ def _plain_seconds(compression, matrix: np.ndarray) -> float:
     from .rounding.quantise import quantise
 
     o = compression.o
+    if o.method == "keep":
+        return 0.0
     width = 16 if o.bits == 16 else o.width or WIDTH
     piece = np.ascontiguousarray(matrix[:PIECE_ROWS])
     took = _seconds(lambda: quantise(piece, width, GROUP, search=o.method != "rtn", threads=compression.threads))

@@ -30,12 +30,12 @@ from .memory import Memory
 from .passes.calibrate import Calibration, load_calibration
 from .passes.streams import Stream
 from .rounding.quantise import quantise, trunk_packing
-from .rounding.round_layers import PackedTrunk, Rounding, Track
+from .rounding.round_layers import PackedTrunk, Rounding, Track, kept
 from .source.checkpoint import Checkpoint
 from .source.copied_files import contents
 from .writing import own
 from .writing.journal import CHOICE, FINISHED, Journal, partial_of, work_of
-from .writing.writer import BundleWriter, Packing
+from .writing.writer import KEPT, BundleWriter, Packing
 
 Progress = Callable[[str, int, int], None]  # (step, done, of)
 Phase = Callable[[str, tuple[str, ...]], None]  # (name, all names)
@@ -82,7 +82,8 @@ def compress(
     bytes that the whole bundle may have ("8GB" or a number). ram: the most memory that compressing may take and, when
     it is the only target, that running the bundle takes with every expert in memory at `context` tokens; or, `paged`,
     with the experts that answer nine uses in ten.
-    method: pmq, mc, mc-release, uniform or rtn. calibration: text files, or .npy of token ids; none: the standard
+    method: pmq, mc, mc-release, uniform, rtn, or keep: experts in MXFP4 as they are, without a loss, and the trunk in
+    bfloat16 unless trunk_width says otherwise. calibration: text files, or .npy of token ids; none: the standard
     library's source. tokens: calibration tokens. held_out: text for the certificate; none: the end of calibration's.
     group: inputs that share a scale, 32, 64 or 128; none: the method's choice. trunk_width: bits of the trunk's
     matrices; none: with pmq each kind gets the width at which a byte buys as much as in an expert, else 8.
@@ -129,7 +130,13 @@ class Compression:
 
     def __post_init__(self):
         self.config = self.checkpoint.config
+        keeps = self.o.method == "keep"
+        if keeps and not self.checkpoint.has_codes:
+            raise ValueError(
+                f"{self.checkpoint.directory}: method keep needs experts in MXFP4, which these are not; use bits 16"
+            )
         width = trunk.WIDTHS[0] if self.o.chooses_trunk else 16 if self.o.bits == 16 else self.o.trunk_width
+        width = width or (16 if keeps else None)
         self.trunk = trunk_packing(trunk_shapes(self.config), width or targets.TRUNK_WIDTH, trunk.GROUP)
 
     @property
@@ -275,7 +282,8 @@ class Compression:
             measures.append(load_measure(j.path(f"measure-{len(measures):04}.npz")))
         if j.has("gain.json"):
             found = j.read("gain.json")
-            return Measures(measures, choices, np.array(found["gain"]), found["trunk"])
+            has_codes = self.checkpoint.has_codes
+            return Measures(measures, choices, np.array(found["gain"]), found["trunk"], has_codes)
         if measures:
             name = f"measure-{len(measures) - 1:04}"
             saved = j.read(f"{name}.json").items()
@@ -296,7 +304,7 @@ class Compression:
                 j.forget(f"measure-{layer - 1:04}.{suffix}")
             j.forget(f"measured-{layer:04}-*")
         rows = max(GAIN_LOGITS_BYTES // (8 * config.vocab), 1)
-        found = pass_.finish(measures, rows)
+        found = replace(pass_.finish(measures, rows), has_codes=self.checkpoint.has_codes)
         pass_.close()
         self.tell("measure", total, total)
         j.write("gain.json", {"gain": found.gain.tolist(), "trunk": found.trunk})
@@ -409,7 +417,9 @@ class Compression:
 
     def _write_plain(self) -> Bundle:
         config, o = self.config, self.o
-        if o.width is not None or o.bits == 16:
+        if o.method == "keep":
+            packing = KEPT
+        elif o.width is not None or o.bits == 16:
             width = o.width or 16
             group = targets.groups(replace(o, method="rtn"), config)[0]
             packing = Packing((width,) * 3, group or targets.DEFAULT_GROUP)
@@ -433,9 +443,12 @@ class Compression:
                 )
                 self.tell("quantise", done, total)
             for done, (layer, index) in enumerate(keys, start=len(writer.trunk) + 1):
-                parts = zip(self.checkpoint.expert(layer, index), packing.widths, strict=True)
-                search = o.method != "rtn"
-                record = [quantise(w, width, packing.group, search=search, threads=threads) for w, width in parts]
+                if packing == KEPT:
+                    record = kept(self.checkpoint, layer, index)
+                else:
+                    parts = zip(self.checkpoint.expert(layer, index), packing.widths, strict=True)
+                    search = o.method != "rtn"
+                    record = [quantise(w, width, packing.group, search=search, threads=threads) for w, width in parts]
                 bias = reference.expert_bias(config, self.checkpoint, layer, index)
                 writer.write_expert(layer, index, record, bias)
                 self.tell("quantise", done, total)

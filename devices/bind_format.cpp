@@ -21,10 +21,12 @@ Encoding encoding_of(const EncodingTuple& encoding) {
     if (codec.name != name) continue;
     expect(width >= 0 && width < 64 && codec.widths >> width & 1,
            "codec " + name + " has no width " + std::to_string(width));
-    const bool grouped = codec.parts > kScales;
-    expect(!grouped || std::find(std::begin(kGroups), std::end(kGroups), group) != std::end(kGroups),
+    if (!codec.largest_group) return {codec.codec, width, 0};
+    expect(std::find(std::begin(kGroups), std::end(kGroups), group) != std::end(kGroups),
            "group must be 32, 64 or 128");
-    return {codec.codec, width, grouped ? group : 0};
+    expect(group <= codec.largest_group,
+           "the group of codec " + name + " must be at most " + std::to_string(codec.largest_group));
+    return {codec.codec, width, group};
   }
   throw std::invalid_argument("no codec '" + name + "'");
 }
@@ -88,11 +90,17 @@ void bind_format(nb::module_& m) {
   m.attr("GROUPS") = nb::tuple(groups);
   nb::dict codecs;
   for (const CodecTraits& codec : kCodecs) {
-    nb::list parts, its_widths;
-    for (int part = 0; part < codec.parts; ++part) parts.append(kPartNames[part]);
+    nb::list parts, its_widths, its_groups, dtypes;
+    for (int part = 0; part < codec.parts; ++part) {
+      parts.append(kPartNames[part]);
+      dtypes.append(part == kCodes ? codec.dtype : codec.scale_dtype);
+    }
+    for (int group : kGroups)
+      if (group <= codec.largest_group) its_groups.append(group);
     for (int width = 0; width < 64; ++width)
       if (codec.widths >> width & 1) its_widths.append(width);
-    codecs[codec.name] = nb::make_tuple(nb::tuple(its_widths), nb::tuple(parts), codec.dtype);
+    codecs[codec.name] =
+        nb::make_tuple(nb::tuple(its_widths), nb::tuple(parts), nb::tuple(dtypes), nb::tuple(its_groups));
   }
   m.attr("CODECS") = codecs;
 

@@ -25,18 +25,26 @@ const Kernels& find_kernels(const std::string& name) {
 
 namespace {
 
-// A matrix that points into the caller's arrays of codes, scales and biases.
+using Exponents = std::optional<ArrayIn<uint8_t, 2>>;
+
+// A matrix that points into the caller's arrays of codes, scales and biases; with exponents, of mxfp4.
 Matrix as_matrix(ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales, ArrayIn<uint16_t, 2> biases, int cols,
-                 int width) {
+                 int width, const Exponents& exponents) {
   Matrix m;
   m.rows = int(codes.shape(0));
   m.cols = cols;
   expect(width > 0 && width <= 32 && traits(codec_of(width)).widths >> width & 1, "there is no such width");
   m.width = width;
-  m.codec = codec_of(width);
+  m.codec = exponents ? Codec::kMxfp4 : codec_of(width);
+  expect(!exponents || width == 4, "mxfp4 has width 4");
   expect(codes.shape(1) == codes_bytes(1, cols, width), "codes have the wrong row length for this width");
   m.codes = codes.data();
-  if (m.takes_rounded()) {
+  if (exponents) {
+    expect(exponents->shape(0) == codes.shape(0) && exponents->shape(1) * 32 == size_t(cols),
+           "exponents must be of groups of 32");
+    m.group = 32;
+    m.scales = reinterpret_cast<const uint16_t*>(exponents->data());
+  } else if (m.takes_rounded()) {
     expect(scales.shape(0) == codes.shape(0) && scales.shape(1) > 0, "scales have the wrong number of rows");
     expect(biases.shape(0) == scales.shape(0) && biases.shape(1) == scales.shape(1), "biases must have scales' shape");
     m.group = cols / int(scales.shape(1));
@@ -140,11 +148,11 @@ void bind_kernels(nb::module_& m) {
       "matmul",
       [](const std::string& kernels, ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales,
          ArrayIn<uint16_t, 2> biases, int width, ArrayIn<float, 2> x, std::optional<ArrayIn<int32_t, 1>> vectors,
-         int row_begin, std::optional<int> row_end) {
+         int row_begin, std::optional<int> row_end, const Exponents& exponents) {
         const Kernels& k = find_kernels(kernels);
         const int cols = int(x.shape(1)), rows = int(codes.shape(0)), end = row_end.value_or(rows);
         expect(row_begin >= 0 && row_begin <= end && end <= rows, "rows must be a range of the matrix");
-        Matrix matrix = as_matrix(codes, scales, biases, cols, width);
+        Matrix matrix = as_matrix(codes, scales, biases, cols, width, exponents);
         Inputs inputs(k, x.data(), int(x.shape(0)), cols);
         if (vectors) {
           inputs.x.rows = vectors->data();
@@ -162,19 +170,21 @@ void bind_kernels(nb::module_& m) {
       },
       nb::arg("kernels"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"), nb::arg("x"),
       nb::arg("vectors") = nb::none(), nb::arg("row_begin") = 0, nb::arg("row_end") = nb::none(),
+      nb::arg("exponents") = nb::none(),
       "x (tokens, cols) times a packed matrix (rows, cols), by one kernel set: (tokens, rows) float32.\n\n"
       "codes: uint8 (rows, cols*width/8); scales, biases: bfloat16 bits as uint16 (rows, cols/group). Width "
       "32 takes\n"
-      "float32 bytes as codes; at widths 16 and 32 scales and biases are ignored. vectors: int32 (tokens,), "
+      "float32 bytes as codes; at widths 16 and 32 scales and biases are ignored, and so they are "
+      "with exponents, uint8\n(rows, cols/32), which make it mxfp4. vectors: int32 (tokens,), "
       "the row of x\n"
       "for each token; rows outside of [row_begin, row_end) stay zero.");
 
   m.def(
       "dequantise",
       [](const std::string& kernels, ArrayIn<uint8_t, 2> codes, ArrayIn<uint16_t, 2> scales,
-         ArrayIn<uint16_t, 2> biases, int width, int cols) {
+         ArrayIn<uint16_t, 2> biases, int width, int cols, const Exponents& exponents) {
         const Kernels& k = find_kernels(kernels);
-        Matrix matrix = as_matrix(codes, scales, biases, cols, width);
+        Matrix matrix = as_matrix(codes, scales, biases, cols, width, exponents);
         std::vector<float> y(size_t(matrix.rows) * cols);
         {
           GilReleased released;
@@ -183,7 +193,7 @@ void bind_kernels(nb::module_& m) {
         return to_numpy(std::move(y), {size_t(matrix.rows), size_t(cols)});
       },
       nb::arg("kernels"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"), nb::arg("width"), nb::arg("cols"),
-      "A packed matrix as float32 (rows, cols); arguments as for matmul.");
+      nb::arg("exponents") = nb::none(), "A packed matrix as float32 (rows, cols); arguments as for matmul.");
 
   m.def(
       "quantise_activations",

@@ -5,6 +5,9 @@
 //     affine    codes, scales, biases. Every row of codes is one little-endian bit stream, value i in bits
 //               [i*width, (i+1)*width), cols*width/8 bytes a row. Scales and biases are bfloat16 (rows, cols/group); a
 //               weight is scale*code + bias. These are MLX's affine layouts, so Metal uses the bytes as they are.
+//     mxfp4     codes, scales: the OCP MX format of that name. Rows of 4-bit codes like affine's, each an E2M1 value: a
+//               sign in the highest bit, and 0, 0.5, 1, 1.5, 2, 3, 4 or 6. Scales are bytes (rows, cols/32); a weight
+//               is 2^(scale-127) times its value.
 //     bfloat16  codes: the values themselves
 //     float32   codes: the values themselves (router and norms)
 //
@@ -31,7 +34,7 @@ inline constexpr size_t align_up(size_t value, size_t alignment) {
   return (value + alignment - 1) / alignment * alignment;
 }
 
-enum class Codec : uint8_t { kAffine, kBfloat16, kFloat32 };
+enum class Codec : uint8_t { kAffine, kBfloat16, kFloat32, kMxfp4 };
 
 enum Part { kCodes = 0, kScales = 1, kBiases = 2, kParts = 3 };
 inline constexpr const char* kPartNames[kParts] = {"codes", "scales", "biases"};
@@ -43,9 +46,12 @@ struct CodecTraits {
   Codec codec;
   const char* name;
   InputForm input;
-  int parts;          // the first ones of Part
-  uint64_t widths;    // bit w is set if the codec has width w
-  const char* dtype;  // of codes in a safetensors file
+  int parts;                // the first ones of Part
+  uint64_t widths;          // bit w is set if the codec has width w
+  int largest_group;        // that may share a scale; 0: a codec without scales
+  int scale_bytes;          // of a scale, and of a bias
+  const char* dtype;        // of codes in a safetensors file
+  const char* scale_dtype;  // of scales and biases
 };
 
 inline constexpr uint64_t bits_of(std::initializer_list<int> widths) {
@@ -55,9 +61,10 @@ inline constexpr uint64_t bits_of(std::initializer_list<int> widths) {
 }
 
 inline constexpr CodecTraits kCodecs[] = {
-    {Codec::kAffine, "affine", InputForm::kRounded, 3, bits_of({1, 2, 3, 4, 5, 6, 8}), "U32"},
-    {Codec::kBfloat16, "bfloat16", InputForm::kFloats, 1, bits_of({16}), "BF16"},
-    {Codec::kFloat32, "float32", InputForm::kFloats, 1, bits_of({32}), "F32"},
+    {Codec::kAffine, "affine", InputForm::kRounded, 3, bits_of({1, 2, 3, 4, 5, 6, 8}), 128, 2, "U32", "BF16"},
+    {Codec::kBfloat16, "bfloat16", InputForm::kFloats, 1, bits_of({16}), 0, 0, "BF16", ""},
+    {Codec::kFloat32, "float32", InputForm::kFloats, 1, bits_of({32}), 0, 0, "F32", ""},
+    {Codec::kMxfp4, "mxfp4", InputForm::kRounded, 2, bits_of({4}), 32, 1, "U32", "U8"},
 };
 
 inline constexpr const CodecTraits& traits(Codec codec) { return kCodecs[int(codec)]; }
@@ -79,7 +86,8 @@ inline constexpr size_t codes_bytes(int rows, int cols, int width) { return size
 
 inline constexpr size_t part_bytes(const Encoding& e, int part, int rows, int cols) {
   if (part == kCodes) return codes_bytes(rows, cols, e.width);
-  return part < traits(e.codec).parts ? size_t(rows) * (cols / e.group) * 2 : 0;
+  const CodecTraits& codec = traits(e.codec);
+  return part < codec.parts ? size_t(rows) * (cols / e.group) * codec.scale_bytes : 0;
 }
 
 enum Projection { kGate = 0, kUp = 1, kDown = 2, kProjections = 3 };

@@ -27,7 +27,7 @@ inline constexpr float kNoSink = -std::numeric_limits<float>::infinity();  // a 
 // A weight matrix (rows, cols) as defined in format.h. Parts that its codec does not have are not read.
 struct Matrix {
   const uint8_t* codes = nullptr;
-  const uint16_t* scales = nullptr;    // bfloat16 (rows, cols/group)
+  const uint16_t* scales = nullptr;    // bfloat16 (rows, cols/group); of kMxfp4 bytes, see exponents()
   const uint16_t* biases = nullptr;    // bfloat16 (rows, cols/group)
   const float* output_bias = nullptr;  // (rows,), added to each product; null: none
   int rows = 0, cols = 0;
@@ -36,6 +36,7 @@ struct Matrix {
   Codec codec = Codec::kAffine;
 
   explicit operator bool() const { return codes != nullptr; }
+  EDGE_MOE_BOTH const uint8_t* exponents() const { return reinterpret_cast<const uint8_t*>(scales); }  // of kMxfp4
   bool takes_rounded() const { return traits(codec).input == InputForm::kRounded; }
 };
 
@@ -97,6 +98,10 @@ struct Activations {
   size_t vector(int token) const { return rows ? size_t(rows[token]) : size_t(token); }
 };
 
+// Twice the values of E2M1 codes, plus kE2m1Zero: integers from 0 to 24.
+inline constexpr uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+inline constexpr int kE2m1Zero = 12;
+
 // The cache of one KV head. Keys are in blocks of kKeyBlock positions, (blocks, head_dim, kKeyBlock), so that a
 // register holds one dimension of consecutive positions; values are (positions, stride).
 struct KeyValues {
@@ -134,6 +139,7 @@ struct CodecKernels {
   // Affine: for each group, sum = fma(bias, sum of inputs, sum), then for each of its blocks (once for a group of 32)
   // sum = fma(dot, scale_w * scale_x, sum). dot is float(d) with d the integer dot product of the codes or, if the
   // block has two planes, fma(float(l), kLowStep, float(d)) with l the integer dot product of the lows.
+  // Mxfp4: the same, in groups of 32, with codes from kE2m1, half of each scale, and -kE2m1Zero times that as bias.
   // Others: 16 lanes of fma(weight, input, lane), folded.
   void (*product)(const Matrix& matrix, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end);
 

@@ -30,6 +30,21 @@ EDGE_MOE_BOTH static inline float from_bfloat16(uint16_t value) {
   return result;
 }
 
+// Half of an E8M0 scale: 2^(exponent - 128), which a float holds as a subnormal for the smallest two.
+EDGE_MOE_BOTH static inline float e8m0_half(uint8_t exponent) {
+  const uint32_t bits = exponent > 1 ? (uint32_t(exponent) - 1) << 23 : uint32_t(1) << (21 + exponent);
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+// An E2M1 value, given half of its scale; the sign of a zero is kept.
+EDGE_MOE_BOTH static inline float e2m1_value(int code, float half) {
+  const int low = code & 7, twice = low < 2 ? low : (2 + low % 2) << (low / 2 - 1);
+  const float magnitude = half * float(twice);
+  return code & 8 ? -magnitude : magnitude;
+}
+
 // exp(x) to about 2 ulp: x = n*ln2 + r, a polynomial in r, and n added to the exponent. This is not libm's because that
 // differs between machines. Results below 2^-126 flush to zero.
 EDGE_MOE_BOTH static inline float exp_lane(float x) {

@@ -192,14 +192,18 @@ def _encoding(read: Reader, item: dict, where: str, cols: int) -> Encoding:
     if not encoding.grouped:
         return encoding
     group = read.count(item, "group")
-    if group not in _core.GROUPS or cols % group:
+    if group not in _core.CODECS[codec][3] or cols % group:
         raise ValueError(f"{read.path}: group {group} of {where} does not divide {cols}; {REMEDY}")
     return encoding._replace(group=group)
 
 
 def record_bytes(config: ModelConfig, widths: tuple[int, ...], group: int, alignment: int) -> int:
     """Bytes of one expert's record at these widths, with padding."""
-    encodings = tuple(encoding_of(width, group) for width in widths)
+    return encoded_bytes(config, tuple(encoding_of(width, group) for width in widths), alignment)
+
+
+def encoded_bytes(config: ModelConfig, encodings: tuple[Encoding, ...], alignment: int) -> int:
+    """Bytes of one expert's record with these encodings, with padding."""
     return padded_bytes(record_layout(config.dim, config.expert_hidden, encodings, config.expert_bias), alignment)
 
 

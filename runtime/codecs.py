@@ -1,6 +1,6 @@
 """How matrices are encoded: codec, width and parts. devices/format.h defines the codecs.
 
-The core's CODECS has, by name, a codec's widths, its parts, and the safetensors type of its codes.
+The core's CODECS has, by name, a codec's widths, its parts, the safetensors type of each part, and its groups.
 """
 
 from functools import lru_cache
@@ -36,12 +36,13 @@ def encoding_of(width: int, group: int) -> Encoding:
 
 def trunk_parts(name: str, shape: tuple[int, ...], encoding: Encoding) -> list[tuple[str, str, str, tuple[int, ...]]]:
     """The parts of a trunk tensor in trunk.safetensors: (part, name there, type, shape)."""
-    dtype = _core.CODECS[encoding.codec][2]
+    dtypes = _core.CODECS[encoding.codec][2]
     if not encoding.grouped:
-        return [("codes", name, dtype, shape)]
+        return [("codes", name, dtypes[0], shape)]
     rows, cols = shape
-    codes = ("codes", f"{name}.codes", dtype, (rows, cols * encoding.width // 32))
-    return [codes, *((part, f"{name}.{part}", "BF16", (rows, cols // encoding.group)) for part in encoding.parts[1:])]
+    shapes = ((rows, cols * encoding.width // 32), (rows, cols // encoding.group), (rows, cols // encoding.group))
+    its = zip(encoding.parts, dtypes, shapes[: len(dtypes)], strict=True)
+    return [(part, f"{name}.{part}", dtype, of) for part, dtype, of in its]
 
 
 @lru_cache(4096)

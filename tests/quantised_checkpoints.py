@@ -98,6 +98,23 @@ def write_mxfp4(source: Path, out: Path, *, scales: str = "U8") -> dict[str, np.
     return values
 
 
+def write_gpt_oss(source: Path, out: Path, seed: int = 0) -> dict[str, np.ndarray]:
+    """Write gpt-oss's own MXFP4 version of its bfloat16 checkpoint `source`, with random codes and exponents; gives the
+    values of the tensors that `source` has instead, (experts, inputs, outputs)."""
+    tensors, values, random = read_file(_copy(source, out)), {}, np.random.default_rng(seed)
+    for key in [key for key in tensors if key.endswith(("gate_up_proj", "down_proj"))]:
+        _, (experts, inputs, outputs), _ = tensors.pop(key)
+        blocks = random.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8)
+        exponents = random.integers(120, 126, blocks.shape[:3], np.uint8)
+        tensors[f"{key}_blocks"] = "U8", list(blocks.shape), blocks.tobytes()
+        tensors[f"{key}_scales"] = "U8", list(exponents.shape), exponents.tobytes()
+        codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:3], 32)
+        found = np.where(codes & 8, -1, 1) * E2M1[codes & 7] * np.exp2(exponents[..., None] - 127.0)
+        values[key] = found.astype(np.float32).reshape(experts, outputs, inputs).transpose(0, 2, 1).copy()
+    _finish(out, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
+    return values
+
+
 def write_mxfp8(source: Path, out: Path, *, method: str = "mxfp8", scales: str = "U8") -> dict[str, np.ndarray]:
     """Write an MXFP8 version; as write_fp8(). Columns must be multiples of 32.
 

@@ -136,10 +136,10 @@ def test_an_interrupted_compress_says_how_to_go_on_and_does(model, sent):
 import os, signal, sys
 from edge_moe.compressor.writing import writer
 write = writer.BundleWriter.write_expert
-def interrupted(self, layer, index, matrices):
+def interrupted(self, layer, *record):
     if layer == 1:
         os.kill(os.getpid(), signal.{sent})
-    write(self, layer, index, matrices)
+    write(self, layer, *record)
 writer.BundleWriter.write_expert = interrupted
 sys.argv = ["edge-moe", *{arguments!r}]
 from edge_moe.cli import main
@@ -164,10 +164,10 @@ def test_a_compress_interrupted_before_anything_was_done_leaves_nothing(tmp_path
 import sys, signal, os
 from edge_moe.compressor.writing import writer
 write = writer.BundleWriter.write_expert
-def interrupted(self, layer, index, matrices):
+def interrupted(self, layer, *record):
     if layer == 2:
         os.kill(os.getpid(), signal.SIGINT)
-    write(self, layer, index, matrices)
+    write(self, layer, *record)
 writer.BundleWriter.write_expert = interrupted
 sys.argv = ["edge-moe", *{command!r}]
 from edge_moe.cli import main

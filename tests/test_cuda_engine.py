@@ -25,8 +25,9 @@ from bundles import (
     write_lossless,
 )
 from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, FAMILIES
+from quantised_checkpoints import write_gpt_oss
 
-from edge_moe import _core
+from edge_moe import _core, compress
 from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.bundle import Bundle
@@ -73,6 +74,14 @@ def test_output_biases_of_experts_give_the_processors_bits(golden, tmp_path, mon
     path, ids = with_output_bias(golden, tmp_path, monkeypatch, width), golden["olmoe"][1]
     want = run_engine(make_engine(path), ids)
     for slots, chunk in ((None, 32), (4, 1), (5, 7)):
+        assert same_bits(run_engine(make_engine(path, slots=slots, device="cuda"), ids, chunk), want), (slots, chunk)
+
+
+def test_kept_codes_give_the_processors_bits(golden, tmp_path):
+    write_gpt_oss(golden["gpt_oss"][0], tmp_path / "source")
+    path, ids = compress(tmp_path / "source", tmp_path / "kept.emoe", method="keep").path, golden["gpt_oss"][1]
+    want = run_engine(make_engine(path), ids)
+    for slots, chunk in ((None, 32), (3, 1), (4, 7)):
         assert same_bits(run_engine(make_engine(path, slots=slots, device="cuda"), ids, chunk), want), (slots, chunk)
 
 

@@ -148,7 +148,7 @@ def test_a_checkpoint_without_a_tokenizer_needs_token_ids_or_no_calibration(mode
             "width is one width for all experts; method pmq chooses widths, give bits instead",
         ),
         ({"bits": 4, "size": 10**9}, "bits, width and size exclude each other; give one of them"),
-        ({"method": "best"}, "method is 'best', expected one of pmq, mc, mc-release, uniform, rtn"),
+        ({"method": "best"}, "method is 'best', expected one of pmq, mc, mc-release, uniform, rtn, keep"),
         ({"bits": 5, "group": 16}, "group is 16, expected one of 32, 64, 128"),
         ({"bits": 5, "trunk_width": 32}, "trunk_width is 32, expected one of 1, 2, 3, 4, 5, 6, 8, 16"),
         ({"bits": 5, "tokens": 0}, "tokens is 0, expected at least 256"),

@@ -140,7 +140,7 @@ def planned(model: Path, ram: int, context: int = CONTEXT) -> dict:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "best"}, "method is 'best', expected one of pmq, mc, mc-release, uniform, rtn"),
+        ({"method": "best"}, "method is 'best', expected one of pmq, mc, mc-release, uniform, rtn, keep"),
         ({"group": 16}, "group is 16, expected one of 32, 64, 128"),
         ({"trunk_width": 7}, "trunk_width is 7, expected one of 1, 2, 3, 4, 5, 6, 8, 16"),
         ({"drop_score": "size"}, "drop_score is 'size', expected one of mixture, weight, frequency, mean-weight"),

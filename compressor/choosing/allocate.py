@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...runtime.config import ModelConfig
-from ..writing.writer import Packing, record_bytes_of
+from ..writing.writer import KEPT, Packing, record_bytes_of
 from .sensitivity import Measures
 
 MC_WIDTHS = (1, 2, 3)
@@ -37,11 +37,22 @@ def packings(choices: list[tuple[int, int]]) -> list[Packing]:
     return options
 
 
+def options_of(measures: Measures) -> list[Packing]:
+    """The packings that a model's experts may have: those of packings() and, of a checkpoint in MXFP4, its own codes,
+    which cost nothing."""
+    return packings(measures.choices) + ([KEPT] if measures.has_codes else [])
+
+
 def packing_costs(measures: Measures, options: list[Packing]) -> np.ndarray:
     """Expected KL divergence in nats a token, (experts of all layers, options, domains + 1)."""
     cost, place = measures.cost(), {choice: i for i, choice in enumerate(measures.choices)}
-    at = [[place[width, option.group] for width in option.widths] for option in options]
-    return np.stack([sum(cost[:, part, where[part]] for part in range(3)) for where in at], axis=1)
+
+    def of_experts(option: Packing) -> np.ndarray:
+        if option == KEPT:
+            return np.zeros_like(cost[:, 0, 0])
+        return sum(cost[:, part, place[width, option.group]] for part, width in enumerate(option.widths))
+
+    return np.stack([of_experts(option) for option in options], axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +73,9 @@ def mixed(
     """pmq: the packing of each expert of the model, in order, in at most `budget` bytes.
 
     unit: the cost of a domain is divided by its total with this packing for all experts. options: packings to choose
-    from, by default packings().
+    from, by default options_of().
     """
-    options = packings(measures.choices) if options is None else options
+    options = options_of(measures) if options is None else options
     limits = []
     if paging is not None:
         options = [option for option in options if record_bytes_of(config, option) <= paging.record_bytes]
@@ -87,7 +98,7 @@ def dropped(
 
     keep: for each layer or group, (its experts as a mask (experts of all layers,), the minimum that must stay).
     """
-    options = packings(measures.choices)
+    options = options_of(measures)
     cost, sizes = _priced(config, measures, options, unit)
     present = [(m, gain) for m, gain in zip(measures.layers, measures.gain, strict=True) if m is not None]
     gone = np.concatenate([m.drop_errors * gain for m, gain in present])
@@ -118,7 +129,7 @@ def _total(measures: Measures, unit: Packing) -> np.ndarray:
 
 def curves(config: ModelConfig, measures: Measures) -> list[tuple[np.ndarray, np.ndarray]]:
     """The nats and bytes, for each expert of the model in order, of each packing that pmq chooses from."""
-    options = packings(measures.choices)
+    options = options_of(measures)
     cost = packing_costs(measures, options)[:, :, :-1].mean(axis=-1)
     sizes = np.array([record_bytes_of(config, option) for option in options], np.float64)
     return [(nats, sizes) for nats in cost]

@@ -50,7 +50,7 @@ class Choosing:
             choice = self.measures.choices.index((near.widths[0], near.group))
             method["spread"] = round(self.measures.spread(choice), 2)
             method["flat"] = method["spread"] < allocate.FLAT
-            if not method["flat"]:
+            if self.measures.has_codes or not method["flat"]:
                 chosen = self.mixed(config, self.measures, budget, near, self.paging(budget))
         elif o.method != "uniform":
             chosen = allocate.published(config, self.measures, budget, o.method, targets.groups(o, config)[0])
@@ -123,8 +123,8 @@ def as_json(config: ModelConfig, trunk: dict[str, Packing], chosen: tuple[dict, 
     return {
         "kept": config.kept,
         "trunk": {name: [how.widths, how.group] for name, how in trunk.items()},
-        "experts": [[how.widths, how.group] for how in packing.values()],
-        "uniform": [[how.widths, how.group] for how in compared.values()],
+        "experts": [[how.widths, how.group, how.codec] for how in packing.values()],
+        "uniform": [[how.widths, how.group, how.codec] for how in compared.values()],
         "method": method,
     }
 
@@ -135,7 +135,7 @@ def from_json(config: ModelConfig, saved: dict) -> tuple[ModelConfig, dict[str, 
     trunk = {name: Packing(tuple(widths), group) for name, (widths, group) in saved["trunk"].items()}
     keys = [(layer, index) for layer in config.moe_layers for index in range(config.experts_of(layer))]
     packing, compared = (
-        {key: Packing(tuple(widths), group) for key, (widths, group) in zip(keys, saved[name], strict=True)}
+        {key: Packing(tuple(widths), *rest) for key, (widths, *rest) in zip(keys, saved[name], strict=True)}
         for name in ("experts", "uniform")
     )
     return config, trunk, (packing, compared, saved["method"])

@@ -56,6 +56,7 @@ class Measures:
     choices: list[Choice]
     gain: np.ndarray  # (layers, domains + 1) nats of KL divergence a unit of relative squared error
     trunk: dict[str, float] = field(default_factory=dict)  # nats by kind of trunk tensor, at trunk.PROBED bits
+    has_codes: bool = False  # whether the checkpoint's own codes are one more option for each expert
 
     def cost(self) -> np.ndarray:
         """Expected KL divergence in nats a token, (experts of all layers, 3, choices, domains + 1)."""
@@ -72,7 +73,7 @@ class Measures:
             kept = list(config.kept[layer])
             cut = {f.name: getattr(measure, f.name)[kept] for f in fields(LayerMeasure) if f.name != "carried"}
             layers.append(LayerMeasure(**cut, carried=measure.carried))
-        return Measures(layers, self.choices, self.gain, self.trunk)
+        return Measures(layers, self.choices, self.gain, self.trunk, self.has_codes)
 
     def frequencies(self) -> dict[tuple[int, int], float]:
         """Uses of each expert a token, by layer and number."""

@@ -15,10 +15,10 @@ from ..passes.calibrate import check_tokens, paths_of
 from ..rounding.quantise import largest_group
 from ..source.checkpoint import Checkpoint
 from ..source.copied_files import copied_bytes
-from ..writing.writer import Packing
+from ..writing.writer import KEPT, Packing
 from .drop_experts import SCORES
 
-METHODS = ("pmq", "mc", "mc-release", "uniform", "rtn")
+METHODS = ("pmq", "mc", "mc-release", "uniform", "rtn", "keep")
 MC_WIDTHS = (1, 2, 3)
 DEFAULT_BITS = 2.5
 DEFAULT_TOKENS = 49_152
@@ -59,7 +59,7 @@ class Options:
 
     @property
     def calibrates(self) -> bool:
-        return self.method != "rtn" and self.bits != 16 and self.width != 16
+        return self.method not in ("rtn", "keep") and self.bits != 16 and self.width != 16
 
     @property
     def chooses_trunk(self) -> bool:
@@ -78,7 +78,11 @@ def check(o: Options, config: ModelConfig) -> Options:
     _one_of("drop_counts", o.drop_counts, ("equal", "sensitivity"))
     if sum(value is not None for value in (o.bits, o.width, o.size)) > 1:
         raise ValueError("bits, width and size exclude each other; give one of them")
-    if o.width is not None:
+    if o.method == "keep":
+        if o.bits or o.width or o.size is not None or o.group:
+            raise ValueError("method keep takes no bits, width, size or group: experts stay as the checkpoint has them")
+        o = replace(o, width=KEPT.widths[0], group=KEPT.group)
+    elif o.width is not None:
         if o.method not in ("uniform", "rtn"):
             raise ValueError(f"width is one width for all experts; method {o.method} chooses widths, give bits instead")
         _one_of("width", o.width, _core.WIDTHS)

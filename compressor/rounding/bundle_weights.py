@@ -64,6 +64,8 @@ class BundleWeights:
 def unpacked(parts: list[np.ndarray], encoding: Encoding, cols: int) -> np.ndarray:
     """float32 (rows, cols) of the parts of a matrix's codec as bytes, (rows, bytes) each."""
     codes, *others = parts
-    if encoding.codec != "affine":
+    if not encoding.grouped:
         codes = codes.view({"bfloat16": np.uint16, "float32": np.float32}[encoding.codec])
-    return dequantise(Quantised(codes, *(part.view(np.uint16) for part in others)), encoding.width, cols)
+    if encoding.codec == "affine":
+        others = [part.view(np.uint16) for part in others]
+    return dequantise(Quantised(codes, *others), encoding.width, cols)

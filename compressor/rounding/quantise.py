@@ -49,6 +49,9 @@ def dequantise(packed: Quantised, width: int, cols: int) -> np.ndarray:
         return packed.codes
     if width == 16:
         return from_bfloat16(packed.codes)
+    if packed.biases is None:
+        none = np.zeros((0, 0), np.uint16)
+        return _core.dequantise("scalar", packed.codes, none, none, width, cols, packed.scales)
     return _core.dequantise("scalar", packed.codes, packed.scales, packed.biases, width, cols)
 
 

@@ -26,7 +26,7 @@ from ...runtime.config import ModelConfig
 from ..passes import forward
 from ..passes.expert_rows import fitting_rows, with_nearest
 from ..passes.streams import Stream
-from ..writing.writer import BundleWriter, Packing, Quantised, record_bytes_of
+from ..writing.writer import KEPT, BundleWriter, Packing, Quantised, record_bytes_of
 from .gptq import SWEEPS, gptq
 from .inputs import Inputs
 from .quantise import dequantise, quantise
@@ -299,6 +299,9 @@ class Rounding:
 
     def _round(self, track: Track, layer: int, number: int, matrices, bias, a: Stream) -> list[Quantised]:
         packing, config = track.experts[layer, number], self.config
+        if packing == KEPT:
+            its_kept = track.config.kept
+            return kept(self.checkpoint, layer, its_kept[layer][number] if its_kept else number)
         if packing.widths[0] >= 16:
             return [quantise(matrix, 16, packing.group) for matrix in matrices]
         rows, weight = fitting_rows(*track.routing.rows_of(number, self.calibration_rows), config.dim)
@@ -336,6 +339,11 @@ class Rounding:
         if error([dequantise(one, width, matrix.shape[1]) for one, width, matrix in its]) < error(rounded):
             return to_nearest
         return packed
+
+
+def kept(checkpoint, layer: int, expert: int) -> list[Quantised]:
+    """gate, up and down of an expert with the codes that the checkpoint has."""
+    return [Quantised(codes, exponents) for codes, exponents in checkpoint.codes(layer, expert)]
 
 
 def cut_router(config: ModelConfig, name: str, tensor: np.ndarray) -> np.ndarray:

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ...runtime.codecs import PROJECTIONS
 from ...runtime.config import ModelConfig
 from ...runtime.config_file import family_of, load_config, read_json
 from ...runtime.files import real_path
 from ...runtime.hub import HubModel
 from ...runtime.model_path import find_model, raise_if_other_format
 from ...runtime.tensorfile import Stored, read_header
-from .formats import Tensor, locate, read, read_bytes
+from .formats import MXFP4, Tensor, locate, read, read_bytes, read_codes
 from .gguf_file import find_gguf, unpacked
 from .hub_files import hub_files
 from .names import Names, Source, sources
@@ -186,6 +187,22 @@ class Checkpoint:
         """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises like trunk()."""
         name = f"layers.{layer}.experts.{expert}"
         return self.trunk(f"{name}.gate"), self.trunk(f"{name}.up"), self.trunk(f"{name}.down")
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether all experts are stored in MXFP4, whose codes a bundle can hold as they are."""
+        names = [name for name in self._tensors if ".experts." in name and not name.endswith("_bias")]
+        return all(self.dtype(name) == MXFP4 for name in names)
+
+    def codes(self, layer: int, expert: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Read gate, up and down of an expert in MXFP4 as they are stored; see formats.read_codes()."""
+        found = []
+        for part in PROJECTIONS:
+            name = f"layers.{layer}.experts.{expert}.{part}"
+            source, tensor = self._find(name)
+            parts = read_codes(tensor, source.first_row, source.stored_shape[0], name)
+            found.append(tuple(np.ascontiguousarray(values[source.rows]) for values in parts))
+        return found
 
     def expert_bias(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What is added to the products of gate, up (expert_hidden,) and down (dim,), of a model that has it."""

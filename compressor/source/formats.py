@@ -30,6 +30,7 @@ FP8, MXFP4, NVFP4 = "F8_E4M3", "MXFP4", "NVFP4"
 EXPONENTS = ("U8", "F8_E8M0")  # a power of two, stored as its biased exponent
 SCALES = {FP8: (*PLAIN, *EXPONENTS), MXFP4: EXPONENTS, NVFP4: (FP8,), "INT4": PLAIN, "INT8": PLAIN}
 BLOCKS_SUFFIX = "_blocks"  # of a tensor of MXFP4 with a dimension for the blocks of a row
+LARGEST_EXPONENT = 252  # of MXFP4 whose codes are kept: 12 times half of 2^(252 - 127) is still a float32
 NVFP4_BLOCK = (1, 16)
 MLX_BITS = (2, 3, 4, 5, 6, 8)  # of mode affine
 MLX_MODES = {(4, 32): (MXFP4, "E2M1", "U8"), (8, 32): (FP8, "E4M3", "U8"), (4, 16): (NVFP4, "E2M1", FP8)}
@@ -145,6 +146,27 @@ def _scale(part: np.ndarray, blocks: np.ndarray, scales: np.ndarray, biases: np.
         part[:, edge:] *= factors[:, whole:]
         if biases is not None:  # blocks are whole
             inner += biases[blocks][:, :, None]
+
+
+def read_codes(tensor: Tensor, first_row: int, rows: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read rows of an MXFP4 tensor as they are stored.
+
+    Returns codes, uint8 (rows, cols / 2), the low nibble first, and exponents, uint8 (rows, cols / 32).
+
+    Raises ValueError for an exponent beyond LARGEST_EXPONENT, and OSError if the file was truncated meanwhile.
+    """
+    cols, found = tensor.shape[-1], []
+    for key, stored, each in ((tensor.key, tensor.values, cols // 2), (tensor.scale_key, tensor.scales, cols // 32)):
+        values = np.fromfile(stored.path, np.uint8, rows * each, offset=stored.offset + first_row * each)
+        if values.size < rows * each:
+            raise _cut(key, stored, values.size, rows * each)
+        found.append(values.reshape(rows, each))
+    if (most := int(found[1].max())) > LARGEST_EXPONENT:
+        raise ValueError(
+            f"{tensor.scales.path}: tensor {tensor.scale_key} has the exponent {most}, expected at most "
+            f"{LARGEST_EXPONENT} (read for {name}); the checkpoint is damaged, download it again"
+        )
+    return found[0], found[1]
 
 
 def read_bytes(tensor: Tensor, first_row: int, shape: tuple[int, ...]) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ... import __version__, _core
 from ...runtime.bundle import dropped_keys
-from ...runtime.bundle_records import TRUNK_FILE, record_alignment, record_bytes
+from ...runtime.bundle_records import TRUNK_FILE, encoded_bytes, record_alignment
 from ...runtime.bundle_table import table_checksum
 from ...runtime.codecs import (
     PROJECTIONS,
@@ -48,15 +48,22 @@ class Packing:
 
     widths: tuple[int, ...]
     group: int
+    codec: str = ""  # empty: the one that each width implies
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
+        if self.codec:
+            return tuple(Encoding(self.codec, width, self.group) for width in self.widths)
         return tuple(encoding_of(width, self.group) for width in self.widths)
+
+
+KEPT = Packing((4, 4, 4), 32, "mxfp4")  # of an expert whose codes are those of the checkpoint
 
 
 @dataclass(slots=True)
 class Quantised:
-    """The parts of a packed matrix: codes, uint8 (rows, bytes); scales and biases, bfloat16 bits (rows, groups)."""
+    """The parts of a packed matrix: codes, uint8 (rows, bytes); scales and biases, bfloat16 bits (rows, groups), or
+    scales that are exponents, uint8 (rows, groups), without biases."""
 
     codes: np.ndarray
     scales: np.ndarray | None = None
@@ -302,7 +309,9 @@ class BundleWriter:
             (encoding,) = self.trunk[name].encodings
             for part, stored_as, dtype, its in trunk_parts(name, shape, encoding):
                 tensors.append((name, part, stored_as, dtype, its, bytes_of(dtype, its)))
-        tensors.sort(key=lambda tensor: (("U32", "F32", "BF16").index(tensor[3]), tensor[5] % _core.PART_ALIGNMENT > 0))
+        tensors.sort(
+            key=lambda tensor: (("U32", "F32", "BF16", "U8").index(tensor[3]), tensor[5] % _core.PART_ALIGNMENT > 0)
+        )
         header = make_header([tensor[2:] for tensor in tensors], _core.PART_ALIGNMENT)
         at, self._trunk_parts = len(header), {name: [] for name in shapes}
         for name, part, _, _, _, nbytes in tensors:
@@ -373,4 +382,4 @@ def _file_checksum(path: Path) -> int:
 
 def record_bytes_of(config: ModelConfig, packing: Packing) -> int:
     """Bytes of an expert's record in a new bundle, with padding."""
-    return record_bytes(config, packing.widths, packing.group, record_alignment(config))
+    return encoded_bytes(config, packing.encodings, record_alignment(config))

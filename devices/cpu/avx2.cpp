@@ -122,6 +122,14 @@ inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
   for (int r = 0; r < kTileRows; ++r) unpack_in_order<Width>(codes + r * stride, out + r * kBlock);
 }
 
+inline void look_up(uint8_t* bytes) {
+  const __m256i table = _mm256_broadcastsi128_si256(load_16(kE2m1));
+  for (int i = 0; i < kTileRows * kBlock; i += 32) {
+    auto* at = reinterpret_cast<__m256i*>(bytes + i);
+    _mm256_store_si256(at, _mm256_shuffle_epi8(table, _mm256_load_si256(at)));
+  }
+}
+
 // ---- products ----
 
 inline __m256 load_bfloat16(const void* p) {

@@ -123,6 +123,12 @@ inline void unpack_in_order(const uint8_t* codes, uint8_t* out) {  // the first 
   });
 }
 
+inline void look_up(uint8_t* bytes) {
+  const __m512i table = _mm512_broadcast_i32x4(load_16(kE2m1));
+  for (int i = 0; i < kTileRows * kBlock; i += 64)
+    _mm512_store_si512(bytes + i, _mm512_shuffle_epi8(table, _mm512_load_si512(bytes + i)));
+}
+
 // ---- products ----
 
 inline __m512i eight_inputs(const int8_t* x) {

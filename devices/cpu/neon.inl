@@ -94,6 +94,11 @@ inline void unpack_in_order(const uint8_t* codes, uint8_t* out) {
   });
 }
 
+inline void look_up(uint8_t* bytes) {
+  const uint8x16_t table = vld1q_u8(kE2m1);
+  for (int i = 0; i < kTileRows * kBlock; i += 16) vst1q_u8(bytes + i, vqtbl1q_u8(table, vld1q_u8(bytes + i)));
+}
+
 // ---- products ----
 
 // Wide codes are reduced by 128, which the sum of the inputs compensates.
@@ -251,6 +256,7 @@ constexpr CodecKernels kCodecKernels[] = {
     affine<8>(),
     {Codec::kBfloat16, 16, float_product<16>, dequantise_floats},
     {Codec::kFloat32, 32, float_product<32>, dequantise_floats},
+    mxfp4(),
 };
 
 // ---- activations to int8, and rows to floats ----

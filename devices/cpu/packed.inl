@@ -76,6 +76,9 @@ inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out);
 template <int Tokens, int Parts, bool Wide>
 inline void unpacked_dots(const uint8_t* bytes, const int8_t* const* x, size_t at, Vector (&dots)[Tokens][Parts]);
 
+// Replaces unpacked E2M1 codes, kTileRows * kBlock bytes, by kE2m1 of each.
+inline void look_up(uint8_t* bytes);
+
 // Unpacks the 64 codes of one row's block to bytes, in order.
 template <int Width>
 inline void unpack_in_order(const uint8_t* codes, uint8_t* out);
@@ -84,6 +87,37 @@ inline void unpack_in_order(const uint8_t* codes, uint8_t* out);
 inline void plain_columns(const uint16_t* values, int stride, int first, int count, float (*out)[kTileRows]) {
   for (int g = 0; g < count; ++g)
     for (int r = 0; r < kTileRows; ++r) out[g][r] = from_bfloat16(values[size_t(r) * stride + first + g]);
+}
+
+// columns() of scales and biases for E8M0 scales, given those of the first row. Rows of sixteen bytes are transposed by
+// log2(kTileRows) perfect shuffles.
+[[gnu::noinline]] inline void exponent_columns(const uint8_t* exponents, int stride, int first, int count,
+                                               float (*scales)[kTileRows], float (*biases)[kTileRows]) {
+  typedef uint8_t Sixteen __attribute__((vector_size(16)));
+  constexpr int kAtOnce = 16;
+  for (int g = 0; g < count; g += kAtOnce) {
+    const int here = count - g < kAtOnce ? count - g : kAtOnce;
+    Sixteen rows[kTileRows] = {}, next[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+      const uint8_t* from = exponents + size_t(r) * stride + first + g;
+      here == kAtOnce ? std::memcpy(&rows[r], from, kAtOnce) : std::memcpy(&rows[r], from, size_t(here));
+    }
+    for (int step = 1; step < kTileRows; step *= 2) {
+      for (int r = 0; r < kTileRows / 2; ++r) {
+        const Sixteen a = rows[r], b = rows[r + kTileRows / 2];
+        next[2 * r] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        next[2 * r + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      }
+      std::memcpy(rows, next, sizeof(rows));
+    }
+    uint8_t of_groups[kAtOnce * kTileRows];
+    std::memcpy(of_groups, rows, sizeof(rows));
+    for (int i = 0; i < here * kTileRows; ++i) {
+      const float scale = e8m0_half(of_groups[i]);
+      scales[g][i] = scale;
+      biases[g][i] = -kE2m1Zero * scale;
+    }
+  }
 }
 
 // Parts of a block that belong to different weight groups: two halves for groups of 32.
@@ -329,7 +363,7 @@ template <int Group, int Tokens, bool Wide>
   unrolled<Tokens>([&](auto t) { store(sums[t], sum[t]); });
 }
 
-template <int Width, int Group>
+template <int Width, int Group, Codec C = Codec::kAffine>
 void many_tokens(const PackedRows& rows, const PackedTokens& tokens, int count, float (*sums)[kTileRows]) {
   alignas(64) uint8_t bytes[kChunk * kTileRows * kBlock], tail[kTileRows * kBlock];
   alignas(64) float scales[kMostGroups][kTileRows], biases[kMostGroups][kTileRows];
@@ -340,11 +374,20 @@ void many_tokens(const PackedRows& rows, const PackedTokens& tokens, int count, 
     for (int block = chunk; block < end; ++block) {
       size_t stride;
       const uint8_t* codes = block_codes<Width>(rows, block, tail, stride);
-      unpack_block<Width>(codes, stride, bytes + size_t(block - chunk) * kTileRows * kBlock);
+      uint8_t* unpacked = bytes + size_t(block - chunk) * kTileRows * kBlock;
+      unpack_block<Width>(codes, stride, unpacked);
+      if constexpr (C == Codec::kMxfp4) {
+        look_up(unpacked);
+        if (count == 1) fetch(next_codes<Width>(rows, block), kTileRows * kBlock / 8 * Width);
+      }
     }
     const int first = chunk * kBlock / Group, last = end * kBlock / Group < groups ? end * kBlock / Group : groups;
-    columns(rows.scales, groups, first, last - first, scales);
-    columns(rows.biases, groups, first, last - first, biases);
+    if constexpr (C == Codec::kMxfp4) {
+      exponent_columns(reinterpret_cast<const uint8_t*>(rows.scales), groups, first, last - first, scales, biases);
+    } else {
+      columns(rows.scales, groups, first, last - first, scales);
+      columns(rows.biases, groups, first, last - first, biases);
+    }
     auto add = [&](auto step, int token) {
       some_tokens<Group, step, (Width > 6)>(bytes, scales, biases, chunk, first, last - first, tokens, token,
                                             sums + token);
@@ -356,11 +399,11 @@ void many_tokens(const PackedRows& rows, const PackedTokens& tokens, int count, 
   }
 }
 
-template <int Width, int Group>
+template <int Width, int Group, Codec C = Codec::kAffine>
 void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
   const int blocks = x.blocks(), groups = m.cols / Group;
   alignas(64) float sums[kBatch][kTileRows];
-  const bool one = x.count == 1 && ArrangedToken<Width, Group>::holds(blocks);
+  const bool one = C == Codec::kAffine && x.count == 1 && ArrangedToken<Width, Group>::holds(blocks);
   ArrangedToken<Width, Group> arranged;
   PackedToken only{};
   if (one) only = arranged.arrange(x.quantised.from(x.vector(0), x.cols), blocks);
@@ -369,7 +412,8 @@ void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_str
     const int first = row + kTileRows <= m.rows ? row : m.rows - kTileRows;
     const int stored = row_end - row < kTileRows ? row_end - row : kTileRows;
     const size_t at = size_t(first) * groups;
-    const PackedRows rows = {m.codes + codes_bytes(first, m.cols, Width), m.scales + at, m.biases + at,
+    const uint16_t* scales = C == Codec::kMxfp4 ? reinterpret_cast<const uint16_t*>(m.exponents() + at) : m.scales + at;
+    const PackedRows rows = {m.codes + codes_bytes(first, m.cols, Width), scales, m.biases + at,
                              codes_bytes(1, m.cols, Width), m.cols};
     for (int token = 0; token < x.count; token += kBatch) {
       const int count = x.count - token < kBatch ? x.count - token : kBatch;
@@ -384,7 +428,7 @@ void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_str
       if (one)
         one_token<Width, Group>(rows, only, sums[0]);
       else
-        many_tokens<Width, Group>(rows, tokens, count, sums);
+        many_tokens<Width, Group, C>(rows, tokens, count, sums);
       for (int t = 0; t < count; ++t)
         std::memcpy(y + (token + t) * y_stride + row, sums[t] + (row - first), size_t(stored) * sizeof(float));
     }
@@ -416,7 +460,15 @@ void packed_by_group(const Matrix& m, const Activations& x, float* y, size_t y_s
   product(m, x, y, y_stride, row_begin, row_end);
 }
 
+// By scalar.cpp: floats, and E2M1 values.
 void dequantise_floats(const Matrix& m, int row, float* y) { kScalarKernels.dequantise_row(m, row, y); }
+
+void mxfp4_product(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
+  if (m.rows < kTileRows) return kScalarKernels.find(m.codec, m.width)->product(m, x, y, y_stride, row_begin, row_end);
+  packed_matmul<4, 32, Codec::kMxfp4>(m, x, y, y_stride, row_begin, row_end);
+}
+
+constexpr CodecKernels mxfp4() { return {Codec::kMxfp4, 4, mxfp4_product, dequantise_floats}; }
 
 template <int Width>
 constexpr CodecKernels affine() {

@@ -26,29 +26,31 @@ inline int code_at(const uint8_t* row, int i, int width) {
 float as_weight(uint16_t value) { return from_bfloat16(value); }
 float as_weight(float value) { return value; }
 
-float dot_affine(const Matrix& m, int row, const Activations& x, int vector) {
+template <Codec C>
+float dot_packed(const Matrix& m, int row, const Activations& x, int vector) {
   const uint8_t* codes = m.codes + codes_bytes(row, m.cols, m.width);
   const int groups = m.cols / m.group;
-  const uint16_t* scales = m.scales + size_t(row) * groups;
-  const uint16_t* biases = m.biases + size_t(row) * groups;
   const Quantised q = x.quantised.from(size_t(vector), x.cols);
   const float* x_sums = q.group_sums(m.group);
 
   const int part = m.group < kBlock ? m.group : kBlock;  // number of inputs that share both scales
   float sum = 0.0f;
   for (int group = 0; group < groups; ++group) {
-    sum = std::fma(from_bfloat16(biases[group]), x_sums[group], sum);
+    const size_t at = size_t(row) * groups + group;
+    const float scale = C == Codec::kMxfp4 ? e8m0_half(m.exponents()[at]) : from_bfloat16(m.scales[at]);
+    const float bias = C == Codec::kMxfp4 ? -kE2m1Zero * scale : from_bfloat16(m.biases[at]);
+    sum = std::fma(bias, x_sums[group], sum);
     for (int first = group * m.group; first < (group + 1) * m.group; first += part) {
       const int block = first / kBlock;
       int of_codes = 0, of_lows = 0;
       for (int i = first; i < first + part; ++i) {
-        const int code = code_at(codes, i, m.width);
+        const int stored = code_at(codes, i, m.width), code = C == Codec::kMxfp4 ? kE2m1[stored] : stored;
         of_codes += code * q.codes[i];
         of_lows += code * q.lows[i];
       }
       float dot = float(of_codes);
       if (q.two_planes[block]) dot = std::fma(float(of_lows), kLowStep, dot);
-      sum = std::fma(dot, from_bfloat16(scales[group]) * q.scales[block], sum);
+      sum = std::fma(dot, scale * q.scales[block], sum);
     }
   }
   return sum;
@@ -104,6 +106,13 @@ void dequantise_affine(const Matrix& m, int row, float* y) {
   }
 }
 
+void dequantise_mxfp4(const Matrix& m, int row, float* y) {
+  const uint8_t *codes = m.codes + codes_bytes(row, m.cols, m.width), *exponents = m.exponents();
+  const size_t first = size_t(row) * (m.cols / m.group);
+  for (int i = 0; i < m.cols; ++i)
+    y[i] = e2m1_value(code_at(codes, i, m.width), e8m0_half(exponents[first + i / m.group]));
+}
+
 template <typename T>
 void dequantise_floats(const Matrix& m, int row, float* y) {
   const T* weights = reinterpret_cast<const T*>(m.codes) + size_t(row) * m.cols;
@@ -151,7 +160,9 @@ void widen(const uint16_t* halves, float* y, int n) {
   for (int i = 0; i < n; ++i) y[i] = half_to_float(halves[i]);
 }
 
-constexpr CodecKernels affine(int width) { return {Codec::kAffine, width, product<dot_affine>, dequantise_affine}; }
+constexpr CodecKernels affine(int width) {
+  return {Codec::kAffine, width, product<dot_packed<Codec::kAffine>>, dequantise_affine};
+}
 
 constexpr CodecKernels kCodecKernels[] = {
     affine(1),
@@ -163,6 +174,7 @@ constexpr CodecKernels kCodecKernels[] = {
     affine(8),
     {Codec::kBfloat16, 16, product<dot_float<uint16_t>>, dequantise_floats<uint16_t>},
     {Codec::kFloat32, 32, product<dot_float<float>>, dequantise_floats<float>},
+    {Codec::kMxfp4, 4, product<dot_packed<Codec::kMxfp4>>, dequantise_mxfp4},
 };
 
 }  // namespace scalar

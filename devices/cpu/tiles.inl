@@ -66,4 +66,5 @@ constexpr CodecKernels kCodecKernels[] = {
     affine<8>(),
     {Codec::kBfloat16, 16, float_matmul<16>, dequantise_floats},
     {Codec::kFloat32, 32, float_matmul<32>, dequantise_floats},
+    mxfp4(),
 };

@@ -39,41 +39,59 @@ __device__ __forceinline__ uint32_t spread(uint32_t codes) {
   return (pairs & kOne) | (pairs << (8 - Width) & kOne << 8);
 }
 
-// Codes of 1, 2, 4 and 8 bits are extracted as one plane of each word at a time, others as four neighbours at a time.
-template <int Width>
-constexpr bool kByPlane = 8 % Width == 0;
-template <int Width>
-constexpr int kPlanes = kByPlane<Width> ? 8 / Width : 1;
+// Kernels are compiled for each kind of codes: a width of affine codes, or E2M1.
+constexpr int kE2m1Codes = -4;
+template <int Codes>
+constexpr int kBits = Codes == kE2m1Codes ? 4 : Codes;
 
-// Operand `which` of eight: four of the 32 codes in Width words, in the order of arrange().
-template <int Width>
+// Affine codes of 1, 2, 4 and 8 bits are extracted as one plane of each word at a time, others as four neighbours at a
+// time.
+template <int Codes>
+constexpr bool kByPlane = Codes != kE2m1Codes && 8 % Codes == 0;
+template <int Codes>
+constexpr int kPlanes = kByPlane<Codes> ? 8 / Codes : 1;
+
+// kE2m1 of the four codes in the lower half of a word.
+__device__ __forceinline__ uint32_t e2m1_codes(uint32_t four) {
+  const uint32_t magnitudes = choose_bytes(0x03020100, 0x0c080604, four);
+  uint32_t signs = four >> 3 & 0x1111;
+  signs = (signs | signs << 8) & 0x00ff00ff;
+  signs = (signs | signs << 4) & 0x01010101;
+  return kE2m1Zero * 0x01010101u + magnitudes - 2 * (magnitudes & signs * 0xff);
+}
+
+// Operand `which` of eight: four of the 32 codes in kBits words, in the order of arrange().
+template <int Codes>
 __device__ __forceinline__ uint32_t four_codes(const uint32_t* words, int which) {
-  if (kByPlane<Width>) {
-    constexpr uint32_t kMask = ((1u << Width) - 1) * 0x01010101u;
-    return words[which / kPlanes<Width>] >> which % kPlanes<Width> * Width & kMask;
+  if constexpr (Codes == kE2m1Codes) {
+    return e2m1_codes(words[which / 2] >> which % 2 * 16);
+  } else if constexpr (kByPlane<Codes>) {
+    constexpr uint32_t kMask = ((1u << Codes) - 1) * 0x01010101u;
+    return words[which / kPlanes<Codes>] >> which % kPlanes<Codes> * Codes & kMask;
+  } else {
+    const int bit = which * 4 * Codes, word = bit / 32, low = bit % 32;
+    uint32_t codes = words[word] >> low;
+    if (low + 4 * Codes > 32) codes |= words[word + 1] << (32 - low);
+    return spread<Codes>(codes);
   }
-  const int bit = which * 4 * Width, word = bit / 32, low = bit % 32;
-  uint32_t codes = words[word] >> low;
-  if (low + 4 * Width > 32) codes |= words[word + 1] << (32 - low);
-  return spread<Width>(codes);
 }
 
 // The index of the input, out of 32, by which byte `byte` of operand `which` is multiplied.
-template <int Width>
+template <int Codes>
 __host__ __device__ constexpr int input_of(int which, int byte) {
-  return kByPlane<Width> ? which / kPlanes<Width> * (32 / Width) + byte * kPlanes<Width> + which % kPlanes<Width>
+  return kByPlane<Codes> ? which / kPlanes<Codes> * (32 / Codes) + byte * kPlanes<Codes> + which % kPlanes<Codes>
                          : which * 4 + byte;
 }
 
 // Rearranges 32 inputs to the order of the codes.
-template <int Width>
+template <int Codes>
 __device__ __forceinline__ void arrange(const uint32_t* in, uint32_t* inputs) {
   EDGE_MOE_UNROLL
   for (int i = 0; i < 8; ++i) {
     uint32_t word = 0;
     EDGE_MOE_UNROLL
     for (int byte = 0; byte < 4; ++byte) {
-      const int at = input_of<Width>(i, byte);
+      const int at = input_of<Codes>(i, byte);
       word |= (in[at / 4] >> at % 4 * 8 & 0xff) << byte * 8;
     }
     inputs[i] = word;
@@ -92,20 +110,22 @@ __device__ __forceinline__ void load_words(const void* from, uint32_t* words) {
 
 // Loads a block's codes, or only the first half if there is no second; with wide loads if every row begins with a whole
 // block.
-template <int Width>
+template <int Codes>
 __device__ __forceinline__ void load_block(const uint8_t* codes, bool aligned, bool whole,
-                                           uint32_t (&words)[2 * Width]) {
-  if (aligned && Width % 2 == 0) {
-    load_words<2 * Width>(codes, words);
+                                           uint32_t (&words)[2 * kBits<Codes>]) {
+  constexpr int kWidth = kBits<Codes>;
+  if (aligned && kWidth % 2 == 0) {
+    load_words<2 * kWidth>(codes, words);
   } else if (aligned) {
     EDGE_MOE_UNROLL
-    for (int i = 0; i < Width; ++i) {
+    for (int i = 0; i < kWidth; ++i) {
       const uint2 two = reinterpret_cast<const uint2*>(codes)[i];
       words[2 * i] = two.x, words[2 * i + 1] = two.y;
     }
   } else {
     EDGE_MOE_UNROLL
-    for (int i = 0; i < 2 * Width; ++i) words[i] = i < Width || whole ? reinterpret_cast<const uint32_t*>(codes)[i] : 0;
+    for (int i = 0; i < 2 * kWidth; ++i)
+      words[i] = i < kWidth || whole ? reinterpret_cast<const uint32_t*>(codes)[i] : 0;
   }
 }
 
@@ -117,30 +137,39 @@ __device__ __forceinline__ float group_sum(const QuantisedVector& x, int group_s
 }
 
 // Loads 32 inputs of a plane, in the order of the codes.
-template <int Width>
+template <int Codes>
 __device__ __forceinline__ void load_inputs(const int8_t* plane, uint32_t* inputs) {
   uint32_t in[kBlockWords / 2];
   load_words<kBlockWords / 2>(plane, in);
-  arrange<Width>(in, inputs);
+  arrange<Codes>(in, inputs);
 }
 
 // The value of an integer dot product in shared memory: of codes or, if `two`, of both planes in steps of the lows.
 __device__ __forceinline__ float dot_value(int dot, bool two) { return two ? float(dot) * kLowStep : small_float(dot); }
 
-// The scale and the bias of one group of weights.
+// The scale and the bias of one group of weights, both bfloat16: the scale in the lower 16 bits.
+template <bool E2m1>
 __device__ __forceinline__ uint32_t scale_and_bias(const Matrix& m, size_t at) {
-  return uint32_t(m.scales[at]) | uint32_t(m.biases[at]) << 16;
+  if constexpr (E2m1) {  // powers of two, and 12 times these
+    const float scale = e8m0_half(m.exponents()[at]), bias = -kE2m1Zero * scale;
+    uint32_t bits[2];
+    memcpy(&bits[0], &scale, 4), memcpy(&bits[1], &bias, 4);
+    return bits[0] >> 16 | bits[1];
+  } else {
+    return uint32_t(m.scales[at]) | uint32_t(m.biases[at]) << 16;
+  }
 }
 
 // Rows [first_row, first_row + Rows) times x, by all lanes of a warp: lane i < Rows gets the result of row first_row +
 // i, or of the matrix's last row if there are fewer.
-template <int Width, int Rows>
+template <int Codes, int Rows>
 __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVector& x, WarpSteps& steps) {
   static_assert(Rows <= kWarpRows);
+  constexpr int kWidth = kBits<Codes>;
   const int lane = int(threadIdx.x) % kWarp, blocks = (m.cols + kBlock - 1) / kBlock;
   const int groups = m.cols / m.group, halves = m.group == 32 ? 2 : 1, blocks_a_group = m.group == 128 ? 2 : 1;
-  const size_t row_bytes = size_t(m.cols) / 8 * Width;
-  const bool aligned = m.cols % kBlock == 0 && reinterpret_cast<uintptr_t>(m.codes) % (Width % 2 ? 8 : 16) == 0;
+  const size_t row_bytes = size_t(m.cols) / 8 * kWidth;
+  const bool aligned = m.cols % kBlock == 0 && reinterpret_cast<uintptr_t>(m.codes) % (kWidth % 2 ? 8 : 16) == 0;
   // Lanes per row; the other lanes take other rows.
   const int lanes = blocks <= 8 ? 8 : blocks <= 16 || halves == 2 ? 16 : kWarp;
   auto clamped = [&](int row) { return size_t(row < m.rows ? row : m.rows - 1); };
@@ -154,8 +183,8 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
       EDGE_MOE_UNROLL
       for (int half = 0; half < 2; ++half) {
         const size_t at = size_t(block) * kBlock + half * kBlock / 2;
-        load_inputs<Width>(x.codes + at, inputs + half * kBlockWords / 2);
-        if (two) load_inputs<Width>(x.lows + at, lows + half * kBlockWords / 2);
+        load_inputs<Codes>(x.codes + at, inputs + half * kBlockWords / 2);
+        if (two) load_inputs<Codes>(x.lows + at, lows + half * kBlockWords / 2);
       }
       const int group = block * halves / blocks_a_group;
       if (lane < lanes) {
@@ -166,19 +195,19 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
       EDGE_MOE_UNROLL_4
       for (int r = lane / lanes; r < Rows; r += kWarp / lanes) {
         const size_t row = clamped(first_row + r), at = row * groups + group;
-        uint32_t words[2 * Width];
-        load_block<Width>(m.codes + row * row_bytes + size_t(block) * (kBlock / 8 * Width), aligned, whole, words);
-        uint32_t scales[2] = {scale_and_bias(m, at), 0};
-        if (halves == 2 && whole) scales[1] = scale_and_bias(m, at + 1);
+        uint32_t words[2 * kWidth];
+        load_block<Codes>(m.codes + row * row_bytes + size_t(block) * (kBlock / 8 * kWidth), aligned, whole, words);
+        uint32_t scales[2] = {scale_and_bias<Codes == kE2m1Codes>(m, at), 0};
+        if (halves == 2 && whole) scales[1] = scale_and_bias<Codes == kE2m1Codes>(m, at + 1);
         int dot[2] = {0, 0};
         EDGE_MOE_UNROLL
         for (int i = 0; i < kBlockWords; ++i)
-          dot[i / 8] = dot_bytes(four_codes<Width>(words + i / 8 * Width, i % 8), inputs[i], dot[i / 8]);
+          dot[i / 8] = dot_bytes(four_codes<Codes>(words + i / 8 * kWidth, i % 8), inputs[i], dot[i / 8]);
         if (two) {
           dot[0] *= 256, dot[1] *= 256;
           EDGE_MOE_UNROLL
           for (int i = 0; i < kBlockWords; ++i)
-            dot[i / 8] = dot_bytes(four_codes<Width>(words + i / 8 * Width, i % 8), lows[i], dot[i / 8]);
+            dot[i / 8] = dot_bytes(four_codes<Codes>(words + i / 8 * kWidth, i % 8), lows[i], dot[i / 8]);
         }
         const int to = r * kStepStride + of_block * halves;
         if (halves == 2) {
@@ -208,10 +237,11 @@ __device__ float warp_rows_of(const Matrix& m, int first_row, const QuantisedVec
   return sum;
 }
 
-// Calls f with the packed width as a constant.
+// Calls f with a packed matrix's kind of codes as a constant.
 template <typename F>
-__device__ __forceinline__ auto with_width(int width, const F& f) {
-  switch (width) {
+__device__ __forceinline__ auto with_codes(const Matrix& m, const F& f) {
+  if (m.codec == Codec::kMxfp4) return f(std::integral_constant<int, kE2m1Codes>{});
+  switch (m.width) {
     case 1:
       return f(std::integral_constant<int, 1>{});
     case 2:
@@ -229,11 +259,10 @@ __device__ __forceinline__ auto with_width(int width, const F& f) {
   }
 }
 
-// warp_rows_of for a matrix of any packed width.
+// warp_rows_of for any packed matrix.
 template <int Rows>
 __device__ float warp_rows(const Matrix& m, int first_row, const QuantisedVector& x, WarpSteps& steps) {
-  return with_width(m.width,
-                    [&](auto width) { return warp_rows_of<decltype(width)::value, Rows>(m, first_row, x, steps); });
+  return with_codes(m, [&](auto codes) { return warp_rows_of<decltype(codes)::value, Rows>(m, first_row, x, steps); });
 }
 
 }  // namespace edge_moe::cuda

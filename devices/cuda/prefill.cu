@@ -31,20 +31,20 @@ struct alignas(16) Tiles {
 };
 
 // Unpacks half a block of one row's codes to eight words.
-template <int Width>
+template <int Codes>
 __device__ void spread_codes(const uint8_t* codes, uint32_t* to) {
-  uint32_t words[Width];
+  uint32_t words[kBits<Codes>];
   EDGE_MOE_UNROLL
-  for (int i = 0; i < Width; ++i) words[i] = reinterpret_cast<const uint32_t*>(codes)[i];
+  for (int i = 0; i < kBits<Codes>; ++i) words[i] = reinterpret_cast<const uint32_t*>(codes)[i];
   EDGE_MOE_UNROLL
-  for (int i = 0; i < 8; ++i) to[i] = four_codes<Width>(words, i);
+  for (int i = 0; i < 8; ++i) to[i] = four_codes<Codes>(words, i);
 }
 
 // The same for one plane of a token's inputs.
-template <int Width>
+template <int Codes>
 __device__ void spread_inputs(const int8_t* inputs, uint32_t* to) {
   uint32_t arranged[8];
-  load_inputs<Width>(inputs, arranged);
+  load_inputs<Codes>(inputs, arranged);
   EDGE_MOE_UNROLL
   for (int i = 0; i < 8; ++i) to[i] = arranged[i];
 }
@@ -82,11 +82,12 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
     const size_t at = size_t(vectors[line]) * blocks;
     const bool two = x.two_planes[at + block];
     if (first < m.cols)
-      with_width(m.width, [&](auto width) {
-        constexpr int kWidth = decltype(width)::value;
-        spread_codes<kWidth>(codes + size_t(first) / 8 * kWidth, reinterpret_cast<uint32_t*>(tiles.codes + place));
-        spread_inputs<kWidth>(x.codes + inputs + first, reinterpret_cast<uint32_t*>(tiles.inputs + place));
-        if (two) spread_inputs<kWidth>(x.lows + inputs + first, reinterpret_cast<uint32_t*>(tiles.lows + place));
+      with_codes(m, [&](auto its) {
+        constexpr int kCodes = decltype(its)::value;
+        spread_codes<kCodes>(codes + size_t(first) / 8 * kBits<kCodes>,
+                             reinterpret_cast<uint32_t*>(tiles.codes + place));
+        spread_inputs<kCodes>(x.codes + inputs + first, reinterpret_cast<uint32_t*>(tiles.inputs + place));
+        if (two) spread_inputs<kCodes>(x.lows + inputs + first, reinterpret_cast<uint32_t*>(tiles.lows + place));
       });
     const QuantisedVector token = {nullptr, nullptr, nullptr, nullptr, {x.sums[0] + 2 * at, x.sums[1] + at}};
     if (half == 0) tiles.scales[line] = x.scales[at + block];
@@ -107,8 +108,9 @@ EDGE_MOE_KERNEL(kThreads) products_kernel(Batch<ProductJob> batch, VectorBuffer 
       float scales[2], biases[2];
       EDGE_MOE_UNROLL
       for (int i = 0; i < 2; ++i) {
-        scales[i] = from_bfloat16(m.scales[group_rows[i] + group]);
-        biases[i] = from_bfloat16(m.biases[group_rows[i] + group]);
+        const size_t at = group_rows[i] + group;
+        const uint32_t both = m.codec == Codec::kMxfp4 ? scale_and_bias<true>(m, at) : scale_and_bias<false>(m, at);
+        scales[i] = from_bfloat16(uint16_t(both)), biases[i] = from_bfloat16(uint16_t(both >> 16));
       }
       EDGE_MOE_UNROLL
       for (int tile = 0; tile < kTiles; ++tile) {

@@ -26,6 +26,11 @@
 
 namespace edge_moe::cuda {
 
+// Bytes of the eight in `low` and `high`, chosen by the lower three bits of each of the selector's lower four nibbles.
+__device__ __forceinline__ uint32_t choose_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector & 0x7777);
+}
+
 // sum + the dot product of four unsigned and four signed bytes
 __device__ __forceinline__ int dot_bytes(uint32_t codes, uint32_t inputs, int sum) {
   int result;
@@ -90,6 +95,15 @@ void put(Stream stream, std::function<void()> work);
 void launch(Index grid, Index threads, size_t shared_bytes, const std::function<void()>& body);
 
 }  // namespace simt
+
+inline uint32_t choose_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t chosen = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t which = selector >> 4 * i & 7;
+    chosen |= ((which < 4 ? low : high) >> which % 4 * 8 & 0xff) << 8 * i;
+  }
+  return chosen;
+}
 
 inline int dot_bytes(uint32_t codes, uint32_t inputs, int sum) {
   for (int i = 0; i < 4; ++i) sum += int(codes >> 8 * i & 0xff) * int(int8_t(inputs >> 8 * i & 0xff));

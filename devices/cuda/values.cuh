@@ -19,6 +19,7 @@ __device__ __forceinline__ float weight_at(const Matrix& m, size_t row, int i) {
   if (low + m.width > 8) code |= codes[bit / 8 + 1] << 8;
   code = code >> low & ((1 << m.width) - 1);
   const size_t group = row * (m.cols / m.group) + i / m.group;
+  if (m.codec == Codec::kMxfp4) return e2m1_value(code, e8m0_half(m.exponents()[group]));
   return from_bfloat16(m.scales[group]) * float(code) + from_bfloat16(m.biases[group]);
 }
 

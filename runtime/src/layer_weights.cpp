@@ -77,10 +77,13 @@ Matrix rows_of(const Matrix& m, int first, int count) {
   Matrix rows = m;
   rows.rows = count;
   rows.codes += codes_bytes(first, m.cols, m.width);
-  if (traits(m.codec).parts > kScales) {
-    rows.scales += size_t(first) * (m.cols / m.group);
-    rows.biases += size_t(first) * (m.cols / m.group);
-  }
+  const CodecTraits& codec = traits(m.codec);
+  const auto moved = [&](const uint16_t* of_groups) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(of_groups);
+    return reinterpret_cast<const uint16_t*>(bytes + size_t(first) * (m.cols / m.group) * codec.scale_bytes);
+  };
+  if (codec.parts > kScales) rows.scales = moved(m.scales);
+  if (codec.parts > kBiases) rows.biases = moved(m.biases);
   if (m.output_bias) rows.output_bias += first;
   return rows;
 }

@@ -30,7 +30,7 @@ static void check_quantise() {
 }
 
 static void check_product() {
-  for (int width : {1, 2, 3, 4, 5, 6, 8})
+  for (int width : {kMxfp4, 1, 2, 3, 4, 5, 6, 8})
     for (int group : {32, 64, 128})
       for (int groups : {1, 3, 12, 70})
         for (int rows : {1, 16, 65, 130}) {
@@ -51,7 +51,7 @@ static void check_product() {
 
 // A layer's chosen experts, each with widths of its own, in two launches as when some have to be read first.
 static void check_experts(int dim, int hidden, int group, int count, const Activation& activation) {
-  const int widths[] = {2, 3, 4, 8, 1, 6, 5};
+  const int widths[] = {2, 3, 4, kMxfp4, 8, 1, 6, 5};
   std::vector<Packed> matrices;
   matrices.reserve(3 * count);
   std::vector<cuda::ExpertJob> jobs;
@@ -59,7 +59,7 @@ static void check_experts(int dim, int hidden, int group, int count, const Activ
   for (int i = 0; i < count; ++i) {
     for (int part = 0; part < 3; ++part) {
       const bool is_down = part == 2;
-      matrices.emplace_back(is_down ? dim : hidden, is_down ? hidden : dim, widths[(i + part) % 7], group);
+      matrices.emplace_back(is_down ? dim : hidden, is_down ? hidden : dim, widths[(i + part) % 8], group);
     }
     const size_t at = matrices.size() - 3;
     jobs.push_back({matrices[at].matrix, matrices[at + 1].matrix, matrices[at + 2].matrix, i % vectors, count - 1 - i});

@@ -65,16 +65,21 @@ void compare(const std::string& what, const Values<T>& got, const Values<T>& wan
   ++failures;
 }
 
+inline constexpr int kMxfp4 = 0;  // instead of a width: a matrix of that codec, in groups of 32
+
 // A random matrix of a packed width, with an output bias where that is even.
 struct Packed {
   Packed(int rows, int cols, int width, int group)
-      : codes(codes_bytes(rows, cols, width)),
-        scales(size_t(rows) * (cols / group)),
+      : codes(codes_bytes(rows, cols, width == kMxfp4 ? 4 : width)),
+        scales(size_t(rows) * (cols / 32)),
         biases(scales.size()),
         output_bias(floats(size_t(rows))) {
+    if (width == kMxfp4) matrix.codec = Codec::kMxfp4, width = 4, group = 32;
     for (uint8_t& code : codes) code = uint8_t(random_bits());
     for (auto* values : {&scales, &biases})
       for (uint16_t& value : *values) value = uint16_t((random_bits() & 0x80ff) | 0x3c00);
+    if (matrix.codec == Codec::kMxfp4)
+      for (uint16_t& two : scales) two = uint16_t(0x7070 + (random_bits() & 0x0f0f));
     matrix.codes = codes.data(), matrix.scales = scales.data(), matrix.biases = biases.data();
     matrix.rows = rows, matrix.cols = cols, matrix.width = width, matrix.group = group;
     if (width % 2 == 0) matrix.output_bias = output_bias.data();

@@ -37,7 +37,7 @@ void check_norm(int n, bool quantised, bool of_layer) {
 
 // Matrices of every width as embeddings, and those of floats as routers.
 void check_floats() {
-  for (int width : {1, 2, 3, 4, 5, 6, 8, 16, 32}) {
+  for (int width : {kMxfp4, 1, 2, 3, 4, 5, 6, 8, 16, 32}) {
     const int rows = 21, cols = width < 16 ? 192 : 203, group = 64;
     Floats values = floats(size_t(rows) * cols);
     Values<uint16_t> halves(values.size());

@@ -13,15 +13,15 @@ void check_prefill() {
         x.quantise();
         Values<int32_t> gathered(static_cast<size_t>(vectors));
         for (int t = 0; t < vectors; ++t) gathered[t] = t * 37 % vectors;
-        const int widths[] = {1, 2, 3, 4, 5, 6, 8}, counts[] = {1, 8, 67, 64, 0, 90, 3};
+        const int widths[] = {1, 2, 3, 4, 5, 6, 8, kMxfp4}, counts[] = {1, 8, 67, 64, 0, 90, 3, 66};
         std::vector<Packed> matrices;
-        matrices.reserve(7);
+        matrices.reserve(8);
         std::vector<cuda::ProductJob> jobs;
         // Every third job's vectors are `step` apart, and all outputs have room between them.
         const int step = 4;
         const size_t stride = size_t(rows) + 9;
         size_t outs = 0;
-        for (int i = 0; i < 7; ++i) {
+        for (int i = 0; i < 8; ++i) {
           const int own_rows = i == 2 ? rows - 5 : rows,
                     count = i % 3 == 1 ? std::min(counts[i], vectors / step) : counts[i];
           matrices.emplace_back(own_rows, cols, widths[i], group);

@@ -96,27 +96,35 @@ struct Inputs {
   Activations x;
 };
 
+static const Encoding kEncodings[] = {
+    {Codec::kAffine, 1}, {Codec::kAffine, 2}, {Codec::kAffine, 3},    {Codec::kAffine, 4},   {Codec::kAffine, 5},
+    {Codec::kAffine, 6}, {Codec::kAffine, 8}, {Codec::kBfloat16, 16}, {Codec::kFloat32, 32}, {Codec::kMxfp4, 4},
+};
+
 static void check_products(const Kernels& kernels, bool reference) {
-  for (int width : {1, 2, 3, 4, 5, 6, 8, 16, 32})
+  for (Encoding e : kEncodings)
     for (int group : {32, 64, 128})
       for (int groups : {1, 3, 9, 40})
         for (int rows : {1, 7, 50}) {
-          const int cols = width < 16 ? group * groups : 10 * groups + 7;
+          if (e.codec == Codec::kMxfp4 && group != 32) continue;
+          const int width = e.width, cols = width < 16 ? group * groups : 10 * groups + 7;
           const Guarded codes(codes_bytes(rows, cols, width)), scales(4 * size_t(rows) * groups);
           for (int i = 0; i < rows * groups; ++i) {  // no infinities, nor what is not a number
             scales.data[4 * i + 1] = uint8_t(0x3c + random_bits() % 4 + random_bits() % 2 * 128);
             scales.data[4 * i + 3] = uint8_t(0x3c + random_bits() % 4 + random_bits() % 2 * 128);
           }
+          if (e.codec == Codec::kMxfp4)
+            for (int i = 0; i < rows * groups; ++i) scales.data[i] = uint8_t(0x70 + random_bits() % 16);
           for (size_t i = 0; width >= 16 && i < codes_bytes(rows, cols, width); ++i)
             if (i % (width / 8) == size_t(width / 8 - 1)) codes.data[i] = uint8_t(0x3c + random_bits() % 4);
           Matrix m;
           m.codes = codes.data, m.rows = rows, m.cols = cols, m.width = width, m.group = group;
-          m.codec = codec_of(width);
+          m.codec = e.codec;
           m.scales = reinterpret_cast<const uint16_t*>(scales.data), m.biases = m.scales + size_t(rows) * groups;
           Inputs inputs(70, cols);
           inputs.quantise(kScalarKernels);
-          const std::string what = std::to_string(width) + " bits, group " + std::to_string(group) + ", " +
-                                   std::to_string(rows) + " x " + std::to_string(cols);
+          const std::string what = traits(e.codec).name + (" of " + std::to_string(width)) + " bits, group " +
+                                   std::to_string(group) + ", " + std::to_string(rows) + " x " + std::to_string(cols);
           for (int tokens : {1, 2, 11, rows == 7 ? 70 : 3}) {
             Activations x = inputs.x;
             x.count = tokens;

@@ -23,6 +23,7 @@ class Method(str, Enum):
     mc_release = "mc-release"
     uniform = "uniform"
     rtn = "rtn"
+    keep = "keep"
 
 
 class DropScores(str, Enum):
@@ -65,7 +66,8 @@ RunContext = option(
 HowToChoose = option(
     Method | None, "--method", metavar="NAME", section=_HOW,
     help="pmq: a measured width for each expert; mc, mc-release: the Mixture Compressor's; uniform: one width; rtn: "
-    "one width, round to nearest, without calibration [default: pmq; with --width: uniform].",
+    "one width, round to nearest, without calibration; keep: experts in MXFP4 as they are, without loss "
+    "[default: pmq; with --width: uniform].",
 )  # fmt: skip
 Group = option(
     int | None, "--group", metavar="N", section=_HOW,
