@@ -7,12 +7,13 @@ only what its KV cache does not hold. No message is dropped unless that was aske
 import re
 import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .conversation import Conversation, Turn
 from .line_input import LineInput, MessageTooLong
 from .report import size, statistics_text
+from .runtime.channels import has_channels
 from .runtime.prompt import PromptTooLong
 from .runtime.runtime import Generation, Runtime
 from .terminal import AnswerWriter, PromptProgress, opens_thinking, printable, show
@@ -71,7 +72,7 @@ class Chat:
         if not turns or turns[-1].complete:
             return _say("the last answer is complete" if turns else "nothing was said yet")
         message, before = turns[-1].message, turns[-1]
-        said = Conversation(self.conversation.templated, self.conversation.system, turns[:-1])
+        said = replace(self.conversation, turns=turns[:-1])
         ids = self._ids(said.prompt(message)) + before.tokens
         if len(ids) >= self.runtime.plan.context:
             return _say(f"the context of {self.runtime.plan.context:,} tokens is full: {MAKES_ROOM}")
@@ -253,7 +254,9 @@ def chat(
     _say(f"{path.name}, context {runtime.plan.context:,} tokens, {_residency(runtime.plan)}; /help lists commands")
     if not templated:
         _say("this model has no chat template: it continues the text of the whole conversation")
-    talk = Chat(runtime, options, Conversation(templated, system), template, drop_oldest)
+    talk = Chat(
+        runtime, options, Conversation(templated, system, channels=has_channels(tokenizer)), template, drop_oldest
+    )
     lines, leaving = LineInput(keep_history, runtime.prompt_bytes_limit), False
     while True:
         try:

@@ -1,8 +1,10 @@
 """The turns of a chat, and the prompt that they make with the next message."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from .runtime.channels import without_thoughts
 
 
 @dataclass(slots=True)
@@ -26,12 +28,15 @@ class Conversation:
     templated: bool
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
+    channels: bool = False  # the template takes answers without their thoughts; see runtime/channels.py
 
     def prompt(self, message: str, dropped: int = 0) -> list[dict] | str:
         """The prompt for `message`, without the oldest `dropped` turns."""
         turns = self.turns[dropped:]
         if not self.templated:
             return "\n".join([*(turn.message + turn.answer for turn in turns), message])
+        if self.channels:
+            turns = [replace(turn, answer=without_thoughts(turn.answer)) for turn in turns]
         begin = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*begin, *(one for turn in turns for one in turn.messages), {"role": "user", "content": message}]
 
