@@ -29,7 +29,7 @@ def test_every_matrix_but_the_embedding_is_fitted_once(golden, monkeypatch, name
     assert sorted(put) == sorted(name for name in wanted if checkpoint.shape(name)[1] % 32 == 0)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_moe", "deepseek_v3", "mixtral"])
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "deepseek_v3", "mixtral", "granitemoe"])
 def test_attention_aims_at_what_its_stream_lacks(golden, tmp_path, architecture):
     """The last layer's output projection, from the definition."""
     checkpoint = Checkpoint(golden[architecture][0])
@@ -56,7 +56,8 @@ def test_attention_aims_at_what_its_stream_lacks(golden, tmp_path, architecture)
     wanted = (source_x + reference.attention_block(c, checkpoint, layer, source_x)).reshape(-1, c.dim)
     x, inputs, matrix = x.reshape(-1, c.dim), seen[name], checkpoint.trunk(name)
     count = 1 / (np.square(wanted).sum(-1) + np.square(wanted - x).sum(-1))
-    step = step_by_definition(inputs, count, wanted - x - inputs @ matrix.T)
+    bias = checkpoint.trunk(f"layers.{layer}.o_bias") if c.attention.output_bias else 0
+    step = step_by_definition(inputs, count, (wanted - x) / c.residual_scale - bias - inputs @ matrix.T)
     share = (count / count.sum())[:, None]
     curvature = Curvature.of((inputs * share).T @ inputs, damping_for(*inputs.shape))
     group = 64 if matrix.shape[1] % 64 == 0 else 32
@@ -65,7 +66,7 @@ def test_attention_aims_at_what_its_stream_lacks(golden, tmp_path, architecture)
     assert np.square(found - expected).sum() < 0.02 * np.square(found - matrix).sum()  # ties of float32 fall either way
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma4_text"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma4_text", "granitemoe", "phimoe"])
 def test_a_fitted_trunk_is_closer_than_one_rounded_to_nearest(golden, architecture):
     """On text that nothing was fitted to, experts as they are."""
     checkpoint = Checkpoint(golden[architecture][0])

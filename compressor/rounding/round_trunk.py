@@ -102,7 +102,8 @@ class TrunkFit:
         if self.config.post_norms:
             self._follow(self._named((last,)), part, streams, relative=True, normed=True)
         else:
-            self._reach(self._name(last), part, streams)
+            biased = self.config.layers[self.layer].attention.output_bias
+            self._reach(self._name(last), part, streams, self.source.trunk(self._name("o_bias")) if biased else 0)
 
     def mlp(self, a: Stream, source_a: Stream, source_y: Stream) -> None:
         """Round the shared expert or the dense MLP. a, source_a: the streams after attention; source_y: the source's
@@ -147,13 +148,17 @@ class TrunkFit:
             for name in names:
                 self._pack(name, self.rounded.whole(name), inputs, follows=True)
 
-    def _reach(self, name: str, part, streams: tuple[Stream, ...]) -> None:
-        """Round the last matrix of a part; its target is the source's stream after it minus the track's before it."""
+    def _reach(self, name: str, part, streams: tuple[Stream, ...], bias=0) -> None:
+        """Round the last matrix of a part; its target is the source's stream after it minus the track's before it.
+
+        bias: what the part adds to the matrix's output (rows,), which is then multiplied by the residual scale.
+        """
         if self._is_rounded(name):
             inputs, matrix, rounded = self._inputs(name), self.rounded.whole(name), Held(self.rounded)
             for block in self._blocks(streams):
                 x = input_of(name, rounded, lambda weights, its=block.track: part(weights, its))
-                inputs.add(x, block.token_weights, block.wanted - block.track - x @ matrix.T)
+                target = (block.wanted - block.track) / self.config.residual_scale - bias
+                inputs.add(x, block.token_weights, target - x @ matrix.T)
             self._pack(name, matrix + inputs.step(), inputs)
 
     def _blocks(self, streams: tuple[Stream, ...]) -> Iterator[Block]:
