@@ -56,8 +56,10 @@ def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, w
                 trial = replace(config, layer_top_k=(top_k,) * config.layer_count)
                 new.append((trial, _beside(trial, base, layer, new_stream)))
             _add_experts(full, checkpoint, layer, present + new, workers)
-        for _, form in present:
-            form.leave()
+        for trial, form in new:
+            forward.finish_mlp(trial, form.weights, layer, form.a, form.y, form.y)
+        for its, form in present:
+            form.leave(its, layer)
         tried.x = _joined(tried.x, [form.y for _, form in new], new_stream)
         tell(layer + 1)
     found = _divergence(config, source, [base, tried], ids.size)
