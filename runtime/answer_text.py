@@ -3,8 +3,8 @@
 from array import array
 from collections.abc import Sequence
 
-from .channels import ChannelText, has_channels
-from .tokenizer import Detokenizer, Tokenizer
+from .channels import detokenizer_of
+from .tokenizer import Tokenizer
 
 
 class AnswerText:
@@ -14,9 +14,7 @@ class AnswerText:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
-        self.detokenizer = None
-        if tokenizer:
-            self.detokenizer = (ChannelText if has_channels(tokenizer) else Detokenizer)(tokenizer)
+        self.detokenizer = detokenizer_of(tokenizer) if tokenizer else None
         self.stop_tokens = {token for stop in stops if (token := tokenizer.special_token(stop)) is not None}
         self.stops = [_Stop(stop) for stop in stops if stop]
         self.held = ""

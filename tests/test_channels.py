@@ -4,16 +4,17 @@ import pytest
 
 from edge_moe.conversation import Conversation, Turn
 from edge_moe.runtime.answer_text import AnswerText
-from edge_moe.runtime.channels import MARKS, has_channels, without_thoughts
+from edge_moe.runtime.channels import CLOSE, MARKS, OPEN, has_channels, without_thoughts
 
 OTHERS = ("<|return|>", "<|constrain|>")
-IDS = {mark: 0x110000 + at for at, mark in enumerate((*MARKS, *OTHERS))}
+BRACKETS = (OPEN, CLOSE, "<turn|>")
+IDS = {mark: 0x110000 + at for at, mark in enumerate((*MARKS, *OTHERS, *BRACKETS))}
 
 
 class Letters:
     """A tokenizer whose tokens are letters, and special tokens without a text."""
 
-    def __init__(self, marks=tuple(IDS)):
+    def __init__(self, marks=(*MARKS, *OTHERS)):
         self.ids = {mark: IDS[mark] for mark in marks}
 
     def decode(self, ids) -> str:
@@ -31,8 +32,8 @@ class Letters:
         return ids
 
 
-def shown(text: str, stops=()) -> str:
-    tokenizer = Letters()
+def shown(text: str, stops=(), marks=(*MARKS, *OTHERS)) -> str:
+    tokenizer = Letters(marks)
     answer, out = AnswerText(tokenizer, stops), ""
     for token in tokenizer.encode(text):
         out += answer.add(token)
@@ -66,6 +67,25 @@ def test_thoughts_are_between_tags(text, want):
     assert shown(text) == want
 
 
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("<|channel>thought\nHm, 2.\n<channel|>Two<turn|>", "<think>Hm, 2.\n</think>\n\nTwo"),
+        ("<|channel>thought\n<channel|>Two<turn|>", "Two"),
+        ("Two<turn|>", "Two"),
+        ("<|channel>thought\nHm, 2", "<think>Hm, 2"),
+        ("<|channel>thou", ""),
+        ("m, 2.\n<channel|>Two", "m, 2.\n</think>\n\nTwo"),  # continues a thought
+        (
+            "<|channel>thought\na<channel|>b<|channel>thought\nc<channel|>d",
+            "<think>a</think>\n\nb<think>c</think>\n\nd",
+        ),
+    ],
+)
+def test_thoughts_in_brackets_are_between_tags(text, want):
+    assert shown(text, marks=BRACKETS) == want
+
+
 def test_a_stop_string_ends_an_answer_in_any_channel():
     assert shown(ANALYSIS + FINAL, ["wo"]) == "<think>Hm, 2.</think>\n\nT"
     assert shown(ANALYSIS + FINAL, ["2."]) == "<think>Hm, "
@@ -73,6 +93,7 @@ def test_a_stop_string_ends_an_answer_in_any_channel():
 
 def test_models_without_these_tokens_have_no_channels():
     assert has_channels(Letters()) and not has_channels(Letters(MARKS[:3])) and not has_channels(None)
+    assert has_channels(Letters(BRACKETS)) and not has_channels(Letters(BRACKETS[1:]))
 
 
 def test_a_chat_leaves_thoughts_out_of_its_prompts():
