@@ -32,10 +32,10 @@ EDGE_MOE_BOTH static inline float from_bfloat16(uint16_t value) {
 
 // Half of an E8M0 scale: 2^(exponent - 128), which a float holds as a subnormal for the smallest two.
 EDGE_MOE_BOTH static inline float e8m0_half(uint8_t exponent) {
-  const uint32_t bits = exponent > 1 ? (uint32_t(exponent) - 1) << 23 : uint32_t(1) << (21 + exponent);
+  const uint32_t bits = uint32_t(exponent) << 23, subnormal = 1u << 22, scale = bits > subnormal ? bits : subnormal;
   float result;
-  memcpy(&result, &bits, 4);
-  return result;
+  memcpy(&result, &scale, 4);
+  return result * 0.5f;
 }
 
 // An E2M1 value, given half of its scale; the sign of a zero is kept.

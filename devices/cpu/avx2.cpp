@@ -122,11 +122,14 @@ inline void unpack_block(const uint8_t* codes, size_t stride, uint8_t* out) {
   for (int r = 0; r < kTileRows; ++r) unpack_in_order<Width>(codes + r * stride, out + r * kBlock);
 }
 
+inline __m256i look_up(__m256i codes) {
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_16(kE2m1)), codes);
+}
+
 inline void look_up(uint8_t* bytes) {
-  const __m256i table = _mm256_broadcastsi128_si256(load_16(kE2m1));
   for (int i = 0; i < kTileRows * kBlock; i += 32) {
     auto* at = reinterpret_cast<__m256i*>(bytes + i);
-    _mm256_store_si256(at, _mm256_shuffle_epi8(table, _mm256_load_si256(at)));
+    _mm256_store_si256(at, look_up(_mm256_load_si256(at)));
   }
 }
 
@@ -190,12 +193,14 @@ template <bool Wide, int Planes, int Parts, typename Codes>
       [&](auto i) EDGE_MOE_INLINED { dots[i / Parts][i % Parts] = add_lanes(sums[i / Parts][i % Parts]); });
 }
 
-template <int Width, int Planes, int Parts>
+template <int Width, Codec C, int Planes, int Parts>
 [[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
                                               Vector (&dots)[Planes][Parts]) {
-  dots_of<(Width > 6)>([&](int r, int half)
-                           EDGE_MOE_INLINED { return load_half<Width>(codes + r * stride + half * kHalfBytes<Width>); },
-                       x, dots);
+  auto codes_of = [&](int r, int half) EDGE_MOE_INLINED {
+    const __m256i stored = load_half<Width>(codes + r * stride + half * kHalfBytes<Width>);
+    return C == Codec::kMxfp4 ? look_up(stored) : stored;
+  };
+  dots_of<(Width > 6)>(codes_of, x, dots);
 }
 
 template <int Tokens, int Parts, bool Wide>

@@ -123,10 +123,10 @@ inline void unpack_in_order(const uint8_t* codes, uint8_t* out) {  // the first 
   });
 }
 
+inline __m512i look_up(__m512i codes) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_16(kE2m1)), codes); }
+
 inline void look_up(uint8_t* bytes) {
-  const __m512i table = _mm512_broadcast_i32x4(load_16(kE2m1));
-  for (int i = 0; i < kTileRows * kBlock; i += 64)
-    _mm512_store_si512(bytes + i, _mm512_shuffle_epi8(table, _mm512_load_si512(bytes + i)));
+  for (int i = 0; i < kTileRows * kBlock; i += 64) _mm512_store_si512(bytes + i, look_up(_mm512_load_si512(bytes + i)));
 }
 
 // ---- products ----
@@ -184,9 +184,10 @@ template <int Planes, int Parts>
   });
 }
 
-template <int Width, int Planes, int Parts>
+template <int Width, Codec C, int Planes, int Parts>
 [[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
                                               Vector (&dots)[Planes][Parts]) {
+  static_assert(C == Codec::kAffine);  // others in spans
   if constexpr (Width == 8) return block_dots_of_bytes(codes, stride, x, dots);
   __m512i sums[Planes * Parts][2];
   unrolled<Planes * Parts>([&](auto i) EDGE_MOE_INLINED { sums[i][0] = sums[i][1] = _mm512_setzero_si512(); });
@@ -224,7 +225,7 @@ template <int Parts>
 // decoding of a model is 1.11 to 1.18 times as fast at 4 bits, 1.01 to 1.07 at 2. Prefetching a line with each row
 // instead of all lines before the first gains 1.02 to 1.06. With 3 bits, three bytes expanded to four, it had 0.95
 // to 1.0 of the speed of block_dots.
-template <int Width, int Planes, int Parts>
+template <int Width, Codec C, int Planes, int Parts>
 [[gnu::always_inline]] inline void span_dots(const uint8_t* codes, size_t stride, int left, const int8_t* const* x,
                                              const uint8_t* next, Vector (&dots)[Planes][Parts]) {
   constexpr int kFields = 8 / Width;
@@ -241,7 +242,8 @@ template <int Width, int Planes, int Parts>
     const __m512i bits = _mm512_maskz_loadu_epi32(present, p);
     unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED { sums[plane] = _mm512_setzero_si512(); });
     unrolled<kFields>([&](auto field) EDGE_MOE_INLINED {
-      const __m512i codes = _mm512_and_si512(field ? _mm512_srli_epi16(bits, field * Width) : bits, low);
+      const __m512i stored = _mm512_and_si512(field ? _mm512_srli_epi16(bits, field * Width) : bits, low);
+      const __m512i codes = C == Codec::kMxfp4 ? look_up(stored) : stored;
       unrolled<Planes>([&](auto plane) EDGE_MOE_INLINED {
         sums[plane] = _mm512_dpbusd_epi32(sums[plane], codes, inputs[plane][field]);
       });

@@ -94,9 +94,10 @@ inline void unpack_in_order(const uint8_t* codes, uint8_t* out) {
   });
 }
 
+inline uint8x16_t look_up(uint8x16_t codes) { return vqtbl1q_u8(vld1q_u8(kE2m1), codes); }
+
 inline void look_up(uint8_t* bytes) {
-  const uint8x16_t table = vld1q_u8(kE2m1);
-  for (int i = 0; i < kTileRows * kBlock; i += 16) vst1q_u8(bytes + i, vqtbl1q_u8(table, vld1q_u8(bytes + i)));
+  for (int i = 0; i < kTileRows * kBlock; i += 16) vst1q_u8(bytes + i, look_up(vld1q_u8(bytes + i)));
 }
 
 // ---- products ----
@@ -143,12 +144,14 @@ template <bool Wide, int Planes, int Parts, typename Codes>
   });
 }
 
-template <int Width, int Planes, int Parts>
+template <int Width, Codec C, int Planes, int Parts>
 [[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
                                               Vector (&dots)[Planes][Parts]) {
-  dots_of<(Width > 6)>([&](int r, auto piece)
-                           EDGE_MOE_INLINED { return sixteen<Width, decltype(piece)::value>(codes + r * stride); },
-                       x, dots);
+  auto codes_of = [&](int r, auto piece) EDGE_MOE_INLINED {
+    const uint8x16_t stored = sixteen<Width, decltype(piece)::value>(codes + r * stride);
+    return C == Codec::kMxfp4 ? look_up(stored) : stored;
+  };
+  dots_of<(Width > 6)>(codes_of, x, dots);
 }
 
 #ifdef __ARM_FEATURE_MATMUL_INT8

@@ -58,13 +58,13 @@ struct PackedToken {
 
 // The dot products of each row's block with the planes of a token's block: over all 64 inputs, or over each half. Reads
 // nothing past the block.
-template <int Width, int Planes, int Parts>
+template <int Width, Codec C, int Planes, int Parts>
 [[gnu::always_inline]] inline void block_dots(const uint8_t* codes, size_t stride, const int8_t* const* x,
                                               Vector (&dots)[Planes][Parts]);
 
 // The same for kSpan blocks, whose inputs arrange() has rearranged; the rows have `left` more inputs, and nothing past
 // them is read. Prefetches as many bytes from `next` on, row by row.
-template <int Width, int Planes, int Parts>
+template <int Width, Codec C, int Planes, int Parts>
 [[gnu::always_inline]] inline void span_dots(const uint8_t* codes, size_t stride, int left, const int8_t* const* x,
                                              const uint8_t* next, Vector (&dots)[Planes][Parts]);
 
@@ -152,12 +152,28 @@ inline const uint8_t* next_codes(const PackedRows& rows, int block) {
   return rows.codes + kTileRows * rows.stride + size_t(block) * (kTileRows * kBlock / 8 * Width);
 }
 
-template <int Group, int Blocks>
+template <int Group, int Blocks, Codec C>
 [[gnu::always_inline]] inline void fetch_next_scales(const PackedRows& rows, int block) {
   const size_t at = size_t(kTileRows) * (rows.cols / Group + block * kBlock / Group);
-  constexpr int kBytes = kTileRows * Blocks * kBlock / Group * sizeof(uint16_t);
-  fetch(rows.scales + at, kBytes);
-  fetch(rows.biases + at, kBytes);
+  constexpr int kValues = kTileRows * Blocks * kBlock / Group;
+  if constexpr (C == Codec::kMxfp4) {
+    fetch(reinterpret_cast<const uint8_t*>(rows.scales) + at, kValues);
+  } else {
+    fetch(rows.scales + at, kValues * sizeof(uint16_t));
+    fetch(rows.biases + at, kValues * sizeof(uint16_t));
+  }
+}
+
+// The scales and biases of groups [first, first + count), as columns().
+template <Codec C>
+[[gnu::always_inline]] inline void group_columns(const PackedRows& rows, int groups, int first, int count,
+                                                 float (*scales)[kTileRows], float (*biases)[kTileRows]) {
+  if constexpr (C == Codec::kMxfp4) {
+    exponent_columns(reinterpret_cast<const uint8_t*>(rows.scales), groups, first, count, scales, biases);
+  } else {
+    columns(rows.scales, groups, first, count, scales);
+    columns(rows.biases, groups, first, count, biases);
+  }
 }
 
 // The inputs of a span in the order of its codes: first those of every byte's lowest code, then of the next code. An
@@ -202,20 +218,20 @@ struct ArrangedToken<Width, Group> {
 };
 
 // The dot products of a span whose inputs have lows. Not inlined: the loop over spans without lows keeps its registers.
-template <int Width, int Group>
+template <int Width, int Group, Codec C>
 [[gnu::noinline, gnu::flatten]] void both_planes(const uint8_t* codes, size_t stride, int left, const int8_t* inputs,
                                                  const int8_t* lows, const uint8_t* next, float (*out)[kTileRows]) {
   constexpr int kDots = kSpan<Width, Group> * kParts<Group>;
   const int8_t* const planes[] = {inputs, lows};
   Vector dots[2][kDots];
   if constexpr (kSpan<Width, Group> != 1)
-    span_dots<Width>(codes, stride, left, planes, next, dots);
+    span_dots<Width, C>(codes, stride, left, planes, next, dots);
   else
-    block_dots<Width>(codes, stride, planes, dots);
+    block_dots<Width, C>(codes, stride, planes, dots);
   unrolled<kDots>([&](auto i) { store(out[i], fma(dots[1][i], broadcast(kLowStep), dots[0][i])); });
 }
 
-template <int Width, int Group>
+template <int Width, int Group, Codec C = Codec::kAffine>
 void one_token(const PackedRows rows, const PackedToken& x, float* y) {
   constexpr int kGroups = kChunk * kBlock / Group, kDots = kSpan<Width, Group> * kParts<Group>;
   alignas(64) float scales[kGroups][kTileRows], biases[kGroups][kTileRows];
@@ -225,8 +241,7 @@ void one_token(const PackedRows rows, const PackedToken& x, float* y) {
   Vector sum = broadcast(0.0f);
   for (int first = 0; first < groups; first += kGroups) {
     const int count = groups - first < kGroups ? groups - first : kGroups, end = count * kGroupBlocks<Group>;
-    columns(rows.scales, groups, first, count, scales);
-    columns(rows.biases, groups, first, count, biases);
+    group_columns<C>(rows, groups, first, count, scales, biases);
     for (int at = 0; at < end; at += kDots) {
       const int block = (first * kGroupBlocks<Group> + at) / kParts<Group>;
       const uint8_t* codes = rows.codes + size_t(block) * (kBlock / 8 * Width);
@@ -234,18 +249,18 @@ void one_token(const PackedRows rows, const PackedToken& x, float* y) {
       const int8_t *inputs = x.planes[0] + block * kBlock, *lows = x.planes[1] + block * kBlock;
       size_t stride = rows.stride;
       Vector dots[1][kDots];
-      fetch_next_scales<Group, kSpan<Width, Group>>(rows, block);
+      fetch_next_scales<Group, kSpan<Width, Group>, C>(rows, block);
       if constexpr (kSpan<Width, Group> == 1) {
         fetch(next_codes<Width>(rows, block), kTileRows * kBlock / 8 * Width);
         if constexpr (Group == 32) codes = block_codes<Width>(rows, block, tail, stride);
       }
       if (x.two_planes[block]) {
-        both_planes<Width, Group>(codes, stride, left, inputs, lows, next_codes<Width>(rows, block), both);
+        both_planes<Width, Group, C>(codes, stride, left, inputs, lows, next_codes<Width>(rows, block), both);
         unrolled<kDots>([&](auto i) { dots[0][i] = load(both[i]); });
       } else if constexpr (kSpan<Width, Group> != 1) {
-        span_dots<Width>(codes, stride, left, &inputs, next_codes<Width>(rows, block), dots);
+        span_dots<Width, C>(codes, stride, left, &inputs, next_codes<Width>(rows, block), dots);
       } else {
-        block_dots<Width>(codes, stride, &inputs, dots);
+        block_dots<Width, C>(codes, stride, &inputs, dots);
       }
       unrolled<kDots>([&](auto i) {
         if (i > 0 && at + i >= end) return;
@@ -376,18 +391,10 @@ void many_tokens(const PackedRows& rows, const PackedTokens& tokens, int count, 
       const uint8_t* codes = block_codes<Width>(rows, block, tail, stride);
       uint8_t* unpacked = bytes + size_t(block - chunk) * kTileRows * kBlock;
       unpack_block<Width>(codes, stride, unpacked);
-      if constexpr (C == Codec::kMxfp4) {
-        look_up(unpacked);
-        if (count == 1) fetch(next_codes<Width>(rows, block), kTileRows * kBlock / 8 * Width);
-      }
+      if constexpr (C == Codec::kMxfp4) look_up(unpacked);
     }
     const int first = chunk * kBlock / Group, last = end * kBlock / Group < groups ? end * kBlock / Group : groups;
-    if constexpr (C == Codec::kMxfp4) {
-      exponent_columns(reinterpret_cast<const uint8_t*>(rows.scales), groups, first, last - first, scales, biases);
-    } else {
-      columns(rows.scales, groups, first, last - first, scales);
-      columns(rows.biases, groups, first, last - first, biases);
-    }
+    group_columns<C>(rows, groups, first, last - first, scales, biases);
     auto add = [&](auto step, int token) {
       some_tokens<Group, step, (Width > 6)>(bytes, scales, biases, chunk, first, last - first, tokens, token,
                                             sums + token);
@@ -403,7 +410,7 @@ template <int Width, int Group, Codec C = Codec::kAffine>
 void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_stride, int row_begin, int row_end) {
   const int blocks = x.blocks(), groups = m.cols / Group;
   alignas(64) float sums[kBatch][kTileRows];
-  const bool one = C == Codec::kAffine && x.count == 1 && ArrangedToken<Width, Group>::holds(blocks);
+  const bool one = x.count == 1 && ArrangedToken<Width, Group>::holds(blocks);
   ArrangedToken<Width, Group> arranged;
   PackedToken only{};
   if (one) only = arranged.arrange(x.quantised.from(x.vector(0), x.cols), blocks);
@@ -426,7 +433,7 @@ void packed_matmul(const Matrix& m, const Activations& x, float* y, size_t y_str
         tokens.sums[t] = vector.group_sums(Group);
       }
       if (one)
-        one_token<Width, Group>(rows, only, sums[0]);
+        one_token<Width, Group, C>(rows, only, sums[0]);
       else
         many_tokens<Width, Group, C>(rows, tokens, count, sums);
       for (int t = 0; t < count; ++t)
