@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bundles import weights_of
 from golden_checkpoints import write_checkpoint
 from test_checkpoint import bf16, fuse_experts, read_file, refusal, write_file
 from test_checkpoint_formats import SUPPORTED
@@ -96,7 +97,13 @@ def test_affine_codes_of_all_widths_are_dequantised_as_by_mlx(plain, tmp_path, b
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_with_exponents_are_dequantised_as_by_mlx(plain, tmp_path, mode):
     values = write_mlx(plain, tmp_path / "mlx", *MODES[mode], mode)
-    check_values(Checkpoint(tmp_path / "mlx"), values, rtol=0, atol=0)
+    checkpoint = Checkpoint(tmp_path / "mlx")
+    check_values(checkpoint, values, rtol=0, atol=0)
+    assert checkpoint.has_codes == (mode == "mxfp4")
+    if checkpoint.has_codes:
+        kept = weights_of(compress(tmp_path / "mlx", tmp_path / "kept.emoe", method="keep").path)
+        for got, want in zip(kept.expert(1, 3), checkpoint.expert(1, 3), strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 def make_blocks(directory: Path) -> None:

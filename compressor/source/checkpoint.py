@@ -191,8 +191,13 @@ class Checkpoint:
     @property
     def has_codes(self) -> bool:
         """Whether all experts are stored in MXFP4, whose codes a bundle can hold as they are."""
-        names = [name for name in self._tensors if ".experts." in name and not name.endswith("_bias")]
-        return all(self.dtype(name) == MXFP4 for name in names)
+        for name, (source, tensor) in self._tensors.items():
+            if ".experts." not in name or name.endswith("_bias"):
+                continue
+            whole = not (source.transposed or source.pieces or source.join or source.convert)
+            if not whole or tensor.dtype != MXFP4 or tensor.scales is None:  # GGUF has the scales between the codes
+                return False
+        return True
 
     def codes(self, layer: int, expert: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Read gate, up and down of an expert in MXFP4 as they are stored; see formats.read_codes()."""
@@ -200,6 +205,7 @@ class Checkpoint:
         for part in PROJECTIONS:
             name = f"layers.{layer}.experts.{expert}.{part}"
             source, tensor = self._find(name)
+            self._fetch(tensor)
             parts = read_codes(tensor, source.first_row, source.stored_shape[0], name)
             found.append(tuple(np.ascontiguousarray(values[source.rows]) for values in parts))
         return found
