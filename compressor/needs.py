@@ -79,6 +79,9 @@ def _notes(compression: Compression) -> tuple[str, ...]:
         if (checkpoint.directory / "tokenizer.model").is_file():
             what += ", only tokenizer.model: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it"
         notes.append(f"the checkpoint has {what}; the bundle will take token ids, not text")
+    if checkpoint.remote:
+        name = checkpoint.remote.model.name
+        notes.append(f"downloads {name} into the hub's cache as it is needed, {checkpoint.remote.nbytes / 1e9:,.1f} GB")
     if unused := checkpoint.unused:
         more = f" and {len(unused) - 1:,} more tensors" if len(unused) > 1 else ""
         notes.append(f"no part of the model, and left out: {unused[0]}{more}")

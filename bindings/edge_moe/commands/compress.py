@@ -38,7 +38,9 @@ class DropCountsBy(str, Enum):
     sensitivity = "sensitivity"
 
 
-Model = argument(str, "MODEL", "A checkpoint's directory: config.json and safetensors files.")
+Model = argument(
+    str, "MODEL", "A directory of safetensors, a GGUF file, or the name of a model on the hub: ORG/NAME[@REVISION]."
+)
 Out = argument(str, "OUT", "The bundle to write, NAME.emoe.")
 Bits = option(
     float | None,

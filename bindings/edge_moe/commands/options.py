@@ -46,7 +46,7 @@ def tokens_of(text: str | int) -> int:
         raise typer.BadParameter(f"{text!r} is not a number of tokens such as 4096 or 32k") from None
 
 
-Bundle = argument(str, "BUNDLE", "A bundle's directory, NAME.emoe.")
+Bundle = argument(str, "BUNDLE", "A bundle's directory, NAME.emoe, or its name on the hub, ORG/NAME[@REVISION].")
 Json = option(bool, "--json", help="Print one JSON object and nothing else.")
 Ram = option(
     str, "--ram", metavar="SIZE", shown=True,

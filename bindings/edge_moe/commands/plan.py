@@ -24,7 +24,9 @@ class Recipe(str, Enum):
     collaborative = "collaborative"
 
 
-ModelOrBundle = argument(str, "MODEL|BUNDLE", "A bundle, a model's directory, or a config.json alone.")
+ModelOrBundle = argument(
+    str, "MODEL|BUNDLE", "A bundle, a model's directory, config.json or GGUF file, or a name on the hub: ORG/NAME."
+)
 Bits = option(
     float | None, "--bits", metavar="B", section=_MODEL,
     help="Mean bits of an expert weight, as for compress; 16: no quantization [default: 2.5].",
