@@ -144,6 +144,7 @@ def measure(
     Raises ValueError for counts below 0, nothing to do or a depth beyond the model's context, and what Runtime raises.
     """
     opened = Bundle.open(bundle)
+    bundle = opened.path
     tests = _tests(opened, prompt, generate, depths, repeats)
     prune = prune or ["off", *(["bundle"] if opened.pruning else [])]
     context = max(test.depth + test.tokens for test in tests)

@@ -185,10 +185,11 @@ def _opened(model: str, ram: int, context: int, threads: int | None):
 
         runtime = Runtime(model, ram, context, threads=threads, logits_rows=LOGITS_ROWS, prune="off")
         return runtime.config.vocab, lambda ids: (np.ascontiguousarray(b) for b in runtime.logits_blocks(ids))
-    from ..runtime.config_file import load_config
+    from ..compressor.source.checkpoint import Checkpoint
     from .evaluate import checkpoint_logits
 
-    least, _ = checkpoint_bytes(load_config(model), context)
+    with Checkpoint(model) as checkpoint:
+        least, _ = checkpoint_bytes(checkpoint.config, context)
     config, logits = checkpoint_logits(model, max(parse_bytes(ram) - least, 0), context)
 
     def blocks(ids) -> Iterator[np.ndarray]:

@@ -39,7 +39,8 @@ def evaluate_bundle(
     evaluate_texts() raise.
     """
     files = [text] if isinstance(text, str | Path) else list(text)
-    against = find_model(local_copy(against)) if against else None
+    bundle = find_model(bundle)
+    against = find_model(local_copy(against), gguf=True) if against else None
     mine, its = shares(bundle, against, ram, context) if against else (ram, "auto")  # both are under one cap
     with (
         Runtime(bundle, mine, context, device, threads, prune, logits_rows=LOGITS_ROWS) as runtime,
@@ -110,7 +111,7 @@ def reference_logits(
     It runs in another process, in at most `ram`; shares() divides a cap between both. Raises ValueError if the
     vocabularies differ in size.
     """
-    model = find_model(local_copy(model))
+    model = find_model(local_copy(model), gguf=True)
     with ReferenceProcess(model, resolve_ram(ram), context, threads) as logits:
         if logits.vocab != runtime.config.vocab:
             raise ValueError(

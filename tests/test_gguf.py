@@ -203,6 +203,14 @@ def test_files_beside_a_gguf_file_are_used_instead_of_its_metadata(tmp_path):
     assert (checkpoint.directory / "tokenizer.json").read_bytes() == (REFERENCE / "tokenizer.json").read_bytes()
 
 
+def test_a_bundle_is_compared_with_a_gguf_file(tmp_path):
+    write_gguf(REFERENCE, tmp_path / "model.gguf")
+    compress(REFERENCE, tmp_path / "out.emoe", bits=16, threads=1)
+    (tmp_path / "text.txt").write_text("def double(x):\n    return 2 * x\n" * 4)
+    options = ("--text", tmp_path / "text.txt", "--tokens", "32", "--against", tmp_path / "model.gguf")
+    assert object_of("eval", tmp_path / "out.emoe", *options)["kld_mean"] < 0.001
+
+
 def test_plan_reads_the_header_of_a_gguf_file(tmp_path):
     write_gguf(REFERENCE, tmp_path / "model.gguf")
     as_file = object_of("plan", tmp_path / "model.gguf", "--json")

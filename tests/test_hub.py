@@ -18,6 +18,7 @@ from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.hub import hub_id
 
 pytest.importorskip("huggingface_hub")
+REFERENCE = Path(__file__).parent.parent / "bench" / "reference_moe"
 
 
 @pytest.fixture
@@ -132,6 +133,20 @@ def test_a_bundle_on_the_hub_is_used_by_its_name(hub, bundle_of):
     about = object_of("inspect", "some/bundle", env=hub.env)
     local = object_of("inspect", bundle)
     assert {**about, "path": ""} == {**local, "path": ""}
+
+
+def test_a_model_on_the_hub_is_compared_with(hub, tmp_path):
+    """The embedded model, which has a tokenizer, and a bundle of it, both by their names."""
+    hub.models["some/reference"] = REFERENCE
+    hub.models["some/compressed"] = tmp_path / "out.emoe"
+    compress(REFERENCE, tmp_path / "out.emoe", bits=16, threads=1)
+    (tmp_path / "text.txt").write_text("def double(x):\n    return 2 * x\n" * 4)
+    options = ("--text", tmp_path / "text.txt", "--tokens", "32", "--against", "some/reference")
+    found = object_of("eval", "some/compressed", *options, env=hub.env)
+    assert found["kld_mean"] < 0.001
+    assert "some/compressed: is on the hub, and this changes the bundle" in error_of(
+        "prune", "some/compressed", "--default", "0.2", env=hub.env
+    )
 
 
 def test_every_failure_says_what_to_do(hub, tmp_path):

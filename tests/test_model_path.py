@@ -67,7 +67,7 @@ def pointer(directory: Path) -> tuple[str, str]:
     [
         *product(("compress", "plan"), (awq, dense, pointer)),
         *product(("inspect", "generate", "chat"), (gguf_file, gguf_directory, awq, dense, pointer)),
-        *product(("eval",), (gguf_file, awq, dense, pointer)),
+        *product(("eval",), (awq, dense, pointer)),
     ],
 )
 def test_every_subcommand_says_what_a_model_is_that_it_cannot_take(golden, bundle_of, tmp_path, make, command):

@@ -19,6 +19,7 @@ from ...devices.probe import default_threads
 from ...runtime import reference
 from ...runtime.bundle import Bundle
 from ...runtime.bundle_table import TABLE_FILE
+from ...runtime.hub import hub_id
 from ...runtime.plan import resolve_ram
 from ...runtime.pruning import LEARNED, MASK_FILE, RULES
 from ...runtime.runtime import Runtime
@@ -65,7 +66,7 @@ def calibrate_pruning(
     Raises ValueError for bad options, for a bundle whose tokens have one expert each and for a default that the
     calibrated cuts do not reach, FileExistsError for a bundle that is calibrated already, OSError for the disk.
     """
-    opened, tell = Bundle.open(bundle), progress or (lambda step, done, of: None)
+    opened, tell = _open_own(bundle), progress or (lambda step, done, of: None)
     config, path = opened.config, opened.path
     if opened.pruning and not force:
         raise FileExistsError(
@@ -109,7 +110,7 @@ def set_default(bundle: str | Path, default: float | None) -> Bundle:
 
     Raises ValueError for a bundle that is not calibrated and for a share that its rule does not reach.
     """
-    opened = Bundle.open(bundle)
+    opened = _open_own(bundle)
     if not opened.pruning:
         raise ValueError(f"{opened.path}: is not calibrated for pruning; run `edge-moe prune {opened.path}`")
     table = json.loads((opened.path / TABLE_FILE).read_text(encoding="utf-8"))
@@ -119,6 +120,13 @@ def set_default(bundle: str | Path, default: float | None) -> Bundle:
     table["pruning"]["default_cut"] = default
     _write_table(opened.path / TABLE_FILE, table)
     return Bundle.open(opened.path)
+
+
+def _open_own(bundle: str | Path) -> Bundle:
+    """A bundle that may be changed. Raises ValueError for one on the hub."""
+    if hub_id(bundle):
+        raise ValueError(f"{bundle}: is on the hub, and this changes the bundle; download it with `hf download` first")
+    return Bundle.open(bundle)
 
 
 def _streams(stack: ExitStack, path: Path, ram: int, rows: int, config):

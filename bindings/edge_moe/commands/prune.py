@@ -43,11 +43,12 @@ def prune(
     from ..progress import progress_bar
     from ..report import pruning_text
     from ..runtime.bundle import Bundle
+    from ..runtime.hub import hub_id
 
     source = {"calibration": calibration or (), "held_out": held_out or (), "tokens": tokens, "seed": seed}
     rules = tuple(rule or DEFAULT_RULES)
     took, cut = {}, share_of(default)
-    if default is not None and not force and Bundle.open(bundle).pruning:
+    if default is not None and not force and hub_id(bundle) is None and Bundle.open(bundle).pruning:
         made = set_default(bundle, cut)
     else:
         with progress_bar(quiet=json_output) as progress:
