@@ -121,8 +121,7 @@ def test_blocks_are_what_gguf_dequantises(tmp_path, kind):
     source, _, _ = write_checkpoint("qwen3_moe", tmp_path / "source")
     values = write_gguf(source, tmp_path / "model.gguf", kind)
     checkpoint = Checkpoint(tmp_path / "model.gguf")
-    assert checkpoint.dtype("layers.1.experts.3.up") == kind
-    assert not checkpoint.has_codes  # which have their scales between them, in another order
+    assert checkpoint.dtype("layers.1.experts.3.up") == kind and not checkpoint.has_codes
     key = "model.layers.1.mlp.experts.{}_proj.weight"
     for part, found in zip(("gate", "up", "down"), checkpoint.expert(1, 4), strict=True):
         np.testing.assert_array_equal(found, values[key.format(part)][4])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from golden_checkpoints import write_checkpoint
 from hub_server import COMMIT, serving
-from quantised_checkpoints import write_nvfp4
+from quantised_checkpoints import write_mxfp4, write_nvfp4
 from test_checkpoint import shard
 from test_cli import error_of, object_of, succeeds
 
@@ -110,6 +110,16 @@ def test_a_shard_is_fetched_when_one_of_its_tensors_is_read(hub, tmp_path):
     shard_of = json.loads((hub.models["some/olmoe"] / "model.safetensors.index.json").read_text())["weight_map"]
     fetched = [file for file in hub.whole() if file.endswith(".safetensors")]
     assert fetched == [shard_of["model.layers.1.self_attn.k_proj.weight"]]
+
+
+def test_codes_that_are_kept_are_fetched_too(hub, tmp_path):
+    source = hub.models["some/mxfp4"] = tmp_path / "mxfp4"
+    write_mxfp4(write_checkpoint("olmoe", tmp_path / "plain")[0], source)
+    options = ("--method", "keep", "--threads", "1")
+    succeeds("compress", "some/mxfp4", tmp_path / "hub.emoe", *options, env=hub.env)
+    made = compress(source, tmp_path / "local.emoe", method="keep", threads=1)
+    for file in made.files:
+        assert (tmp_path / "hub.emoe" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_checkpoint_that_cannot_be_read_is_refused_before_its_weights_are_fetched(hub, tmp_path):

@@ -190,14 +190,12 @@ class Checkpoint:
 
     @property
     def has_codes(self) -> bool:
-        """Whether all experts are stored in MXFP4, whose codes a bundle can hold as they are."""
-        for name, (source, tensor) in self._tensors.items():
-            if ".experts." not in name or name.endswith("_bias"):
-                continue
-            whole = not (source.transposed or source.pieces or source.join or source.convert)
-            if not whole or tensor.dtype != MXFP4 or tensor.scales is None:  # GGUF has the scales between the codes
-                return False
-        return True
+        """Whether all experts are stored in MXFP4, whose codes a bundle can hold as they are.
+
+        Those in GGUF files have another order.
+        """
+        its = [its for name, (_, its) in self._tensors.items() if ".experts." in name and not name.endswith("_bias")]
+        return all(tensor.dtype == MXFP4 and tensor.scales is not None for tensor in its)
 
     def codes(self, layer: int, expert: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Read gate, up and down of an expert in MXFP4 as they are stored; see formats.read_codes()."""
