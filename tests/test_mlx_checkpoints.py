@@ -20,7 +20,7 @@ MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32", "uint8": "U8"}
 FAMILIES = (
     *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "glm4_moe", "granitemoe", "minimax_m2", "phimoe"),
-    *("qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss"),
+    *("qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss", "gemma4"),
     *("deepseek_v3", "moonlight", "glm4_moe_lite", "kimi_k25", "mistral4"),  # whose kv_b is split
 )
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.switch_mlp.up_proj.weight"
@@ -133,6 +133,10 @@ def renamed_by_mlx_lm(architecture: str, source: Path, out: Path) -> None:
         model.language_model.sanitize = lambda tensors: rename(model.language_model, tensors)
         path = source / "model.safetensors"
         write_file(path, fuse_experts(read_file(path)))
+    if architecture == "gemma4":
+        model.args.num_kv_shared_layers = 0
+        own = import_module("mlx_lm.models.gemma4_text").Model.sanitize
+        model.language_model.sanitize = lambda tensors: own(model.language_model, tensors)
     file = {"minimax_m2": "minimax", "moonlight": "deepseek_v3"}.get(architecture, architecture)
     tensors = mx.load(str(source / "model.safetensors"))
     tensors = {key.replace("model.blocks.", "model.layers."): tensor for key, tensor in tensors.items()}  # as the hub
@@ -154,7 +158,7 @@ def test_every_familys_names_in_mlx_lm_are_known(tmp_path, architecture):
     wanted = {name: wanted.trunk(name) for name in wanted._tensors}
     renamed_by_mlx_lm(architecture, source, tmp_path / "mlx")
     checkpoint = Checkpoint(tmp_path / "mlx")
-    stacked = (".switch_mlp.up_proj.weight", ".experts.up_proj.weight")
+    stacked = (".switch_mlp.up_proj.weight", ".switch_glu.up_proj.weight", ".experts.up_proj.weight")
     assert any(key.endswith(stacked) for key in read_file(tmp_path / "mlx" / "model.safetensors"))
     assert list(checkpoint._tensors) == list(wanted)
     for name, values in wanted.items():

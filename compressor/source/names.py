@@ -202,7 +202,7 @@ def _stacked_layouts(layouts: tuple[Layout, ...]) -> Iterator[Layout]:
     """The layouts of mlx-lm, which has a tensor for the gates of all experts of a layer, one for ups, one for downs."""
     for layout in layouts:
         block = layout.gate.partition(".")[0]
-        for path in (f"{block}.switch_mlp", f"{block}.experts"):
+        for path in (f"{block}.switch_mlp", f"{block}.switch_glu", f"{block}.experts"):
             gate, up, down = (f"{path}.{part}_proj.weight" for part in ("gate", "up", "down"))
             yield replace(layout, gate=gate, up=up, down=down, transposed=False, interleaved=False)
 
