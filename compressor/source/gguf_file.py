@@ -30,6 +30,7 @@ IN_LAYER = {  # canonical names of a layer's tensors, by GGUF's
     "post_attention_norm": "mlp_norm",
     **{f"attn_{part}": part for part in "qkv"},
     "attn_output": "o",
+    "attn_sinks": "sinks",
     **{f"attn_{part}_norm": f"{part}_norm" for part in "qk"},
     "ffn_gate_inp": "router",
     "exp_probs_b": "router",
@@ -61,9 +62,11 @@ class Architecture:
     model_type: str
     always: dict[str, object]
     keys: dict[str, str] = field(default_factory=dict)
+    rope_scaling: dict[str, object] = field(default_factory=dict)  # what YaRN's parameters always are
     rows_paired: bool = False  # the two rows of each pair that RoPE rotates are next to each other in attn_q and attn_k
 
 
+ALL_OF_ONE_SIZE = {"expert_count": "num_local_experts", "expert_feed_forward_length": "intermediate_size"}
 ARCHITECTURES = {
     "qwen3moe": Architecture("qwen3_moe", {"norm_topk_prob": True, "decoder_sparse_step": 1}),
     "qwen2moe": Architecture("qwen2_moe", {"norm_topk_prob": False, "decoder_sparse_step": 1, "qkv_bias": True}),
@@ -79,6 +82,11 @@ ARCHITECTURES = {
             "expert_weights_scale": "routed_scaling_factor",
             "expert_weights_norm": "norm_topk_prob",
         },
+    ),
+    "minimax-m2": Architecture("minimax_m2", {}, {**ALL_OF_ONE_SIZE, "rope.dimension_count": "rotary_dim"}),
+    "gpt-oss": Architecture(
+        *("gpt_oss", {}, {**ALL_OF_ONE_SIZE, "attention.sliding_window": "sliding_window"}),
+        rope_scaling={"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
     ),
 }
 
@@ -112,14 +120,17 @@ class GgufFile:
         its = self.architecture
         if scaled := [name for name in self.tensors if name.startswith("rope_f")]:
             raise ValueError(f"{self.path}: tensor {scaled[0]} (rescaled RoPE frequencies) is not supported")
-        found = {to: self._value(key) for key, to in {**USUAL_KEYS, **its.keys}.items()}
+        found = {}
+        for key, to in {**USUAL_KEYS, **its.keys}.items():
+            if (value := self._value(key)) is not None:
+                found[to] = value
         found |= {key: float(f"{value:.7g}") for key, value in found.items() if isinstance(value, float)}  # was float32
         layers = (self._value("block_count") or 0) - (self._value("nextn_predict_layers") or 0)
         found |= its.always | {"model_type": its.model_type, "num_hidden_layers": layers, "hidden_act": "silu"}
         if (embedding := self.tensors.get("token_embd.weight")) is not None:
             found["vocab_size"] = embedding.shape[0]
         found["tie_word_embeddings"] = "output.weight" not in self.tensors
-        found["attention_bias"] = "blk.0.attn_q.bias" in self.tensors and its.model_type != "qwen2_moe"
+        found["attention_bias"] = "blk.0.attn_q.bias" in self.tensors
         found["use_qk_norm"] = "blk.0.attn_q_norm.weight" in self.tensors
         experts = next((one for name, one in self.tensors.items() if name.endswith(".ffn_gate_exps.weight")), None)
         if found.get("moe_intermediate_size") is None and experts is not None:  # older files
@@ -135,6 +146,7 @@ class GgufFile:
             return None
         original = self._value("rope.scaling.original_context_length")
         scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
+        scaling |= self.architecture.rope_scaling
         return {key: value for key, value in scaling.items() if value is not None}
 
     def stored(self, family: Family) -> dict[str, Stored]:
@@ -149,9 +161,11 @@ class GgufFile:
             if name.startswith("blk."):
                 _, layer, part = part.split(".", 2)
                 if part.endswith("_exps"):
-                    inner = f"{experts}.{part.removeprefix('ffn_').removesuffix('_exps')}_proj.weight"
+                    inner = f"{experts}.{part.removeprefix('ffn_').removesuffix('_exps')}_proj.{end}"
                 else:
                     canonical = IN_LAYER.get(part, part) + ("_bias" if end == "bias" else "")
+                    if part == "ffn_gate_inp" and end == "bias":  # exp_probs_b is the bias that chooses
+                        canonical = "router_logit_bias"
                     inner = of_layer.get(canonical, f"{part}.{end}")
                     if canonical == "shared_router" and len(tensor.shape) == 1:
                         tensor = Stored(tensor.path, tensor.dtype, (1, *tensor.shape), tensor.offset, tensor.nbytes)

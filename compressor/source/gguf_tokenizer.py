@@ -7,13 +7,18 @@ Others are left out, and the model's own tokenizer.json must be put beside the f
 import json
 from collections.abc import Callable
 
+_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 SPLITS = {  # regular expressions of words, by the name in the metadata
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+",
     "glm4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+",
+    "gpt-4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _END + "|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _END + "|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "smollm": "",  # single digits, then as GPT-2
 }
+SPLITS["minimax-m2"] = SPLITS["gpt-4o"]
 NORMALISED = ("qwen2",)  # to NFC
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
