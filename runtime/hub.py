@@ -16,6 +16,7 @@ ADDRESS = re.compile(r"https?:/+(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(?:/
 LOCAL = (".emoe", ".json", ".gguf", ".safetensors")  # endings of files, rather than of names on the hub
 BUNDLE = "bundle.json"
 HEADER_BYTES = 1 << 18  # of a safetensors file: the first request; most headers are shorter
+MOST_HEADER_BYTES = 100_000_008  # the limit of the safetensors library; what claims more is not asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,13 @@ class HubModel:
             info = HfApi().model_info(name, revision=revision)
         return cls(str(given), name, info.sha, tuple(one.rfilename for one in info.siblings))
 
+    def check(self) -> None:
+        """Raise FileNotFoundError if there is no config.json, as where there are GGUF files alone."""
+        if "config.json" not in self.files:
+            found = next((file for file in self.files if file.endswith(".gguf")), None)
+            hint = f"; `hf download {self.name} {found}` gets one of its GGUF files: name that" if found else ""
+            raise FileNotFoundError(f"{self.given}: has no config.json on the hub{hint}")
+
     @property
     def is_bundle(self) -> bool:
         return BUNDLE in self.files
@@ -57,6 +65,7 @@ class HubModel:
     def download_all(self) -> Path:
         """The directory in the cache with all files of a bundle or checkpoint, downloaded if they are not there."""
         wanted = [file for file in self.files if file.endswith((".json", ".safetensors", ".jinja", ".txt"))]
+        wanted = [file for file in wanted if "/" not in file or file.endswith(".jinja")]
         with _errors(self.given, self.name, self.commit):
             from huggingface_hub import snapshot_download
 
@@ -83,9 +92,9 @@ class HubModel:
     def header(self, file: str) -> tuple[bytes, int]:
         """The header of a safetensors file, its length included, and the size of the file."""
         head, size = self.part(file, 0, HEADER_BYTES)
-        length = 8 + int.from_bytes(head[:8], "little")
-        if len(head) < min(length, size):
-            head += self.part(file, len(head), min(length, size) - len(head))[0]
+        length = min(8 + int.from_bytes(head[:8], "little"), size, MOST_HEADER_BYTES)
+        if len(head) < length:
+            head += self.part(file, len(head), length - len(head))[0]
         return head[:length], size
 
 

@@ -133,6 +133,15 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_before_its_weights_are_fetc
     assert not any(file.endswith(".safetensors") for file in hub.whole())
 
 
+def test_a_header_that_claims_too_much_is_not_asked_for(hub, tmp_path):
+    shards = sorted(hub.models["some/olmoe"].glob("*.safetensors"))
+    data = shards[2].read_bytes()
+    shards[2].write_bytes((1 << 40).to_bytes(8, "little") + data[8:] + bytes(1_000_000))
+    said = error_of("compress", "some/olmoe", tmp_path / "out.emoe", env=hub.env)
+    assert f"/some--olmoe/{shards[2].name}: the header claims 1,099,511,627,776 bytes, the file has " in said
+    assert not any(file.endswith(".safetensors") for file in hub.whole())
+
+
 def test_a_bundle_on_the_hub_is_used_by_its_name(hub, bundle_of):
     bundle = hub.models["some/bundle"] = bundle_of("olmoe", width=4)
     assert object_of("plan", "some/bundle", env=hub.env)["floor_bytes"] > 0
@@ -173,6 +182,14 @@ def test_every_failure_says_what_to_do(hub, tmp_path):
     assert error_of("plan", "gated/model", env=hub.env) == (
         "gated/model: is gated; ask for access at https://huggingface.co/gated/model, then `hf auth login`"
     )
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "q4.gguf").write_bytes(b"GGUF")
+    hub.models["some/gguf"] = tmp_path / "gguf"
+    for command in (("plan", "some/gguf"), ("compress", "some/gguf", tmp_path / "out.emoe")):
+        assert error_of(*command, env=hub.env) == (
+            "some/gguf: has no config.json on the hub; `hf download some/gguf q4.gguf` gets one of its GGUF files: "
+            "name that"
+        )
     succeeds("plan", "some/olmoe", "--bits", "8", env=hub.env)
     said = error_of("plan", "some/olmoe", env={**hub.env, "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert said.startswith("some/olmoe: no such file or directory, and the hub cannot be reached (")

@@ -23,6 +23,7 @@ class HubFiles:
     """
 
     def __init__(self, model: HubModel, directory: Path):
+        model.check()
         self.model, self.directory, self._lock = model, directory, Lock()
         small = [file for file in model.files if file in COPIED or file == INDEX or _is_template(file)]
         for file in ("config.json", *small):
@@ -66,11 +67,13 @@ def hub_files(model: HubModel) -> Iterator[HubFiles]:
 @contextmanager
 def tables(model: HubModel) -> Iterator[Path]:
     """A temporary directory with what `plan` needs: a checkpoint's config.json, or a bundle without weights."""
+    model.check()
     with _directory(model) as directory:
         files = [file for file in model.files if file in TO_PLAN]
         if model.is_bundle:
             files = [file for file in model.files if file.endswith((".json", ".jinja", ".txt")) and "/" not in file]
-            write_headers(model, [file for file in model.files if file.endswith(".safetensors")], directory)
+            weights = [file for file in model.files if file.endswith(".safetensors") and "/" not in file]
+            write_headers(model, weights, directory)
         for file in files:
             shutil.copyfile(model.download(file), directory / file)
         yield directory
