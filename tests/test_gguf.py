@@ -12,6 +12,7 @@ from test_checkpoint import assert_same_tensors, bf16, read_file, refusal
 from test_cli import error_of, object_of
 
 from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.rounding.bundle_weights import BundleWeights
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.source.gguf_tokenizer import SPLITS
 
@@ -149,12 +150,21 @@ def test_blocks_are_what_gguf_dequantises(tmp_path, kind):
     source, _, _ = write_checkpoint("qwen3_moe", tmp_path / "source")
     values = write_gguf(source, tmp_path / "model.gguf", kind)
     checkpoint = Checkpoint(tmp_path / "model.gguf")
-    assert checkpoint.dtype("layers.1.experts.3.up") == kind and not checkpoint.has_codes
+    assert checkpoint.dtype("layers.1.experts.3.up") == kind and checkpoint.has_codes == (kind == "MXFP4")
     key = "model.layers.1.mlp.experts.{}_proj.weight"
     for part, found in zip(("gate", "up", "down"), checkpoint.expert(1, 4), strict=True):
         np.testing.assert_array_equal(found, values[key.format(part)][4])
     np.testing.assert_array_equal(checkpoint.trunk("layers.0.q"), values["model.layers.0.self_attn.q_proj.weight"])
     np.testing.assert_array_equal(checkpoint.trunk("embedding"), values["model.embed_tokens.weight"])
+
+
+def test_mxfp4_of_a_gguf_file_is_kept_without_loss(tmp_path):
+    source, _, _ = write_checkpoint("qwen3_moe", tmp_path / "source")
+    values = write_gguf(source, tmp_path / "model.gguf", "MXFP4")
+    made = compress(tmp_path / "model.gguf", tmp_path / "out.emoe", method="keep", threads=1)
+    weights = BundleWeights(made)
+    for part, found in zip(("gate", "up", "down"), weights.expert(1, 4), strict=True):
+        np.testing.assert_array_equal(found, values[f"model.layers.1.mlp.experts.{part}_proj.weight"][4])
 
 
 @pytest.mark.parametrize("mix", ["Q2_K", "Q4_K_M"])

@@ -191,12 +191,9 @@ class Checkpoint:
 
     @property
     def has_codes(self) -> bool:
-        """Whether all experts are stored in MXFP4, whose codes a bundle can hold as they are.
-
-        Those in GGUF files have another order.
-        """
+        """Whether all experts are stored in MXFP4, whose codes a bundle can hold as they are."""
         its = [its for name, (_, its) in self._tensors.items() if ".experts." in name and not name.endswith("_bias")]
-        return all(tensor.dtype == MXFP4 and tensor.scales is not None for tensor in its)
+        return all(tensor.dtype == MXFP4 for tensor in its)
 
     def codes(self, layer: int, expert: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Read gate, up and down of an expert in MXFP4 as they are stored; see reading.read_codes()."""

@@ -70,18 +70,27 @@ def read_codes(tensor: Tensor, first_row: int, rows: int, name: str) -> tuple[np
 
     Raises ValueError for an exponent beyond LARGEST_EXPONENT, and OSError if the file was truncated meanwhile.
     """
-    cols, found = tensor.shape[-1], []
-    for key, stored, each in ((tensor.key, tensor.values, cols // 2), (tensor.scale_key, tensor.scales, cols // 32)):
+    cols = tensor.shape[-1]
+
+    def bytes_of(key: str, stored: Stored, each: int) -> np.ndarray:
         values = np.fromfile(stored.path, np.uint8, rows * each, offset=stored.offset + first_row * each)
         if values.size < rows * each:
             raise _cut(key, stored, values.size, rows * each)
-        found.append(values.reshape(rows, each))
+        return values.reshape(rows, each)
+
+    if tensor.scales is None:  # GGUF: an exponent, then the codes of values n and n + 16 in byte n
+        blocks = bytes_of(tensor.key, tensor.values, cols // 32 * 17).reshape(rows, -1, 17)
+        nibbles = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=-1)
+        found = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4).reshape(rows, -1), blocks[..., 0].copy()
+    else:
+        found = bytes_of(tensor.key, tensor.values, cols // 2), bytes_of(tensor.scale_key, tensor.scales, cols // 32)
     if (most := int(found[1].max())) > LARGEST_EXPONENT:
+        key, stored = (tensor.scale_key, tensor.scales) if tensor.scales else (tensor.key, tensor.values)
         raise ValueError(
-            f"{tensor.scales.path}: tensor {tensor.scale_key} has the exponent {most}, expected at most "
-            f"{LARGEST_EXPONENT} (read for {name}); the checkpoint is damaged, download it again"
+            f"{stored.path}: tensor {key} has the exponent {most}, expected at most {LARGEST_EXPONENT} "
+            f"(read for {name}); the checkpoint is damaged, download it again"
         )
-    return found[0], found[1]
+    return found
 
 
 def read_bytes(tensor: Tensor, first_row: int, shape: tuple[int, ...]) -> int:
