@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from bundles import REFERENCE
 from test_checkpoint import read_file, shard, write_file
+from test_checkpoint_formats import SUPPORTED
 
 from edge_moe.compressor.pipeline import compress
 from edge_moe.runtime.bundle import Bundle
@@ -234,12 +235,7 @@ def test_a_tensor_of_another_shape_or_type_is_named(model, out):
         f"config.json makes it ({hidden}, {dim}); config.json and the weights do not belong together"
     )
     write_file(model / "model.safetensors", {**tensors, name: ("U8", [hidden, dim], data[: len(data) // 2])})
-    assert refused(model, out) == (
-        f"{model}/model.safetensors: tensor {name} of type U8 is not supported; supported are BF16, F16, F32, "
-        "FP8 (quant_method fp8 or compressed-tensors, F8_E4M3 with scales), MXFP4 (compressed-tensors, "
-        "mxfp4-pack-quantized) and INT4 (compressed-tensors, pack-quantized, symmetric); use such a checkpoint, best "
-        "the one that is not quantised"
-    )
+    assert refused(model, out) == (f"{model}/model.safetensors: tensor {name} of type U8 is not supported; {SUPPORTED}")
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.experts.4.up_proj.weight", "model.norm.weight"])
