@@ -16,7 +16,7 @@ from .passes.calibrate import HELD_OUT_TOKENS, SEQUENCE_TOKENS, Calibration
 from .passes.texts import check_file, open_text, stdlib_text
 from .pipeline import Compression
 from .source.checkpoint import Checkpoint
-from .writing.writer import KEPT, record_bytes_of
+from .writing.writer import record_bytes_of
 
 WIDEST = 8  # bits that experts get at the most, unless all are left as they are
 
@@ -121,7 +121,7 @@ def _bundle_bytes(compression: Compression) -> int:
     else:
         bits = targets.true_bits(config, (o.width or WIDEST,) * 3, targets.groups(o, config)[0])
         if o.method == "keep":
-            bits = 8 * record_bytes_of(config, KEPT) / config.expert_weights
+            bits = 8 * record_bytes_of(config, compression.kept_packing) / config.expert_weights
         if o.paged and o.method != "uniform":  # uses will decide, up to the widest that is measured
             bits = max(targets.true_bits(config, (w,) * 3, group) for w, group in compression.measured_choices())
         elif not o.paged and o.width is None:

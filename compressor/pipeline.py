@@ -35,7 +35,7 @@ from .source.checkpoint import Checkpoint
 from .source.copied_files import contents
 from .writing import own
 from .writing.journal import CHOICE, FINISHED, Journal, partial_of, work_of
-from .writing.writer import KEPT, BundleWriter, Packing
+from .writing.writer import BundleWriter, Packing
 
 Progress = Callable[[str, int, int], None]  # (step, done, of)
 Phase = Callable[[str, tuple[str, ...]], None]  # (name, all names)
@@ -131,9 +131,10 @@ class Compression:
     def __post_init__(self):
         self.config = self.checkpoint.config
         keeps = self.o.method == "keep"
-        if keeps and not self.checkpoint.has_codes:
+        if keeps and not self.checkpoint.kept_encodings:
             raise ValueError(
-                f"{self.checkpoint.directory}: method keep needs experts in MXFP4, which these are not; use bits 16"
+                f"{self.checkpoint.directory}: method keep needs experts in MXFP4, or in MLX's affine mode with scales "
+                "in bfloat16, all alike, which these are not; use bits 16"
             )
         width = trunk.WIDTHS[0] if self.o.chooses_trunk else 16 if self.o.bits == 16 else self.o.trunk_width
         width = width or (16 if keeps else None)
@@ -418,7 +419,7 @@ class Compression:
     def _write_plain(self) -> Bundle:
         config, o = self.config, self.o
         if o.method == "keep":
-            packing = KEPT
+            packing = self.kept_packing
         elif o.width is not None or o.bits == 16:
             width = o.width or 16
             group = targets.groups(replace(o, method="rtn"), config)[0]
@@ -443,7 +444,7 @@ class Compression:
                 )
                 self.tell("quantise", done, total)
             for done, (layer, index) in enumerate(keys, start=len(writer.trunk) + 1):
-                if packing == KEPT:
+                if o.method == "keep":
                     record = kept(self.checkpoint, layer, index)
                 else:
                     parts = zip(self.checkpoint.expert(layer, index), packing.widths, strict=True)
@@ -454,6 +455,12 @@ class Compression:
                 self.tell("quantise", done, total)
             writer.finish(publish=self._publish)
         return Bundle.open(self.out)
+
+    @property
+    def kept_packing(self) -> Packing:
+        """Of experts whose codes are those of the checkpoint."""
+        encodings = self.checkpoint.kept_encodings
+        return Packing(tuple(one.width for one in encodings), encodings[0].group, encodings[0].codec)
 
     def rounded_types(self) -> list[str]:
         """Types of the checkpoint's matrices that have more significant bits than the bfloat16 of width 16."""

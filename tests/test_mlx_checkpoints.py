@@ -8,12 +8,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bundles import logits_of
 from golden_checkpoints import write_checkpoint
 from test_checkpoint import bf16, fuse_experts, read_file, refusal, write_file
 from test_checkpoint_formats import SUPPORTED
 
 from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.rounding.bundle_weights import BundleWeights
 from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.runtime import reference
+from edge_moe.runtime.codecs import Encoding
 
 mx = pytest.importorskip("mlx.core")
 MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
@@ -189,6 +193,35 @@ def test_widths_may_differ_by_layer(tmp_path, plain):
     np.testing.assert_allclose(checkpoint.expert(1, 6)[2], wanted[6], rtol=0, atol=1e-7)
     out = compress(tmp_path / "mlx", tmp_path / "out.emoe", bits=8, method="rtn", threads=1)
     assert out.config.architecture == "olmoe"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_affine_codes_with_scales_in_bfloat16_can_be_kept(plain, tmp_path, bits):
+    """Some scales are negative. The engine's products differ from float32's by the rounding of inputs, after which a
+    token may go to another expert."""
+    write_mlx(plain, tmp_path / "mlx", bits, 32, scales=mx.bfloat16)
+    checkpoint = Checkpoint(tmp_path / "mlx")
+    assert checkpoint.kept_encodings == (Encoding("affine", bits, 32),) * 3
+    made = compress(tmp_path / "mlx", tmp_path / "out.emoe", method="keep", threads=1)
+    for layer, expert in ((0, 0), (1, 7)):
+        kept, wanted = BundleWeights(made).expert(layer, expert), checkpoint.expert(layer, expert)
+        scales = np.concatenate([parts[1].ravel() for parts in checkpoint.codes(layer, expert)])
+        assert (scales & 0x8000).any()
+        for found, its in zip(kept, wanted, strict=True):
+            np.testing.assert_allclose(found, its, rtol=0, atol=1e-6)
+    ids = np.arange(24)
+    wanted = reference.forward(made.config, BundleWeights(made), ids)
+    found = logits_of(made.path, ids, ram="2GB", threads=1)
+    assert np.median(np.abs(found - wanted)) < 0.02 * wanted.std()
+
+
+def test_codes_are_not_kept_unless_a_bundle_can_hold_them(plain, tmp_path):
+    write_mlx(plain, tmp_path / "mlx", 4, 32, scales=mx.float16)
+    assert Checkpoint(tmp_path / "mlx").kept_encodings is None
+    assert refusal(ValueError, lambda: compress(tmp_path / "mlx", tmp_path / "out.emoe", method="keep")) == (
+        f"{tmp_path}/mlx: method keep needs experts in MXFP4, or in MLX's affine mode with scales in bfloat16, all "
+        "alike, which these are not; use bits 16"
+    )
 
 
 # What is refused

@@ -232,7 +232,8 @@ def test_keeping_takes_no_target_and_needs_codes(source, tmp_path):
         )
     plain = source.parent / "plain"
     assert refusal(ValueError, lambda: compress(plain, tmp_path / "x.emoe", method="keep")) == (
-        f"{plain}: method keep needs experts in MXFP4, which these are not; use bits 16"
+        f"{plain}: method keep needs experts in MXFP4, or in MLX's affine mode with scales in bfloat16, all alike, "
+        "which these are not; use bits 16"
     )
 
 

@@ -343,7 +343,7 @@ class Rounding:
 
 def kept(checkpoint, layer: int, expert: int) -> list[Quantised]:
     """gate, up and down of an expert with the codes that the checkpoint has."""
-    return [Quantised(codes, exponents) for codes, exponents in checkpoint.codes(layer, expert)]
+    return [Quantised(*parts) for parts in checkpoint.codes(layer, expert)]
 
 
 def cut_router(config: ModelConfig, name: str, tensor: np.ndarray) -> np.ndarray:

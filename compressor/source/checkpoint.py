@@ -16,18 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ...runtime.codecs import PROJECTIONS
+from ...runtime.codecs import PROJECTIONS, Encoding
 from ...runtime.config import ModelConfig
 from ...runtime.config_file import family_of, load_config, read_json
 from ...runtime.files import real_path
 from ...runtime.hub import HubModel
 from ...runtime.model_path import find_model, raise_if_other_format
 from ...runtime.tensorfile import Stored, read_header
+from . import codes
 from .formats import MXFP4, Tensor, locate
 from .gguf_file import find_gguf, unpacked
 from .hub_files import hub_files
 from .names import Names, Source, sources
-from .quantisation import Block, quantisation_of, scale_blocks
+from .quantisation import MX_BLOCK, Block, quantisation_of, scale_blocks
 from .reading import read, read_bytes, read_codes
 
 SAMPLE_BYTES = 4096  # of each layer's attention output o, for the fingerprint
@@ -195,8 +196,26 @@ class Checkpoint:
         its = [its for name, (_, its) in self._tensors.items() if ".experts." in name and not name.endswith("_bias")]
         return all(tensor.dtype == MXFP4 for tensor in its)
 
-    def codes(self, layer: int, expert: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Read gate, up and down of an expert in MXFP4 as they are stored; see reading.read_codes()."""
+    @property
+    def kept_encodings(self) -> tuple[Encoding, ...] | None:
+        """The encodings of gate, up and down in a bundle that keeps the codes of the experts; None if that cannot be.
+
+        Experts must be alike, in MXFP4 or in MLX's affine mode with scales in bfloat16.
+        """
+        if self.has_codes:
+            return (Encoding("mxfp4", 4, MX_BLOCK[1]),) * 3
+        found: list[set[Encoding | None]] = [set(), set(), set()]
+        for name, (_, tensor) in self._tensors.items():
+            if ".experts." in name and (part := name.rpartition(".")[2]) in PROJECTIONS:
+                affine = tensor.biases is not None and tensor.scales.dtype == tensor.biases.dtype == "BF16"
+                one = Encoding("affine", codes.bits_of(tensor.codes), tensor.block[1]) if affine else None
+                found[PROJECTIONS.index(part)].add(one)
+        kept = tuple(one for of_part in found for one in of_part)
+        alike = len(kept) == 3 and None not in kept and len({one.group for one in kept}) == 1
+        return kept if alike else None
+
+    def codes(self, layer: int, expert: int) -> list[tuple[np.ndarray, ...]]:
+        """Read gate, up and down of an expert as they are stored; see reading.read_codes()."""
         found = []
         for part in PROJECTIONS:
             name = f"layers.{layer}.experts.{expert}.{part}"

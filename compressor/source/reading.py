@@ -63,10 +63,11 @@ def _scale(part: np.ndarray, blocks: np.ndarray, scales: np.ndarray, biases: np.
             inner += biases[blocks][:, :, None]
 
 
-def read_codes(tensor: Tensor, first_row: int, rows: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read rows of an MXFP4 tensor as they are stored.
+def read_codes(tensor: Tensor, first_row: int, rows: int, name: str) -> tuple[np.ndarray, ...]:
+    """Read rows of a tensor in MXFP4, or in MLX's affine mode with scales in bfloat16, as they are stored.
 
-    Returns codes, uint8 (rows, cols / 2), the low nibble first, and exponents, uint8 (rows, cols / 32).
+    Returns codes, uint8 (rows, cols / 2), the low nibble first, and exponents, uint8 (rows, cols / 32); of MLX's codes,
+    uint8 (rows, bytes), scales and biases, the bits of bfloat16 (rows, groups).
 
     Raises ValueError for an exponent beyond LARGEST_EXPONENT, and OSError if the file was truncated meanwhile.
     """
@@ -78,6 +79,11 @@ def read_codes(tensor: Tensor, first_row: int, rows: int, name: str) -> tuple[np
             raise _cut(key, stored, values.size, rows * each)
         return values.reshape(rows, each)
 
+    if tensor.biases is not None:
+        groups = 2 * cols // tensor.block[1]
+        found = bytes_of(tensor.key, tensor.values, codes.packed_bytes(tensor.codes, cols))
+        others = (tensor.scale_key, tensor.scales), (tensor.bias_key, tensor.biases)
+        return found, *(bytes_of(*one, groups).view("<u2") for one in others)
     if tensor.scales is None:  # GGUF: an exponent, then the codes of values n and n + 16 in byte n
         blocks = bytes_of(tensor.key, tensor.values, cols // 32 * 17).reshape(rows, -1, 17)
         nibbles = np.concatenate([blocks[..., 1:] & 15, blocks[..., 1:] >> 4], axis=-1)

@@ -68,7 +68,8 @@ RunContext = option(
 HowToChoose = option(
     Method | None, "--method", metavar="NAME", section=_HOW,
     help="pmq: a measured width for each expert; mc, mc-release: the Mixture Compressor's; uniform: one width; rtn: "
-    "one width, round to nearest, without calibration; keep: experts in MXFP4 as they are, without loss "
+    "one width, round to nearest, without calibration; keep: experts in MXFP4, or as MLX "
+    "quantised them, as they are, without loss "
     "[default: pmq; with --width: uniform].",
 )  # fmt: skip
 Group = option(
