@@ -215,7 +215,7 @@ void prefill(const Shape& s, int width, const uint8_t* weights) {
 // ---- attention of one token over a long context
 
 void attention(int context) {
-  const cuda::Heads heads = {32, 4, 128, 128, 1e-6f, 0, 0.09f, 0, false, false};
+  const cuda::Heads heads = {32, 4, 128, 128, 128, 1e-6f, 0, 0.09f, 0, false, false, false, nullptr};
   const size_t layers = 16, layer = size_t(heads.kv_heads) * context * heads.head_dim * 2;
   uint8_t *keys = device<uint8_t>(layers * layer), *values = device<uint8_t>(layers * layer);
   float *q = device<float>(heads.heads * heads.head_dim), *out = device<float>(heads.heads * heads.head_dim);
@@ -226,8 +226,8 @@ void attention(int context) {
   const std::string what = "Qwen3-30B-A3B, attention over " + std::to_string(context) + " positions";
   tell(what, "gbps", 2 * layer / 1e9 / seconds(16, [&](int launch) {
                        const size_t at = launch % layers * layer;
-                       cuda::attend(q, heads, {keys + at, values + at, size_t(context), true}, {position, 0, 1, last},
-                                    scores, out, stream);
+                       cuda::attend(q, heads, {keys + at, values + at, size_t(context), true, size_t(context)},
+                                    {position, 0, 1, last}, scores, out, stream);
                      }));
   for (void* memory : {static_cast<void*>(keys), static_cast<void*>(values), static_cast<void*>(q),
                        static_cast<void*>(out), static_cast<void*>(scores), static_cast<void*>(position)})
