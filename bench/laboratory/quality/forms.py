@@ -269,8 +269,8 @@ class Unrefined(Rounding):
 class NothingLacking(Rounding):
     """The target of down is the expert's full-precision output, without a share of the deficit."""
 
-    def _round(self, track: Track, layer: int, number: int, matrices, a: Stream):
-        return Rounding._round(self, replace(track, lacking=Zeros(a.dim)), layer, number, matrices, a)
+    def _round(self, track: Track, layer: int, number: int, matrices, bias, a: Stream):
+        return Rounding._round(self, replace(track, lacking=Zeros(a.dim)), layer, number, matrices, bias, a)
 
 
 @dataclass(slots=True)
@@ -289,9 +289,9 @@ class CleanInputs(Rounding):
         self.clean_routing = forward.route(self.config, self.checkpoint, layer, a)
         Rounding._rounded_experts(self, layer, a, tell)
 
-    def _round(self, track: Track, layer: int, number: int, matrices, a: Stream):
+    def _round(self, track: Track, layer: int, number: int, matrices, bias, a: Stream):
         clean = replace(track, a=a, routing=self.clean_routing, lacking=Zeros(a.dim), token_weights=self.clean_weights)
-        return Rounding._round(self, clean, layer, number, matrices, a)
+        return Rounding._round(self, clean, layer, number, matrices, bias, a)
 
 
 @dataclass(frozen=True, slots=True)
