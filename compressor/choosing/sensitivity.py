@@ -95,10 +95,9 @@ class Layer:
     a: Stream  # after attention
     routing: forward.Routing
     norms: forward.Held
-    relative: (
-        np.ndarray
-    )  # (rows,) 1 / squared norm of the residual stream after the layer, which later norms divide by,
-    #                       times the square of output_scales()' factor of the row
+    # (rows,) 1 / squared norm of the residual stream after the layer, which later norms divide by, times the square of
+    # output_scales()' factor of the row
+    relative: np.ndarray
     of_dims: np.ndarray  # (dim,) its other factor
     place: np.ndarray  # (rows,) index in the sample that carries errors, -1 outside of it
 

@@ -113,10 +113,12 @@ uint8_t* CudaMath::shared(size_t bytes) { return shared_.emplace_back(memory_, b
 void CudaMath::begin(const Step& step, std::span<const int32_t> ids) {
   for (size_t i = 0; i < step.spans.size(); ++i) host_.positions[i] = step.spans[i].position - step.spans[i].first;
   std::copy(ids.begin(), ids.end(), host_.ids);
-  for (size_t i = 0; i < step.spans.size(); ++i)
-    host_.states[2 * i] = step.spans[i].state, host_.states[2 * i + 1] = step.spans[i].next_state;
   cuda::copy(s_.positions, host_.positions, step.spans.size() * sizeof(int32_t), stream_);
-  cuda::copy(s_.states, host_.states, 2 * step.spans.size() * sizeof(int32_t), stream_);
+  if (state_offsets_.back()) {  // the model has recurrent layers
+    for (size_t i = 0; i < step.spans.size(); ++i)
+      host_.states[2 * i] = step.spans[i].state, host_.states[2 * i + 1] = step.spans[i].next_state;
+    cuda::copy(s_.states, host_.states, 2 * step.spans.size() * sizeof(int32_t), stream_);
+  }
   cuda::embed(ends_.embedding, host_.ids, step.tokens, config_.embedding_scale, s_.x, stream_);
 }
 

@@ -247,8 +247,9 @@ void Engine::copy_positions(int from, int to, int positions) {
   }
   if (positions) math_->copy_positions(from, to, positions);
   if (snapshot) math_->load_windows(snapshot->slot, to, positions);
-  its.written = snapshot || !positions ? positions : sequences_.at(from).written;
-  its.restored = snapshot || !positions ? positions : sequences_.at(from).restored;
+  const bool in_cache = !snapshot && positions;  // the windows are those of the other sequence
+  its.written = in_cache ? sequences_.at(from).written : positions;
+  its.restored = in_cache ? sequences_.at(from).restored : positions;
   its.position = positions;
 }
 

@@ -116,12 +116,10 @@ struct EngineConfig {
   }
   // The offset of each layer's part in a snapshot of windows, and last the bytes of all.
   std::vector<size_t> window_offsets() const {
-    std::vector<size_t> offsets = {0};
-    for (int layer = 0; layer < layers; ++layer) {
+    return offsets([this](int layer) {
       const size_t row = is_window(layer) ? window_blocks(layer) * kKeyBlock * kv_position_bytes(layer) : 0;
-      offsets.push_back(offsets.back() + attention(layer).cached_rows() * row);
-    }
-    return offsets;
+      return attention(layer).cached_rows() * row;
+    });
   }
 
   // The router's rule; see RouterRule.
@@ -156,10 +154,8 @@ struct EngineConfig {
   // The recurrent state of one sequence: the offset of each layer's part, and last the bytes of all layers. The states
   // of the heads come first, then the convolution's past inputs, (conv_kernel - 1, conv_channels).
   std::vector<size_t> state_offsets() const {
-    std::vector<size_t> offsets = {0};
-    for (int layer = 0; layer < layers; ++layer)
-      offsets.push_back(offsets.back() + align_up(attention(layer).state_values() * sizeof(float), kPartAlignment));
-    return offsets;
+    return offsets(
+        [this](int layer) { return align_up(attention(layer).state_values() * sizeof(float), kPartAlignment); });
   }
   bool is_recurrent() const {
     return most_of([](const AttentionConfig& a) { return a.state_values(); }) > 0;
@@ -171,9 +167,16 @@ struct EngineConfig {
 
   // The offset of each layer's cache, and last the bytes of all layers.
   std::vector<size_t> kv_offsets() const {
-    std::vector<size_t> offsets = {0};
-    for (int layer = 0; layer < layers; ++layer) offsets.push_back(offsets.back() + kv_layer_bytes(layer));
-    return offsets;
+    return offsets([this](int layer) { return kv_layer_bytes(layer); });
+  }
+
+ private:
+  // Where each layer begins if they lie one after another, and last where all end. bytes_of(layer): of each.
+  template <typename Bytes>
+  std::vector<size_t> offsets(const Bytes& bytes_of) const {
+    std::vector<size_t> begins = {0};
+    for (int layer = 0; layer < layers; ++layer) begins.push_back(begins.back() + bytes_of(layer));
+    return begins;
   }
 };
 
