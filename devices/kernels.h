@@ -196,6 +196,9 @@ struct Kernels {
   // y += weight * x
   void (*add_scaled)(float* y, const float* x, float weight, int n);
 
+  // y += weight * x where x is positive
+  void (*add_positive)(float* y, const float* x, float weight, int n);
+
   // x = softmax over [begin, end) and one more logit, the sink, whose share is dropped. With top the largest logit, the
   // sink included: exp(x - top) over the sum of these, in lanes by position and folded, plus exp(sink - top).
   void (*softmax)(float* x, int begin, int end, float sink);

@@ -85,6 +85,11 @@ class ModelConfig:
         return tuple(at for at, layer in enumerate(self.layers) if isinstance(layer.attention, DeltaNet))
 
     @property
+    def chooses_positions(self) -> bool:
+        """Whether there are layers whose queries attend to a choice of the positions that they see."""
+        return any(isinstance(its, LatentAttention) and its.top for its in self.attentions)
+
+    @property
     def routed(self) -> Experts:
         """The Experts value that all layers with experts share."""
         return next(layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts))
@@ -190,10 +195,12 @@ class ModelConfig:
 FLOAT_MATRICES = (
     "router",
     "shared_router",
+    "index.k",
+    "index.weights",
     "delta.write",
     "delta.decay",
     "delta.conv",
-)  # small, and much depends on them; delta.*: see layers/delta_net.py
+)  # small, and much depends on them; index.*, delta.*: see layers/indexer.py, delta_net.py
 TRUNK_KINDS = ("shared", "attention", "delta", "dense", "embedding", "head")
 
 

@@ -220,6 +220,11 @@ def attention_config(attention: Mixer, context: int) -> _core.AttentionConfig:
     a.rope_span, a.rope_interleaved, a.softmax_scale = rope.span, rope.interleaved, attention.softmax_scale
     if isinstance(attention, LatentAttention):
         a.q_rank, a.kv_rank, a.latent_norm_eps = attention.q_rank, attention.kv_rank, attention.norm_eps
+        if 0 < attention.top < context:  # in a shorter context a query sees no more positions than it may choose
+            a.index_top = attention.top
+            if indexer := attention.indexer:
+                a.index_heads, a.index_dim, a.index_scale = indexer.heads, indexer.dim, indexer.scale
+                a.index_interleaved, a.index_norm_eps = indexer.rope.interleaved, indexer.norm_eps
         if attention.query_growth:
             a.query_context = attention.query_context
             a.query_scales = attention.query_scales(context)[:: a.query_context].tolist()

@@ -16,6 +16,7 @@ import numpy as np
 from .config import ModelConfig
 from .layers import sparsemixer
 from .layers.arrays import ACTIVATIONS, array, clamped_swiglu, layer_norm, product, rms_norm, sigmoid, softmax
+from .layers.indexer import Choice
 
 NO_BIAS = (None, None, None)  # of gate, up and down
 
@@ -27,9 +28,9 @@ def forward(config: ModelConfig, weights, token_ids, xp=np, prune=None):
     example by keep_first(). Raises ValueError for a token id outside the vocabulary.
     """
     token_ids = np.asarray(token_ids)
-    x = embed(config, weights, np.atleast_2d(token_ids), xp)
+    x, choice = embed(config, weights, np.atleast_2d(token_ids), xp), Choice()
     for index in range(config.layer_count):
-        x = layer(config, weights, index, x, xp, prune)
+        x = layer(config, weights, index, x, xp, prune, choice)
     logits = head(config, weights, x, xp)
     return logits if token_ids.ndim == 2 else logits[0]
 
@@ -43,9 +44,9 @@ def embed(config: ModelConfig, weights, token_ids, xp=np):
     return x if config.embedding_scale == 1 else x * config.embedding_scale
 
 
-def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None):
-    """One layer: x (sequences, tokens, dim) in and out."""
-    x = x + attention_block(config, weights, layer, x, xp)
+def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None, choice: Choice | None = None):
+    """One layer: x (sequences, tokens, dim) in and out. choice: see attention_block()."""
+    x = x + attention_block(config, weights, layer, x, xp, choice)
     if not config.has_experts(layer):
         y = dense_block(config, weights, layer, mlp_input(config, weights, layer, x, xp), xp)
     else:
@@ -70,8 +71,11 @@ def norm(config: ModelConfig, weights, name: str, x, xp=np):
     return layer_norm(x, weights.trunk(name), weights.trunk(f"{name}_bias"), config.norm_eps, xp)
 
 
-def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
-    """The output of attention for x (sequences, tokens, dim): norm, attention, output projection."""
+def attention_block(config: ModelConfig, weights, layer: int, x, xp=np, choice: Choice | None = None):
+    """The output of attention for x (sequences, tokens, dim): norm, attention, output projection.
+
+    choice: the positions that layers with an indexer choose, which the layers after them may use.
+    """
     its = config.layers[layer].attention
 
     def trunk(name):
@@ -84,7 +88,7 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np):
     h = norm(config, weights, f"layers.{layer}.attention_norm", x, xp)
 
     # attention, or what the layer has in its place
-    y = its.attended(trunk, times, h, config.norm_eps, xp)
+    y = its.attended(trunk, times, h, config.norm_eps, xp, choice)
 
     # output projection
     y = times(its.output, y) + trunk("o_bias") if its.output_bias else times(its.output, y)

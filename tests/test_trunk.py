@@ -43,6 +43,7 @@ KINDS = {
     "deepseek_v3": {"embedding", "attention", "dense", "shared", "head"},
     "moonlight": {"embedding", "attention", "dense", "shared", "head"},
     "deepseek_v2": {"embedding", "attention", "dense", "shared", "head"},
+    "deepseek_v32": {"embedding", "attention", "dense", "shared", "head"},
     "ernie4_5_moe": {"embedding", "attention", "dense", "shared"},
     "gemma4": {"embedding", "attention", "shared"},
     "gemma4_text": {"embedding", "attention", "shared", "head"},
@@ -69,6 +70,8 @@ def kind_of(name: str) -> str | None:
     parts = name.split(".")[2:] if name.startswith("layers.") else [name]
     if parts[0] == "delta":
         return "delta" if parts[1] in ("qkv", "gate", "o") else None
+    if parts[0] == "index":
+        return "attention" if parts[1] == "q" else None
     if parts[0] in ("embedding", "head", "shared", "dense"):
         return parts[0]
     return "attention" if parts[0] in ATTENTION else None

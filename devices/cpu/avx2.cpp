@@ -338,6 +338,7 @@ const Kernels kAvx2Kernels = {"avx2",         avx2::kCodecKernels, int(std::size
                               avx2::quantise, avx2::rms_norm,      avx2::layer_norm,
                               avx2::gate_up,  avx2::attend_scores, avx2::attend_values,
                               avx2::l2_norm,  avx2::convolve,      avx2::delta_rule,
-                              avx2::widen,    avx2::add_scaled,    avx2::softmax};
+                              avx2::widen,    avx2::add_scaled,    avx2::add_positive,
+                              avx2::softmax};
 
 }  // namespace edge_moe

@@ -396,6 +396,7 @@ const Kernels kAvx512Kernels = {"avx512",         avx512::kCodecKernels, int(std
                                 avx512::quantise, avx512::rms_norm,      avx512::layer_norm,
                                 avx512::gate_up,  avx512::attend_scores, avx512::attend_values,
                                 avx512::l2_norm,  avx512::convolve,      avx512::delta_rule,
-                                avx512::widen,    avx512::add_scaled,    avx512::softmax};
+                                avx512::widen,    avx512::add_scaled,    avx512::add_positive,
+                                avx512::softmax};
 
 }  // namespace edge_moe

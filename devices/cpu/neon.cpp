@@ -21,6 +21,7 @@ const Kernels kNeonKernels = {"neon",         neon::kCodecKernels, int(std::size
                               neon::quantise, neon::rms_norm,      neon::layer_norm,
                               neon::gate_up,  neon::attend_scores, neon::attend_values,
                               neon::l2_norm,  neon::convolve,      neon::delta_rule,
-                              neon::widen,    neon::add_scaled,    neon::softmax};
+                              neon::widen,    neon::add_scaled,    neon::add_positive,
+                              neon::softmax};
 
 }  // namespace edge_moe

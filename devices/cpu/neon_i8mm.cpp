@@ -22,6 +22,7 @@ const Kernels kNeonI8mmKernels = {
     neon_i8mm::quantise, neon_i8mm::rms_norm,      neon_i8mm::layer_norm,
     neon_i8mm::gate_up,  neon_i8mm::attend_scores, neon_i8mm::attend_values,
     neon_i8mm::l2_norm,  neon_i8mm::convolve,      neon_i8mm::delta_rule,
-    neon_i8mm::widen,    neon_i8mm::add_scaled,    neon_i8mm::softmax};
+    neon_i8mm::widen,    neon_i8mm::add_scaled,    neon_i8mm::add_positive,
+    neon_i8mm::softmax};
 
 }  // namespace edge_moe

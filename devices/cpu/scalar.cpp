@@ -183,6 +183,7 @@ const Kernels kScalarKernels = {"scalar",         scalar::kCodecKernels, int(std
                                 scalar::quantise, scalar::rms_norm,      scalar::layer_norm,
                                 scalar::gate_up,  scalar::attend_scores, scalar::attend_values,
                                 scalar::l2_norm,  scalar::convolve,      scalar::delta_rule,
-                                scalar::widen,    scalar::add_scaled,    scalar::softmax};
+                                scalar::widen,    scalar::add_scaled,    scalar::add_positive,
+                                scalar::softmax};
 
 }  // namespace edge_moe

@@ -187,6 +187,10 @@ void add_scaled(float* y, const float* x, float weight, int n) {
   for (int i = 0; i < n; ++i) y[i] = y[i] + weight * x[i];
 }
 
+void add_positive(float* y, const float* x, float weight, int n) {
+  for (int i = 0; i < n; ++i) y[i] = y[i] + weight * (x[i] > 0.0f ? x[i] : 0.0f);
+}
+
 inline float as_float(float value) { return value; }
 inline float as_float(uint16_t half) { return half_to_float(half); }
 

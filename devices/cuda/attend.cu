@@ -93,11 +93,13 @@ scores_kernel(const float* q, Heads heads, LayerCache cache, Span span, float* s
 }
 
 // Each block computes one head of one token.
-EDGE_MOE_KERNEL(kThreads) softmax_kernel(Heads heads, size_t positions, Span span, float* scores) {
+EDGE_MOE_KERNEL(kThreads)
+softmax_kernel(Heads heads, size_t positions, Span span, Choice choice, float* scores) {
   __shared__ float of_warps[kWarps];
   __shared__ float total;
   float* x = scores + (size_t(blockIdx.y) * heads.heads + blockIdx.x) * positions;
-  const int end = end_of(span, int(blockIdx.y)), begin = first_seen(heads, end), thread = int(threadIdx.x);
+  const int token = int(blockIdx.y), thread = int(threadIdx.x);
+  const int end = choice.count(span.first + token, end_of(span, token)), begin = first_seen(heads, end);
   float top = x[begin];
   EDGE_MOE_UNROLL_4
   for (int i = begin + thread; i < end; i += kThreads) top = x[i] > top ? x[i] : top;
@@ -245,9 +247,10 @@ importance_kernel(const float* normed, const float* received, size_t stride, int
 
 }  // namespace
 
-void softmax(const Heads& heads, size_t positions, const Span& span, float* scores, Stream stream) {
+void softmax(const Heads& heads, size_t positions, const Span& span, const Choice& choice, float* scores,
+             Stream stream) {
   EDGE_MOE_LAUNCH(softmax_kernel, dim3(unsigned(heads.heads), unsigned(span.count)), dim3(kThreads), 0, stream, heads,
-                  positions, span, scores);
+                  positions, span, choice, scores);
 }
 
 template <int Most, int Ahead>
@@ -262,7 +265,7 @@ void attend(const float* q, const Heads& heads, const LayerCache& cache, const S
   const unsigned blocks = pieces(size_t(heads.head_dim), kThreads);
   (span.count == 1 ? cuda::scores<kDecodeQueries, 32> : cuda::scores<kPrefillQueries, 16>)(q, heads, cache, span,
                                                                                            scores, stream);
-  softmax(heads, cache.positions, span, scores, stream);
+  softmax(heads, cache.positions, span, {}, scores, stream);
   if (span.count == 1)
     EDGE_MOE_LAUNCH(value_kernel, dim3(blocks, unsigned(heads.heads)), dim3(kThreads), 0, stream, scores, heads, cache,
                     span, attended);

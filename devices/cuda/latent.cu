@@ -75,10 +75,13 @@ absorb_kernel(const float* q, Matrix kv_b, LatentHeads heads, Span span, float* 
 
 // Each half warp computes one position at a time, for some heads of one token.
 EDGE_MOE_KERNEL(kThreads)
-latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache, Span span, float* scores) {
+latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache, Span span, Choice choice,
+                     float* scores) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
   float* queries = reinterpret_cast<float*>(shared);  // (kHeadsAtOnce, cached)
-  const int cols = heads.cached(), first = int(blockIdx.y) * kHeadsAtOnce, end = end_of(span, int(blockIdx.z));
+  const int cols = heads.cached(), first = int(blockIdx.y) * kHeadsAtOnce, token = span.first + int(blockIdx.z);
+  const int end = choice.count(token, end_of(span, int(blockIdx.z)));
+  const int32_t* chosen = choice.of(token);
   const int count = heads.heads - first < kHeadsAtOnce ? heads.heads - first : kHeadsAtOnce;
   const size_t row = size_t(blockIdx.z) * heads.heads + first;
   const int begin = int(blockIdx.x) * kPositions, lane = int(threadIdx.x) % kLanes;
@@ -87,7 +90,8 @@ latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache
     queries[i] = i / cols < count ? absorbed[row * cols + i] : 0.0f;
   __syncthreads();
   for (int step = 0; step < kPositions; step += kHalves) {
-    const int at = begin + step + int(threadIdx.x) / kLanes, from = at < end ? at : end - 1;
+    const int at = begin + step + int(threadIdx.x) / kLanes, there = at < end ? at : end - 1;
+    const int from = chosen ? chosen[there] : there;
     float sums[kHeadsAtOnce] = {};
     const int count_of_lane = (cols - lane + kLanes - 1) / kLanes;
     each_value<kAhead>(cache.latents, cache.half, size_t(from) * cols + lane, kLanes, count_of_lane,
@@ -106,20 +110,26 @@ latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache
 
 // Each thread computes one value of the latents for some heads of one token; positions are added as in position_sums.h.
 EDGE_MOE_KERNEL(kThreads)
-mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span, float* mixed) {
+mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span, Choice choice, float* mixed) {
   const int i = int(blockIdx.x * kThreads + threadIdx.x), first = int(blockIdx.y) * kHeadsAtOnce;
   if (i >= heads.rank) return;
-  const int cols = heads.cached(), end = end_of(span, int(blockIdx.z));
+  const int cols = heads.cached(), token = span.first + int(blockIdx.z);
+  const int end = choice.count(token, end_of(span, int(blockIdx.z)));
+  const int32_t* chosen = choice.of(token);
   const size_t row = size_t(blockIdx.z) * heads.heads + first;
   const int count = heads.heads - first < kHeadsAtOnce ? heads.heads - first : kHeadsAtOnce;
   for (int from = 0, to; from < end; from = to) {
     to = end_of_piece(from, end);
     float sums[kHeadsAtOnce] = {};
-    each_value<kAhead>(cache.latents, cache.half, size_t(from) * cols + i, cols, to - from, [&](int j, float value) {
+    const auto add = [&](int j, float value) {
       EDGE_MOE_UNROLL
       for (int head = 0; head < kHeadsAtOnce; ++head)
         sums[head] = sums[head] + (head < count ? weights[(row + head) * cache.positions + from + j] : 0.0f) * value;
-    });
+    };
+    if (chosen)
+      each_of_rows<kAhead>(cache.latents, cache.half, chosen + from, size_t(cols), i, to - from, add);
+    else
+      each_value<kAhead>(cache.latents, cache.half, size_t(from) * cols + i, cols, to - from, add);
     EDGE_MOE_UNROLL
     for (int head = 0; head < kHeadsAtOnce; ++head) {
       if (head >= count) continue;
@@ -138,18 +148,21 @@ void store_latents(float* q, float* latents, const float* norm, const float* cos
 }
 
 void attend_latents(const float* q, const Matrix& kv_b, const LatentHeads& heads, const LatentCache& cache,
-                    const Span& span, float* absorbed, float* scores, float* mixed, Stream stream) {
+                    const Span& span, const Choice& choice, float* absorbed, float* scores, float* mixed,
+                    Stream stream) {
   const unsigned all = unsigned(span.count), parts = pieces(size_t(heads.heads), kHeadsAtOnce);
   EDGE_MOE_LAUNCH(
       absorb_kernel, dim3(pieces(size_t(heads.cached()), kThreads), unsigned(heads.heads), pieces(all, kTokensAtOnce)),
       dim3(kThreads), size_t(kTokensAtOnce) * heads.head_dim * sizeof(float), stream, q, kv_b, heads, span, absorbed);
-  EDGE_MOE_LAUNCH(latent_scores_kernel, dim3(pieces(size_t(span.most) + 1, kPositions), parts, all), dim3(kThreads),
-                  size_t(kHeadsAtOnce) * heads.cached() * sizeof(float), stream, absorbed, heads, cache, span, scores);
+  const int most = choice.positions && choice.most <= span.most ? choice.most : span.most + 1;
+  EDGE_MOE_LAUNCH(latent_scores_kernel, dim3(pieces(size_t(most), kPositions), parts, all), dim3(kThreads),
+                  size_t(kHeadsAtOnce) * heads.cached() * sizeof(float), stream, absorbed, heads, cache, span, choice,
+                  scores);
   Heads of_softmax{};
   of_softmax.heads = heads.heads;
-  softmax(of_softmax, cache.positions, span, scores, stream);
+  softmax(of_softmax, cache.positions, span, choice, scores, stream);
   EDGE_MOE_LAUNCH(mix_kernel, dim3(pieces(size_t(heads.rank), kThreads), parts, all), dim3(kThreads), 0, stream, scores,
-                  heads, cache, span, mixed);
+                  heads, cache, span, choice, mixed);
 }
 
 }  // namespace edge_moe::cuda

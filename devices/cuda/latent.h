@@ -28,8 +28,10 @@ void store_latents(float* q, float* latents, const float* norm, const float* cos
                    const LatentHeads& heads, const LatentCache& cache, const Span& span, Stream stream);
 
 // mixed (span.count, heads, rank) = the weighted sums of latents for each head of a span's tokens, with keys that kv_b
-// makes of latents. absorbed: buffer (span.count, heads, cached); scores: buffer (span.count, heads, cache.positions).
+// makes of latents. choice: of each token of the pass. absorbed: buffer (span.count, heads, cached); scores: buffer
+// (span.count, heads, cache.positions).
 void attend_latents(const float* q, const Matrix& kv_b, const LatentHeads& heads, const LatentCache& cache,
-                    const Span& span, float* absorbed, float* scores, float* mixed, Stream stream);
+                    const Span& span, const Choice& choice, float* absorbed, float* scores, float* mixed,
+                    Stream stream);
 
 }  // namespace edge_moe::cuda

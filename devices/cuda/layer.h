@@ -2,6 +2,7 @@
 // pointers.
 #pragma once
 
+#include "../choice.h"
 #include "decode.h"
 
 namespace edge_moe::cuda {
@@ -91,8 +92,10 @@ void store_keys(const Projections& p, const Heads& heads, const LayerCache& cach
 void attend(const float* q, const Heads& heads, const LayerCache& cache, const Span& span, float* scores,
             float* attended, Stream stream);
 
-// Applies softmax to scores (span.count, heads, positions), over the positions that each token of a span sees.
-void softmax(const Heads& heads, size_t positions, const Span& span, float* scores, Stream stream);
+// Applies softmax to scores (span.count, heads, positions), over the positions that each token of a span sees, or as
+// many as are chosen for it. choice: of each token of the pass.
+void softmax(const Heads& heads, size_t positions, const Span& span, const Choice& choice, float* scores,
+             Stream stream);
 
 // received (heads, stride) += the attention that the pass's tokens receive from the span's tokens, given the softmax of
 // their scores from attend(). The span of token 0 starts from zero.

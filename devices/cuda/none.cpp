@@ -1,5 +1,6 @@
 // The functions of device.h and every launch in a build without CUDA: open() throws, and no other is ever called.
 #include "delta.h"
+#include "index.h"
 #include "latent.h"
 #include "prefill.h"
 
@@ -59,7 +60,7 @@ void fill(float*, float, size_t, Stream) { refuse(); }
 void scale(float*, float, size_t, Stream) { refuse(); }
 void store_keys(const Projections&, const Heads&, const LayerCache&, const Span&, Stream) { refuse(); }
 void attend(const float*, const Heads&, const LayerCache&, const Span&, float*, float*, Stream) { refuse(); }
-void softmax(const Heads&, size_t, const Span&, float*, Stream) { refuse(); }
+void softmax(const Heads&, size_t, const Span&, const Choice&, float*, Stream) { refuse(); }
 void add_received(const float*, const Heads&, size_t, const Span&, float*, size_t, Stream) { refuse(); }
 void importance(const float*, const float*, size_t, int, int, int, float*, Stream) { refuse(); }
 
@@ -67,10 +68,19 @@ void store_latents(float*, float*, const float*, const float*, const float*, con
                    const Span&, Stream) {
   refuse();
 }
-void attend_latents(const float*, const Matrix&, const LatentHeads&, const LatentCache&, const Span&, float*, float*,
-                    float*, Stream) {
+void attend_latents(const float*, const Matrix&, const LatentHeads&, const LatentCache&, const Span&, const Choice&,
+                    float*, float*, float*, Stream) {
   refuse();
 }
+
+void store_index_keys(float*, float*, const float*, const float*, const float*, const float*, const IndexHeads&,
+                      const IndexCache&, const Span&, Stream) {
+  refuse();
+}
+void index_scores(const float*, const float*, const IndexHeads&, const IndexCache&, const Span&, int, float*, Stream) {
+  refuse();
+}
+void choose_top(const float*, size_t, const Span&, int, int32_t*, int32_t*, Stream) { refuse(); }
 
 void convolve(float*, const float*, const DeltaNet&, const StateBuffers&, const Span&, Stream) { refuse(); }
 void delta_inputs(float*, float*, float*, const float*, const float*, const DeltaNet&, const Span&, Stream) {

@@ -144,6 +144,12 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return value;
 }
 
+inline int atomicAdd(int* value, int more) {
+  const int before = *value;
+  *value += more;
+  return before;
+}
+
 using dim3 = edge_moe::cuda::simt::Index;
 struct alignas(8) uint2 {
   uint32_t x, y;

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .arrays import array, rms_norm, sigmoid, softmax
+from .indexer import Choice
 from .rope import Rope, rotate
 
 
@@ -69,7 +70,7 @@ class Attention:
         """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""
         return rows * 8 * self.heads * self.head_dim + 3 * self.heads * tokens * tokens
 
-    def attended(self, trunk, times, h, eps: float, xp=np):
+    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
         """Compute the input of the output projection, (sequences, tokens, heads * value_dim); see qkv()."""
         sinks = trunk("sinks") if self.sinks else None
         y = attend_all(*self.qkv(trunk, times, h, eps, xp), self.softmax_scale, self.window, xp, sinks)
@@ -110,16 +111,20 @@ class Attention:
         return turned if span == self.head_dim else xp.concatenate([turned, x[..., span:]], axis=-1)
 
 
-def attend_all(q, k, v, scale: float, window: int = 0, xp=np, sinks=None):
+def attend_all(q, k, v, scale: float, window: int = 0, xp=np, sinks=None, visible=None):
     """attend() for each sequence, one at a time, so that memory holds the scores of only one."""
-    return xp.stack([attend(q[i], k[i], v[i], scale, window, xp, sinks) for i in range(len(q))])
+    each = range(len(q))
+    return xp.stack(
+        [attend(q[i], k[i], v[i], scale, window, xp, sinks, None if visible is None else visible[i]) for i in each]
+    )
 
 
-def attend(q, k, v, scale: float, window: int = 0, xp=np, sinks=None):
+def attend(q, k, v, scale: float, window: int = 0, xp=np, sinks=None, visible=None):
     """Causal attention within one sequence: q (tokens, heads, head_dim), k and v (tokens, kv_heads, size of each).
 
     Returns (tokens, heads * v's size). Query head i reads key head i // (heads / kv_heads). window: keys a query can
-    see, itself included; 0 is all. sinks: (heads,), a logit of each head that has no value; None: none.
+    see, itself included; 0 is all. sinks: (heads,), a logit of each head that has no value; None: none. visible: bool
+    (queries, positions), the positions that a query can see, if these are not all in its window.
     """
     tokens, heads, head_dim = q.shape
     kv_heads, v_dim = v.shape[1:]
@@ -128,7 +133,7 @@ def attend(q, k, v, scale: float, window: int = 0, xp=np, sinks=None):
     v = v.transpose(1, 0, 2)[:, None]  # (kv_heads, 1, tokens, v_dim)
 
     age = np.arange(tokens)[:, None] - np.arange(tokens)  # (query, key)
-    visible = (age >= 0) & (age < (window or tokens))
+    visible = (age >= 0) & (age < (window or tokens)) if visible is None else visible
     scores = xp.where(array(visible, xp), q @ k * scale, -math.inf)
     sinks = None if sinks is None else sinks.reshape(kv_heads, heads // kv_heads, 1, 1)
     y = softmax(scores, xp, sinks) @ v  # (kv_heads, heads / kv_heads, tokens, v_dim)

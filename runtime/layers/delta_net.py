@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrays import array, l2_norm, rms_norm, sigmoid, silu, softplus
+from .indexer import Choice
 
 KEY_EPS = 1e-6  # added to the squared norms of queries and keys
 
@@ -60,7 +61,7 @@ class DeltaNet:
         states = -(-rows // tokens) * self.heads * self.head_dim * self.value_dim
         return rows * 6 * (self.channels + self.heads * self.value_dim) + 3 * states
 
-    def attended(self, trunk, times, h, eps: float, xp=np):
+    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
         """Compute the input of the output projection, (sequences, tokens, heads * value_dim).
 
         h: (sequences, tokens, dim). trunk(name) is a tensor of the layer, times(name, x) the product of x with a matrix

@@ -6,6 +6,7 @@ import numpy as np
 
 from .arrays import array, rms_norm
 from .attention import attend_all
+from .indexer import Choice, Indexer, chosen
 from .rope import Rope, rotate
 
 
@@ -22,6 +23,8 @@ class LatentAttention:
     norm_eps: float = 1e-6  # of both latents' norms, independent of the model's norm_eps
     query_growth: float = 0.0  # queries are multiplied by 1 + query_growth * log(1 + position // query_context)
     query_context: int = 1
+    top: int = 0  # maximum of positions that a query attends to; 0: all
+    indexer: Indexer | None = None  # chooses them; None: if there is a `top`, those that the layers before have chosen
 
     output = "o"  # the output projection
     output_bias = False
@@ -38,7 +41,7 @@ class LatentAttention:
 
     @property
     def cached(self) -> int:
-        """The number of values in the KV cache per token."""
+        """The number of values in the KV cache per token, without those of an indexer."""
         return self.kv_rank + self.rope.dim
 
     @property
@@ -53,7 +56,8 @@ class LatentAttention:
 
     def planned(self, context: int) -> "LatentAttention":
         """The same in a run planned for `context` tokens."""
-        return replace(self, rope=self.rope.planned(context))
+        indexer = replace(self.indexer, rope=self.indexer.rope.planned(context)) if self.indexer else None
+        return replace(self, rope=self.rope.planned(context), indexer=indexer)
 
     def shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
         """The tensors of this attention by canonical name, for a residual stream of `dim`, in the order of use."""
@@ -61,6 +65,8 @@ class LatentAttention:
         parts: dict[str, tuple[int, ...]] = {"q": (q_rows, dim)}
         if self.q_rank:
             parts = {"q_a": (self.q_rank, dim), "q_a_norm": (self.q_rank,), "q_b": (q_rows, self.q_rank)}
+        if self.indexer:
+            parts |= self.indexer.shapes(dim, self.q_rank)
         return parts | {
             "kv_a": (self.cached, dim),
             "kv_a_norm": (self.kv_rank,),
@@ -71,23 +77,41 @@ class LatentAttention:
     def stages(self) -> list[tuple[str, ...]]:
         """The matrices that may be rounded in the order of use, those with the same input together."""
         queries: list[tuple[str, ...]] = [("q_a",), ("q_b",)] if self.q_rank else [("q",)]
+        if self.indexer:
+            queries[-1] += ("index.q",)
         return [*queries, ("kv_a",), ("kv_b",), ("o",)]
 
     def pass_values(self, rows: int, tokens: int) -> int:
         """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""
         return rows * 8 * self.heads * self.head_dim + 3 * self.heads * tokens * tokens
 
-    def attended(self, trunk, times, h, eps: float, xp=np):
-        """Compute what Attention.attended() returns."""
-        return attend_all(*self.qkv(trunk, times, h, eps, xp), self.softmax_scale, xp=xp)
+    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
+        """Compute what Attention.attended() returns. choice: needed if other layers choose the positions."""
+        c = rms_norm(times("q_a", h), trunk("q_a_norm"), self.norm_eps, xp) if self.q_rank else h
+        q, k, v = self.qkv(trunk, times, h, c, xp)
+        visible = self._visible(trunk, times, h, c, xp, choice)
+        return attend_all(q, k, v, self.softmax_scale, xp=xp, visible=visible)
 
-    def qkv(self, trunk, times, h, eps: float, xp=np):
-        """Compute what Attention.qkv() returns, with the keys and values of all heads expanded."""
+    def _visible(self, trunk, times, h, q_latent, xp, choice: Choice | None) -> np.ndarray | None:
+        """Which positions each query attends to, as chosen() returns it; None: every position up to its own."""
+        if not 0 < self.top < h.shape[1]:
+            return None
+        if self.indexer is None:
+            if choice is None:
+                raise ValueError(f"a layer without an indexer attends to {self.top} positions that another has chosen")
+            return choice.visible
+        visible = chosen(self.indexer.scores(trunk, times, h, q_latent, xp), self.top)
+        if choice is not None:
+            choice.visible = visible
+        return visible
+
+    def qkv(self, trunk, times, h, q_latent, xp=np):
+        """Compute what Attention.qkv() returns, with the keys and values of all heads expanded.
+
+        q_latent: (sequences, tokens, q_rank), or h if queries have no latent.
+        """
         sequences, tokens, _ = h.shape
-        if self.q_rank:
-            q = times("q_b", rms_norm(times("q_a", h), trunk("q_a_norm"), self.norm_eps, xp))
-        else:
-            q = times("q", h)
+        q = times("q_b" if self.q_rank else "q", q_latent)
         kv = times("kv_a", h)  # (sequences, tokens, kv_rank + rope.dim)
         q = q.reshape(sequences, tokens, self.heads, self.head_dim)
 

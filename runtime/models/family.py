@@ -1,7 +1,7 @@
 """A family of models: how its config.json becomes a ModelConfig, and the names of tensors in its checkpoints."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from ..config import MAX_EXPERTS, MAX_LAYERS, Layer, Mixer, ModelConfig
 from ..config_keys import Keys
 from ..layers.attention import Attention
 from ..layers.delta_net import DeltaNet
+from ..layers.indexer import Indexer
 from ..layers.latent import LatentAttention
 from ..layers.mlp import Dense, Experts, RouterConfig
 from ..rope_config import TYPES, read_rope
@@ -30,6 +31,11 @@ NAMES = {  # names of a layer's tensors in most checkpoints, by canonical name
     "router_bias": "mlp.gate.e_score_correction_bias",
     "router_logit_bias": "mlp.gate.bias",
     "sinks": "self_attn.sinks",
+    "index.q": "self_attn.indexer.wq_b.weight",
+    "index.k": "self_attn.indexer.wk.weight",
+    "index.k_norm": "self_attn.indexer.k_norm.weight",
+    "index.k_norm_bias": "self_attn.indexer.k_norm.bias",
+    "index.weights": "self_attn.indexer.weights_proj.weight",
     **{f"shared.{part}": f"mlp.shared_experts.{part}_proj.weight" for part in ("gate", "up", "down")},
     "shared_router": "mlp.shared_expert_gate.weight",
 }
@@ -189,6 +195,20 @@ def latent(keys: Keys) -> LatentAttention:
     )
 
 
+def sparse_latent(keys: Keys, interleaved: bool) -> LatentAttention:
+    """Attention over a latent, to positions that an indexer chooses. interleaved: the rotated pairs of the indexer."""
+    for key, only in (("rope_interleave", True), ("indexer_rope_interleave", interleaved)):
+        if keys.flag(key, only) != only:
+            value = str(not only).lower()
+            raise ValueError(f"{keys.where}: {key} {value} is not supported for {keys.kind}")
+    attention = latent(keys)
+    if not attention.q_rank:
+        raise ValueError(f"{keys.where}: q_lora_rank is null, but the indexer of {keys.kind} needs queries' latents")
+    rope = replace(attention.rope, interleaved=interleaved, softmax_factor=1.0)
+    indexer = Indexer(keys.count("index_n_heads"), keys.count("index_head_dim"), rope)
+    return replace(attention, top=keys.count("index_topk"), indexer=indexer)
+
+
 def no_bias(keys: Keys) -> None:
     """Raise ValueError if attention_bias is on, for a family whose models have none."""
     if keys.flag("attention_bias", False):
@@ -244,6 +264,20 @@ def first_dense(keys: Keys) -> tuple[int, ...]:
     return tuple(layer for layer in range(layer_count(keys)) if layer < first or layer % step)
 
 
+def dense_by_type(keys: Keys, first: int) -> tuple[int, ...]:
+    """The dense layers, by mlp_layer_types or, if it is missing, by first_k_dense_replace, which is `first` by default.
+
+    Families with mlp_layer_types have no moe_layer_freq.
+    """
+    count, kinds = layer_count(keys), keys.raw.get("mlp_layer_types")
+    if kinds is None:
+        its = keys.any("first_k_dense_replace", default=first)
+        return first_dense(keys.changed(first_k_dense_replace=its, moe_layer_freq=None))
+    if not isinstance(kinds, list) or len(kinds) < count or any(one not in ("dense", "sparse") for one in kinds):
+        raise ValueError(f"{keys.where}: mlp_layer_types is {kinds!r}, expected dense or sparse for every layer")
+    return tuple(layer for layer in range(count) if kinds[layer] == "dense")
+
+
 def tokens(value) -> tuple[int, ...]:
     """The token ids of a key that has one, several or none."""
     values = value if isinstance(value, list) else [] if value is None else [value]
@@ -272,8 +306,10 @@ def _attention_problems(attention: Mixer) -> list[tuple[int, str]]:
     if isinstance(attention, DeltaNet):
         shared = attention.heads % attention.kv_heads
         return [(shared, "linear_num_value_heads must be a multiple of linear_num_key_heads")]
+    indexer = attention.indexer if isinstance(attention, LatentAttention) else None
     rope_key = "qk_rope_head_dim" if isinstance(attention, LatentAttention) else "head_dim"
     return [
         (attention.heads % attention.kv_heads, "num_attention_heads must be a multiple of num_key_value_heads"),
         (attention.rope.span % 2, f"{rope_key} must be even"),
+        (indexer is not None and indexer.rope.dim > indexer.dim, "qk_rope_head_dim is larger than index_head_dim"),
     ]

@@ -7,9 +7,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../../devices/half.h"
 #include "../../devices/position_sums.h"
 #include "cpu_math.h"
+#include "key_block.h"
 #include "rope.h"
 
 namespace edge_moe {
@@ -143,18 +143,11 @@ void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int toke
 template <typename T>
 void CpuMath::store(int sequence, int layer, int head, int position, const float* key, const float* value) {
   const KeyValues cache = cached(sequence, layer, head);
-  auto stored = [](float x) {
-    if constexpr (std::is_same_v<T, uint16_t>)
-      return float_to_half(x);
-    else
-      return x;
-  };
   const size_t dim = config_.attention(layer).head_dim, place = position % config_.cached_positions(layer);
   if (std::is_same_v<T, uint16_t>) note_overflow(sequence, key, dim), note_overflow(sequence, value, dim);
-  T* keys = static_cast<T*>(const_cast<void*>(cache.keys)) + place / kKeyBlock * dim * kKeyBlock;
   T* values = static_cast<T*>(const_cast<void*>(cache.values)) + place * dim;
-  for (size_t i = 0; i < dim; ++i) keys[i * kKeyBlock + place % kKeyBlock] = stored(key[i]);
-  for (size_t i = 0; i < dim; ++i) values[i] = stored(value[i]);
+  store_key(static_cast<T*>(const_cast<void*>(cache.keys)), place, key, dim);
+  std::transform(value, value + dim, values, as_cached<T>);
 }
 
 void CpuMath::note_overflow(int sequence, const float* values, size_t count) {
@@ -224,10 +217,10 @@ void CpuMath::in_runs(int layer, const KeyValues& cache, int begin, int end, con
 void CpuMath::copy_positions(int from, int to, int positions) {
   const EngineConfig& c = config_;
   pool_.run(c.layers, [&](int layer, int) {
-    const size_t row = c.kv_row_bytes(layer);
-    const size_t bytes = std::min(align_up(positions, kKeyBlock) * c.kv_position_bytes(layer), row);
-    for (size_t at = 0; at < c.kv_layer_bytes(layer); at += row)
-      std::memcpy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, bytes);
+    const size_t copied = std::min(align_up(positions, kKeyBlock), c.cached_positions(layer));
+    c.each_kv_row(layer, [&](size_t at, size_t of_position) {
+      std::memcpy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, copied * of_position);
+    });
   });
 }
 

@@ -18,6 +18,10 @@ static void check_attention(const EngineConfig& c, const AttentionConfig& a) {
          "rope_span must be from rope_dim to head_dim; with a latent, rope_dim");
   expect(a.kv_heads >= 1 && a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
   expect(a.query_context >= 1, "query_context must be at least 1");
+  expect(a.index_heads >= 0 && a.index_top >= (a.index_heads > 0) && (!a.index_top || a.kv_rank),
+         "index_top must be at least 1 for an indexer, which only attention over a latent has");
+  expect(!a.index_heads || (a.q_rank && a.index_dim >= a.rope_dim),
+         "an indexer needs a q_rank, and an index_dim of at least rope_dim");
   expect(a.query_scales.empty() || a.query_scales.size() > size_t(std::max(c.context - 1, 0) / a.query_context),
          "query_scales must have a value for every position");
 }
@@ -68,6 +72,12 @@ void bind_config(nb::module_& m) {
       .def_rw("latent_norm_eps", &AttentionConfig::latent_norm_eps)
       .def_rw("query_scales", &AttentionConfig::query_scales)
       .def_rw("query_context", &AttentionConfig::query_context)
+      .def_rw("index_top", &AttentionConfig::index_top)
+      .def_rw("index_heads", &AttentionConfig::index_heads)
+      .def_rw("index_dim", &AttentionConfig::index_dim)
+      .def_rw("index_interleaved", &AttentionConfig::index_interleaved)
+      .def_rw("index_norm_eps", &AttentionConfig::index_norm_eps)
+      .def_rw("index_scale", &AttentionConfig::index_scale)
       .def_rw("output_gate", &AttentionConfig::output_gate)
       .def_rw("conv_kernel", &AttentionConfig::conv_kernel);
 

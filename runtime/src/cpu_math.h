@@ -50,6 +50,16 @@ class CpuMath : public LayerMath {
   void latent_attention(int layer, const Step& step);
   void attend_latent(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
                      int thread);
+  // indexer.cpp
+  struct IndexQuery {
+    int token, sequence;
+    int end;  // of the positions that it sees
+  };
+  void store_index_key(int layer, const TokenSpan& span, int in_span);
+  void choose_positions(int layer, const Step& step);
+  void choose_positions(int layer, std::span<const IndexQuery> queries);
+  void index_scores(int layer, const IndexQuery& query, int begin, int end, float* scores, int thread);
+  uint8_t* index_keys(int sequence, int layer) const;
   void delta_net(int layer, const Step& step);
   void delta_heads(int layer, const TokenSpan& span, int kv_head);
   float* state(int buffer, int layer) const;
@@ -64,7 +74,6 @@ class CpuMath : public LayerMath {
   uint8_t* kept_windows(int slot, int layer) const;
   template <typename T>
   void store(int sequence, int layer, int head, int position, const float* key, const float* value);
-  uint8_t* cached_latents(int sequence, int layer) const;
 
   // Runs task(span, i, thread) for i in [0, count(span)) of every span, all in one run of the pool.
   template <typename Count, typename Task>
@@ -109,7 +118,7 @@ class CpuMath : public LayerMath {
   Arena window_arena_;                        // by slot and layer; see EngineConfig::window_offsets
   Arena state_arena_;                         // by buffer and layer; see EngineConfig::state_offsets
   Arena kv_arena_, scratch_arena_;  // by sequence and layer: keys and then values of each KV head, as KeyValues;
-                                    // or latents (context, cached)
+                                    // or latents (context, cached); then an indexer's keys
   std::vector<Arena> shared_;
   Scratch s_;
   std::vector<Task> tasks_;

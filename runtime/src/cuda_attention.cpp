@@ -23,6 +23,7 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
     for (int done = 0; done < its.count; done += at_once) {
       const int count = std::min(at_once, its.count - done);
       const cuda::Span span = {s_.positions + i, its.first + done, count, last - (its.count - done - count)};
+      if (a.index_heads) choose_positions(layer, its.sequence, span);
       if (a.kv_rank) {
         attend_latents(layer, its.sequence, span);
         continue;
@@ -100,6 +101,9 @@ void CudaMath::store_keys(int layer, int sequence, const cuda::Span& span) {
   const AttentionConfig& a = c.attention(layer);
   const LayerWeights& w = layers_[layer];
   const RopeTables& rope = s_.rope[c.attention_of[layer]];
+  if (a.index_heads)
+    cuda::store_index_keys(s_.index_q, s_.index_k, w.index.k_norm, w.index.k_norm_bias, rope.cos, rope.sin,
+                           index_heads(layer), index_cache(sequence, layer), span, stream_);
   if (a.kv_rank)
     return cuda::store_latents(s_.q, s_.k, w.kv_a_norm, rope.cos, rope.sin, latent_heads(layer),
                                latent_cache(sequence, layer), span, stream_);
@@ -114,19 +118,31 @@ void CudaMath::latent_project(int layer, int tokens) {
   const AttentionConfig& a = c.attention(layer);
   const LayerWeights& w = layers_[layer];
   const cuda::ProductJob jobs[] = {a.q_rank ? cuda::whole(w.q_a, tokens, s_.q_latent) : cuda::whole(w.q, tokens, s_.q),
-                                   cuda::whole(w.kv_a, tokens, s_.k)};
-  multiply(jobs, s_.normed, s_.normed_q);
+                                   cuda::whole(w.kv_a, tokens, s_.k), cuda::whole(w.index.k, tokens, s_.index_k),
+                                   cuda::whole(w.index.weights, tokens, s_.index_weights)};
+  multiply({jobs, size_t(a.index_heads ? 4 : 2)}, s_.normed, s_.normed_q);
   if (a.q_rank) {
     cuda::rms_norm(s_.q_latent, w.q_a_norm, a.latent_norm_eps, tokens, a.q_rank, s_.q_latent, s_.q_latent_q, stream_);
-    multiply(w.q, tokens, s_.q, s_.q_latent, s_.q_latent_q);
+    const cuda::ProductJob of_latent[] = {cuda::whole(w.q, tokens, s_.q), cuda::whole(w.index.q, tokens, s_.index_q)};
+    multiply({of_latent, size_t(a.index_heads ? 2 : 1)}, s_.q_latent, s_.q_latent_q);
   }
+}
+
+// Set s_.chosen and s_.chosen_counts of a span's tokens. Launched at any position: whether a token sees more than it
+// may choose is decided on the GPU, as a graph serves many positions.
+void CudaMath::choose_positions(int layer, int sequence, const cuda::Span& span) {
+  const int top = config_.attention(layer).index_top;
+  cuda::index_scores(s_.index_q, s_.index_weights, index_heads(layer), index_cache(sequence, layer), span, top,
+                     s_.index_scores, stream_);
+  cuda::choose_top(s_.index_scores, config_.key_positions(), span, top, s_.chosen, s_.chosen_counts, stream_);
 }
 
 void CudaMath::attend_latents(int layer, int sequence, const cuda::Span& span) {
   const AttentionConfig& a = config_.attention(layer);
   const Matrix& kv_b = layers_[layer].kv_b;
   const cuda::LatentHeads heads = latent_heads(layer);
-  cuda::attend_latents(s_.q, kv_b, heads, latent_cache(sequence, layer), span, s_.absorbed, s_.scores, s_.mixed,
+  const Choice choice = a.index_top ? Choice{s_.chosen, s_.chosen_counts, a.index_top} : Choice{};
+  cuda::attend_latents(s_.q, kv_b, heads, latent_cache(sequence, layer), span, choice, s_.absorbed, s_.scores, s_.mixed,
                        stream_);
   // values from each head's sums of latents
   if (kv_b.takes_rounded()) cuda::quantise(s_.mixed, span.count * a.heads, s_.mixed_q, stream_);
@@ -165,6 +181,15 @@ cuda::LatentCache CudaMath::latent_cache(int sequence, int layer) const {
   return {layer_cache(sequence, layer), config_.key_positions(), config_.half_cache};
 }
 
+cuda::IndexHeads CudaMath::index_heads(int layer) const {
+  const AttentionConfig& a = config_.attention(layer);
+  return {a.index_heads, a.index_dim, a.rope_dim, a.index_norm_eps, a.index_scale, a.index_interleaved};
+}
+
+cuda::IndexCache CudaMath::index_cache(int sequence, int layer) const {
+  return {layer_cache(sequence, layer) + config_.index_keys_offset(layer), config_.key_positions(), config_.half_cache};
+}
+
 uint8_t* CudaMath::layer_cache(int sequence, int layer) const {
   return kv_cache_.data() + sequence * kv_offsets_.back() + kv_offsets_[layer];
 }
@@ -172,10 +197,10 @@ uint8_t* CudaMath::layer_cache(int sequence, int layer) const {
 void CudaMath::copy_positions(int from, int to, int positions) {
   const EngineConfig& c = config_;
   for (int layer = 0; layer < c.layers; ++layer) {
-    const size_t row = c.kv_row_bytes(layer);
-    const size_t bytes = std::min(align_up(positions, kKeyBlock) * c.kv_position_bytes(layer), row);
-    for (size_t at = 0; at < c.kv_layer_bytes(layer); at += row)
-      cuda::copy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, bytes, stream_);
+    const size_t copied = std::min(align_up(positions, kKeyBlock), c.cached_positions(layer));
+    c.each_kv_row(layer, [&](size_t at, size_t of_position) {
+      cuda::copy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, copied * of_position, stream_);
+    });
   }
   cuda::wait(stream_);
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../../devices/cuda/delta.h"
+#include "../../devices/cuda/index.h"
 #include "../../devices/cuda/latent.h"
 #include "cuda_memory.h"
 #include "cuda_scratch.h"
@@ -56,6 +57,7 @@ class CudaMath : public LayerMath {
   void latent_project(int layer, int tokens);
   void delta_net(int layer, const Step& step);
   void attend_latents(int layer, int sequence, const cuda::Span& span);
+  void choose_positions(int layer, int sequence, const cuda::Span& span);
   void attention_output(int layer, int tokens);
   void norm(const Norm& norm, const float* x, int tokens, float* y, const cuda::VectorBuffer& into);
   void mlp_norm(const Norm& norm, int tokens);
@@ -74,6 +76,8 @@ class CudaMath : public LayerMath {
   uint8_t* kept_windows(int slot, int layer) const;
   cuda::LayerCache cache(int sequence, int layer) const;
   cuda::LatentCache latent_cache(int sequence, int layer) const;
+  cuda::IndexHeads index_heads(int layer) const;
+  cuda::IndexCache index_cache(int sequence, int layer) const;
 
   const EngineConfig& config_;
   CudaMemory& memory_;

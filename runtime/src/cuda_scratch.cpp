@@ -40,7 +40,7 @@ size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
       std::max({pairs * blocks(c.expert_hidden), chunk * blocks(c.shared_hidden), chunk * blocks(c.dense_hidden)});
   using A = AttentionConfig;
   Carver carver(base);
-  carve(carver, c, queries, s);
+  carve(carver, c, queries, size_t(attention_tokens(c)), s);
   carver.carve(s.routing_weights, pairs);
   carver.carve(s.pair_of, pairs);
   carver.carve(s.pair_token, pairs);

@@ -35,6 +35,15 @@ struct AttentionConfig {
   std::vector<float> query_scales;  // factor of queries at positions below query_context, below twice that...; empty: 1
   int query_context = 1;
 
+  // Sparse attention over latents: a query attends to the index_top positions that an indexer scores highest; see
+  // runtime/layers/indexer.py. A layer without an indexer of its own uses those that the layers before it have chosen.
+  int index_top = 0;               // 0: it attends to all
+  int index_heads = 0;             // of the layer's indexer; 0: none
+  int index_dim = 0;               // of its queries, and of the key of a position; the first rope_dim are rotated
+  bool index_interleaved = false;  // rotated pairs are neighbours
+  float index_norm_eps = 1e-6f;    // of the keys' LayerNorm
+  float index_scale = 1;           // factor of the products of queries and keys
+
   bool output_gate = false;  // the input of o is multiplied by the sigmoid of o_gate's product
 
   // Gated delta net, in place of attention: each sequence has a state for each of `heads`, (head_dim, v_dim), and no
@@ -52,9 +61,10 @@ struct AttentionConfig {
   float query_scale(int position) const { return query_scales.empty() ? 1.0f : query_scales[position / query_context]; }
 
   // What the KV cache stores for a layer, as rows of positions: its latents, or the keys of each KV head and then the
-  // values of each.
+  // values of each. After these, the keys of an indexer, in key blocks.
   size_t cached_rows() const { return kv_rank ? 1 : conv_kernel ? 0 : 2 * size_t(kv_heads); }
   size_t cached_values() const { return size_t(kv_rank ? latent_cached() : head_dim); }  // per row and position
+  size_t index_values() const { return index_heads ? size_t(index_dim) : 0; }            // per position
 };
 
 // How router logits become the routing weights of experts; see RouterRule.
@@ -92,6 +102,10 @@ struct EngineConfig {
     size_t largest = 0;
     for (const AttentionConfig& attention : attentions) largest = std::max(largest, size_t(count(attention)));
     return largest;
+  }
+  // The maximum of positions that an indexer chooses for a query; 0: every query attends to all that it sees.
+  size_t index_top() const {
+    return most_of([](const AttentionConfig& a) { return a.index_top; });
   }
   // Whether experts' outputs are summed before the residual stream gets them, as norms or a factor follow.
   bool sums_experts() const { return post_norms || own_norms || layer_scale; }
@@ -141,10 +155,19 @@ struct EngineConfig {
   bool spin = true;  // idle threads spin for some microseconds before they sleep
 
   // Sizes of one sequence's cache, per layer.
+  size_t kv_value_bytes() const { return half_cache ? sizeof(uint16_t) : sizeof(float); }
+  size_t kv_position_bytes(int layer) const { return attention(layer).cached_values() * kv_value_bytes(); }
   size_t kv_row_bytes(int layer) const { return cached_positions(layer) * kv_position_bytes(layer); }
-  size_t kv_layer_bytes(int layer) const { return attention(layer).cached_rows() * kv_row_bytes(layer); }
-  size_t kv_position_bytes(int layer) const {
-    return attention(layer).cached_values() * (half_cache ? sizeof(uint16_t) : sizeof(float));
+  size_t index_position_bytes(int layer) const { return attention(layer).index_values() * kv_value_bytes(); }
+  size_t index_keys_offset(int layer) const { return attention(layer).cached_rows() * kv_row_bytes(layer); }
+  size_t kv_layer_bytes(int layer) const {
+    return index_keys_offset(layer) + cached_positions(layer) * index_position_bytes(layer);
+  }
+  // Calls row(offset in the layer's cache, bytes of a position) for each row.
+  template <typename Row>
+  void each_kv_row(int layer, const Row& row) const {
+    for (size_t i = 0; i < attention(layer).cached_rows(); ++i) row(i * kv_row_bytes(layer), kv_position_bytes(layer));
+    if (attention(layer).index_heads) row(index_keys_offset(layer), index_position_bytes(layer));
   }
   size_t kv_cache_bytes() const {
     size_t bytes = 0;

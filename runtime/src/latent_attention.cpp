@@ -11,6 +11,7 @@
 // thread of a 2.8 GHz Xeon, prefill would take 1.8 times as long, decode 1.5 times.
 #include <algorithm>
 
+#include "../../devices/choice.h"
 #include "../../devices/half.h"
 #include "../../devices/position_sums.h"
 #include "cpu_math.h"
@@ -30,14 +31,20 @@ void CpuMath::latent_attention(int layer, const Step& step) {
 
   // queries, with or without a latent of their own, and the values to cache
   const Matrix& first = a.q_rank ? w.q_a : w.q;
-  Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, first.takes_rounded() || w.kv_a.takes_rounded());
-  matmuls({{first, a.q_rank ? s_.q_latent : s_.q}, {w.kv_a, s_.k}}, x);
+  Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q,
+                          first.takes_rounded() || w.kv_a.takes_rounded() || (w.index.k && w.index.k.takes_rounded()));
+  matmuls({{first, a.q_rank ? s_.q_latent : s_.q},
+           {w.kv_a, s_.k},
+           {w.index.k, s_.index_k},
+           {w.index.weights, s_.index_weights}},
+          x);
   if (a.q_rank) {
     pool_.run(tokens, [&](int t, int) {
       float* q_latent = s_.q_latent + size_t(t) * a.q_rank;
       kernels_.rms_norm(q_latent, w.q_a_norm, a.latent_norm_eps, q_latent, a.q_rank);
     });
-    matmul(w.q, prepare(s_.q_latent, tokens, a.q_rank, s_.q_latent_q, w.q.takes_rounded()), s_.q);
+    const bool quantised = w.q.takes_rounded() || (w.index.q && w.index.q.takes_rounded());
+    matmuls({{w.q, s_.q}, {w.index.q, s_.index_q}}, prepare(s_.q_latent, tokens, a.q_rank, s_.q_latent_q, quantised));
   }
 
   // norm of the latent, rope, and into the KV cache
@@ -45,7 +52,7 @@ void CpuMath::latent_attention(int layer, const Step& step) {
   run_spans(step, count, [&](const TokenSpan& span, int in_span, int) {
     const size_t t = size_t(span.first) + in_span, position = size_t(span.position) + in_span;
     float *q = s_.q + t * q_dim, *latent = s_.k + t * cached;
-    uint8_t* to = cached_latents(span.sequence, layer);
+    uint8_t* to = layer_cache(span.sequence, layer);
     const float *cos = rope.cos + position * half, *sin = rope.sin + position * half;
     for (int head = 0; head < a.heads; ++head)
       rotate(q + head * a.head_dim + nope_dim, cos, sin, half, half, a.rope_interleaved);
@@ -56,24 +63,30 @@ void CpuMath::latent_attention(int layer, const Step& step) {
       std::transform(latent, latent + cached, reinterpret_cast<uint16_t*>(to) + position * cached, float_to_half);
     else
       std::copy_n(latent, cached, reinterpret_cast<float*>(to) + position * cached);
+    if (a.index_heads) store_index_key(layer, span, in_span);
   });
+  if (a.index_heads) choose_positions(layer, step);
 
-  // attention; one task for some tokens of a head, or for some heads if there are few tokens
+  // attention; one task for some tokens of a head, or for some heads if there are few tokens or each has positions of
+  // its own
+  const auto is_sparse = [&](const TokenSpan& span) { return a.index_top && span.position + span.count > a.index_top; };
+  const auto most_tokens = [&](const TokenSpan& span) { return is_sparse(span) ? 1 : kLatentQueries; };
   const auto heads_a_task = [&](const TokenSpan& span) {
-    return std::clamp(a.heads * int(step.spans.size()) / pool_.threads(), 1,
-                      kLatentQueries / std::min(span.count, kLatentQueries));
+    const int at_once = is_sparse(span) ? tokens : int(step.spans.size());
+    return std::clamp(a.heads * at_once / pool_.threads(), 1, kLatentQueries / std::min(span.count, most_tokens(span)));
   };
-  const auto tiles = [](const TokenSpan& span) { return (span.count - 1) / kLatentQueries + 1; };
+  const auto tiles = [&](const TokenSpan& span) { return (span.count - 1) / most_tokens(span) + 1; };
   const auto tasks = [&](const TokenSpan& span) { return ((a.heads - 1) / heads_a_task(span) + 1) * tiles(span); };
   run_spans(step, tasks, [&](const TokenSpan& span, int task, int thread) {
-    const int token = task % tiles(span) * kLatentQueries, head = task / tiles(span) * heads_a_task(span);
-    attend_latent(layer, span, token, std::min(kLatentQueries, span.count - token), head,
+    const int token = task % tiles(span) * most_tokens(span), head = task / tiles(span) * heads_a_task(span);
+    attend_latent(layer, span, token, std::min(most_tokens(span), span.count - token), head,
                   std::min(heads_a_task(span), a.heads - head), thread);
   });
   attention_output(layer, s_.attended, tokens);
 }
 
-// Attention of some heads for some tokens of a span: from q to attended.
+// Attention of some heads for some tokens of a span: from q to attended. Of several tokens, none attends to a choice of
+// positions.
 void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
                             int thread) {
   const EngineConfig& c = config_;
@@ -83,7 +96,7 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
   const size_t cached = a.latent_cached(), context = c.key_positions(), first_query = size_t(thread) * kLatentQueries;
   float *absorbed = s_.absorbed + first_query * cached, *mixed = s_.mixed + first_query * rank;
   float *scores = s_.scores + first_query * context, *rows = s_.rows + size_t(thread) * kLatentRows * cached;
-  const uint8_t* latents = cached_latents(span.sequence, layer);
+  const uint8_t* latents = layer_cache(span.sequence, layer);
   const size_t first_row = size_t(span.first) + first_token;
   auto scale_of = [&](int t) { return a.softmax_scale * a.query_scale(span.position + first_token + t); };
   auto rows_of_head = [&](int head) { return (first_head + head) * (nope_dim + a.v_dim); };
@@ -107,12 +120,22 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
     }
   }
 
-  // attention: each query sees the positions up to its own
-  const int end = span.position + first_token + tokens;
+  // attention: each query sees the positions up to its own, or its choice of them, which are numbered from 0 below
+  const Choice choice = a.index_top ? Choice{s_.chosen, s_.chosen_counts, a.index_top} : Choice{};
+  const int32_t* chosen = tokens == 1 ? choice.of(int(first_row)) : nullptr;
+  const int end = tokens == 1 ? choice.count(int(first_row), span.position + first_token + 1)
+                              : span.position + first_token + tokens;
   auto end_of = [&](int query) { return end - tokens + query % tokens + 1; };
   auto latents_from = [&](int position, int count) -> const float* {
-    if (!c.half_cache) return reinterpret_cast<const float*>(latents) + position * cached;
-    kernels_.widen(reinterpret_cast<const uint16_t*>(latents) + position * cached, rows, count * int(cached));
+    const float* floats = reinterpret_cast<const float*>(latents);
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(latents);
+    if (!chosen && !c.half_cache) return floats + position * cached;
+    if (!chosen) kernels_.widen(halves + position * cached, rows, count * int(cached));
+    for (int i = 0; chosen && i < count; ++i) {
+      const size_t from = chosen[position + i] * cached;
+      c.half_cache ? kernels_.widen(halves + from, rows + i * cached, int(cached))
+                   : void(std::copy_n(floats + from, cached, rows + i * cached));
+    }
     return rows;
   };
   Activations x;
@@ -149,10 +172,6 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
     kernels_.matmul(values, activations(s_.mixed, s_.mixed_q, rank, first, tokens),
                     s_.attended + first_row * v_stride + (first_head + head) * a.v_dim, v_stride, 0, a.v_dim);
   }
-}
-
-uint8_t* CpuMath::cached_latents(int sequence, int layer) const {
-  return kv_arena_.data() + sequence * kv_offsets_.back() + kv_offsets_[layer];
 }
 
 }  // namespace edge_moe

@@ -5,7 +5,7 @@
 
 namespace edge_moe {
 
-void carve(Carver& carver, const EngineConfig& c, size_t queries, LayerScratch& s) {
+void carve(Carver& carver, const EngineConfig& c, size_t queries, size_t index_queries, LayerScratch& s) {
   const size_t chunk = c.chunk, pairs = chunk * most(c.top_k);
   const auto widest = [&](auto count) { return c.most_of(count); };
   using A = AttentionConfig;
@@ -43,6 +43,13 @@ void carve(Carver& carver, const EngineConfig& c, size_t queries, LayerScratch& 
   carver.carve(s.q_latent, chunk * widest([](const A& a) { return a.q_rank; }));
   carver.carve(s.absorbed, queries * widest([](const A& a) { return a.kv_rank ? a.latent_cached() : 0; }));
   carver.carve(s.mixed, queries * widest([](const A& a) { return a.kv_rank; }));
+  if (!c.index_top()) return;
+  carver.carve(s.index_q, chunk * widest([](const A& a) { return a.index_heads * a.index_dim; }));
+  carver.carve(s.index_k, chunk * widest([](const A& a) { return a.index_dim; }));
+  carver.carve(s.index_weights, chunk * widest([](const A& a) { return a.index_heads; }));
+  carver.carve(s.index_scores, index_queries * c.key_positions());
+  carver.carve(s.chosen, chunk * c.index_top());
+  carver.carve(s.chosen_counts, chunk);
 }
 
 }  // namespace edge_moe

@@ -12,7 +12,7 @@ struct RopeTables {
   float *cos, *sin;  // (context, rope_dim/2)
 };
 
-// `queries`: how many attention computes at once.
+// `queries`: how many attention computes at once; `index_queries`: how many an indexer does.
 struct LayerScratch {
   float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
   float* scores;                                   // (queries, context in whole key blocks)
@@ -29,8 +29,14 @@ struct LayerScratch {
 
   // Only for attention over a latent.
   float *q_latent, *absorbed, *mixed;  // (chunk, q_rank), (queries, kv_rank + rope_dim), (queries, kv_rank)
+
+  // Only for an indexer.
+  float *index_q, *index_k,
+      *index_weights;               // (chunk, index_heads * index_dim), (chunk, index_dim), (chunk, index_heads)
+  float* index_scores;              // (queries of the indexer, context in whole key blocks)
+  int32_t *chosen, *chosen_counts;  // (chunk, index_top), (chunk,): see Choice
 };
 
-void carve(Carver& carver, const EngineConfig& config, size_t queries, LayerScratch& s);
+void carve(Carver& carver, const EngineConfig& config, size_t queries, size_t index_queries, LayerScratch& s);
 
 }  // namespace edge_moe

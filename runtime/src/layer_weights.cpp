@@ -34,6 +34,10 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
     w.kv_a_norm = trunk.vector(prefix + "kv_a_norm", a.kv_rank);
     w.q = matrix(a.q_rank ? "q_b" : "q");
     if (a.q_rank) w.q_a = matrix("q_a"), w.q_a_norm = trunk.vector(prefix + "q_a_norm", a.q_rank);
+    if (a.index_heads)
+      w.index = {matrix("index.q"), matrix("index.k"), matrix("index.weights"),
+                 trunk.vector(prefix + "index.k_norm", a.index_dim),
+                 trunk.vector(prefix + "index.k_norm_bias", a.index_dim)};
   } else if (a.conv_kernel) {
     w.qkv = matrix("delta.qkv"), w.o_gate = matrix("delta.gate");
     w.write = matrix("delta.write"), w.decay = matrix("delta.decay");

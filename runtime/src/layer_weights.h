@@ -12,6 +12,12 @@ struct Norm {
   const float *weight, *bias;  // (dim,); bias null: an RMSNorm, else a LayerNorm; weight null: there is none
 };
 
+// Of a layer's indexer, if it has one.
+struct IndexerWeights {
+  Matrix q, k, weights;               // (heads * dim, q_rank), (dim, model's dim), (heads, model's dim)
+  const float *k_norm, *k_norm_bias;  // (dim,) twice, of a LayerNorm
+};
+
 struct LayerWeights {
   Norm attention_norm, mlp_norm;
   // Only with EngineConfig::post_norms: RMSNorms of what the residual stream gets.
@@ -31,9 +37,10 @@ struct LayerWeights {
   const float* sinks;                     // (heads,) logits; null: none
   Matrix q_a, kv_a, kv_b;                 // attention over a latent
   const float *q_a_norm, *kv_a_norm;      // (q_rank,), (kv_rank,)
-  Matrix router;                          // (experts, dim) float32; empty in a layer without experts
-  const float* router_bias;               // (experts,); null: none
-  Matrix shared_router;                   // (1, dim) float32; empty: the shared expert is not gated
+  IndexerWeights index;
+  Matrix router;             // (experts, dim) float32; empty in a layer without experts
+  const float* router_bias;  // (experts,); null: none
+  Matrix shared_router;      // (1, dim) float32; empty: the shared expert is not gated
   ExpertWeights shared, dense;
 
   float sink(int head) const { return sinks ? sinks[head] : kNoSink; }  // see Kernels::softmax

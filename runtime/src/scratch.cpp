@@ -36,7 +36,7 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   const size_t queries = threads * c.most_of([](const A& a) { return a.kv_rank ? kLatentQueries : kHeadQueries; });
   const size_t widest = std::max({c.expert_hidden, c.shared_hidden, c.dense_hidden});
   Carver carver(base);
-  carve(carver, c, queries, s);
+  carve(carver, c, queries, std::min<size_t>(chunk, kIndexTokens), s);
   carver.carve(s.all_tokens, chunk);
   carver.carve(s.piece, queries * c.most_of([](const A& a) { return a.kv_rank ? a.kv_rank : a.head_dim; }));
   carver.carve(s.ones, c.most_of([](const A& a) { return a.v_norm ? a.head_dim : 0; }));
@@ -46,6 +46,7 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   if (c.has_latents()) {
     const size_t cached = c.most_of([](const A& a) { return a.kv_rank ? a.latent_cached() : 0; });
     carver.carve(s.rows, threads * kLatentRows * cached);
+    carver.carve(s.index_keys, c.index_top() ? threads * c.key_positions() : 0);
     carve(carver, s.q_latent_q, chunk, c.most_of([](const A& a) { return a.q_rank; }));
     carve(carver, s.mixed_q, queries, c.most_of([](const A& a) { return a.kv_rank; }));
   }

@@ -11,6 +11,7 @@ namespace edge_moe {
 
 inline constexpr int kHeadQueries = 16;    // processed together by one task over a KV head's cache
 inline constexpr int kLatentQueries = 16;  // processed together by one task over the latents
+inline constexpr int kIndexTokens = 16;    // whose positions are chosen at a time
 inline constexpr int kLatentRows = 8;      // latents, or rows of kv_b as floats, per step of such a task
 
 struct Scratch : LayerScratch {
@@ -20,7 +21,8 @@ struct Scratch : LayerScratch {
   Quantised normed_q, attended_q, hidden_q;
 
   // Only for attention over a latent.
-  float* rows;  // (threads, kLatentRows, kv_rank + rope_dim)
+  float* rows;           // (threads, kLatentRows, kv_rank + rope_dim)
+  uint32_t* index_keys;  // (threads, context in whole key blocks): a buffer of choose_top()
   Quantised q_latent_q, mixed_q;
 };
 

@@ -122,6 +122,7 @@ int main(int count, char** arguments) try {
   if (!quick) check_experts(2048, 768, 64, 8, {});
   check_layer();
   check_delta();
+  check_index();
   check_latent();
   check_prefill();
   std::printf("%d\n", cases);

@@ -18,6 +18,7 @@ inline const Activation kActivations[] = {
 
 void check_delta();    // check_cuda_delta.cpp
 void check_layer();    // check_cuda_layer.cpp
+void check_index();    // check_cuda_index.cpp
 void check_latent();   // check_cuda_latent.cpp
 void check_prefill();  // check_cuda_prefill.cpp
 

@@ -15,6 +15,7 @@ struct Shape {
   int heads, nope_dim, rope_dim, v_dim, rank, width, group;
   bool half, interleaved;
   bool grows = false;  // queries by position
+  int top = 0;         // positions that are chosen for a token that sees more; 0: all
 };
 
 // Queries of one head against latents: keys^T q, and beside them their part with position.
@@ -66,13 +67,25 @@ void check_attention(const Shape& s, int position, int tokens) {
   }
   Floats growth(room / kGrowing + 1);
   for (size_t i = 0; i < growth.size(); ++i) growth[i] = 1.0f + 0.3f * float(i);
+  Values<int32_t> chosen(size_t(tokens) * s.top), counts(tokens, 0);
+  Floats gathered(latents.size());
+  const auto choose = [&](int t) {  // every second or third position
+    counts[t] = s.top;
+    for (int i = 0; i < s.top; ++i) {
+      chosen[size_t(t) * s.top + i] = i * (position + t + 1) / s.top;
+      std::copy_n(&latents[size_t(chosen[size_t(t) * s.top + i]) * cached], cached, &gathered[size_t(i) * cached]);
+    }
+  };
   Floats scores(room), piece(s.rank), want(size_t(tokens) * s.heads * s.rank, 0.0f), got(want.size(), NAN);
-  for (int t = 0; t < tokens; ++t)
+  for (int t = 0; t < tokens; ++t) {
+    const bool is_sparse = s.top && position + t + 1 > s.top;
+    if (is_sparse) choose(t);
+    const Floats& seen = is_sparse ? gathered : latents;
     for (int head = 0; head < s.heads; ++head) {
       const size_t query = size_t(t) * s.heads + head;
       const float grown = s.grows ? scale * growth[(position + t) / kGrowing] : scale;
       const Floats absorbed = absorbed_by(s, kv_b, &q[query * head_dim], head, grown);
-      const Matrix keys = float_matrix(latents.data(), position + t + 1, cached);
+      const Matrix keys = float_matrix(seen.data(), is_sparse ? s.top : position + t + 1, cached);
       Activations x;
       x.values = absorbed.data(), x.count = 1, x.cols = cached;
       kScalarKernels.matmul(keys, x, scores.data(), 0, 0, keys.rows);
@@ -80,9 +93,10 @@ void check_attention(const Shape& s, int position, int tokens) {
       float *sum = &want[query * s.rank], *into = piece.data();
       sum_positions(0, keys.rows, 1, s.rank, &sum, &into, [&](int from, int to, float* const* sums) {
         for (int at = from; at < to; ++at)
-          kScalarKernels.add_scaled(sums[0], &latents[size_t(at) * cached], scores[at], s.rank);
+          kScalarKernels.add_scaled(sums[0], &seen[size_t(at) * cached], scores[at], s.rank);
       });
     }
+  }
 
   const Values<int32_t> at = {position};
   cuda::LatentHeads heads = {s.heads, head_dim, s.rope_dim, s.v_dim, s.rank, 1e-6f, scale, s.interleaved, nullptr, 1};
@@ -91,13 +105,14 @@ void check_attention(const Shape& s, int position, int tokens) {
   const auto span = [&](int first, int count) { return cuda::Span{at.data(), first, count, position + first + count}; };
   cuda::store_latents(got_q.data(), got_fresh.data(), norm.data(), cos.data(), sin.data(), heads, cache,
                       span(0, tokens), nullptr);
+  const Choice choice = s.top ? Choice{chosen.data(), counts.data(), s.top} : Choice{};
   Floats absorbed(size_t(tokens) * s.heads * cached), room_for_scores(size_t(tokens) * s.heads * room);
   for (int first = 0; first < tokens; first += 11)
-    cuda::attend_latents(got_q.data(), kv_b, heads, cache, span(first, std::min(11, tokens - first)), absorbed.data(),
-                         room_for_scores.data(), &got[size_t(first) * s.heads * s.rank], nullptr);
+    cuda::attend_latents(got_q.data(), kv_b, heads, cache, span(first, std::min(11, tokens - first)), choice,
+                         absorbed.data(), room_for_scores.data(), &got[size_t(first) * s.heads * s.rank], nullptr);
   const std::string what = std::to_string(s.heads) + " heads, rank " + std::to_string(s.rank) + ", " +
                            std::to_string(s.width) + " bits, " + std::to_string(tokens) + " tokens at " +
-                           std::to_string(position);
+                           std::to_string(position) + (s.top ? ", a choice of " + std::to_string(s.top) : "");
   compare(what + ", q", got_q, q);
   if (s.half)
     compare(what + ", latents", got_halves, halves);
@@ -114,6 +129,8 @@ void check_latent() {
     check_attention({9, 32, 16, 24, 96, 3, 32, false, false}, position, tokens);
     check_attention({8, 16, 32, 16, 128, 32, 64, true, true}, position, tokens);
     check_attention({3, 16, 8, 16, 64, 4, 32, true, true, true}, position, tokens);
+    check_attention({9, 16, 8, 16, 64, 4, 32, true, true, false, 10}, position, tokens);
+    check_attention({3, 16, 8, 16, 64, 32, 32, false, true, false, 67}, position, tokens);
   }
   for (auto [position, tokens] : {std::pair{2 * kSumPositions, 1}, std::pair{kSumPositions - 5, 12}})
     check_attention({2, 16, 8, 16, 32, 4, 32, true, true}, position, tokens);

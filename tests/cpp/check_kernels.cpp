@@ -181,6 +181,7 @@ static void check_vectors(const Kernels& kernels, bool reference) {
     both("softmax with a sink" + of, in_place([&](const Kernels& its, float* y) { its.softmax(y, 0, n, 1.5f); }));
     both("softmax" + of, in_place([&](const Kernels& its, float* y) { its.softmax(y, 0, n, kNoSink); }));
     both("add_scaled" + of, in_place([&](const Kernels& its, float* y) { its.add_scaled(y, b.data(), 0.3f, n); }));
+    both("add_positive" + of, in_place([&](const Kernels& its, float* y) { its.add_positive(y, b.data(), -0.3f, n); }));
     std::vector<uint16_t> halves(48 * size_t(n));
     for (uint16_t& half : halves) half = float_to_half(floats(1)[0]);
     std::vector<float> keys = floats(48 * size_t(n)), values = floats(48 * size_t(n));

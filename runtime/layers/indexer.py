@@ -1,0 +1,77 @@
+"""The lightning indexer of sparse attention (DeepSeek-V3.2): a query attends to the positions that it scores highest.
+
+A few small heads score every earlier position for a query. Their keys, one of each position for all heads, are cached.
+While a query sees at most as many positions as it may choose, it attends to all of them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrays import layer_norm
+from .rope import Rope, rotate
+
+
+@dataclass(frozen=True, slots=True)
+class Indexer:
+    """The parameters of one layer's indexer; sizes are in elements."""
+
+    heads: int
+    dim: int  # of a head's query, and of the key that all heads share
+    rope: Rope  # of the first dimensions of both
+    norm_eps: float = 1e-6  # of the keys' LayerNorm
+
+    def shapes(self, dim: int, q_rank: int) -> dict[str, tuple[int, ...]]:
+        """The indexer's tensors by canonical name, for a residual stream of `dim` and queries' latents of `q_rank`."""
+        return {
+            "index.q": (self.heads * self.dim, q_rank),
+            "index.k": (self.dim, dim),
+            "index.k_norm": (self.dim,),
+            "index.k_norm_bias": (self.dim,),
+            "index.weights": (self.heads, dim),
+        }
+
+    @property
+    def scale(self) -> float:
+        """The factor of the products of queries and keys."""
+        return (self.dim * self.heads) ** -0.5
+
+    def scores(self, trunk, times, h, q_latent, xp=np):
+        """The score of each position for each query, (sequences, queries, positions), later positions included.
+
+        h: (sequences, tokens, dim), the attention's input; q_latent: (sequences, tokens, q_rank). A head's product of
+        query and key counts if it is positive, times a weight that the head has for the query.
+        """
+        sequences, tokens, _ = h.shape
+        q = times("index.q", q_latent).reshape(sequences, tokens, self.heads, self.dim)
+        k = layer_norm(times("index.k", h), trunk("index.k_norm"), trunk("index.k_norm_bias"), self.norm_eps, xp)
+        weights = times("index.weights", h)  # (sequences, tokens, heads)
+        q, k = self._turned(q, tokens, xp), self._turned(k[:, :, None], tokens, xp)[:, :, 0]
+        of_heads = xp.maximum(q @ k[:, None].swapaxes(-1, -2) * self.scale, 0)  # (..., queries, heads, positions)
+        return (weights[:, :, None] @ of_heads)[:, :, 0]
+
+    def _turned(self, x, tokens: int, xp):
+        """Rotate the first rope.dim dimensions of x (sequences, tokens, heads, dim)."""
+        cos, sin = self.rope.tables(tokens, xp)
+        turned = rotate(x[..., : self.rope.dim], cos, sin, xp, self.rope.interleaved)
+        return xp.concatenate([turned, x[..., self.rope.dim :]], axis=-1)
+
+
+@dataclass(slots=True)
+class Choice:
+    """What the last layer with an indexer has chosen, for the layers after it that have none."""
+
+    visible: np.ndarray | None = None  # see chosen(); None: every position up to the query's
+
+
+def chosen(scores, top: int) -> np.ndarray:
+    """Whether each query attends to each position, bool (sequences, queries, positions).
+
+    It attends to the `top` positions up to its own with the highest scores; ties go to the lower position.
+    """
+    scores = np.asarray(scores)
+    seen = np.tri(scores.shape[-1], dtype=bool)
+    best = np.argsort(-np.where(seen, scores, -np.inf), axis=-1, kind="stable")[..., :top]
+    visible = np.zeros(scores.shape, bool)
+    np.put_along_axis(visible, best, True, axis=-1)
+    return visible & seen

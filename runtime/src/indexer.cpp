@@ -1,0 +1,94 @@
+// The indexer of sparse attention: which positions each query attends to; see runtime/layers/indexer.py.
+//
+// Scores are computed for kIndexTokens queries at a time, each in parts of positions for the threads to share, so that
+// they take as much memory as those of attention at any length of a prompt.
+#include <algorithm>
+#include <utility>
+
+#include "choose.h"
+#include "cpu_math.h"
+#include "key_block.h"
+#include "rope.h"
+
+namespace edge_moe {
+
+namespace {
+
+constexpr int kIndexPositions = 256;  // of a task
+
+}  // namespace
+
+// Rotate a token's queries of the indexer; norm and rotate its key, and store that in the cache.
+void CpuMath::store_index_key(int layer, const TokenSpan& span, int in_span) {
+  const EngineConfig& c = config_;
+  const AttentionConfig& a = c.attention(layer);
+  const IndexerWeights& w = layers_[layer].index;
+  const RopeTables& rope = s_.rope[c.attention_of[layer]];
+  const size_t t = size_t(span.first) + in_span, position = size_t(span.position) + in_span, dim = a.index_dim;
+  const int half = a.rope_dim / 2;
+  const float *cos = rope.cos + position * half, *sin = rope.sin + position * half;
+  float *q = s_.index_q + t * a.index_heads * dim, *k = s_.index_k + t * dim;
+  for (int head = 0; head < a.index_heads; ++head) rotate(q + head * dim, cos, sin, half, half, a.index_interleaved);
+  kernels_.layer_norm(k, w.k_norm, w.k_norm_bias, a.index_norm_eps, k, int(dim));
+  rotate(k, cos, sin, half, half, a.index_interleaved);
+  if (c.half_cache) note_overflow(span.sequence, k, dim);
+  uint8_t* keys = index_keys(span.sequence, layer);
+  c.half_cache ? store_key(reinterpret_cast<uint16_t*>(keys), position, k, dim)
+               : store_key(reinterpret_cast<float*>(keys), position, k, dim);
+}
+
+// Set s_.chosen and s_.chosen_counts of all tokens.
+void CpuMath::choose_positions(int layer, const Step& step) {
+  const int top = config_.attention(layer).index_top;
+  IndexQuery queries[kIndexTokens];
+  int count = 0;
+  for (const TokenSpan& span : step.spans)
+    for (int t = 0; t < span.count; ++t) {
+      const int token = span.first + t, end = span.position + t + 1;
+      s_.chosen_counts[token] = end > top ? top : 0;
+      if (end > top) queries[count++] = {token, span.sequence, end};
+      if (count == kIndexTokens) choose_positions(layer, {queries, size_t(std::exchange(count, 0))});
+    }
+  if (count) choose_positions(layer, {queries, size_t(count)});
+}
+
+void CpuMath::choose_positions(int layer, std::span<const IndexQuery> queries) {
+  const AttentionConfig& a = config_.attention(layer);
+  const size_t positions = config_.key_positions();
+  const int count = int(queries.size());
+  int longest = 0;
+  for (const IndexQuery& query : queries) longest = std::max(longest, query.end);
+  pool_.run((longest - 1) / kIndexPositions * count + count, [&](int i, int thread) {
+    const IndexQuery& query = queries[i % count];
+    const int begin = i / count * kIndexPositions, end = std::min(begin + kIndexPositions, query.end);
+    if (begin < end) index_scores(layer, query, begin, end, s_.index_scores + i % count * positions, thread);
+  });
+  pool_.run(count, [&](int i, int thread) {
+    choose_top(s_.index_scores + i * positions, queries[i].end, a.index_top, s_.index_keys + thread * positions,
+               s_.chosen + size_t(queries[i].token) * a.index_top);
+  });
+}
+
+// The scores of positions [begin, end) for one query.
+void CpuMath::index_scores(int layer, const IndexQuery& query, int begin, int end, float* scores, int thread) {
+  const AttentionConfig& a = config_.attention(layer);
+  const size_t positions = config_.key_positions(), heads = a.index_heads;
+  float* of_heads = s_.scores + size_t(thread) * kLatentQueries * positions;
+  const float *q = s_.index_q + query.token * heads * a.index_dim, *weights = s_.index_weights + query.token * heads;
+  const KeyValues cache = {index_keys(query.sequence, layer), nullptr, 0, config_.half_cache};
+  std::fill(scores + begin, scores + end, 0.0f);
+  for (int first = 0; first < a.index_heads; first += kLatentQueries) {
+    const int some = std::min(kLatentQueries, a.index_heads - first);
+    const float* of_head[kLatentQueries];
+    for (int i = 0; i < some; ++i) of_head[i] = q + size_t(first + i) * a.index_dim;
+    kernels_.attend_scores(of_head, some, cache, begin, end, a.index_dim, a.index_scale, of_heads, positions);
+    for (int i = 0; i < some; ++i)
+      kernels_.add_positive(scores + begin, of_heads + i * positions + begin, weights[first + i], end - begin);
+  }
+}
+
+uint8_t* CpuMath::index_keys(int sequence, int layer) const {
+  return layer_cache(sequence, layer) + config_.index_keys_offset(layer);
+}
+
+}  // namespace edge_moe
