@@ -12,7 +12,7 @@ from .choosing.sensitivity import sampled_sequences
 from .choosing.targets import Options
 from .duration import estimate_seconds
 from .memory import Memory
-from .passes.calibrate import HELD_OUT_TOKENS, SEQUENCE_TOKENS, Calibration
+from .passes.calibrate import HELD_OUT_TOKENS, Calibration, sequence_tokens
 from .passes.texts import check_file, open_text, stdlib_text
 from .pipeline import Compression
 from .source.checkpoint import Checkpoint
@@ -90,7 +90,7 @@ def _notes(compression: Compression) -> tuple[str, ...]:
 
 def _asked_for(compression: Compression) -> Calibration:
     """The shapes of the calibration text that the options ask for, without any text."""
-    o, length = compression.o, min(SEQUENCE_TOKENS, compression.config.context)
+    o, length = compression.o, sequence_tokens(compression.config)
     ids, held_out = (
         np.broadcast_to(np.int64(0), (max(tokens // length, 1), length)) for tokens in (o.tokens, HELD_OUT_TOKENS)
     )

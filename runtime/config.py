@@ -90,6 +90,15 @@ class ModelConfig:
         return any(isinstance(its, LatentAttention) and its.top for its in self.attentions)
 
     @property
+    def independent_tokens(self) -> int | None:
+        """The longest sequence of which every layer can be computed from the layer's input alone; None: any.
+
+        In a longer one some layers attend to positions that layers before them have chosen.
+        """
+        tops = [its.top for its in self.attentions if isinstance(its, LatentAttention) and its.top and not its.indexer]
+        return min(tops, default=None)
+
+    @property
     def routed(self) -> Experts:
         """The Experts value that all layers with experts share."""
         return next(layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts))

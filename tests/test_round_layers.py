@@ -24,6 +24,7 @@ from edge_moe.runtime.score import Score, log_softmax
 
 
 def random_ids(config, sequences=8, tokens=128, seed=4) -> np.ndarray:
+    tokens = min(tokens, config.independent_tokens or tokens)
     return np.random.default_rng(seed).integers(0, config.vocab, (sequences, tokens))
 
 

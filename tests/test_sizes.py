@@ -96,6 +96,7 @@ PUBLISHED = {  # billions of weights
     "gemma-4-26b-a4b": 25.2,
     "glm-4.5-air": 107,
     "glm-4.7-flash": 30,
+    "glm-5": 744,
     "gpt-oss-20b": 20.9,
     "gpt-oss-120b": 117,
     "kimi-k2": 1026,

@@ -49,6 +49,7 @@ KINDS = {
     "gemma4_text": {"embedding", "attention", "shared", "head"},
     "glm4_moe": {"embedding", "attention", "dense", "shared", "head"},
     "glm4_moe_lite": {"embedding", "attention", "dense", "shared", "head"},
+    "glm_moe_dsa": {"embedding", "attention", "dense", "shared"},
     "gpt_oss": {"embedding", "attention", "head"},
     "granitemoe": {"embedding", "attention"},
     "hunyuan_v1_moe": {"embedding", "attention", "shared", "head"},

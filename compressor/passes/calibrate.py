@@ -16,7 +16,7 @@ from ...runtime.config import ModelConfig
 from .texts import STDLIB, Ids, LargeText, check_file, content_hash, open_text, stdlib_text
 
 LEAST_TOKENS = 256  # minimum of calibration text
-SEQUENCE_TOKENS = 256  # length of a calibration sequence, or the model's context if shorter
+SEQUENCE_TOKENS = 256  # maximum length of a calibration sequence
 MOST_DOMAINS = 8  # maximum of kinds of text that calibration tells apart
 DOMAIN_SEQUENCES = 8  # minimum of calibration sequences for each kind, on average
 HELD_OUT_TOKENS = 8192
@@ -82,6 +82,11 @@ def paths_of(files: str | Path | Iterable) -> tuple[Path, ...]:
     return tuple(map(Path, (files,) if isinstance(files, str | Path) else files))
 
 
+def sequence_tokens(config: ModelConfig) -> int:
+    """The length of a calibration sequence: layers are computed one at a time, from their input alone."""
+    return min(SEQUENCE_TOKENS, config.context, config.independent_tokens or config.context)
+
+
 def check_tokens(tokens: int) -> None:
     if tokens < LEAST_TOKENS:
         raise ValueError(f"tokens is {tokens}, expected at least {LEAST_TOKENS}")
@@ -100,7 +105,7 @@ def load_calibration(
     Each file contributes the same share of `tokens`, in windows spread evenly over it. Raises ValueError if text has no
     tokenizer, a file is too short, ids are outside the vocabulary, or held-out text is in the calibration text.
     """
-    length = min(SEQUENCE_TOKENS, config.context)
+    length = sequence_tokens(config)
     name = ", ".join(Path(file).name for file in files) if files else STDLIB
     if files:
         _refuse_same_files(files, held_out)
