@@ -25,7 +25,8 @@ TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32"
 FAMILIES = (
     *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "glm4_moe", "granitemoe", "minimax_m2", "phimoe"),
     *("qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss", "gemma4"),
-    *("deepseek_v3", "moonlight", "glm4_moe_lite", "kimi_k25", "mistral4"),  # whose kv_b is split
+    *("deepseek_v3", "deepseek_v32", "moonlight", "glm4_moe_lite", "glm_moe_dsa", "kimi_k25"),  # whose kv_b is split
+    "mistral4",  # likewise
 )
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.switch_mlp.up_proj.weight"
 
