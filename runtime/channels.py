@@ -1,43 +1,81 @@
-"""Answers in channels as text with tagged thoughts.
+"""Answers of models that think, as text with the thoughts between <think> and </think>.
+
+Most models write these tags themselves, as text or as special tokens. Others are brought to this form:
 
 gpt-oss answers in messages with a channel each (the harmony format). A message of the assistant is <|channel|>, the
 name of the channel, <|message|>, its text and <|end|>, and the next one begins with <|start|>assistant. The channel
-`final` is the answer. What comes in others before it is put between <think> and </think>, as other models that think
-write it themselves.
+`final` is the answer. What comes in others before it is a thought.
 
 Gemma 4 puts its thoughts between <|channel> and <channel|>, with the channel's name on a line of its own before them.
+Mistral's models put them between [THINK] and [/THINK].
 """
+
+from dataclasses import dataclass
 
 from .tokenizer import Detokenizer, Tokenizer
 
 START, CHANNEL, MESSAGE, END = MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 FINAL = "final"
-OPEN, CLOSE = "<|channel>", "<channel|>"
 THINKING, THOUGHT = "<think>", "</think>"
+TAIL = 16  # tokens at the end of a prompt among which one opens a thought
+
+
+@dataclass(frozen=True, slots=True)
+class Brackets:
+    """Two special tokens around a thought."""
+
+    open: str
+    close: str
+    named: bool = False  # the thought begins with a line that is a channel's name
+    apart: str = "\n\n"  # written between the thought and the answer, where the model writes nothing
+
+
+GEMMA, MISTRAL = Brackets("<|channel>", "<channel|>", named=True), Brackets("[THINK]", "[/THINK]")
+TAGS = Brackets(THINKING, THOUGHT, apart="")
+BRACKETS = (GEMMA, MISTRAL, TAGS)
 
 
 def has_channels(tokenizer: Tokenizer | None) -> bool:
-    """Whether a model's answers are in channels, by the special tokens that it has."""
-    return _kind(tokenizer) is not None
+    """Whether the text of a model's answers has tags that the model did not write, by its special tokens."""
+    return _has(tokenizer, *MARKS) or _brackets(tokenizer) not in (None, TAGS)
 
 
 def detokenizer_of(tokenizer: Tokenizer) -> "Detokenizer | ChannelText | ThoughtText":
     """What converts a model's answers to text."""
-    return (_kind(tokenizer) or Detokenizer)(tokenizer)
+    if _has(tokenizer, *MARKS):
+        return ChannelText(tokenizer)
+    brackets = _brackets(tokenizer)
+    return Detokenizer(tokenizer) if brackets is None else ThoughtText(tokenizer, brackets)
 
 
-def _kind(tokenizer: Tokenizer | None):
-    def has(*marks: str) -> bool:
-        return tokenizer is not None and all(tokenizer.special_token(mark) is not None for mark in marks)
-
-    return ChannelText if has(*MARKS) else ThoughtText if has(OPEN, CLOSE) else None
+def _has(tokenizer: Tokenizer | None, *marks: str) -> bool:
+    return tokenizer is not None and all(tokenizer.special_token(mark) is not None for mark in marks)
 
 
-def without_thoughts(answer: str) -> str:
-    """The text of the channel `final` in an answer's text."""
-    if not answer.startswith(THINKING):
-        return answer
-    return answer.partition(THOUGHT)[2].lstrip()
+def _brackets(tokenizer: Tokenizer | None) -> Brackets | None:
+    return next((one for one in BRACKETS if _has(tokenizer, one.open, one.close)), None)
+
+
+def opened_thought(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The tag of a thought that a prompt opens at its end, with the white space after it; empty without one."""
+    tail, brackets = ids[-TAIL:], _brackets(tokenizer)
+    if brackets is not None and (token := tokenizer.special_token(brackets.open)) in tail:
+        begun = tail[len(tail) - tail[::-1].index(token) :]
+        text = tokenizer.decode(begun)
+        text = text.partition("\n")[2] if brackets.named else text
+        has_others = not all(map(tokenizer.decode, ([one] for one in begun)))  # special tokens, which have no text
+        return "" if has_others or text.strip() else THINKING + text
+    text = tokenizer.decode(tail)
+    return text[text.rindex(THINKING) :] if text.rstrip().endswith(THINKING) else ""
+
+
+def split_thought(answer: str) -> tuple[str, str]:
+    """The thought that an answer's text begins with, without its tags, and the rest; a thought may have no end."""
+    begun = answer.lstrip()
+    if not begun.startswith(THINKING):
+        return "", answer
+    thought, _, rest = begun.removeprefix(THINKING).partition(THOUGHT)
+    return thought.strip("\n"), rest.lstrip()
 
 
 class ChannelText:
@@ -79,13 +117,13 @@ class ChannelText:
 
 
 class ThoughtText:
-    """The same for an answer whose thoughts are between two special tokens."""
+    """The same for an answer whose thoughts are between two special tokens. A thought without a text is left out."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.open, self.close = (tokenizer.special_token(mark) for mark in (OPEN, CLOSE))
+    def __init__(self, tokenizer: Tokenizer, brackets: Brackets):
+        self.tokenizer, self.brackets = tokenizer, brackets
+        self.open, self.close = (tokenizer.special_token(mark) for mark in (brackets.open, brackets.close))
         self.text = Detokenizer(tokenizer)
-        self.name: str | None = None  # the line with the channel's name as far as it has come; None after it
+        self.begun: str | None = None  # text since an opening token whose tag is not written yet
         self.tagged = self.thinking = False  # whether there was a thought, and whether its tag is open
 
     def add(self, token: int) -> str:
@@ -94,22 +132,22 @@ class ThoughtText:
         rest = self._thought(self.text.finish())
         self.text = Detokenizer(self.tokenizer)
         if token == self.open:
-            self.name, self.tagged = "", True
+            self.begun, self.tagged = "", True
             return rest
         was = self.thinking or not self.tagged  # without an opening token, this answer continues a thought
-        self.name, self.tagged, self.thinking = None, True, False
-        return f"{rest}{THOUGHT}\n\n" if was else rest
+        self.begun, self.tagged, self.thinking = None, True, False
+        return f"{rest}{THOUGHT}{self.brackets.apart}" if was else rest
 
     def finish(self) -> str:
         return self._thought(self.text.finish())
 
     def _thought(self, text: str) -> str:
         """The text without a channel's name; the tag is opened at the first text after it."""
-        if self.name is None:
+        if self.begun is None:
             return text
-        self.name += text
-        text = self.name.partition("\n")[2]
+        self.begun += text
+        text = self.begun.partition("\n")[2] if self.brackets.named else self.begun
         if not text:
             return ""
-        self.name, self.thinking = None, True
+        self.begun, self.thinking = None, True
         return THINKING + text

@@ -33,6 +33,10 @@ class ChatTemplate:
         except Exception as error:
             raise _refusal(error) from None
 
+    def reads_reasoning(self) -> bool:
+        """Whether it takes the reasoning of a message apart from its content."""
+        return not self.environment.keys.isdisjoint(REASONING)
+
     def render(self, room_bytes: int | None = None, **variables) -> str:
         """Render the template with these variables.
 

@@ -136,6 +136,8 @@ class Environment(ImmutableSandboxedEnvironment):
             cache_size=0,
         )
         self.lock, self.meter = threading.Lock(), Meter(room_bytes)
+        self.variables: set[str] = set()  # names of variables in the template
+        self.keys: set[str] = set()  # names of attributes, and texts, among which are the keys of messages
         self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
         self.globals |= {"dict": _Dict(), "namespace": PlainNamespace}
         del self.globals["lipsum"]
@@ -152,6 +154,12 @@ class Environment(ImmutableSandboxedEnvironment):
             node = waiting.pop()
             count += 1
             nbytes += NODE + (MACRO if isinstance(node, nodes.Macro | nodes.CallBlock) else 0)
+            if isinstance(node, nodes.Name):
+                self.variables.add(node.name)
+            elif isinstance(node, nodes.Getattr):
+                self.keys.add(node.attr)
+            elif isinstance(node, nodes.Const) and isinstance(node.value, str):
+                self.keys.add(node.value)
             waiting.extend(node.iter_child_nodes())
             if count > MOST_NODES:
                 raise TooMuch(f"it has more than {MOST_NODES:,} parts")

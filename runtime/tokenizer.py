@@ -120,6 +120,12 @@ class Tokenizer:
             with suppress(ValueError):
                 self._template(name, room_bytes)
 
+    def reads_reasoning(self, room_bytes: int | None = None) -> bool:
+        """Whether the default chat template takes the reasoning of a message apart from its content."""
+        with suppress(ValueError):
+            return self._template("default", room_bytes).reads_reasoning()
+        return False
+
     def _template(self, name: str, room_bytes: int | None):
         from .chat_template import ChatTemplate
 

@@ -10,13 +10,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .conversation import Conversation, Turn
+from .conversation import Conversation, Turn, thoughts_in_prompts
 from .line_input import LineInput, MessageTooLong
 from .report import size, statistics_text
-from .runtime.channels import has_channels
+from .runtime.channels import opened_thought
 from .runtime.prompt import PromptTooLong
 from .runtime.runtime import Generation, Runtime
-from .terminal import AnswerWriter, PromptProgress, opens_thinking, printable, show
+from .terminal import AnswerWriter, PromptProgress, printable, show
 
 HELP = '''\
 /clear          start a new conversation (also /reset); the system prompt stays
@@ -99,9 +99,9 @@ class Chat:
 
         Returns None if Ctrl-C came before the first piece."""
         tokenizer = self.runtime.tokenizer
-        said, tokens = (before.answer, list(before.tokens)) if before else ("", [])
-        opened = before is None and opens_thinking(tokenizer, ids)
-        writer, last, interrupted = AnswerWriter(sys.stdout, opened), None, False
+        opened = "" if before or not self.conversation.templated else opened_thought(tokenizer, ids)
+        said, tokens = (before.answer, list(before.tokens)) if before else (opened, [])
+        writer, last, interrupted = AnswerWriter(sys.stdout, bool(opened)), None, False
         try:
             with (
                 PromptProgress() as progress,
@@ -254,9 +254,8 @@ def chat(
     _say(f"{path.name}, context {runtime.plan.context:,} tokens, {_residency(runtime.plan)}; /help lists commands")
     if not templated:
         _say("this model has no chat template: it continues the text of the whole conversation")
-    talk = Chat(
-        runtime, options, Conversation(templated, system, channels=has_channels(tokenizer)), template, drop_oldest
-    )
+    conversation = Conversation(templated, system, thoughts=thoughts_in_prompts(tokenizer))
+    talk = Chat(runtime, options, conversation, template, drop_oldest)
     lines, leaving = LineInput(keep_history, runtime.prompt_bytes_limit), False
     while True:
         try:

@@ -1,10 +1,27 @@
 """The turns of a chat, and the prompt that they make with the next message."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
-from .runtime.channels import without_thoughts
+from .runtime.channels import has_channels, split_thought
+from .runtime.tokenizer import Tokenizer
+
+
+class Thoughts(Enum):
+    """How a chat template gets the thoughts of former answers. Most templates leave them out of the prompt."""
+
+    IN_TEXT = "between tags in the text, as the model wrote them"
+    APART = "in a field of their own"
+    LEFT_OUT = "not at all"
+
+
+def thoughts_in_prompts(tokenizer: Tokenizer) -> Thoughts:
+    """In a field where the template reads it; otherwise in the text, unless the model writes them in another form."""
+    if tokenizer.reads_reasoning():
+        return Thoughts.APART
+    return Thoughts.LEFT_OUT if has_channels(tokenizer) else Thoughts.IN_TEXT
 
 
 @dataclass(slots=True)
@@ -16,9 +33,13 @@ class Turn:
     tokens: list[int]  # of the answer
     complete: bool  # the model ended it
 
-    @property
-    def messages(self) -> list[dict]:
-        return [{"role": "user", "content": self.message}, {"role": "assistant", "content": self.answer}]
+    def messages(self, thoughts: Thoughts = Thoughts.IN_TEXT) -> list[dict]:
+        answer = {"role": "assistant", "content": self.answer}
+        if thoughts is not Thoughts.IN_TEXT:
+            thought, answer["content"] = split_thought(self.answer)
+            if thought and thoughts is Thoughts.APART:
+                answer["reasoning_content"] = thought
+        return [{"role": "user", "content": self.message}, answer]
 
 
 @dataclass(slots=True)
@@ -28,24 +49,23 @@ class Conversation:
     templated: bool
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
-    channels: bool = False  # the template takes answers without their thoughts; see runtime/channels.py
+    thoughts: Thoughts = Thoughts.IN_TEXT
 
     def prompt(self, message: str, dropped: int = 0) -> list[dict] | str:
         """The prompt for `message`, without the oldest `dropped` turns."""
         turns = self.turns[dropped:]
         if not self.templated:
             return "\n".join([*(turn.message + turn.answer for turn in turns), message])
-        if self.channels:
-            turns = [replace(turn, answer=without_thoughts(turn.answer)) for turn in turns]
         begin = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*begin, *(one for turn in turns for one in turn.messages), {"role": "user", "content": message}]
+        said = [one for turn in turns for one in turn.messages(self.thoughts)]
+        return [*begin, *said, {"role": "user", "content": message}]
 
     def save(self, path: Path) -> None:
         """Write the conversation as JSON messages if the file's name ends in .json, else as text.
 
         Raises FileExistsError for a file that exists, and other OSErrors.
         """
-        messages = [one for turn in self.turns for one in turn.messages]
+        messages = [one for turn in self.turns for one in turn.messages()]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
         if path.suffix == ".json":

@@ -7,6 +7,8 @@ import textwrap
 import threading
 import time
 
+from .runtime.channels import THINKING, THOUGHT
+
 PROGRESS_AFTER_S = 0.5  # a shorter prompt shows no progress
 REFRESH_S = 0.1
 HARMLESS = "\n\t"  # control characters that are not escaped: others can move the cursor, retitle the window and more
@@ -101,7 +103,6 @@ class PromptProgress:
 
 STYLES = {"bold green": "\x1b[1;32m", "dim": "\x1b[2m"}
 PLAIN = "\x1b[0m"
-THINKING, THOUGHT = "<think>", "</think>"
 
 
 def has_colours(stream) -> bool:
@@ -115,11 +116,6 @@ def styled(stream, text: str, style: str, invisible: str = "") -> str:
         return text
     left, right = invisible[:1], invisible[1:]
     return f"{left}{STYLES[style]}{right}{text}{left}{PLAIN}{right}"
-
-
-def opens_thinking(tokenizer, ids: list[int]) -> bool:
-    """Whether a prompt ends with an open <think> tag, as with some chat templates."""
-    return tokenizer.decode(ids[-8:]).rstrip().endswith(THINKING)
 
 
 class AnswerWriter:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from ..terminal import AnswerWriter, PromptProgress, has_colours, opens_thinking, show
+from ..terminal import AnswerWriter, PromptProgress, has_colours, show
 from . import options
 from .options import argument, option
 from .output import print_json
@@ -80,6 +80,7 @@ def generate(
     if logprobs is not None and not json_output:
         raise typer.BadParameter("--logprobs needs --json")
     from ..report import default_pruning_text, statistics_text
+    from ..runtime.channels import opened_thought
     from ..runtime.runtime import Runtime
     from ..runtime.sampling import sampling_defaults
 
@@ -108,7 +109,7 @@ def generate(
         pieces = runtime.stream(start, None if max_tokens == -1 else max_tokens, progress=progress, **sampling)
         opened = False
         if templated and has_colours(sys.stdout):
-            opened = opens_thinking(runtime.tokenizer, runtime._prompt_ids(start, chat_template_kwargs=told))
+            opened = bool(opened_thought(runtime.tokenizer, runtime._prompt_ids(start, chat_template_kwargs=told)))
         writer = AnswerWriter(sys.stdout, opened, apart=templated)
         generation, interrupted = _print_pieces(pieces, None if json_output else writer, ids=tokens is not None)
     if json_output:
