@@ -122,9 +122,15 @@ class Tokenizer:
 
     def reads_reasoning(self, room_bytes: int | None = None) -> bool:
         """Whether the default chat template takes the reasoning of a message apart from its content."""
-        with suppress(ValueError):
+        with suppress(ValueError):  # of a faulty template, whose error is raised when it is used
             return self._template("default", room_bytes).reads_reasoning()
         return False
+
+    def template_variables(self, room_bytes: int | None = None) -> set[str]:
+        """The names of variables in the default chat template; none if it is faulty."""
+        with suppress(ValueError):
+            return self._template("default", room_bytes).environment.variables
+        return set()
 
     def _template(self, name: str, room_bytes: int | None):
         from .chat_template import ChatTemplate

@@ -14,8 +14,10 @@ from bundles import REFERENCE, flip, run_python
 
 from edge_moe import __version__
 from edge_moe.bench.synthetic import make_synthetic
+from edge_moe.commands import options
 from edge_moe.runtime.plan import Plan
 from edge_moe.runtime.runtime import Generation, Runtime
+from edge_moe.runtime.tokenizer import Tokenizer
 
 COMMANDS = ("demo", "compress", "prune", "plan", "inspect", "verify", "generate", "chat", "eval", "bench", "doctor")
 CONFIGS = REFERENCE.parent / "configs"
@@ -203,9 +205,29 @@ def test_the_template_is_told_what_else_there_is(templated):
     for how in (["--no-thinking"], ["--chat-template-kwargs", '{"enable_thinking": false}']):
         told = object_of(*given, *how)
         assert (told["tokens"], told["prompt_tokens"]) == (short.tokens, short.prompt_tokens)
+    assert options.template_kwargs(False, '{"a": 1}') == {"a": 1, "enable_thinking": False, "thinking": False}
     assert error_of(*given, "--chat-template-kwargs", "[1]").startswith(
         "chat-template-kwargs '[1]' is not a JSON object"
     )
+
+
+@pytest.mark.parametrize(
+    ("template", "note"),
+    [
+        ("{% if thinking is defined %}{{ thinking }}{% endif %}", None),
+        ("{{ messages[0].thinking }}", "this model's chat template cannot be told whether to think"),
+        (
+            "{{ reasoning_effort }}",
+            "this model's chat template cannot be told whether to think; it has reasoning_effort, for "
+            "--chat-template-kwargs",
+        ),
+    ],
+)
+def test_it_is_said_where_a_template_has_no_switch_for_thinking(tmp_path, template, note):
+    shutil.copy(REFERENCE / "tokenizer.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert options.thinking_note(Tokenizer(tmp_path), False) == note
+    assert options.thinking_note(Tokenizer(tmp_path), None) is None
 
 
 def test_an_answer_goes_on_until_the_context_is_full_and_a_text_for_64_tokens(bundle, templated):

@@ -54,5 +54,7 @@ def chat(
         sampling = {**sampling_defaults(runtime.bundle.path), **sampling}
         if said := default_pruning_text(runtime.bundle.pruning, prune):
             show(said, sys.stderr)
+        if said := options.thinking_note(runtime.tokenizer, thinking):
+            show(said, sys.stderr)
         chat.chat(runtime, sampling, told, system=system, drop_oldest=drop_oldest, keep_history=not no_history)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C while the process ends is not an error

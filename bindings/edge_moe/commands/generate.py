@@ -102,6 +102,8 @@ def generate(
         if system is not None and not templated:
             raise ValueError(f"{bundle}: this model has no chat template; --system needs one")
         if templated:
+            if said := options.thinking_note(runtime.tokenizer, thinking):
+                show(said, sys.stderr)
             start = [*options.system_messages(system), {"role": "user", "content": start.removesuffix("\n")}]
             sampling = {**sampling_defaults(runtime.bundle.path), **sampling, "chat_template_kwargs": told}
         if max_tokens is None:

@@ -77,6 +77,7 @@ System = option(
     section=PROMPT_SECTION,
     help="System prompt, for a model with a chat template.",
 )
+THINKING_VARIABLES = ("enable_thinking", "thinking")  # of chat templates, which have one of them
 Thinking = option(
     bool | None, "--thinking/--no-thinking", section=PROMPT_SECTION,
     help="Tell the chat template whether to let the model think first.",
@@ -121,7 +122,18 @@ def template_kwargs(thinking: bool | None, text: str | None) -> dict | None:
         told = None
     if not isinstance(told, dict):
         raise ValueError(f'chat-template-kwargs {text!r} is not a JSON object such as {{"enable_thinking": false}}')
-    return told | given(enable_thinking=thinking) or None
+    return told | given(**dict.fromkeys(THINKING_VARIABLES, thinking)) or None
+
+
+def thinking_note(tokenizer, thinking: bool | None) -> str | None:
+    """What to say where the chat template has no variable for --thinking and --no-thinking."""
+    if thinking is None or tokenizer is None or tokenizer.chat_template is None:
+        return None
+    variables = tokenizer.template_variables()
+    if not variables.isdisjoint(THINKING_VARIABLES):
+        return None
+    other = "; it has reasoning_effort, for --chat-template-kwargs" if "reasoning_effort" in variables else ""
+    return f"this model's chat template cannot be told whether to think{other}"
 
 
 def system_messages(system: str | None) -> list[dict]:
