@@ -84,26 +84,28 @@ void bind_kernels(nb::module_& m) {
       .value("silu", Gate::kSilu)
       .value("gelu_tanh", Gate::kGelu)
       .value("sigmoid", Gate::kSigmoid)
-      .value("clamped_swiglu", Gate::kClamped);
+      .value("clamped_swiglu", Gate::kClamped)
+      .value("bilinear", Gate::kBilinear);
 
   m.def(
       "convolve",
       [](const std::string& kernels, ArrayIn<float, 2> x, ArrayIn<float, 2> weights, ArrayIn<float, 2> past, int begin,
-         int end) {
+         int end, bool silu) {
         const size_t tokens = x.shape(0), channels = x.shape(1), kernel = weights.shape(0);
         expect(kernel >= 1 && weights.shape(1) == channels, "weights must be (kernel, channels)");
         expect(past.shape(0) == 0 || (past.shape(0) == kernel - 1 && past.shape(1) == channels),
                "past must be (kernel - 1, channels), or have no rows");
         expect(begin >= 0 && begin <= end && size_t(end) <= channels, "channels must be a range of x");
         std::vector<float> y(x.data(), x.data() + tokens * channels), next((kernel - 1) * channels);
-        const Convolution c = {
-            weights.data(), past.shape(0) ? past.data() : nullptr, next.data(), int(kernel), int(channels), channels};
+        const float* before = past.shape(0) ? past.data() : nullptr;
+        const Convolution c = {weights.data(), before, next.data(), int(kernel), int(channels), channels, silu};
         find_kernels(kernels).convolve(c, y.data(), int(tokens), begin, end);
         return std::make_pair(to_numpy(std::move(y), {tokens, channels}),
                               to_numpy(std::move(next), {kernel - 1, channels}));
       },
       nb::arg("kernels"), nb::arg("x"), nb::arg("weights"), nb::arg("past"), nb::arg("begin"), nb::arg("end"),
-      "x (tokens, channels) with channels [begin, end) replaced by the silu of their convolution, and the inputs\n"
+      nb::arg("silu") = true,
+      "x (tokens, channels) with channels [begin, end) replaced by their convolution or its silu, and the inputs\n"
       "(kernel - 1, channels) that the next tokens need. past: those of the tokens before; without rows: none.");
 
   m.def(

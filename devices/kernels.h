@@ -117,6 +117,7 @@ struct Convolution {
   float* next;           // (kernel - 1, channels): gets those of the last tokens; not `past`
   int kernel, channels;
   size_t stride;  // from one token's channels to the next one's
+  bool silu;      // of the result
 };
 
 // One head of a gated delta net, for some consecutive tokens. Strides are from one token to the next.
@@ -179,9 +180,9 @@ struct Kernels {
   // y = x * (scale / sqrt(sum(x^2) + eps))
   void (*l2_norm)(const float* x, float eps, float scale, float* y, int n);
 
-  // x = silu of the convolution of x, for channels [begin, end) of all tokens. A sum begins with the product of the
-  // token's own input; then earlier ones follow, the latest first: sum = fma(weight, input, sum). past null: these are
-  // left out.
+  // x = the convolution of x, or the silu of that, for channels [begin, end) of all tokens. A sum begins with the
+  // product of the token's own input; then earlier ones follow, the latest first: sum = fma(weight, input, sum). past
+  // null: these are left out.
   void (*convolve)(const Convolution& c, float* x, int tokens, int begin, int end);
 
   // For each token and column j of the state s, (head_dim, v_dim): known = the sum over i, in order, of

@@ -69,17 +69,18 @@ EDGE_MOE_BOTH static inline float exp_lane(float x) {
 }
 
 // How the products of gate and up become the input of down.
-enum class Gate { kSilu, kGelu, kSigmoid, kClamped };
+enum class Gate { kSilu, kGelu, kSigmoid, kClamped, kBilinear };
 struct Activation {
   Gate gate = Gate::kSilu;
   float alpha = 0, limit = 0;  // of kClamped
 };
 
-// silu(gate) * up; gelu(gate) * up, in its tanh form; sigmoid(gate) * up; or, of a gate of at most `limit` and an up
-// within +-limit, gate * sigmoid(alpha * gate) * (up + 1).
+// silu(gate) * up; gelu(gate) * up, in its tanh form; sigmoid(gate) * up; of a gate of at most `limit` and an up within
+// +-limit, gate * sigmoid(alpha * gate) * (up + 1); or gate * up.
 EDGE_MOE_BOTH static inline float gated(float gate, float up, const Activation& activation) {
   if (activation.gate == Gate::kSilu) return gate / (1.0f + exp_lane(-gate)) * up;
   if (activation.gate == Gate::kSigmoid) return up / (1.0f + exp_lane(-gate));
+  if (activation.gate == Gate::kBilinear) return gate * up;
   if (activation.gate == Gate::kClamped) {
     const float limit = activation.limit;
     gate = gate > limit ? limit : gate;

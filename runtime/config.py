@@ -7,11 +7,13 @@ from .layers.attention import Attention
 from .layers.delta_net import DeltaNet
 from .layers.latent import LatentAttention
 from .layers.mlp import Dense, Experts, RouterConfig
+from .layers.short_conv import ShortConv
 
 MAX_LAYERS, MAX_EXPERTS = 1024, 4096  # more than any model has; a damaged file is refused
 
 
-Mixer = Attention | LatentAttention | DeltaNet  # what a layer lets tokens affect later ones by
+Recurrent = DeltaNet | ShortConv  # which keep a state of fixed size in place of keys and values
+Mixer = Attention | LatentAttention | Recurrent  # what a layer lets tokens affect later ones by
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class ModelConfig:
     @property
     def attention(self) -> Mixer:
         """The attention of the first layer that has keys."""
-        return next((its for its in self.attentions if not isinstance(its, DeltaNet)), self.attentions[0])
+        return next((its for its in self.attentions if not isinstance(its, Recurrent)), self.attentions[0])
 
     @property
     def tells_received(self) -> bool:
@@ -82,7 +84,7 @@ class ModelConfig:
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
         """The layers that keep a state of fixed size in place of keys and values."""
-        return tuple(at for at, layer in enumerate(self.layers) if isinstance(layer.attention, DeltaNet))
+        return tuple(at for at, layer in enumerate(self.layers) if isinstance(layer.attention, Recurrent))
 
     @property
     def chooses_positions(self) -> bool:
@@ -209,8 +211,9 @@ FLOAT_MATRICES = (
     "delta.write",
     "delta.decay",
     "delta.conv",
-)  # small, and much depends on them; index.*, delta.*: see layers/indexer.py, delta_net.py
-TRUNK_KINDS = ("shared", "attention", "delta", "dense", "embedding", "head")
+    "conv.weights",
+)  # small, and much depends on them; index.*, delta.*, conv.*: see layers/indexer.py, delta_net.py, short_conv.py
+TRUNK_KINDS = ("shared", "attention", "delta", "conv", "dense", "embedding", "head")
 
 
 def without_layer(name: str) -> str:

@@ -8,8 +8,7 @@ from itertools import product
 
 from .. import _core
 from ..devices.probe import cgroup_limit_bytes, memory_limit_bytes
-from .config import Mixer, ModelConfig
-from .layers.delta_net import DeltaNet
+from .config import Mixer, ModelConfig, Recurrent
 from .layers.latent import LatentAttention
 from .plan_table import plan_text
 from .sampling import whole_number
@@ -194,7 +193,8 @@ def engine_config(
     c.layer_norm = {"rms": False, "layer": True}[config.norm]
     c.router_score, c.router_threshold = getattr(_core.RouterScore, router.score), router.threshold
     c.group_top2sum = {"max": False, "top2sum": True}[router.group_score]
-    c.renormalise, c.router_logits_scale = router.renormalise, router.logits_scale
+    c.renormalise, c.router_sum_eps = router.renormalise, router.sum_eps
+    c.router_logits_scale = router.logits_scale
     c.groups, c.top_groups = router.groups, router.top_groups
     if router.groups > 1:
         c.expert_groups = [config.groups_of(layer) for layer in range(config.layer_count)]
@@ -212,8 +212,8 @@ def attention_config(attention: Mixer, context: int) -> _core.AttentionConfig:
         attention.head_dim,
         attention.value_dim,
     )
-    if isinstance(attention, DeltaNet):
-        a.conv_kernel = attention.conv_kernel
+    if isinstance(attention, Recurrent):
+        a.recurrence, a.conv_kernel = getattr(_core.Recurrence, attention.recurrence), attention.conv_kernel
         return a
     rope = attention.rope.planned(context)
     a.rope_dim, a.rope_frequency, a.rope_scale = rope.dim, rope.frequency().tolist(), rope.scale

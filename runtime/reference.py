@@ -156,7 +156,7 @@ def route(config: ModelConfig, weights, layer: int, h, xp=np):
     routing_weights = xp.take_along_axis(scores, array(chosen.clip(0), xp), axis=-1)
     routing_weights = xp.where(array(chosen >= 0, xp), routing_weights, 0.0)
     if config.router.renormalise:
-        routing_weights = routing_weights / (xp.sum(routing_weights, axis=-1, keepdims=True) + 1e-20)
+        routing_weights = routing_weights / (xp.sum(routing_weights, axis=-1, keepdims=True) + config.router.sum_eps)
     if config.router.expert_scale:
         scale = weights.trunk(f"layers.{layer}.expert_scale")[chosen.clip(0)]
         routing_weights = routing_weights * array(scale, xp)

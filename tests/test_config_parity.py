@@ -20,6 +20,7 @@ NO_DEFAULTS = {  # that a model could have
     "deepseek_v2": {"num_experts_per_tok": 6},
     **dict.fromkeys(("gemma4", "gemma4_text"), {**GEMMA4, "hidden_size_per_layer_input": 0}),
     "glm4_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
 }
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 6.0}
@@ -39,7 +40,7 @@ def default_of(text, key: str):
         return text.rope_parameters[key]
     if key == "global_head_dim":
         return text.per_layer_config["full_attention"].head_dim
-    if key == "hidden_act" and hasattr(text, "hidden_activation"):
+    if key in COMMON_DEFAULTS and not hasattr(text, key):
         return COMMON_DEFAULTS[key]  # a key that the family does not have
     text.allow_global_per_layer_attribute_access = True
     return getattr(text, key)

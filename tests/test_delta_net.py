@@ -1,4 +1,5 @@
-"""Gated delta nets: kernels, and states that are rewound, shared, kept across failures and counted by the plan."""
+"""Gated delta nets and short convolutions: kernels, and states that are rewound, shared, kept across failures and
+counted by the plan."""
 
 import json
 import shutil
@@ -16,7 +17,7 @@ from edge_moe.runtime.config_file import load_config, parse_config
 from edge_moe.runtime.layers.delta_net import convolve, delta_rule
 from edge_moe.runtime.runtime import Runtime
 
-NAMES = ("qwen3_next", "qwen3_5_moe")
+NAMES = ("qwen3_next", "qwen3_5_moe", "lfm2_moe")
 SIZES = [(1, 4, 8), (3, 24, 16), (9, 16, 40), (70, 128, 128), (5, 7, 3), (2, 33, 65)]  # tokens, head_dim, v_dim
 
 
@@ -63,6 +64,9 @@ def test_the_convolution_has_the_same_bits_in_every_kernel_set_and_split(name, t
     y = convolve(x[None].astype(np.float64), weights)[0]
     want, after = _core.convolve("scalar", x, weights, none, 0, channels)
     np.testing.assert_allclose(want, y / (1 + np.exp(-y)), rtol=0, atol=1e-5)
+    linear, _ = _core.convolve("scalar", x, weights, none, 0, channels, silu=False)
+    np.testing.assert_allclose(linear, y, rtol=0, atol=1e-5)
+    assert same_bits(_core.convolve(name, x, weights, none, 0, channels, silu=False)[0], linear)
     assert same_bits(after, np.concatenate([np.zeros((kernel, channels), np.float32), x])[-(kernel - 1) or 99 :])
     got, its = _core.convolve(name, x, weights, none, 0, channels)
     assert same_bits(got, want) and same_bits(its, after)
@@ -202,6 +206,9 @@ def test_the_plan_counts_states_that_do_not_grow(mixed, golden):
         assert plans[0].state_bytes == plans[1].state_bytes == 3 * 4 * 4 * (6 * 24 * 16 + 3 * 192)
         assert plans[1].kv_cache_bytes == 2 * plans[0].kv_cache_bytes == 128 * 2 * 2 * 24 * 2
         assert plans[1].state_saves_bytes == 3 * plans[1].kv_cache_bytes
+    with Runtime(mixed("lfm2_moe"), context=128) as runtime:  # three layers with two inputs of 64 channels
+        assert runtime.plan.state_bytes == 3 * 4 * 4 * 2 * 64
+        assert runtime.plan.state_saves_bytes == 3 * runtime.plan.kv_cache_bytes
     assert "in place of 36.9 kB of KV cache; 2 to go on from; the same for any context" in str(plans[0])
 
 

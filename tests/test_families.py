@@ -194,6 +194,27 @@ def test_what_is_new_about_an_unknown_family_is_said():
                 ),
             ]
         ),
+        (
+            {"model_type": "lfm2_moe", "conv_bias": True},
+            "conv_bias true is not supported for lfm2_moe; supported is false",
+        ),
+        (
+            {"model_type": "lfm2_moe", "layer_types": ["conv", "linear_attention"]},
+            r"layer_types is \['conv', 'linear_attention'\], expected conv or full_attention for every layer",
+        ),
+        ({"model_type": "lfm2_moe"}, "layer_types is None, expected conv or full_attention for every layer"),
+        (
+            {"model_type": "lfm2_moe", "layer_types": ["conv"] * 2, "num_dense_layers": -1},
+            "num_dense_layers is -1, expected a whole number from 0",
+        ),
+        (
+            {"model_type": "lfm2_moe", "layer_types": ["conv"] * 2, "num_dense_layers": 2},
+            "config.json: no layer has experts",
+        ),
+        (
+            {"model_type": "lfm2_moe", "tie_word_embeddings": True, "tie_embedding": False},
+            "tie_word_embeddings is True and tie_embedding is False, two spellings of one key",
+        ),
         ({"model_type": "phimoe", "num_experts_per_tok": 1}, "num_experts_per_tok is 1, expected 2"),
         (
             {"model_type": "phimoe", "router_jitter_noise": "0.01"},

@@ -24,7 +24,7 @@ MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32", "uint8": "U8"}
 FAMILIES = (
     *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "glm4_moe", "granitemoe", "minimax_m2", "phimoe"),
-    *("qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss", "gemma4"),
+    *("qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss", "gemma4", "lfm2_moe"),
     *("deepseek_v3", "deepseek_v32", "moonlight", "glm4_moe_lite", "glm_moe_dsa", "kimi_k25"),  # whose kv_b is split
     "mistral4",  # likewise
 )

@@ -54,6 +54,7 @@ KINDS = {
     "granitemoe": {"embedding", "attention"},
     "hunyuan_v1_moe": {"embedding", "attention", "shared", "head"},
     "kimi_k25": {"embedding", "attention", "shared", "head"},
+    "lfm2_moe": {"embedding", "attention", "conv", "dense"},
     "minimax_m2": {"embedding", "attention", "head"},
     "mistral3": {"embedding", "attention", "shared", "head"},
     "mistral4": {"embedding", "attention", "dense", "shared", "head"},
@@ -73,6 +74,8 @@ def kind_of(name: str) -> str | None:
         return "delta" if parts[1] in ("qkv", "gate", "o") else None
     if parts[0] == "index":
         return "attention" if parts[1] == "q" else None
+    if parts[0] == "conv":
+        return "conv" if parts[1] != "weights" else None
     if parts[0] in ("embedding", "head", "shared", "dense"):
         return parts[0]
     return "attention" if parts[0] in ATTENTION else None

@@ -103,7 +103,7 @@ def router_backward(config: ModelConfig, router, h, scores, chosen, weights, g_w
     scale = config.routing_scale * (1 if expert_scale is None else expert_scale[chosen.clip(0)])
     if rule.renormalise:
         mean = (g_weights * weights).sum(axis=-1, keepdims=True)
-        g_its = (g_weights * scale - mean) / (its.sum(axis=-1, keepdims=True) + 1e-20)
+        g_its = (g_weights * scale - mean) / (its.sum(axis=-1, keepdims=True) + rule.sum_eps)
     else:
         g_its = g_weights * scale
     g_scores = np.zeros((len(g_weights), *scores.shape), np.float32)

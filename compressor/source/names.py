@@ -39,7 +39,7 @@ class Names:
     layers: str  # precedes a layer's number, prefix included: model.layers.
     head: str
     layout: Layout
-    of_layer: Mapping[str, str]  # by canonical name within a layer
+    of_tensors: Mapping[str, str]  # by canonical name, within a layer or outside of layers
     family: Family
     packed: tuple[Packed, ...]  # of the family's, those that the checkpoint has
     mlx: bool  # mlx-lm saved it
@@ -51,22 +51,23 @@ class Names:
         """Find which of the family's spellings the stored tensors have, or whether they have mlx-lm's."""
         inner = ("language_model.",) if family.text else ()
         prefixes = (*family.prefixes, *(f"{one}model." for one in inner))
-        prefixes = [prefix for prefix in prefixes if f"{prefix}embed_tokens.weight" in stored]
+        its_names = {**NAMES, **family.names}
+        prefixes = [prefix for prefix in prefixes if f"{prefix}{its_names['embedding']}" in stored]
         prefix = prefixes[0] if prefixes else family.prefixes[0]
         heads = (*family.heads, *(f"{one}lm_head.weight" for one in inner))
         head = next((name for name in heads if name in stored), heads[0])
-        norm = f"0.{NAMES['attention_norm']}"
+        norm = f"0.{its_names['attention_norm']}"
         lists = [f"{prefix}{name}." for name in family.layers]
         layers = next((name for name in lists if name + norm in stored), lists[0])
         stacked = tuple(_stacked_layouts(family.layouts))
         layout = _layout(config, (*family.layouts, *stacked), f"{layers}{config.moe_layers[0]}.", stored)
         packed = tuple(one for one in family.packed if _has(one, layers, config, stored))
-        of_layer = {**NAMES, **family.names, **layout.names}
         mlx = layout in stacked
+        its_names |= {**layout.names, **(family.mlx_names if mlx else {})}
         # mlx-lm stores the weights of norms that are used.
         changes = {part: its for part, its in family.conversions.items() if not (mlx and part.endswith("norm"))}
         splits_latent = f"{layers}0.{KEYS_OF_LATENT}" in stored
-        return cls(prefix, layers, head, layout, of_layer, family, packed, mlx, splits_latent, changes)
+        return cls(prefix, layers, head, layout, its_names, family, packed, mlx, splits_latent, changes)
 
     def packed_at(self, config: ModelConfig, layer: int) -> dict[str, tuple[str, Rows, int]]:
         """The matrices of a layer that are stored together: the tensor's name, their rows, and all its rows."""
@@ -80,9 +81,7 @@ class Names:
 
 def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
     """Yield the source of every tensor of the model."""
-    outside = {"embedding": f"{names.prefix}embed_tokens.weight", "output_norm": f"{names.prefix}norm.weight"}
-    outside |= {"output_norm_bias": f"{names.prefix}norm.bias", "head": names.head}
-    outside["head_bias"] = f"{names.head.removesuffix('weight')}bias"
+    heads = {"head": names.head, "head_bias": f"{names.head.removesuffix('weight')}bias"}
     packed = [names.packed_at(config, layer) for layer in range(config.layer_count)]
     for name, shape in trunk_shapes(config).items():
         layer, part = (int(name.split(".")[1]), without_layer(name)) if name.startswith("layers.") else (None, name)
@@ -91,12 +90,12 @@ def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
             yield _halves(name, f"{names.layers}{layer}.", config.layers[layer].attention)
             continue
         if layer is None:
-            key = outside[name]
+            key = heads.get(name) or f"{names.prefix}{names.of_tensors[name]}"
         elif part in packed[layer]:
             its, rows, total = packed[layer][part]
             key, key_shape = f"{names.layers}{layer}.{its}", (total, *shape[1:])
         else:
-            key = f"{names.layers}{layer}.{names.of_layer[part]}"
+            key = f"{names.layers}{layer}.{names.of_tensors[part]}"
         if change := names.family.stored_as.get(part):
             key_shape = change(shape)
             if names.mlx:  # has a convolution's inputs last

@@ -103,7 +103,8 @@ void gate_up(float* gate, const float* up, int n, const Activation& activation) 
   auto* loop = activation.gate == Gate::kSilu      ? gate_up_of<Gate::kSilu>
                : activation.gate == Gate::kGelu    ? gate_up_of<Gate::kGelu>
                : activation.gate == Gate::kSigmoid ? gate_up_of<Gate::kSigmoid>
-                                                   : gate_up_of<Gate::kClamped>;
+               : activation.gate == Gate::kClamped ? gate_up_of<Gate::kClamped>
+                                                   : gate_up_of<Gate::kBilinear>;
   loop(gate, up, n, activation.alpha, activation.limit);
 }
 
@@ -126,7 +127,7 @@ void convolve(const Convolution& c, float* x, int tokens, int begin, int end) {
       const float *from = input(t - at), *weights = c.weights + size_t(past - at) * c.channels;
       for (int i = begin; i < end; ++i) y[i] = std::fma(weights[i], from[i], y[i]);
     }
-    for (int i = begin; i < end; ++i) y[i] = gated(y[i], 1.0f, {Gate::kSilu});
+    for (int i = begin; c.silu && i < end; ++i) y[i] = gated(y[i], 1.0f, {Gate::kSilu});
   }
 }
 

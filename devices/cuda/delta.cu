@@ -12,13 +12,13 @@ constexpr int kThreads = 128;
 
 // Each thread computes one channel.
 EDGE_MOE_KERNEL(kThreads)
-convolve_kernel(float* qkv, const float* weights, DeltaNet net, StateBuffers states, Span span) {
+convolve_kernel(float* values, const float* weights, bool silu, DeltaNet net, StateBuffers states, Span span) {
   const int channel = int(blockIdx.x * kThreads + threadIdx.x), channels = net.channels(), past = net.conv_kernel - 1;
   if (channel >= channels) return;
   const float* before = states.before();
   const float* inputs = before ? before + net.state_values() + channel : nullptr;
   float* next = states.after() + net.state_values() + channel;
-  float* x = qkv + size_t(span.first) * channels + channel;
+  float* x = values + size_t(span.first) * channels + channel;
   const auto input = [&](int t) {
     return t >= 0 ? x[size_t(t) * channels] : inputs ? inputs[size_t(t + past) * channels] : 0.0f;
   };
@@ -27,7 +27,7 @@ convolve_kernel(float* qkv, const float* weights, DeltaNet net, StateBuffers sta
     float sum = weights[size_t(past) * channels + channel] * x[size_t(t) * channels];
     for (int at = 1; at <= past && (inputs || t >= at); ++at)
       sum = fmaf(weights[size_t(past - at) * channels + channel], input(t - at), sum);
-    x[size_t(t) * channels] = gated(sum, 1.0f, {Gate::kSilu});
+    x[size_t(t) * channels] = silu ? gated(sum, 1.0f, {Gate::kSilu}) : sum;
   }
 }
 
@@ -97,10 +97,10 @@ delta_kernel(const float* qkv, const float* write, const float* decay, DeltaNet 
 
 }  // namespace
 
-void convolve(float* qkv, const float* weights, const DeltaNet& net, const StateBuffers& states, const Span& span,
-              Stream stream) {
-  EDGE_MOE_LAUNCH(convolve_kernel, dim3(pieces(size_t(net.channels()), kThreads)), dim3(kThreads), 0, stream, qkv,
-                  weights, net, states, span);
+void convolve(float* x, const float* weights, bool silu, const DeltaNet& net, const StateBuffers& states,
+              const Span& span, Stream stream) {
+  EDGE_MOE_LAUNCH(convolve_kernel, dim3(pieces(size_t(net.channels()), kThreads)), dim3(kThreads), 0, stream, x,
+                  weights, silu, net, states, span);
 }
 
 void delta_inputs(float* qkv, float* write, float* decay, const float* bias, const float* rate, const DeltaNet& net,

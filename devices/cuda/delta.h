@@ -1,11 +1,11 @@
-// Launches of a gated delta net's kernels: see delta.cu. Pointers are device pointers.
+// Launches of the kernels of layers with a convolution and a recurrence: see delta.cu. Pointers are device pointers.
 #pragma once
 
 #include "layer.h"
 
 namespace edge_moe::cuda {
 
-// The sizes of a gated delta net; see AttentionConfig.
+// The sizes of a gated delta net, or of a short convolution, whose head_dim is 0; see AttentionConfig.
 struct DeltaNet {
   int heads, kv_heads, head_dim, v_dim, conv_kernel;
 
@@ -25,9 +25,9 @@ struct StateBuffers {
   EDGE_MOE_BOTH float* after() const { return first + size_t(of_span[1]) * stride; }
 };
 
-// qkv (tokens, channels) of a span = silu of their convolution with weights (conv_kernel, channels).
-void convolve(float* qkv, const float* weights, const DeltaNet& net, const StateBuffers& states, const Span& span,
-              Stream stream);
+// x (tokens, channels) of a span = its convolution with weights (conv_kernel, channels), or the silu of that.
+void convolve(float* x, const float* weights, bool silu, const DeltaNet& net, const StateBuffers& states,
+              const Span& span, Stream stream);
 
 // Scales the queries and keys in qkv to unit length, queries times head_dim^-0.5, and applies the functions of write
 // and decay (tokens, heads) to these, for a span's tokens. bias, rate: (heads,).

@@ -25,6 +25,7 @@ class DeltaNet:
     conv_kernel: int  # of the convolution over q, k and v: how many tokens an output depends on, its own included
 
     output = "delta.o"  # the output projection
+    recurrence = "delta_net"
     rope = None
     output_bias = False
 

@@ -18,6 +18,7 @@ class RouterConfig:
     threshold: float = 0.0  # of sparsemixer: the maximum relative distance below the largest logit that counts
     logits_scale: float = 1.0
     expert_scale: bool = False  # the final weights are multiplied by a factor of each expert, and ordered by the result
+    sum_eps: float = 1e-20  # if the model renormalises: added to the sum that weights are divided by
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,14 @@ from ..layers.delta_net import DeltaNet
 from ..layers.indexer import Indexer
 from ..layers.latent import LatentAttention
 from ..layers.mlp import Dense, Experts, RouterConfig
+from ..layers.short_conv import ShortConv
 from ..rope_config import TYPES, read_rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-NAMES = {  # names of a layer's tensors in most checkpoints, by canonical name
+NAMES = {  # names of tensors in most checkpoints, by canonical name: of a layer's, and of those before and after layers
+    "embedding": "embed_tokens.weight",
+    "output_norm": "norm.weight",
+    "output_norm_bias": "norm.bias",
     "attention_norm": "input_layernorm.weight",
     "attention_norm_bias": "input_layernorm.bias",
     "mlp_norm": "post_attention_layernorm.weight",
@@ -84,6 +88,16 @@ class Packed:
     rows: Callable[[Any], Mapping[str, Rows]]  # of each matrix, by canonical name; called with the layer's attention
 
 
+def conv_stored(shape: Shape) -> Shape:
+    """The shape in which checkpoints store a convolution's weights (kernel, channels)."""
+    return shape[1], 1, shape[0]
+
+
+def conv_read(weights: np.ndarray) -> np.ndarray:
+    """The weights of a convolution, (kernel, channels), from those that are stored, (channels, kernel)."""
+    return np.ascontiguousarray(weights.T)
+
+
 USUAL_LAYOUTS = (separate("mlp.experts", "gate_proj", "up_proj", "down_proj"), fused())
 
 
@@ -94,7 +108,8 @@ class Family:
     model_type: str
     parse: Callable[[Keys], ModelConfig]
     defaults: Mapping[str, object]  # values of absent keys, where they differ from those of other families
-    names: Mapping[str, str] = field(default_factory=dict)  # of a layer's tensors, where they differ from NAMES
+    names: Mapping[str, str] = field(default_factory=dict)  # of tensors, where they differ from NAMES
+    mlx_names: Mapping[str, str] = field(default_factory=dict)  # where they differ again in what mlx-lm saves
     layouts: tuple[Layout, ...] = USUAL_LAYOUTS  # the first layout that matches a checkpoint is used
     text: str = ""  # key of the language model's config, if config.json has other parts
     prefixes: tuple[str, ...] = ("model.", "")  # of the tensors' names; "" for a checkpoint saved without the head
@@ -303,6 +318,8 @@ def _check(config: ModelConfig, where: str) -> None:
 
 
 def _attention_problems(attention: Mixer) -> list[tuple[int, str]]:
+    if isinstance(attention, ShortConv):
+        return []
     if isinstance(attention, DeltaNet):
         shared = attention.heads % attention.kv_heads
         return [(shared, "linear_num_value_heads must be a multiple of linear_num_key_heads")]

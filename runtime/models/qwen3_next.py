@@ -8,7 +8,19 @@ from ..config_keys import Keys
 from ..layers.attention import Attention
 from ..layers.delta_net import DeltaNet
 from ..layers.mlp import RouterConfig
-from .family import Family, Packed, Rows, Shape, experts, grouped, layer_count, model, no_bias, stack
+from .family import (
+    Family,
+    Packed,
+    Rows,
+    conv_read,
+    conv_stored,
+    experts,
+    grouped,
+    layer_count,
+    model,
+    no_bias,
+    stack,
+)
 from .qwen2_moe import sparse_dense
 
 KINDS = ("linear_attention", "full_attention")
@@ -92,10 +104,6 @@ def _joined_gates(attention: Mixer) -> dict[str, Rows]:
     return _of_key_heads(attention, {"delta.write": shared, "delta.decay": shared})
 
 
-def _conv_shape(shape: Shape) -> Shape:
-    return shape[1], 1, shape[0]
-
-
 NORMS = ("attention_norm", "mlp_norm", "output_norm", "q_norm", "k_norm")
 NAMES = {
     **{f"shared.{part}": f"mlp.shared_expert.{part}_proj.weight" for part in ("gate", "up", "down")},
@@ -115,8 +123,8 @@ PACKED = (
     Packed("linear_attn.in_proj_ba.weight", _joined_gates),
 )
 CONVERSIONS = {name: lambda weight: weight + 1 for name in NORMS}
-CONVERSIONS |= {"delta.conv": lambda weights: np.ascontiguousarray(weights.T), "delta.decay_rate": np.exp}
-STORED_AS = {"delta.conv": _conv_shape}
+CONVERSIONS |= {"delta.conv": conv_read, "delta.decay_rate": np.exp}
+STORED_AS = {"delta.conv": conv_stored}
 
 FAMILY = Family(
     "qwen3_next",

@@ -11,7 +11,7 @@
 using namespace edge_moe;
 
 static void check_attention(const EngineConfig& c, const AttentionConfig& a) {
-  expect(a.conv_kernel >= 0 && a.heads >= 1, "heads must be at least 1, conv_kernel at least 0");
+  expect(a.heads >= 1 && a.conv_kernel >= a.recurrent(), "heads, and conv_kernel of a recurrence, must be at least 1");
   expect(a.rope_dim <= a.head_dim && a.rope_frequency.size() * 2 == size_t(a.rope_dim),
          "rope_frequency must have one value a pair of rope_dim, which is at most head_dim");
   expect(a.rope_span >= a.rope_dim && a.rope_span <= a.head_dim && (a.rope_span == a.rope_dim || !a.kv_rank),
@@ -49,6 +49,11 @@ void check_config(const EngineConfig& c) {
 }
 
 void bind_config(nb::module_& m) {
+  nb::enum_<Recurrence>(m, "Recurrence", "What a layer has in place of attention; see engine_config.h.")
+      .value("none", Recurrence::kNone)
+      .value("delta_net", Recurrence::kDeltaNet)
+      .value("short_conv", Recurrence::kShortConv);
+
   nb::class_<AttentionConfig>(m, "AttentionConfig", "One kind of attention; see engine_config.h.")
       .def(nb::init<>())
       .def_rw("heads", &AttentionConfig::heads)
@@ -79,6 +84,7 @@ void bind_config(nb::module_& m) {
       .def_rw("index_norm_eps", &AttentionConfig::index_norm_eps)
       .def_rw("index_scale", &AttentionConfig::index_scale)
       .def_rw("output_gate", &AttentionConfig::output_gate)
+      .def_rw("recurrence", &AttentionConfig::recurrence)
       .def_rw("conv_kernel", &AttentionConfig::conv_kernel);
 
   nb::enum_<RouterScore>(m, "RouterScore", "How router logits become routing weights; see router.h.")
@@ -119,6 +125,7 @@ void bind_config(nb::module_& m) {
       .def_rw("renormalise", &EngineConfig::renormalise)
       .def_rw("group_top2sum", &EngineConfig::group_top2sum)
       .def_rw("router_logits_scale", &EngineConfig::router_logits_scale)
+      .def_rw("router_sum_eps", &EngineConfig::router_sum_eps)
       .def_rw("routing_scale", &EngineConfig::routing_scale)
       .def_rw("groups", &EngineConfig::groups)
       .def_rw("top_groups", &EngineConfig::top_groups)

@@ -74,8 +74,8 @@ void CpuMath::begin(const Step&, std::span<const int32_t> ids) {
 void CpuMath::any_attention(int layer, const Step& step, bool received) {
   if (config_.attention(layer).kv_rank)
     latent_attention(layer, step);
-  else if (config_.attention(layer).conv_kernel)
-    delta_net(layer, step);
+  else if (config_.attention(layer).recurrent())
+    recurrence(layer, step);
   else
     attention(layer, step, received);
 }

@@ -43,7 +43,7 @@ class CpuMath : public LayerMath {
     int begin, end;        // rows of the matrix, or pairs of the job
   };
 
-  // attention.cpp, latent_attention.cpp, delta_net.cpp
+  // attention.cpp, latent_attention.cpp, recurrence.cpp
   void any_attention(int layer, const Step& step, bool received);
   void attention(int layer, const Step& step, bool received);
   void attend(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads, int thread);
@@ -60,8 +60,9 @@ class CpuMath : public LayerMath {
   void choose_positions(int layer, std::span<const IndexQuery> queries);
   void index_scores(int layer, const IndexQuery& query, int begin, int end, float* scores, int thread);
   uint8_t* index_keys(int sequence, int layer) const;
-  void delta_net(int layer, const Step& step);
+  void recurrence(int layer, const Step& step);
   void delta_heads(int layer, const TokenSpan& span, int kv_head);
+  void convolve_channels(int layer, const TokenSpan& span, int begin, int end);
   float* state(int buffer, int layer) const;
   void note_overflow(int sequence, const float* values, size_t count);  // of what goes into a KV cache of halves
   void attention_norm(int layer, int tokens);

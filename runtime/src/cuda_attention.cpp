@@ -10,7 +10,7 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
   norm(layers_[layer].attention_norm, s_.x, step.tokens, s_.normed, s_.normed_q);
-  if (a.conv_kernel) return delta_net(layer, step);
+  if (a.recurrent()) return recurrence(layer, step);
   if (a.kv_rank)
     latent_project(layer, step.tokens);
   else
@@ -43,7 +43,10 @@ void CudaMath::attention_output(int layer, int tokens) {
   const cuda::VectorBuffer quantised = s_.attended_q.of_length(w.o.cols);
   if (w.o_gate) {
     const cuda::Rows rows = {0, tokens};
-    const Activation activation = {c.attention(layer).conv_kernel ? Gate::kSilu : Gate::kSigmoid};
+    const Recurrence recurrence = c.attention(layer).recurrence;
+    const Activation activation = {recurrence == Recurrence::kDeltaNet    ? Gate::kSilu
+                                   : recurrence == Recurrence::kShortConv ? Gate::kBilinear
+                                                                          : Gate::kSigmoid};
     cuda::activate(&rows, 1, s_.o_gate, s_.attended, w.o.cols, activation,
                    w.o.takes_rounded() ? quantised : cuda::VectorBuffer{}, stream_);
   } else if (w.o.takes_rounded()) {
@@ -53,25 +56,31 @@ void CudaMath::attention_output(int layer, int tokens) {
   add_to_residual(w.attention_post_norm, s_.normed, tokens);
 }
 
-// x += a gated delta net of the normed x; see delta_net.cpp.
-void CudaMath::delta_net(int layer, const Step& step) {
+// x += a gated delta net or a short convolution of the normed x; see recurrence.cpp.
+void CudaMath::recurrence(int layer, const Step& step) {
   const AttentionConfig& a = config_.attention(layer);
   const LayerWeights& w = layers_[layer];
   const cuda::DeltaNet net = {a.heads, a.kv_heads, a.head_dim, a.v_dim, a.conv_kernel};
-  const cuda::ProductJob jobs[] = {cuda::whole(w.qkv, step.tokens, s_.q), cuda::whole(w.o_gate, step.tokens, s_.o_gate),
-                                   cuda::whole(w.write, step.tokens, s_.write),
-                                   cuda::whole(w.decay, step.tokens, s_.decay)};
-  multiply(jobs, s_.normed, s_.normed_q);
+  const bool delta = a.recurrence == Recurrence::kDeltaNet;
+  float* convolved = delta ? s_.q : s_.attended;
+  const cuda::ProductJob jobs[] = {
+      cuda::whole(w.qkv, step.tokens, convolved), cuda::whole(w.o_gate, step.tokens, s_.o_gate),
+      cuda::whole(w.write, step.tokens, s_.write), cuda::whole(w.decay, step.tokens, s_.decay)};
+  multiply({jobs, delta ? 4u : 3u}, s_.normed, s_.normed_q);
+  const cuda::Rows rows = {0, step.tokens};
+  if (!delta) cuda::activate(&rows, 1, convolved, s_.write, a.v_dim, {Gate::kBilinear}, {}, stream_);
   for (size_t i = 0; i < step.spans.size(); ++i) {
     const TokenSpan& its = step.spans[i];
     const cuda::Span span = {s_.positions + i, its.first, its.count, 0};
     const cuda::StateBuffers states = {reinterpret_cast<float*>(states_.data() + state_offsets_[layer]),
                                        state_offsets_.back() / sizeof(float), s_.states + 2 * i};
-    cuda::convolve(s_.q, w.conv, net, states, span, stream_);
+    cuda::convolve(convolved, w.conv, delta, net, states, span, stream_);
+    if (!delta) continue;
     cuda::delta_inputs(s_.q, s_.write, s_.decay, w.decay_bias, w.decay_rate, net, span, stream_);
     cuda::delta_rule(s_.q, s_.write, s_.decay, net, states, span, s_.attended, stream_);
   }
-  cuda::rms_norm(s_.attended, w.o_norm, config_.norm_eps, step.tokens * a.heads, a.v_dim, s_.attended, {}, stream_);
+  if (delta)
+    cuda::rms_norm(s_.attended, w.o_norm, config_.norm_eps, step.tokens * a.heads, a.v_dim, s_.attended, {}, stream_);
   attention_output(layer, step.tokens);
 }
 

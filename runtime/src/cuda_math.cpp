@@ -70,7 +70,7 @@ CudaMath::CudaMath(const EngineConfig& config, const Trunk& trunk, CudaMemory& m
   const auto longest_norm = [](const AttentionConfig& a) { return std::max(a.q_rank, a.qk_norm_full ? a.q_dim() : 0); };
   if (std::max(size_t(c.dim), c.most_of(longest_norm)) > kLongestNorm)
     throw std::invalid_argument("this model's vectors are longer than the CUDA kernels take; use device cpu");
-  if (c.most_of([](const AttentionConfig& a) { return a.conv_kernel ? a.head_dim : 0; }) > kLongestKey)
+  if (c.most_of([](const AttentionConfig& a) { return a.recurrent() ? a.head_dim : 0; }) > kLongestKey)
     throw std::invalid_argument("this model's keys are longer than the CUDA kernels take; use device cpu");
   for (int layer = 0; layer < c.layers; ++layer) layers_.push_back(layer_weights(c, trunk, layer));
   carve_cuda(c, s_, scratch_.data());

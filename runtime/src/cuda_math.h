@@ -55,7 +55,7 @@ class CudaMath : public LayerMath {
   void project(int layer, int tokens);
   void store_keys(int layer, int sequence, const cuda::Span& span);
   void latent_project(int layer, int tokens);
-  void delta_net(int layer, const Step& step);
+  void recurrence(int layer, const Step& step);
   void attend_latents(int layer, int sequence, const cuda::Span& span);
   void choose_positions(int layer, int sequence, const cuda::Span& span);
   void attention_output(int layer, int tokens);

@@ -22,7 +22,7 @@ void carve(Carver& carver, cuda::VectorBuffer& buffer, size_t vectors, size_t co
 }
 
 size_t most_heads(const EngineConfig& c) {
-  return c.most_of([](const AttentionConfig& a) { return a.conv_kernel ? 0 : a.heads; });
+  return c.most_of([](const AttentionConfig& a) { return a.recurrent() ? 0 : a.heads; });
 }
 
 }  // namespace

@@ -10,7 +10,11 @@
 
 namespace edge_moe {
 
-// One kind of attention, shared by some of the layers; see runtime/layers/attention.py, latent.py and delta_net.py.
+// What a layer has in place of attention: a state of fixed size for each sequence, with a convolution's past inputs.
+enum class Recurrence { kNone, kDeltaNet, kShortConv };
+
+// One kind of attention, shared by some of the layers; see runtime/layers/attention.py, latent.py, delta_net.py and
+// short_conv.py.
 struct AttentionConfig {
   int heads = 0, kv_heads = 0;
   int head_dim = 0;                   // of queries and keys
@@ -46,14 +50,19 @@ struct AttentionConfig {
 
   bool output_gate = false;  // the input of o is multiplied by the sigmoid of o_gate's product
 
-  // Gated delta net, in place of attention: each sequence has a state for each of `heads`, (head_dim, v_dim), and no
-  // keys or values are cached. There are kv_heads queries and keys.
-  int conv_kernel = 0;  // tokens that an output of the convolution depends on; 0: attention
+  // In place of attention: each sequence has a state for each of `heads`, (head_dim, v_dim), and no keys or values are
+  // cached. A delta net has kv_heads queries and keys. A short convolution is one head without queries, keys and state,
+  // whose v_dim values are the channels.
+  Recurrence recurrence = Recurrence::kNone;
+  int conv_kernel = 0;  // tokens that an output of the convolution depends on
 
-  bool has_keys() const { return !kv_rank && !conv_kernel; }
+  bool recurrent() const { return recurrence != Recurrence::kNone; }
+  bool has_keys() const { return !kv_rank && !recurrent(); }
   int conv_channels() const { return 2 * kv_dim() + heads * v_dim; }
-  size_t state_values() const { return conv_kernel ? size_t(heads) * head_dim * v_dim + conv_past_values() : 0; }
+  size_t state_values() const { return recurrent() ? size_t(heads) * head_dim * v_dim + conv_past_values() : 0; }
   size_t conv_past_values() const { return size_t(conv_kernel - 1) * conv_channels(); }
+  // For each token: how much of it is written to a delta net's state, or the factors of a convolution's inputs.
+  int write_values() const { return recurrence == Recurrence::kShortConv ? v_dim : heads; }
 
   int latent_cached() const { return kv_rank + rope_dim; }
   int q_dim() const { return heads * head_dim; }
@@ -62,7 +71,7 @@ struct AttentionConfig {
 
   // What the KV cache stores for a layer, as rows of positions: its latents, or the keys of each KV head and then the
   // values of each. After these, the keys of an indexer, in key blocks.
-  size_t cached_rows() const { return kv_rank ? 1 : conv_kernel ? 0 : 2 * size_t(kv_heads); }
+  size_t cached_rows() const { return kv_rank ? 1 : recurrent() ? 0 : 2 * size_t(kv_heads); }
   size_t cached_values() const { return size_t(kv_rank ? latent_cached() : head_dim); }  // per row and position
   size_t index_values() const { return index_heads ? size_t(index_dim) : 0; }            // per position
 };
@@ -140,7 +149,7 @@ struct EngineConfig {
   RouterScore router_score = RouterScore::kSoftmax;
   float router_threshold = 0;  // of kSparsemixer
   bool renormalise = false, group_top2sum = false;
-  float router_logits_scale = 1;
+  float router_logits_scale = 1, router_sum_eps = 1e-20f;
   float routing_scale = 1;  // factor of routing weights, residual scale included
   int groups = 1, top_groups = 1;
   std::vector<std::vector<int>> expert_groups;  // (layers, experts): group of each expert; empty if groups is 1

@@ -15,7 +15,9 @@ void carve(Carver& carver, const EngineConfig& c, size_t queries, size_t index_q
   const size_t hidden = std::max({pairs * c.expert_hidden, chunk * c.shared_hidden, chunk * c.dense_hidden});
   carver.carve(s.x, chunk * c.dim);
   carver.carve(s.normed, chunk * c.dim);
-  carver.carve(s.q, chunk * widest([](const A& a) { return a.conv_kernel ? a.conv_channels() : a.q_dim(); }));
+  carver.carve(s.q, chunk * widest([](const A& a) {
+                      return a.recurrence == Recurrence::kDeltaNet ? a.conv_channels() : a.q_dim();
+                    }));
   carver.carve(s.k, chunk * kv_dim);
   carver.carve(s.v, chunk * widest([](const A& a) { return a.has_keys() ? a.kv_dim() : 0; }));
   carver.carve(s.attended, chunk * widest([](const A& a) { return a.heads * a.v_dim; }));
@@ -35,10 +37,10 @@ void carve(Carver& carver, const EngineConfig& c, size_t queries, size_t index_q
   }
   carver.carve(s.received, chunk * widest([](const A& a) { return a.has_keys() ? a.heads : 0; }));
   carver.carve(s.ahead_normed, c.dim);
-  const auto gated = [](const A& a) { return a.output_gate || a.conv_kernel ? a.heads * a.v_dim : 0; };
+  const auto gated = [](const A& a) { return a.output_gate || a.recurrent() ? a.heads * a.v_dim : 0; };
   carver.carve(s.o_gate, chunk * widest(gated));
-  for (float** gates : {&s.write, &s.decay})
-    carver.carve(*gates, chunk * widest([](const A& a) { return a.conv_kernel ? a.heads : 0; }));
+  carver.carve(s.write, chunk * widest([](const A& a) { return a.recurrent() ? a.write_values() : 0; }));
+  carver.carve(s.decay, chunk * widest([](const A& a) { return a.recurrence == Recurrence::kDeltaNet ? a.heads : 0; }));
   if (!c.has_latents()) return;
   carver.carve(s.q_latent, chunk * widest([](const A& a) { return a.q_rank; }));
   carver.carve(s.absorbed, queries * widest([](const A& a) { return a.kv_rank ? a.latent_cached() : 0; }));

@@ -24,8 +24,9 @@ struct LayerScratch {
   float* ahead_normed;                             // (dim,)
   float* o_gate;                                   // (chunk, inputs of o); then the gated inputs of o
 
-  // Only for gated delta nets, whose q, k and v are in q, (chunk, conv_channels).
-  float *write, *decay;  // (chunk, heads) twice
+  // Only for recurrences. q, k and v of a gated delta net are in q, (chunk, conv_channels); what a short convolution
+  // passes over is in attended.
+  float *write, *decay;  // (chunk, write_values), (chunk, heads)
 
   // Only for attention over a latent.
   float *q_latent, *absorbed, *mixed;  // (chunk, q_rank), (queries, kv_rank + rope_dim), (queries, kv_rank)

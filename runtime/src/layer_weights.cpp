@@ -28,7 +28,8 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
   w.attention_post_norm = rms_norm(c.post_norms, "attention_post_norm");
   w.mlp_post_norm = rms_norm(c.post_norms, "mlp_post_norm");
   w.layer_scale = c.layer_scale ? trunk.number(prefix + "layer_scale") : 1.0f;
-  w.o = matrix(a.conv_kernel ? "delta.o" : "o"), w.o.output_bias = vector("o_bias", c.dim);
+  const bool delta = a.recurrence == Recurrence::kDeltaNet, conv = a.recurrence == Recurrence::kShortConv;
+  w.o = matrix(delta ? "delta.o" : conv ? "conv.o" : "o"), w.o.output_bias = vector("o_bias", c.dim);
   if (a.kv_rank) {
     w.kv_a = matrix("kv_a"), w.kv_b = matrix("kv_b");
     w.kv_a_norm = trunk.vector(prefix + "kv_a_norm", a.kv_rank);
@@ -38,7 +39,10 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
       w.index = {matrix("index.q"), matrix("index.k"), matrix("index.weights"),
                  trunk.vector(prefix + "index.k_norm", a.index_dim),
                  trunk.vector(prefix + "index.k_norm_bias", a.index_dim)};
-  } else if (a.conv_kernel) {
+  } else if (conv) {
+    w.qkv = matrix("conv.in"), w.write = matrix("conv.write"), w.o_gate = matrix("conv.gate");
+    w.conv = trunk.vector(prefix + "conv.weights", a.conv_kernel * a.conv_channels());
+  } else if (delta) {
     w.qkv = matrix("delta.qkv"), w.o_gate = matrix("delta.gate");
     w.write = matrix("delta.write"), w.decay = matrix("delta.decay");
     w.conv = trunk.vector(prefix + "delta.conv", a.conv_kernel * a.conv_channels());

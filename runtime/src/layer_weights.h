@@ -29,8 +29,8 @@ struct LayerWeights {
   Matrix q, k, v, o;                      // with a latent, q is q_b, and k and v are empty; v where it is k's product
   const float *q_bias, *k_bias, *v_bias;  // null: none
   const float *q_norm, *k_norm;           // (head_dim,) or all heads; null: none
-  Matrix o_gate;                          // (as o's inputs, dim), of attention with an output gate and of delta nets
-  Matrix qkv, write, decay;               // of a gated delta net; write, decay: (heads, dim) float32
+  Matrix o_gate;                          // (as o's inputs, dim), of attention with an output gate and of recurrences
+  Matrix qkv, write, decay;               // of a recurrence: (conv_channels, dim), (write_values, dim), (heads, dim)
   const float* conv;                      // (conv_kernel, conv_channels)
   const float *decay_bias, *decay_rate;   // (heads,) twice
   const float* o_norm;                    // (v_dim,)

@@ -111,7 +111,7 @@ void route(const Kernels& kernels, const RouterRule& rule, float* logits, int ex
   float sum = 0.0f;
   for (int k = 0; k < top_k; ++k) sum += weights[k];
   if (rule.renormalise)
-    for (int k = 0; k < top_k; ++k) weights[k] /= sum + 1e-20f;
+    for (int k = 0; k < top_k; ++k) weights[k] /= sum + rule.sum_eps;
   for (int k = 0; k < top_k; ++k) weights[k] *= rule.scale;
   if (rule.expert_scale)
     for (int k = 0; k < chosen; ++k) insert(weights[k] * rule.expert_scale[ids[k]], ids[k], chosen, k, weights, ids);

@@ -16,6 +16,7 @@ struct RouterRule {
   float scale = 1;                            // factor of the final weights
   int groups = 1, top_groups = 1;             // only experts of the top_groups best groups are chosen
   bool group_top2sum = false;                 // a group scores the sum of its two best experts, else its best
+  float sum_eps = 1e-20f;                     // added to the sum of the chosen weights that they are divided by
   const float* bias = nullptr;          // (experts,) added to a score for the choice, not for the weight; null: none
   const int* group_of = nullptr;        // (experts,); null if there is one group
   const float* expert_scale = nullptr;  // (experts,) factors of the final weights, which order them; null: none

@@ -74,6 +74,7 @@ RouterRule Engine::router_rule(int layer) const {
   const EngineConfig& c = config_;
   RouterRule rule{c.router_score,  c.router_threshold, c.router_logits_scale, c.renormalise,
                   c.routing_scale, c.groups,           c.top_groups,          c.group_top2sum};
+  rule.sum_eps = c.router_sum_eps;
   rule.bias = router_bias_[layer].empty() ? nullptr : router_bias_[layer].data();
   rule.expert_scale = expert_scale_[layer].empty() ? nullptr : expert_scale_[layer].data();
   rule.group_of = c.groups > 1 ? c.expert_groups[layer].data() : nullptr;

@@ -5,7 +5,7 @@
 namespace {
 
 // Tokens after `before` others, whose state is there, or at the beginning.
-void check_net(const cuda::DeltaNet& net, int tokens, bool after_others) {
+void check_net(const cuda::DeltaNet& net, int tokens, bool after_others, bool silu) {
   const size_t channels = net.channels(), values = size_t(net.heads) * net.v_dim, states = net.state_values();
   const size_t of_head = size_t(net.head_dim) * net.v_dim, past = (net.conv_kernel - 1) * channels;
   const int first = 2, shared = net.heads / net.kv_heads;  // the span does not begin with the pass
@@ -18,8 +18,8 @@ void check_net(const cuda::DeltaNet& net, int tokens, bool after_others) {
 
   const float* from = after_others ? &buffers[states + past] : nullptr;  // the second buffer
   float* to = &buffers[2 * (states + past)];
-  const Convolution conv = {weights.data(), from ? from + states : nullptr, to + states, net.conv_kernel, int(channels),
-                            channels};
+  const Convolution conv = {
+      weights.data(), from ? from + states : nullptr, to + states, net.conv_kernel, int(channels), channels, silu};
   kScalarKernels.convolve(conv, &qkv[first * channels], tokens, 0, int(channels));
   for (int t = first; t < first + tokens; ++t) {
     for (int vector = 0; vector < 2 * net.kv_heads; ++vector) {
@@ -53,7 +53,7 @@ void check_net(const cuda::DeltaNet& net, int tokens, bool after_others) {
   const Values<int32_t> position = {5}, numbers = {after_others ? 1 : -1, 2};
   const cuda::Span span = {position.data(), first, tokens, 0};
   const cuda::StateBuffers at = {got_buffers.data(), states + past, numbers.data()};
-  cuda::convolve(got_qkv.data(), weights.data(), net, at, span, nullptr);
+  cuda::convolve(got_qkv.data(), weights.data(), silu, net, at, span, nullptr);
   cuda::delta_inputs(got_qkv.data(), got_write.data(), got_decay.data(), bias.data(), rate.data(), net, span, nullptr);
   cuda::delta_rule(got_qkv.data(), got_write.data(), got_decay.data(), net, at, span, got_out.data(), nullptr);
   const std::string what = "delta net of " + std::to_string(net.heads) + " heads of " + std::to_string(net.head_dim) +
@@ -71,9 +71,9 @@ void check_net(const cuda::DeltaNet& net, int tokens, bool after_others) {
 void check_delta() {
   for (int tokens : {1, 2, 9, 40})
     for (bool after_others : {false, true}) {
-      check_net({6, 2, 24, 16, 4}, tokens, after_others);
-      check_net({3, 3, 16, 40, 3}, tokens, after_others);
-      check_net({2, 1, 128, 128, 4}, tokens, after_others);
-      check_net({4, 4, 7, 33, 1}, tokens, after_others);
+      check_net({6, 2, 24, 16, 4}, tokens, after_others, true);
+      check_net({3, 3, 16, 40, 3}, tokens, after_others, false);
+      check_net({2, 1, 128, 128, 4}, tokens, after_others, true);
+      check_net({4, 4, 7, 33, 1}, tokens, after_others, true);
     }
 }

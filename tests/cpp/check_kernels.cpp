@@ -174,7 +174,7 @@ static void check_vectors(const Kernels& kernels, bool reference) {
     both("layer_norm" + of,
          in_place([&](const Kernels& its, float* y) { its.layer_norm(y, b.data(), q.data(), 1e-6f, y, n); }));
     for (const Activation& activation :
-         {Activation{Gate::kSilu}, {Gate::kGelu}, {Gate::kSigmoid}, {Gate::kClamped, 1.702f, 1.5f}})
+         {Activation{Gate::kSilu}, {Gate::kGelu}, {Gate::kSigmoid}, {Gate::kClamped, 1.702f, 1.5f}, {Gate::kBilinear}})
       both("activation " + std::to_string(int(activation.gate)) + of,
            in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, activation); }));
     both("l2_norm" + of, in_place([&](const Kernels& its, float* y) { its.l2_norm(y, 1e-6f, 0.3f, y, n); }));
@@ -218,8 +218,8 @@ static void check_delta(const Kernels& kernels, bool reference) {
     for (bool begins : {true, false}) {
       const auto all = [&](const Kernels& its) {
         std::vector<float> x = qkv, next(inputs.size()), to(state.size()), out(kTokens * size_t(v_dim));
-        const Convolution conv = {weights.data(), begins ? nullptr : inputs.data(), next.data(), 4, int(channels),
-                                  channels};
+        const Convolution conv = {
+            weights.data(), begins ? nullptr : inputs.data(), next.data(), 4, int(channels), channels, begins};
         its.convolve(conv, x.data(), kTokens, 1, int(channels));
         const DeltaHead head = {&x[0],           &x[head_dim], &x[2 * head_dim], &gates[0],
                                 &gates[kTokens], out.data(),   channels,         1,

@@ -1,8 +1,9 @@
-// Gated delta nets: a layer whose sequences have a state of fixed size in place of cached keys and values.
+// Gated delta nets and short convolutions: layers whose sequences have a state of fixed size in place of cached keys
+// and values.
 //
 // Tokens pass through the convolution and the recurrence one after the other, so results do not depend on how a prompt
-// is split. A task takes a key head, with the heads that share it, through all tokens of a span, so the states that it
-// works on stay in its core's cache.
+// is split. A task takes a key head, with the heads that share it, or some channels through all tokens of a span, so
+// the states that it works on stay in its core's cache.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,19 +13,46 @@
 
 namespace edge_moe {
 
-void CpuMath::delta_net(int layer, const Step& step) {
+static constexpr int kChannels = 256;  // of a task of a short convolution
+
+void CpuMath::recurrence(int layer, const Step& step) {
   const int tokens = step.tokens;
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
   const LayerWeights& w = layers_[layer];
   attention_norm(layer, tokens);
-  const Activations x =
-      prepare(s_.normed, tokens, c.dim, s_.normed_q, w.qkv.takes_rounded() || w.o_gate.takes_rounded());
-  matmuls({{w.qkv, s_.q}, {w.o_gate, s_.o_gate}, {w.write, s_.write}, {w.decay, s_.decay}}, x);
-  run_spans(
-      step, [&](const TokenSpan&) { return a.kv_heads; },
-      [&](const TokenSpan& span, int kv_head, int) { delta_heads(layer, span, kv_head); });
+  const bool quantised = w.qkv.takes_rounded() || w.o_gate.takes_rounded() || w.write.takes_rounded();
+  const Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, quantised);
+  const bool delta = a.recurrence == Recurrence::kDeltaNet;
+  matmuls({{w.qkv, delta ? s_.q : s_.attended}, {w.o_gate, s_.o_gate}, {w.write, s_.write}, {w.decay, s_.decay}}, x);
+  if (delta)
+    run_spans(
+        step, [&](const TokenSpan&) { return a.kv_heads; },
+        [&](const TokenSpan& span, int kv_head, int) { delta_heads(layer, span, kv_head); });
+  else
+    run_spans(
+        step, [&](const TokenSpan&) { return (a.v_dim + kChannels - 1) / kChannels; },
+        [&](const TokenSpan& span, int task, int) {
+          convolve_channels(layer, span, task * kChannels, std::min((task + 1) * kChannels, a.v_dim));
+        });
   attention_output(layer, s_.o_gate, tokens);
+}
+
+// Some channels of a span's short convolution: from its inputs and their factors to the input of o, in s_.o_gate.
+void CpuMath::convolve_channels(int layer, const TokenSpan& span, int begin, int end) {
+  const AttentionConfig& a = config_.attention(layer);
+  const size_t channels = a.v_dim, first = span.first * channels;
+  const float* from = span.state < 0 ? nullptr : state(span.state, layer);
+  const Convolution conv = {
+      layers_[layer].conv, from, state(span.next_state, layer), a.conv_kernel, a.v_dim, channels, false};
+  const auto multiply = [&](float* x, const float* factors) {
+    for (int t = 0; t < span.count; ++t)
+      kernels_.gate_up(x + first + t * channels + begin, factors + first + t * channels + begin, end - begin,
+                       {Gate::kBilinear});
+  };
+  multiply(s_.attended, s_.write);
+  kernels_.convolve(conv, s_.attended + first, span.count, begin, end);
+  multiply(s_.o_gate, s_.attended);
 }
 
 // Some heads of a span, those that share a key head: from q k v and the gates to the input of o, in s_.o_gate.
@@ -39,8 +67,8 @@ void CpuMath::delta_heads(int layer, const TokenSpan& span, int kv_head) {
   const int q = kv_head * n, k = kv_dim + q, v = 2 * kv_dim + first_head * a.v_dim;
 
   // convolution
-  const Convolution conv = {w.conv,  from ? from + states : nullptr, to + states, a.conv_kernel, int(channels),
-                            channels};
+  const Convolution conv = {w.conv, from ? from + states : nullptr, to + states, a.conv_kernel, int(channels), channels,
+                            true};
   for (const auto& [begin, count] : {std::pair{q, n}, {k, n}, {v, shared * a.v_dim}})
     kernels_.convolve(conv, qkv, span.count, begin, begin + count);
 
