@@ -94,8 +94,8 @@ def conv_stored(shape: Shape) -> Shape:
 
 
 def conv_read(weights: np.ndarray) -> np.ndarray:
-    """The weights of a convolution, (kernel, channels), from those that are stored, (channels, kernel)."""
-    return np.ascontiguousarray(weights.T)
+    """The weights of a convolution, (kernel, channels), from those that are stored, channels first."""
+    return np.ascontiguousarray(weights.reshape(len(weights), -1).T)
 
 
 USUAL_LAYOUTS = (separate("mlp.experts", "gate_proj", "up_proj", "down_proj"), fused())
