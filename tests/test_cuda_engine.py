@@ -124,6 +124,22 @@ def test_several_sequences_give_the_processors_bits(mixed, golden, architecture,
         assert same_bits(got, run_engine(make_engine(path), request.ids, request.chunk))
 
 
+def test_positions_are_chosen_as_by_the_processor_in_long_rewound_and_copied_sequences(mixed, golden):
+    """Beyond the positions that the first graph of a layer serves."""
+    path = mixed("glm_moe_dsa")
+    ids = np.random.default_rng(6).integers(0, 128, 260).astype(np.int32)
+    options = {"context": 270, "sequences": 2, "chunk": 128}
+    want, top_k = run_engine(make_engine(path, **options), ids, 128), Bundle.open(path).config.top_k
+    engine = make_engine(path, slots=top_k + 1, device="cuda", **options)
+    assert same_bits(run_engine(engine, ids[:252], 126), want[:252])
+    engine.copy_positions(0, 1, 67)
+    assert same_bits(engine.forward(ids[67:79], ALL, sequence=1), want[67:79])
+    for first, end in ((252, 260), (10, 18)):
+        assert engine.truncate(first) == first
+        rows = [engine.forward(ids[at : at + 1], ALL) for at in range(first, end)]
+        assert same_bits(np.concatenate(rows), want[first:end])
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 def test_recurrent_states_are_rewound_and_copied(mixed, golden, graphs):
     path, ids = mixed("qwen3_next"), golden["qwen3_next"][1].astype(np.int32)

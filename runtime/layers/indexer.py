@@ -47,8 +47,12 @@ class Indexer:
         k = layer_norm(times("index.k", h), trunk("index.k_norm"), trunk("index.k_norm_bias"), self.norm_eps, xp)
         weights = times("index.weights", h)  # (sequences, tokens, heads)
         q, k = self._turned(q, tokens, xp), self._turned(k[:, :, None], tokens, xp)[:, :, 0]
-        of_heads = xp.maximum(q @ k[:, None].swapaxes(-1, -2) * self.scale, 0)  # (..., queries, heads, positions)
-        return (weights[:, :, None] @ of_heads)[:, :, 0]
+        return xp.stack([self._scores(q[i], k[i], weights[i], xp) for i in range(sequences)])
+
+    def _scores(self, q, k, weights, xp):
+        """The same for one sequence: q (tokens, heads, dim), k (tokens, dim), weights (tokens, heads)."""
+        of_heads = xp.maximum(q @ k.T * self.scale, 0)  # (queries, heads, positions)
+        return (weights[:, None] @ of_heads)[:, 0]
 
     def _turned(self, x, tokens: int, xp):
         """Rotate the first rope.dim dimensions of x (sequences, tokens, heads, dim)."""

@@ -83,7 +83,8 @@ class LatentAttention:
 
     def pass_values(self, rows: int, tokens: int) -> int:
         """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""
-        return rows * 8 * self.heads * self.head_dim + 3 * self.heads * tokens * tokens
+        of_index = 2 * self.indexer.heads if self.indexer and tokens > self.top else 0
+        return rows * 8 * self.heads * self.head_dim + max(3 * self.heads, of_index) * tokens * tokens
 
     def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
         """Compute what Attention.attended() returns. choice: needed if other layers choose the positions."""
