@@ -33,6 +33,7 @@ from .sampling import Sampler, whole_number
 from .session import ALL, LAST, NOTHING, Session
 from .tokenizer import ENCODING_ROOM, tokenizer_of
 from .tokenizer_file import reading_bytes
+from .turn_tokens import end_tokens
 from .turns import AsyncStream, Stream, Wanted
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ class Runtime:
                 self.tokenizer = tokenizer_of(self.bundle.path)
                 if self.tokenizer is not None:
                     self.tokenizer.prepare_chat(ram_bytes - taken_bytes())
+                self._end_tokens, self._turn_ends = end_tokens(self.tokenizer, self.config.eos_tokens, ENCODING_ROOM)
                 peak = _core.peak_bytes()
                 self.plan = plan(taken_bytes(), peak if peak > peak_before else 0)
             except BelowFloor as error:
@@ -137,7 +139,6 @@ class Runtime:
                     about = f"; other Runtimes of this process have {others / 1e6:,.0f} MB of it"
                     raise BelowFloor(error.plan, about) from None
                 raise
-            self._end_tokens = {*self.config.eos_tokens, self.tokenizer.end_token if self.tokenizer else None}
             self._engine: _core.Engine | None = self._load(mask_routers, kv, kernels)
         self._session = Session(self)
         self._process = os.getpid()

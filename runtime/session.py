@@ -110,9 +110,9 @@ class Session:
         """
         if not self.plan.snapshots:
             return []
-        ends = self.runtime._end_tokens
-        turn = next((at for at in range(len(whole) - 1, 0, -1) if whole[at - 1] in ends), len(whole) - 1)
-        return sorted({stop for stop in (alike, turn) if stop >= shared + COPIED})
+        ends, most = self.runtime._turn_ends, len(whole) - 1
+        turn = next((at for at in range(len(whole), 0, -1) if whole[at - 1] in ends), most)
+        return sorted({stop for stop in (alike, min(turn, most)) if stop >= shared + COPIED})
 
     def truncate(self, sequence: Sequence, count: int) -> None:
         """Forget all but the first tokens: so many, or as many of them as the engine can bring the sequence back to."""

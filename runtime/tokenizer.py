@@ -5,6 +5,7 @@ long text is encoded in pieces, cut where that provably changes nothing (text_cu
 chat_template.py renders messages to a text.
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -59,6 +60,17 @@ class Tokenizer:
         """The id of the special token with this text, which decode() omits; None if there is none."""
         return self._special_ids.get(text)
 
+    def special_token_at(self, text: str) -> set[int]:
+        """The id of the special token that a text begins with, after white space; empty if there is none."""
+        begun = text.lstrip()
+        found = max((token for token in self._special_ids if begun.startswith(token)), key=len, default=None)
+        return set() if found is None else {self._special_ids[found]}
+
+    def has_special(self, ids: Iterable[int], text: str) -> bool:
+        """Whether a text has one of these special tokens."""
+        wanted = set(ids)
+        return any(token in text for token, index in self._special_ids.items() if index in wanted)
+
     def encode(self, text: str, most: int | None = None, room_bytes: int | None = None) -> list[int]:
         """The token ids of a text, special tokens included.
 
@@ -94,25 +106,45 @@ class Tokenizer:
 
         Raises ValueError if there is no template, or if it refuses the messages or takes more than room_bytes.
         """
+        text = self.render_chat(
+            messages,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+            room_bytes=room_bytes,
+        )
+        return self._encode(text, False, most, room_bytes)
+
+    def render_chat(
+        self,
+        messages: list[dict],
+        *,
+        tools: list[dict] | None = None,
+        documents: list[dict] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        chat_template_kwargs: dict | None = None,
+        room_bytes: int | None = None,
+    ) -> str:
+        """The text of a conversation; the arguments and errors are those of apply_chat_template()."""
         if not self.chat_templates:
             raise ValueError("this model has no chat template; pass a prompt as text")
         from .chat_template import render
 
-        text = render(
-            self._template(
-                "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default", room_bytes
-            ),
+        name = "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
+        begins_answer = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        return render(
+            self._template(name, room_bytes),
             messages,
             tools=tools,
             documents=documents,
-            add_generation_prompt=not continue_final_message
-            if add_generation_prompt is None
-            else add_generation_prompt,
+            add_generation_prompt=begins_answer,
             continue_final_message=continue_final_message,
             variables={**self.special, **(chat_template_kwargs or {})},
             room_bytes=room_bytes,
         )
-        return self._encode(text, False, most, room_bytes)
 
     def prepare_chat(self, room_bytes: int | None = None) -> None:
         """Compile the chat templates in at most room_bytes of memory; a faulty one raises its error when it is used."""
