@@ -18,7 +18,7 @@ class Indexer:
 
     heads: int
     dim: int  # of a head's query, and of the key that all heads share
-    rope: Rope  # of the first dimensions of both
+    rope: Rope  # of the first dimensions of both, with the angles of the layer's attention
     norm_eps: float = 1e-6  # of the keys' LayerNorm
 
     def shapes(self, dim: int, q_rank: int) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,8 @@
 // The indexer of sparse attention: which positions each query attends to; see runtime/layers/indexer.py.
 //
 // Scores are computed for kIndexTokens queries at a time, each in parts of positions for the threads to share, so that
-// they take as much memory as those of attention at any length of a prompt.
+// they take as much memory as those of attention at any length of a prompt. Keys are cached in the type of the latents:
+// a LayerNorm keeps them far from what halves cannot hold, and DeepSeek itself scores with keys in FP8.
 #include <algorithm>
 #include <utility>
 
