@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from contextlib import suppress
 
 import pytest
+from bundles import edit_copy
 
 from edge_moe.conversation import Conversation, Turn
 from edge_moe.runtime.runtime import Runtime
@@ -181,6 +183,23 @@ def saved(bundle, lines: str, tmp_path, *arguments) -> list[tuple[str, str]]:
     done = piped(bundle, f"{lines}/save {file}\n", *arguments)
     assert done.returncode == 0, done.stderr
     return [(message["role"], message["content"]) for message in json.loads(file.read_text())]
+
+
+def test_a_thought_that_the_prompt_opens_is_handed_on_apart(templated, tmp_path):
+    thinker = tmp_path / "thinker.emoe"
+    shutil.copytree(templated, thinker)
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }}{{ m.reasoning_content }};{% endfor %}<think>\n "
+    edit_copy(thinker, "chat_template.jinja", template.encode())
+    file = tmp_path / "saved.json"
+    done = piped(thinker, f"one\ntwo\n/stats\n/save {file}\n", "-n", "4")
+    assert done.returncode == 0, done.stderr
+    messages = json.loads(file.read_text())
+    assert messages[1]["content"].startswith("<think>\n")
+    thought = messages[1]["content"].removeprefix("<think>").strip("\n")
+    messages[1] = {"role": "assistant", "content": "", "reasoning_content": thought}
+    with Runtime(thinker) as runtime:
+        tokens = len(runtime.tokenizer.apply_chat_template(messages[:3]))
+    assert f"prompt {tokens} " in done.stderr, (thought, done.stderr)
 
 
 def test_turns_can_be_taken_back_dropped_and_asked_again(templated, tmp_path):
