@@ -52,7 +52,6 @@ def make_synthetic(
     trunk = trunk_packing(trunk_shapes(model), trunk_width, GROUP)
     packing = Packing((width,) * 3, group or GROUP)
     experts = {(layer, index): packing for layer in model.moe_layers for index in range(model.experts)}
-    shapes = ((model.expert_hidden, model.dim), (model.expert_hidden, model.dim), (model.dim, model.expert_hidden))
     extra = {"calibration": None, "method": {"name": "synthetic", "seed": seed}, "certificate": None}
     with tempfile.TemporaryDirectory() as source:
         (Path(source) / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
@@ -62,9 +61,9 @@ def make_synthetic(
                 writer.write_trunk(name, _trunk_tensor(random, name, shape, trunk[name]))
             for layer, index in experts:
                 random = np.random.Generator(np.random.SFC64([seed, 1, layer, index]))
-                biases = [np.zeros(rows, np.float32) for rows, _ in shapes] if model.expert_bias else ()
+                biases = [np.zeros(rows, np.float32) for rows, _ in model.expert_shapes] if model.expert_bias else ()
                 writer.write_expert(
-                    layer, index, [_matrix(random, shape, width, packing.group) for shape in shapes], biases
+                    layer, index, [_matrix(random, its, width, packing.group) for its in model.expert_shapes], biases
                 )
             writer.finish()
     return Bundle.open(out)
@@ -92,9 +91,9 @@ def raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
         if value < low:
             raise ValueError(f"{key} is {value}, expected at least {low}")
         raw = with_language_key(raw, key, value)
-    kinds = language.get("layer_types")
-    if layers and isinstance(kinds, list):
-        raw = with_language_key(raw, "layer_types", kinds[:layers])
+    for key in ("layer_types", "layers_block_type", "hybrid_override_pattern"):
+        if layers and language.get(key) is not None:
+            raw = with_language_key(raw, key, language[key][:layers])
     return raw | dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
 
 
@@ -103,7 +102,7 @@ def _trunk_tensor(random: np.random.Generator, name: str, shape: tuple[int, ...]
         fill = np.zeros if name.endswith("_bias") else np.ones
         return Quantised(fill(shape, np.float32))
     if stays_float(name, shape):
-        inputs = shape[0] if name.endswith("conv") else shape[1]
+        inputs = shape[0] if name.endswith(("conv", "conv.weights")) else shape[1]
         return Quantised(random.standard_normal(shape, np.float32) / np.float32(math.sqrt(inputs)))
     deviation = 1.0 if name == "embedding" else None
     return _matrix(random, shape, packing.widths[0], packing.group, deviation)

@@ -42,16 +42,16 @@ def estimate_seconds(compression, calibration: Calibration | None, memory: Memor
 def _estimate(compression, calibration: Calibration | None, workers: int) -> float:
     o, config, checkpoint = compression.o, compression.config, compression.checkpoint
     layer = config.moe_layers[0]
-    gate, _, down = checkpoint.expert(layer, 0)
+    matrices = [matrix for matrix in checkpoint.expert(layer, 0) if len(matrix)]
     reading = _seconds(lambda: checkpoint.expert(layer, 0)) * config.expert_count
     if calibration is None or config.dim % GROUP or config.expert_hidden % GROUP:
-        packing = 3 * _plain_seconds(compression, gate) * config.expert_count
+        packing = sum(_plain_seconds(compression, matrix) for matrix in matrices) * config.expert_count
         return reading + packing
     per_flop = _product_seconds() / (2 * PRODUCT**3)
 
     def rounding(sweeps: int) -> float:
-        """Of one expert's three matrices."""
-        return sum(_matrix_seconds(matrix, sweeps) for matrix in (gate, gate, down))
+        """Of one expert's matrices."""
+        return sum(_matrix_seconds(matrix, sweeps) for matrix in matrices)
 
     moments = sum(_moment_seconds(cols) for cols in (config.dim, config.expert_hidden))
     rows, tokens = calibration.ids.size, calibration.ids.shape[1]
@@ -78,13 +78,9 @@ def _estimate(compression, calibration: Calibration | None, workers: int) -> flo
 def _trunk_seconds(config: ModelConfig, per_weight: float, per_flop: float) -> float:
     """Of rounding the trunk once, but for the embedding."""
     seconds, widths = 0.0, []
-    first_of_input = {stage[0] for its in config.attentions for stage in its.stages()} | {
-        "shared.gate",
-        "shared.down",
-        "dense.gate",
-        "dense.down",
-        "head",
-    }
+    first_of_input = {stage[0] for its in config.attentions for stage in its.stages()} | {"head"}
+    for part in ("gate" if config.gated else "up", "down"):
+        first_of_input |= {f"shared.{part}", f"dense.{part}"}
     for name, shape in trunk_shapes(config).items():
         if name != "embedding" and not stays_float(name, shape):
             seconds += per_weight * int(np.prod(shape))

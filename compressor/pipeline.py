@@ -464,7 +464,7 @@ class Compression:
 
     def rounded_types(self) -> list[str]:
         """Types of the checkpoint's matrices that have more significant bits than the bfloat16 of width 16."""
-        names = [f"layers.{self.config.moe_layers[0]}.experts.0.gate"]
+        names = [f"layers.{self.config.moe_layers[0]}.experts.0.up"]
         names += [name for name, how in self.trunk.items() if how.widths[0] == 16]
         return sorted({self.checkpoint.dtype(name) for name in names} & {"F16", "F32"})
 

@@ -107,13 +107,13 @@ void bind_format(nb::module_& m) {
   nb::class_<RecordLayout>(m, "RecordLayout", "Where the parts of one expert lie in its record.")
       .def(
           "__init__",
-          [](RecordLayout* self, int dim, int hidden, const Encodings& encodings, bool biased) {
+          [](RecordLayout* self, int dim, int hidden, const Encodings& encodings, bool biased, bool gated) {
             expect(dim > 0 && hidden > 0, "dim and hidden must be at least 1");
-            new (self) RecordLayout(record_layout(dim, hidden, encodings_of(encodings), biased));
+            new (self) RecordLayout(record_layout(dim, hidden, encodings_of(encodings), biased, gated));
           },
-          nb::arg("dim"), nb::arg("hidden"), nb::arg("encodings"), nb::arg("biased") = false,
+          nb::arg("dim"), nb::arg("hidden"), nb::arg("encodings"), nb::arg("biased") = false, nb::arg("gated") = true,
           "The layout of records in new bundles. encodings: (codec, width, group) of gate, up and down. biased: with\n"
-          "output biases. Raises ValueError for an unknown encoding.")
+          "output biases. gated: with gates. Raises ValueError for an unknown encoding.")
       .def(
           "placed", [](const RecordLayout& self, const Places& parts) { return placed(self, parts); }, nb::arg("parts"),
           "The same with its parts in other places: (offset, bytes) by name. Raises ValueError unless these are all\n"

@@ -85,33 +85,36 @@ void bind_kernels(nb::module_& m) {
       .value("gelu_tanh", Gate::kGelu)
       .value("sigmoid", Gate::kSigmoid)
       .value("clamped_swiglu", Gate::kClamped)
-      .value("bilinear", Gate::kBilinear);
+      .value("bilinear", Gate::kBilinear)
+      .value("relu2", Gate::kRelu2);
 
   m.def(
       "convolve",
       [](const std::string& kernels, ArrayIn<float, 2> x, ArrayIn<float, 2> weights, ArrayIn<float, 2> past, int begin,
-         int end, bool silu) {
+         int end, bool silu, std::optional<ArrayIn<float, 1>> bias) {
         const size_t tokens = x.shape(0), channels = x.shape(1), kernel = weights.shape(0);
         expect(kernel >= 1 && weights.shape(1) == channels, "weights must be (kernel, channels)");
         expect(past.shape(0) == 0 || (past.shape(0) == kernel - 1 && past.shape(1) == channels),
                "past must be (kernel - 1, channels), or have no rows");
         expect(begin >= 0 && begin <= end && size_t(end) <= channels, "channels must be a range of x");
+        expect(!bias || bias->shape(0) == channels, "bias must be (channels,)");
         std::vector<float> y(x.data(), x.data() + tokens * channels), next((kernel - 1) * channels);
         const float* before = past.shape(0) ? past.data() : nullptr;
-        const Convolution c = {weights.data(), before, next.data(), int(kernel), int(channels), channels, silu};
+        const Convolution c = {weights.data(), before,   next.data(), int(kernel),
+                               int(channels),  channels, silu,        bias ? bias->data() : nullptr};
         find_kernels(kernels).convolve(c, y.data(), int(tokens), begin, end);
         return std::make_pair(to_numpy(std::move(y), {tokens, channels}),
                               to_numpy(std::move(next), {kernel - 1, channels}));
       },
       nb::arg("kernels"), nb::arg("x"), nb::arg("weights"), nb::arg("past"), nb::arg("begin"), nb::arg("end"),
-      nb::arg("silu") = true,
+      nb::arg("silu") = true, nb::arg("bias") = nb::none(),
       "x (tokens, channels) with channels [begin, end) replaced by their convolution or its silu, and the inputs\n"
       "(kernel - 1, channels) that the next tokens need. past: those of the tokens before; without rows: none.");
 
   m.def(
       "delta_rule",
       [](const std::string& kernels, ArrayIn<float, 2> q, ArrayIn<float, 2> k, ArrayIn<float, 2> v,
-         ArrayIn<float, 1> write, ArrayIn<float, 1> decay, ArrayIn<float, 2> state) {
+         ArrayIn<float, 1> write, ArrayIn<float, 1> decay, ArrayIn<float, 2> state, bool replaces) {
         const size_t tokens = q.shape(0), n = q.shape(1), v_dim = v.shape(1), stride = 2 * n + v_dim;
         expect(k.shape(0) == tokens && k.shape(1) == n && v.shape(0) == tokens && write.shape(0) == tokens &&
                    decay.shape(0) == tokens,
@@ -126,13 +129,14 @@ void bind_kernels(nb::module_& m) {
         }
         const DeltaHead head = {
             qkv.data(), qkv.data() + n, qkv.data() + 2 * n, write.data(), decay.data(), out.data(), stride,
-            1,          v_dim,          int(tokens),        int(n),       int(v_dim)};
+            1,          v_dim,          int(tokens),        int(n),       int(v_dim),   replaces};
         find_kernels(kernels).delta_rule(head, state.shape(0) ? state.data() : nullptr, to.data());
         return std::make_pair(to_numpy(std::move(out), {tokens, v_dim}), to_numpy(std::move(to), {n, v_dim}));
       },
       nb::arg("kernels"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("write"), nb::arg("decay"),
-      nb::arg("state"),
-      "Take one head of a gated delta net through some tokens: q, k (tokens, head_dim), v (tokens, v_dim), write,\n"
+      nb::arg("state"), nb::arg("replaces") = true,
+      "Take one head of a gated delta net, or with replaces off of Mamba-2, through some tokens: q, k (tokens, "
+      "head_dim), v (tokens, v_dim), write,\n"
       "decay (tokens,), state (head_dim, v_dim), without rows: zeros -> values (tokens, v_dim), the state after them.");
 
   m.def(

@@ -12,7 +12,8 @@
 //     float32   codes: the values themselves (router and norms)
 //
 // A record is one expert: gate (hidden, dim), up (hidden, dim), down (dim, hidden), each with its parts in order, then,
-// if the model has output biases, a float32 vector for each. Every part is on a 64-byte boundary, and the record is
+// if the model has output biases, a float32 vector for each. Experts without a gate have none of its rows, so no parts
+// of it; the encoding that is noted for it is that of up. Every part is on a 64-byte boundary, and the record is
 // padded to the bundle's record alignment.
 #pragma once
 
@@ -110,9 +111,9 @@ struct RecordLayout {
   size_t bytes = 0;  // before padding to the record alignment
 };
 
-// The layout of records in new bundles. biased: with output biases.
+// The layout of records in new bundles. biased: with output biases. gated: with gates.
 inline constexpr RecordLayout record_layout(int dim, int hidden, const std::array<Encoding, kProjections>& encodings,
-                                            bool biased) {
+                                            bool biased, bool gated) {
   RecordLayout layout{};
   auto place = [&](size_t bytes) {
     const Place here = {layout.bytes, bytes};
@@ -121,7 +122,7 @@ inline constexpr RecordLayout record_layout(int dim, int hidden, const std::arra
   };
   for (int p = 0; p < kProjections; ++p) {
     MatrixLayout& m = layout.matrices[p];
-    m.rows = p == kDown ? dim : hidden;
+    m.rows = p == kDown ? dim : p == kUp || gated ? hidden : 0;
     m.cols = p == kDown ? hidden : dim;
     m.encoding = encodings[p];
     for (int part = 0; part < kParts; ++part) m.parts[part] = place(part_bytes(m.encoding, part, m.rows, m.cols));

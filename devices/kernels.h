@@ -116,11 +116,12 @@ struct Convolution {
   const float* past;     // (kernel - 1, channels): the inputs of the tokens before the first one; null: zeros
   float* next;           // (kernel - 1, channels): gets those of the last tokens; not `past`
   int kernel, channels;
-  size_t stride;  // from one token's channels to the next one's
-  bool silu;      // of the result
+  size_t stride;                // from one token's channels to the next one's
+  bool silu;                    // of the result
+  const float* bias = nullptr;  // (channels,), added to the sums; null: none
 };
 
-// One head of a gated delta net, for some consecutive tokens. Strides are from one token to the next.
+// One head of a gated delta net or of Mamba-2, for some consecutive tokens. Strides are from one token to the next.
 struct DeltaHead {
   const float *q, *k, *v;      // (head_dim,), (head_dim,), (v_dim,) of the first token
   const float *write, *decay;  // one value a token
@@ -129,6 +130,7 @@ struct DeltaHead {
   size_t gate_stride;          // of write and decay
   size_t out_stride;
   int tokens, head_dim, v_dim;
+  bool replaces;  // the value of a token's key is replaced, in part, by the token's; false: that is added to it
 };
 
 // The functions of an instruction set for matrices of one codec and width.
@@ -182,13 +184,13 @@ struct Kernels {
 
   // x = the convolution of x, or the silu of that, for channels [begin, end) of all tokens. A sum begins with the
   // product of the token's own input; then earlier ones follow, the latest first: sum = fma(weight, input, sum). past
-  // null: these are left out.
+  // null: these are left out. Then the bias is added.
   void (*convolve)(const Convolution& c, float* x, int tokens, int begin, int end);
 
   // For each token and column j of the state s, (head_dim, v_dim): known = the sum over i, in order, of
-  // fma(s[i][j] * decay, k[i], known); change = (v[j] - known) * write; s[i][j] = fma(k[i], change, s[i][j] * decay);
-  // out[j] = the sum over i, in order, of fma(s[i][j], q[i], out). The first token's s is `from` (null: zeros), and the
-  // last one's is stored in `to`.
+  // fma(s[i][j] * decay, k[i], known), or 0 if nothing is replaced; change = (v[j] - known) * write; s[i][j] =
+  // fma(k[i], change, s[i][j] * decay); out[j] = the sum over i, in order, of fma(s[i][j], q[i], out). The first
+  // token's s is `from` (null: zeros), and the last one's is stored in `to`.
   void (*delta_rule)(const DeltaHead& head, const float* from, float* to);
 
   // y = halves as floats

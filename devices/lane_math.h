@@ -69,18 +69,19 @@ EDGE_MOE_BOTH static inline float exp_lane(float x) {
 }
 
 // How the products of gate and up become the input of down.
-enum class Gate { kSilu, kGelu, kSigmoid, kClamped, kBilinear };
+enum class Gate { kSilu, kGelu, kSigmoid, kClamped, kBilinear, kRelu2 };
 struct Activation {
   Gate gate = Gate::kSilu;
   float alpha = 0, limit = 0;  // of kClamped
 };
 
 // silu(gate) * up; gelu(gate) * up, in its tanh form; sigmoid(gate) * up; of a gate of at most `limit` and an up within
-// +-limit, gate * sigmoid(alpha * gate) * (up + 1); or gate * up.
+// +-limit, gate * sigmoid(alpha * gate) * (up + 1); gate * up; or, of an MLP without a gate, relu(up)^2.
 EDGE_MOE_BOTH static inline float gated(float gate, float up, const Activation& activation) {
   if (activation.gate == Gate::kSilu) return gate / (1.0f + exp_lane(-gate)) * up;
   if (activation.gate == Gate::kSigmoid) return up / (1.0f + exp_lane(-gate));
   if (activation.gate == Gate::kBilinear) return gate * up;
+  if (activation.gate == Gate::kRelu2) return up > 0.0f ? up * up : 0.0f;
   if (activation.gate == Gate::kClamped) {
     const float limit = activation.limit;
     gate = gate > limit ? limit : gate;
@@ -100,10 +101,20 @@ EDGE_MOE_BOTH static inline float soft_cap(float x, float cap) {
 // In double: libm's functions differ between machines in the last bit, which rounding from double almost always hides.
 EDGE_MOE_BOTH static inline float sigmoid(float x) { return float(1.0 / (1.0 + exp(-double(x)))); }
 
+EDGE_MOE_BOTH static inline double softplus(double x) { return x > 40.0 ? x : log1p(exp(x)); }
+
 // The share of a gated delta net's state that is left after a token: exp(-rate * softplus(input + bias)).
 EDGE_MOE_BOTH static inline float decay_of(float input, float bias, float rate) {
-  const double x = double(input + bias), softplus = x > 40.0 ? x : log1p(exp(x));
-  return float(exp(-double(rate) * softplus));
+  return float(exp(-double(rate) * softplus(double(input + bias))));
+}
+
+// The time step of a Mamba-2 head at a token, at least `least`, and the share of the state that is left after it.
+EDGE_MOE_BOTH static inline float step_of(float input, float bias, float least) {
+  const float step = float(softplus(double(input + bias)));
+  return step < least ? least : step;
+}
+EDGE_MOE_BOTH static inline float left_after(float step, float rate) {
+  return float(exp(-double(rate) * double(step)));
 }
 
 EDGE_MOE_BOTH static inline int nearest(float x) {

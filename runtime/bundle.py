@@ -26,9 +26,8 @@ import numpy as np
 
 from .. import _core
 from .bundle_format_1 import upgraded
-from .bundle_records import TRUNK_FILE, Expert, Layout, TrunkTensor, read_experts, read_trunk
+from .bundle_records import TRUNK_FILE, Expert, Layout, TrunkTensor, layout_of, read_experts, read_trunk
 from .bundle_table import LISTED, REMEDY, TABLE_FILE, Reader, read_table
-from .codecs import record_layout
 from .config import ModelConfig
 from .config_file import load_config, parse_config, read_json
 from .files import pieces, real_path
@@ -116,9 +115,7 @@ class Bundle:
         for at, e in enumerate(self.experts.values()):
             records[at] = (e.file, e.offset, e.nbytes, e.checksum, e.layout)
             frequency[at] = e.frequency
-        config = self.config
-        shape = (config.dim, config.expert_hidden)
-        new = [record_layout(*shape, layout.encodings, config.expert_bias) for layout in self.layouts]
+        new = [layout_of(self.config, layout.encodings) for layout in self.layouts]
         layouts = [one.placed(layout.parts) for one, layout in zip(new, self.layouts, strict=True)]
         return layouts, records, frequency
 

@@ -157,7 +157,7 @@ def _places(read: Reader, config: ModelConfig, encodings: tuple, item: dict, whe
         if len(place) != 2:
             raise ValueError(f"{read.path}: part {shown(name)} of {where} is not an offset and a size; {REMEDY}")
         found[name] = (read.count(place, 0, 2**40), read.count(place, 1, 2**40))
-    layout = record_layout(config.dim, config.expert_hidden, encodings, config.expert_bias)
+    layout = layout_of(config, encodings)
     if found == layout.parts:
         return layout
     try:
@@ -204,7 +204,12 @@ def record_bytes(config: ModelConfig, widths: tuple[int, ...], group: int, align
 
 def encoded_bytes(config: ModelConfig, encodings: tuple[Encoding, ...], alignment: int) -> int:
     """Bytes of one expert's record with these encodings, with padding."""
-    return padded_bytes(record_layout(config.dim, config.expert_hidden, encodings, config.expert_bias), alignment)
+    return padded_bytes(layout_of(config, encodings), alignment)
+
+
+def layout_of(config: ModelConfig, encodings: tuple[Encoding, ...]) -> _core.RecordLayout:
+    """The layout of the records of a model's experts with these encodings in a new bundle."""
+    return record_layout(config.dim, config.expert_hidden, encodings, config.expert_bias, config.gated)
 
 
 def record_alignment(config: ModelConfig) -> int:

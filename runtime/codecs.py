@@ -46,9 +46,11 @@ def trunk_parts(name: str, shape: tuple[int, ...], encoding: Encoding) -> list[t
 
 
 @lru_cache(4096)
-def record_layout(dim: int, hidden: int, encodings: tuple[Encoding, ...], biased: bool = False) -> _core.RecordLayout:
-    """The layout of an expert's record in a new bundle. biased: with output biases."""
-    return _core.RecordLayout(dim, hidden, encodings, biased)
+def record_layout(
+    dim: int, hidden: int, encodings: tuple[Encoding, ...], biased: bool = False, gated: bool = True
+) -> _core.RecordLayout:
+    """The layout of an expert's record in a new bundle. biased: with output biases; gated: with a gate."""
+    return _core.RecordLayout(dim, hidden, encodings, biased, gated)
 
 
 def padded_bytes(places: _core.RecordLayout, alignment: int) -> int:

@@ -6,22 +6,23 @@ from dataclasses import dataclass, replace
 from .layers.attention import Attention
 from .layers.delta_net import DeltaNet
 from .layers.latent import LatentAttention
+from .layers.mamba import Mamba
 from .layers.mlp import Dense, Experts, RouterConfig
 from .layers.short_conv import ShortConv
 
 MAX_LAYERS, MAX_EXPERTS = 1024, 4096  # more than any model has; a damaged file is refused
 
 
-Recurrent = DeltaNet | ShortConv  # which keep a state of fixed size in place of keys and values
+Recurrent = DeltaNet | ShortConv | Mamba  # which keep a state of fixed size in place of keys and values
 Mixer = Attention | LatentAttention | Recurrent  # what a layer lets tokens affect later ones by
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: the attention, then the MLP."""
+    """One layer: the attention, then the MLP, or only one of them."""
 
-    attention: Mixer
-    mlp: Experts | Dense
+    attention: Mixer | None
+    mlp: Experts | Dense | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class ModelConfig:
     vocab: int
     context: int  # maximum context the model was trained for, in tokens
     layers: tuple[Layer, ...]
-    activation: str = "silu"  # silu | gelu_tanh | clamped_swiglu, of every MLP
+    activation: str = "silu"  # silu | gelu_tanh | clamped_swiglu, of every MLP; relu2: of those without a gate
     swiglu_alpha: float = 0.0  # of clamped_swiglu: factor of the gate in the sigmoid
     swiglu_limit: float = 0.0  # of clamped_swiglu: the maximum of the gate, and of the magnitude of up
     norm: str = "rms"  # rms | layer, of the residual stream: an RMSNorm, or a LayerNorm with a bias
@@ -69,7 +70,7 @@ class ModelConfig:
     @property
     def attentions(self) -> tuple[Mixer, ...]:
         """The different kinds of attention, in the order of the layers that have them first."""
-        return tuple(dict.fromkeys(layer.attention for layer in self.layers))
+        return tuple(dict.fromkeys(layer.attention for layer in self.layers if layer.attention))
 
     @property
     def attention(self) -> Mixer:
@@ -79,7 +80,7 @@ class ModelConfig:
     @property
     def tells_received(self) -> bool:
         """Whether it is known in every layer how much attention a token receives."""
-        return all(isinstance(its, Attention) for its in self.attentions)
+        return all(isinstance(layer.attention, Attention) for layer in self.layers)
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
@@ -126,6 +127,17 @@ class ModelConfig:
         return self.routed.output_bias
 
     @property
+    def gated(self) -> bool:
+        """Whether MLPs have a gate, else only up and down."""
+        return self.routed.gated
+
+    @property
+    def expert_shapes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """The shapes of an expert's gate, up and down; a gate that is not there has no rows."""
+        dim, hidden = self.dim, self.expert_hidden
+        return (hidden if self.gated else 0, dim), (hidden, dim), (dim, hidden)
+
+    @property
     def router(self) -> RouterConfig:
         return self.routed.router
 
@@ -155,14 +167,14 @@ class ModelConfig:
         return self.post_norms or self.own_norms or self.layer_scale
 
     @property
-    def dense_hidden(self) -> int:
-        """The maximum of the inner sizes of dense layers' MLPs; 0 without any."""
-        return max((layer.mlp.hidden for layer in self.layers if isinstance(layer.mlp, Dense)), default=0)
+    def dense_hidden(self) -> tuple[int, ...]:
+        """The inner size of each layer's dense MLP; 0 without one."""
+        return tuple(layer.mlp.hidden if isinstance(layer.mlp, Dense) else 0 for layer in self.layers)
 
     @property
     def expert_weights(self) -> int:
         """The number of weights of one expert: gate, up and down."""
-        return 3 * self.dim * self.expert_hidden
+        return sum(rows * cols for rows, cols in self.expert_shapes)
 
     @property
     def expert_count(self) -> int:
@@ -171,8 +183,8 @@ class ModelConfig:
 
     def planned(self, context: int) -> "ModelConfig":
         """The model as computed in a run planned for `context` tokens, whatever the length of its sequences."""
-        its = (replace(layer, attention=layer.attention.planned(context)) for layer in self.layers)
-        return replace(self, layers=tuple(its))
+        its = ((layer.attention.planned(context) if layer.attention else None, layer.mlp) for layer in self.layers)
+        return replace(self, layers=tuple(Layer(*parts) for parts in its))
 
     def has_experts(self, layer: int) -> bool:
         return isinstance(self.layers[layer].mlp, Experts)
@@ -212,8 +224,10 @@ FLOAT_MATRICES = (
     "delta.decay",
     "delta.conv",
     "conv.weights",
-)  # small, and much depends on them; index.*, delta.*, conv.*: see layers/indexer.py, delta_net.py, short_conv.py
-TRUNK_KINDS = ("shared", "attention", "delta", "conv", "dense", "embedding", "head")
+    "mamba.step",
+    "mamba.conv",
+)  # small, and much depends on them; see layers/indexer.py, delta_net.py, short_conv.py, mamba.py
+TRUNK_KINDS = ("shared", "attention", "delta", "conv", "mamba", "dense", "embedding", "head")
 
 
 def without_layer(name: str) -> str:
@@ -241,10 +255,13 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab, dim)}
     for at, layer in enumerate(config.layers):
-        parts = {**norm("attention_norm"), **layer.attention.shapes(dim)}
-        parts |= {"attention_post_norm": (dim,)} if config.post_norms else {}
-        parts |= {**norm("mlp_norm"), **layer.mlp.shapes(dim, config.experts_of(at))}
-        parts |= {"mlp_post_norm": (dim,)} if config.post_norms else {}
+        parts: dict[str, tuple[int, ...]] = {}
+        if layer.attention:
+            parts |= {**norm("attention_norm"), **layer.attention.shapes(dim)}
+            parts |= {"attention_post_norm": (dim,)} if config.post_norms else {}
+        if layer.mlp:
+            parts |= {**norm("mlp_norm"), **layer.mlp.shapes(dim, config.experts_of(at))}
+            parts |= {"mlp_post_norm": (dim,)} if config.post_norms else {}
         parts |= {"layer_scale": (1,)} if config.layer_scale else {}
         shapes |= {f"layers.{at}.{part}": shape for part, shape in parts.items()}
     shapes |= norm("output_norm")

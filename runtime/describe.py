@@ -6,8 +6,8 @@ from .bundle_table import PROVENANCE, TABLE_FILE, Reader
 from .config import trunk_kind
 
 
-def widths_name(widths: tuple[int, int, int]) -> str:
-    """The name of an expert's widths: "2" if gate, up and down agree, else "2/2/3"."""
+def widths_name(widths: tuple[int, ...]) -> str:
+    """The name of an expert's widths, of gate, if it has one, up and down: "2" if they agree, else "2/2/3"."""
     return str(widths[0]) if len(set(widths)) == 1 else "/".join(map(str, widths))
 
 
@@ -31,7 +31,7 @@ def describe_bundle(bundle) -> dict:
     trunk_widths = {kind: sorted(widths) for kind, widths in trunk_widths.items()}
 
     def named(counts: Counter) -> dict[str, int]:
-        return {widths_name(widths): counts[widths] for widths in sorted(counts)}
+        return {widths_name(widths[not config.gated :]): counts[widths] for widths in sorted(counts)}
 
     return {
         "path": str(bundle.path),

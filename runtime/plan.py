@@ -10,6 +10,7 @@ from .. import _core
 from ..devices.probe import cgroup_limit_bytes, memory_limit_bytes
 from .config import Mixer, ModelConfig, Recurrent
 from .layers.latent import LatentAttention
+from .layers.mamba import Mamba
 from .plan_table import plan_text
 from .sampling import whole_number
 
@@ -179,13 +180,14 @@ def engine_config(
         raise ValueError(f"kv is {kv!r}, expected one of {', '.join(KV_TYPES)}")
     c, router = _core.EngineConfig(), config.router
     for name in (
-        *("dim", "vocab", "expert_hidden", "norm_eps", "shared_hidden", "dense_hidden"),
+        *("dim", "vocab", "expert_hidden", "norm_eps", "shared_hidden"),
         *("embedding_scale", "residual_scale", "logits_scale", "logits_cap", "routing_scale"),
         *("post_norms", "own_norms", "layer_scale"),
     ):
         setattr(c, name, getattr(config, name))
-    kinds = list(dict.fromkeys(layer.attention for layer in config.layers))
-    c.layers, c.attention_of = config.layer_count, [kinds.index(layer.attention) for layer in config.layers]
+    kinds, mixers = config.attentions, [layer.attention for layer in config.layers]
+    c.layers, c.dense = config.layer_count, config.dense_hidden
+    c.attention_of = [kinds.index(mixer) if mixer else -1 for mixer in mixers]
     c.attentions = [attention_config(kind, context) for kind in kinds]
     c.activation = getattr(_core.Gate, config.activation), config.swiglu_alpha, config.swiglu_limit
     c.experts = [config.experts_of(layer) for layer in range(config.layer_count)]
@@ -214,6 +216,7 @@ def attention_config(attention: Mixer, context: int) -> _core.AttentionConfig:
     )
     if isinstance(attention, Recurrent):
         a.recurrence, a.conv_kernel = getattr(_core.Recurrence, attention.recurrence), attention.conv_kernel
+        a.least_step = attention.least_step if isinstance(attention, Mamba) else 0
         return a
     rope = attention.rope.planned(context)
     a.rope_dim, a.rope_frequency, a.rope_scale = rope.dim, rope.frequency().tolist(), rope.scale
@@ -279,6 +282,7 @@ def make_plan(
     mapped = device == "cpu"  # if all records fit, the memory map of their files is used
     read_bytes = _read_bytes(slot_bytes, mapped)
     recurrent = len(config.recurrent_layers)
+    attending = sum(layer.attention is not None for layer in config.layers) - recurrent
     sizes = {"logits_rows": logits_rows, "threads": threads, "kv": kv, "sequences": sequences}
 
     def plan(chunk: int, resident: bool, keeps: bool = True) -> Plan:
@@ -298,7 +302,7 @@ def make_plan(
             kv_cache_bytes=kv_cache,
             state_bytes=states,
             snapshots=snapshots,
-            state_saves_bytes=kv_cache * recurrent // max(config.layer_count - recurrent, 1),
+            state_saves_bytes=kv_cache * recurrent // max(attending, 1),
             scratch_bytes=scratch,
             io_buffers_bytes=io_buffers,
             interpreter_bytes=interpreter_bytes,

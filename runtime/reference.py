@@ -46,7 +46,10 @@ def embed(config: ModelConfig, weights, token_ids, xp=np):
 
 def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None, choice: Choice | None = None):
     """One layer: x (sequences, tokens, dim) in and out. choice: see attention_block()."""
-    x = x + attention_block(config, weights, layer, x, xp, choice)
+    if config.layers[layer].attention:
+        x = x + attention_block(config, weights, layer, x, xp, choice)
+    if config.layers[layer].mlp is None:
+        return scaled(config, weights, layer, x, xp)
     if not config.has_experts(layer):
         y = dense_block(config, weights, layer, mlp_input(config, weights, layer, x, xp), xp)
     else:
@@ -300,7 +303,8 @@ def expert_bias(config: ModelConfig, weights, layer: int, index: int, xp=np):
 
 
 def expert(config: ModelConfig, h, w_gate, w_up, w_down, xp=np, bias=NO_BIAS):
-    """One gated MLP, (rows, dim), for h (rows, dim), w_gate and w_up (inner, dim), w_down (dim, inner).
+    """One MLP, (rows, dim), for h (rows, dim), w_gate and w_up (inner, dim), w_down (dim, inner); a gate that is not
+    there has no rows.
 
     bias: what is added to the products of gate, up (inner,) and down (dim,).
     """
@@ -309,12 +313,14 @@ def expert(config: ModelConfig, h, w_gate, w_up, w_down, xp=np, bias=NO_BIAS):
 
 def expert_inner(config: ModelConfig, h, w_gate, w_up, xp=np, bias=NO_BIAS):
     """The input of an expert's down projection, (rows, inner)."""
-    gate, up = plus(h @ array(w_gate, xp).T, bias[0]), plus(h @ array(w_up, xp).T, bias[1])
-    return gated(config, gate, up, xp)
+    gate = plus(h @ array(w_gate, xp).T, bias[0]) if config.gated else None
+    return gated(config, gate, plus(h @ array(w_up, xp).T, bias[1]), xp)
 
 
 def gated(config: ModelConfig, gate, up, xp=np):
-    """The input of a gated MLP's down projection, from the products of its gate and up."""
+    """The input of an MLP's down projection, from the products of its gate, if it has one, and up."""
+    if config.activation == "relu2":
+        return xp.square(xp.maximum(up, 0))
     if config.activation == "clamped_swiglu":
         return clamped_swiglu(gate, up, config.swiglu_alpha, config.swiglu_limit, xp)
     inner = ACTIVATIONS[config.activation](gate, xp)
@@ -337,5 +343,6 @@ def _to_residual(config: ModelConfig, y):
 
 
 def _trunk_mlp(config: ModelConfig, weights, prefix: str, h, xp):
-    gate, up = product(weights, f"{prefix}.gate", h, xp), product(weights, f"{prefix}.up", h, xp)
+    gate = product(weights, f"{prefix}.gate", h, xp) if config.gated else None
+    up = product(weights, f"{prefix}.up", h, xp)
     return product(weights, f"{prefix}.down", gated(config, gate, up, xp), xp)

@@ -42,7 +42,8 @@ def changed(value, **changes):
         rest = {name: change for name, change in changes.items() if name not in names}
         of_attention = {**rest, **changes.get("attention", {})}
         own["layers"] = tuple(
-            Layer(changed(layer.attention, **of_attention), changed(layer.mlp, **rest)) for layer in value.layers
+            Layer(*(its and changed(its, **of) for its, of in ((layer.attention, of_attention), (layer.mlp, rest))))
+            for layer in value.layers
         )
     return replace(value, **own)
 

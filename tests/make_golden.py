@@ -322,6 +322,24 @@ CONFIGS = {
         "num_experts_per_tok": 3,
         "routed_scaling_factor": 1.5,
     },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe", "linear_attention"],
+        "head_dim": 24,
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 20,
+        "chunk_size": 8,
+        "time_step_min": 0.6,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 64,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+    },
     "qwen3_next": {
         "num_hidden_layers": 4,
         "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
@@ -506,7 +524,7 @@ def random_model(architecture: str, seed: int, **changes):
             drawn = weight.data.mean() + 0.3 * drawn  # around what changes nothing: 1, or 0 where 1 is added
             if architecture.startswith("gemma4") and name.endswith(SMALL_IN_GEMMA4):
                 drawn *= 0.4
-        elif "embed_tokens" in name:
+        elif "embed" in name:
             small = config.get_text_config().tie_word_embeddings or architecture.startswith("gemma4")
             drawn *= 0.3 if small else 1.0
         elif name.endswith("router.proj.weight"):

@@ -21,6 +21,7 @@ NO_DEFAULTS = {  # that a model could have
     **dict.fromkeys(("gemma4", "gemma4_text"), {**GEMMA4, "hidden_size_per_layer_input": 0}),
     "glm4_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "nemotron_h": {"num_hidden_layers": 4},
 }
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 6.0}

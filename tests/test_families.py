@@ -28,6 +28,7 @@ from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS
 
 EXPERTS = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
+MAMBA = {"mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "moe_shared_expert_intermediate_size": 32}
 LONG_ROPE = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 LONG_ROPE |= {"short_mscale": 1.0, "long_mscale": 1.0, "original_max_position_embeddings": 64}
 
@@ -214,6 +215,32 @@ def test_what_is_new_about_an_unknown_family_is_said():
         (
             {"model_type": "lfm2_moe", "tie_word_embeddings": True, "tie_embedding": False},
             "tie_word_embeddings is True and tie_embedding is False, two spellings of one key",
+        ),
+        *(
+            ({"model_type": "nemotron_h", **change}, message)
+            for change, message in [
+                ({"moe_latent_size": 16}, "moe_latent_size 16 is not supported for nemotron_h; supported is None"),
+                (
+                    {"mlp_hidden_act": "silu"},
+                    "mlp_hidden_act 'silu' is not supported for nemotron_h; supported is 'rel",
+                ),
+                ({"use_bias": True}, "use_bias True is not supported for nemotron_h; supported is False"),
+                ({}, "key 'layers_block_type' or 'hybrid_override_pattern' is missing"),
+                (
+                    {"hybrid_override_pattern": "MX"},
+                    r"hybrid_override_pattern is 'MX', expected a letter of M\*E- for ev",
+                ),
+                (
+                    {"layers_block_type": ["mamba", "conv"]},
+                    r"layers_block_type is \['linear_attention', 'conv'\], expected linear_attention or full_attention",
+                ),
+                ({"hybrid_override_pattern": "MEM"}, "layers_block_type is .*, expected .* for every layer"),
+                ({"hybrid_override_pattern": "M-", "mamba_num_heads": 2, **MAMBA}, "no layer has experts"),
+                (
+                    {"hybrid_override_pattern": "ME", "mamba_num_heads": 3, **MAMBA},
+                    "mamba_num_heads must be a multiple of n_groups",
+                ),
+            ]
         ),
         ({"model_type": "phimoe", "num_experts_per_tok": 1}, "num_experts_per_tok is 1, expected 2"),
         (

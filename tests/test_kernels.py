@@ -369,6 +369,8 @@ def test_vector_kernels_are_near_numpy_and_equal_scalar(n):
         (lambda s: _core.gate_up(s, x, w, _core.Gate.silu), a / (1 + np.exp(-a)) * b),
         (lambda s: _core.gate_up(s, x, w, _core.Gate.gelu_tanh), gelu),
         (lambda s: _core.gate_up(s, x, w, _core.Gate.clamped_swiglu, 1.702, 3), clamped),
+        (lambda s: _core.gate_up(s, x, w, _core.Gate.bilinear), a * b),
+        (lambda s: _core.gate_up(s, x, w, _core.Gate.relu2), np.maximum(b, 0) ** 2),
         (lambda s: _core.softmax(s, x), e / e.sum()),
         (lambda s: _core.softmax(s, x, 2.5), e / (e.sum() + np.exp(2.5 - a.max()))),
         (lambda s: _core.softmax(s, x, 99.0), np.exp(a - 99)),

@@ -24,7 +24,7 @@ MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint32": "U32", "uint8": "U8"}
 FAMILIES = (
     *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "glm4_moe", "granitemoe", "minimax_m2", "phimoe"),
-    *("qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss", "gemma4", "lfm2_moe"),
+    *("qwen3_next", "qwen3_5_moe", "qwen3_vl_moe", "gpt_oss", "gemma4", "lfm2_moe", "nemotron_h"),
     *("deepseek_v3", "deepseek_v32", "moonlight", "glm4_moe_lite", "glm_moe_dsa", "kimi_k25"),  # whose kv_b is split
     "mistral4",  # likewise
 )
@@ -130,6 +130,7 @@ def renamed_by_mlx_lm(architecture: str, source: Path, out: Path) -> None:
     raw = json.loads((source / "config.json").read_text())
     keys = raw.get("text_config", raw)
     keys = {"num_experts": keys.get("num_local_experts"), "num_local_experts": keys.get("num_experts"), **keys}
+    keys.setdefault("num_hidden_layers", len(keys.get("layers_block_type", ())))
     model = SimpleNamespace(args=SimpleNamespace(**keys))
     if "text_config" in raw:
         model.language_model = SimpleNamespace(args=model.args)
@@ -164,6 +165,7 @@ def test_every_familys_names_in_mlx_lm_are_known(tmp_path, architecture):
     renamed_by_mlx_lm(architecture, source, tmp_path / "mlx")
     checkpoint = Checkpoint(tmp_path / "mlx")
     stacked = (".switch_mlp.up_proj.weight", ".switch_glu.up_proj.weight", ".experts.up_proj.weight")
+    stacked += (".switch_mlp.fc1.weight",)
     assert any(key.endswith(stacked) for key in read_file(tmp_path / "mlx" / "model.safetensors"))
     assert list(checkpoint._tensors) == list(wanted)
     for name, values in wanted.items():

@@ -48,9 +48,10 @@ def test_a_norm_passes_its_gradient_on(kind):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "clamped_swiglu"])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "clamped_swiglu", "relu2"])
 def test_an_expert_passes_its_gradient_on(kind, biased):
-    config = type("", (), {"activation": kind, "swiglu_alpha": 1.702, "swiglu_limit": 3.0})
+    gated = kind != "relu2"
+    config = type("", (), {"activation": kind, "swiglu_alpha": 1.702, "swiglu_limit": 3.0, "gated": gated})
     gate, up, down, g, h, direction = random(8, 16), random(8, 16, seed=1), random(16, 8, seed=2), *random(3, 5, 16)
     bias = (*random(2, 8, seed=3), random(16, seed=4)) if biased else reference.NO_BIAS
     inner = h @ gate.T, h @ up.T
@@ -83,7 +84,7 @@ def test_a_router_passes_its_gradient_on(golden, architecture):
     assert (got * direction).sum() == pytest.approx(want, rel=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_moe", "granitemoe", "phimoe", "gemma4_text"])
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "granitemoe", "phimoe", "gemma4_text", "nemotron_h"])
 def test_a_layer_passes_its_gradient_on(golden, architecture):
     """From its output to the residual stream after attention, and each expert's part of the output along it."""
     checkpoint, rows = Checkpoint(golden[architecture][0]), 40

@@ -102,6 +102,7 @@ PUBLISHED = {  # billions of weights
     "kimi-k2": 1026,
     "lfm2-8b-a1b": 8.3,
     "minimax-m2": 229,
+    "nemotron-3-nano-30b-a3b": 31.6,
     "qwen3-235b-a22b": 235,
     "qwen3-30b-a3b": 30.5,
     "qwen3-next-80b-a3b": 80,
@@ -288,7 +289,7 @@ def test_an_estimate_says_what_it_assumed(tmp_path):
     )
 
 
-KNOWN = "gate, up, down, edge_gate, edge_up, edge_down, shared, attention, delta, conv, dense, embedding, head"
+KNOWN = "gate, up, down, edge_gate, edge_up, edge_down, shared, attention, delta, conv, mamba, dense, embedding, head"
 WIDTHS = "1, 2, 3, 4, 5, 6, 8, 16"
 KEPT = "expected 8, which a token uses, to 128, or a share of them such as 0.75"
 REFUSED = [

@@ -58,6 +58,7 @@ KINDS = {
     "minimax_m2": {"embedding", "attention", "head"},
     "mistral3": {"embedding", "attention", "shared", "head"},
     "mistral4": {"embedding", "attention", "dense", "shared", "head"},
+    "nemotron_h": {"embedding", "attention", "mamba", "dense", "shared", "head"},
     "phimoe": {"embedding", "attention", "head"},
     "qwen3_5_moe": {"embedding", "attention", "delta", "shared", "head"},
     "qwen3_5_moe_text": {"embedding", "attention", "delta", "shared"},
@@ -74,6 +75,8 @@ def kind_of(name: str) -> str | None:
         return "delta" if parts[1] in ("qkv", "gate", "o") else None
     if parts[0] == "index":
         return "attention" if parts[1] == "q" else None
+    if parts[0] == "mamba":
+        return "mamba" if parts[1] in ("xbc", "gate", "o") else None
     if parts[0] == "conv":
         return "conv" if parts[1] != "weights" else None
     if parts[0] in ("embedding", "head", "shared", "dense"):

@@ -68,7 +68,10 @@ def _widths_tables(about: dict) -> list[str]:
         by_layer.append([layer, *(str(counts.get(name, "")) for name in widths), *gone])
     return [
         f"experts by {what}\n" + table(rows, right=tuple(range(1, len(rows[0]))))
-        for what, rows in (("width in bits (gate/up/down where they differ)", by_group), ("layer", by_layer))
+        for what, rows in (
+            ("width in bits (gate/up/down, or up/down, where they differ)", by_group),
+            ("layer", by_layer),
+        )
     ]
 
 

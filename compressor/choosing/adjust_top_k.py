@@ -50,7 +50,7 @@ def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, w
         for its, form in present:
             form.enter(its, layer, ids.shape[1], new_stream)
         new = []
-        if layer not in config.dense_layers:
+        if config.has_experts(layer):
             for top_k in range(fewest(config, layer), config.top_k):
                 trials.append((layer, top_k))
                 trial = replace(config, layer_top_k=(top_k,) * config.layer_count)

@@ -219,9 +219,7 @@ def keep_experts_of(config: ModelConfig, keep: int | float) -> ModelConfig:
             "or a share of them such as 0.75"
         )
     kept = tuple(range(count))
-    return replace(
-        config, kept=tuple(() if layer in config.dense_layers else kept for layer in range(config.layer_count))
-    )
+    return replace(config, kept=tuple(kept if config.has_experts(layer) else () for layer in range(config.layer_count)))
 
 
 def _bundle_sizes(bundle: Bundle) -> tuple[Sizes, str]:

@@ -50,7 +50,7 @@ class LayerMeasure:
 
 @dataclass(slots=True)
 class Measures:
-    """The measures of a model: by layer (None for a dense one), with the choices and each layer's gain."""
+    """The measures of a model: by layer (None for one without experts), with the choices and each layer's gain."""
 
     layers: list[LayerMeasure | None]
     choices: list[Choice]
@@ -119,7 +119,7 @@ class Form:
         forward.attention(config, self.weights, layer, self.x, tokens, self.a)
         forward.common_mlp(config, self.weights, layer, self.a, self.y)
         self.routing = None
-        if layer not in config.dense_layers:
+        if config.has_experts(layer):
             self.routing = forward.route(config, self.weights, layer, self.a)
 
     def leave(self, config: ModelConfig, layer: int) -> None:
@@ -185,7 +185,7 @@ class Sensitivity:
         for form in present:
             form.enter(config, layer, self.calibration.ids.shape[1], self.new_stream)
         change = None
-        if layer not in config.dense_layers:
+        if config.has_experts(layer):
             change = np.zeros((len(self.sample_rows), config.dim), np.float32)
             measure = self._experts(layer, present, change, tell)
             source, rows = self.forms["source"], self.sample_rows

@@ -205,13 +205,13 @@ def _sizes(config: ModelConfig, nbytes: Callable[[Tensor], int], record: Callabl
         weights[tensor.kind] += tensor.weights
         sums[tensor.kind] += nbytes(tensor)
     trunk_bytes = sums.total()
-    hidden, dim = config.expert_hidden, config.dim
     for at, layer in enumerate(config.moe_layers):
-        shapes = ((hidden, dim), (hidden, dim), (dim, hidden))
         place = (at, len(config.moe_layers))
-        tensors = tuple(Tensor(name, name, shape, *place) for name, shape in zip(PROJECTIONS, shapes, strict=True))
+        tensors = tuple(
+            Tensor(name, name, shape, *place) for name, shape in zip(PROJECTIONS, config.expert_shapes, strict=True)
+        )
         if config.expert_bias:
-            tensors += (Tensor("float32", "output_bias", (2 * hidden + dim,), *place),)
+            tensors += (Tensor("float32", "output_bias", (sum(rows for rows, _ in config.expert_shapes),), *place),)
         experts, whole = config.experts_of(layer), record(tensors)
         for tensor in tensors:
             weights[tensor.kind] += experts * tensor.weights

@@ -54,14 +54,18 @@ def rms_norm_backward(x, weight, eps: float, g):
 def mlp_backward(config: ModelConfig, h, matrices, g, bias=reference.NO_BIAS):
     """Backward of reference.expert: the output (rows, dim), and the gradient (samples, rows, dim) at h (rows, dim)."""
     w_gate, w_up, w_down = matrices
-    gate, up = reference.plus(h @ w_gate.T, bias[0]), reference.plus(h @ w_up.T, bias[1])
-    y, of_gate, of_up = gated(config, gate, up)
+    gate = reference.plus(h @ w_gate.T, bias[0]) if config.gated else None
+    y, of_gate, of_up = gated(config, gate, reference.plus(h @ w_up.T, bias[1]))
     inner = g @ w_down
-    return reference.plus(y @ w_down.T, bias[2]), (inner * of_gate) @ w_gate + (inner * of_up) @ w_up
+    back = (inner * of_up) @ w_up
+    return reference.plus(y @ w_down.T, bias[2]), back if of_gate is None else (inner * of_gate) @ w_gate + back
 
 
 def gated(config: ModelConfig, gate, up):
-    """reference.gated(), and its derivatives by gate and by up."""
+    """reference.gated(), and its derivatives by gate, None if there is no gate, and by up."""
+    if config.activation == "relu2":
+        relu = np.maximum(up, 0)
+        return np.square(relu), None, 2 * relu
     if config.activation == "clamped_swiglu":
         alpha, limit = config.swiglu_alpha, config.swiglu_limit
         act, slope = _swish(np.minimum(gate, limit), alpha)
@@ -119,7 +123,7 @@ def router_backward(config: ModelConfig, router, h, scores, chosen, weights, g_w
 def shared_backward(config: ModelConfig, weights, layer: int, h, g):
     """The gradient at h, through the shared expert."""
     prefix = f"layers.{layer}.shared"
-    matrices = [weights.trunk(f"{prefix}.{part}") for part in ("gate", "up", "down")]
+    matrices = _matrices(config, weights, prefix)
     g = g * config.residual_scale
     if config.own_norms:
         y = reference.expert(config, h, *matrices)
@@ -134,12 +138,18 @@ def shared_backward(config: ModelConfig, weights, layer: int, h, g):
 
 def dense_backward(config: ModelConfig, weights, layer: int, h, g):
     """The gradient at h, through the MLP of a dense layer."""
-    matrices = [weights.trunk(f"layers.{layer}.dense.{part}") for part in ("gate", "up", "down")]
+    matrices = _matrices(config, weights, f"layers.{layer}.dense")
     g = g * config.residual_scale
     if config.post_norms:
         y = reference.expert(config, h, *matrices)
         g = rms_norm_backward(y, weights.trunk(f"layers.{layer}.mlp_post_norm"), config.norm_eps, g)
     return mlp_backward(config, h, matrices, g)[1]
+
+
+def _matrices(config: ModelConfig, weights, prefix: str) -> list[np.ndarray | None]:
+    """gate, None if there is none, up and down of an MLP of the trunk."""
+    gate = weights.trunk(f"{prefix}.gate") if config.gated else None
+    return [gate, weights.trunk(f"{prefix}.up"), weights.trunk(f"{prefix}.down")]
 
 
 def sum_backward(config: ModelConfig, weights, layer: int, a, y, g):

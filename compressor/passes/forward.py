@@ -45,11 +45,12 @@ def embed(config: ModelConfig, weights, ids: np.ndarray, out: Stream) -> None:
 
 
 def attention(config: ModelConfig, weights, layer: int, x: Stream, tokens: int, out: Stream) -> None:
-    """Write out = x + attention(x), for sequences of `tokens` rows."""
+    """Write out = x + attention(x), for sequences of `tokens` rows, or x if the layer has no attention."""
     trunk = Held(weights)
     for start, stop in x.blocks(of=tokens):
         block = x.read(start, stop).reshape(-1, tokens, x.dim)
-        block += reference.attention_block(config, trunk, layer, block)
+        if config.layers[layer].attention:
+            block += reference.attention_block(config, trunk, layer, block)
         out.write(start, block.reshape(-1, x.dim))
 
 
@@ -67,12 +68,14 @@ def common_mlp(config: ModelConfig, weights, layer: int, a: Stream, out: Stream)
     """Write to `out` what experts' outputs are added to, or the layer's whole output if it has none.
 
     out = a + the output of the dense MLP or the shared expert, if the layer has one; or zeros, if the experts' sum is
-    changed before the residual stream gets it.
+    changed before the residual stream gets it. Without any MLP it is a.
     """
     trunk = Held(weights)
     for start, stop in a.blocks():
         block = a.read(start, stop)
-        if not config.has_experts(layer):
+        if config.layers[layer].mlp is None:
+            block = reference.scaled(config, trunk, layer, block)
+        elif not config.has_experts(layer):
             block += reference.dense_block(config, trunk, layer, reference.mlp_input(config, trunk, layer, block))
             block = reference.scaled(config, trunk, layer, block)
         elif config.sums_experts:

@@ -68,7 +68,7 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
         forward.attention(config, weights, layer, x, tokens, a)
         forward.common_mlp(config, weights, layer, a, y)
         routings.append(None)
-        if layer not in config.dense_layers:
+        if config.has_experts(layer):
             routings[-1] = forward.route(config, weights, layer, a)
             _add_experts(config, weights, layer, a, y, routings[-1], workers)
         sums.append(None)
@@ -118,8 +118,8 @@ def _layer_backward(config, weights, layer: int, a: Stream, sums, routing, g: St
     """Propagate the gradient `g` at the layer's output to its input, into `back`; both (SAMPLES * rows, dim).
 
     sums: the experts' sums (rows, dim), if the residual stream gets them changed; the gradient at them goes to `inner`.
-    Returns the dot product of the gradient and each expert's weighted output, (SAMPLES, rows, top_k); None for a dense
-    layer.
+    Returns the dot product of the gradient and each expert's weighted output, (SAMPLES, rows, top_k); None for a layer
+    without experts.
     """
     rows, held = a.rows, forward.Held(weights)
     for start, stop in g.blocks():
@@ -160,7 +160,7 @@ def _layer_backward(config, weights, layer: int, a: Stream, sums, routing, g: St
     for its, place, along, g_h in forward.in_order(workers, one, _parts(config, weights, layer, routing)):
         q[:, its, place] = along
         add(its, g_h)
-    for start in range(0, rows, BLOCK):
+    for start in range(0, rows if config.layers[layer].mlp else 0, BLOCK):
         its = np.arange(start, min(start + BLOCK, rows))
         if routing is None:
             h, g_y = forward.expert_input(config, held, layer, a, its), gradient(its)

@@ -34,10 +34,12 @@ class BundleWeights:
         return values[0] if len(trunk_shapes(self.config)[name]) == 1 else values
 
     def expert(self, layer: int, number: int) -> tuple[np.ndarray, ...]:
-        dim, hidden = self.config.dim, self.config.expert_hidden
         encodings = self.bundle.experts[layer, number].encodings
-        matrices = zip(self.parts(layer, number), encodings, (dim, dim, hidden), strict=True)
-        return tuple(unpacked(parts, encoding, cols) for parts, encoding, cols in matrices)
+        matrices = zip(self.parts(layer, number), encodings, self.config.expert_shapes, strict=True)
+        return tuple(
+            unpacked(parts, encoding, cols) if rows else np.zeros((0, cols), np.float32)
+            for parts, encoding, (rows, cols) in matrices
+        )
 
     def expert_bias(self, layer: int, number: int) -> tuple[np.ndarray, ...]:
         """What is added to the products of gate, up and down, (rows,) each, of a model that has it."""
@@ -45,12 +47,13 @@ class BundleWeights:
         return tuple(parts[f"{projection}.output_bias"].view(np.float32) for projection in PROJECTIONS)
 
     def parts(self, layer: int, number: int) -> list[list[np.ndarray]]:
-        """gate, up and down as they lie in the file: the parts of the codec of each, (rows, bytes) each."""
-        hidden, dim, found = self.config.expert_hidden, self.config.dim, self._record(layer, number)
+        """gate, up and down as they lie in the file: the parts of the codec of each, (rows, bytes) each; of a gate that
+        is not there, none."""
+        found = self._record(layer, number)
         encodings = self.bundle.experts[layer, number].encodings
         return [
-            [found[f"{projection}.{part}"].reshape(rows, -1) for part in encoding.parts]
-            for projection, rows, encoding in zip(PROJECTIONS, (hidden, hidden, dim), encodings, strict=True)
+            [found[f"{projection}.{part}"].reshape(rows, -1) for part in encoding.parts] if rows else []
+            for projection, (rows, _), encoding in zip(PROJECTIONS, self.config.expert_shapes, encodings, strict=True)
         ]
 
     def _record(self, layer: int, number: int) -> dict[str, np.ndarray]:

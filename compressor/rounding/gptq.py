@@ -14,7 +14,7 @@ import numpy as np
 
 from ... import _core
 from ..writing.writer import Quantised
-from .quantise import MOST, from_bfloat16, quantise, to_bfloat16
+from .quantise import MOST, from_bfloat16, no_rows, quantise, to_bfloat16
 
 DAMPING = 0.01  # share of the mean diagonal that is added to the diagonal
 MASSIVE = 64  # times the median of the diagonal, to which larger entries are clipped for that mean
@@ -103,6 +103,8 @@ def gptq(
     """
     if width == 16:
         return Quantised(to_bfloat16(weights))
+    if not len(weights):
+        return no_rows(width, group, weights.shape[1])
     if (most := max(-weights.min(), weights.max())) > MOST:
         raise ValueError(f"a weight of {most:.3g} is beyond {MOST:.0e}, which width {width} cannot hold; use bits 16")
     rows, cols = weights.shape

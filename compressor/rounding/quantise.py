@@ -29,6 +29,8 @@ def quantise(
     """
     if width == 32:
         return Quantised(np.ascontiguousarray(weights, np.float32))
+    if not len(weights):
+        return no_rows(width, group, weights.shape[1])
     if width == 16:
         codes = to_bfloat16(weights)
         if ((codes & 0x7FFF) == 0x7F80).any():  # it became Inf
@@ -43,10 +45,20 @@ def quantise(
     return Quantised(codes, scales, biases)
 
 
+def no_rows(width: int, group: int, cols: int) -> Quantised:
+    """A packed matrix without rows, as of a gate that is not there."""
+    if width == 16:
+        return Quantised(np.zeros((0, cols), np.uint16))
+    groups = np.zeros((0, cols // group), np.uint16)
+    return Quantised(np.zeros((0, cols * width // 8), np.uint8), groups, groups)
+
+
 def dequantise(packed: Quantised, width: int, cols: int) -> np.ndarray:
     """Convert a packed matrix to float32 (rows, cols)."""
     if width == 32:
         return packed.codes
+    if not len(packed.codes):
+        return np.zeros((0, cols), np.float32)
     if width == 16:
         return from_bfloat16(packed.codes)
     if packed.biases is None:

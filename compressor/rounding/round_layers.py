@@ -152,7 +152,7 @@ class Rounding:
             track.a = self._attention(track.config, track.trunk, layer, track.x, track.name)
             fit.mlp(track.a, a, y)
             track.y = self._common_mlp(track.config, track.trunk, layer, track.a, track.name)
-        if layer not in self.config.dense_layers:
+        if self.config.has_experts(layer):
             self._source_experts(layer, a, y)
             self._rounded_experts(layer, a, tell)
             self._finish(layer, a, y)
@@ -318,7 +318,7 @@ class Rounding:
 
         inputs, inner_inputs = (Inputs(packing.group if self.act_order else 0) for _ in range(2))
         inputs.add(h, counts, clean - h)
-        steps = np.split(inputs.step(np.concatenate(matrices[:2])), 2)
+        steps = np.split(inputs.step(np.concatenate(matrices[:2])), [len(matrices[0])])
         for matrix, step, width in zip(matrices[:2], steps, packing.widths[:2], strict=True):
             pack(matrix, step, inputs, width)
         inner = reference.expert_inner(config, h, *rounded, bias=bias)

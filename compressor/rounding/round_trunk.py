@@ -90,26 +90,29 @@ class TrunkFit:
 
     def attention(self, x: Stream, source_x: Stream, source_a: Stream) -> None:
         """Round attention. x, source_x: the streams before attention; source_a: the source's stream after it."""
+        its = self.config.layers[self.layer].attention
+        if its is None:
+            return
 
         def part(weights, x: np.ndarray) -> np.ndarray:
             sequences = x.reshape(-1, self.tokens, x.shape[-1])
             return reference.attention_block(self.config, weights, self.layer, sequences)
 
         streams = (x, source_x, source_a)
-        *first, (last,) = self.config.layers[self.layer].attention.stages()
+        *first, (last,) = its.stages()
         for names in first:
             self._follow(self._named(names), part, streams)
         if self.config.post_norms:
             self._follow(self._named((last,)), part, streams, relative=True, normed=True)
         else:
-            biased = self.config.layers[self.layer].attention.output_bias
-            self._reach(self._name(last), part, streams, self.source.trunk(self._name("o_bias")) if biased else 0)
+            bias = self.source.trunk(self._name("o_bias")) if its.output_bias else 0
+            self._reach(self._name(last), part, streams, bias)
 
     def mlp(self, a: Stream, source_a: Stream, source_y: Stream) -> None:
         """Round the shared expert or the dense MLP. a, source_a: the streams after attention; source_y: the source's
         stream after the layer, the target of a dense MLP."""
         dense = not self.config.has_experts(self.layer)
-        if not (dense or self.config.shared_hidden):
+        if self.config.layers[self.layer].mlp is None or not (dense or self.config.shared_hidden):
             return
         block = reference.dense_block if dense else reference.shared_expert
         h_of = reference.mlp_input if dense else reference.shared_input
@@ -118,7 +121,8 @@ class TrunkFit:
         def part(weights, a: np.ndarray) -> np.ndarray:
             return block(self.config, weights, self.layer, h_of(self.config, weights, self.layer, a))
 
-        self._follow(self._named((f"{name}.gate", f"{name}.up")), part, streams)
+        gate = (f"{name}.gate",) if self.config.gated else ()
+        self._follow(self._named((*gate, f"{name}.up")), part, streams)
         if dense and not self.config.sums_experts:
             self._reach(self._name(f"{name}.down"), part, streams)
         else:  # the experts make up for the deficit, or norms are between this output and the residual stream

@@ -78,7 +78,7 @@ class Checkpoint:
 
     def _is_embedding(self, stored: dict[str, Stored], names: Names, blocks: tuple[Block, ...]) -> bool:
         """Whether the stored output head equals the embedding, as config.json says."""
-        shape, key = (self.config.vocab, self.config.dim), f"{names.prefix}embed_tokens.weight"
+        shape, key = (self.config.vocab, self.config.dim), f"{names.prefix}{names.of_tensors['embedding']}"
         head, embedding = (locate(one, shape, stored, blocks) for one in (names.head, key))
         if embedding is None:
             return False
@@ -95,7 +95,8 @@ class Checkpoint:
         used = {key for _, tensor in self._tensors.values() for key, _ in tensor.parts()}
         left = [key for key in stored if key not in used and not key.endswith(NOT_WEIGHTS)]
         left = [key for key in left if key != names.head or not self.config.tied_head]
-        own = tuple(f"{names.prefix}{part}" for part in ("embed_tokens.", "norm."))
+        own = (names.of_tensors[part].removesuffix("weight") for part in ("embedding", "output_norm"))
+        own = tuple(f"{names.prefix}{part}" for part in own)
 
         def of_the_model(key: str) -> bool:
             if not key.startswith(names.layers):
@@ -186,9 +187,13 @@ class Checkpoint:
                 self.remote.fetch(stored.path)
 
     def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises like trunk()."""
+        """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises like trunk().
+
+        A gate that is not there has no rows.
+        """
         name = f"layers.{layer}.experts.{expert}"
-        return self.trunk(f"{name}.gate"), self.trunk(f"{name}.up"), self.trunk(f"{name}.down")
+        gate = self.trunk(f"{name}.gate") if self.config.gated else np.zeros((0, self.config.dim), np.float32)
+        return gate, self.trunk(f"{name}.up"), self.trunk(f"{name}.down")
 
     @property
     def has_codes(self) -> bool:
@@ -210,6 +215,7 @@ class Checkpoint:
                 affine = tensor.biases is not None and tensor.scales.dtype == tensor.biases.dtype == "BF16"
                 one = Encoding("affine", codes.bits_of(tensor.codes), tensor.block[1]) if affine else None
                 found[PROJECTIONS.index(part)].add(one)
+        found[0] = found[0] if self.config.gated else found[1]
         kept = tuple(one for of_part in found for one in of_part)
         alike = len(kept) == 3 and None not in kept and len({one.group for one in kept}) == 1
         return kept if alike else None
@@ -217,13 +223,13 @@ class Checkpoint:
     def codes(self, layer: int, expert: int) -> list[tuple[np.ndarray, ...]]:
         """Read gate, up and down of an expert as they are stored; see reading.read_codes()."""
         found = []
-        for part in PROJECTIONS:
+        for part in PROJECTIONS if self.config.gated else PROJECTIONS[1:]:
             name = f"layers.{layer}.experts.{expert}.{part}"
             source, tensor = self._find(name)
             self._fetch(tensor)
             parts = read_codes(tensor, source.first_row, source.stored_shape[0], name)
             found.append(tuple(np.ascontiguousarray(values[source.rows]) for values in parts))
-        return found
+        return found if self.config.gated else [tuple(values[:0] for values in found[0]), *found]
 
     def expert_bias(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What is added to the products of gate, up (expert_hidden,) and down (dim,), of a model that has it."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ...runtime.codecs import PROJECTIONS
 from ...runtime.config import ModelConfig, trunk_shapes, without_layer
 from ...runtime.layers.latent import LatentAttention
 from ...runtime.models.family import NAMES, Family, Layout, Packed, Rows
@@ -124,7 +125,7 @@ def _halves(name: str, at: str, its: LatentAttention) -> Source:
 
 def _of_expert(layout: Layout) -> Callable[..., Iterator[Source]]:
     """The function that yields the sources of one expert."""
-    return _fused if not layout.up else _separate if "{}" in layout.gate else _stacked
+    return _fused if not layout.up else _separate if "{}" in layout.up else _stacked
 
 
 def _separate(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -> Iterator[Source]:
@@ -139,8 +140,9 @@ def _stacked(config: ModelConfig, layout: Layout, to: str, at: str, expert: int)
 
 def _parts(config: ModelConfig, layout: Layout) -> tuple[tuple[str, str, tuple[int, int]], ...]:
     """An expert's matrices: part, name and shape."""
-    inwards, outwards = (config.expert_hidden, config.dim), (config.dim, config.expert_hidden)
-    return ("gate", layout.gate, inwards), ("up", layout.up, inwards), ("down", layout.down, outwards)
+    names = (layout.gate, layout.up, layout.down)
+    parts = tuple(zip(PROJECTIONS, names, config.expert_shapes, strict=True))
+    return parts if config.gated else parts[1:]
 
 
 def _fused(config: ModelConfig, layout: Layout, to: str, at: str, expert: int) -> Iterator[Source]:
@@ -200,9 +202,13 @@ def _has(packed: Packed, layers: str, config: ModelConfig, stored: Mapping[str, 
 def _stacked_layouts(layouts: tuple[Layout, ...]) -> Iterator[Layout]:
     """The layouts of mlx-lm, which has a tensor for the gates of all experts of a layer, one for ups, one for downs."""
     for layout in layouts:
-        block = layout.gate.partition(".")[0]
+        block = layout.first.partition(".")[0]
+        if not layout.gate:
+            up, down = (f"{block}.switch_mlp.{part}.weight" for part in ("fc1", "fc2"))
+            yield replace(layout, up=up, down=down)
+            continue
         for path in (f"{block}.switch_mlp", f"{block}.switch_glu", f"{block}.experts"):
-            gate, up, down = (f"{path}.{part}_proj.weight" for part in ("gate", "up", "down"))
+            gate, up, down = (f"{path}.{part}_proj.weight" for part in PROJECTIONS)
             yield replace(layout, gate=gate, up=up, down=down, transposed=False, interleaved=False)
 
 
@@ -210,7 +216,7 @@ def _layout(config: ModelConfig, layouts: tuple[Layout, ...], layer: str, stored
     """The first layout that matches a layer's tensors by name and, if layouts share names, by shape."""
     named = []
     for layout in layouts:
-        key = layer + layout.gate.format(0)
+        key = layer + layout.first.format(0)
         found = stored.get(key) or stored.get(f"{key}_packed")
         if found is None:
             continue

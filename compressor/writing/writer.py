@@ -20,7 +20,7 @@ import numpy as np
 
 from ... import __version__, _core
 from ...runtime.bundle import dropped_keys
-from ...runtime.bundle_records import TRUNK_FILE, encoded_bytes, record_alignment
+from ...runtime.bundle_records import TRUNK_FILE, encoded_bytes, layout_of, record_alignment
 from ...runtime.bundle_table import table_checksum
 from ...runtime.codecs import (
     PROJECTIONS,
@@ -29,7 +29,6 @@ from ...runtime.codecs import (
     encoding_of,
     layout_table,
     padded_bytes,
-    record_layout,
     trunk_parts,
 )
 from ...runtime.config import ModelConfig, trunk_shapes
@@ -200,8 +199,7 @@ class BundleWriter:
         self._write(handle, offset, record)
 
     def _layout_of(self, packing: Packing) -> _core.RecordLayout:
-        config = self.config
-        return record_layout(config.dim, config.expert_hidden, packing.encodings, config.expert_bias)
+        return layout_of(self.config, packing.encodings)
 
     def _write(self, handle, offset: int, data: np.ndarray) -> None:
         with self._writing:

@@ -1,4 +1,4 @@
-// The recurrence of a gated delta net for all instruction sets; scalar.cpp defines the result.
+// The recurrence of gated delta nets and Mamba-2 for all instruction sets; scalar.cpp defines the result.
 //
 // Each cpu/*.cpp includes this file after packed.inl and attend.inl, inside its own namespace. Columns of a state do
 // not depend on one another, so a few registers of columns are taken through all tokens at a time: their part of the
@@ -17,7 +17,7 @@ inline void delta_columns(const DeltaHead& h, const float* from, float* to, int 
     const Vector decay = broadcast(h.decay[t * h.gate_stride]), write = broadcast(h.write[t * h.gate_stride]);
     Vector known[Registers], change[Registers], out[Registers];
     unrolled<Registers>([&](auto r) { known[r] = broadcast(0.0f); });
-    for (int i = 0; from && i < h.head_dim; ++i) {
+    for (int i = 0; h.replaces && from && i < h.head_dim; ++i) {
       const Vector key = broadcast(k[i]);
       unrolled<Registers>([&](auto r) { known[r] = fma(multiply(at(from, i, r), decay), key, known[r]); });
     }

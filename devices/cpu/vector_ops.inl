@@ -104,6 +104,7 @@ void gate_up(float* gate, const float* up, int n, const Activation& activation) 
                : activation.gate == Gate::kGelu    ? gate_up_of<Gate::kGelu>
                : activation.gate == Gate::kSigmoid ? gate_up_of<Gate::kSigmoid>
                : activation.gate == Gate::kClamped ? gate_up_of<Gate::kClamped>
+               : activation.gate == Gate::kRelu2   ? gate_up_of<Gate::kRelu2>
                                                    : gate_up_of<Gate::kBilinear>;
   loop(gate, up, n, activation.alpha, activation.limit);
 }
@@ -127,6 +128,7 @@ void convolve(const Convolution& c, float* x, int tokens, int begin, int end) {
       const float *from = input(t - at), *weights = c.weights + size_t(past - at) * c.channels;
       for (int i = begin; i < end; ++i) y[i] = std::fma(weights[i], from[i], y[i]);
     }
+    for (int i = begin; c.bias && i < end; ++i) y[i] = y[i] + c.bias[i];
     for (int i = begin; c.silu && i < end; ++i) y[i] = gated(y[i], 1.0f, {Gate::kSilu});
   }
 }
@@ -139,7 +141,7 @@ inline void delta_from(const DeltaHead& h, const float* from, float* to, int fir
     for (int j = first; j < h.v_dim; ++j) {
       const auto before = [&](int i) { return from ? from[size_t(i) * h.v_dim + j] * decay : 0.0f; };
       float known = 0.0f, out = 0.0f;
-      for (int i = 0; i < h.head_dim; ++i) known = std::fma(before(i), k[i], known);
+      for (int i = 0; h.replaces && i < h.head_dim; ++i) known = std::fma(before(i), k[i], known);
       const float change = (v[j] - known) * write;
       for (int i = 0; i < h.head_dim; ++i) {
         const float s = std::fma(k[i], change, before(i));

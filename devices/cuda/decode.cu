@@ -58,9 +58,10 @@ gate_up_kernel(Batch<ExpertJob> batch, VectorBuffer x, VectorBuffer hidden, Acti
   __shared__ float values[2][kBlock];
   const ExpertJob& job = batch.jobs[blockIdx.y];
   const int lane = int(threadIdx.x) % kWarp, warp = int(threadIdx.x) / kWarp, is_up = warp / kBlockWarps;
-  const int row = warp % kBlockWarps * kWarpRows, first = int(blockIdx.x) * kBlock + row, rows = job.gate.rows;
+  const int row = warp % kBlockWarps * kWarpRows, first = int(blockIdx.x) * kBlock + row;
   float value = 0.0f;
-  const Matrix& matrix = is_up ? job.up : job.gate;
+  const Matrix& matrix = is_up ? job.up : job.gate;  // which may have no rows
+  const int rows = matrix.rows;
   if (first < rows) value = warp_rows<kWarpRows>(matrix, first, vector_of(x, job.vector), steps_of_warp(shared));
   if (lane < kWarpRows) values[is_up][row + lane] = first + lane < rows ? with_bias(matrix, first + lane, value) : 0.0f;
   __syncthreads();

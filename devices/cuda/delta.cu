@@ -1,4 +1,4 @@
-// The convolution and the recurrence of a gated delta net; scalar.cpp defines the bits.
+// The convolution and the recurrence of gated delta nets and Mamba-2; scalar.cpp defines the bits.
 //
 // Tokens are computed one after the other, so only channels, and columns of states, are computed side by side.
 #include "delta.h"
@@ -12,7 +12,8 @@ constexpr int kThreads = 128;
 
 // Each thread computes one channel.
 EDGE_MOE_KERNEL(kThreads)
-convolve_kernel(float* values, const float* weights, bool silu, DeltaNet net, StateBuffers states, Span span) {
+convolve_kernel(float* values, const float* weights, const float* bias, bool silu, RecurrentNet net,
+                StateBuffers states, Span span) {
   const int channel = int(blockIdx.x * kThreads + threadIdx.x), channels = net.channels(), past = net.conv_kernel - 1;
   if (channel >= channels) return;
   const float* before = states.before();
@@ -27,18 +28,26 @@ convolve_kernel(float* values, const float* weights, bool silu, DeltaNet net, St
     float sum = weights[size_t(past) * channels + channel] * x[size_t(t) * channels];
     for (int at = 1; at <= past && (inputs || t >= at); ++at)
       sum = fmaf(weights[size_t(past - at) * channels + channel], input(t - at), sum);
+    if (bias) sum = sum + bias[channel];
     x[size_t(t) * channels] = silu ? gated(sum, 1.0f, {Gate::kSilu}) : sum;
   }
 }
 
-// Each warp scales a query or a key of one token; the last one computes the token's write and decay.
+// Each warp scales a query or a key of one token; the last one computes the token's write and decay. Of Mamba-2 there
+// is only this one.
 EDGE_MOE_KERNEL(kWarp)
-inputs_kernel(float* qkv, float* write, float* decay, const float* bias, const float* rate, DeltaNet net, Span span) {
+inputs_kernel(float* qkv, float* write, float* decay, const float* bias, const float* rate, RecurrentNet net,
+              Span span) {
   const int lane = int(threadIdx.x), vector = int(blockIdx.x), n = net.head_dim;
   const size_t token = size_t(span.first) + blockIdx.y;
-  if (vector == 2 * net.kv_heads) {
+  if (net.mamba || vector == 2 * net.kv_heads) {
     for (int head = lane; head < net.heads; head += kWarp) {
       const size_t at = token * net.heads + head;
+      if (net.mamba) {
+        write[at] = step_of(decay[at], bias[head], net.least_step);
+        decay[at] = left_after(write[at], rate[head]);
+        continue;
+      }
       write[at] = sigmoid(write[at]);
       decay[at] = decay_of(decay[at], bias[head], rate[head]);
     }
@@ -55,7 +64,7 @@ inputs_kernel(float* qkv, float* write, float* decay, const float* bias, const f
 
 // Each warp takes 32 columns of one head's state through the tokens, in shared memory.
 EDGE_MOE_KERNEL(kWarp)
-delta_kernel(const float* qkv, const float* write, const float* decay, DeltaNet net, StateBuffers states, Span span,
+delta_kernel(const float* qkv, const float* write, const float* decay, RecurrentNet net, StateBuffers states, Span span,
              float* out) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
   const int lane = int(threadIdx.x), n = net.head_dim, head = int(blockIdx.x), column = int(blockIdx.y) * kWarp + lane;
@@ -69,11 +78,12 @@ delta_kernel(const float* qkv, const float* write, const float* decay, DeltaNet 
   for (int i = 0; i < n; ++i) s[i * kWarp] = before ? before[at + size_t(i) * net.v_dim] : 0.0f;
   for (int t = 0; t < span.count; ++t) {
     const size_t token = size_t(span.first) + t, gate = token * net.heads + head;
-    const float* row = qkv + token * net.channels() + kv_head * n;
+    const float* row = qkv + token * net.channels();
     __syncwarp();
-    for (int i = lane; i < n; i += kWarp) q[i] = row[i], k[i] = row[net.kv_dim() + i];
+    for (int i = lane; i < n; i += kWarp)
+      q[i] = row[net.q_at + kv_head * n + i], k[i] = row[net.k_at + kv_head * n + i];
     __syncwarp();
-    const float value = qkv[token * net.channels() + 2 * net.kv_dim() + head * net.v_dim + (is_there ? column : 0)];
+    const float value = row[net.v_at + head * net.v_dim + (is_there ? column : 0)];
     const float left = decay[gate];
     float known = 0.0f, sum = 0.0f;
     EDGE_MOE_UNROLL_8
@@ -82,7 +92,7 @@ delta_kernel(const float* qkv, const float* write, const float* decay, DeltaNet 
       s[i * kWarp] = decayed;
       known = fmaf(decayed, k[i], known);
     }
-    const float change = (value - known) * write[gate];
+    const float change = (net.mamba ? value : value - known) * write[gate];
     EDGE_MOE_UNROLL_8
     for (int i = 0; i < n; ++i) {
       const float changed = fmaf(k[i], change, s[i * kWarp]);
@@ -95,25 +105,48 @@ delta_kernel(const float* qkv, const float* write, const float* decay, DeltaNet 
   for (int i = 0; is_there && i < n; ++i) after[at + size_t(i) * net.v_dim] = s[i * kWarp];
 }
 
+// Each warp computes the heads of one token that share a key.
+EDGE_MOE_KERNEL(kWarp)
+mamba_outputs_kernel(const float* qkv, const float* gate, const float* skip, const float* weight, float eps,
+                     RecurrentNet net, Span span, float* out) {
+  const int lane = int(threadIdx.x), n = net.heads / net.kv_heads * net.v_dim, first = int(blockIdx.x) * n;
+  const size_t token = size_t(span.first) + blockIdx.y, at = token * net.heads * net.v_dim + first;
+  const float* value = qkv + token * net.channels() + net.v_at + first;
+  for (int i = lane; i < n; i += kWarp) {
+    const float y = out[at + i] + skip[(first + i) / net.v_dim] * value[i];
+    out[at + i] = gated(gate[at + i], y, {Gate::kSilu});
+  }
+  __syncwarp();
+  const float inverse = inverse_norm(out + at, n, eps);
+  __syncwarp();
+  for (int i = lane; i < n; i += kWarp) out[at + i] = out[at + i] * inverse * weight[first + i];
+}
+
 }  // namespace
 
-void convolve(float* x, const float* weights, bool silu, const DeltaNet& net, const StateBuffers& states,
-              const Span& span, Stream stream) {
+void convolve(float* x, const float* weights, const float* bias, bool silu, const RecurrentNet& net,
+              const StateBuffers& states, const Span& span, Stream stream) {
   EDGE_MOE_LAUNCH(convolve_kernel, dim3(pieces(size_t(net.channels()), kThreads)), dim3(kThreads), 0, stream, x,
-                  weights, silu, net, states, span);
+                  weights, bias, silu, net, states, span);
 }
 
-void delta_inputs(float* qkv, float* write, float* decay, const float* bias, const float* rate, const DeltaNet& net,
+void delta_inputs(float* qkv, float* write, float* decay, const float* bias, const float* rate, const RecurrentNet& net,
                   const Span& span, Stream stream) {
-  EDGE_MOE_LAUNCH(inputs_kernel, dim3(unsigned(2 * net.kv_heads + 1), unsigned(span.count)), dim3(kWarp), 0, stream,
-                  qkv, write, decay, bias, rate, net, span);
+  EDGE_MOE_LAUNCH(inputs_kernel, dim3(unsigned(net.mamba ? 1 : 2 * net.kv_heads + 1), unsigned(span.count)),
+                  dim3(kWarp), 0, stream, qkv, write, decay, bias, rate, net, span);
 }
 
-void delta_rule(const float* qkv, const float* write, const float* decay, const DeltaNet& net,
+void delta_rule(const float* qkv, const float* write, const float* decay, const RecurrentNet& net,
                 const StateBuffers& states, const Span& span, float* out, Stream stream) {
   const size_t bytes = size_t(net.head_dim) * (kWarp + 2) * sizeof(float);
   EDGE_MOE_LAUNCH(delta_kernel, dim3(unsigned(net.heads), pieces(size_t(net.v_dim), kWarp)), dim3(kWarp), bytes, stream,
                   qkv, write, decay, net, states, span, out);
+}
+
+void mamba_outputs(const float* qkv, const float* gate, const float* skip, const float* weight, float eps,
+                   const RecurrentNet& net, const Span& span, float* out, Stream stream) {
+  EDGE_MOE_LAUNCH(mamba_outputs_kernel, dim3(unsigned(net.kv_heads), unsigned(span.count)), dim3(kWarp), 0, stream, qkv,
+                  gate, skip, weight, eps, net, span, out);
 }
 
 }  // namespace edge_moe::cuda

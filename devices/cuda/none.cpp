@@ -82,11 +82,17 @@ void index_scores(const float*, const float*, const IndexHeads&, const IndexCach
 }
 void choose_top(const float*, size_t, const Span&, int, int32_t*, int32_t*, Stream) { refuse(); }
 
-void convolve(float*, const float*, bool, const DeltaNet&, const StateBuffers&, const Span&, Stream) { refuse(); }
-void delta_inputs(float*, float*, float*, const float*, const float*, const DeltaNet&, const Span&, Stream) {
+void convolve(float*, const float*, const float*, bool, const RecurrentNet&, const StateBuffers&, const Span&, Stream) {
   refuse();
 }
-void delta_rule(const float*, const float*, const float*, const DeltaNet&, const StateBuffers&, const Span&, float*,
+void mamba_outputs(const float*, const float*, const float*, const float*, float, const RecurrentNet&, const Span&,
+                   float*, Stream) {
+  refuse();
+}
+void delta_inputs(float*, float*, float*, const float*, const float*, const RecurrentNet&, const Span&, Stream) {
+  refuse();
+}
+void delta_rule(const float*, const float*, const float*, const RecurrentNet&, const StateBuffers&, const Span&, float*,
                 Stream) {
   refuse();
 }

@@ -23,7 +23,7 @@ class RouterConfig:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Routed experts, each a gated MLP, and optionally a shared expert that every token passes through."""
+    """Routed experts, each an MLP, and optionally a shared expert that every token passes through."""
 
     experts: int
     top_k: int
@@ -35,6 +35,7 @@ class Experts:
     # RMSNorms instead of the layer's one norm: of the input of the router, of routed experts and of the shared expert;
     # and of what routed experts add up to, and of the shared expert's output, before these two are added.
     own_norms: bool = False
+    gated: bool = True  # MLPs have a gate, else only up and down
 
     def shapes(self, dim: int, experts: int | None = None) -> dict[str, tuple[int, ...]]:
         """The trunk's tensors by canonical name, in the order of use. experts: number kept; None: all."""
@@ -52,21 +53,23 @@ class Experts:
         if self.shared_hidden:
             parts |= {"shared_norm": (dim,)} if self.own_norms else {}
             parts |= {"shared_router": (1, dim)} if self.shared_gate else {}
-            parts |= _gated("shared", dim, self.shared_hidden)
+            parts |= _mlp("shared", dim, self.shared_hidden, self.gated)
             parts |= {"shared_post_norm": (dim,)} if self.own_norms else {}
         return parts
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """One gated MLP for every token."""
+    """One MLP for every token."""
 
     hidden: int
+    gated: bool = True  # it has a gate, else only up and down
 
     def shapes(self, dim: int, _experts: int | None = None) -> dict[str, tuple[int, ...]]:
         """The trunk's tensors by canonical name, in the order of use."""
-        return _gated("dense", dim, self.hidden)
+        return _mlp("dense", dim, self.hidden, self.gated)
 
 
-def _gated(prefix: str, dim: int, inner: int) -> dict[str, tuple[int, ...]]:
-    return {f"{prefix}.gate": (inner, dim), f"{prefix}.up": (inner, dim), f"{prefix}.down": (dim, inner)}
+def _mlp(prefix: str, dim: int, inner: int, gated: bool) -> dict[str, tuple[int, ...]]:
+    gate = {f"{prefix}.gate": (inner, dim)} if gated else {}
+    return {**gate, f"{prefix}.up": (inner, dim), f"{prefix}.down": (dim, inner)}

@@ -12,6 +12,7 @@ from ..layers.attention import Attention
 from ..layers.delta_net import DeltaNet
 from ..layers.indexer import Indexer
 from ..layers.latent import LatentAttention
+from ..layers.mamba import Mamba
 from ..layers.mlp import Dense, Experts, RouterConfig
 from ..layers.short_conv import ShortConv
 from ..rope_config import TYPES, read_rope
@@ -55,7 +56,7 @@ class Layout:
 
     If `gate` and `up` contain `{}`, they are the names of one expert's matrices, with the expert's number in place of
     `{}`. Otherwise all are (experts, rows, cols): `gate`, `up` and `down` name a tensor each, or `up` is empty and
-    `gate` names one with both, (experts, gate rows then up rows, dim).
+    `gate` names one with both, (experts, gate rows then up rows, dim). Experts without a gate have an empty `gate`.
 
     `biases` are the names of two tensors (experts, rows) with what is added to the products of fused gate and up and of
     down, for a family whose experts have that.
@@ -68,6 +69,11 @@ class Layout:
     transposed: bool = False  # fused tensors are (experts, dim, gate columns then up columns), (experts, hidden, dim)
     interleaved: bool = False  # fused gate and up rows (if transposed, columns) take turns, gate first
     biases: tuple[str, str] = ("", "")
+
+    @property
+    def first(self) -> str:
+        """The name of the first tensor."""
+        return self.gate or self.up
 
 
 def separate(path: str, gate: str, up: str, down: str, **names) -> Layout:
@@ -85,7 +91,9 @@ class Packed:
     """One tensor of a layer that contains the rows of several of the layer's matrices."""
 
     name: str
-    rows: Callable[[Any], Mapping[str, Rows]]  # of each matrix, by canonical name; called with the layer's attention
+    rows: Callable[
+        [Any], Mapping[str, Rows]
+    ]  # of each matrix, by canonical name; called with a layer's attention or None
 
 
 def conv_stored(shape: Shape) -> Shape:
@@ -320,6 +328,8 @@ def _check(config: ModelConfig, where: str) -> None:
 def _attention_problems(attention: Mixer) -> list[tuple[int, str]]:
     if isinstance(attention, ShortConv):
         return []
+    if isinstance(attention, Mamba):
+        return [(attention.heads % attention.kv_heads, "mamba_num_heads must be a multiple of n_groups")]
     if isinstance(attention, DeltaNet):
         shared = attention.heads % attention.kv_heads
         return [(shared, "linear_num_value_heads must be a multiple of linear_num_key_heads")]

@@ -34,9 +34,10 @@ void check_config(const EngineConfig& c) {
   expect(c.experts.size() == layers && c.top_k.size() == layers, "experts and top_k must have one value a layer");
   for (size_t i = 0; i < layers; ++i)
     expect(c.top_k[i] <= c.experts[i] && c.top_k[i] >= (c.experts[i] > 0), "top_k must be 1 to a layer's experts");
-  expect(c.attention_of.size() == layers, "attention_of must have one value a layer");
+  expect(c.attention_of.size() == layers && c.dense.size() == layers,
+         "attention_of and dense must have one value a layer");
   for (int kind : c.attention_of)
-    expect(kind >= 0 && size_t(kind) < c.attentions.size(), "attention_of must be numbers of attentions");
+    expect(kind == -1 || size_t(kind) < c.attentions.size(), "attention_of must be numbers of attentions, or -1");
   for (const AttentionConfig& a : c.attentions) check_attention(c, a);
   expect(c.top_groups >= 1 && c.top_groups <= c.groups, "top_groups must be 1 to groups");
   if (c.groups == 1) return;
@@ -52,7 +53,8 @@ void bind_config(nb::module_& m) {
   nb::enum_<Recurrence>(m, "Recurrence", "What a layer has in place of attention; see engine_config.h.")
       .value("none", Recurrence::kNone)
       .value("delta_net", Recurrence::kDeltaNet)
-      .value("short_conv", Recurrence::kShortConv);
+      .value("short_conv", Recurrence::kShortConv)
+      .value("mamba", Recurrence::kMamba);
 
   nb::class_<AttentionConfig>(m, "AttentionConfig", "One kind of attention; see engine_config.h.")
       .def(nb::init<>())
@@ -85,7 +87,8 @@ void bind_config(nb::module_& m) {
       .def_rw("index_scale", &AttentionConfig::index_scale)
       .def_rw("output_gate", &AttentionConfig::output_gate)
       .def_rw("recurrence", &AttentionConfig::recurrence)
-      .def_rw("conv_kernel", &AttentionConfig::conv_kernel);
+      .def_rw("conv_kernel", &AttentionConfig::conv_kernel)
+      .def_rw("least_step", &AttentionConfig::least_step);
 
   nb::enum_<RouterScore>(m, "RouterScore", "How router logits become routing weights; see router.h.")
       .value("softmax", RouterScore::kSoftmax)
@@ -119,7 +122,7 @@ void bind_config(nb::module_& m) {
       .def_rw("logits_scale", &EngineConfig::logits_scale)
       .def_rw("logits_cap", &EngineConfig::logits_cap)
       .def_rw("shared_hidden", &EngineConfig::shared_hidden)
-      .def_rw("dense_hidden", &EngineConfig::dense_hidden)
+      .def_rw("dense", &EngineConfig::dense)
       .def_rw("router_score", &EngineConfig::router_score)
       .def_rw("router_threshold", &EngineConfig::router_threshold)
       .def_rw("renormalise", &EngineConfig::renormalise)

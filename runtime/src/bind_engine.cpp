@@ -39,8 +39,10 @@ std::vector<TrunkTensor> trunk_tensors(const std::vector<TensorRow>& rows) {
 
 void check_layouts(const EngineConfig& c, const std::vector<RecordLayout>& layouts) {
   for (const RecordLayout& layout : layouts) {
-    const MatrixLayout& gate = layout.matrices[kGate];
-    expect(gate.rows == c.expert_hidden && gate.cols == c.dim, "layouts must be of experts of this model's dimensions");
+    const MatrixLayout &gate = layout.matrices[kGate], &up = layout.matrices[kUp];
+    const int gate_rows = c.activation.gate == Gate::kRelu2 ? 0 : c.expert_hidden;
+    expect(gate.rows == gate_rows && up.rows == c.expert_hidden && up.cols == c.dim,
+           "layouts must be of experts of this model's dimensions");
   }
 }
 

@@ -72,6 +72,7 @@ void CpuMath::begin(const Step&, std::span<const int32_t> ids) {
 }
 
 void CpuMath::any_attention(int layer, const Step& step, bool received) {
+  if (!config_.has_attention(layer)) return;
   if (config_.attention(layer).kv_rank)
     latent_attention(layer, step);
   else if (config_.attention(layer).recurrent())
@@ -106,10 +107,12 @@ void CpuMath::mlp_norm(const Norm& its, int tokens) {
 
 void CpuMath::dense_layer(int layer, const Step& step) {
   any_attention(layer, step, false);
-  mlp_norm(layers_[layer].mlp_norm, step.tokens);
-  const ExpertJob job = {layers_[layer].dense, s_.all_tokens, step.tokens, 0, -1};
-  run_jobs({&job, 1}, s_.shared);
-  add_to_residual(layers_[layer].mlp_post_norm, s_.shared, step.tokens);
+  if (config_.dense[layer]) {
+    mlp_norm(layers_[layer].mlp_norm, step.tokens);
+    const ExpertJob job = {layers_[layer].dense, s_.all_tokens, step.tokens, 0, -1};
+    run_jobs({&job, 1}, s_.shared);
+    add_to_residual(layers_[layer].mlp_post_norm, s_.shared, step.tokens);
+  }
   scale_residual(layer, step.tokens);
 }
 
@@ -197,11 +200,11 @@ std::span<float> CpuMath::logits(std::span<const int32_t> tokens) {
   return {s_.logits, size_t(rows) * c.vocab};
 }
 
-// The gated MLP of each job, in three passes over the rows of all jobs: gate and up; activation; down.
+// The MLP of each job, in three passes over the rows of all jobs: gate, if there is one, and up; activation; down.
 void CpuMath::run_jobs(std::span<const ExpertJob> jobs, float* out) {
   const EngineConfig& c = config_;
-  const int hidden = jobs[0].weights.gate.rows;
-  const int total_rows = 2 * hidden * int(jobs.size());
+  const int hidden = jobs[0].weights.up.rows;
+  const int total_rows = (jobs[0].weights.gate.rows + hidden) * int(jobs.size());
   auto inputs = [&](const ExpertJob& job, const float* values, const Quantised& q, int cols, bool gathered) {
     Activations x = activations(values, q, cols, gathered ? 0 : job.first, job.count);
     x.rows = gathered ? job.tokens : nullptr;
@@ -212,7 +215,7 @@ void CpuMath::run_jobs(std::span<const ExpertJob> jobs, float* out) {
 
   tasks_.clear();
   for (const ExpertJob& job : jobs) {
-    add_tasks(job, &job.weights.gate, hidden, rows_per_task(total_rows));
+    add_tasks(job, &job.weights.gate, job.weights.gate.rows, rows_per_task(total_rows));
     add_tasks(job, &job.weights.up, hidden, rows_per_task(total_rows));
   }
   pool_.run(int(tasks_.size()), [&](int i, int) {

@@ -61,7 +61,7 @@ class CpuMath : public LayerMath {
   void index_scores(int layer, const IndexQuery& query, int begin, int end, float* scores, int thread);
   uint8_t* index_keys(int sequence, int layer) const;
   void recurrence(int layer, const Step& step);
-  void delta_heads(int layer, const TokenSpan& span, int kv_head);
+  void heads_of_key(int layer, const TokenSpan& span, int kv_head);
   void convolve_channels(int layer, const TokenSpan& span, int begin, int end);
   float* state(int buffer, int layer) const;
   void note_overflow(int sequence, const float* values, size_t count);  // of what goes into a KV cache of halves

@@ -9,6 +9,7 @@ namespace edge_moe {
 void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
+  if (!c.has_attention(layer)) return;
   norm(layers_[layer].attention_norm, s_.x, step.tokens, s_.normed, s_.normed_q);
   if (a.recurrent()) return recurrence(layer, step);
   if (a.kv_rank)
@@ -41,7 +42,8 @@ void CudaMath::attention_output(int layer, int tokens) {
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
   const cuda::VectorBuffer quantised = s_.attended_q.of_length(w.o.cols);
-  if (w.o_gate) {
+  const bool gates = w.o_gate && c.attention(layer).recurrence != Recurrence::kMamba;  // which has gated it already
+  if (gates) {
     const cuda::Rows rows = {0, tokens};
     const Recurrence recurrence = c.attention(layer).recurrence;
     const Activation activation = {recurrence == Recurrence::kDeltaNet    ? Gate::kSilu
@@ -52,34 +54,39 @@ void CudaMath::attention_output(int layer, int tokens) {
   } else if (w.o.takes_rounded()) {
     cuda::quantise(s_.attended, tokens, quantised, stream_);
   }
-  multiply(w.o, tokens, s_.normed, w.o_gate ? s_.o_gate : s_.attended, quantised);
+  multiply(w.o, tokens, s_.normed, gates ? s_.o_gate : s_.attended, quantised);
   add_to_residual(w.attention_post_norm, s_.normed, tokens);
 }
 
-// x += a gated delta net or a short convolution of the normed x; see recurrence.cpp.
+// x += a gated delta net, Mamba-2 or a short convolution of the normed x; see recurrence.cpp.
 void CudaMath::recurrence(int layer, const Step& step) {
   const AttentionConfig& a = config_.attention(layer);
   const LayerWeights& w = layers_[layer];
-  const cuda::DeltaNet net = {a.heads, a.kv_heads, a.head_dim, a.v_dim, a.conv_kernel};
-  const bool delta = a.recurrence == Recurrence::kDeltaNet;
-  float* convolved = delta ? s_.q : s_.attended;
-  const cuda::ProductJob jobs[] = {
-      cuda::whole(w.qkv, step.tokens, convolved), cuda::whole(w.o_gate, step.tokens, s_.o_gate),
-      cuda::whole(w.write, step.tokens, s_.write), cuda::whole(w.decay, step.tokens, s_.decay)};
-  multiply({jobs, delta ? 4u : 3u}, s_.normed, s_.normed_q);
+  const bool mamba = a.recurrence == Recurrence::kMamba;
+  const cuda::RecurrentNet net = {a.heads,  a.kv_heads, a.head_dim, a.v_dim, a.conv_kernel,
+                                  a.q_at(), a.k_at(),   a.v_at(),   mamba,   a.least_step};
+  float* convolved = a.has_state() ? s_.q : s_.attended;
+  cuda::ProductJob jobs[4] = {cuda::whole(w.qkv, step.tokens, convolved),
+                              cuda::whole(w.o_gate, step.tokens, s_.o_gate)};
+  size_t count = 2;
+  if (w.write) jobs[count++] = cuda::whole(w.write, step.tokens, s_.write);
+  if (w.decay) jobs[count++] = cuda::whole(w.decay, step.tokens, s_.decay);
+  multiply({jobs, count}, s_.normed, s_.normed_q);
   const cuda::Rows rows = {0, step.tokens};
-  if (!delta) cuda::activate(&rows, 1, convolved, s_.write, a.v_dim, {Gate::kBilinear}, {}, stream_);
+  if (!a.has_state()) cuda::activate(&rows, 1, convolved, s_.write, a.v_dim, {Gate::kBilinear}, {}, stream_);
   for (size_t i = 0; i < step.spans.size(); ++i) {
     const TokenSpan& its = step.spans[i];
     const cuda::Span span = {s_.positions + i, its.first, its.count, 0};
     const cuda::StateBuffers states = {reinterpret_cast<float*>(states_.data() + state_offsets_[layer]),
                                        state_offsets_.back() / sizeof(float), s_.states + 2 * i};
-    cuda::convolve(convolved, w.conv, delta, net, states, span, stream_);
-    if (!delta) continue;
+    cuda::convolve(convolved, w.conv, w.conv_bias, a.has_state(), net, states, span, stream_);
+    if (!a.has_state()) continue;
     cuda::delta_inputs(s_.q, s_.write, s_.decay, w.decay_bias, w.decay_rate, net, span, stream_);
     cuda::delta_rule(s_.q, s_.write, s_.decay, net, states, span, s_.attended, stream_);
+    if (mamba)
+      cuda::mamba_outputs(s_.q, s_.o_gate, w.skip, w.o_norm, config_.norm_eps, net, span, s_.attended, stream_);
   }
-  if (delta)
+  if (a.recurrence == Recurrence::kDeltaNet)
     cuda::rms_norm(s_.attended, w.o_norm, config_.norm_eps, step.tokens * a.heads, a.v_dim, s_.attended, {}, stream_);
   attention_output(layer, step.tokens);
 }

@@ -124,9 +124,11 @@ void CudaMath::begin(const Step& step, std::span<const int32_t> ids) {
 
 void CudaMath::dense_layer(int layer, const Step& step) {
   attention(layer, step, false);
-  mlp_norm(layers_[layer].mlp_norm, step.tokens);
-  mlp(layers_[layer].dense, step.tokens, s_.shared);
-  add_to_residual(layers_[layer].mlp_post_norm, s_.shared, step.tokens);
+  if (config_.dense[layer]) {
+    mlp_norm(layers_[layer].mlp_norm, step.tokens);
+    mlp(layers_[layer].dense, step.tokens, s_.shared);
+    add_to_residual(layers_[layer].mlp_post_norm, s_.shared, step.tokens);
+  }
   scale_residual(layer, step.tokens);
 }
 
@@ -162,8 +164,8 @@ void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& want
     cuda::importance(s_.normed, s_.received, size_t(c.chunk), c.attention(layer).heads, step.tokens, c.dim,
                      r.importance, stream_);
   if (wants.ahead) {
-    norm(layers_[layer + 1].before_router(), s_.x, 1, s_.ahead_normed, {});
-    multiply(layers_[layer + 1].router, 1, r.ahead_logits, s_.ahead_normed, {});
+    norm(layers_[wants.ahead].before_router(), s_.x, 1, s_.ahead_normed, {});
+    multiply(layers_[wants.ahead].router, 1, r.ahead_logits, s_.ahead_normed, {});
   }
 }
 
@@ -226,10 +228,10 @@ void CudaMath::finish_sum(int layer, int tokens) {
   scale_residual(layer, tokens);
 }
 
-// out (tokens, dim) = the gated MLP of the normed tokens
+// out (tokens, dim) = the MLP of the normed tokens
 void CudaMath::mlp(const ExpertWeights& w, int tokens, float* out) {
   const EngineConfig& c = config_;
-  const int hidden = w.gate.rows;
+  const int hidden = w.up.rows;
   const cuda::VectorBuffer hidden_q = s_.hidden_q.of_length(hidden);
   if (tokens == 1 && packed(w)) {
     const cuda::ExpertJob job = {w.gate, w.up, w.down, 0, 0};
@@ -237,9 +239,9 @@ void CudaMath::mlp(const ExpertWeights& w, int tokens, float* out) {
     cuda::down(&job, 1, hidden_q, out, {nullptr, 0, c.dim, {}, {}}, stream_);
     return;
   }
-  const cuda::ProductJob jobs[] = {cuda::whole(w.gate, tokens, s_.gate), cuda::whole(w.up, tokens, s_.up)};
+  const cuda::ProductJob jobs[] = {cuda::whole(w.up, tokens, s_.up), cuda::whole(w.gate, tokens, s_.gate)};
   const cuda::Rows rows = {0, tokens};
-  multiply(jobs, s_.normed, s_.normed_q);
+  multiply({jobs, w.gate.rows ? 2u : 1u}, s_.normed, s_.normed_q);
   cuda::activate(&rows, 1, s_.gate, s_.up, hidden, c.activation, hidden_q, stream_);
   multiply(w.down, tokens, out, s_.gate, hidden_q);
 }
@@ -297,7 +299,8 @@ void CudaMath::many_tokens(std::span<const ExpertJob> jobs, const Routing& r, in
   for (const ExpertJob& job : jobs) {
     const int32_t* tokens = s_.pair_token + (job.tokens - r.pair_token);
     const size_t at = size_t(job.first) * hidden;
-    products_.push_back({job.weights.gate, s_.gate + at, size_t(hidden), tokens, 0, 1, job.count});
+    if (job.weights.gate.rows)
+      products_.push_back({job.weights.gate, s_.gate + at, size_t(hidden), tokens, 0, 1, job.count});
     products_.push_back({job.weights.up, s_.up + at, size_t(hidden), tokens, 0, 1, job.count});
     rows_.push_back({job.first, job.count});
   }

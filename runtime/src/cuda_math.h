@@ -44,7 +44,7 @@ class CudaMath : public LayerMath {
   struct LayerGraph {
     cuda::Graph graph = nullptr;
     const Matrix* mask_routers[2] = {};
-    bool ahead = false;
+    int ahead = 0;
     int most = -1;  // upper bound of the positions that it serves
   };
 

@@ -28,7 +28,7 @@ size_t most_heads(const EngineConfig& c) {
 }  // namespace
 
 int attention_tokens(const EngineConfig& c) {
-  const size_t scores = most_heads(c) * c.key_positions();
+  const size_t scores = std::max<size_t>(1, most_heads(c) * c.key_positions());
   return std::min({int(std::max<size_t>(1, kMostScores / scores)), kTokensAtOnce, c.chunk});
 }
 
@@ -37,7 +37,7 @@ size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
   // Hidden vectors have up to three lengths: reserve the maximum number of blocks.
   const auto blocks = [](size_t cols) { return (cols + kBlock - 1) / kBlock; };
   const size_t hidden_blocks =
-      std::max({pairs * blocks(c.expert_hidden), chunk * blocks(c.shared_hidden), chunk * blocks(c.dense_hidden)});
+      std::max({pairs * blocks(c.expert_hidden), chunk * blocks(c.shared_hidden), chunk * blocks(most(c.dense))});
   using A = AttentionConfig;
   Carver carver(base);
   carve(carver, c, queries, size_t(attention_tokens(c)), s);

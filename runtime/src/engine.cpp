@@ -294,7 +294,7 @@ void Engine::experts(int layer, const Step& step) {
       wants.mask_routers[rule.kind == Prune::kLoss] = &router->of_input;
     wants.importance = wants.importance || (rule.protect > 0 && span.count > 1);
   }
-  wants.ahead = prefetch_ && layer + 1 < config_.layers && config_.experts[layer + 1];
+  wants.ahead = prefetch_ ? next_experts(layer) : 0;
   math_->to_router(layer, step, wants, r_);
   check_wanted();
   release_used();
@@ -309,11 +309,11 @@ void Engine::experts(int layer, const Step& step) {
   std::partition(pending_.begin(), pending_.end(), [&](int e) { return residency_.holds(first_record + e); });
   if (store_.mapped()) store_.verify_together(first_record, pending_, pool_);
   size_t acquired = 0, computed = 0;  // of pending_: [0, computed) done, [computed, acquired) pinned
-  bool ahead = wants.ahead;
+  int ahead = wants.ahead;
   try {
     while (computed < pending_.size()) {
       while (acquired < pending_.size() && acquire(step, first_record, pending_[acquired])) ++acquired;
-      if (std::exchange(ahead, false)) prefetch_next(layer);
+      if (const int next = std::exchange(ahead, 0)) prefetch_for(next);
       jobs_.clear();
       for (size_t i = computed; i < acquired; ++i) {
         const int e = pending_[i], record = first_record + e, first = r_.first_pair[e];

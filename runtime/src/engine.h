@@ -130,7 +130,8 @@ class Engine {
   void route_tokens(int layer, const Step& step);
   void prune_tokens(int layer, const TokenSpan& span, bool alone);
   Sequence& sequence_of(const Step& step, int token);
-  void prefetch_next(int layer);
+  int next_experts(int layer) const;
+  void prefetch_for(int next);
   RouterRule router_rule(int layer) const;
 
   EngineConfig config_;

@@ -11,10 +11,15 @@
 namespace edge_moe {
 
 // What a layer has in place of attention: a state of fixed size for each sequence, with a convolution's past inputs.
-enum class Recurrence { kNone, kDeltaNet, kShortConv };
+enum class Recurrence { kNone, kDeltaNet, kShortConv, kMamba };
 
-// One kind of attention, shared by some of the layers; see runtime/layers/attention.py, latent.py, delta_net.py and
-// short_conv.py.
+// The maximum of a count per layer.
+inline size_t most(const std::vector<int>& counts) {
+  return counts.empty() ? 0 : size_t(*std::max_element(counts.begin(), counts.end()));
+}
+
+// One kind of attention, shared by some of the layers; see runtime/layers/attention.py, latent.py, delta_net.py,
+// short_conv.py and mamba.py.
 struct AttentionConfig {
   int heads = 0, kv_heads = 0;
   int head_dim = 0;                   // of queries and keys
@@ -51,17 +56,23 @@ struct AttentionConfig {
   bool output_gate = false;  // the input of o is multiplied by the sigmoid of o_gate's product
 
   // In place of attention: each sequence has a state for each of `heads`, (head_dim, v_dim), and no keys or values are
-  // cached. A delta net has kv_heads queries and keys. A short convolution is one head without queries, keys and state,
-  // whose v_dim values are the channels.
+  // cached. Delta nets and Mamba-2, which calls them C and B, have kv_heads queries and keys. A short convolution is
+  // one head without queries, keys and state, whose v_dim values are the channels.
   Recurrence recurrence = Recurrence::kNone;
-  int conv_kernel = 0;  // tokens that an output of the convolution depends on
+  int conv_kernel = 0;   // tokens that an output of the convolution depends on
+  float least_step = 0;  // of Mamba-2: the minimum of its time steps
 
   bool recurrent() const { return recurrence != Recurrence::kNone; }
   bool has_keys() const { return !kv_rank && !recurrent(); }
+  bool has_state() const { return recurrent() && recurrence != Recurrence::kShortConv; }
   int conv_channels() const { return 2 * kv_dim() + heads * v_dim; }
+  // Where queries, keys and values begin in the channels: in this order or, of Mamba-2, in the opposite one.
+  int q_at() const { return recurrence == Recurrence::kMamba ? heads * v_dim + kv_dim() : 0; }
+  int k_at() const { return recurrence == Recurrence::kMamba ? heads * v_dim : kv_dim(); }
+  int v_at() const { return recurrence == Recurrence::kMamba ? 0 : 2 * kv_dim(); }
   size_t state_values() const { return recurrent() ? size_t(heads) * head_dim * v_dim + conv_past_values() : 0; }
   size_t conv_past_values() const { return size_t(conv_kernel - 1) * conv_channels(); }
-  // For each token: how much of it is written to a delta net's state, or the factors of a convolution's inputs.
+  // For each token: how much of it is written to a state, or the factors of a short convolution's inputs.
   int write_values() const { return recurrence == Recurrence::kShortConv ? v_dim : heads; }
 
   int latent_cached() const { return kv_rank + rope_dim; }
@@ -83,9 +94,10 @@ enum class RouterScore { kSoftmax, kSigmoid, kSparsemixer };
 struct EngineConfig {
   int layers = 0, dim = 0, vocab = 0;
   std::vector<AttentionConfig> attentions;  // the different kinds
-  std::vector<int> attention_of;            // (layers,): the kind of each layer
+  std::vector<int> attention_of;            // (layers,): the kind of each layer; -1: it has none
   int expert_hidden = 0;
   std::vector<int> experts, top_k;  // (layers,): of each layer; 0 in a layer without experts
+  std::vector<int> dense;           // (layers,): inner size of each layer's dense MLP; 0: it has none
   Activation activation;            // of every MLP
   bool layer_norm = false;          // the norms of the residual stream are LayerNorms with a bias, not RMSNorms
   bool post_norms = false;          // RMSNorms of what attention and MLP add to the residual stream
@@ -96,11 +108,18 @@ struct EngineConfig {
   float residual_scale = 1;   // factor of what attention and MLPs add to it
   float logits_scale = 1;
   float logits_cap = 0;  // logits are logits_cap * tanh(logit / logits_cap); 0: off
-  int shared_hidden = 0, dense_hidden = 0;
+  int shared_hidden = 0;
 
-  const AttentionConfig& attention(int layer) const { return attentions[attention_of[layer]]; }
+  bool has_attention(int layer) const { return attention_of[layer] >= 0; }
+  // Of a layer without attention: one without heads.
+  const AttentionConfig& attention(int layer) const {
+    static const AttentionConfig none;
+    return has_attention(layer) ? attentions[attention_of[layer]] : none;
+  }
   bool all_have_keys() const {
-    return std::all_of(attentions.begin(), attentions.end(), [](const AttentionConfig& a) { return a.has_keys(); });
+    for (int layer = 0; layer < layers; ++layer)
+      if (!has_attention(layer) || !attention(layer).has_keys()) return false;
+    return true;
   }
   bool has_latents() const {
     return most_of([](const AttentionConfig& a) { return a.kv_rank; }) > 0;
@@ -211,11 +230,6 @@ struct EngineConfig {
     return begins;
   }
 };
-
-// The maximum of a count per layer.
-inline size_t most(const std::vector<int>& counts) {
-  return counts.empty() ? 0 : size_t(*std::max_element(counts.begin(), counts.end()));
-}
 
 struct EngineMemory {
   size_t kv_cache = 0, states = 0, scratch = 0;  // bytes

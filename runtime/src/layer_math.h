@@ -65,7 +65,7 @@ size_t carve_routing(const EngineConfig& config, Routing& r, uint8_t* base);
 struct RouterWants {
   const Matrix* mask_routers[2] = {};  // otp, loss: their products go to mask_scores; null: none
   bool importance = false;             // of each token; only in a pass of one span
-  bool ahead = false;                  // ahead_logits() of the next layer follows
+  int ahead = 0;                       // ahead_logits() of this later layer follows; 0: none
 };
 
 // Calls block(layer, in the layer's cache of a sequence, in its part of a snapshot, bytes) for the key blocks of all
@@ -93,14 +93,14 @@ class LayerMath {
   // Begin a pass: set the residual stream to the tokens' embeddings.
   virtual void begin(const Step& step, std::span<const int32_t> ids) = 0;
 
-  // Compute a layer without experts.
+  // Compute a layer without experts: attention, a dense MLP, or both.
   virtual void dense_layer(int layer, const Step& step) = 0;
 
   // Compute a layer with experts up to its router, and write logits and what else is wanted to `r`. Waits.
   virtual void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) = 0;
 
-  // Apply the next layer's router to the current residual stream of one token, into r.ahead_logits. Waits.
-  virtual void ahead_logits(int next_layer, const Routing& r) = 0;
+  // Apply a later layer's router to the current residual stream of one token, into r.ahead_logits. Waits.
+  virtual void ahead_logits(int layer, const Routing& r) = 0;
 
   // Compute some experts of the layer, jobs[i] in any order. After the `last` jobs of a layer, add the tokens' weighted
   // sums, in order of rank, and the shared expert to the residual stream.

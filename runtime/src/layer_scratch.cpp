@@ -12,12 +12,10 @@ void carve(Carver& carver, const EngineConfig& c, size_t queries, size_t index_q
   const size_t kv_dim = widest([](const A& a) {
     return a.kv_rank ? a.latent_cached() : a.has_keys() ? a.kv_dim() : 0;
   });
-  const size_t hidden = std::max({pairs * c.expert_hidden, chunk * c.shared_hidden, chunk * c.dense_hidden});
+  const size_t hidden = std::max({pairs * c.expert_hidden, chunk * c.shared_hidden, chunk * most(c.dense)});
   carver.carve(s.x, chunk * c.dim);
   carver.carve(s.normed, chunk * c.dim);
-  carver.carve(s.q, chunk * widest([](const A& a) {
-                      return a.recurrence == Recurrence::kDeltaNet ? a.conv_channels() : a.q_dim();
-                    }));
+  carver.carve(s.q, chunk * widest([](const A& a) { return a.has_state() ? a.conv_channels() : a.q_dim(); }));
   carver.carve(s.k, chunk * kv_dim);
   carver.carve(s.v, chunk * widest([](const A& a) { return a.has_keys() ? a.kv_dim() : 0; }));
   carver.carve(s.attended, chunk * widest([](const A& a) { return a.heads * a.v_dim; }));
@@ -25,7 +23,7 @@ void carve(Carver& carver, const EngineConfig& c, size_t queries, size_t index_q
   carver.carve(s.gate, hidden);
   carver.carve(s.up, hidden);
   carver.carve(s.down, pairs * c.dim);
-  carver.carve(s.shared, c.shared_hidden || c.dense_hidden ? chunk * c.dim : 0);
+  carver.carve(s.shared, c.shared_hidden || most(c.dense) ? chunk * c.dim : 0);
   carver.carve(s.shared_gate, chunk);
   carver.carve(s.sum, c.sums_experts() ? chunk * c.dim : 0);
   carver.carve(s.logits, size_t(c.logits_rows) * c.vocab);
@@ -40,7 +38,7 @@ void carve(Carver& carver, const EngineConfig& c, size_t queries, size_t index_q
   const auto gated = [](const A& a) { return a.output_gate || a.recurrent() ? a.heads * a.v_dim : 0; };
   carver.carve(s.o_gate, chunk * widest(gated));
   carver.carve(s.write, chunk * widest([](const A& a) { return a.recurrent() ? a.write_values() : 0; }));
-  carver.carve(s.decay, chunk * widest([](const A& a) { return a.recurrence == Recurrence::kDeltaNet ? a.heads : 0; }));
+  carver.carve(s.decay, chunk * widest([](const A& a) { return a.has_state() ? a.heads : 0; }));
   if (!c.has_latents()) return;
   carver.carve(s.q_latent, chunk * widest([](const A& a) { return a.q_rank; }));
   carver.carve(s.absorbed, queries * widest([](const A& a) { return a.kv_rank ? a.latent_cached() : 0; }));

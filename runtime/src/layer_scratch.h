@@ -24,7 +24,7 @@ struct LayerScratch {
   float* ahead_normed;                             // (dim,)
   float* o_gate;                                   // (chunk, inputs of o); then the gated inputs of o
 
-  // Only for recurrences. q, k and v of a gated delta net are in q, (chunk, conv_channels); what a short convolution
+  // Only for recurrences. q, k and v of those with a state are in q, (chunk, conv_channels); what a short convolution
   // passes over is in attended.
   float *write, *decay;  // (chunk, write_values), (chunk, heads)
 

@@ -11,6 +11,21 @@ Norm norm(const EngineConfig& c, const Trunk& trunk, const std::string& name) {
   return {trunk.vector(name, c.dim), c.layer_norm ? trunk.vector(name + "_bias", c.dim) : nullptr};
 }
 
+// The name of a layer's output projection.
+const char* output_of(const AttentionConfig& a) {
+  switch (a.recurrence) {
+    case Recurrence::kDeltaNet:
+      return "delta.o";
+    case Recurrence::kShortConv:
+      return "conv.o";
+    case Recurrence::kMamba:
+      return "mamba.o";
+    case Recurrence::kNone:
+      return "o";
+  }
+  return "";
+}
+
 }  // namespace
 
 LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer) {
@@ -19,17 +34,17 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
   auto vector = [&](const char* name, int n) { return trunk.vector_if_any(prefix + name, n); };
   const AttentionConfig& a = c.attention(layer);
   const int q_dim = a.q_dim(), kv_dim = a.kv_dim();
+  const bool has_attention = c.has_attention(layer), has_mlp = c.experts[layer] || c.dense[layer];
   LayerWeights w{};
-  w.attention_norm = norm(c, trunk, prefix + "attention_norm");
-  w.mlp_norm = norm(c, trunk, prefix + "mlp_norm");
+  if (has_attention) w.attention_norm = norm(c, trunk, prefix + "attention_norm");
+  if (has_mlp) w.mlp_norm = norm(c, trunk, prefix + "mlp_norm");
   const auto rms_norm = [&](bool present, const char* name) {
     return Norm{present ? trunk.vector(prefix + name, c.dim) : nullptr, nullptr};
   };
-  w.attention_post_norm = rms_norm(c.post_norms, "attention_post_norm");
-  w.mlp_post_norm = rms_norm(c.post_norms, "mlp_post_norm");
+  w.attention_post_norm = rms_norm(c.post_norms && has_attention, "attention_post_norm");
+  w.mlp_post_norm = rms_norm(c.post_norms && has_mlp, "mlp_post_norm");
   w.layer_scale = c.layer_scale ? trunk.number(prefix + "layer_scale") : 1.0f;
-  const bool delta = a.recurrence == Recurrence::kDeltaNet, conv = a.recurrence == Recurrence::kShortConv;
-  w.o = matrix(delta ? "delta.o" : conv ? "conv.o" : "o"), w.o.output_bias = vector("o_bias", c.dim);
+  if (has_attention) w.o = matrix(output_of(a)), w.o.output_bias = vector("o_bias", c.dim);
   if (a.kv_rank) {
     w.kv_a = matrix("kv_a"), w.kv_b = matrix("kv_b");
     w.kv_a_norm = trunk.vector(prefix + "kv_a_norm", a.kv_rank);
@@ -39,17 +54,25 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
       w.index = {matrix("index.q"), matrix("index.k"), matrix("index.weights"),
                  trunk.vector(prefix + "index.k_norm", a.index_dim),
                  trunk.vector(prefix + "index.k_norm_bias", a.index_dim)};
-  } else if (conv) {
+  } else if (a.recurrence == Recurrence::kShortConv) {
     w.qkv = matrix("conv.in"), w.write = matrix("conv.write"), w.o_gate = matrix("conv.gate");
     w.conv = trunk.vector(prefix + "conv.weights", a.conv_kernel * a.conv_channels());
-  } else if (delta) {
+  } else if (a.recurrence == Recurrence::kMamba) {
+    w.qkv = matrix("mamba.xbc"), w.o_gate = matrix("mamba.gate"), w.decay = matrix("mamba.step");
+    w.conv = trunk.vector(prefix + "mamba.conv", a.conv_kernel * a.conv_channels());
+    w.conv_bias = vector("mamba.conv_bias", a.conv_channels());
+    w.decay_bias = trunk.vector(prefix + "mamba.step_bias", a.heads);
+    w.decay_rate = trunk.vector(prefix + "mamba.decay_rate", a.heads);
+    w.skip = trunk.vector(prefix + "mamba.skip", a.heads);
+    w.o_norm = trunk.vector(prefix + "mamba.norm", a.heads * a.v_dim);
+  } else if (a.recurrence == Recurrence::kDeltaNet) {
     w.qkv = matrix("delta.qkv"), w.o_gate = matrix("delta.gate");
     w.write = matrix("delta.write"), w.decay = matrix("delta.decay");
     w.conv = trunk.vector(prefix + "delta.conv", a.conv_kernel * a.conv_channels());
     w.decay_bias = trunk.vector(prefix + "delta.decay_bias", a.heads);
     w.decay_rate = trunk.vector(prefix + "delta.decay_rate", a.heads);
     w.o_norm = trunk.vector(prefix + "delta.norm", a.v_dim);
-  } else {
+  } else if (has_attention) {
     w.q = matrix("q"), w.k = matrix("k");
     if (!a.keys_as_values) w.v = matrix("v");
     if (a.output_gate) w.o_gate = matrix("o_gate");
@@ -59,17 +82,20 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
     w.k_norm = vector("k_norm", a.qk_norm_full ? kv_dim : a.head_dim);
     w.sinks = vector("sinks", a.heads);
   }
-  if (!c.experts[layer]) {
-    w.dense = {matrix("dense.gate"), matrix("dense.up"), matrix("dense.down")};
-    return w;
-  }
+  // An MLP without a gate has an empty matrix in its place.
+  const auto mlp = [&](const std::string& name) {
+    return ExpertWeights{trunk.matrix_if_any(prefix + name + ".gate"), trunk.matrix(prefix + name + ".up"),
+                         trunk.matrix(prefix + name + ".down")};
+  };
+  if (c.dense[layer]) w.dense = mlp("dense");
+  if (!c.experts[layer]) return w;
   w.router = matrix("router"), w.router.output_bias = vector("router_logit_bias", c.experts[layer]);
   w.router_norm = rms_norm(c.own_norms, "router_norm");
   w.experts_post_norm = rms_norm(c.own_norms, "experts_post_norm");
   w.shared_norm = rms_norm(c.own_norms && c.shared_hidden, "shared_norm");
   w.shared_post_norm = rms_norm(c.own_norms && c.shared_hidden, "shared_post_norm");
   w.router_bias = vector("router_bias", c.experts[layer]);
-  if (c.shared_hidden) w.shared = {matrix("shared.gate"), matrix("shared.up"), matrix("shared.down")};
+  if (c.shared_hidden) w.shared = mlp("shared");
   w.shared_router = trunk.matrix_if_any(prefix + "shared_router");
   return w;
 }

@@ -31,9 +31,10 @@ struct LayerWeights {
   const float *q_norm, *k_norm;           // (head_dim,) or all heads; null: none
   Matrix o_gate;                          // (as o's inputs, dim), of attention with an output gate and of recurrences
   Matrix qkv, write, decay;               // of a recurrence: (conv_channels, dim), (write_values, dim), (heads, dim)
-  const float* conv;                      // (conv_kernel, conv_channels)
+  const float *conv, *conv_bias;          // (conv_kernel, conv_channels), (conv_channels,); bias null: none
   const float *decay_bias, *decay_rate;   // (heads,) twice
-  const float* o_norm;                    // (v_dim,)
+  const float* skip;                      // (heads,), of Mamba-2
+  const float* o_norm;                    // (v_dim,); of Mamba-2 (heads, v_dim)
   const float* sinks;                     // (heads,) logits; null: none
   Matrix q_a, kv_a, kv_b;                 // attention over a latent
   const float *q_a_norm, *kv_a_norm;      // (q_rank,), (kv_rank,)

@@ -1,5 +1,5 @@
-// Gated delta nets and short convolutions: layers whose sequences have a state of fixed size in place of cached keys
-// and values.
+// Gated delta nets, Mamba-2 and short convolutions: layers whose sequences have a state of fixed size in place of
+// cached keys and values.
 //
 // Tokens pass through the convolution and the recurrence one after the other, so results do not depend on how a prompt
 // is split. A task takes a key head, with the heads that share it, or some channels through all tokens of a span, so
@@ -23,12 +23,13 @@ void CpuMath::recurrence(int layer, const Step& step) {
   attention_norm(layer, tokens);
   const bool quantised = w.qkv.takes_rounded() || w.o_gate.takes_rounded() || w.write.takes_rounded();
   const Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, quantised);
-  const bool delta = a.recurrence == Recurrence::kDeltaNet;
-  matmuls({{w.qkv, delta ? s_.q : s_.attended}, {w.o_gate, s_.o_gate}, {w.write, s_.write}, {w.decay, s_.decay}}, x);
-  if (delta)
+  matmuls(
+      {{w.qkv, a.has_state() ? s_.q : s_.attended}, {w.o_gate, s_.o_gate}, {w.write, s_.write}, {w.decay, s_.decay}},
+      x);
+  if (a.has_state())
     run_spans(
         step, [&](const TokenSpan&) { return a.kv_heads; },
-        [&](const TokenSpan& span, int kv_head, int) { delta_heads(layer, span, kv_head); });
+        [&](const TokenSpan& span, int kv_head, int) { heads_of_key(layer, span, kv_head); });
   else
     run_spans(
         step, [&](const TokenSpan&) { return (a.v_dim + kChannels - 1) / kChannels; },
@@ -56,35 +57,40 @@ void CpuMath::convolve_channels(int layer, const TokenSpan& span, int begin, int
 }
 
 // Some heads of a span, those that share a key head: from q k v and the gates to the input of o, in s_.o_gate.
-void CpuMath::delta_heads(int layer, const TokenSpan& span, int kv_head) {
+void CpuMath::heads_of_key(int layer, const TokenSpan& span, int kv_head) {
   const AttentionConfig& a = config_.attention(layer);
   const LayerWeights& w = layers_[layer];
-  const int n = a.head_dim, shared = a.heads / a.kv_heads, first_head = kv_head * shared, kv_dim = a.kv_dim();
+  const bool mamba = a.recurrence == Recurrence::kMamba;
+  const int n = a.head_dim, shared = a.heads / a.kv_heads, first_head = kv_head * shared;
   const size_t channels = a.conv_channels(), heads = a.heads, values = heads * a.v_dim, states = heads * n * a.v_dim;
   const float* from = span.state < 0 ? nullptr : state(span.state, layer);
   float* to = state(span.next_state, layer);
   float* qkv = s_.q + span.first * channels;
-  const int q = kv_head * n, k = kv_dim + q, v = 2 * kv_dim + first_head * a.v_dim;
+  const int q = a.q_at() + kv_head * n, k = a.k_at() + kv_head * n, v = a.v_at() + first_head * a.v_dim;
 
   // convolution
-  const Convolution conv = {w.conv, from ? from + states : nullptr, to + states, a.conv_kernel, int(channels), channels,
-                            true};
+  const Convolution conv = {
+      w.conv, from ? from + states : nullptr, to + states, a.conv_kernel, int(channels), channels, true, w.conv_bias};
   for (const auto& [begin, count] : {std::pair{q, n}, {k, n}, {v, shared * a.v_dim}})
     kernels_.convolve(conv, qkv, span.count, begin, begin + count);
 
-  // unit keys and queries; write and decay
+  // unit keys and queries, of delta nets; write and decay
   const float query_scale = 1.0f / std::sqrt(float(n));
   for (int t = 0; t < span.count; ++t) {
     float* row = qkv + t * channels;
-    kernels_.l2_norm(row + q, kKeyEps, query_scale, row + q, n);
-    kernels_.l2_norm(row + k, kKeyEps, 1.0f, row + k, n);
+    if (!mamba) kernels_.l2_norm(row + q, kKeyEps, query_scale, row + q, n);
+    if (!mamba) kernels_.l2_norm(row + k, kKeyEps, 1.0f, row + k, n);
     for (int head = first_head; head < first_head + shared; ++head) {
       float &write = s_.write[(span.first + t) * heads + head], &decay = s_.decay[(span.first + t) * heads + head];
+      if (mamba) {
+        write = step_of(decay, w.decay_bias[head], a.least_step), decay = left_after(write, w.decay_rate[head]);
+        continue;
+      }
       write = sigmoid(write), decay = decay_of(decay, w.decay_bias[head], w.decay_rate[head]);
     }
   }
 
-  // the states, each head's norm, and the gate
+  // the states; of delta nets each head's norm, and the gate; of Mamba-2 the skipped value, and the gate
   for (int head = first_head; head < first_head + shared; ++head) {
     const size_t gates = span.first * heads + head, state = size_t(head) * n * a.v_dim;
     float* out = s_.attended + span.first * values + size_t(head) * a.v_dim;
@@ -99,13 +105,25 @@ void CpuMath::delta_heads(int layer, const TokenSpan& span, int kv_head) {
                            values,
                            span.count,
                            n,
-                           a.v_dim};
+                           a.v_dim,
+                           !mamba};
     kernels_.delta_rule(its, from ? from + state : nullptr, to + state);
     for (int t = 0; t < span.count; ++t) {
-      kernels_.rms_norm(out + t * values, w.o_norm, config_.norm_eps, out + t * values, a.v_dim);
+      const float* value = qkv + t * channels + v + (head - first_head) * a.v_dim;
+      if (mamba)
+        kernels_.add_scaled(out + t * values, value, w.skip[head], a.v_dim);
+      else
+        kernels_.rms_norm(out + t * values, w.o_norm, config_.norm_eps, out + t * values, a.v_dim);
       kernels_.gate_up(s_.o_gate + (span.first + t) * values + size_t(head) * a.v_dim, out + t * values, a.v_dim,
                        {Gate::kSilu});
     }
+  }
+
+  // the norm of all of them, of Mamba-2
+  const size_t first = size_t(first_head) * a.v_dim;
+  for (int t = span.first; mamba && t < span.first + span.count; ++t) {
+    float* y = s_.o_gate + t * values + first;
+    kernels_.rms_norm(y, w.o_norm + first, config_.norm_eps, y, shared * a.v_dim);
   }
 }
 

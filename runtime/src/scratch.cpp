@@ -34,7 +34,7 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   using A = AttentionConfig;
   // maximum in attention at once
   const size_t queries = threads * c.most_of([](const A& a) { return a.kv_rank ? kLatentQueries : kHeadQueries; });
-  const size_t widest = std::max({c.expert_hidden, c.shared_hidden, c.dense_hidden});
+  const size_t widest = std::max({size_t(c.expert_hidden), size_t(c.shared_hidden), most(c.dense)});
   Carver carver(base);
   carve(carver, c, queries, std::min<size_t>(chunk, kIndexTokens), s);
   carver.carve(s.all_tokens, chunk);

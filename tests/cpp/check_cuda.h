@@ -14,7 +14,7 @@
 using namespace edge_moe;
 
 inline const Activation kActivations[] = {
-    {Gate::kSilu}, {Gate::kGelu}, {Gate::kSigmoid}, {Gate::kClamped, 1.702f, 1.5f}, {Gate::kBilinear}};
+    {Gate::kSilu}, {Gate::kGelu}, {Gate::kSigmoid}, {Gate::kClamped, 1.702f, 1.5f}, {Gate::kBilinear}, {Gate::kRelu2}};
 
 void check_delta();    // check_cuda_delta.cpp
 void check_layer();    // check_cuda_layer.cpp

@@ -173,8 +173,12 @@ static void check_vectors(const Kernels& kernels, bool reference) {
     both("rms_norm" + of, in_place([&](const Kernels& its, float* y) { its.rms_norm(y, b.data(), 1e-6f, y, n); }));
     both("layer_norm" + of,
          in_place([&](const Kernels& its, float* y) { its.layer_norm(y, b.data(), q.data(), 1e-6f, y, n); }));
-    for (const Activation& activation :
-         {Activation{Gate::kSilu}, {Gate::kGelu}, {Gate::kSigmoid}, {Gate::kClamped, 1.702f, 1.5f}, {Gate::kBilinear}})
+    for (const Activation& activation : {Activation{Gate::kSilu},
+                                         {Gate::kGelu},
+                                         {Gate::kSigmoid},
+                                         {Gate::kClamped, 1.702f, 1.5f},
+                                         {Gate::kBilinear},
+                                         {Gate::kRelu2}})
       both("activation " + std::to_string(int(activation.gate)) + of,
            in_place([&](const Kernels& its, float* y) { its.gate_up(y, b.data(), n, activation); }));
     both("l2_norm" + of, in_place([&](const Kernels& its, float* y) { its.l2_norm(y, 1e-6f, 0.3f, y, n); }));
@@ -215,21 +219,23 @@ static void check_delta(const Kernels& kernels, bool reference) {
     const std::vector<float> qkv = floats(kTokens * channels), gates = floats(2 * kTokens),
                              weights = floats(4 * channels);
     const std::vector<float> state = floats(size_t(head_dim) * v_dim), inputs = floats(3 * channels);
-    for (bool begins : {true, false}) {
+    for (auto [begins, mamba] : {std::pair{true, false}, {false, false}, {true, true}, {false, true}}) {
       const auto all = [&](const Kernels& its) {
         std::vector<float> x = qkv, next(inputs.size()), to(state.size()), out(kTokens * size_t(v_dim));
         const Convolution conv = {
-            weights.data(), begins ? nullptr : inputs.data(), next.data(), 4, int(channels), channels, begins};
+            weights.data(), begins ? nullptr : inputs.data(), next.data(), 4, int(channels), channels,
+            begins,         mamba ? weights.data() : nullptr};
         its.convolve(conv, x.data(), kTokens, 1, int(channels));
-        const DeltaHead head = {&x[0],           &x[head_dim], &x[2 * head_dim], &gates[0],
-                                &gates[kTokens], out.data(),   channels,         1,
-                                size_t(v_dim),   kTokens,      head_dim,         v_dim};
+        const DeltaHead head = {
+            &x[0], &x[head_dim],  &x[2 * head_dim], &gates[0], &gates[kTokens], out.data(), channels,
+            1,     size_t(v_dim), kTokens,          head_dim,  v_dim,           !mamba};
         its.delta_rule(head, begins ? nullptr : state.data(), to.data());
         for (const auto* values : {&next, &to, &out}) x.insert(x.end(), values->begin(), values->end());
         return x;
       };
       const std::vector<float> want = all(kScalarKernels);
-      compare(kernels.name, "delta net of " + std::to_string(head_dim), all(kernels), want);
+      compare(kernels.name, std::string(mamba ? "Mamba-2 of " : "delta net of ") + std::to_string(head_dim),
+              all(kernels), want);
       if (reference) add_to_digest(want);
     }
   }
