@@ -37,14 +37,14 @@ BRACKETS = (GEMMA, MISTRAL, TAGS)
 
 def has_channels(tokenizer: Tokenizer | None) -> bool:
     """Whether the text of a model's answers has tags that the model did not write, by its special tokens."""
-    return _has(tokenizer, *MARKS) or _brackets(tokenizer) not in (None, TAGS)
+    return _has(tokenizer, *MARKS) or brackets_of(tokenizer) not in (None, TAGS)
 
 
 def detokenizer_of(tokenizer: Tokenizer) -> "Detokenizer | ChannelText | ThoughtText":
     """What converts a model's answers to text."""
     if _has(tokenizer, *MARKS):
         return ChannelText(tokenizer)
-    brackets = _brackets(tokenizer)
+    brackets = brackets_of(tokenizer)
     return Detokenizer(tokenizer) if brackets is None else ThoughtText(tokenizer, brackets)
 
 
@@ -52,13 +52,14 @@ def _has(tokenizer: Tokenizer | None, *marks: str) -> bool:
     return tokenizer is not None and all(tokenizer.special_token(mark) is not None for mark in marks)
 
 
-def _brackets(tokenizer: Tokenizer | None) -> Brackets | None:
+def brackets_of(tokenizer: Tokenizer | None) -> Brackets | None:
+    """The special tokens that a model writes around its thoughts, if it has such."""
     return next((one for one in BRACKETS if _has(tokenizer, one.open, one.close)), None)
 
 
 def opened_thought(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The tag of a thought that a prompt opens at its end, with the white space after it; empty without one."""
-    tail, brackets = ids[-TAIL:], _brackets(tokenizer)
+    tail, brackets = ids[-TAIL:], brackets_of(tokenizer)
     if brackets is not None and (token := tokenizer.special_token(brackets.open)) in tail:
         begun = tail[len(tail) - tail[::-1].index(token) :]
         text = tokenizer.decode(begun)

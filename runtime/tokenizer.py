@@ -164,6 +164,12 @@ class Tokenizer:
             return self._template("default", room_bytes).environment.variables
         return set()
 
+    def template_keys(self, room_bytes: int | None = None) -> set[str]:
+        """The names of attributes and the texts in the default chat template; none if it is faulty."""
+        with suppress(ValueError):
+            return self._template("default", room_bytes).environment.keys
+        return set()
+
     def _template(self, name: str, room_bytes: int | None):
         from .chat_template import ChatTemplate
 

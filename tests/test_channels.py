@@ -162,6 +162,11 @@ def test_a_chat_hands_on_thoughts_as_its_template_takes_them():
         return [(one["content"], one.get("reasoning_content")) for one in messages[1::2]]
 
     assert said(Thoughts.APART) == [("c", "b"), ("", "e"), ("g", None)]
+    parts = (
+        [{"type": "thinking", "thinking": "b"}, {"type": "text", "text": "c"}],
+        [{"type": "thinking", "thinking": "e"}],
+    )
+    assert said(Thoughts.AS_PARTS) == [(parts[0], None), (parts[1], None), ("g", None)]
     assert said(Thoughts.LEFT_OUT) == [("c", None), ("", None), ("g", None)]
     assert said(Thoughts.IN_TEXT) == [(turns[0].answer, None), ("<think>e", None), ("g", None)]
 
@@ -186,3 +191,13 @@ def test_templates_tell_how_they_take_thoughts(tmp_path, template, want):
         (tmp_path / "special_tokens_map.json").write_text('{"extra_special_tokens": ["[THINK]", "[/THINK]"]}')
         (tmp_path / "tokenizer_config.json").unlink()
         assert thoughts_in_prompts(Tokenizer(tmp_path)) == Thoughts.LEFT_OUT
+
+
+def test_thoughts_are_parts_in_the_format_of_mistral(tmp_path):
+    pytest.importorskip("transformers")
+    from family_tokenizers import write_tokenizer
+
+    tokenizer = Tokenizer(write_tokenizer("mistral", tmp_path))
+    talk = Conversation(True, "s", [Turn("a", "<think>b</think>\n\nc", [], True)], thoughts_in_prompts(tokenizer))
+    text = "<s>[SYSTEM_PROMPT]s[/SYSTEM_PROMPT][INST]a[/INST][THINK]b[/THINK]c</s>[INST]h[/INST]"
+    assert tokenizer.render_chat(talk.prompt("h")) == text

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from .runtime.channels import has_channels, split_thought
+from .runtime.channels import MISTRAL, brackets_of, has_channels, split_thought
 from .runtime.tokenizer import Tokenizer
 
 
@@ -14,11 +14,16 @@ class Thoughts(Enum):
 
     IN_TEXT = "between tags in the text, as the model wrote them"
     APART = "in a field of their own"
+    AS_PARTS = "as parts of the content, which is then a list"
     LEFT_OUT = "not at all"
 
 
 def thoughts_in_prompts(tokenizer: Tokenizer) -> Thoughts:
-    """In a field where the template reads it; otherwise in the text, unless the model writes them in another form."""
+    """As parts where Mistral's template takes them, or in a field where the template reads it; otherwise in the text,
+    unless the model writes them in another form."""
+    keys = tokenizer.template_keys()
+    if brackets_of(tokenizer) is MISTRAL and "thinking" in keys and "reasoning_content" not in keys:
+        return Thoughts.AS_PARTS
     if tokenizer.reads_reasoning():
         return Thoughts.APART
     return Thoughts.LEFT_OUT if has_channels(tokenizer) else Thoughts.IN_TEXT
@@ -39,6 +44,9 @@ class Turn:
             thought, answer["content"] = split_thought(self.answer)
             if thought and thoughts is Thoughts.APART:
                 answer["reasoning_content"] = thought
+            elif thought and thoughts is Thoughts.AS_PARTS:
+                rest = [{"type": "text", "text": answer["content"]}] if answer["content"] else []
+                answer["content"] = [{"type": "thinking", "thinking": thought}, *rest]
         return [{"role": "user", "content": self.message}, answer]
 
 
