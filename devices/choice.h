@@ -1,6 +1,6 @@
 // The positions that queries attend to, where these are not all that they see. Attention over a choice is computed as
 // if the chosen positions, in ascending order, were positions 0, 1, 2...: the same bits on every device, and the bits
-// of attention to all positions where all are chosen.
+// of attention to all positions where all are chosen. A query is a token, or a token and one of its groups of heads.
 #pragma once
 
 #include "lane_math.h"
