@@ -153,7 +153,7 @@ def test_linear_rope_scaling_is_read_in_each_spelling(rope):
 
 def test_a_sparse_step_makes_the_layers_in_between_dense():
     config = parse_config(hub("qwen3_moe", decoder_sparse_step=2))
-    assert (config.dense_layers, config.moe_layers, config.dense_hidden) == ((0, 2), (1,), 192)
+    assert (config.dense_layers, config.moe_layers, config.dense_hidden) == ((0, 2), (1,), (192, 0, 192))
 
 
 def test_deepseek_has_experts_in_every_so_many_layers_after_the_first():
