@@ -35,6 +35,7 @@ TOGETHER = [
 BOTH = [
     "test_residency.py",
     *TOGETHER,
+    "test_indexer.py::test_kernels_steps_and_threads_change_no_bit[deepseek_v32-float16]",
     "test_faults.py::test_many_records_that_fail_at_once_and_for_good_give_one_error_a_call",
     "test_faults.py::test_records_that_still_load_when_another_fails_are_waited_for",
     "test_faults.py::test_a_read_that_a_failed_call_left_behind_fails_no_other_call",
