@@ -15,7 +15,8 @@ from ..devices.probe import default_threads
 from ..runtime.bundle import Bundle
 from ..runtime.child import answer, call
 from ..runtime.device import device_name
-from ..runtime.plan import CHUNKS, LEAST_BYTES, BelowFloor, Plan, engine_memory, resolve_ram
+from ..runtime.engine_config import engine_memory
+from ..runtime.plan import CHUNKS, LEAST_BYTES, BelowFloor, Plan, resolve_ram
 from .bench import Measurement, measure
 
 CAPS = 6

@@ -22,6 +22,7 @@ from ..runtime.config import stays_float, trunk_shapes
 from ..runtime.config_file import family_of, language_keys, parse_config, read_json, with_language_key
 
 GROUP = 64
+TABLE_ROWS = 1 << 16  # of a table of n-gram embeddings that are made at a time
 
 
 def make_synthetic(
@@ -65,6 +66,13 @@ def make_synthetic(
                 writer.write_expert(
                     layer, index, [_matrix(random, its, width, packing.group) for its in model.expert_shapes], biases
                 )
+            for number, table in enumerate(writer.tables):
+                random = np.random.Generator(np.random.SFC64([seed, 2, number]))
+                for first in range(0, table.rows, TABLE_ROWS):
+                    shape = min(TABLE_ROWS, table.rows - first), table.cols
+                    rows = _matrix(random, shape, table.encoding.width, table.encoding.group, deviation=1.0)
+                    writer.write_rows(table, first, rows)
+                writer.finish_table(table)
             writer.finish()
     return Bundle.open(out)
 
@@ -94,7 +102,10 @@ def raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
     for key in ("layer_types", "layers_block_type", "hybrid_override_pattern"):
         if layers and language.get(key) is not None:
             raw = with_language_key(raw, key, language[key][:layers])
-    return raw | dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"))
+    ends = ("bos_token_id", "pad_token_id")
+    if not language.get("ple_layer_ids"):  # whose n-grams end where a text does
+        ends += ("eos_token_id",)
+    return raw | dict.fromkeys(ends)
 
 
 def _trunk_tensor(random: np.random.Generator, name: str, shape: tuple[int, ...], packing: Packing) -> Quantised:

@@ -49,7 +49,7 @@ class Memory:
             rows, tokens = calibration.ids.size + calibration.held_out.size, calibration.ids.shape[1]
             sample = sampled_sequences(config, *calibration.ids.shape) * tokens
             carried = sample * (len(config.moe_layers) + len(kinds(config)) * o.chooses_trunk)
-            streams = max(ROUNDING_STREAMS * rows, 3 * (rows + carried)) * config.dim * 4  # input, attended, output
+            streams = max(ROUNDING_STREAMS * rows, 3 * (rows + carried)) * config.width * 4  # input, attended, output
             attention = 4 * max(its.pass_values(BLOCK_ROWS, tokens) for its in config.attentions)
             beside = max(attention, 6 * LOGITS_BYTES)
             fixed += 2 * 4 * rows * config.experts + beside

@@ -104,7 +104,7 @@ def _saved_bytes(compression: Compression, calibration: Calibration) -> int:
     carried = sampled_sequences(config, *calibration.ids.shape) * tokens * (len(config.moe_layers) + kinds)
     measuring = calibration.ids.size + carried
     rounding = 3 * (calibration.ids.size + calibration.held_out.size)  # source, bundle, one width to compare with
-    return 2 * 4 * config.dim * max(measuring, rounding)
+    return 2 * 4 * config.width * max(measuring, rounding)
 
 
 def _bundle_bytes(compression: Compression) -> int:

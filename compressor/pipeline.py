@@ -31,10 +31,11 @@ from .passes.calibrate import Calibration, load_calibration
 from .passes.streams import Stream
 from .rounding.quantise import quantise, trunk_packing
 from .rounding.round_layers import PackedTrunk, Rounding, Track, kept
+from .rounding.round_tables import write_tables
 from .source.checkpoint import Checkpoint
 from .source.copied_files import contents
 from .writing import own
-from .writing.journal import CHOICE, FINISHED, Journal, partial_of, work_of
+from .writing.journal import CHOICE, FINISHED, TABLES, Journal, partial_of, work_of
 from .writing.writer import BundleWriter, Packing
 
 Progress = Callable[[str, int, int], None]  # (step, done, of)
@@ -407,8 +408,15 @@ class Compression:
             rounding.close()
             for missing in sorted(self.trunk.keys() - writer.trunk_written):
                 tracks[0].trunk.trunk(missing)
+            self.write_tables(writer)
             writer.finish(publish=self._publish)
         return Bundle.open(self.out)
+
+    def write_tables(self, writer: BundleWriter) -> None:
+        """Write the tables of n-gram embeddings, without those that a run before has written."""
+        writer.tables_written |= set(self.journal.read(TABLES)) if self.journal.has(TABLES) else set()
+        write_tables(writer, self.checkpoint, self.threads)
+        self.journal.write(TABLES, sorted(writer.tables_written))
 
     def track(self, name: str, packing: dict, writer: BundleWriter | None) -> Track:
         weights = PackedTrunk(self.checkpoint, self.config, self.trunk, writer, self.threads)
@@ -453,6 +461,7 @@ class Compression:
                 bias = reference.expert_bias(config, self.checkpoint, layer, index)
                 writer.write_expert(layer, index, record, bias)
                 self.tell("quantise", done, total)
+            write_tables(writer, self.checkpoint, threads)
             writer.finish(publish=self._publish)
         return Bundle.open(self.out)
 
@@ -475,15 +484,16 @@ class Compression:
         """Where single experts' results are kept, when an expert takes long enough for that to pay."""
         return self.journal.arrays if self.config.expert_weights >= LARGE_EXPERT else None
 
-    def new_stream(self, name: str, rows: int) -> Stream:
+    def new_stream(self, name: str, rows: int, dim: int = 0) -> Stream:
+        """An empty stream, as wide as the residual stream unless `dim` is given."""
         self._streams += 1
         file = None if self.memory.streams_in_memory else self.journal.scratch / f"{self._streams}-{name}"
-        return Stream(rows, self.config.dim, file)
+        return Stream(rows, dim or self.config.width, file)
 
     def load_stream(self, saved: str, rows: int, checksum: int) -> Stream:
         self._streams += 1
         file = None if self.memory.streams_in_memory else self.journal.scratch / f"{self._streams}-loaded"
-        return Stream.load(self.journal.path(saved), rows, self.config.dim, file, checksum)
+        return Stream.load(self.journal.path(saved), rows, self.config.width, file, checksum)
 
     def _publish(self, checksum: str) -> None:
         self.journal.write(FINISHED, checksum)

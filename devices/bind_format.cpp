@@ -9,6 +9,7 @@
 #include <map>
 #include <utility>
 
+#include "checksum.h"
 #include "format.h"
 #include "python/arrays.h"
 #include "python/encodings.h"
@@ -103,6 +104,33 @@ void bind_format(nb::module_& m) {
         nb::make_tuple(nb::tuple(its_widths), nb::tuple(parts), nb::tuple(dtypes), nb::tuple(its_groups));
   }
   m.attr("CODECS") = codecs;
+
+  m.attr("ROW_CHECKSUM") = kRowChecksum;
+  m.def(
+      "row_layout",
+      [](const EncodingTuple& encoding, int cols) {
+        const RowLayout layout = row_layout(encoding_of(encoding), cols);
+        std::map<std::string, std::pair<size_t, size_t>> parts;
+        for (int part = 0; part < kParts; ++part)
+          if (const Place& place = layout.row.parts[part]; place.bytes)
+            parts[kPartNames[part]] = {place.offset, place.bytes};
+        return std::pair(layout.bytes, parts);
+      },
+      nb::arg("encoding"), nb::arg("cols"),
+      "The layout of one row of a table: its bytes, the checksum at their end included, and the (offset, bytes) of\n"
+      "each part. encoding: (codec, width, group).");
+  m.def(
+      "row_checksums",
+      [](ArrayIn<uint8_t, 2> rows, int64_t first) {
+        std::vector<uint32_t> sums(rows.shape(0));
+        for (size_t i = 0; i < sums.size(); ++i)
+          sums[i] = row_checksum(rows.data() + i * rows.shape(1), rows.shape(1), first + int64_t(i));
+        return to_numpy(std::move(sums), {rows.shape(0)});
+      },
+      nb::arg("rows"), nb::arg("first"),
+      "The checksums, uint32 (rows,), that rows of a table, uint8 (rows, bytes), should end with. first: the number "
+      "of\n"
+      "the first one.");
 
   nb::class_<RecordLayout>(m, "RecordLayout", "Where the parts of one expert lie in its record.")
       .def(

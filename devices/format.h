@@ -111,6 +111,25 @@ struct RecordLayout {
   size_t bytes = 0;  // before padding to the record alignment
 };
 
+// The layout of one row of a table, whose parts follow one another, and its bytes with the checksum that ends it.
+struct RowLayout {
+  MatrixLayout row;
+  size_t bytes = 0;
+};
+
+inline constexpr size_t kRowChecksum = 4;
+
+inline constexpr RowLayout row_layout(const Encoding& encoding, int cols) {
+  RowLayout layout{};
+  layout.row.rows = 1, layout.row.cols = cols, layout.row.encoding = encoding;
+  for (int part = 0; part < kParts; ++part) {
+    layout.row.parts[part] = {layout.bytes, part_bytes(encoding, part, 1, cols)};
+    layout.bytes += layout.row.parts[part].bytes;
+  }
+  layout.bytes = align_up(layout.bytes + kRowChecksum, sizeof(float));
+  return layout;
+}
+
 // The layout of records in new bundles. biased: with output biases. gated: with gates.
 inline constexpr RecordLayout record_layout(int dim, int hidden, const std::array<Encoding, kProjections>& encodings,
                                             bool biased, bool gated) {

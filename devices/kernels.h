@@ -113,12 +113,15 @@ struct KeyValues {
 // A causal convolution of each of `channels` channels over tokens.
 struct Convolution {
   const float* weights;  // (kernel, channels), the last ones for a token's own input
-  const float* past;     // (kernel - 1, channels): the inputs of the tokens before the first one; null: zeros
-  float* next;           // (kernel - 1, channels): gets those of the last tokens; not `past`
+  const float* past;     // (reach(), channels): the inputs of the tokens before the first one; null: zeros
+  float* next;           // (reach(), channels): gets those of the last tokens; not `past`
   int kernel, channels;
   size_t stride;                // from one token's channels to the next one's
   bool silu;                    // of the result
   const float* bias = nullptr;  // (channels,), added to the sums; null: none
+  int apart = 1;                // tokens from one input of an output to the next
+
+  int reach() const { return (kernel - 1) * apart; }  // how many tokens before its own an output depends on
 };
 
 // One head of a gated delta net or of Mamba-2, for some consecutive tokens. Strides are from one token to the next.

@@ -117,6 +117,14 @@ EDGE_MOE_BOTH static inline float left_after(float step, float rate) {
   return float(exp(-double(rate) * double(step)));
 }
 
+// The gate of a stream's n-gram embedding, from the product of its key and the stream, both normed: the sigmoid of the
+// root of its mean, with its sign.
+EDGE_MOE_BOTH static inline float ngram_gate(float product, int dim) {
+  const double mean = double(product) / sqrt(double(dim)), size = mean < 0 ? -mean : mean;
+  const double root = sqrt(size > 1e-6 ? size : 1e-6);
+  return sigmoid(float(mean > 0 ? root : mean < 0 ? -root : 0.0));
+}
+
 EDGE_MOE_BOTH static inline int nearest(float x) {
 #if defined(__CUDA_ARCH__)
   return __float2int_rn(x);

@@ -5,6 +5,7 @@
     trunk.safetensors               all weights but the routed experts; one checksum for the file
     mask-routers.safetensors        what learned pruning needs, where it was calibrated; see pruning.py
     experts-0000I-of-0000N.safetensors   one U8 tensor an expert, `layers.L.experts.E`; a checksum for each record
+    tables-0000I-of-0000N.safetensors    a table of n-gram embeddings, where the model has them; see row_tables.py
 
 A quantised trunk tensor NAME is NAME.codes (U32, as MLX packs), NAME.scales and NAME.biases (BF16). Writing is in
 compressor/writing/writer.py; packed layouts are devices/format.h's. Bundles of format 1 are read, too.
@@ -33,6 +34,7 @@ from .config_file import load_config, parse_config, read_json
 from .files import pieces, real_path
 from .model_path import check_quantised, find_model, quantisation_in, raise_if_other_format
 from .pruning import MASK_FILE, Pruning, read_mask_routers, read_pruning
+from .row_tables import STEP_ROWS, RowTable, read_tables
 
 COPIED = {  # files that are copied from a checkpoint and used, and the maximum size of each in bytes
     "config.json": 4_000_000,
@@ -63,6 +65,7 @@ class Bundle:
     layouts: tuple[Layout, ...]  # of the records
     experts: dict[tuple[int, int], Expert]  # by layer and expert, in that order
     copies: dict[str, int]  # bytes of each copied file
+    tables: tuple[RowTable, ...] = ()  # of n-gram embeddings
     unlisted: tuple[str, ...] = ()  # files of COPIED that are used although bundle.json does not list them
     pruning: Pruning | None = None
 
@@ -88,7 +91,8 @@ class Bundle:
         table["experts"].pop("records")  # they are in `experts` now; thousands of dictionaries weigh megabytes
         pruning = read_pruning(path, config, table)
         of_trunk = (trunk, trunk_bytes, trunk_checksum)
-        return cls(path, config, table, *of_trunk, files, layouts, experts, copies, unlisted, pruning)
+        tables = read_tables(path, config, table, read)
+        return cls(path, config, table, *of_trunk, files, layouts, experts, copies, tables, unlisted, pruning)
 
     @property
     def expert_bytes(self) -> int:
@@ -96,8 +100,13 @@ class Bundle:
 
     @property
     def nbytes(self) -> int:
-        """Trunk and experts."""
-        return self.trunk_bytes + self.expert_bytes
+        """Trunk, experts and tables."""
+        return self.trunk_bytes + self.expert_bytes + self.table_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """The tables, of which single rows are read."""
+        return sum(table.nbytes for table in self.tables)
 
     @property
     def bits_per_weight(self) -> float:
@@ -153,12 +162,15 @@ def verify(bundle: Bundle) -> Iterator[tuple[str, int]]:
                 f"{path}: expert {expert.expert} of layer {expert.layer} does not match its checksum; {REMEDY}"
             )
         yield f"layers.{expert.layer}.experts.{expert.expert}", expert.nbytes
+    for table in bundle.tables:
+        yield from table.verify()
 
 
 def parts_to_verify(bundle: Bundle) -> int:
     """The number of parts that verify() yields."""
     learned = bundle.pruning is not None and bool(bundle.pruning.learned)
-    return len(bundle.copies) + 1 + learned + len(bundle.experts)
+    of_tables = sum(-(-table.rows // STEP_ROWS) for table in bundle.tables)
+    return len(bundle.copies) + 1 + learned + len(bundle.experts) + of_tables
 
 
 def _checksum(path: Path, offset: int, nbytes: int) -> tuple[int, int]:

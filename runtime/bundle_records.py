@@ -76,14 +76,14 @@ def read_trunk(path: Path, config: ModelConfig, table: dict, read: Reader) -> tu
     """Read the trunk's tensors, the bytes of its file and its checksum."""
     entry = read.get(table, "trunk", dict)
     file, shapes, tensors = path / TRUNK_FILE, trunk_shapes(config), []
-    stored = _header_of(file, read.count(entry, "bytes"), 3 * len(shapes))
+    stored = header_of(file, read.count(entry, "bytes"), 3 * len(shapes))
     encoded = read.get(entry, "tensors", dict)
     for name, shape in shapes.items():
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        encoding = _encoding(read, read.get(encoded, name, dict), name, cols)
+        encoding = read_encoding(read, read.get(encoded, name, dict), name, cols)
         if (encoding.codec == "float32") != stays_float(name, shape):
             raise ValueError(f"{read.path}: codec {encoding.codec} of {name} is not possible; {REMEDY}")
-        parts = [_part(file, stored, name, dtype, of) for _, name, dtype, of in trunk_parts(name, shape, encoding)]
+        parts = [part_of(file, stored, name, dtype, of) for _, name, dtype, of in trunk_parts(name, shape, encoding)]
         tensors.append(TrunkTensor(name, rows, cols, encoding, tuple(part.offset for part in parts)))
     return tuple(tensors), read.count(entry, "bytes"), read.checksum(entry)
 
@@ -116,10 +116,10 @@ def read_experts(path: Path, config: ModelConfig, table: dict, read: Reader):
     for file, item, its in zip(files, listed, in_file, strict=True):
         if not its:
             raise ValueError(f"{read.path}: no record is in {file.name}; {REMEDY}")
-        header = _header_of(file, read.count(item, "bytes"), len(its))
+        header = header_of(file, read.count(item, "bytes"), len(its))
         for expert in its:
             name = f"layers.{expert.layer}.experts.{expert.expert}"
-            part = _part(file, header, name, "U8", (expert.nbytes,))
+            part = part_of(file, header, name, "U8", (expert.nbytes,))
             if part.offset != expert.offset:
                 raise ValueError(
                     f"{file}: {name} starts at byte {part.offset:,}, bundle.json says {expert.offset:,}; {REMEDY}"
@@ -137,7 +137,7 @@ def _read_layouts(read: Reader, config: ModelConfig, entry: dict, alignment: int
         matrices = read.get(item, "matrices", list)
         if len(matrices) != 3:
             raise ValueError(f"{read.path}: {where} has {len(matrices)} matrices, expected gate, up and down; {REMEDY}")
-        encodings = tuple(_encoding(read, one, where, n) for one, n in zip(matrices, cols, strict=True))
+        encodings = tuple(read_encoding(read, one, where, n) for one, n in zip(matrices, cols, strict=True))
         if any(encoding.width not in _core.WIDTHS for encoding in encodings):
             widths = [encoding.width for encoding in encodings]
             raise ValueError(f"{read.path}: widths {widths} of {where} are not three of {_core.WIDTHS}; {REMEDY}")
@@ -181,7 +181,7 @@ def _read_expert(read: Reader, layouts: tuple[Layout, ...], layer, index, item, 
     return Expert(layer, index, number, layout.encodings, *place, read.checksum(item), float(frequency))
 
 
-def _encoding(read: Reader, item: dict, where: str, cols: int) -> Encoding:
+def read_encoding(read: Reader, item: dict, where: str, cols: int) -> Encoding:
     """Read an encoding from bundle.json, of a matrix with `cols` columns."""
     codec, width = read.get(item, "codec", str), read.count(item, "width", 63)
     if codec not in _core.CODECS:
@@ -220,7 +220,7 @@ def record_alignment(config: ModelConfig) -> int:
     return _core.DATA_ALIGNMENT if config.expert_weights >= 4_000_000 else _core.SMALL_ALIGNMENT
 
 
-def _header_of(path: Path, nbytes: int, tensors: int) -> dict[str, Stored]:
+def header_of(path: Path, nbytes: int, tensors: int) -> dict[str, Stored]:
     """Read the header of a listed file, which must have `nbytes` bytes and may have `tensors` tensors."""
     size = real_path(path.parent, path.name, LISTED).stat().st_size
     if size != nbytes:
@@ -228,7 +228,7 @@ def _header_of(path: Path, nbytes: int, tensors: int) -> dict[str, Stored]:
     return read_header(path, REMEDY, HEADER_BYTES + TENSOR_BYTES * tensors)
 
 
-def _part(path: Path, stored: dict[str, Stored], name: str, dtype: str, shape: tuple[int, ...]) -> Stored:
+def part_of(path: Path, stored: dict[str, Stored], name: str, dtype: str, shape: tuple[int, ...]) -> Stored:
     part = stored.get(name)
     if part is None:
         raise ValueError(f"{path}: tensor {name} is missing; {REMEDY}")

@@ -8,7 +8,9 @@ from .layers.delta_net import DeltaNet
 from .layers.latent import LatentAttention
 from .layers.mamba import Mamba
 from .layers.mlp import Dense, Experts, RouterConfig
+from .layers.ngrams import NGrams
 from .layers.short_conv import ShortConv
+from .layers.streams import Streams
 
 MAX_LAYERS, MAX_EXPERTS = 1024, 4096  # more than any model has; a damaged file is refused
 
@@ -23,6 +25,7 @@ class Layer:
 
     attention: Mixer | None
     mlp: Experts | Dense | None
+    ngrams: NGrams | None = None  # embeddings that are added before attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class ModelConfig:
     activation: str = "silu"  # silu | gelu_tanh | clamped_swiglu, of every MLP; relu2: of those without a gate
     swiglu_alpha: float = 0.0  # of clamped_swiglu: factor of the gate in the sigmoid
     swiglu_limit: float = 0.0  # of clamped_swiglu: the maximum of the gate, and of the magnitude of up
+    streams: Streams | None = None  # of a residual stream that is several
     norm: str = "rms"  # rms | layer, of the residual stream: an RMSNorm, or a LayerNorm with a bias
     norm_eps: float = 1e-6
     embedding_scale: float = 1.0  # factor of the embeddings before they enter the residual stream
@@ -58,6 +62,11 @@ class ModelConfig:
     @property
     def layer_count(self) -> int:
         return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        """The values that the residual stream has per token."""
+        return self.dim * (self.streams.count if self.streams else 1)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -105,6 +114,12 @@ class ModelConfig:
     def routed(self) -> Experts:
         """The Experts value that all layers with experts share."""
         return next(layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts))
+
+    @property
+    def tables(self) -> dict[str, tuple[int, int]]:
+        """The shapes of the tables of n-gram embeddings, by canonical name."""
+        its = {at: layer.ngrams for at, layer in enumerate(self.layers) if layer.ngrams}
+        return {f"layers.{at}.ngrams.table": (one.rows, one.cols) for at, one in its.items()}
 
     @property
     def experts(self) -> int:
@@ -164,7 +179,7 @@ class ModelConfig:
     @property
     def sums_experts(self) -> bool:
         """Whether experts' outputs are summed before the residual stream gets them, as norms or a factor follow."""
-        return self.post_norms or self.own_norms or self.layer_scale
+        return self.post_norms or self.own_norms or self.layer_scale or self.streams is not None
 
     @property
     def dense_hidden(self) -> tuple[int, ...]:
@@ -226,8 +241,12 @@ FLOAT_MATRICES = (
     "conv.weights",
     "mamba.step",
     "mamba.conv",
-)  # small, and much depends on them; see layers/indexer.py, delta_net.py, short_conv.py, mamba.py
-TRUNK_KINDS = ("shared", "attention", "delta", "conv", "mamba", "dense", "embedding", "head")
+    "attention_mix.share",
+    "mlp_mix.share",
+    "ngrams.conv",
+)  # small, and much depends on them; see layers/indexer.py, delta_net.py, short_conv.py, mamba.py, streams.py
+TRUNK_KINDS = ("shared", "attention", "delta", "conv", "mamba", "dense", "streams", "embedding", "head")
+OF_STREAMS = ("attention_mix", "mlp_mix", "output_mix", "ngrams")  # beginnings of the names of kind streams
 
 
 def without_layer(name: str) -> str:
@@ -238,7 +257,7 @@ def without_layer(name: str) -> str:
 def trunk_kind(name: str) -> str:
     """The kind, one of TRUNK_KINDS, of a matrix of the trunk. name: canonical, with its layer or without."""
     first = without_layer(name).split(".")[0]
-    return first if first in TRUNK_KINDS else "attention"
+    return "streams" if first in OF_STREAMS else first if first in TRUNK_KINDS else "attention"
 
 
 def stays_float(name: str, shape: tuple[int, ...]) -> bool:
@@ -247,15 +266,17 @@ def stays_float(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors but routed experts, by canonical name, in the order of use."""
+    """The shapes of all tensors but routed experts and tables, by canonical name, in the order of use."""
     dim = config.dim
 
-    def norm(name: str) -> dict[str, tuple[int, ...]]:
+    def norm(name: str, shares: bool = True) -> dict[str, tuple[int, ...]]:
+        if config.streams:
+            return config.streams.shapes(name.removesuffix("_norm"), dim, shares)
         return {name: (dim,)} | ({f"{name}_bias": (dim,)} if config.norm == "layer" else {})
 
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab, dim)}
     for at, layer in enumerate(config.layers):
-        parts: dict[str, tuple[int, ...]] = {}
+        parts = layer.ngrams.shapes(dim, config.width) if layer.ngrams else {}
         if layer.attention:
             parts |= {**norm("attention_norm"), **layer.attention.shapes(dim)}
             parts |= {"attention_post_norm": (dim,)} if config.post_norms else {}
@@ -264,7 +285,7 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             parts |= {"mlp_post_norm": (dim,)} if config.post_norms else {}
         parts |= {"layer_scale": (1,)} if config.layer_scale else {}
         shapes |= {f"layers.{at}.{part}": shape for part, shape in parts.items()}
-    shapes |= norm("output_norm")
+    shapes |= norm("output_norm", shares=False)
     if not config.tied_head:
         shapes["head"] = (config.vocab, dim)
     if config.head_bias:

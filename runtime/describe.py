@@ -51,6 +51,7 @@ def describe_bundle(bundle) -> dict:
         "bundle_bytes": bundle.nbytes,
         "trunk_bytes": bundle.trunk_bytes,
         "expert_bytes": bundle.expert_bytes,
+        "table_bytes": bundle.table_bytes,
         "bits_per_weight": bundle.bits_per_weight,
         "trunk_widths": trunk_widths,
         "groups": sorted(filter(None, per_group)),

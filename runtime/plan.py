@@ -8,20 +8,19 @@ from itertools import product
 
 from .. import _core
 from ..devices.probe import cgroup_limit_bytes, memory_limit_bytes
-from .config import Mixer, ModelConfig, Recurrent
-from .layers.latent import LatentAttention
-from .layers.mamba import Mamba
+from .config import ModelConfig
+from .engine_config import KV_TYPES, engine_memory
 from .plan_table import plan_text
 from .sampling import whole_number
 
 CHUNKS = (512, 256, 128, 64, 32, 16)  # tokens per prefill step, in order of preference
 READERS = 4  # threads that fetch records: reads of 128 KiB to 2 MB with 8 or 16 were no faster (0.96 to 1.04 times)
 READER_BYTES = 64 * 1024  # stack of a reader, the kernel's included
+TABLE_READER_BYTES = READER_BYTES + 3 * 4096  # of a reader of tables' rows, with the blocks of the file that it reads
 THREAD_BYTES = 48 * 1024  # stack of a computing thread: 8 kB measured, and 28 kB for the kernel
 INTERPRETER_SPARE = 12_000_000  # what Python may still allocate: text, sampling; half of it for encoding a text
 TOKEN_BYTES = 64  # Python's memory per token of context: an int, and its place in three lists
 LOGIT_BYTES = 64  # memory per logit of a step that sampling or scoring may hold: float64 copies, an order, a sum
-KV_TYPES = ("float16", "float32")  # types of the KV cache
 SCRATCH_PART = 8  # when paging, upper bound of a step's scratch: 1/8 of the memory that slots could have
 SNAPSHOTS_PART = 16  # upper bound of snapshots: 1/16 of the cap
 MOST_SEQUENCES = 256
@@ -64,6 +63,8 @@ class Plan:
     spare_bytes: int = 0  # of interpreter_bytes: not allocated yet, but may be
     kv: str = KV_TYPES[0]  # type of the KV cache
     sequences: int = 1  # number of sequences, with a KV cache of `context` tokens each
+    table_bytes: int = 0  # of tables of n-gram embeddings, which stay on disk
+    table_rows: int = 0  # that a token reads of them
 
     @property
     def total_bytes(self) -> int:
@@ -165,90 +166,6 @@ def resolve_ram(ram: int | float | str) -> int:
     return int(share * min(free, cgroup_limit_bytes() or free))
 
 
-def engine_config(
-    config: ModelConfig,
-    context: int,
-    chunk: int,
-    logits_rows: int = 1,
-    threads: int = 1,
-    kv: str = KV_TYPES[0],
-    sequences: int = 1,
-    snapshots: int = 0,
-) -> _core.EngineConfig:
-    """Convert a model's configuration and the sizes of a run to the core's EngineConfig."""
-    if kv not in KV_TYPES:
-        raise ValueError(f"kv is {kv!r}, expected one of {', '.join(KV_TYPES)}")
-    c, router = _core.EngineConfig(), config.router
-    for name in (
-        *("dim", "vocab", "expert_hidden", "norm_eps", "shared_hidden"),
-        *("embedding_scale", "residual_scale", "logits_scale", "logits_cap", "routing_scale"),
-        *("post_norms", "own_norms", "layer_scale"),
-    ):
-        setattr(c, name, getattr(config, name))
-    kinds, mixers = config.attentions, [layer.attention for layer in config.layers]
-    c.layers, c.dense = config.layer_count, config.dense_hidden
-    c.attention_of = [kinds.index(mixer) if mixer else -1 for mixer in mixers]
-    c.attentions = [attention_config(kind, context) for kind in kinds]
-    c.activation = getattr(_core.Gate, config.activation), config.swiglu_alpha, config.swiglu_limit
-    c.experts = [config.experts_of(layer) for layer in range(config.layer_count)]
-    c.top_k = [config.top_k_of(layer) for layer in range(config.layer_count)]
-    c.layer_norm = {"rms": False, "layer": True}[config.norm]
-    c.router_score, c.router_threshold = getattr(_core.RouterScore, router.score), router.threshold
-    c.group_top2sum = {"max": False, "top2sum": True}[router.group_score]
-    c.renormalise, c.router_sum_eps = router.renormalise, router.sum_eps
-    c.router_logits_scale = router.logits_scale
-    c.groups, c.top_groups = router.groups, router.top_groups
-    if router.groups > 1:
-        c.expert_groups = [config.groups_of(layer) for layer in range(config.layer_count)]
-    c.context, c.chunk, c.logits_rows, c.threads = context, chunk, logits_rows, threads
-    c.half_cache, c.sequences, c.snapshots = kv == "float16", sequences, snapshots
-    return c
-
-
-def attention_config(attention: Mixer, context: int) -> _core.AttentionConfig:
-    """Convert one kind of attention, over `context` positions, to the core's AttentionConfig."""
-    a = _core.AttentionConfig()
-    a.heads, a.kv_heads, a.head_dim, a.v_dim = (
-        attention.heads,
-        attention.kv_heads,
-        attention.head_dim,
-        attention.value_dim,
-    )
-    if isinstance(attention, Recurrent):
-        a.recurrence, a.conv_kernel = getattr(_core.Recurrence, attention.recurrence), attention.conv_kernel
-        a.least_step = attention.least_step if isinstance(attention, Mamba) else 0
-        return a
-    rope = attention.rope.planned(context)
-    a.rope_dim, a.rope_frequency, a.rope_scale = rope.dim, rope.frequency().tolist(), rope.scale
-    a.rope_span, a.rope_interleaved, a.softmax_scale = rope.span, rope.interleaved, attention.softmax_scale
-    if isinstance(attention, LatentAttention):
-        a.q_rank, a.kv_rank, a.latent_norm_eps = attention.q_rank, attention.kv_rank, attention.norm_eps
-        if 0 < attention.top < context:  # in a shorter context a query sees no more positions than it may choose
-            a.index_top = attention.top
-            if indexer := attention.indexer:
-                a.index_heads, a.index_dim, a.index_scale = indexer.heads, indexer.dim, indexer.scale
-                a.index_interleaved, a.index_norm_eps = indexer.rope.interleaved, indexer.norm_eps
-        if attention.query_growth:
-            a.query_context = attention.query_context
-            a.query_scales = attention.query_scales(context)[:: a.query_context].tolist()
-    else:
-        a.qk_norm_full, a.norm_after_rope = attention.qk_norm == "full", attention.norm_after_rope
-        a.qkv_clip, a.sliding_window, a.output_gate = attention.clip, attention.window, attention.output_gate
-        a.keys_as_values, a.v_norm = attention.keys_as_values, attention.v_norm
-    return a
-
-
-def engine_memory(
-    config: ModelConfig,
-    context: int,
-    chunk: int,
-    device: str = "cpu",
-    **sizes,
-) -> tuple[int, int, int]:
-    """Bytes of the KV cache, recurrent states and scratch memory. sizes: further arguments of engine_config()."""
-    return _core.engine_memory(engine_config(config, context, chunk, **sizes), device)
-
-
 def make_plan(
     config: ModelConfig,
     *,
@@ -264,6 +181,7 @@ def make_plan(
     kv: str = KV_TYPES[0],
     device: str = "cpu",
     sequences: int = 1,
+    table_bytes: int = 0,
     refuse: bool = True,
 ) -> Plan:
     """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, and experts from the rest.
@@ -279,6 +197,7 @@ def make_plan(
     least_bytes = _least_slots(config) * slot_bytes
     spare_bytes = INTERPRETER_SPARE + TOKEN_BYTES * context * sequences + LOGIT_BYTES * config.vocab * logits_rows
     interpreter_bytes += spare_bytes + THREAD_BYTES * (threads - 1)
+    of_tables = TABLE_READER_BYTES * READERS if config.tables else 0
     mapped = device == "cpu"  # if all records fit, the memory map of their files is used
     read_bytes = _read_bytes(slot_bytes, mapped)
     recurrent = len(config.recurrent_layers)
@@ -292,7 +211,7 @@ def make_plan(
         snapshots = min(sequences + 1, most)
         kv_cache, states, scratch = engine_memory(config, context, chunk, device, snapshots=snapshots, **sizes)
         fixed = trunk_bytes + kv_cache + states + scratch + interpreter_bytes
-        io_buffers = 0 if resident and mapped else read_bytes
+        io_buffers = of_tables + (0 if resident and mapped else read_bytes)
         experts = all_experts_bytes if resident else max(0, min(ram_bytes - fixed - io_buffers, all_experts_bytes))
         return Plan(
             ram_bytes=ram_bytes,
@@ -311,13 +230,15 @@ def make_plan(
             resident=resident,
             experts_bytes=experts,
             all_experts_bytes=all_experts_bytes,
-            floor_bytes=fixed + read_bytes + least_bytes,
-            resident_bytes=fixed + all_experts_bytes + (0 if mapped else read_bytes),
+            floor_bytes=fixed + of_tables + read_bytes + least_bytes,
+            resident_bytes=fixed + of_tables + all_experts_bytes + (0 if mapped else read_bytes),
             working_set_experts=working_set,
             working_set_bytes=round(working_set * all_experts_bytes / config.expert_count),
             spare_bytes=spare_bytes,
             kv=kv,
             sequences=sequences,
+            table_bytes=table_bytes,
+            table_rows=sum(layer.ngrams.heads for layer in config.layers if layer.ngrams),
         )
 
     rows = min(logits_rows, context)
@@ -353,14 +274,17 @@ def with_cap(plan: Plan, config: ModelConfig, ram_bytes: int, interpreter_bytes:
     interpreter_bytes: what Python and the rest of the process have allocated so far, and may still allocate.
     """
     read_bytes = _read_bytes(plan.slot_bytes, mapped=device == "cpu")
-    fixed = plan.trunk_bytes + plan.kv_cache_bytes + plan.state_bytes + plan.scratch_bytes + interpreter_bytes
+    of_tables = TABLE_READER_BYTES * READERS if config.tables else 0
+    fixed = (
+        of_tables + plan.trunk_bytes + plan.kv_cache_bytes + plan.state_bytes + plan.scratch_bytes + interpreter_bytes
+    )
     least_bytes = _least_slots(config) * plan.slot_bytes
     plan = replace(
         plan,
         ram_bytes=ram_bytes,
         interpreter_bytes=interpreter_bytes,
-        resident_bytes=fixed + plan.all_experts_bytes + plan.io_buffers_bytes,
-        floor_bytes=fixed + min(read_bytes + least_bytes, plan.all_experts_bytes + plan.io_buffers_bytes),
+        resident_bytes=fixed + plan.all_experts_bytes + plan.io_buffers_bytes - of_tables,
+        floor_bytes=fixed + min(read_bytes + least_bytes, plan.all_experts_bytes + plan.io_buffers_bytes - of_tables),
     )
     if plan.resident and ram_bytes >= plan.resident_bytes:
         return plan
@@ -369,7 +293,7 @@ def with_cap(plan: Plan, config: ModelConfig, ram_bytes: int, interpreter_bytes:
     experts = min(ram_bytes - fixed - read_bytes, plan.all_experts_bytes)
     return replace(
         plan,
-        io_buffers_bytes=read_bytes,
+        io_buffers_bytes=of_tables + read_bytes,
         resident=False,
         experts_bytes=experts,
         slots=_mean_slots(experts, config, plan.all_experts_bytes),

@@ -29,6 +29,7 @@ def plan_text(plan: "Plan") -> str:
         ["interpreter", size(plan.interpreter_bytes), "about: Python and the tokenizer, where there is one"],
         ["experts", size(plan.experts_bytes), experts],
         ["total", size(plan.total_bytes), f"of a cap of {size(plan.ram_bytes)}"],
+        *_table_rows(plan),
         ["", "", ""],
         ["floor", size(plan.floor_bytes), "the smallest cap that works, slowly"],
         ["working set", size(plan.working_set_bytes), f"the {plan.working_set_experts:,} experts that one token uses"],
@@ -43,6 +44,12 @@ def _state_rows(plan: "Plan") -> list[list[str]]:
     about = f"in place of {size(plan.state_saves_bytes)} of KV cache; " if plan.state_saves_bytes else ""
     kept = f"{plan.snapshots} to go on from" if plan.snapshots else "none to go on from"
     return [["states", size(plan.state_bytes), f"{about}{kept}; the same for any context"]]
+
+
+def _table_rows(plan: "Plan") -> list[list[str]]:
+    if not plan.table_bytes:
+        return []
+    return [["on disk", size(plan.table_bytes), f"tables of n-grams, of which a token reads {plan.table_rows} rows"]]
 
 
 def _working_set_warning(plan: "Plan") -> str:

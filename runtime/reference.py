@@ -30,6 +30,7 @@ def forward(config: ModelConfig, weights, token_ids, xp=np, prune=None):
     token_ids = np.asarray(token_ids)
     x, choice = embed(config, weights, np.atleast_2d(token_ids), xp), Choice()
     for index in range(config.layer_count):
+        x = with_ngrams(config, weights, index, x, np.atleast_2d(token_ids), xp)
         x = layer(config, weights, index, x, xp, prune, choice)
     logits = head(config, weights, x, xp)
     return logits if token_ids.ndim == 2 else logits[0]
@@ -41,30 +42,64 @@ def embed(config: ModelConfig, weights, token_ids, xp=np):
     if outside.size:
         raise ValueError(f"token id {outside[0]} is outside the vocabulary of {config.vocab:,} tokens")
     x = array(weights.trunk("embedding")[token_ids], xp)
-    return x if config.embedding_scale == 1 else x * config.embedding_scale
+    x = x if config.embedding_scale == 1 else x * config.embedding_scale
+    return xp.concatenate([x] * config.streams.count, axis=-1) if config.streams else x
+
+
+def with_ngrams(config: ModelConfig, weights, layer: int, x, token_ids, xp=np):
+    """The input x (sequences, tokens, width) of a layer, with embeddings of n-grams where the layer has them."""
+    its = config.layers[layer].ngrams
+    if its is None:
+        return x
+    trunk, times = _of_layer(weights, layer, xp)
+    found = its.rows_of(token_ids)
+    rows = array(weights.rows(f"layers.{layer}.ngrams.table", found.reshape(-1)).reshape(*found.shape[:2], -1), xp)
+    return x + its.added(trunk, times, x, rows, config.dim, config.norm_eps, xp)
 
 
 def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None, choice: Choice | None = None):
-    """One layer: x (sequences, tokens, dim) in and out. choice: see attention_block()."""
+    """One layer: x (sequences, tokens, width) in and out. choice: see attention_block()."""
     if config.layers[layer].attention:
-        x = x + attention_block(config, weights, layer, x, xp, choice)
+        x = with_attention(config, weights, layer, x, attention_block(config, weights, layer, x, xp, choice), xp)
     if config.layers[layer].mlp is None:
         return scaled(config, weights, layer, x, xp)
     if not config.has_experts(layer):
         y = dense_block(config, weights, layer, mlp_input(config, weights, layer, x, xp), xp)
     else:
         y = moe_block(config, weights, layer, x, xp, prune)
-    return scaled(config, weights, layer, x + y.reshape(x.shape), xp)
+    return with_mlp(config, weights, layer, x, y, xp)
+
+
+def with_attention(config: ModelConfig, weights, layer: int, x, y, xp=np):
+    """The residual stream x (..., width) with the output of attention, y (..., dim)."""
+    return _added(config, weights, f"layers.{layer}.attention", x, y, xp)
+
+
+def with_mlp(config: ModelConfig, weights, layer: int, x, y, xp=np):
+    """The residual stream x (..., width) with what the MLP adds, y (rows, dim), after the layer."""
+    y = y.reshape(*x.shape[:-1], config.dim)
+    return scaled(config, weights, layer, _added(config, weights, f"layers.{layer}.mlp", x, y, xp), xp)
+
+
+def _added(config: ModelConfig, weights, name: str, x, y, xp):
+    return x + y if config.streams is None else config.streams.added(weights, name, x, y, config.norm_eps, xp)
 
 
 def head(config: ModelConfig, weights, x, xp=np):
     """Logits (sequences, tokens, vocab) for the last layer's output x (sequences, tokens, dim)."""
-    h = norm(config, weights, "output_norm", x, xp)
+    h = block_input(config, weights, "output", x, xp)
     logits = product(weights, "embedding" if config.tied_head else "head", h, xp)
     if config.head_bias:
         logits = logits + array(weights.trunk("head_bias"), xp)
     logits = logits if config.logits_scale == 1 else logits * config.logits_scale
     return config.logits_cap * xp.tanh(logits / config.logits_cap) if config.logits_cap else logits
+
+
+def block_input(config: ModelConfig, weights, name: str, x, xp=np):
+    """The input of attention, MLP or head, (..., dim), from x (..., width). name: layers.3.attention, output."""
+    if config.streams:
+        return config.streams.mixed(weights, name, x, config.norm_eps, xp)
+    return norm(config, weights, f"{name}_norm", x, xp)
 
 
 def norm(config: ModelConfig, weights, name: str, x, xp=np):
@@ -80,15 +115,10 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np, choice: 
     choice: the positions that layers with an indexer choose, which the layers after them may use.
     """
     its = config.layers[layer].attention
-
-    def trunk(name):
-        return array(weights.trunk(f"layers.{layer}.{name}"), xp)
-
-    def times(name, x):
-        return product(weights, f"layers.{layer}.{name}", x, xp)
+    trunk, times = _of_layer(weights, layer, xp)
 
     # attention norm
-    h = norm(config, weights, f"layers.{layer}.attention_norm", x, xp)
+    h = block_input(config, weights, f"layers.{layer}.attention", x, xp)
 
     # attention, or what the layer has in its place
     y = its.attended(trunk, times, h, config.norm_eps, xp, choice)
@@ -98,6 +128,18 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np, choice: 
     return _to_residual(config, post_norm(config, weights, f"layers.{layer}.attention_post_norm", y, xp))
 
 
+def _of_layer(weights, layer: int, xp):
+    """Two functions: a tensor of the layer, and the product of a matrix of the layer with x."""
+
+    def trunk(name):
+        return array(weights.trunk(f"layers.{layer}.{name}"), xp)
+
+    def times(name, x):
+        return product(weights, f"layers.{layer}.{name}", x, xp)
+
+    return trunk, times
+
+
 def scaled(config: ModelConfig, weights, layer: int, x, xp=np):
     """The residual stream x (..., dim) after a layer, times the layer's factor if it has one."""
     return x * array(weights.trunk(f"layers.{layer}.layer_scale"), xp) if config.layer_scale else x
@@ -105,7 +147,7 @@ def scaled(config: ModelConfig, weights, layer: int, x, xp=np):
 
 def mlp_input(config: ModelConfig, weights, layer: int, x, xp=np):
     """The normalised input of a layer's experts or dense MLP, (rows, dim), from x (..., dim)."""
-    return norm(config, weights, f"layers.{layer}.mlp_norm", x, xp).reshape(-1, x.shape[-1])
+    return block_input(config, weights, f"layers.{layer}.mlp", x, xp).reshape(-1, config.dim)
 
 
 def router_input(config: ModelConfig, weights, layer: int, x, xp=np):

@@ -17,7 +17,8 @@ from .answer import Account, Generation, whole_of
 from .answer_text import AnswerText
 from .bundle import Bundle
 from .device import begin_device
-from .plan import KV_TYPES, READERS, BelowFloor, Plan, check_sequences, engine_config, make_plan, with_cap
+from .engine_config import KV_TYPES, engine_config
+from .plan import READERS, BelowFloor, Plan, check_sequences, make_plan, with_cap
 from .process import (
     add_runtime,
     loading,
@@ -120,6 +121,7 @@ class Runtime:
                     kv=kv,
                     device=self.device,
                     sequences=sequences,
+                    table_bytes=self.bundle.table_bytes,
                 )
 
             try:
@@ -167,6 +169,7 @@ class Runtime:
                 READERS,
                 kernels,
                 device=self.device,
+                tables=[table.as_row() for table in self.bundle.tables],
                 graphs=os.environ.get("EDGE_MOE_CUDA_GRAPHS") != "0",  # to see what they are worth
                 **mask_routers,
             )

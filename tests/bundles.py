@@ -16,13 +16,14 @@ from edge_moe import _core
 from edge_moe.bench import EMBEDDED
 from edge_moe.compressor.rounding.bundle_weights import BundleWeights
 from edge_moe.compressor.rounding.quantise import quantise, trunk_packing
+from edge_moe.compressor.rounding.round_tables import write_tables
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.writing.writer import BundleWriter, Packing, table_bytes
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle, verify
-from edge_moe.runtime.config import Layer, ModelConfig, trunk_shapes
+from edge_moe.runtime.config import ModelConfig, trunk_shapes
+from edge_moe.runtime.engine_config import engine_config
 from edge_moe.runtime.models import FAMILIES
-from edge_moe.runtime.plan import engine_config
 from edge_moe.runtime.pruning import LEARNED, MASK_FILE, mask_router_shape
 from edge_moe.runtime.runtime import Runtime
 
@@ -42,7 +43,11 @@ def changed(value, **changes):
         rest = {name: change for name, change in changes.items() if name not in names}
         of_attention = {**rest, **changes.get("attention", {})}
         own["layers"] = tuple(
-            Layer(*(its and changed(its, **of) for its, of in ((layer.attention, of_attention), (layer.mlp, rest))))
+            replace(
+                layer,
+                attention=layer.attention and changed(layer.attention, **of_attention),
+                mlp=layer.mlp and changed(layer.mlp, **rest),
+            )
             for layer in value.layers
         )
     return replace(value, **own)
@@ -72,6 +77,12 @@ class Kept:
         of_router = name.endswith((".router", ".router_bias", ".router_logit_bias", ".expert_scale"))
         return weights[list(self.kept[int(name.split(".")[1])])] if of_router else weights
 
+    def table_part(self, name: str, first: int, count: int) -> np.ndarray:
+        return self.checkpoint.table_part(name, first, count)
+
+    def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        return self.checkpoint.rows(name, rows)
+
     def expert(self, layer: int, index: int) -> tuple[np.ndarray, ...]:
         return self.checkpoint.expert(layer, self.kept[layer][index])
 
@@ -95,6 +106,7 @@ def write_bundle(
             matrices = zip(weights.expert(*key), packing.widths, strict=True)
             packed = [quantise(matrix, width, packing.group) for matrix, width in matrices]
             writer.write_expert(*key, packed, reference.expert_bias(config, weights, *key))
+        write_tables(writer, weights, threads=1)
         writer.finish()
     return out
 
@@ -176,6 +188,7 @@ def make_engine(
         2,
         kernels,
         device=device,
+        tables=[table.as_row() for table in bundle.tables],
         **options,
     )
 

@@ -46,9 +46,9 @@ class Adjusted:
     def __init__(self, config, checkpoint, ids, workers: int = 1, files: Path | None = None):
         self.streams, self.told, self.nats = [], [], []
 
-        def new_stream(name: str, rows: int) -> Stream:
+        def new_stream(name: str, rows: int, dim: int = 0) -> Stream:
             file = files / f"{len(self.streams)}-{name}" if files else None
-            self.streams.append(Stream(rows, config.dim, file))
+            self.streams.append(Stream(rows, dim or config.width, file))
             return self.streams[-1]
 
         original = module._divergence
@@ -101,7 +101,12 @@ def test_a_layer_may_gain_by_fewer_and_another_not(golden):
     for architecture in TRIALS:
         config, checkpoint = cut(golden, architecture)
         found = adjust_top_k(
-            config, checkpoint, some_ids(config), lambda _, rows, c=config: Stream(rows, c.dim), 1, lambda done: None
+            config,
+            checkpoint,
+            some_ids(config),
+            lambda _, rows, dim=0, c=config: Stream(rows, dim or c.width),
+            1,
+            lambda done: None,
         )
         for layer, _ in TRIALS[architecture]:
             chosen[architecture, layer] = found[layer] < config.top_k

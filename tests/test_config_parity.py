@@ -16,12 +16,15 @@ pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 GEMMA4 = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
+QWEN4 = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048}
+QWEN4 |= {"indexer_compress_ratio": 16}
 NO_DEFAULTS = {  # that a model could have
     "deepseek_v2": {"num_experts_per_tok": 6},
     **dict.fromkeys(("gemma4", "gemma4_text"), {**GEMMA4, "hidden_size_per_layer_input": 0}),
     "glm4_moe": {"head_dim": 128},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "nemotron_h": {"num_hidden_layers": 4},
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), QWEN4),
 }
 LINEAR = {"type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 6.0}

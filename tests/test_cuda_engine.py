@@ -31,7 +31,7 @@ from edge_moe import _core, compress
 from edge_moe.bench.synthetic import make_synthetic
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.plan import KV_TYPES
+from edge_moe.runtime.engine_config import KV_TYPES
 from edge_moe.runtime.runtime import Runtime
 
 SIMULATED = _core.cuda_build() == "simulated"
@@ -124,6 +124,15 @@ def test_several_sequences_give_the_processors_bits(mixed, golden, architecture,
         assert same_bits(got, run_engine(make_engine(path), request.ids, request.chunk))
 
 
+@pytest.mark.parametrize("chunk, graphs", [(128, True), (1, True), (33, False)])
+def test_blocks_are_chosen_as_by_the_processor_in_long_sequences(mixed, chunk, graphs):
+    """Beyond the positions that the first graph of a layer serves."""
+    path, ids = mixed("qwen4_exp"), np.random.default_rng(6).integers(0, 128, 200).astype(np.int32)
+    want = run_engine(make_engine(path, context=208, chunk=128), ids, 128)
+    engine = make_engine(path, context=208, chunk=128, device="cuda", graphs=graphs)
+    assert same_bits(run_engine(engine, ids, chunk), want)
+
+
 def test_positions_are_chosen_as_by_the_processor_in_long_rewound_and_copied_sequences(mixed, golden):
     """Beyond the positions that the first graph of a layer serves."""
     path = mixed("glm_moe_dsa")
@@ -140,9 +149,9 @@ def test_positions_are_chosen_as_by_the_processor_in_long_rewound_and_copied_seq
         assert same_bits(np.concatenate(rows), want[first:end])
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_recurrent_states_are_rewound_and_copied(mixed, golden, graphs):
-    path, ids = mixed("qwen3_next"), golden["qwen3_next"][1].astype(np.int32)
+@pytest.mark.parametrize("name, graphs", [("qwen3_next", True), ("qwen3_next", False), ("qwen4_exp_text", True)])
+def test_recurrent_states_are_rewound_and_copied(mixed, golden, name, graphs):
+    path, ids = mixed(name), golden[name][1].astype(np.int32)
     want, top_k = run_engine(make_engine(path), ids), Bundle.open(path).config.top_k
     engine = make_engine(path, slots=top_k + 1, sequences=2, snapshots=2, device="cuda", graphs=graphs)
     engine.forward(ids[:7], LAST)

@@ -17,7 +17,7 @@ from edge_moe.runtime.config_file import load_config, parse_config
 from edge_moe.runtime.layers.delta_net import convolve, delta_rule
 from edge_moe.runtime.runtime import Runtime
 
-NAMES = ("qwen3_next", "qwen3_5_moe", "lfm2_moe", "nemotron_h")
+NAMES = ("qwen3_next", "qwen3_5_moe", "lfm2_moe", "nemotron_h", "qwen4_exp_text")
 SIZES = [(1, 4, 8), (3, 24, 16), (9, 16, 40), (70, 128, 128), (5, 7, 3), (2, 33, 65)]  # tokens, head_dim, v_dim
 
 

@@ -29,7 +29,7 @@ from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config import trunk_shapes
-from edge_moe.runtime.plan import KV_TYPES
+from edge_moe.runtime.engine_config import KV_TYPES
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.score import LOGITS_ROWS
 

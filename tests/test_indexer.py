@@ -15,8 +15,8 @@ from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.config_file import parse_config
+from edge_moe.runtime.engine_config import KV_TYPES, engine_config, engine_memory
 from edge_moe.runtime.layers.indexer import Choice, chosen
-from edge_moe.runtime.plan import KV_TYPES, engine_config, engine_memory
 from edge_moe.runtime.runtime import Runtime
 
 CONTEXT = 300

@@ -16,9 +16,9 @@ from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime import reference
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.config_file import parse_config
+from edge_moe.runtime.engine_config import engine_memory
 from edge_moe.runtime.layers.attention import Attention
 from edge_moe.runtime.layers.rope import Rope
-from edge_moe.runtime.plan import engine_memory
 
 CONFIG = {
     "model_type": "deepseek_v3",

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from edge_moe import _core
 from edge_moe.runtime.config_file import load_config
+from edge_moe.runtime.engine_config import engine_config
 from edge_moe.runtime.layers.mlp import Dense
-from edge_moe.runtime.plan import READER_BYTES, READERS, engine_config, make_plan, parse_bytes, resolve_ram
+from edge_moe.runtime.plan import READER_BYTES, READERS, make_plan, parse_bytes, resolve_ram
 from edge_moe.runtime.plan_table import plan_text
 from edge_moe.runtime.runtime import Runtime
 

@@ -84,17 +84,19 @@ def test_a_router_passes_its_gradient_on(golden, architecture):
     assert (got * direction).sum() == pytest.approx(want, rel=1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_moe", "granitemoe", "phimoe", "gemma4_text", "nemotron_h"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen2_moe", "granitemoe", "phimoe", "gemma4_text", "nemotron_h", "qwen4_exp_text"]
+)
 def test_a_layer_passes_its_gradient_on(golden, architecture):
     """From its output to the residual stream after attention, and each expert's part of the output along it."""
     checkpoint, rows = Checkpoint(golden[architecture][0]), 40
     config, layer = checkpoint.config, checkpoint.config.moe_layers[-1]
-    a, direction = 3 * random(2, rows, config.dim).astype(np.float32)
-    g = random(prune_losses.SAMPLES, rows, config.dim, seed=3).astype(np.float32)
-    streams = [Stream(rows, config.dim) for _ in range(2)] + [Stream(len(g) * rows, config.dim) for _ in range(3)]
-    of_a, sums, of_g, inner, back = streams
+    a, direction = 3 * random(2, rows, config.width).astype(np.float32)
+    g = random(prune_losses.SAMPLES, rows, config.width, seed=3).astype(np.float32)
+    of_g, back = (Stream(len(g) * rows, config.width) for _ in range(2))
+    of_a, sums, inner = Stream(rows, config.width), Stream(rows, config.dim), Stream(len(g) * rows, config.dim)
     of_a.write(0, a)
-    of_g.write(0, g.reshape(-1, config.dim))
+    of_g.write(0, g.reshape(-1, config.width))
     routing = forward.route(config, checkpoint, layer, of_a)
     if forward.sums_experts(config, layer):
         forward.common_mlp(config, checkpoint, layer, of_a, sums)
@@ -104,9 +106,8 @@ def test_a_layer_passes_its_gradient_on(golden, architecture):
     q = prune_losses._layer_backward(config, checkpoint, layer, of_a, sums, routing, of_g, inner, back, 1)
 
     def output(at, prune=None):
-        return reference.scaled(
-            config, checkpoint, layer, at + reference.moe_block(config, checkpoint, layer, at, prune=prune)
-        )
+        y = reference.moe_block(config, checkpoint, layer, at, prune=prune)
+        return reference.with_mlp(config, checkpoint, layer, at, y)
 
     got = back.read(0, back.rows).reshape(g.shape)
     for sample in (0, 5):
@@ -143,7 +144,13 @@ def found():
     with Checkpoint(REFERENCE) as checkpoint:
         ids = np.random.default_rng(0).integers(0, CONFIG.vocab, (12, 64))
         return collect(
-            CONFIG, checkpoint, ids, lambda name, rows: Stream(rows, CONFIG.dim), 2, 0, lambda done, of: None
+            CONFIG,
+            checkpoint,
+            ids,
+            lambda name, rows, dim=0: Stream(rows, dim or CONFIG.dim),
+            2,
+            0,
+            lambda done, of: None,
         ), ids
 
 
@@ -171,7 +178,13 @@ def test_losses_are_the_same_for_any_number_of_workers(found):
     layers, ids = found
     with Checkpoint(REFERENCE) as checkpoint:
         alone = collect(
-            CONFIG, checkpoint, ids, lambda name, rows: Stream(rows, CONFIG.dim), 1, 0, lambda done, of: None
+            CONFIG,
+            checkpoint,
+            ids,
+            lambda name, rows, dim=0: Stream(rows, dim or CONFIG.dim),
+            1,
+            0,
+            lambda done, of: None,
         )
     for layer in layers:
         np.testing.assert_array_equal(alone[layer].losses, layers[layer].losses)

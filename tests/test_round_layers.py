@@ -56,7 +56,7 @@ def go_through(
             ids,
             calibration_rows or ids.size,
             [track],
-            lambda name, rows: Stream(rows, config.dim),
+            lambda name, rows, dim=0: Stream(rows, dim or config.width),
             **{"workers": 1, "threads": 1, **options},
         )
         rounding.start()

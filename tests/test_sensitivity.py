@@ -52,8 +52,8 @@ class Measured:
         calibration = Calibration(self.ids, "", self.domains, self.ids[:0], "")
         made = []
 
-        def new_stream(name: str, rows: int) -> Stream:
-            made.append(Stream(rows, config.dim, files / f"{len(made)}-{name}" if files else None))
+        def new_stream(name: str, rows: int, dim: int = 0) -> Stream:
+            made.append(Stream(rows, dim or config.width, files / f"{len(made)}-{name}" if files else None))
             return made[-1]
 
         pass_ = Sensitivity(config, weights, calibration, CHOICES, CARRIED, workers, 1, new_stream)

@@ -18,7 +18,7 @@ from golden_checkpoints import ARCHITECTURES
 
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.plan import KV_TYPES
+from edge_moe.runtime.engine_config import KV_TYPES
 
 RULES = [("off",), ("ratio", [0.6, 0.7]), ("share", [0.8, 0.7]), ("otp", [], 0.2), ("loss", [], 0.2)]
 

@@ -24,7 +24,8 @@ from edge_moe.compressor.writing.writer import Packing
 from edge_moe.runtime.bundle import TRUNK_FILE, Bundle
 from edge_moe.runtime.config import trunk_shapes
 from edge_moe.runtime.config_file import load_config, parse_config, read_json
-from edge_moe.runtime.plan import CHUNKS, TOKEN_BYTES, engine_memory
+from edge_moe.runtime.engine_config import engine_memory
+from edge_moe.runtime.plan import CHUNKS, TOKEN_BYTES
 
 CONFIGS = REFERENCE.parent / "configs"
 DEEPSEEK = CONFIGS / "deepseek-v3.json"
@@ -289,7 +290,8 @@ def test_an_estimate_says_what_it_assumed(tmp_path):
     )
 
 
-KNOWN = "gate, up, down, edge_gate, edge_up, edge_down, shared, attention, delta, conv, mamba, dense, embedding, head"
+KNOWN = "gate, up, down, edge_gate, edge_up, edge_down, "
+KNOWN += "shared, attention, delta, conv, mamba, dense, streams, embedding, head"
 WIDTHS = "1, 2, 3, 4, 5, 6, 8, 16"
 KEPT = "expected 8, which a token uses, to 128, or a share of them such as 0.75"
 REFUSED = [

@@ -64,6 +64,8 @@ KINDS = {
     "qwen3_5_moe_text": {"embedding", "attention", "delta", "shared"},
     "qwen3_next": {"embedding", "attention", "delta", "dense", "shared", "head"},
     "qwen3_vl_moe": {"embedding", "attention", "head"},
+    "qwen4_exp": {"embedding", "attention", "delta", "streams", "shared", "head"},
+    "qwen4_exp_text": {"embedding", "attention", "delta", "streams", "shared"},
 }
 ATTENTION = {"q", "k", "v", "o", "o_gate", "q_a", "q_b", "kv_a", "kv_b"}
 
@@ -79,6 +81,9 @@ def kind_of(name: str) -> str | None:
         return "mamba" if parts[1] in ("xbc", "gate", "o") else None
     if parts[0] == "conv":
         return "conv" if parts[1] != "weights" else None
+    parts = name.split(".") if name.startswith("output_mix.") else parts
+    if parts[0].endswith("_mix") or parts[0] == "ngrams":
+        return "streams" if parts[1] in ("down", "up", "key", "value") else None
     if parts[0] in ("embedding", "head", "shared", "dense"):
         return parts[0]
     return "attention" if parts[0] in ATTENTION else None
@@ -303,8 +308,8 @@ def test_a_kind_that_costs_nothing_is_narrow_and_one_that_costs_much_is_wide(con
 def measured(checkpoint: Checkpoint, ids, workers=1, files: Path | None = None) -> dict[str, float]:
     config, made = checkpoint.config, []
 
-    def new_stream(name: str, rows: int) -> Stream:
-        made.append(Stream(rows, config.dim, files / f"{len(made)}-{name}" if files else None))
+    def new_stream(name: str, rows: int, dim: int = 0) -> Stream:
+        made.append(Stream(rows, dim or config.width, files / f"{len(made)}-{name}" if files else None))
         return made[-1]
 
     calibration = Calibration(ids, "", np.zeros(len(ids), np.int64), ids[:0], "")

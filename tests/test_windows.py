@@ -7,7 +7,7 @@ from test_sequences import alone, requests
 
 from edge_moe import _core
 from edge_moe.runtime.bundle import Bundle
-from edge_moe.runtime.plan import KV_TYPES, engine_config, engine_memory
+from edge_moe.runtime.engine_config import KV_TYPES, engine_config, engine_memory
 from edge_moe.runtime.runtime import Runtime
 
 CONTEXT = 200

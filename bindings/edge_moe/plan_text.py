@@ -11,7 +11,9 @@ PART_NAMES = {  # of sizes.Part
     "shared": "shared expert",
     "dense": "dense MLP",
     "head": "output head",
+    "streams": "gates of streams",
     "float32": "norms and routers",
+    "tables": "tables of n-grams",
 }
 LINE = 80  # width of the text below the tables
 VERDICTS = ((8, "faster than one reads"), (3, "about as fast as one reads"), (1, "slow"), (0, "too slow to wait for"))

@@ -30,12 +30,15 @@ class CutTrunk:
     def trunk(self, name: str) -> np.ndarray:
         return cut_router(self.config, name, self.checkpoint.trunk(name))
 
+    def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        return self.checkpoint.rows(name, rows)
+
 
 def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, workers: int, tell) -> tuple[int, ...]:
     """Return the top_k of each layer (0 in a dense layer) for a config with `kept`.
 
     Try every value from top_k times the share of experts kept, rounded, up to top_k. ids: (sequences, tokens).
-    new_stream: (name, rows) -> Stream. tell(layers done) reports progress.
+    new_stream: (name, rows, columns if not the residual stream's) -> Stream. tell(layers done) reports progress.
     """
     ids = ids[np.unique(np.linspace(0, len(ids) - 1, min(len(ids), SEQUENCES)).astype(np.int64))]
     full = replace(config, kept=(), layer_top_k=())
@@ -48,7 +51,7 @@ def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, w
     for layer in range(config.layer_count):
         present = [(full, source), (config, base), *([(config, tried)] if trials else [])]
         for its, form in present:
-            form.enter(its, layer, ids.shape[1], new_stream)
+            form.enter(its, layer, ids, new_stream)
         new = []
         if config.has_experts(layer):
             for top_k in range(fewest(config, layer), config.top_k):
@@ -57,9 +60,9 @@ def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, w
                 new.append((trial, _beside(trial, base, layer, new_stream)))
             _add_experts(full, checkpoint, layer, present + new, workers)
         for trial, form in new:
-            forward.finish_mlp(trial, form.weights, layer, form.a, form.y, form.y)
+            form.y = forward.finish_mlp(trial, form.weights, layer, form.a, form.y, new_stream)
         for its, form in present:
-            form.leave(its, layer)
+            form.leave(its, layer, new_stream)
         tried.x = _joined(tried.x, [form.y for _, form in new], new_stream)
         tell(layer + 1)
     found = _divergence(config, source, [base, tried], ids.size)
@@ -79,7 +82,7 @@ def fewest(config: ModelConfig, layer: int) -> int:
 
 def _beside(config: ModelConfig, base: Form, layer: int, new_stream) -> Form:
     """A copy of `base` inside a layer, routed by another config."""
-    form = Form(base.weights, a=base.a, y=new_stream("top-k-next", base.y.rows))
+    form = Form(base.weights, a=base.a, y=new_stream("top-k-next", base.y.rows, base.y.dim))
     for start, stop in base.y.blocks():
         form.y.write(start, base.y.read(start, stop))
     form.routing = forward.route(config, base.weights, layer, base.a)

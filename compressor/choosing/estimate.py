@@ -17,8 +17,9 @@ from ...runtime.child import answer
 from ...runtime.config import ModelConfig, trunk_shapes
 from ...runtime.config_file import parse_config, read_json
 from ...runtime.device import device_name
+from ...runtime.engine_config import KV_TYPES
 from ...runtime.model_path import raise_if_other_format
-from ...runtime.plan import KV_TYPES, Plan, check_sequences, make_plan, resolve_ram
+from ...runtime.plan import Plan, check_sequences, make_plan, resolve_ram
 from ...runtime.runtime import DEFAULT_CONTEXT
 from ...runtime.tokenizer import tokenizer_of
 from ..rounding.quantise import largest_group
@@ -151,7 +152,8 @@ def estimate(
     del tokenizer  # its memory has been counted
 
     def plan(sizes: Sizes, context: int) -> Plan:
-        each = {name: getattr(sizes, name) for name in ("trunk_bytes", "all_experts_bytes", "slot_bytes")}
+        names = ("trunk_bytes", "all_experts_bytes", "slot_bytes", "table_bytes")
+        each = {name: getattr(sizes, name) for name in names}
         return make_plan(config, context=context, **each, **fixed)
 
     def made(sizes: Sizes, **more) -> Estimate:
@@ -188,7 +190,7 @@ def _about(config: ModelConfig, sizes: Sizes, plan: Plan, bundle: Bundle | None)
         "bits": 8 * sizes.all_experts_bytes / (config.expert_count * config.expert_weights),
         "trunk_bits": bits,
         "trunk_read_bytes": sizes.trunk_bytes - unread,
-        "disk_bytes": sizes.trunk_bytes + sizes.all_experts_bytes,
+        "disk_bytes": sizes.trunk_bytes + sizes.all_experts_bytes + sizes.table_bytes,
         "hit_rate": _hits_of_most_used(bundle, frequency, plan.experts_bytes) if calibrated else share,
         "calibrated": calibrated,
     }
@@ -224,7 +226,7 @@ def keep_experts_of(config: ModelConfig, keep: int | float) -> ModelConfig:
 
 def _bundle_sizes(bundle: Bundle) -> tuple[Sizes, str]:
     slot_bytes = max(expert.nbytes for expert in bundle.experts.values())
-    return Sizes((), bundle.trunk_bytes, bundle.expert_bytes, slot_bytes), ""
+    return Sizes((), bundle.trunk_bytes, bundle.expert_bytes, slot_bytes, bundle.table_bytes), ""
 
 
 def _config_of(path: Path, keep_experts: int | float | None) -> ModelConfig:
@@ -275,7 +277,8 @@ def _sizes_as_compressed(
 def _bits_within(config: ModelConfig, size_bytes: int, trunk_width: int) -> float:
     """Bits of an expert weight in a bundle of size_bytes, tables included."""
     entries = len(trunk_shapes(config)) + config.expert_count
-    fixed = mixed_sizes(config, 1, trunk_width).trunk_bytes + targets.TABLE_BYTES * entries + targets.OTHER_BYTES
+    least = mixed_sizes(config, 1, trunk_width)
+    fixed = least.trunk_bytes + least.table_bytes + targets.TABLE_BYTES * entries + targets.OTHER_BYTES
     bits = 8 * (size_bytes - fixed) / (config.expert_weights * config.expert_count)
     least = targets.true_bits(config, (1, 1, 1), largest_group(128, config.dim, config.expert_hidden))
     if bits < least:

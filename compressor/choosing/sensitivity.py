@@ -113,18 +113,20 @@ class Form:
     y: Stream | None = None
     routing: forward.Routing | None = None
 
-    def enter(self, config: ModelConfig, layer: int, tokens: int, new_stream) -> None:
-        """Compute a layer without its experts, whose outputs are added to y later."""
-        self.a, self.y = new_stream("attended", self.x.rows), new_stream("next", self.x.rows)
-        forward.attention(config, self.weights, layer, self.x, tokens, self.a)
+    def enter(self, config: ModelConfig, layer: int, ids: np.ndarray, new_stream) -> None:
+        """Compute a layer without its experts, whose outputs are added to y later. ids: (sequences, tokens) of x."""
+        self.a = new_stream("attended", self.x.rows)
+        self.y = new_stream("next", self.x.rows, forward.sums_dim(config, layer))
+        forward.add_ngrams(config, self.weights, layer, self.x, ids)
+        forward.attention(config, self.weights, layer, self.x, ids.shape[1], self.a)
         forward.common_mlp(config, self.weights, layer, self.a, self.y)
         self.routing = None
         if config.has_experts(layer):
             self.routing = forward.route(config, self.weights, layer, self.a)
 
-    def leave(self, config: ModelConfig, layer: int) -> None:
+    def leave(self, config: ModelConfig, layer: int, new_stream) -> None:
         """Finish the layer, whose experts' outputs y has now."""
-        forward.finish_mlp(config, self.weights, layer, self.a, self.y, self.y)
+        self.y = forward.finish_mlp(config, self.weights, layer, self.a, self.y, new_stream)
         self.x.close()
         self.a.close()
         self.x = self.y
@@ -141,7 +143,7 @@ class Sensitivity:
     carried_choice: int
     workers: int  # experts at a time
     threads: int  # for each expert
-    new_stream: Callable[[str, int], Stream]  # (name, rows) -> an empty stream
+    new_stream: Callable[..., Stream]  # (name, rows, columns if not the residual stream's) -> an empty stream
     keep: object = None  # (name, compute) -> arrays, loaded if an earlier run saved them
     trunks: dict[str, object] = field(default_factory=dict)  # by kind, the weights with that kind of tensor rounded
     forms: dict[str, Form] = field(default_factory=dict)  # source, carried, and one for each kind of trunk tensor
@@ -159,9 +161,13 @@ class Sensitivity:
         """Fill the streams of all forms with the inputs of the first layer."""
         for name, form in self.forms.items():
             if name != "carried":
-                ids = self.calibration.ids[slice(None) if name == "source" else self.sample]
+                ids = self._ids_of(name)
                 form.x = self.new_stream(name, ids.size)
                 forward.embed(self.config, form.weights, ids, form.x)
+
+    def _ids_of(self, form: str) -> np.ndarray:
+        """The token ids of a form's sequences, (sequences, tokens)."""
+        return self.calibration.ids[slice(None) if form == "source" else self.sample]
 
     @property
     def sample_rows(self) -> np.ndarray:
@@ -181,18 +187,18 @@ class Sensitivity:
     def layer(self, layer: int, tell: Callable[[int], None]) -> LayerMeasure | None:
         """Measure one layer and compute it in all forms. tell(experts done) reports progress."""
         config, measure = self.config, None
-        present = [form for form in self.forms.values() if form.x is not None]
-        for form in present:
-            form.enter(config, layer, self.calibration.ids.shape[1], self.new_stream)
+        present = {name: form for name, form in self.forms.items() if form.x is not None}
+        for name, form in present.items():
+            form.enter(config, layer, self._ids_of(name), self.new_stream)
         change = None
         if config.has_experts(layer):
             change = np.zeros((len(self.sample_rows), config.dim), np.float32)
-            measure = self._experts(layer, present, change, tell)
+            measure = self._experts(layer, list(present.values()), change, tell)
             source, rows = self.forms["source"], self.sample_rows
             moved = source.y.take(rows) + change
             moved = forward.finished(config, forward.Held(self.weights), layer, source.a.take(rows), moved)
-        for form in present:
-            form.leave(config, layer)
+        for form in present.values():
+            form.leave(config, layer, self.new_stream)
         if change is not None:
             self._carry(moved)
         return measure

@@ -14,14 +14,15 @@ from ...runtime.bundle_records import record_alignment, record_bytes
 from ...runtime.config import TRUNK_KINDS, ModelConfig, trunk_kind, trunk_shapes, without_layer
 from ..rounding.quantise import largest_group, trunk_packing
 from ..writing.writer import Packing
-from .targets import packed_bytes
+from .targets import packed_bytes, row_table_bytes
 
 GROUP = 64
 DEFAULT_WIDTH, TRUNK_WIDTH = 4, 8
 WIDEST = 8  # maximum bits of an expert that is quantised
 PROJECTIONS = ("gate", "up", "down")  # of the routed experts
 EDGES = tuple(f"edge_{name}" for name in PROJECTIONS)  # the same in the first and last eighth of the MoE layers
-PARTS = (*PROJECTIONS, "padding", *TRUNK_KINDS, "float32")  # float32: norms, biases and routers
+# float32: norms, biases and routers; tables: of n-gram embeddings, of which single rows are read
+PARTS = (*PROJECTIONS, "padding", *TRUNK_KINDS, "float32", "tables")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Sizes:
     trunk_bytes: int
     all_experts_bytes: int
     slot_bytes: int  # of the largest record
+    table_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def packed_sizes(config: ModelConfig, widths: dict[str, int], where: str = "conf
         chosen = tuple(width_of(tensor) for tensor in tensors if tensor.kind in PROJECTIONS)
         return record_bytes(config, chosen, group or GROUP, record_alignment(config))
 
-    return _sizes(config, nbytes, record)
+    return _with_tables(config, _sizes(config, nbytes, record), widths["embedding"])
 
 
 def mixed_sizes(config: ModelConfig, bits: float, trunk_width: int) -> Sizes:
@@ -128,10 +130,19 @@ def mixed_sizes(config: ModelConfig, bits: float, trunk_width: int) -> Sizes:
             return math.ceil(tensor.weights * bits / 8)
         return packed_bytes(tensor.shape, trunk_packing({tensor.name: tensor.shape}, trunk_width, GROUP)[tensor.name])
 
-    sizes = _sizes(config, nbytes, lambda tensors: sum(map(nbytes, tensors)))
+    sizes = _with_tables(config, _sizes(config, nbytes, lambda tensors: sum(map(nbytes, tensors))), trunk_width)
     group = largest_group(GROUP, config.dim, config.expert_hidden) or GROUP
     largest = record_bytes(config, (WIDEST,) * 3, group, record_alignment(config))
     return replace(sizes, slot_bytes=max(sizes.slot_bytes, largest))
+
+
+def _with_tables(config: ModelConfig, sizes: Sizes, width: int) -> Sizes:
+    """The sizes with those of the tables. width: of the embedding, whose packing tables have."""
+    if not config.tables:
+        return sizes
+    nbytes = row_table_bytes(config, trunk_packing({"embedding": (1, config.dim)}, width, GROUP)["embedding"])
+    part = Part("tables", sum(math.prod(shape) for shape in config.tables.values()), nbytes)
+    return replace(sizes, parts=(*sizes.parts, part), table_bytes=nbytes)
 
 
 def sizes_by_bits(config: ModelConfig, bits_of: Callable[[Tensor], float]) -> Sizes:

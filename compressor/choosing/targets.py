@@ -11,11 +11,12 @@ from ...runtime.bundle_records import record_alignment, record_bytes
 from ...runtime.child import call
 from ...runtime.config import ModelConfig, trunk_shapes
 from ...runtime.plan import READER_BYTES, READERS, parse_bytes
+from ...runtime.row_tables import row_bytes
 from ..passes.calibrate import check_tokens, paths_of
 from ..rounding.quantise import largest_group
 from ..source.checkpoint import Checkpoint
 from ..source.copied_files import copied_bytes
-from ..writing.writer import KEPT, Packing
+from ..writing.writer import KEPT, Packing, table_packing
 from .drop_experts import SCORES
 
 METHODS = ("pmq", "mc", "mc-release", "uniform", "rtn", "keep")
@@ -188,7 +189,8 @@ def expert_budget(o: Options, checkpoint: Checkpoint, config: ModelConfig, trunk
 
 def fixed_bytes(checkpoint: Checkpoint, config: ModelConfig, trunk: dict[str, Packing]) -> int:
     """Upper bound of a bundle's bytes on disk without the experts: trunk, copied files and tables."""
-    fixed = trunk_bytes(config, trunk) + copied_bytes(checkpoint.directory)
+    fixed = trunk_bytes(config, trunk) + row_table_bytes(config, trunk["embedding"])
+    fixed += copied_bytes(checkpoint.directory)
     return fixed + TABLE_BYTES * (len(trunk) + config.expert_count) + OTHER_BYTES + 2 * _core.DATA_ALIGNMENT
 
 
@@ -196,6 +198,13 @@ def trunk_bytes(config: ModelConfig, trunk: dict[str, Packing]) -> int:
     """Bytes of all trunk tensors."""
     shapes = trunk_shapes(config)
     return sum(packed_bytes(shapes[name], packing) for name, packing in trunk.items())
+
+
+def row_table_bytes(config: ModelConfig, embedding: Packing) -> int:
+    """Bytes of the rows of n-gram tables, given the packing of the embedding."""
+    return sum(
+        rows * row_bytes(table_packing(embedding, cols).encodings[0], cols) for rows, cols in config.tables.values()
+    )
 
 
 def running_bytes(checkpoint: Checkpoint, o: Options, trunk: dict[str, Packing]) -> int:

@@ -32,6 +32,9 @@ class ProbedTrunk:
     config: ModelConfig
     kind: str
 
+    def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        return self.weights.rows(name, rows)
+
     def trunk(self, name: str) -> np.ndarray:
         tensor = self.weights.trunk(name)
         if kind_of(name, tensor.shape) != self.kind:

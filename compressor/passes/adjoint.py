@@ -31,8 +31,41 @@ def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, ran
         if config.logits_cap:
             slope *= 1 - np.square(logits / config.logits_cap)
         slope *= config.logits_scale
-        g[sample] = norm_backward(config, x, weights.trunk("output_norm"), slope @ head)
+        g[sample] = input_backward(config, weights, "output", x, slope @ head)
     return g
+
+
+def input_backward(config: ModelConfig, weights, name: str, x, g):
+    """Backward of reference.block_input: x (rows, width), g (..., rows, dim)."""
+    if config.streams is None:
+        return norm_backward(config, x, weights.trunk(f"{name}_norm"), g)
+    streams, matrix = config.streams, lambda part: weights.trunk(f"{name}_mix.{part}")
+    h = streams.normed(weights, name, x, config.norm_eps)  # (rows, width)
+    low = h @ matrix("down").T / streams.count
+    inner, slope = _swish(low, 1)
+    gates = reference.sigmoid(inner @ matrix("up").T)
+    g = np.concatenate([g] * streams.count, axis=-1) / streams.count  # of gates * h
+    g_low = ((g * h * gates * (1 - gates)) @ matrix("up")) * slope
+    return _normed_backward(config, weights, name, x, g * gates + g_low @ matrix("down") / streams.count)
+
+
+def output_backward(config: ModelConfig, weights, name: str, x, y, g):
+    """Backward of what adds y (rows, dim) to the residual stream x (rows, width), but for x itself: the gradients at y
+    (..., rows, dim) and at x (..., rows, width) or None, given g (..., rows, width) at their sum."""
+    if config.streams is None:
+        return g, None
+    streams, matrix = config.streams, weights.trunk(f"{name}_mix.share")
+    shares = streams.shares(weights, name, x, config.norm_eps)  # (rows, streams)
+    g = g.reshape(*g.shape[:-1], streams.count, -1)
+    g_shares = (g * y[:, None]).sum(-1) * shares * (1 - shares / 2) / streams.count
+    return (g * shares[..., None]).sum(-2), _normed_backward(config, weights, name, x, g_shares @ matrix)
+
+
+def _normed_backward(config: ModelConfig, weights, name: str, x, g):
+    """Backward of Streams.normed: x (rows, width), g (..., rows, width)."""
+    count, weight = config.streams.count, weights.trunk(f"{name}_norm")
+    split, its = (*g.shape[:-1], count, config.dim), x.reshape(len(x), count, config.dim)
+    return rms_norm_backward(its, weight.reshape(count, -1), config.norm_eps, g.reshape(split)).reshape(g.shape)
 
 
 def norm_backward(config: ModelConfig, x, weight, g):
@@ -153,7 +186,8 @@ def _matrices(config: ModelConfig, weights, prefix: str) -> list[np.ndarray | No
 
 
 def sum_backward(config: ModelConfig, weights, layer: int, a, y, g):
-    """Backward from what the MoE block adds to the residual stream, given a (rows, dim) before and the experts' sum y.
+    """Backward from what the MoE block adds to the residual stream, given a (rows, width) before and the experts' sum
+    y (rows, dim).
 
     Returns the gradients at the experts' sum and at the shared expert's output, both like g (samples, rows, dim).
     """

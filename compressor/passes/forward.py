@@ -44,13 +44,26 @@ def embed(config: ModelConfig, weights, ids: np.ndarray, out: Stream) -> None:
         out.write(start, reference.embed(config, trunk, flat[start:stop]))
 
 
+def add_ngrams(config: ModelConfig, weights, layer: int, x: Stream, ids: np.ndarray) -> None:
+    """Add the layer's embeddings of n-grams, if it has any, to its input x. ids (sequences, tokens): of x's sequences,
+    which may be these several times."""
+    if config.layers[layer].ngrams is None:
+        return
+    trunk, tokens = Held(weights), ids.shape[1]
+    for start, stop in x.blocks(of=tokens):
+        block = x.read(start, stop).reshape(-1, tokens, x.dim)
+        its = ids[np.arange(start // tokens, stop // tokens) % len(ids)]
+        x.write(start, reference.with_ngrams(config, trunk, layer, block, its).reshape(-1, x.dim))
+
+
 def attention(config: ModelConfig, weights, layer: int, x: Stream, tokens: int, out: Stream) -> None:
     """Write out = x + attention(x), for sequences of `tokens` rows, or x if the layer has no attention."""
     trunk = Held(weights)
     for start, stop in x.blocks(of=tokens):
         block = x.read(start, stop).reshape(-1, tokens, x.dim)
         if config.layers[layer].attention:
-            block += reference.attention_block(config, trunk, layer, block)
+            y = reference.attention_block(config, trunk, layer, block)
+            block = reference.with_attention(config, trunk, layer, block, y)
         out.write(start, block.reshape(-1, x.dim))
 
 
@@ -76,20 +89,35 @@ def common_mlp(config: ModelConfig, weights, layer: int, a: Stream, out: Stream)
         if config.layers[layer].mlp is None:
             block = reference.scaled(config, trunk, layer, block)
         elif not config.has_experts(layer):
-            block += reference.dense_block(config, trunk, layer, reference.mlp_input(config, trunk, layer, block))
-            block = reference.scaled(config, trunk, layer, block)
+            y = reference.dense_block(config, trunk, layer, reference.mlp_input(config, trunk, layer, block))
+            block = reference.with_mlp(config, trunk, layer, block, y)
         elif config.sums_experts:
-            block[:] = 0
+            block = np.zeros((len(block), out.dim), np.float32)
         elif config.shared_hidden:
             block += reference.shared_expert(config, trunk, layer, reference.mlp_input(config, trunk, layer, block))
         out.write(start, block)
 
 
-def finish_mlp(config: ModelConfig, weights, layer: int, a: Stream, y: Stream, out: Stream) -> None:
-    """Write the layer's output to `out`, which may be y, given what common_mlp() wrote plus the experts' outputs."""
+def sums_dim(config: ModelConfig, layer: int) -> int:
+    """The columns of the stream that common_mlp() writes."""
+    return config.dim if sums_experts(config, layer) else config.width
+
+
+def finish_mlp(config: ModelConfig, weights, layer: int, a: Stream, y: Stream, new_stream) -> Stream:
+    """The layer's output, given what common_mlp() wrote plus the experts' outputs: y itself with that, or, if it has
+    other columns, a new stream; y is then closed."""
+    if not sums_experts(config, layer):
+        return y
+    out = y if y.dim == a.dim else new_stream("next", y.rows)
+    finish_rows(config, weights, layer, a, y, out)
+    if out is not y:
+        y.close()
+    return out
+
+
+def finish_rows(config: ModelConfig, weights, layer: int, a: Stream, y: Stream, out: Stream) -> None:
+    """Write the layer's output to `out`, which may be y if it has its columns."""
     trunk = Held(weights)
-    if out is y and not sums_experts(config, layer):
-        return
     for start, stop in y.blocks():
         out.write(start, finished(config, trunk, layer, a.read(start, stop), y.read(start, stop)))
 
@@ -100,7 +128,7 @@ def finished(config: ModelConfig, weights, layer: int, a: np.ndarray, y: np.ndar
         return y
     added = reference.with_shared(config, weights, layer, a, y)
     added = reference.post_norm(config, weights, f"layers.{layer}.mlp_post_norm", added)
-    return reference.scaled(config, weights, layer, a + added)
+    return reference.with_mlp(config, weights, layer, a, added)
 
 
 def sums_experts(config: ModelConfig, layer: int) -> bool:
@@ -126,6 +154,9 @@ def output_scales(config: ModelConfig, weights, layer: int, a: np.ndarray, y: np
         through(y, "experts_post_norm")
     if config.post_norms:
         through(reference.with_shared(config, weights, layer, a, y), "mlp_post_norm")
+    if config.streams:
+        name = f"layers.{layer}.mlp"
+        of_rows = np.sqrt(np.square(config.streams.shares(weights, name, a, config.norm_eps)).sum(-1))
     return of_rows, reference.scaled(config, weights, layer, of_dims)
 
 
@@ -195,3 +226,7 @@ class Held:
         if name not in self._trunk:
             self._trunk[name] = self._weights.trunk(name)
         return self._trunk[name]
+
+    def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of a table, which are not kept."""
+        return self._weights.rows(name, rows)

@@ -131,14 +131,14 @@ def _open_own(bundle: str | Path) -> Bundle:
 
 def _streams(stack: ExitStack, path: Path, ram: int, rows: int, config):
     """Return new_stream(name, rows), whose streams are in memory if all fit in half of `ram`."""
-    alive = (config.layer_count + 3 + 2 * SAMPLES) * rows * config.dim * 4
+    alive = (config.layer_count + 3 + 2 * SAMPLES) * rows * config.width * 4
     directory, count = None, iter(range(1_000_000))
     if alive > ram / 2:
         beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.prune-")
         directory = Path(stack.enter_context(beside))
 
-    def new_stream(name: str, its: int) -> Stream:
-        stream = Stream(its, config.dim, directory and directory / f"{next(count)}-{name}")
+    def new_stream(name: str, its: int, dim: int = 0) -> Stream:
+        stream = Stream(its, dim or config.width, directory and directory / f"{next(count)}-{name}")
         stack.callback(stream.close)
         return stream
 

@@ -23,7 +23,7 @@ BLOCK = 512  # rows of an expert whose gradients are held at a time
 class LayerLosses:
     """The losses of one layer on calibration text, one row per token."""
 
-    attended: Stream  # (rows, dim) residual stream before the layer's MLP
+    attended: Stream  # (rows, width) residual stream before the layer's MLP
     weights: np.ndarray  # (rows, top_k), heaviest first
     losses: np.ndarray  # (rows, top_k) nats when only the first 1, 2, ... experts are kept; the last is 0
 
@@ -64,7 +64,8 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
     attended, sums, routings = [], [], []
     for layer in range(config.layer_count):
         name = f"sums-{layer}" if forward.sums_experts(config, layer) else "output"
-        a, y = new_stream(f"attended-{layer}", x.rows), new_stream(name, x.rows)
+        a, y = new_stream(f"attended-{layer}", x.rows), new_stream(name, x.rows, forward.sums_dim(config, layer))
+        forward.add_ngrams(config, weights, layer, x, ids)
         forward.attention(config, weights, layer, x, tokens, a)
         forward.common_mlp(config, weights, layer, a, y)
         routings.append(None)
@@ -74,7 +75,7 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
         sums.append(None)
         if forward.sums_experts(config, layer):
             sums[-1], y = y, new_stream("output", x.rows)
-            forward.finish_mlp(config, weights, layer, a, sums[-1], y)
+            forward.finish_rows(config, weights, layer, a, sums[-1], y)
         attended.append(a)
         x.close()
         x = y
@@ -88,7 +89,7 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
     x.close()
     for layer in reversed(range(config.layer_count)):
         back, a, routing = new_stream("gradient", g.rows), attended[layer], routings[layer]
-        inner = g if sums[layer] is None else new_stream("inner-gradient", g.rows)
+        inner = g if sums[layer] is None else new_stream("inner-gradient", g.rows, config.dim)
         q = _layer_backward(config, weights, layer, a, sums[layer], routing, g, inner, back, workers)
         for stream in {g, inner, sums[layer]} - {None}:
             stream.close()
@@ -127,12 +128,14 @@ def _layer_backward(config, weights, layer: int, a: Stream, sums, routing, g: St
 
     def add(its: np.ndarray, g_h: np.ndarray, norm: str = "mlp_norm") -> None:
         """Add a gradient (SAMPLES, len(its), dim) at the normalised input of some rows."""
-        weight = held.trunk(f"layers.{layer}.{norm}")
         if norm == "mlp_norm":
-            through = adjoint.norm_backward(config, a.take(its), weight, g_h)
+            add_to_stream(its, adjoint.input_backward(config, held, f"layers.{layer}.mlp", a.take(its), g_h))
         else:
-            through = adjoint.rms_norm_backward(a.take(its), weight, config.norm_eps, g_h)
-        for sample, values in enumerate(through):
+            weight = held.trunk(f"layers.{layer}.{norm}")
+            add_to_stream(its, adjoint.rms_norm_backward(a.take(its), weight, config.norm_eps, g_h))
+
+    def add_to_stream(its: np.ndarray, g: np.ndarray) -> None:
+        for sample, values in enumerate(g):
             back.add(sample * rows + its, values)
 
     def gradient(its: np.ndarray, of: Stream = inner) -> np.ndarray:
@@ -141,8 +144,12 @@ def _layer_backward(config, weights, layer: int, a: Stream, sums, routing, g: St
     of_router, of_shared = ("router_norm", "shared_norm") if config.own_norms else ("mlp_norm", "mlp_norm")
     for start in range(0, rows if sums else 0, BLOCK):
         its = np.arange(start, min(start + BLOCK, rows))
-        g_y = reference.scaled(config, held, layer, gradient(its, g))
-        g_sum, g_shared = adjoint.sum_backward(config, held, layer, a.take(its), sums.take(its), g_y)
+        g_y, before, y = reference.scaled(config, held, layer, gradient(its, g)), a.take(its), sums.take(its)
+        added = reference.with_shared(config, held, layer, before, y) if config.streams else y
+        g_y, g_a = adjoint.output_backward(config, held, f"layers.{layer}.mlp", before, added, g_y)
+        if g_a is not None:
+            add_to_stream(its, g_a)
+        g_sum, g_shared = adjoint.sum_backward(config, held, layer, before, y, g_y)
         for sample, values in enumerate(g_sum):
             inner.write(sample * rows + start, values)
         if config.shared_hidden:

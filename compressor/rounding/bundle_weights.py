@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ... import _core
 from ...runtime.bundle import TRUNK_FILE, Bundle
 from ...runtime.codecs import PROJECTIONS, Encoding, trunk_parts
 from ...runtime.config import ModelConfig, trunk_shapes
@@ -32,6 +33,16 @@ class BundleWeights:
             parts.append(data.reshape(tensor.rows, -1))
         values = unpacked(parts, tensor.encoding, tensor.cols)
         return values[0] if len(trunk_shapes(self.config)[name]) == 1 else values
+
+    def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of a table, float32 (len(rows), cols)."""
+        table = next(one for one in self.bundle.tables if one.name == name)
+        stored = np.concatenate([table.read(int(row), 1) for row in rows])
+        _, places = _core.row_layout(table.encoding, table.cols)
+        parts = [
+            np.ascontiguousarray(stored[:, at : at + size]) for at, size in (places[p] for p in table.encoding.parts)
+        ]
+        return unpacked(parts, table.encoding, table.cols)
 
     def expert(self, layer: int, number: int) -> tuple[np.ndarray, ...]:
         encodings = self.bundle.experts[layer, number].encodings

@@ -26,7 +26,7 @@ from ...runtime.config import ModelConfig
 from ..passes import forward
 from ..passes.expert_rows import fitting_rows, with_nearest
 from ..passes.streams import Stream
-from ..writing.writer import KEPT, BundleWriter, Packing, Quantised, record_bytes_of
+from ..writing.writer import KEPT, BundleWriter, Packing, Quantised, record_bytes_of, table_packing
 from .gptq import SWEEPS, gptq
 from .inputs import Inputs
 from .quantise import dequantise, quantise
@@ -84,6 +84,13 @@ class PackedTrunk:
         """The tensor before rounding."""
         return cut_router(self.config, name, self.checkpoint.trunk(name))
 
+    def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of a table as the bundle has them."""
+        tensor = self.checkpoint.rows(name, rows)
+        packing = table_packing(self.packing["embedding"], tensor.shape[1])
+        packed = quantise(tensor, packing.widths[0], packing.group, search=False, threads=self.threads)
+        return dequantise(packed, packing.widths[0], tensor.shape[1])
+
     def trunk(self, name: str) -> np.ndarray:
         width, group = self.packing[name].widths[0], self.packing[name].group
         if name in self.rounded:
@@ -105,7 +112,7 @@ class Rounding:
     ids: np.ndarray  # (sequences, tokens)
     calibration_rows: int
     tracks: list[Track]
-    new_stream: object  # (name, rows) -> Stream
+    new_stream: object  # (name, rows, columns if not the residual stream's) -> Stream
     workers: int  # experts at a time
     threads: int  # for each expert
     act_order: bool = False
@@ -144,6 +151,10 @@ class Rounding:
         self._norms = forward.Held(self.checkpoint)
         for track in self.tracks:
             track.norms = forward.Held(track.trunk)
+        forward.add_ngrams(self.config, self.checkpoint, layer, self.x, self.ids)
+        for track in self.tracks:
+            self._trunk_fit(track, layer).ngrams(self.ids)
+            forward.add_ngrams(track.config, track.trunk, layer, track.x, self.ids)
         a = self._attention(self.config, self.checkpoint, layer, self.x, "source")
         y = self._common_mlp(self.config, self.checkpoint, layer, a, "source")
         for track in self.tracks:
@@ -155,7 +166,7 @@ class Rounding:
         if self.config.has_experts(layer):
             self._source_experts(layer, a, y)
             self._rounded_experts(layer, a, tell)
-            self._finish(layer, a, y)
+            y = self._finish(layer, a, y)
         for owner, after in ((self, y), *((track, track.y) for track in self.tracks)):
             owner.x.close()
             owner.x = after
@@ -182,14 +193,16 @@ class Rounding:
         return a
 
     def _common_mlp(self, config, weights, layer, a: Stream, name: str) -> Stream:
-        y = self.new_stream(f"{name}-next", a.rows)
+        y = self.new_stream(f"{name}-next", a.rows, forward.sums_dim(config, layer))
         forward.common_mlp(config, weights, layer, a, y)
         return y
 
-    def _finish(self, layer: int, a: Stream, y: Stream) -> None:
-        forward.finish_mlp(self.config, self._norms, layer, a, y, y)
+    def _finish(self, layer: int, a: Stream, y: Stream) -> Stream:
+        """Finish the layer in all tracks, and return the source's output."""
         for track in self.tracks:
-            forward.finish_mlp(track.config, track.norms, layer, track.a, track.y, track.y)
+            its = track.config, track.norms, layer, track.a, track.y
+            track.y = forward.finish_mlp(*its, self.new_stream)
+        return forward.finish_mlp(self.config, self._norms, layer, a, y, self.new_stream)
 
     def _source_experts(self, layer: int, a: Stream, y: Stream) -> None:
         """Add the source's experts to y, and compute each track's deficit per unit of routing weight.
@@ -201,7 +214,7 @@ class Rounding:
             track.routing = forward.route(track.config, track.trunk, layer, track.a)
             if self.calibration_rows < a.rows:
                 track.changed.append(self._changed(track, layer, routing))
-            track.lacking = self.new_stream(f"{track.name}-lacking", a.rows)
+            track.lacking = self.new_stream(f"{track.name}-lacking", a.rows, y.dim)
 
         def one(expert: int):
             matrices = self.checkpoint.expert(layer, expert)

@@ -42,6 +42,9 @@ class _Watched:
     def trunk(self, name: str) -> np.ndarray:
         return self.weights.trunk(name)
 
+    def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        return self.weights.rows(name, rows)
+
     def product(self, name: str, x: np.ndarray) -> np.ndarray:
         if name == self.name:
             self.x = x
@@ -88,6 +91,20 @@ class TrunkFit:
     threads: int
     act_order: bool
 
+    def ngrams(self, ids: np.ndarray) -> None:
+        """Round what the embeddings of n-grams are multiplied by. ids: (sequences, tokens)."""
+        its = self.config.layers[self.layer].ngrams
+        names, table = self._named(("ngrams.key", "ngrams.value")), self._name("ngrams.table")
+        if its is None or not self._is_rounded(names[0]):
+            return
+        inputs, step = self._inputs(names[0]), max(BLOCK_ROWS // self.tokens, 1) * self.tokens
+        for start in range(0, len(self.rows), step):
+            rows = its.rows_of(ids[self.rows[start : start + step : self.tokens] // self.tokens]).reshape(-1)
+            x, source = (weights.rows(table, rows).reshape(-1, its.inputs) for weights in (self.rounded, self.source))
+            inputs.add(x, np.ones(len(x), np.float32), source - x)
+        for name in names:
+            self._pack(name, self.rounded.whole(name), inputs, follows=True)
+
     def attention(self, x: Stream, source_x: Stream, source_a: Stream) -> None:
         """Round attention. x, source_x: the streams before attention; source_a: the source's stream after it."""
         its = self.config.layers[self.layer].attention
@@ -99,11 +116,12 @@ class TrunkFit:
             return reference.attention_block(self.config, weights, self.layer, sequences)
 
         streams = (x, source_x, source_a)
+        self._mix("attention", part, streams)
         *first, (last,) = its.stages()
         for names in first:
             self._follow(self._named(names), part, streams)
-        if self.config.post_norms:
-            self._follow(self._named((last,)), part, streams, relative=True, normed=True)
+        if self.config.post_norms or self.config.streams:
+            self._follow(self._named((last,)), part, streams, relative=True, normed=self.config.post_norms)
         else:
             bias = self.source.trunk(self._name("o_bias")) if its.output_bias else 0
             self._reach(self._name(last), part, streams, bias)
@@ -112,7 +130,12 @@ class TrunkFit:
         """Round the shared expert or the dense MLP. a, source_a: the streams after attention; source_y: the source's
         stream after the layer, the target of a dense MLP."""
         dense = not self.config.has_experts(self.layer)
-        if self.config.layers[self.layer].mlp is None or not (dense or self.config.shared_hidden):
+        if self.config.layers[self.layer].mlp is None:
+            return
+        self._mix(
+            "mlp", lambda weights, a: reference.mlp_input(self.config, weights, self.layer, a), (a, source_a, source_a)
+        )
+        if not (dense or self.config.shared_hidden):
             return
         block = reference.dense_block if dense else reference.shared_expert
         h_of = reference.mlp_input if dense else reference.shared_input
@@ -131,9 +154,16 @@ class TrunkFit:
 
     def head(self, x: Stream, source_x: Stream) -> None:
         """Round the head. x, source_x: the streams after the last layer."""
+        part = lambda weights, x: reference.head(self.config, weights, x)  # noqa: E731
+        self._mix("output", part, (x, source_x, source_x))
         if not self.config.tied_head:
-            part = lambda weights, x: reference.head(self.config, weights, x)  # noqa: E731
             self._follow(("head",), part, (x, source_x, source_x))
+
+    def _mix(self, name: str, part, streams: tuple[Stream, ...]) -> None:
+        """Round the gates of a residual stream of several streams. name: attention, mlp or output."""
+        for matrix in ("down", "up") if self.config.streams else ():
+            whole = f"{name}_mix.{matrix}"
+            self._follow((whole if self.layer is None else self._name(whole),), part, streams)
 
     def _follow(
         self, names: tuple[str, ...], part, streams: tuple[Stream, ...], relative: bool = False, normed: bool = False

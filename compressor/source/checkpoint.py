@@ -30,6 +30,7 @@ from .hub_files import hub_files
 from .names import Names, Source, sources
 from .quantisation import MX_BLOCK, Block, quantisation_of, scale_blocks
 from .reading import read, read_bytes, read_codes
+from .tables import Table
 
 SAMPLE_BYTES = 4096  # of each layer's attention output o, for the fingerprint
 MOST_MISSING = 100_000  # missing tensors are counted up to this: a config.json may claim millions
@@ -38,6 +39,7 @@ NOT_WEIGHTS = (  # suffixes of tensors that other programs store beside the weig
     ".rotary_emb.inv_freq",
     *(f".{what}_scale" for what in ("input", "output", "input_global", "q", "k", "v", "kv")),
     ".weight_shape",
+    *(f".ple_embedding.{what}" for what in ("layer_multipliers", "ngram_heads_vocab_sizes", "ngram_heads_offsets")),
 )
 
 
@@ -74,6 +76,10 @@ class Checkpoint:
         if self.config.tied_head and names.head in stored and not self._is_embedding(stored, names, blocks):
             self.config = replace(self.config, tied_head=False)
         self._tensors = _match(self.directory, sources(self.config, names), names.head, stored, blocks)
+        self._tables = {
+            name: Table.find(name, names.key_of(name), shape, stored, blocks, self.directory)
+            for name, shape in self.config.tables.items()
+        }
         self.unused = self._unused(stored, names)  # tensors outside the model, such as further layers
 
     def _is_embedding(self, stored: dict[str, Stored], names: Names, blocks: tuple[Block, ...]) -> bool:
@@ -92,7 +98,9 @@ class Checkpoint:
 
     def _unused(self, stored: dict[str, Stored], names: Names) -> list[str]:
         """The tensors that are not read. Raises ValueError if one belongs to a part of the model."""
-        used = {key for _, tensor in self._tensors.values() for key, _ in tensor.parts()}
+        tensors = [tensor for _, tensor in self._tensors.values()]
+        tensors += [tensor for table in self._tables.values() for tensor in table.shards]
+        used = {key for tensor in tensors for key, _ in tensor.parts()}
         left = [key for key in stored if key not in used and not key.endswith(NOT_WEIGHTS)]
         left = [key for key in left if key != names.head or not self.config.tied_head]
         own = (names.of_tensors[part].removesuffix("weight") for part in ("embedding", "output_norm"))
@@ -120,7 +128,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Forget the tensors; a later read raises ValueError."""
-        self._tensors = {}
+        self._tensors, self._tables = {}, {}
         self._kept.close()
 
     def trunk_names(self) -> list[str]:
@@ -186,6 +194,14 @@ class Checkpoint:
             for _, stored in tensor.parts():
                 self.remote.fetch(stored.path)
 
+    def rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Read rows of a table, (len(rows), cols), as float32. Raises like trunk()."""
+        return self._table(name).rows(rows, self._fetch)
+
+    def table_part(self, name: str, first: int, count: int) -> np.ndarray:
+        """Read consecutive rows of a table, (count, cols), as float32. Raises like trunk()."""
+        return self._table(name).read(first, count, self._fetch)
+
     def expert(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Read gate, up (expert_hidden, dim) and down (dim, expert_hidden) as float32; raises like trunk().
 
@@ -235,6 +251,11 @@ class Checkpoint:
         """What is added to the products of gate, up (expert_hidden,) and down (dim,), of a model that has it."""
         name = f"layers.{layer}.experts.{expert}"
         return self.trunk(f"{name}.gate_bias"), self.trunk(f"{name}.up_bias"), self.trunk(f"{name}.down_bias")
+
+    def _table(self, name: str) -> Table:
+        if name not in self._tables:
+            raise ValueError(f"{self.directory}: no table {name!r}")
+        return self._tables[name]
 
     def _find(self, name: str) -> tuple[Source, Tensor]:
         if name not in self._tensors:

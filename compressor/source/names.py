@@ -70,6 +70,10 @@ class Names:
         splits_latent = f"{layers}0.{KEYS_OF_LATENT}" in stored
         return cls(prefix, layers, head, layout, its_names, family, packed, mlx, splits_latent, changes)
 
+    def key_of(self, name: str) -> str:
+        """The checkpoint's name of a tensor of a layer that is stored by itself. name: canonical."""
+        return f"{self.layers}{name.split('.')[1]}.{self.of_tensors[without_layer(name)]}"
+
     def packed_at(self, config: ModelConfig, layer: int) -> dict[str, tuple[str, Rows, int]]:
         """The matrices of a layer that are stored together: the tensor's name, their rows, and all its rows."""
         found = {}

@@ -18,7 +18,7 @@ from ..files import named, write_whole
 from . import own
 
 IDENTITY, LOCK = "identity.json", "lock"
-CHOICE, FINISHED = "choice.json", "finished.json"
+CHOICE, FINISHED, TABLES = "choice.json", "finished.json", "tables.json"
 
 
 class Journal:

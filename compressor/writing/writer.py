@@ -32,6 +32,7 @@ from ...runtime.codecs import (
     trunk_parts,
 )
 from ...runtime.config import ModelConfig, trunk_shapes
+from ...runtime.row_tables import RowTable, as_listed, row_bytes
 from ...runtime.tensorfile import bytes_of, make_header
 from ..files import named, sync
 from ..source.copied_files import contents
@@ -54,6 +55,12 @@ class Packing:
         if self.codec:
             return tuple(Encoding(self.codec, width, self.group) for width in self.widths)
         return tuple(encoding_of(width, self.group) for width in self.widths)
+
+
+def table_packing(embedding: Packing, cols: int) -> Packing:
+    """How the rows of a table are packed: as the embedding, in groups that divide a row."""
+    fitting = max((group for group in _core.GROUPS if group <= embedding.group and not cols % group), default=None)
+    return Packing(embedding.widths, fitting, embedding.codec) if fitting else Packing((16,), 0)
 
 
 KEPT = Packing((4, 4, 4), 32, "mxfp4")  # of an expert whose codes are those of the checkpoint
@@ -98,6 +105,9 @@ class BundleWriter:
     _trunk_checksum: int = 0
     _trunk_bytes: int = 0
     _trunk_header: bytes = b""
+    tables: tuple[RowTable, ...] = ()  # of n-gram embeddings
+    _table_headers: list[bytes] = field(default_factory=list)
+    tables_written: set[str] = field(default_factory=set)  # by name
     _handles: dict = field(default_factory=dict)
     _writing: Lock = field(default_factory=Lock)  # for seek and write together
 
@@ -146,6 +156,22 @@ class BundleWriter:
             self._write(handle, offset, data)
             checksum = _core.crc32c_array(data, checksum)
         self.trunk_written[name] = checksum
+
+    def write_rows(self, table: RowTable, first: int, packed: Quantised) -> None:
+        """Write some rows of a table, from row `first` on."""
+        size, parts = _core.row_layout(table.encoding, table.cols)
+        rows = np.zeros((packed.codes.nbytes // parts["codes"][1], size), np.uint8)
+        for part, (offset, nbytes) in parts.items():
+            its = np.ascontiguousarray(getattr(packed, part))
+            rows[:, offset : offset + nbytes] = its.view(np.uint8).reshape(len(rows), nbytes)
+        sums = _core.row_checksums(rows, first)
+        rows[:, size - _core.ROW_CHECKSUM :] = sums[:, None].view(np.uint8)
+        self._write(self._handle(table.path.name), table.offset + first * size, rows.reshape(-1))
+
+    def finish_table(self, table: RowTable) -> None:
+        """Sync a table whose rows were all written."""
+        self.flush()
+        self.tables_written.add(table.name)
 
     def flush(self) -> None:
         """Sync what was written to disk."""
@@ -217,6 +243,8 @@ class BundleWriter:
             raise AssertionError(f"{len(missing)} experts were not written")
         if missing := self.trunk.keys() - self.trunk_written:
             raise AssertionError(f"{len(missing)} trunk tensors were not written, {min(missing)} among them")
+        if missing := {table.name for table in self.tables} - self.tables_written:
+            raise AssertionError(f"{len(missing)} tables were not written, {min(missing)} among them")
         copies = {}
         for name, content in contents(self.source, self.config.tied_head).items():
             (self._partial / name).write_bytes(content)
@@ -226,7 +254,7 @@ class BundleWriter:
         table = self._table(copies)
         (self._partial / "bundle.json").write_bytes(table_bytes(table))
         self.flush()
-        names = {*copies, "bundle.json", TRUNK_FILE, own.MARK, *(name for name, _, _ in self._files)}
+        names = {*copies, "bundle.json", TRUNK_FILE, own.MARK, *(name for name, _, _ in self._headers())}
         if strangers := sorted(set(os.listdir(self._partial)) - names):
             raise ValueError(f"{self._partial / strangers[0]}: edge-moe did not write this; move it away and go on")
         for path in (*(self._partial / name for name in (*copies, "bundle.json")), self._partial):
@@ -275,17 +303,29 @@ class BundleWriter:
                 at += sizes[key]
             self._files.append((name, header, at))
         self._lay_out_trunk()
+        self._lay_out_tables()
+
+    def _lay_out_tables(self) -> None:
+        found, shapes, packing = [], self.config.tables, self.trunk["embedding"]
+        for number, (name, (rows, cols)) in enumerate(shapes.items(), start=1):
+            (encoding,) = table_packing(packing, cols).encodings
+            size = row_bytes(encoding, cols)
+            file = self._partial / f"tables-{number:05d}-of-{len(shapes):05d}.safetensors"
+            header = make_header([(name, "U8", (rows, size), rows * size)], _core.SMALL_ALIGNMENT)
+            self._table_headers.append(header)
+            found.append(RowTable(name, file, len(header), rows, cols, encoding, len(header) + rows * size))
+        self.tables = tuple(found)
 
     def _check_what_is_there(self) -> None:
         """Raise ValueError if a file of the earlier run is missing or has another length."""
-        for name, size in ((TRUNK_FILE, self._trunk_bytes), *((name, size) for name, _, size in self._files)):
+        for name, _, size in self._headers():
             file = self._partial / name
             if not file.is_file() or file.stat().st_size != size:
                 raise ValueError(f"{file}: what the unfinished run wrote is gone; remove its .work to start anew")
 
     def _reserve(self) -> None:
         """Write the headers and give each file its full length, so that a full disk is noticed now."""
-        needed = self._trunk_bytes + sum(size for _, _, size in self._files)
+        needed = sum(size for _, _, size in self._headers())
         there = sum(file.stat().st_size for file in self._partial.iterdir())
         free = shutil.disk_usage(self._partial).free
         if needed > free + there:
@@ -293,10 +333,15 @@ class BundleWriter:
                 f"{self.out}: needs {math.ceil(needed / 1e6):,} MB, the disk has {free // 1_000_000:,} MB free; "
                 "make room or choose another disk"
             )
-        for name, header, size in ((TRUNK_FILE, self._trunk_header, self._trunk_bytes), *self._files):
+        for name, header, size in self._headers():
             handle = self._handle(name)
             handle.write(header)
             handle.truncate(size)
+
+    def _headers(self) -> list[tuple[str, bytes, int]]:
+        """Name, header and bytes of each file with weights."""
+        tables = [(t.path.name, header, t.nbytes) for t, header in zip(self.tables, self._table_headers, strict=True)]
+        return [(TRUNK_FILE, self._trunk_header, self._trunk_bytes), *self._files, *tables]
 
     def _lay_out_trunk(self) -> None:
         shapes = trunk_shapes(self.config)
@@ -352,6 +397,7 @@ class BundleWriter:
                 "layouts": layouts,
                 "records": rows,
             },
+            **({"tables": as_listed(self.tables)} if self.tables else {}),
             **dropped_keys(self.config),
             "pruning": None,
             **self.extra,

@@ -110,7 +110,7 @@ void gate_up(float* gate, const float* up, int n, const Activation& activation) 
 }
 
 void convolve(const Convolution& c, float* x, int tokens, int begin, int end) {
-  const int past = c.kernel - 1;
+  const int past = c.reach();
   const auto input = [&](int t) { return t < 0 ? c.past + size_t(t + past) * c.channels : x + t * c.stride; };
   // The inputs that the next tokens need, before they are overwritten.
   for (int t = tokens - past; t < tokens; ++t) {
@@ -122,10 +122,10 @@ void convolve(const Convolution& c, float* x, int tokens, int begin, int end) {
   }
   for (int t = tokens - 1; t >= 0; --t) {  // backwards: a token's input is needed by later tokens
     float* y = x + t * c.stride;
-    const float* own = c.weights + size_t(past) * c.channels;
+    const float* own = c.weights + size_t(c.kernel - 1) * c.channels;
     for (int i = begin; i < end; ++i) y[i] = own[i] * y[i];
-    for (int at = 1; at <= past && (c.past || t >= at); ++at) {
-      const float *from = input(t - at), *weights = c.weights + size_t(past - at) * c.channels;
+    for (int at = 1; at < c.kernel && (c.past || t >= at * c.apart); ++at) {
+      const float *from = input(t - at * c.apart), *weights = c.weights + size_t(c.kernel - 1 - at) * c.channels;
       for (int i = begin; i < end; ++i) y[i] = std::fma(weights[i], from[i], y[i]);
     }
     for (int i = begin; c.bias && i < end; ++i) y[i] = y[i] + c.bias[i];

@@ -12,24 +12,24 @@ constexpr int kThreads = 128;
 
 // Each thread computes one channel.
 EDGE_MOE_KERNEL(kThreads)
-convolve_kernel(float* values, const float* weights, const float* bias, bool silu, RecurrentNet net,
-                StateBuffers states, Span span) {
-  const int channel = int(blockIdx.x * kThreads + threadIdx.x), channels = net.channels(), past = net.conv_kernel - 1;
+convolve_kernel(float* values, const float* weights, Taps taps, StateBuffers states, Span span) {
+  const int channel = int(blockIdx.x * kThreads + threadIdx.x), channels = taps.channels, last = taps.kernel - 1;
+  const int past = last * taps.apart;
   if (channel >= channels) return;
   const float* before = states.before();
-  const float* inputs = before ? before + net.state_values() + channel : nullptr;
-  float* next = states.after() + net.state_values() + channel;
+  const float* inputs = before ? before + taps.at + channel : nullptr;
+  float* next = states.after() + taps.at + channel;
   float* x = values + size_t(span.first) * channels + channel;
   const auto input = [&](int t) {
     return t >= 0 ? x[size_t(t) * channels] : inputs ? inputs[size_t(t + past) * channels] : 0.0f;
   };
   for (int t = span.count - past; t < span.count; ++t) next[size_t(t - span.count + past) * channels] = input(t);
   for (int t = span.count - 1; t >= 0; --t) {
-    float sum = weights[size_t(past) * channels + channel] * x[size_t(t) * channels];
-    for (int at = 1; at <= past && (inputs || t >= at); ++at)
-      sum = fmaf(weights[size_t(past - at) * channels + channel], input(t - at), sum);
-    if (bias) sum = sum + bias[channel];
-    x[size_t(t) * channels] = silu ? gated(sum, 1.0f, {Gate::kSilu}) : sum;
+    float sum = weights[size_t(last) * channels + channel] * x[size_t(t) * channels];
+    for (int at = 1; at <= last && (inputs || t >= at * taps.apart); ++at)
+      sum = fmaf(weights[size_t(last - at) * channels + channel], input(t - at * taps.apart), sum);
+    if (taps.bias) sum = sum + taps.bias[channel];
+    x[size_t(t) * channels] = taps.silu ? gated(sum, 1.0f, {Gate::kSilu}) : sum;
   }
 }
 
@@ -124,10 +124,10 @@ mamba_outputs_kernel(const float* qkv, const float* gate, const float* skip, con
 
 }  // namespace
 
-void convolve(float* x, const float* weights, const float* bias, bool silu, const RecurrentNet& net,
-              const StateBuffers& states, const Span& span, Stream stream) {
-  EDGE_MOE_LAUNCH(convolve_kernel, dim3(pieces(size_t(net.channels()), kThreads)), dim3(kThreads), 0, stream, x,
-                  weights, bias, silu, net, states, span);
+void convolve(float* x, const float* weights, const Taps& taps, const StateBuffers& states, const Span& span,
+              Stream stream) {
+  EDGE_MOE_LAUNCH(convolve_kernel, dim3(pieces(size_t(taps.channels), kThreads)), dim3(kThreads), 0, stream, x, weights,
+                  taps, states, span);
 }
 
 void delta_inputs(float* qkv, float* write, float* decay, const float* bias, const float* rate, const RecurrentNet& net,

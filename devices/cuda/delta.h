@@ -28,10 +28,17 @@ struct StateBuffers {
   EDGE_MOE_BOTH float* after() const { return first + size_t(of_span[1]) * stride; }
 };
 
-// x (tokens, channels) of a span = its convolution with weights (conv_kernel, channels) plus a bias (channels,), if it
-// is not null, or the silu of that.
-void convolve(float* x, const float* weights, const float* bias, bool silu, const RecurrentNet& net,
-              const StateBuffers& states, const Span& span, Stream stream);
+// A convolution; see Convolution. Its past inputs are in the layer's part of a state buffer, from value `at` on.
+struct Taps {
+  int kernel, channels, apart;
+  size_t at;
+  bool silu;
+  const float* bias = nullptr;  // (channels,); null: none
+};
+
+// x (tokens, channels) of a span = its convolution with weights (kernel, channels) plus the bias, or the silu of that.
+void convolve(float* x, const float* weights, const Taps& taps, const StateBuffers& states, const Span& span,
+              Stream stream);
 
 // For a span's tokens: scales the queries and keys in qkv to unit length, queries times head_dim^-0.5, and applies the
 // functions of write and decay (tokens, heads) to these; of Mamba-2, turns what time steps are computed from, in decay,

@@ -46,7 +46,7 @@ index_scores_kernel(const float* q, const float* weights, IndexHeads heads, Inde
   EDGE_MOE_DYNAMIC_SHARED(shared);
   float* values = reinterpret_cast<float*>(shared);  // (dim, kHeadsAtOnce)
   const int n = heads.dim, begin = int(blockIdx.x) * kThreads, at = begin + int(threadIdx.x);
-  const int end = end_of(span, int(blockIdx.z)), from = at < end ? at : end - 1;
+  const int end = end_of(span, int(blockIdx.z)) / heads.block, from = at < end ? at : end - 1;
   if (begin >= end || end <= top) return;
   const size_t token = size_t(span.first) + blockIdx.z;
   const size_t key = size_t(from / kKeyBlock) * n * kKeyBlock + from % kKeyBlock;
@@ -68,22 +68,24 @@ index_scores_kernel(const float* q, const float* weights, IndexHeads heads, Inde
     for (int head = 0; head < kHeadsAtOnce; ++head) {
       if (head >= count) continue;
       const float product = heads.scale * sums[head];
-      score = score + weights[token * heads.heads + first + head] * (product > 0.0f ? product : 0.0f);
+      const float weight = weights ? weights[token * heads.heads + first + head] : 1.0f;
+      score = score + weight * (product > 0.0f ? product : 0.0f);
     }
   }
   if (at < end) scores[blockIdx.z * cache.positions + at] = score;
 }
 
 // Each block chooses for one token: it finds the lowest key that is chosen, eight bits at a time, and then writes the
-// positions, of which each thread has a run.
+// blocks' positions, of which each thread has a run.
 EDGE_MOE_KERNEL(kChoosers)
-choose_kernel(const float* scores, size_t positions, Span span, int top, int32_t* chosen, int32_t* counts) {
+choose_kernel(const float* scores, size_t positions, Span span, int top, int size, int32_t* chosen, int32_t* counts) {
   __shared__ int of_digit[kDigits];
   __shared__ int digit, still;
   __shared__ int above[kChoosers], ties[kChoosers];
-  const int thread = int(threadIdx.x), end = end_of(span, int(blockIdx.x));
+  const int thread = int(threadIdx.x), seen = end_of(span, int(blockIdx.x)), end = seen / size, tail = seen % size;
   const size_t token = size_t(span.first) + blockIdx.x;
-  if (thread == 0) counts[token] = end > top ? top : 0;
+  int32_t* to = chosen + token * (size_t(top) * size + size - 1);
+  if (thread == 0) counts[token] = end > top ? top * size + tail : 0;
   if (end <= top) return;
   const float* x = scores + blockIdx.x * positions;
   uint32_t least = 0;
@@ -114,10 +116,12 @@ choose_kernel(const float* scores, size_t positions, Span span, int top, int32_t
   __syncthreads();
   int before = 0, equal = 0;
   for (int i = 0; i < thread; ++i) before += above[i], equal += ties[i];
-  int32_t* to = chosen + token * top + before + (equal < wanted ? equal : wanted);
+  for (int i = thread; i < tail; i += kChoosers) to[size_t(top) * size + i] = end * size + i;
+  to += size_t(before + (equal < wanted ? equal : wanted)) * size;
   for (int i = begin; i < stop; ++i) {
     const uint32_t key = order_key(x[i]);
-    if (key > least || (key == least && equal++ < wanted)) *to++ = i;
+    if (key > least || (key == least && equal++ < wanted))
+      for (int j = 0; j < size; ++j) *to++ = i * size + j;
   }
 }
 
@@ -136,10 +140,10 @@ void index_scores(const float* q, const float* weights, const IndexHeads& heads,
                   span, top, scores);
 }
 
-void choose_top(const float* scores, size_t positions, const Span& span, int top, int32_t* chosen, int32_t* counts,
-                Stream stream) {
+void choose_top(const float* scores, size_t positions, const Span& span, int top, int block, int32_t* chosen,
+                int32_t* counts, Stream stream) {
   EDGE_MOE_LAUNCH(choose_kernel, dim3(unsigned(span.count)), dim3(kChoosers), 0, stream, scores, positions, span, top,
-                  chosen, counts);
+                  block, chosen, counts);
 }
 
 }  // namespace edge_moe::cuda

@@ -11,6 +11,7 @@ struct IndexHeads {
   int heads, dim, rope_dim;
   float norm_eps, scale;
   bool interleaved;
+  int block;  // positions that a key stands for
 };
 
 struct IndexCache {
@@ -24,15 +25,15 @@ struct IndexCache {
 void store_index_keys(float* q, float* k, const float* norm, const float* norm_bias, const float* cos, const float* sin,
                       const IndexHeads& heads, const IndexCache& cache, const Span& span, Stream stream);
 
-// scores (span.count, cache.positions) of the positions that each token of a span sees, for tokens that see more than
-// `top`. weights: (tokens, heads).
+// scores (span.count, cache.positions) of the whole blocks that each token of a span sees, for tokens that see more
+// than `top`. weights: (tokens, heads); null: all 1.
 void index_scores(const float* q, const float* weights, const IndexHeads& heads, const IndexCache& cache,
                   const Span& span, int top, float* scores, Stream stream);
 
-// Writes the `top` positions with the highest scores (span.count, positions) of each token of a span to chosen
-// (tokens, top), in ascending order, and `top` to counts (tokens,); 0 for a token that sees no more. Ties go to the
-// lower position.
-void choose_top(const float* scores, size_t positions, const Span& span, int top, int32_t* chosen, int32_t* counts,
-                Stream stream);
+// Writes the positions of the `top` blocks with the highest scores (span.count, positions) of each token of a span, and
+// those after the last whole block, to chosen (tokens, top * block + block - 1), in ascending order, and how many these
+// are to counts (tokens,); 0 for a token that sees no more than `top` whole blocks. Ties go to the lower block.
+void choose_top(const float* scores, size_t positions, const Span& span, int top, int block, int32_t* chosen,
+                int32_t* counts, Stream stream);
 
 }  // namespace edge_moe::cuda

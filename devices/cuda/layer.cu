@@ -26,10 +26,10 @@ __device__ __forceinline__ void quantise_normed(const float* values, int n, cons
 }
 
 EDGE_MOE_KERNEL(kNormThreads)
-rms_norm_kernel(const float* x, const float* weight, float eps, int n, float* y, VectorBuffer into) {
+rms_norm_kernel(const float* x, const float* weights, int weight_rows, float eps, int n, float* y, VectorBuffer into) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
   float* values = reinterpret_cast<float*>(shared);
-  const float* from = x + size_t(blockIdx.x) * n;
+  const float *from = x + size_t(blockIdx.x) * n, *weight = weights + size_t(int(blockIdx.x) % weight_rows) * n;
   for (int i = int(threadIdx.x); i < n; i += kNormThreads) values[i] = from[i];
   __syncthreads();
   const float inverse = inverse_norm(values, n, eps);  // computed by every warp
@@ -195,9 +195,9 @@ store_keys_kernel(Projections p, Heads heads, LayerCache cache, Span span) {
 }  // namespace
 
 void rms_norm(const float* x, const float* weight, float eps, int vectors, int n, float* y, const VectorBuffer& into,
-              Stream stream) {
+              Stream stream, int weight_rows) {
   EDGE_MOE_LAUNCH(rms_norm_kernel, dim3(unsigned(vectors)), dim3(kNormThreads), size_t(n) * sizeof(float), stream, x,
-                  weight, eps, n, y, into);
+                  weight, weight_rows, eps, n, y, into);
 }
 
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, int vectors, int n, float* y,

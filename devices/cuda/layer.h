@@ -7,9 +7,10 @@
 
 namespace edge_moe::cuda {
 
-// y (vectors, n) = x / sqrt(mean(x^2) + eps) * weight, also quantised to int8 if `into` has codes. y may be x.
+// y (vectors, n) = x / sqrt(mean(x^2) + eps) * weight, also quantised to int8 if `into` has codes. y may be x. weight:
+// (weight_rows, n), which vectors use in turn.
 void rms_norm(const float* x, const float* weight, float eps, int vectors, int n, float* y, const VectorBuffer& into,
-              Stream stream);
+              Stream stream, int weight_rows = 1);
 
 // y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias, likewise.
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, int vectors, int n, float* y,

@@ -3,6 +3,8 @@
 #include "index.h"
 #include "latent.h"
 #include "prefill.h"
+#include "sparse.h"
+#include "streams.h"
 
 namespace edge_moe::cuda {
 
@@ -46,7 +48,7 @@ void gate_up(const ExpertJob*, int, int, const VectorBuffer&, const VectorBuffer
 void down(const ExpertJob*, int, const VectorBuffer&, float*, const RankedSum&, Stream) { refuse(); }
 void products(const ProductJob*, int, const VectorBuffer&, Stream) { refuse(); }
 
-void rms_norm(const float*, const float*, float, int, int, float*, const VectorBuffer&, Stream) { refuse(); }
+void rms_norm(const float*, const float*, float, int, int, float*, const VectorBuffer&, Stream, int) { refuse(); }
 void layer_norm(const float*, const float*, const float*, float, int, int, float*, const VectorBuffer&, Stream) {
   refuse();
 }
@@ -80,11 +82,23 @@ void store_index_keys(float*, float*, const float*, const float*, const float*, 
 void index_scores(const float*, const float*, const IndexHeads&, const IndexCache&, const Span&, int, float*, Stream) {
   refuse();
 }
-void choose_top(const float*, size_t, const Span&, int, int32_t*, int32_t*, Stream) { refuse(); }
-
-void convolve(float*, const float*, const float*, bool, const RecurrentNet&, const StateBuffers&, const Span&, Stream) {
+void choose_top(const float*, size_t, const Span&, int, int, int32_t*, int32_t*, Stream) { refuse(); }
+void store_block_keys(float*, float*, const BlockIndex&, const IndexHeads&, const IndexCache&, const StateBuffers&,
+                      const Span&, Stream) {
   refuse();
 }
+void attend_chosen(const float*, const Heads&, const LayerCache&, const Span&, const Choice&, float*, float*, Stream) {
+  refuse();
+}
+
+void repeat(const float*, int, int, int, float*, Stream) { refuse(); }
+void mix_inputs(float*, int, float*, int, float, int, Stream) { refuse(); }
+void mix(const float*, const float*, int, int, int, float, float*, Stream) { refuse(); }
+void add_shares(float*, const float*, const float*, float, int, int, int, Stream) { refuse(); }
+void gate_ngrams(const float*, const float*, const NGramNorms&, int, int, int, float*, float*, Stream) { refuse(); }
+void add_sum(float*, const float*, const float*, size_t, Stream) { refuse(); }
+
+void convolve(float*, const float*, const Taps&, const StateBuffers&, const Span&, Stream) { refuse(); }
 void mamba_outputs(const float*, const float*, const float*, const float*, float, const RecurrentNet&, const Span&,
                    float*, Stream) {
   refuse();

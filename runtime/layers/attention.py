@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .arrays import array, rms_norm, sigmoid, softmax
+from .block_index import BlockIndex
 from .indexer import Choice
-from .rope import Rope, rotate
+from .rope import Rope, rotate_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Attention:
     v_norm: bool = False  # values are scaled to a root mean square of one, per head
     output_gate: bool = False  # the input of the output projection is multiplied by a sigmoid gate
     sinks: bool = False  # each head has a logit of its own in the softmax, which takes weight from the values
+    index: BlockIndex | None = None  # chooses the positions that a query sees
 
     output = "o"  # the output projection
 
@@ -58,13 +60,15 @@ class Attention:
         if self.qk_norm != "none":
             parts |= {"q_norm": (q_rows if full else self.head_dim,), "k_norm": (kv_rows if full else self.head_dim,)}
         parts |= {"sinks": (self.heads,)} if self.sinks else {}
+        parts |= self.index.shapes(dim) if self.index else {}
         parts |= {"o": (dim, q_rows)}
         return parts | ({"o_bias": (dim,)} if self.output_bias else {})
 
     def stages(self) -> list[tuple[str, ...]]:
         """The matrices that may be rounded in the order of use, those with the same input together."""
         own = {"v": not self.keys_as_values, "o_gate": self.output_gate}
-        return [("q", "k", *(name for name, present in own.items() if present)), ("o",)]
+        index = ("index.q",) if self.index else ()
+        return [("q", "k", *(name for name, present in own.items() if present), *index), ("o",)]
 
     def pass_values(self, rows: int, tokens: int) -> int:
         """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""
@@ -73,7 +77,8 @@ class Attention:
     def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
         """Compute the input of the output projection, (sequences, tokens, heads * value_dim); see qkv()."""
         sinks = trunk("sinks") if self.sinks else None
-        y = attend_all(*self.qkv(trunk, times, h, eps, xp), self.softmax_scale, self.window, xp, sinks)
+        seen = self.index.seen(trunk, times, h, self.rope, eps, xp) if self.index else None
+        y = attend_all(*self.qkv(trunk, times, h, eps, xp), self.softmax_scale, self.window, xp, sinks, seen)
         return y * sigmoid(times("o_gate", h), xp) if self.output_gate else y
 
     def qkv(self, trunk, times, h, eps: float, xp=np):
@@ -99,16 +104,10 @@ class Attention:
         if self.v_norm:
             v = rms_norm(v, np.ones(self.head_dim, np.float32), eps, xp)
         cos, sin = self.rope.tables(tokens, xp)
-        q, k = self._turned(q, cos, sin, xp), self._turned(k, cos, sin, xp)
+        q, k = (rotate_first(part, self.rope, cos, sin, xp) for part in (q, k))
         if self.qk_norm == "head" and self.norm_after_rope:
             q, k = rms_norm(q, trunk("q_norm"), eps, xp), rms_norm(k, trunk("k_norm"), eps, xp)
         return q, k, v
-
-    def _turned(self, x, cos, sin, xp):
-        """Rotate the first rope.span dimensions of x (sequences, tokens, heads, head_dim)."""
-        span = self.rope.span
-        turned = rotate(x[..., :span], cos, sin, xp, self.rope.interleaved)
-        return turned if span == self.head_dim else xp.concatenate([turned, x[..., span:]], axis=-1)
 
 
 def attend_all(q, k, v, scale: float, window: int = 0, xp=np, sinks=None, visible=None):

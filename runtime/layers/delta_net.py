@@ -12,6 +12,7 @@ from .arrays import array, l2_norm, rms_norm, sigmoid, silu, softplus
 from .indexer import Choice
 
 KEY_EPS = 1e-6  # added to the squared norms of queries and keys
+GATES = {"silu": silu, "sigmoid": sigmoid}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class DeltaNet:
     head_dim: int  # of queries and keys
     value_dim: int
     conv_kernel: int  # of the convolution over q, k and v: how many tokens an output depends on, its own included
+    gate: str = "silu"  # silu | sigmoid, of the output
 
     output = "delta.o"  # the output projection
     recurrence = "delta_net"
@@ -85,16 +87,16 @@ class DeltaNet:
         # the state's values, normed and gated
         y = delta_rule(q, k, v, write, decay, xp)
         y = rms_norm(y, trunk("delta.norm"), eps, xp).reshape(sequences, tokens, -1)
-        return y * silu(times("delta.gate", h), xp)
+        return y * GATES[self.gate](times("delta.gate", h), xp)
 
 
-def convolve(x, weights, xp=np):
+def convolve(x, weights, xp=np, apart: int = 1):
     """Causal convolution of each channel: x (sequences, tokens, channels), weights (kernel, channels), the last one for
-    a token's own value."""
+    a token's own value. apart: how many tokens the inputs of an output are apart."""
     kernel, tokens = len(weights), x.shape[1]
-    before = xp.zeros((len(x), kernel - 1, x.shape[2]), dtype=x.dtype)
+    before = xp.zeros((len(x), (kernel - 1) * apart, x.shape[2]), dtype=x.dtype)
     padded = xp.concatenate([before, x], axis=1)
-    return sum(padded[:, at : at + tokens] * weights[at] for at in range(kernel))
+    return sum(padded[:, at * apart : at * apart + tokens] * weights[at] for at in range(kernel))
 
 
 def delta_rule(q, k, v, write, decay, xp=np):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrays import layer_norm
-from .rope import Rope, rotate
+from .rope import Rope, rotate_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +46,14 @@ class Indexer:
         q = times("index.q", q_latent).reshape(sequences, tokens, self.heads, self.dim)
         k = layer_norm(times("index.k", h), trunk("index.k_norm"), trunk("index.k_norm_bias"), self.norm_eps, xp)
         weights = times("index.weights", h)  # (sequences, tokens, heads)
-        q, k = self._turned(q, tokens, xp), self._turned(k[:, :, None], tokens, xp)[:, :, 0]
+        cos, sin = self.rope.tables(tokens, xp)
+        q, k = rotate_first(q, self.rope, cos, sin, xp), rotate_first(k[:, :, None], self.rope, cos, sin, xp)[:, :, 0]
         return xp.stack([self._scores(q[i], k[i], weights[i], xp) for i in range(sequences)])
 
     def _scores(self, q, k, weights, xp):
         """The same for one sequence: q (tokens, heads, dim), k (tokens, dim), weights (tokens, heads)."""
         of_heads = xp.maximum(q @ k.T * self.scale, 0)  # (queries, heads, positions)
         return (weights[:, None] @ of_heads)[:, 0]
-
-    def _turned(self, x, tokens: int, xp):
-        """Rotate the first rope.dim dimensions of x (sequences, tokens, heads, dim)."""
-        cos, sin = self.rope.tables(tokens, xp)
-        turned = rotate(x[..., : self.rope.dim], cos, sin, xp, self.rope.interleaved)
-        return xp.concatenate([turned, x[..., self.rope.dim :]], axis=-1)
 
 
 @dataclass(slots=True)

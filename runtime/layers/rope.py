@@ -137,6 +137,13 @@ def rotate(x, cos, sin, xp=np, interleaved: bool = False):
     return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def rotate_first(x, rope: Rope, cos, sin, xp=np):
+    """Rotate the first rope.span dimensions of x (sequences, tokens, heads, size)."""
+    span = rope.span
+    turned = rotate(x[..., :span], cos, sin, xp, rope.interleaved)
+    return turned if span == x.shape[-1] else xp.concatenate([turned, x[..., span:]], axis=-1)
+
+
 def magnitude(factor: float, mscale: float) -> float:
     """The factor by which YaRN enlarges vectors whose positions are scaled by `factor`."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

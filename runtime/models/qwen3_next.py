@@ -39,10 +39,18 @@ def parse(keys: Keys) -> ModelConfig:
     return text_model(keys, RouterConfig(renormalise=keys.flag("norm_topk_prob")), sparse_dense(keys))
 
 
-def text_model(keys: Keys, router: RouterConfig, dense: tuple[int, ...] = ()) -> ModelConfig:
-    """Layers of both kinds, with the given router; the layers in `dense` have no experts."""
+def text_model(
+    keys: Keys,
+    router: RouterConfig,
+    dense: tuple[int, ...] = (),
+    full: tuple[str, ...] = KINDS[1:],
+    partial: float = 0.25,
+    **values,
+) -> ModelConfig:
+    """Layers of both kinds, with the given router; the layers in `dense` have no experts. full: names of attention;
+    partial: the part of a head that is rotated, unless config.json says."""
     no_bias(keys)
-    keys_and_values = grouped(keys, partial=0.25, qk_norm="head", output_gate=True)
+    keys_and_values = grouped(keys, partial=partial, qk_norm="head", output_gate=True)
     delta_net = DeltaNet(
         heads=keys.count("linear_num_value_heads"),
         kv_heads=keys.count("linear_num_key_heads"),
@@ -50,19 +58,20 @@ def text_model(keys: Keys, router: RouterConfig, dense: tuple[int, ...] = ()) ->
         value_dim=keys.count("linear_value_head_dim"),
         conv_kernel=keys.count("linear_conv_kernel_dim"),
     )
-    mixers: dict[str, Mixer] = dict(zip(KINDS, (delta_net, keys_and_values), strict=True))
+    mixers: dict[str, Mixer] = {KINDS[0]: delta_net, **dict.fromkeys(full, keys_and_values)}
     routed = experts(keys, router, shared_hidden=keys.count("shared_expert_intermediate_size"))
-    return model(keys, stack(keys, [mixers[kind] for kind in kinds(keys)], routed, dense))
+    return model(keys, stack(keys, [mixers[kind] for kind in kinds(keys, full)], routed, dense), **values)
 
 
-def kinds(keys: Keys) -> list[str]:
-    """The kind of each layer, of KINDS."""
+def kinds(keys: Keys, full: tuple[str, ...]) -> list[str]:
+    """The kind of each layer: KINDS[0] or one of the names in `full`."""
     count, found = layer_count(keys), keys.nullable("layer_types")
     if found is None:
         every = keys.count("full_attention_interval", default=4)
         return [KINDS[(layer + 1) % every == 0] for layer in range(count)]
-    if not isinstance(found, list) or len(found) != count or any(kind not in KINDS for kind in found):
-        raise ValueError(f"{keys.where}: layer_types is {found!r}, expected {' or '.join(KINDS)} for every layer")
+    known = (KINDS[0], *full)
+    if not isinstance(found, list) or len(found) != count or any(kind not in known for kind in found):
+        raise ValueError(f"{keys.where}: layer_types is {found!r}, expected {' or '.join(known)} for every layer")
     return found
 
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../../devices/choice.h"
 #include "../../devices/position_sums.h"
 #include "cpu_math.h"
 #include "key_block.h"
@@ -26,9 +27,12 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
 
   // q k v
   const bool quantised = w.q.takes_rounded() || w.k.takes_rounded() || (w.v && w.v.takes_rounded()) ||
-                         (w.o_gate && w.o_gate.takes_rounded());  // a bundle may mix widths
+                         (w.o_gate && w.o_gate.takes_rounded()) ||
+                         (w.index.q && w.index.q.takes_rounded());  // a bundle may mix widths
   Activations x = prepare(s_.normed, tokens, c.dim, s_.normed_q, quantised);
-  matmuls({{w.q, s_.q}, {w.k, s_.k}, {w.v, s_.v}, {w.o_gate, s_.o_gate}}, x);
+  matmuls(
+      {{w.q, s_.q}, {w.k, s_.k}, {w.v, s_.v}, {w.o_gate, s_.o_gate}, {w.index.q, s_.index_q}, {w.index.k, s_.index_k}},
+      x);
   auto add_bias = [&](float* vector, int n, const float* bias) {
     for (int i = 0; bias && i < n; ++i) vector[i] += bias[i];
   };
@@ -72,9 +76,17 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
     }
   });
 
-  // attention; one task for some heads that share a KV head, and some tokens
-  const int shared_by = a.heads / a.kv_heads, most_tokens = std::max(1, kHeadQueries / shared_by);
-  const auto tiles_of = [&](const TokenSpan& span) { return (span.count - 1) / std::min(most_tokens, span.count) + 1; };
+  if (a.index_heads) {
+    store_block_keys(layer, step);
+    choose_positions(layer, step);
+  }
+
+  // attention; one task for some heads that share a KV head, and some tokens; one if each has positions of its own
+  const int shared_by = a.heads / a.kv_heads;
+  const auto most_of = [&](const TokenSpan& span) {
+    return a.is_sparse(span.position + span.count) ? 1 : std::max(1, kHeadQueries / shared_by);
+  };
+  const auto tiles_of = [&](const TokenSpan& span) { return (span.count - 1) / most_of(span) + 1; };
   int tiles = 0;
   for (const TokenSpan& span : step.spans) tiles += tiles_of(span);
   const int most_heads = a.kv_heads * tiles < pool_.threads() ? a.heads * tiles / pool_.threads() : shared_by;
@@ -82,7 +94,8 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
   const int parts = (shared_by - 1) / heads_a_task + 1;
   const auto tasks = [&](const TokenSpan& span) { return tiles_of(span) * a.kv_heads * parts; };
   run_spans(step, tasks, [&](const TokenSpan& span, int task, int thread) {
-    const int of_span = tiles_of(span), token = task % of_span * most_tokens, kv_head = task / of_span / parts;
+    const int of_span = tiles_of(span), most_tokens = most_of(span), token = task % of_span * most_tokens;
+    const int kv_head = task / of_span / parts;
     const int in_group = task / of_span % parts * heads_a_task;
     attend(layer, span, token, std::min(most_tokens, span.count - token), kv_head * shared_by + in_group,
            std::min(heads_a_task, shared_by - in_group), thread);
@@ -95,7 +108,8 @@ void CpuMath::attention(int layer, const Step& step, bool received) {
   attention_output(layer, a.output_gate ? s_.o_gate : s_.attended, tokens);
 }
 
-// Attention of some heads that share a KV head, for some tokens of a span: from q to attended.
+// Attention of some heads that share a KV head, for some tokens of a span: from q to attended. Of several tokens, none
+// attends to a choice of positions.
 void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
                      int thread) {
   const EngineConfig& c = config_;
@@ -104,7 +118,12 @@ void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int toke
   const size_t stride = c.key_positions();
   const int queries = heads * tokens;
   float* scores = s_.scores + size_t(thread) * kHeadQueries * stride;
-  const KeyValues cache = cached(span.sequence, layer, first_head / (a.heads / a.kv_heads));
+  const Choice choice = a.index_top ? Choice{s_.chosen, s_.chosen_counts, a.index_most()} : Choice{};
+  const int32_t* chosen = tokens == 1 ? choice.of(span.first + first_token) : nullptr;
+  const int seen = span.position + first_token + 1,
+            first_end = tokens == 1 ? choice.count(span.first + first_token, seen) : seen;
+  KeyValues cache = cached(span.sequence, layer, first_head / (a.heads / a.kv_heads));
+  if (chosen) cache = gathered(cache, chosen, first_end, thread);
   const float* q[kHeadQueries];
   float *out[kHeadQueries], *piece[kHeadQueries];
   for (int query = 0; query < queries; ++query) {
@@ -114,7 +133,7 @@ void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int toke
     piece[query] = s_.piece + (size_t(thread) * kHeadQueries + query) * a.head_dim;
     std::fill_n(out[query], a.head_dim, 0.0f);
   }
-  const auto end_of = [&](int token) { return span.position + first_token + token + 1; };
+  const auto end_of = [&](int token) { return first_end + token; };
   const auto begin_of = [&](int token) { return a.sliding_window ? std::max(0, end_of(token) - a.sliding_window) : 0; };
   in_runs(layer, cache, begin_of(0), end_of(tokens - 1), [&](const KeyValues& run, int from, int to) {
     kernels_.attend_scores(q, queries, run, from, to, a.head_dim, a.softmax_scale, scores, stride);
@@ -137,6 +156,30 @@ void CpuMath::attend(int layer, const TokenSpan& span, int first_token, int toke
     values(0, tokens, begin, end);
     for (int token = 0; token < tokens; ++token) values(token, 1, end, end_of(token));
   });
+}
+
+// The keys and values of some positions, in ascending order, as those of positions 0, 1, 2...
+KeyValues CpuMath::gathered(const KeyValues& cache, const int32_t* positions, int count, int thread) const {
+  const size_t value = config_.kv_value_bytes(), dim = cache.stride, most = align_up(config_.index_most(), kKeyBlock);
+  uint8_t* keys = s_.gathered + thread * 2 * most * dim * value;
+  uint8_t* values = keys + most * dim * value;
+  const uint8_t *from_keys = static_cast<const uint8_t*>(cache.keys),
+                *from_values = static_cast<const uint8_t*>(cache.values);
+  const auto place = [&](int position) {
+    return (position / kKeyBlock * dim * kKeyBlock + position % kKeyBlock) * value;
+  };
+  for (int to = 0, run; to < count; to += run) {
+    const int from = positions[to], room = kKeyBlock - std::max(from % kKeyBlock, to % kKeyBlock);
+    for (run = 1; run < room && to + run < count && positions[to + run] == from + run;) ++run;
+    if (run == kKeyBlock)
+      std::memcpy(keys + place(to), from_keys + place(from), run * dim * value);
+    else
+      for (size_t i = 0; i < dim; ++i)
+        std::memcpy(keys + place(to) + i * kKeyBlock * value, from_keys + place(from) + i * kKeyBlock * value,
+                    run * value);
+    std::memcpy(values + to * dim * value, from_values + from * dim * value, run * dim * value);
+  }
+  return {keys, values, dim, cache.half};
 }
 
 // Store a token's key and value of one KV head in the cache.
@@ -181,7 +224,9 @@ void CpuMath::received_attention(int layer, const Step& step) {
 
 void CpuMath::attention_norm(int layer, int tokens) {
   const size_t dim = config_.dim;
-  pool_.run(tokens, [&](int t, int) { norm(layers_[layer].attention_norm, s_.x + t * dim, s_.normed + t * dim); });
+  const LayerWeights& w = layers_[layer];
+  if (w.attention_mix.down) return mixed(w.attention_norm, w.attention_mix, nullptr, tokens, s_.shares, s_.normed);
+  pool_.run(tokens, [&](int t, int) { norm(w.attention_norm, s_.x + t * dim, s_.normed + t * dim); });
 }
 
 // Output projection of `values`, its norm and residual.
@@ -217,9 +262,8 @@ void CpuMath::in_runs(int layer, const KeyValues& cache, int begin, int end, con
 void CpuMath::copy_positions(int from, int to, int positions) {
   const EngineConfig& c = config_;
   pool_.run(c.layers, [&](int layer, int) {
-    const size_t copied = std::min(align_up(positions, kKeyBlock), c.cached_positions(layer));
-    c.each_kv_row(layer, [&](size_t at, size_t of_position) {
-      std::memcpy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, copied * of_position);
+    c.each_kv_row(layer, positions, [&](size_t at, size_t bytes) {
+      std::memcpy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, bytes);
     });
   });
 }

@@ -18,12 +18,26 @@ static void check_attention(const EngineConfig& c, const AttentionConfig& a) {
          "rope_span must be from rope_dim to head_dim; with a latent, rope_dim");
   expect(a.kv_heads >= 1 && a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
   expect(a.query_context >= 1, "query_context must be at least 1");
-  expect(a.index_heads >= 0 && a.index_top >= (a.index_heads > 0) && (!a.index_top || a.kv_rank),
-         "index_top must be at least 1 for an indexer, which only attention over a latent has");
-  expect(!a.index_heads || (a.q_rank && a.index_dim >= a.rope_dim),
-         "an indexer needs a q_rank, and an index_dim of at least rope_dim");
+  expect(a.index_heads >= 0 && a.index_top >= (a.index_heads > 0) && !(a.index_top && a.recurrent()),
+         "index_top must be at least 1 for an indexer, which only attention has");
+  expect(
+      a.index_block >= 1 && (a.kv_rank ? a.index_block == 1 : !a.index_top || (a.index_heads && !a.sliding_window)),
+      "index_block must be at least 1; over a latent it is 1, and other attention with index_top needs an indexer of "
+      "its own and no window");
+  expect(!a.index_heads || ((a.q_rank || !a.kv_rank) && a.index_dim >= a.rope_dim),
+         "an indexer needs a q_rank if there is a latent, and an index_dim of at least rope_dim");
   expect(a.query_scales.empty() || a.query_scales.size() > size_t(std::max(c.context - 1, 0) / a.query_context),
          "query_scales must have a value for every position");
+}
+
+static void check_ngrams(const EngineConfig& c, const NGramConfig& its) {
+  expect(its.layer >= 0 && its.layer < c.layers && its.cols >= 1 && its.conv_kernel >= 1,
+         "ngrams need a layer, cols and a convolution");
+  expect(c.streams > 1, "ngrams need a residual stream of several streams");
+  expect(its.longest() >= 2 && its.sizes.size() + 1 == its.factors.size(),
+         "sizes must have one list less than factors");
+  for (const auto& hashes : its.sizes)
+    for (int64_t size : hashes) expect(size >= 1, "a hash needs at least one row");
 }
 
 void check_config(const EngineConfig& c) {
@@ -39,6 +53,8 @@ void check_config(const EngineConfig& c) {
   for (int kind : c.attention_of)
     expect(kind == -1 || size_t(kind) < c.attentions.size(), "attention_of must be numbers of attentions, or -1");
   for (const AttentionConfig& a : c.attentions) check_attention(c, a);
+  expect(c.streams >= 1 && (c.mix_rank > 0) == (c.streams > 1), "mix_rank must be above 0 for several streams only");
+  for (const NGramConfig& its : c.ngrams) check_ngrams(c, its);
   expect(c.top_groups >= 1 && c.top_groups <= c.groups, "top_groups must be 1 to groups");
   if (c.groups == 1) return;
   expect(c.expert_groups.size() == layers, "expert_groups must have one list a layer");
@@ -80,6 +96,7 @@ void bind_config(nb::module_& m) {
       .def_rw("query_scales", &AttentionConfig::query_scales)
       .def_rw("query_context", &AttentionConfig::query_context)
       .def_rw("index_top", &AttentionConfig::index_top)
+      .def_rw("index_block", &AttentionConfig::index_block)
       .def_rw("index_heads", &AttentionConfig::index_heads)
       .def_rw("index_dim", &AttentionConfig::index_dim)
       .def_rw("index_interleaved", &AttentionConfig::index_interleaved)
@@ -88,7 +105,17 @@ void bind_config(nb::module_& m) {
       .def_rw("output_gate", &AttentionConfig::output_gate)
       .def_rw("recurrence", &AttentionConfig::recurrence)
       .def_rw("conv_kernel", &AttentionConfig::conv_kernel)
-      .def_rw("least_step", &AttentionConfig::least_step);
+      .def_rw("least_step", &AttentionConfig::least_step)
+      .def_rw("gate", &AttentionConfig::gate);
+
+  nb::class_<NGramConfig>(m, "NGramConfig", "The embeddings of n-grams of a layer; see engine_config.h.")
+      .def(nb::init<>())
+      .def_rw("layer", &NGramConfig::layer)
+      .def_rw("factors", &NGramConfig::factors)
+      .def_rw("sizes", &NGramConfig::sizes)
+      .def_rw("cols", &NGramConfig::cols)
+      .def_rw("end", &NGramConfig::end)
+      .def_rw("conv_kernel", &NGramConfig::conv_kernel);
 
   nb::enum_<RouterScore>(m, "RouterScore", "How router logits become routing weights; see router.h.")
       .value("softmax", RouterScore::kSoftmax)
@@ -103,6 +130,9 @@ void bind_config(nb::module_& m) {
       .def_rw("vocab", &EngineConfig::vocab)
       .def_rw("attentions", &EngineConfig::attentions)
       .def_rw("attention_of", &EngineConfig::attention_of)
+      .def_rw("ngrams", &EngineConfig::ngrams)
+      .def_rw("streams", &EngineConfig::streams)
+      .def_rw("mix_rank", &EngineConfig::mix_rank)
       .def_rw("experts", &EngineConfig::experts)
       .def_rw("top_k", &EngineConfig::top_k)
       .def_rw("expert_hidden", &EngineConfig::expert_hidden)

@@ -37,6 +37,22 @@ std::vector<TrunkTensor> trunk_tensors(const std::vector<TensorRow>& rows) {
   return tensors;
 }
 
+// path, offset, rows, cols, (codec, width, group)
+using TableRow = std::tuple<std::string, uint64_t, uint64_t, int, EncodingTuple>;
+
+std::vector<TableFile> table_files(const EngineConfig& c, const std::vector<TableRow>& rows) {
+  expect(rows.size() == c.ngrams.size(), "tables must have one entry for each of ngrams");
+  std::vector<TableFile> files;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const auto& [path, offset, count, cols, encoded] = rows[i];
+    uint64_t needed = 0;
+    for (const auto& hashes : c.ngrams[i].sizes) needed = std::accumulate(hashes.begin(), hashes.end(), needed);
+    expect(cols == c.ngrams[i].cols && count >= needed, "a table must have a row for each value of its hashes");
+    files.push_back({path, offset, count, row_layout(encoding_of(encoded), cols)});
+  }
+  return files;
+}
+
 void check_layouts(const EngineConfig& c, const std::vector<RecordLayout>& layouts) {
   for (const RecordLayout& layout : layouts) {
     const MatrixLayout &gate = layout.matrices[kGate], &up = layout.matrices[kUp];
@@ -196,13 +212,14 @@ void bind_engine(nb::module_& m) {
              uint32_t trunk_checksum, const std::vector<TensorRow>& tensors, const std::vector<std::string>& files,
              const std::vector<RecordLayout>& layouts, ArrayIn<int64_t, 2> records, ArrayIn<float, 1> frequency,
              bool mapped, uint64_t slot_bytes, int readers, const std::string& kernels, const MaskArrays& otp,
-             const MaskArrays& loss, const std::string& on, bool graphs) {
+             const MaskArrays& loss, const std::string& on, bool graphs, const std::vector<TableRow>& tables) {
             check_config(config);
             expect(on == "cpu" || on == "cuda", "device must be cpu or cuda");
             const Kernels& host = kernels.empty() ? best_kernels() : find_kernels(kernels);
             std::vector<TrunkTensor> trunk_table = trunk_tensors(tensors);
             std::vector<Record> record_table = make_records(config, records, frequency, layouts.size());
             check_layouts(config, layouts);
+            const std::vector<TableFile> table_list = table_files(config, tables);
             const Engine::MaskRouters otp_routers = mask_routers(config, otp);
             const Engine::MaskRouters loss_routers = mask_routers(config, loss);
             std::unique_ptr<Engine> engine;
@@ -215,7 +232,7 @@ void bind_engine(nb::module_& m) {
               Trunk trunk(trunk_path, trunk_bytes, trunk_checksum, std::move(trunk_table), *device, &interrupt);
               ExpertStore store(files, std::move(record_table), layouts, mapped);
               engine = std::make_unique<Engine>(config, std::move(device), std::move(trunk), std::move(store),
-                                                slot_bytes, readers, otp_routers, loss_routers);
+                                                slot_bytes, readers, otp_routers, loss_routers, table_list);
             } catch (const Interrupted&) {
               throw nb::python_error();  // raised by the signal handler
             }
@@ -225,14 +242,14 @@ void bind_engine(nb::module_& m) {
           nb::arg("tensors"), nb::arg("files"), nb::arg("layouts"), nb::arg("records"), nb::arg("frequency"),
           nb::arg("mapped"), nb::arg("slot_bytes"), nb::arg("readers"), nb::arg("kernels") = "",
           nb::arg("otp") = nb::list(), nb::arg("loss") = nb::list(), nb::arg("device") = "cpu",
-          nb::arg("graphs") = true,
+          nb::arg("graphs") = true, nb::arg("tables") = nb::list(),
           "tensors: (name, rows, cols, (codec, width, group), offsets of the parts in the trunk file). layouts:\n"
           "RecordLayout objects. records: int64 (experts of all layers, 5), layer by layer: file, offset, bytes,\n"
           "checksum, index of its layout. slot_bytes: memory for records if they are not mapped. frequency: float32\n"
           "(experts of all layers,), use of each expert during calibration. otp, loss: the mask routers of a rule:\n"
           "float32 (top_k * (dim + 2 * top_k + 1),) per layer, empty for a layer without experts; an empty list for\n"
           "no mask routers. device: cpu or cuda. graphs: use CUDA graphs where possible; results do not depend on\n"
-          "it.\n\n"
+          "it. tables: of n-gram embeddings, (path, offset, rows, cols, (codec, width, group)).\n\n"
           "Raises DamagedFile, an OSError, if a file does not match the tables, OSError if it cannot be read,\n"
           "MemoryError if memory runs out and RuntimeError for errors of the GPU.")
       .def(

@@ -56,7 +56,7 @@ CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& 
   for (size_t kind = 0; kind < c.attentions.size(); ++kind)
     fill_rope(c.attentions[kind].rope_frequency, c.attentions[kind].rope_scale, 0, c.context, s_.rope[kind].cos,
               s_.rope[kind].sin);
-  std::fill_n(s_.ones, c.most_of([](const AttentionConfig& a) { return a.v_norm ? a.head_dim : 0; }), 1.0f);
+  std::fill_n(s_.ones, ones_of(c), 1.0f);
   std::iota(s_.all_tokens, s_.all_tokens + c.chunk, 0);
   tasks_.reserve(4096);
 }
@@ -64,10 +64,12 @@ CpuMath::CpuMath(const EngineConfig& config, const Trunk& trunk, const Kernels& 
 uint8_t* CpuMath::shared(size_t bytes) { return shared_.emplace_back(bytes).data(); }
 
 void CpuMath::begin(const Step&, std::span<const int32_t> ids) {
-  const size_t dim = config_.dim;
+  const size_t dim = config_.dim, width = config_.width();
   for (size_t t = 0; t < ids.size(); ++t) {
-    kernels_.dequantise_row(ends_.embedding, ids[t], s_.x + t * dim);
-    for (size_t i = 0; config_.embedding_scale != 1 && i < dim; ++i) s_.x[t * dim + i] *= config_.embedding_scale;
+    float* x = s_.x + t * width;
+    kernels_.dequantise_row(ends_.embedding, ids[t], x);
+    for (size_t i = 0; config_.embedding_scale != 1 && i < dim; ++i) x[i] *= config_.embedding_scale;
+    for (size_t at = dim; at < width; at += dim) std::copy_n(x, dim, x + at);
   }
 }
 
@@ -105,10 +107,18 @@ void CpuMath::mlp_norm(const Norm& its, int tokens) {
   });
 }
 
+// The input of a layer's routed experts or dense MLP.
+void CpuMath::mlp_input(int layer, int tokens) {
+  const LayerWeights& w = layers_[layer];
+  if (!w.mlp_mix.down) return mlp_norm(w.mlp_norm, tokens);
+  mixed(w.mlp_norm, w.mlp_mix, nullptr, tokens, s_.shares, s_.normed);
+  prepare(s_.normed, tokens, config_.dim, s_.normed_q, true);
+}
+
 void CpuMath::dense_layer(int layer, const Step& step) {
   any_attention(layer, step, false);
   if (config_.dense[layer]) {
-    mlp_norm(layers_[layer].mlp_norm, step.tokens);
+    mlp_input(layer, step.tokens);
     const ExpertJob job = {layers_[layer].dense, s_.all_tokens, step.tokens, 0, -1};
     run_jobs({&job, 1}, s_.shared);
     add_to_residual(layers_[layer].mlp_post_norm, s_.shared, step.tokens);
@@ -119,7 +129,7 @@ void CpuMath::dense_layer(int layer, const Step& step) {
 void CpuMath::to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) {
   const LayerWeights& w = layers_[layer];
   any_attention(layer, step, wants.importance);
-  mlp_norm(w.mlp_norm, step.tokens);
+  mlp_input(layer, step.tokens);
   norm_each(w.router_norm, s_.x, step.tokens, s_.sum);
   float_matmul(w.router, w.router_norm.weight ? s_.sum : s_.normed, step.tokens, r.router_logits);
   for (int rule = 0; rule < 2; ++rule)
@@ -139,7 +149,11 @@ void CpuMath::importance(int layer, const Step& step, float* of_tokens) {
 }
 
 void CpuMath::ahead_logits(int next_layer, const Routing& r) {
-  norm(layers_[next_layer].before_router(), s_.x, s_.ahead_normed);
+  const LayerWeights& next = layers_[next_layer];
+  if (next.mlp_mix.down)
+    mixed(next.mlp_norm, next.mlp_mix, nullptr, 1, nullptr, s_.ahead_normed);
+  else
+    norm(next.before_router(), s_.x, s_.ahead_normed);
   float_matmul(layers_[next_layer].router, s_.ahead_normed, 1, r.ahead_logits);
 }
 
@@ -165,12 +179,11 @@ void CpuMath::experts(int layer, const Step& step, std::span<const ExpertJob> jo
 
 // From the experts' sums to the residual stream.
 void CpuMath::finish_sum(int layer, int tokens) {
-  const size_t dim = config_.dim;
   const LayerWeights& w = layers_[layer];
   norm_each(w.experts_post_norm, s_.sum, tokens, s_.sum);
   if (config_.shared_hidden) shared_expert(layer, tokens, s_.sum);
   norm_each(w.mlp_post_norm, s_.sum, tokens, s_.sum);
-  pool_.run(tokens, [&](int t, int) { kernels_.add_scaled(s_.x + t * dim, s_.sum + t * dim, 1.0f, int(dim)); });
+  add_to_streams(s_.sum, 1.0f, tokens);
   scale_residual(layer, tokens);
 }
 
@@ -192,9 +205,12 @@ void CpuMath::shared_expert(int layer, int tokens, float* y) {
 std::span<float> CpuMath::logits(std::span<const int32_t> tokens) {
   const EngineConfig& c = config_;
   const int rows = int(tokens.size());
-  pool_.run(rows, [&](int i, int) {
-    norm(ends_.output_norm, s_.x + size_t(tokens[i]) * c.dim, s_.normed + size_t(i) * c.dim);
-  });
+  if (ends_.output_mix.down)
+    mixed(ends_.output_norm, ends_.output_mix, tokens.data(), rows, nullptr, s_.normed);
+  else
+    pool_.run(rows, [&](int i, int) {
+      norm(ends_.output_norm, s_.x + size_t(tokens[i]) * c.dim, s_.normed + size_t(i) * c.dim);
+    });
   const Matrix& head = ends_.head;
   if (rows) matmul(head, prepare(s_.normed, rows, c.dim, s_.normed_q, head.takes_rounded()), s_.logits);
   return {s_.logits, size_t(rows) * c.vocab};
@@ -253,18 +269,27 @@ void CpuMath::add_tasks(const ExpertJob& job, const Matrix* matrix, int count, i
 
 // x += the norm of out, if there is one, times the residual scale; out (tokens, dim) is changed
 void CpuMath::add_to_residual(const Norm& post_norm, float* out, int tokens) {
-  const size_t dim = config_.dim;
   norm_each(post_norm, out, tokens, out);
-  pool_.run(tokens,
-            [&](int t, int) { kernels_.add_scaled(s_.x + t * dim, out + t * dim, config_.residual_scale, int(dim)); });
+  add_to_streams(out, config_.residual_scale, tokens);
+}
+
+// x += factor * out, or each stream its share of that
+void CpuMath::add_to_streams(const float* out, float factor, int tokens) {
+  const size_t dim = config_.dim, streams = config_.streams;
+  pool_.run(tokens, [&](int t, int) {
+    for (size_t at = t * streams; at < (t + 1) * streams; ++at) {
+      const float share = streams > 1 ? s_.shares[at] * factor : factor;
+      kernels_.add_scaled(s_.x + at * dim, out + t * dim, share, int(dim));
+    }
+  });
 }
 
 void CpuMath::scale_residual(int layer, int tokens) {
-  const size_t dim = config_.dim;
+  const size_t width = config_.width();
   const float scale = layers_[layer].layer_scale;
   if (scale == 1) return;
   pool_.run(tokens, [&](int t, int) {
-    for (size_t i = t * dim; i < (t + 1) * dim; ++i) s_.x[i] *= scale;
+    for (size_t i = t * width; i < (t + 1) * width; ++i) s_.x[i] *= scale;
   });
 }
 

@@ -23,6 +23,7 @@ class CpuMath : public LayerMath {
 
   uint8_t* shared(size_t bytes) override;
   void begin(const Step& step, std::span<const int32_t> ids) override;
+  void ngrams(int layer, const Step& step, const float* rows) override;
   void dense_layer(int layer, const Step& step) override;
   void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) override;
   void ahead_logits(int next_layer, const Routing& r) override;
@@ -56,6 +57,8 @@ class CpuMath : public LayerMath {
     int end;  // of the positions that it sees
   };
   void store_index_key(int layer, const TokenSpan& span, int in_span);
+  void store_block_keys(int layer, const Step& step);
+  void cache_index_key(int layer, int sequence, size_t place, const float* key);
   void choose_positions(int layer, const Step& step);
   void choose_positions(int layer, std::span<const IndexQuery> queries);
   void index_scores(int layer, const IndexQuery& query, int begin, int end, float* scores, int thread);
@@ -66,9 +69,14 @@ class CpuMath : public LayerMath {
   float* state(int buffer, int layer) const;
   void note_overflow(int sequence, const float* values, size_t count);  // of what goes into a KV cache of halves
   void attention_norm(int layer, int tokens);
+
+  // streams.cpp
+  void mixed(const Norm& norm, const Mix& mix, const int32_t* tokens, int count, float* shares, float* y);
+  float product(const float* a, const float* b) const;
   void attention_output(int layer, const float* values, int tokens);
   void received_attention(int layer, const Step& step);
   KeyValues cached(int sequence, int layer, int head) const;
+  KeyValues gathered(const KeyValues& cache, const int32_t* positions, int count, int thread) const;
   template <typename Run>
   void in_runs(int layer, const KeyValues& cache, int begin, int end, const Run& run) const;
   uint8_t* layer_cache(int sequence, int layer) const;
@@ -91,12 +99,14 @@ class CpuMath : public LayerMath {
   void norm(const Norm& norm, const float* x, float* y) const;
   void norm_each(const Norm& norm, const float* x, int tokens, float* y);
   void mlp_norm(const Norm& norm, int tokens);
+  void mlp_input(int layer, int tokens);
   void importance(int layer, const Step& step, float* of_tokens);
   void shared_expert(int layer, int tokens, float* y);
   void finish_sum(int layer, int tokens);
   void run_jobs(std::span<const ExpertJob> jobs, float* out);
   void add_tasks(const ExpertJob& job, const Matrix* matrix, int count, int piece);
   void add_to_residual(const Norm& post_norm, float* out, int tokens);
+  void add_to_streams(const float* out, float factor, int tokens);
   void scale_residual(int layer, int tokens);
   struct Product {
     const Matrix& matrix;

@@ -10,7 +10,7 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
   if (!c.has_attention(layer)) return;
-  norm(layers_[layer].attention_norm, s_.x, step.tokens, s_.normed, s_.normed_q);
+  block_input(layers_[layer].attention_norm, layers_[layer].attention_mix, step.tokens);
   if (a.recurrent()) return recurrence(layer, step);
   if (a.kv_rank)
     latent_project(layer, step.tokens);
@@ -20,13 +20,18 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   for (size_t i = 0; i < step.spans.size(); ++i) {
     const TokenSpan& its = step.spans[i];
     const int last = most >= 0 ? most : its.position + its.count - 1;
-    store_keys(layer, its.sequence, {s_.positions + i, its.first, its.count, last});
+    store_keys(layer, its.sequence, i, {s_.positions + i, its.first, its.count, last});
     for (int done = 0; done < its.count; done += at_once) {
       const int count = std::min(at_once, its.count - done);
       const cuda::Span span = {s_.positions + i, its.first + done, count, last - (its.count - done - count)};
       if (a.index_heads) choose_positions(layer, its.sequence, span);
       if (a.kv_rank) {
         attend_latents(layer, its.sequence, span);
+        continue;
+      }
+      if (a.index_heads) {
+        cuda::attend_chosen(s_.q, heads(layer), cache(its.sequence, layer), span, choice(a), s_.scores, s_.attended,
+                            stream_);
         continue;
       }
       cuda::attend(s_.q, heads(layer), cache(its.sequence, layer), span, s_.scores, s_.attended, stream_);
@@ -46,7 +51,7 @@ void CudaMath::attention_output(int layer, int tokens) {
   if (gates) {
     const cuda::Rows rows = {0, tokens};
     const Recurrence recurrence = c.attention(layer).recurrence;
-    const Activation activation = {recurrence == Recurrence::kDeltaNet    ? Gate::kSilu
+    const Activation activation = {recurrence == Recurrence::kDeltaNet    ? c.attention(layer).gate
                                    : recurrence == Recurrence::kShortConv ? Gate::kBilinear
                                                                           : Gate::kSigmoid};
     cuda::activate(&rows, 1, s_.o_gate, s_.attended, w.o.cols, activation,
@@ -77,9 +82,9 @@ void CudaMath::recurrence(int layer, const Step& step) {
   for (size_t i = 0; i < step.spans.size(); ++i) {
     const TokenSpan& its = step.spans[i];
     const cuda::Span span = {s_.positions + i, its.first, its.count, 0};
-    const cuda::StateBuffers states = {reinterpret_cast<float*>(states_.data() + state_offsets_[layer]),
-                                       state_offsets_.back() / sizeof(float), s_.states + 2 * i};
-    cuda::convolve(convolved, w.conv, w.conv_bias, a.has_state(), net, states, span, stream_);
+    const cuda::StateBuffers states = state_buffers(layer, i);
+    const cuda::Taps taps = {a.conv_kernel, net.channels(), 1, net.state_values(), a.has_state(), w.conv_bias};
+    cuda::convolve(convolved, w.conv, taps, states, span, stream_);
     if (!a.has_state()) continue;
     cuda::delta_inputs(s_.q, s_.write, s_.decay, w.decay_bias, w.decay_rate, net, span, stream_);
     cuda::delta_rule(s_.q, s_.write, s_.decay, net, states, span, s_.attended, stream_);
@@ -96,10 +101,14 @@ void CudaMath::project(int layer, int tokens) {
   const LayerWeights& w = layers_[layer];
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
-  cuda::ProductJob jobs[4] = {cuda::whole(w.q, tokens, s_.q), cuda::whole(w.k, tokens, s_.k)};
+  cuda::ProductJob jobs[6] = {cuda::whole(w.q, tokens, s_.q), cuda::whole(w.k, tokens, s_.k)};
   size_t count = 2;
   if (w.v) jobs[count++] = cuda::whole(w.v, tokens, s_.v);
   if (w.o_gate) jobs[count++] = cuda::whole(w.o_gate, tokens, s_.o_gate);
+  if (a.index_heads) {
+    jobs[count++] = cuda::whole(w.index.q, tokens, s_.index_q);
+    jobs[count++] = cuda::whole(w.index.k, tokens, s_.index_k);
+  }
   multiply({jobs, count}, s_.normed, s_.normed_q);
   if (a.keys_as_values) cuda::copy(s_.v, s_.k, size_t(tokens) * a.kv_dim() * sizeof(float), stream_);
   if (!a.qk_norm_full) return;
@@ -112,12 +121,16 @@ void CudaMath::project(int layer, int tokens) {
 }
 
 // Store the keys and values of a span, or its latents, in the cache; rotate the queries.
-void CudaMath::store_keys(int layer, int sequence, const cuda::Span& span) {
+void CudaMath::store_keys(int layer, int sequence, size_t number, const cuda::Span& span) {
   const EngineConfig& c = config_;
   const AttentionConfig& a = c.attention(layer);
   const LayerWeights& w = layers_[layer];
   const RopeTables& rope = s_.rope[c.attention_of[layer]];
-  if (a.index_heads)
+  if (a.index_heads && !a.kv_rank)
+    cuda::store_block_keys(s_.index_q, s_.index_k, {w.index.q_norm, w.index.k_norm, rope.cos, rope.sin},
+                           index_heads(layer), index_cache(sequence, layer), state_buffers(layer, number), span,
+                           stream_);
+  else if (a.index_heads)
     cuda::store_index_keys(s_.index_q, s_.index_k, w.index.k_norm, w.index.k_norm_bias, rope.cos, rope.sin,
                            index_heads(layer), index_cache(sequence, layer), span, stream_);
   if (a.kv_rank)
@@ -147,19 +160,19 @@ void CudaMath::latent_project(int layer, int tokens) {
 // Set s_.chosen and s_.chosen_counts of a span's tokens. Launched at any position: whether a token sees more than it
 // may choose is decided on the GPU, as a graph serves many positions.
 void CudaMath::choose_positions(int layer, int sequence, const cuda::Span& span) {
-  const int top = config_.attention(layer).index_top;
-  cuda::index_scores(s_.index_q, s_.index_weights, index_heads(layer), index_cache(sequence, layer), span, top,
-                     s_.index_scores, stream_);
-  cuda::choose_top(s_.index_scores, config_.key_positions(), span, top, s_.chosen, s_.chosen_counts, stream_);
+  const AttentionConfig& a = config_.attention(layer);
+  cuda::index_scores(s_.index_q, a.kv_rank ? s_.index_weights : nullptr, index_heads(layer),
+                     index_cache(sequence, layer), span, a.index_top, s_.index_scores, stream_);
+  cuda::choose_top(s_.index_scores, config_.key_positions(), span, a.index_top, a.index_block, s_.chosen,
+                   s_.chosen_counts, stream_);
 }
 
 void CudaMath::attend_latents(int layer, int sequence, const cuda::Span& span) {
   const AttentionConfig& a = config_.attention(layer);
   const Matrix& kv_b = layers_[layer].kv_b;
   const cuda::LatentHeads heads = latent_heads(layer);
-  const Choice choice = a.index_top ? Choice{s_.chosen, s_.chosen_counts, a.index_top} : Choice{};
-  cuda::attend_latents(s_.q, kv_b, heads, latent_cache(sequence, layer), span, choice, s_.absorbed, s_.scores, s_.mixed,
-                       stream_);
+  cuda::attend_latents(s_.q, kv_b, heads, latent_cache(sequence, layer), span, choice(a), s_.absorbed, s_.scores,
+                       s_.mixed, stream_);
   // values from each head's sums of latents
   if (kv_b.takes_rounded()) cuda::quantise(s_.mixed, span.count * a.heads, s_.mixed_q, stream_);
   const size_t stride = size_t(a.heads) * a.v_dim;
@@ -177,6 +190,17 @@ cuda::Heads CudaMath::heads(int layer) const {
   return {a.heads,           a.kv_heads, a.head_dim,          a.rope_dim,       a.rope_span,
           config_.norm_eps,  a.qkv_clip, a.softmax_scale,     a.sliding_window, a.rope_interleaved,
           a.norm_after_rope, a.v_norm,   layers_[layer].sinks};
+}
+
+// The positions that choose_positions() has chosen.
+Choice CudaMath::choice(const AttentionConfig& a) const {
+  return a.index_top ? Choice{s_.chosen, s_.chosen_counts, a.index_most()} : Choice{};
+}
+
+// A layer's part of the state buffers, for a span of the step.
+cuda::StateBuffers CudaMath::state_buffers(int layer, size_t span) const {
+  return {reinterpret_cast<float*>(states_.data() + state_offsets_[layer]), state_offsets_.back() / sizeof(float),
+          s_.states + 2 * span};
 }
 
 cuda::LatentHeads CudaMath::latent_heads(int layer) const {
@@ -199,7 +223,7 @@ cuda::LatentCache CudaMath::latent_cache(int sequence, int layer) const {
 
 cuda::IndexHeads CudaMath::index_heads(int layer) const {
   const AttentionConfig& a = config_.attention(layer);
-  return {a.index_heads, a.index_dim, a.rope_dim, a.index_norm_eps, a.index_scale, a.index_interleaved};
+  return {a.index_heads, a.index_dim, a.rope_dim, a.index_norm_eps, a.index_scale, a.index_interleaved, a.index_block};
 }
 
 cuda::IndexCache CudaMath::index_cache(int sequence, int layer) const {
@@ -213,9 +237,8 @@ uint8_t* CudaMath::layer_cache(int sequence, int layer) const {
 void CudaMath::copy_positions(int from, int to, int positions) {
   const EngineConfig& c = config_;
   for (int layer = 0; layer < c.layers; ++layer) {
-    const size_t copied = std::min(align_up(positions, kKeyBlock), c.cached_positions(layer));
-    c.each_kv_row(layer, [&](size_t at, size_t of_position) {
-      cuda::copy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, copied * of_position, stream_);
+    c.each_kv_row(layer, positions, [&](size_t at, size_t bytes) {
+      cuda::copy(layer_cache(to, layer) + at, layer_cache(from, layer) + at, bytes, stream_);
     });
   }
   cuda::wait(stream_);

@@ -119,13 +119,16 @@ void CudaMath::begin(const Step& step, std::span<const int32_t> ids) {
       host_.states[2 * i] = step.spans[i].state, host_.states[2 * i + 1] = step.spans[i].next_state;
     cuda::copy(s_.states, host_.states, 2 * step.spans.size() * sizeof(int32_t), stream_);
   }
-  cuda::embed(ends_.embedding, host_.ids, step.tokens, config_.embedding_scale, s_.x, stream_);
+  const EngineConfig& c = config_;
+  float* embedded = c.streams > 1 ? s_.normed : s_.x;
+  cuda::embed(ends_.embedding, host_.ids, step.tokens, c.embedding_scale, embedded, stream_);
+  if (c.streams > 1) cuda::repeat(embedded, step.tokens, c.dim, c.streams, s_.x, stream_);
 }
 
 void CudaMath::dense_layer(int layer, const Step& step) {
   attention(layer, step, false);
   if (config_.dense[layer]) {
-    mlp_norm(layers_[layer].mlp_norm, step.tokens);
+    block_input(layers_[layer].mlp_norm, layers_[layer].mlp_mix, step.tokens);
     mlp(layers_[layer].dense, step.tokens, s_.shared);
     add_to_residual(layers_[layer].mlp_post_norm, s_.shared, step.tokens);
   }
@@ -155,7 +158,7 @@ void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& want
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
   attention(layer, step, wants.importance, most);
-  mlp_norm(w.mlp_norm, step.tokens);
+  block_input(w.mlp_norm, w.mlp_mix, step.tokens);
   if (w.router_norm.weight) norm(w.router_norm, s_.x, step.tokens, s_.sum, {});
   multiply(w.router, step.tokens, r.router_logits, w.router_norm.weight ? s_.sum : s_.normed, {});
   for (int rule = 0; rule < 2; ++rule)
@@ -164,8 +167,12 @@ void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& want
     cuda::importance(s_.normed, s_.received, size_t(c.chunk), c.attention(layer).heads, step.tokens, c.dim,
                      r.importance, stream_);
   if (wants.ahead) {
-    norm(layers_[wants.ahead].before_router(), s_.x, 1, s_.ahead_normed, {});
-    multiply(layers_[wants.ahead].router, 1, r.ahead_logits, s_.ahead_normed, {});
+    const LayerWeights& next = layers_[wants.ahead];
+    if (next.mlp_mix.down)
+      mixed(next.mlp_norm, next.mlp_mix, 0, 1, nullptr, s_.ahead_normed, {});
+    else
+      norm(next.before_router(), s_.x, 1, s_.ahead_normed, {});
+    multiply(next.router, 1, r.ahead_logits, s_.ahead_normed, {});
   }
 }
 
@@ -201,18 +208,26 @@ void CudaMath::norm(const Norm& norm, const float* x, int tokens, float* y, cons
     cuda::rms_norm(x, norm.weight, c.norm_eps, tokens, c.dim, y, into, stream_);
 }
 
+// The input of attention or MLP, in s_.normed.
+void CudaMath::block_input(const Norm& its, const Mix& mix, int tokens) {
+  if (mix.down)
+    mixed(its, mix, 0, tokens, s_.shares, s_.normed, s_.normed_q);
+  else
+    norm(its, s_.x, tokens, s_.normed, s_.normed_q);
+}
+
 // The input of an MLP.
 void CudaMath::mlp_norm(const Norm& its, int tokens) { norm(its, s_.x, tokens, s_.normed, s_.normed_q); }
 
 // x += the norm of out, if there is one, times the residual scale; out (tokens, dim) is changed
 void CudaMath::add_to_residual(const Norm& post_norm, float* out, int tokens) {
   if (post_norm.weight) norm(post_norm, out, tokens, out, {});
-  cuda::add_gated(s_.x, out, nullptr, config_.residual_scale, tokens, config_.dim, stream_);
+  add_to_streams(out, config_.residual_scale, tokens);
 }
 
 void CudaMath::scale_residual(int layer, int tokens) {
   const float factor = layers_[layer].layer_scale;
-  if (factor != 1) cuda::scale(s_.x, factor, size_t(tokens) * config_.dim, stream_);
+  if (factor != 1) cuda::scale(s_.x, factor, tokens * config_.width(), stream_);
 }
 
 // From the experts' sums and the shared expert's output to the residual stream.
@@ -224,7 +239,7 @@ void CudaMath::finish_sum(int layer, int tokens) {
     cuda::add_gated(s_.sum, s_.shared, w.shared_router ? s_.shared_gate : nullptr, c.residual_scale, tokens, c.dim,
                     stream_);
   if (w.mlp_post_norm.weight) norm(w.mlp_post_norm, s_.sum, tokens, s_.sum, {});
-  cuda::add_gated(s_.x, s_.sum, nullptr, 1.0f, tokens, c.dim, stream_);
+  add_to_streams(s_.sum, 1.0f, tokens);
   scale_residual(layer, tokens);
 }
 
@@ -350,8 +365,11 @@ std::span<float> CudaMath::logits(std::span<const int32_t> tokens) {
   const int rows = int(tokens.size());
   for (int first = 0, end; first < rows; first = end) {  // runs of consecutive tokens
     for (end = first + 1; end < rows && tokens[end] == tokens[end - 1] + 1;) ++end;
-    norm(ends_.output_norm, s_.x + size_t(tokens[first]) * c.dim, end - first, s_.normed + size_t(first) * c.dim,
-         s_.normed_q.from(first));
+    float* normed = s_.normed + size_t(first) * c.dim;
+    if (ends_.output_mix.down)
+      mixed(ends_.output_norm, ends_.output_mix, tokens[first], end - first, nullptr, normed, s_.normed_q.from(first));
+    else
+      norm(ends_.output_norm, s_.x + size_t(tokens[first]) * c.dim, end - first, normed, s_.normed_q.from(first));
   }
   if (rows) {
     multiply(ends_.head, rows, s_.logits, s_.normed, s_.normed_q);

@@ -7,6 +7,8 @@
 #include "../../devices/cuda/delta.h"
 #include "../../devices/cuda/index.h"
 #include "../../devices/cuda/latent.h"
+#include "../../devices/cuda/sparse.h"
+#include "../../devices/cuda/streams.h"
 #include "cuda_memory.h"
 #include "cuda_scratch.h"
 #include "layer_math.h"
@@ -27,6 +29,7 @@ class CudaMath : public LayerMath {
 
   uint8_t* shared(size_t bytes) override;
   void begin(const Step& step, std::span<const int32_t> ids) override;
+  void ngrams(int layer, const Step& step, const float* rows) override;
   void dense_layer(int layer, const Step& step) override;
   void to_router(int layer, const Step& step, const RouterWants& wants, const Routing& r) override;
   void ahead_logits(int, const Routing&) override {}  // to_router() has computed them
@@ -53,7 +56,7 @@ class CudaMath : public LayerMath {
   void launch_graph(int layer, const Step& step, const RouterWants& wants, const Routing& r);
   void attention(int layer, const Step& step, bool received, int most = -1);
   void project(int layer, int tokens);
-  void store_keys(int layer, int sequence, const cuda::Span& span);
+  void store_keys(int layer, int sequence, size_t number, const cuda::Span& span);
   void latent_project(int layer, int tokens);
   void recurrence(int layer, const Step& step);
   void attend_latents(int layer, int sequence, const cuda::Span& span);
@@ -61,6 +64,10 @@ class CudaMath : public LayerMath {
   void attention_output(int layer, int tokens);
   void norm(const Norm& norm, const float* x, int tokens, float* y, const cuda::VectorBuffer& into);
   void mlp_norm(const Norm& norm, int tokens);
+  void block_input(const Norm& norm, const Mix& mix, int tokens);
+  void mixed(const Norm& norm, const Mix& mix, int first, int count, float* shares, float* y,
+             const cuda::VectorBuffer& into);
+  void add_to_streams(const float* out, float factor, int tokens);
   void add_to_residual(const Norm& post_norm, float* out, int tokens);
   void scale_residual(int layer, int tokens);
   void finish_sum(int layer, int tokens);
@@ -70,6 +77,8 @@ class CudaMath : public LayerMath {
   void copy_routing(int pairs, const Routing& r);
   void multiply(std::span<const cuda::ProductJob> jobs, const float* values, const cuda::VectorBuffer& quantised);
   void multiply(const Matrix& matrix, int tokens, float* y, const float* values, const cuda::VectorBuffer& quantised);
+  Choice choice(const AttentionConfig& attention) const;
+  cuda::StateBuffers state_buffers(int layer, size_t span) const;
   cuda::Heads heads(int layer) const;
   cuda::LatentHeads latent_heads(int layer) const;
   uint8_t* layer_cache(int sequence, int layer) const;

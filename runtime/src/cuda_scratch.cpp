@@ -49,6 +49,9 @@ size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
   carve(carver, s.normed_q, chunk, c.dim);
   carve(carver, s.attended_q, chunk, c.most_of([](const A& a) { return a.heads * a.v_dim; }));
   carve(carver, s.hidden_q, hidden_blocks, kBlock);
+  carve(carver, s.wide_q, c.mix_rank ? chunk : 0, c.width());
+  carve(carver, s.low_q, c.mix_rank ? chunk : 0, c.mix_rank);
+  carve(carver, s.ngrams_q, c.ngrams.empty() ? 0 : chunk, c.ngram_inputs());
   if (c.has_latents()) {
     carve(carver, s.q_latent_q, chunk, c.most_of([](const A& a) { return a.q_rank; }));
     carve(carver, s.mixed_q, queries, c.most_of([](const A& a) { return a.kv_rank; }));

@@ -21,12 +21,13 @@ static constexpr int kHalfLife = 32;
 EngineMemory engine_memory(const EngineConfig& c, bool cuda) {
   Routing unused;
   EngineMemory memory = cuda ? cuda_memory(c) : cpu_memory(c);
-  memory.scratch += carve_routing(c, unused, nullptr);
+  memory.scratch += carve_routing(c, unused, nullptr) + table_bytes(c);
   return memory;
 }
 
 Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk trunk, ExpertStore store,
-               size_t slot_bytes, int readers, const MaskRouters& otp, const MaskRouters& loss)
+               size_t slot_bytes, int readers, const MaskRouters& otp, const MaskRouters& loss,
+               const std::vector<TableFile>& tables)
     : config_(config),
       device_(std::move(device)),
       trunk_(std::move(trunk)),
@@ -47,6 +48,14 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk
   otp_ = load_mask_routers(otp);
   loss_ = load_mask_routers(loss);
   sequences_.resize(c.sequences);
+  size_t heads = 0;
+  for (const NGramConfig& its : c.ngrams) {
+    table_values_.push_back(reinterpret_cast<float*>(math_->shared(c.chunk * its.inputs() * sizeof(float))));
+    heads = std::max(heads, size_t(its.heads()));
+  }
+  for (Sequence& its : sequences_) its.ids.resize(c.ngrams.empty() ? 0 : c.context);
+  table_rows_.reserve(c.chunk * heads);
+  tables_ = std::make_unique<RowTables>(tables, table_values_, c.chunk * heads, readers, device_->host());
   spans_.reserve(c.sequences), ids_.reserve(c.chunk), rows_.reserve(c.logits_rows);
   jobs_.reserve(most(c.experts));
   pending_.reserve(most(c.experts));
@@ -133,6 +142,7 @@ std::span<const float> Engine::step(std::span<const Part> parts, std::function<b
   interrupt_ = &interrupt;
   pool_.set_interrupt(interrupt_);
   try {
+    read_ngrams(step);
     math_->begin(step, ids_);
     math_->take_kv_overflow();  // clears that of an abandoned pass
     layers(step);
@@ -175,6 +185,7 @@ Engine::Sequence& Engine::sequence_of(const Step& step, int token) {
 
 void Engine::layers(const Step& step) {
   for (int layer = 0; layer < config_.layers; ++layer) {
+    add_ngrams(layer, step);
     if (config_.experts[layer])
       experts(layer, step);
     else
@@ -195,6 +206,7 @@ void Engine::abandon() {
   interrupt_ = nullptr;
   pool_.set_interrupt(nullptr);
   states_.abandon();
+  tables_->finish();
   try {
     math_->finish();
   } catch (...) {  // the device has failed and computes no more
@@ -250,6 +262,7 @@ void Engine::copy_positions(int from, int to, int positions) {
   const bool in_cache = !snapshot && positions;  // the windows are those of the other sequence
   its.written = in_cache ? sequences_.at(from).written : positions;
   its.restored = in_cache ? sequences_.at(from).restored : positions;
+  if (!its.ids.empty()) std::copy_n(sequences_.at(from).ids.data(), positions, its.ids.data());
   its.position = positions;
 }
 

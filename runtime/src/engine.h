@@ -18,6 +18,7 @@
 #include "prune.h"
 #include "residency.h"
 #include "router.h"
+#include "row_tables.h"
 #include "states.h"
 #include "threads.h"
 #include "trunk.h"
@@ -26,6 +27,8 @@ namespace edge_moe {
 
 // The memory that an Engine of this configuration allocates on a device, besides the trunk and the slots.
 EngineMemory engine_memory(const EngineConfig& config, bool cuda);
+
+size_t table_bytes(const EngineConfig& config);
 
 // Totals that any thread may read while the one in step() adds to them.
 struct EngineStats {
@@ -51,7 +54,8 @@ class Engine {
 
   // The trunk is in the device's memory. Only the processor can use mapped records.
   Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk trunk, ExpertStore store, size_t slot_bytes,
-         int readers, const MaskRouters& otp = {}, const MaskRouters& loss = {});
+         int readers, const MaskRouters& otp = {}, const MaskRouters& loss = {},
+         const std::vector<TableFile>& tables = {});
 
   enum class Want { kNothing, kLast, kAll };
 
@@ -100,6 +104,7 @@ class Engine {
  private:
   struct Sequence {
     int position = 0;
+    std::vector<int32_t> ids;  // (context,): the tokens, only for embeddings of n-grams
     // Positions up to `written` have been written to windows, each over an earlier one, and none before `restored` -
     // window is there.
     int written = 0, restored = 0;
@@ -119,6 +124,8 @@ class Engine {
   const MaskRouter* mask_router(int layer, Prune rule) const;
   void plan_step(std::span<const Part> parts);
   void layers(const Step& step);
+  void read_ngrams(const Step& step);
+  void add_ngrams(int layer, const Step& step);
   void cap_logits(std::span<float> logits);
   void check_wanted() const {
     if (interrupt_) interrupt_->check();
@@ -147,6 +154,9 @@ class Engine {
   std::vector<MaskRouter> otp_, loss_;  // (layers,), or none
   std::vector<int> first_record_;       // (layers,): record of a layer's expert 0
   Routing r_;
+  std::vector<float*> table_values_;  // of each EngineConfig::ngrams: (chunk, inputs)
+  std::vector<int64_t> table_rows_;   // (tokens, heads)
+  std::unique_ptr<RowTables> tables_;
   std::vector<TokenSpan> spans_;  // of the current step, as are ids_ and rows_
   std::vector<int32_t> ids_, rows_;
   bool may_prefetch_ = true, prefetch_ = false;  // allowed; for this token

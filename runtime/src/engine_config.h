@@ -44,13 +44,16 @@ struct AttentionConfig {
   std::vector<float> query_scales;  // factor of queries at positions below query_context, below twice that...; empty: 1
   int query_context = 1;
 
-  // Sparse attention over latents: a query attends to the index_top positions that an indexer scores highest; see
-  // runtime/layers/indexer.py. A layer without an indexer of its own uses those that the layers before it have chosen.
+  // Sparse attention: a query attends to the positions that an indexer scores highest, index_top blocks of index_block;
+  // see runtime/layers/indexer.py and block_index.py. Over latents a block is one position, and a layer without an
+  // indexer of its own uses those that the layers before it have chosen. Over keys and values a query also attends to
+  // the positions after the last whole block.
   int index_top = 0;               // 0: it attends to all
+  int index_block = 1;             // positions
   int index_heads = 0;             // of the layer's indexer; 0: none
-  int index_dim = 0;               // of its queries, and of the key of a position; the first rope_dim are rotated
+  int index_dim = 0;               // of its queries, and of the key of a block; the first rope_dim are rotated
   bool index_interleaved = false;  // rotated pairs are neighbours
-  float index_norm_eps = 1e-6f;    // of the keys' LayerNorm
+  float index_norm_eps = 1e-6f;    // of the queries' and keys' norms
   float index_scale = 1;           // factor of the products of queries and keys
 
   bool output_gate = false;  // the input of o is multiplied by the sigmoid of o_gate's product
@@ -59,8 +62,9 @@ struct AttentionConfig {
   // cached. Delta nets and Mamba-2, which calls them C and B, have kv_heads queries and keys. A short convolution is
   // one head without queries, keys and state, whose v_dim values are the channels.
   Recurrence recurrence = Recurrence::kNone;
-  int conv_kernel = 0;   // tokens that an output of the convolution depends on
-  float least_step = 0;  // of Mamba-2: the minimum of its time steps
+  int conv_kernel = 0;      // tokens that an output of the convolution depends on
+  Gate gate = Gate::kSilu;  // of the outputs of a delta net
+  float least_step = 0;     // of Mamba-2: the minimum of its time steps
 
   bool recurrent() const { return recurrence != Recurrence::kNone; }
   bool has_keys() const { return !kv_rank && !recurrent(); }
@@ -70,7 +74,9 @@ struct AttentionConfig {
   int q_at() const { return recurrence == Recurrence::kMamba ? heads * v_dim + kv_dim() : 0; }
   int k_at() const { return recurrence == Recurrence::kMamba ? heads * v_dim : kv_dim(); }
   int v_at() const { return recurrence == Recurrence::kMamba ? 0 : 2 * kv_dim(); }
-  size_t state_values() const { return recurrent() ? size_t(heads) * head_dim * v_dim + conv_past_values() : 0; }
+  size_t state_values() const {
+    return recurrent() ? size_t(heads) * head_dim * v_dim + conv_past_values() : index_sum_values();
+  }
   size_t conv_past_values() const { return size_t(conv_kernel - 1) * conv_channels(); }
   // For each token: how much of it is written to a state, or the factors of a short convolution's inputs.
   int write_values() const { return recurrence == Recurrence::kShortConv ? v_dim : heads; }
@@ -84,7 +90,33 @@ struct AttentionConfig {
   // values of each. After these, the keys of an indexer, in key blocks.
   size_t cached_rows() const { return kv_rank ? 1 : recurrent() ? 0 : 2 * size_t(kv_heads); }
   size_t cached_values() const { return size_t(kv_rank ? latent_cached() : head_dim); }  // per row and position
-  size_t index_values() const { return index_heads ? size_t(index_dim) : 0; }            // per position
+  size_t index_values() const { return index_heads ? size_t(index_dim) : 0; }            // per block
+
+  // The keys of a block that is not whole yet are summed in the sequence's state.
+  size_t index_sum_values() const { return index_block > 1 ? index_values() : 0; }
+  // How many positions a query that sees the first `end` attends to: at most index_most(), if it does not see all.
+  bool is_sparse(int end) const { return index_top && end / index_block > index_top; }
+  int index_most() const { return index_top ? index_top * index_block + index_block - 1 : 0; }
+  int index_count(int end) const { return index_top * index_block + end % index_block; }
+};
+
+// Embeddings of n-grams that a layer adds to the residual stream; see runtime/layers/ngrams.py.
+struct NGramConfig {
+  int layer = 0;
+  std::vector<int64_t> factors;             // of a token's id and of the ids before it, in a hash
+  std::vector<std::vector<int64_t>> sizes;  // of n-grams of two tokens, of three, ...: the rows that each hash can pick
+  int cols = 0;                             // of the table
+  int end = 0;                              // the token that ends a text
+  int conv_kernel = 1;                      // its inputs are longest() tokens apart
+
+  int longest() const { return int(factors.size()); }
+  int past() const { return (conv_kernel - 1) * longest(); }  // tokens before its own that the convolution reaches
+  int heads() const {
+    size_t heads = 0;
+    for (const auto& hashes : sizes) heads += hashes.size();
+    return int(heads);
+  }
+  int inputs() const { return heads() * cols; }  // what a token reads of the table
 };
 
 // How router logits become the routing weights of experts; see RouterRule.
@@ -95,6 +127,9 @@ struct EngineConfig {
   int layers = 0, dim = 0, vocab = 0;
   std::vector<AttentionConfig> attentions;  // the different kinds
   std::vector<int> attention_of;            // (layers,): the kind of each layer; -1: it has none
+  std::vector<NGramConfig> ngrams;          // of the layers that have embeddings of n-grams
+  int streams = 1;                          // that the residual stream has; see runtime/layers/streams.py
+  int mix_rank = 0;                         // of the gates' matrices
   int expert_hidden = 0;
   std::vector<int> experts, top_k;  // (layers,): of each layer; 0 in a layer without experts
   std::vector<int> dense;           // (layers,): inner size of each layer's dense MLP; 0: it has none
@@ -116,6 +151,17 @@ struct EngineConfig {
     static const AttentionConfig none;
     return has_attention(layer) ? attentions[attention_of[layer]] : none;
   }
+  size_t width() const { return size_t(streams) * dim; }  // values that the residual stream has per token
+  const NGramConfig* ngrams_of(int layer) const {         // null: none
+    for (const NGramConfig& its : ngrams)
+      if (its.layer == layer) return &its;
+    return nullptr;
+  }
+  size_t ngram_inputs() const {
+    size_t most = 0;
+    for (const NGramConfig& its : ngrams) most = std::max(most, size_t(its.inputs()));
+    return most;
+  }
   bool all_have_keys() const {
     for (int layer = 0; layer < layers; ++layer)
       if (!has_attention(layer) || !attention(layer).has_keys()) return false;
@@ -131,12 +177,12 @@ struct EngineConfig {
     for (const AttentionConfig& attention : attentions) largest = std::max(largest, size_t(count(attention)));
     return largest;
   }
-  // The maximum of positions that an indexer chooses for a query; 0: every query attends to all that it sees.
-  size_t index_top() const {
-    return most_of([](const AttentionConfig& a) { return a.index_top; });
+  // The maximum of positions that are chosen for a query; 0: every query attends to all that it sees.
+  size_t index_most() const {
+    return most_of([](const AttentionConfig& a) { return a.index_most(); });
   }
   // Whether experts' outputs are summed before the residual stream gets them, as norms or a factor follow.
-  bool sums_experts() const { return post_norms || own_norms || layer_scale; }
+  bool sums_experts() const { return post_norms || own_norms || layer_scale || streams > 1; }
   size_t key_positions() const { return align_up(context, kKeyBlock); }
 
   // The KV cache of a layer with a window is as long as the window and a step: position p is at place
@@ -186,16 +232,22 @@ struct EngineConfig {
   size_t kv_value_bytes() const { return half_cache ? sizeof(uint16_t) : sizeof(float); }
   size_t kv_position_bytes(int layer) const { return attention(layer).cached_values() * kv_value_bytes(); }
   size_t kv_row_bytes(int layer) const { return cached_positions(layer) * kv_position_bytes(layer); }
-  size_t index_position_bytes(int layer) const { return attention(layer).index_values() * kv_value_bytes(); }
+  size_t index_key_bytes(int layer) const { return attention(layer).index_values() * kv_value_bytes(); }
+  size_t index_keys(int layer) const {
+    return align_up(cached_positions(layer) / attention(layer).index_block, kKeyBlock);
+  }
   size_t index_keys_offset(int layer) const { return attention(layer).cached_rows() * kv_row_bytes(layer); }
   size_t kv_layer_bytes(int layer) const {
-    return index_keys_offset(layer) + cached_positions(layer) * index_position_bytes(layer);
+    return index_keys_offset(layer) + index_keys(layer) * index_key_bytes(layer);
   }
-  // Calls row(offset in the layer's cache, bytes of a position) for each row.
+  // Calls row(offset in the layer's cache, bytes of the first positions) for each row; rows are in whole key blocks.
   template <typename Row>
-  void each_kv_row(int layer, const Row& row) const {
-    for (size_t i = 0; i < attention(layer).cached_rows(); ++i) row(i * kv_row_bytes(layer), kv_position_bytes(layer));
-    if (attention(layer).index_heads) row(index_keys_offset(layer), index_position_bytes(layer));
+  void each_kv_row(int layer, size_t positions, const Row& row) const {
+    const AttentionConfig& a = attention(layer);
+    const size_t whole = std::min(align_up(positions, kKeyBlock), cached_positions(layer));
+    for (size_t i = 0; i < a.cached_rows(); ++i) row(i * kv_row_bytes(layer), whole * kv_position_bytes(layer));
+    if (a.index_heads)
+      row(index_keys_offset(layer), align_up(whole / a.index_block, kKeyBlock) * index_key_bytes(layer));
   }
   size_t kv_cache_bytes() const {
     size_t bytes = 0;
@@ -203,14 +255,16 @@ struct EngineConfig {
     return bytes;
   }
   // The recurrent state of one sequence: the offset of each layer's part, and last the bytes of all layers. The states
-  // of the heads come first, then the convolution's past inputs, (conv_kernel - 1, conv_channels).
+  // of the heads come first, then the convolution's past inputs, (conv_kernel - 1, conv_channels), and those of the
+  // embeddings of n-grams, (past, width).
   std::vector<size_t> state_offsets() const {
-    return offsets(
-        [this](int layer) { return align_up(attention(layer).state_values() * sizeof(float), kPartAlignment); });
+    return offsets([this](int layer) { return align_up(state_values(layer) * sizeof(float), kPartAlignment); });
   }
-  bool is_recurrent() const {
-    return most_of([](const AttentionConfig& a) { return a.state_values(); }) > 0;
+  size_t state_values(int layer) const {
+    const NGramConfig* its = ngrams_of(layer);
+    return attention(layer).state_values() + (its ? its->past() * width() : 0);
   }
+  bool is_recurrent() const { return state_offsets().back() > 0; }
   // Recurrent states and snapshots.
   size_t states_bytes() const { return state_buffers() * state_offsets().back() + snapshots * window_offsets().back(); }
   // How many states there is memory for: of each sequence the present one and, during a step, the next one.

@@ -69,7 +69,7 @@ void CpuMath::latent_attention(int layer, const Step& step) {
 
   // attention; one task for some tokens of a head, or for some heads if there are few tokens or each has positions of
   // its own
-  const auto is_sparse = [&](const TokenSpan& span) { return a.index_top && span.position + span.count > a.index_top; };
+  const auto is_sparse = [&](const TokenSpan& span) { return a.is_sparse(span.position + span.count); };
   const auto most_tokens = [&](const TokenSpan& span) { return is_sparse(span) ? 1 : kLatentQueries; };
   const auto heads_a_task = [&](const TokenSpan& span) {
     const int at_once = is_sparse(span) ? tokens : int(step.spans.size());

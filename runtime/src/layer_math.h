@@ -93,6 +93,10 @@ class LayerMath {
   // Begin a pass: set the residual stream to the tokens' embeddings.
   virtual void begin(const Step& step, std::span<const int32_t> ids) = 0;
 
+  // Add a layer's embeddings of n-grams to the residual stream, before the rest of the layer. rows: the table's,
+  // (tokens, inputs), in memory from shared().
+  virtual void ngrams(int layer, const Step& step, const float* rows) = 0;
+
   // Compute a layer without experts: attention, a dense MLP, or both.
   virtual void dense_layer(int layer, const Step& step) = 0;
 

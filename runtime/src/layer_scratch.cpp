@@ -13,7 +13,11 @@ void carve(Carver& carver, const EngineConfig& c, size_t queries, size_t index_q
     return a.kv_rank ? a.latent_cached() : a.has_keys() ? a.kv_dim() : 0;
   });
   const size_t hidden = std::max({pairs * c.expert_hidden, chunk * c.shared_hidden, chunk * most(c.dense)});
-  carver.carve(s.x, chunk * c.dim);
+  const bool mixes = c.streams > 1;
+  carver.carve(s.x, chunk * c.width());
+  for (float** wide : {&s.wide, &s.gates}) carver.carve(*wide, mixes || !c.ngrams.empty() ? chunk * c.width() : 0);
+  carver.carve(s.low, mixes ? chunk * c.mix_rank : 0);
+  carver.carve(s.shares, mixes ? chunk * c.streams : 0);
   carver.carve(s.normed, chunk * c.dim);
   carver.carve(s.q, chunk * widest([](const A& a) { return a.has_state() ? a.conv_channels() : a.q_dim(); }));
   carver.carve(s.k, chunk * kv_dim);
@@ -39,17 +43,18 @@ void carve(Carver& carver, const EngineConfig& c, size_t queries, size_t index_q
   carver.carve(s.o_gate, chunk * widest(gated));
   carver.carve(s.write, chunk * widest([](const A& a) { return a.recurrent() ? a.write_values() : 0; }));
   carver.carve(s.decay, chunk * widest([](const A& a) { return a.has_state() ? a.heads : 0; }));
+  if (c.index_most()) {
+    carver.carve(s.index_q, chunk * widest([](const A& a) { return a.index_heads * a.index_dim; }));
+    carver.carve(s.index_k, chunk * widest([](const A& a) { return a.index_dim; }));
+    carver.carve(s.index_weights, chunk * widest([](const A& a) { return a.kv_rank ? a.index_heads : 0; }));
+    carver.carve(s.index_scores, index_queries * c.key_positions());
+    carver.carve(s.chosen, chunk * c.index_most());
+    carver.carve(s.chosen_counts, chunk);
+  }
   if (!c.has_latents()) return;
   carver.carve(s.q_latent, chunk * widest([](const A& a) { return a.q_rank; }));
   carver.carve(s.absorbed, queries * widest([](const A& a) { return a.kv_rank ? a.latent_cached() : 0; }));
   carver.carve(s.mixed, queries * widest([](const A& a) { return a.kv_rank; }));
-  if (!c.index_top()) return;
-  carver.carve(s.index_q, chunk * widest([](const A& a) { return a.index_heads * a.index_dim; }));
-  carver.carve(s.index_k, chunk * widest([](const A& a) { return a.index_dim; }));
-  carver.carve(s.index_weights, chunk * widest([](const A& a) { return a.index_heads; }));
-  carver.carve(s.index_scores, index_queries * c.key_positions());
-  carver.carve(s.chosen, chunk * c.index_top());
-  carver.carve(s.chosen_counts, chunk);
 }
 
 }  // namespace edge_moe

@@ -17,6 +17,7 @@ struct LayerScratch {
   float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
   float* scores;                                   // (queries, context in whole key blocks)
   float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
+  float *wide, *gates, *low, *shares;              // (chunk, width) twice, (chunk, mix_rank), (chunk, streams)
   float* sum;                                      // (chunk, dim): of the experts, with EngineConfig::sums_experts
   float* logits;                                   // (logits_rows, vocab)
   std::vector<RopeTables> rope;                    // of each kind of attention
@@ -35,7 +36,7 @@ struct LayerScratch {
   float *index_q, *index_k,
       *index_weights;               // (chunk, index_heads * index_dim), (chunk, index_dim), (chunk, index_heads)
   float* index_scores;              // (queries of the indexer, context in whole key blocks)
-  int32_t *chosen, *chosen_counts;  // (chunk, index_top), (chunk,): see Choice
+  int32_t *chosen, *chosen_counts;  // (chunk, index_most()), (chunk,): see Choice
 };
 
 void carve(Carver& carver, const EngineConfig& config, size_t queries, size_t index_queries, LayerScratch& s);

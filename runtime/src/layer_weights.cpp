@@ -8,7 +8,25 @@ namespace edge_moe {
 namespace {
 
 Norm norm(const EngineConfig& c, const Trunk& trunk, const std::string& name) {
-  return {trunk.vector(name, c.dim), c.layer_norm ? trunk.vector(name + "_bias", c.dim) : nullptr};
+  return {trunk.vector(name, int(c.width())), c.layer_norm ? trunk.vector(name + "_bias", c.dim) : nullptr};
+}
+
+Mix mix(const EngineConfig& c, const Trunk& trunk, const std::string& name) {
+  if (c.streams == 1) return {};
+  return {trunk.matrix(name + ".down"), trunk.matrix(name + ".up"), trunk.matrix_if_any(name + ".share")};
+}
+
+NGramWeights ngram_weights(const EngineConfig& c, const Trunk& trunk, const std::string& prefix,
+                           const NGramConfig& its) {
+  const auto vector = [&](const char* name, int rows) {
+    return trunk.vector(prefix + "ngrams." + name, rows * int(c.width()));
+  };
+  return {trunk.matrix(prefix + "ngrams.key"),
+          trunk.matrix(prefix + "ngrams.value"),
+          vector("key_norm", 1),
+          vector("query_norm", 1),
+          vector("conv_norm", 1),
+          vector("conv", its.conv_kernel)};
 }
 
 // The name of a layer's output projection.
@@ -38,6 +56,9 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
   LayerWeights w{};
   if (has_attention) w.attention_norm = norm(c, trunk, prefix + "attention_norm");
   if (has_mlp) w.mlp_norm = norm(c, trunk, prefix + "mlp_norm");
+  if (has_attention) w.attention_mix = mix(c, trunk, prefix + "attention_mix");
+  if (has_mlp) w.mlp_mix = mix(c, trunk, prefix + "mlp_mix");
+  if (const NGramConfig* its = c.ngrams_of(layer)) w.ngrams = ngram_weights(c, trunk, prefix, *its);
   const auto rms_norm = [&](bool present, const char* name) {
     return Norm{present ? trunk.vector(prefix + name, c.dim) : nullptr, nullptr};
   };
@@ -51,7 +72,10 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
     w.q = matrix(a.q_rank ? "q_b" : "q");
     if (a.q_rank) w.q_a = matrix("q_a"), w.q_a_norm = trunk.vector(prefix + "q_a_norm", a.q_rank);
     if (a.index_heads)
-      w.index = {matrix("index.q"), matrix("index.k"), matrix("index.weights"),
+      w.index = {matrix("index.q"),
+                 matrix("index.k"),
+                 matrix("index.weights"),
+                 nullptr,
                  trunk.vector(prefix + "index.k_norm", a.index_dim),
                  trunk.vector(prefix + "index.k_norm_bias", a.index_dim)};
   } else if (a.recurrence == Recurrence::kShortConv) {
@@ -81,6 +105,11 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
     w.q_norm = vector("q_norm", a.qk_norm_full ? q_dim : a.head_dim);
     w.k_norm = vector("k_norm", a.qk_norm_full ? kv_dim : a.head_dim);
     w.sinks = vector("sinks", a.heads);
+    if (a.index_heads) {
+      w.index.q = matrix("index.q"), w.index.k = matrix("index.k");
+      w.index.q_norm = trunk.vector(prefix + "index.q_norm", a.index_dim);
+      w.index.k_norm = trunk.vector(prefix + "index.k_norm", a.index_dim);
+    }
   }
   // An MLP without a gate has an empty matrix in its place.
   const auto mlp = [&](const std::string& name) {
@@ -101,7 +130,8 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
 }
 
 EndWeights end_weights(const EngineConfig& c, const Trunk& trunk) {
-  EndWeights w{trunk.matrix("embedding"), trunk.matrix_if_any("head"), norm(c, trunk, "output_norm")};
+  EndWeights w{trunk.matrix("embedding"), trunk.matrix_if_any("head"), norm(c, trunk, "output_norm"),
+               mix(c, trunk, "output_mix")};
   if (!w.head) w.head = w.embedding;
   w.head.output_bias = trunk.vector_if_any("head_bias", c.vocab);
   return w;

@@ -9,16 +9,32 @@ namespace edge_moe {
 
 // A norm of the residual stream, or of what it gets.
 struct Norm {
-  const float *weight, *bias;  // (dim,); bias null: an RMSNorm, else a LayerNorm; weight null: there is none
+  const float *weight, *bias;  // (width,); bias null: an RMSNorm, else a LayerNorm; weight null: there is none
+};
+
+// The gates of a residual stream of several streams: what attention, MLP or head gets of it, and each stream's share of
+// what comes out. Empty if there is one stream.
+struct Mix {
+  Matrix down, up;  // (rank, width), (width, rank)
+  Matrix share;     // (streams, width) float32; empty before the head
+};
+
+// The weights of a layer's embeddings of n-grams.
+struct NGramWeights {
+  Matrix key, value;                               // (width, inputs), (dim, inputs)
+  const float *key_norm, *query_norm, *conv_norm;  // (width,), of each stream
+  const float* conv;                               // (conv_kernel, width)
 };
 
 // Of a layer's indexer, if it has one.
 struct IndexerWeights {
-  Matrix q, k, weights;               // (heads * dim, q_rank), (dim, model's dim), (heads, model's dim)
-  const float *k_norm, *k_norm_bias;  // (dim,) twice, of a LayerNorm
+  Matrix q, k, weights;  // (heads * dim, q_rank or model's dim), (dim, model's dim), over latents (heads, model's dim)
+  const float *q_norm, *k_norm, *k_norm_bias;  // (dim,) each: over latents a LayerNorm of the keys, else two RMSNorms
 };
 
 struct LayerWeights {
+  Mix attention_mix, mlp_mix;
+  NGramWeights ngrams;
   Norm attention_norm, mlp_norm;
   // Only with EngineConfig::post_norms: RMSNorms of what the residual stream gets.
   Norm attention_post_norm, mlp_post_norm;
@@ -55,6 +71,7 @@ LayerWeights layer_weights(const EngineConfig& config, const Trunk& trunk, int l
 struct EndWeights {
   Matrix embedding, head;  // the same matrix if they are tied
   Norm output_norm;
+  Mix output_mix;
 };
 EndWeights end_weights(const EngineConfig& config, const Trunk& trunk);
 

@@ -115,7 +115,7 @@ void CpuMath::heads_of_key(int layer, const TokenSpan& span, int kv_head) {
       else
         kernels_.rms_norm(out + t * values, w.o_norm, config_.norm_eps, out + t * values, a.v_dim);
       kernels_.gate_up(s_.o_gate + (span.first + t) * values + size_t(head) * a.v_dim, out + t * values, a.v_dim,
-                       {Gate::kSilu});
+                       {a.gate});
     }
   }
 

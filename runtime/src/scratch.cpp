@@ -29,6 +29,10 @@ Activations activations(const float* values, const Quantised& quantised, int col
   return x;
 }
 
+size_t ones_of(const EngineConfig& c) {
+  return std::max(c.most_of([](const AttentionConfig& a) { return a.v_norm ? a.head_dim : 0; }), size_t(c.mix_rank));
+}
+
 size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   const size_t chunk = c.chunk, threads = c.threads;
   using A = AttentionConfig;
@@ -39,14 +43,19 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   carve(carver, c, queries, std::min<size_t>(chunk, kIndexTokens), s);
   carver.carve(s.all_tokens, chunk);
   carver.carve(s.piece, queries * c.most_of([](const A& a) { return a.kv_rank ? a.kv_rank : a.head_dim; }));
-  carver.carve(s.ones, c.most_of([](const A& a) { return a.v_norm ? a.head_dim : 0; }));
+  carver.carve(s.ones, ones_of(c));
   carve(carver, s.normed_q, chunk, c.dim);
   carve(carver, s.attended_q, chunk, c.most_of([](const A& a) { return a.heads * a.v_dim; }));
   carve(carver, s.hidden_q, chunk * most(c.top_k), widest);
+  carve(carver, s.wide_q, c.mix_rank ? chunk : 0, c.width());
+  carve(carver, s.low_q, c.mix_rank ? chunk : 0, c.mix_rank);
+  carve(carver, s.ngrams_q, c.ngrams.empty() ? 0 : chunk, c.ngram_inputs());
+  carver.carve(s.index_keys, c.index_most() ? threads * c.key_positions() : 0);
+  const size_t gathered = c.most_of([](const A& a) { return a.has_keys() && a.index_top ? a.head_dim : 0; });
+  carver.carve(s.gathered, threads * 2 * align_up(c.index_most(), kKeyBlock) * gathered * c.kv_value_bytes());
   if (c.has_latents()) {
     const size_t cached = c.most_of([](const A& a) { return a.kv_rank ? a.latent_cached() : 0; });
     carver.carve(s.rows, threads * kLatentRows * cached);
-    carver.carve(s.index_keys, c.index_top() ? threads * c.key_positions() : 0);
     carve(carver, s.q_latent_q, chunk, c.most_of([](const A& a) { return a.q_rank; }));
     carve(carver, s.mixed_q, queries, c.most_of([](const A& a) { return a.kv_rank; }));
   }

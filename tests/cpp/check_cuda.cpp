@@ -123,6 +123,8 @@ int main(int count, char** arguments) try {
   check_layer();
   check_delta();
   check_index();
+  check_sparse();
+  check_streams();
   check_latent();
   check_prefill();
   std::printf("%d\n", cases);

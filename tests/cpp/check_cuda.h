@@ -21,6 +21,8 @@ void check_layer();    // check_cuda_layer.cpp
 void check_index();    // check_cuda_index.cpp
 void check_latent();   // check_cuda_latent.cpp
 void check_prefill();  // check_cuda_prefill.cpp
+void check_sparse();   // check_cuda_sparse.cpp
+void check_streams();  // check_cuda_streams.cpp
 
 template <typename T>
 struct Shared {

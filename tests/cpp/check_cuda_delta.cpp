@@ -81,7 +81,9 @@ void check_net(const cuda::RecurrentNet& net, int tokens, bool after_others, boo
   const Values<int32_t> position = {5}, numbers = {after_others ? 1 : -1, 2};
   const cuda::Span span = {position.data(), first, tokens, 0};
   const cuda::StateBuffers at = {got_buffers.data(), states + past, numbers.data()};
-  cuda::convolve(got_qkv.data(), weights.data(), net.mamba ? conv_bias.data() : nullptr, silu, net, at, span, nullptr);
+  const cuda::Taps taps = {net.conv_kernel,    net.channels(), 1,
+                           net.state_values(), silu,           net.mamba ? conv_bias.data() : nullptr};
+  cuda::convolve(got_qkv.data(), weights.data(), taps, at, span, nullptr);
   cuda::delta_inputs(got_qkv.data(), got_write.data(), got_decay.data(), bias.data(), rate.data(), net, span, nullptr);
   cuda::delta_rule(got_qkv.data(), got_write.data(), got_decay.data(), net, at, span, got_out.data(), nullptr);
   if (net.mamba)

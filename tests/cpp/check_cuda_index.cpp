@@ -83,8 +83,8 @@ void check_choice(int position, int tokens, int top, int different) {
     counts[t] = top;
   }
   const Values<int32_t> at = {position};
-  cuda::choose_top(scores.data(), room, {at.data(), 0, tokens, position + tokens}, top, got.data(), got_counts.data(),
-                   nullptr);
+  cuda::choose_top(scores.data(), room, {at.data(), 0, tokens, position + tokens}, top, 1, got.data(),
+                   got_counts.data(), nullptr);
   const std::string what = std::to_string(top) + " of " + std::to_string(position + 1) + " positions, " +
                            std::to_string(different) + " values";
   compare(what, got, want);
@@ -96,9 +96,9 @@ void check_choice(int position, int tokens, int top, int different) {
 void check_index() {
   for (bool half : {true, false})
     for (auto [position, tokens] : {std::pair{0, 1}, std::pair{3, 14}, std::pair{150, 1}, std::pair{260, 12}}) {
-      check_scores({3, 16, 8, kEps, kScale, true}, half, position, tokens, 8);
-      check_scores({19, 40, 40, kEps, kScale, false}, half, position, tokens, 5);
-      check_scores({8, 28, 12, kEps, kScale, false}, half, position, tokens, 266);
+      check_scores({3, 16, 8, kEps, kScale, true, 1}, half, position, tokens, 8);
+      check_scores({19, 40, 40, kEps, kScale, false, 1}, half, position, tokens, 5);
+      check_scores({8, 28, 12, kEps, kScale, false, 1}, half, position, tokens, 266);
     }
   for (int different : {0, 1, 3, 40})
     for (auto [position, tokens, top] : {std::tuple{0, 20, 7}, std::tuple{700, 3, 1}, std::tuple{5000, 2, 2048}})

@@ -124,10 +124,12 @@ def mean_squares(config: ModelConfig, weights, ids: np.ndarray) -> Importance:
     """Mean squares of the inputs of each expert's matrices over the tokens that chose it; 1 if there are none.
 
     ids: (sequences, tokens)."""
-    found, x = {}, Stream(ids.size, config.dim)
+    found, x = {}, Stream(ids.size, config.width)
     forward.embed(config, weights, ids, x)
     for layer in range(config.layer_count):
-        a, y, norms = Stream(ids.size, config.dim), Stream(ids.size, config.dim), forward.Held(weights)
+        a, y = Stream(ids.size, config.width), Stream(ids.size, forward.sums_dim(config, layer))
+        norms = forward.Held(weights)
+        forward.add_ngrams(config, weights, layer, x, ids)
         forward.attention(config, weights, layer, x, ids.shape[1], a)
         forward.common_mlp(config, weights, layer, a, y)
         if layer in config.moe_layers:
@@ -142,5 +144,5 @@ def mean_squares(config: ModelConfig, weights, ids: np.ndarray) -> Importance:
                     np.square(its).mean(axis=0) if len(rows) else np.ones(its.shape[1], np.float32)
                     for its in (h, inner)
                 )
-        x = y
+        x = forward.finish_mlp(config, weights, layer, a, y, lambda _, rows: Stream(rows, config.width))
     return found

@@ -36,8 +36,8 @@ PlanWidth = option(int | None, "--width", metavar="B", section=_MODEL, help="One
 PlanWidths = option(
     str | None, "--widths", metavar="NAME=B,...", section=_MODEL,
     help="Widths by kind: gate, up, down, edge_gate, edge_up, edge_down (the first and last eighth of the layers), "
-    "shared, attention, delta (delta nets), conv (short convolutions), mamba, dense, embedding, head; other expert "
-    "matrices have --width, or 4.",
+    "shared, attention, delta (delta nets), conv (short convolutions), mamba, dense, streams, embedding, head; other "
+    "expert matrices have --width, or 4.",
 )  # fmt: skip
 PlanTrunkWidth = option(
     int | None, "--trunk-width", metavar="B", section=_MODEL, help="Width of all weights but the experts' [default: 8]."
