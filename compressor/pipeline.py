@@ -17,6 +17,7 @@ from .. import __version__, _core
 from ..devices.probe import default_threads
 from ..runtime import reference
 from ..runtime.bundle import Bundle
+from ..runtime.codecs import PROJECTIONS
 from ..runtime.config import ModelConfig, trunk_shapes
 from ..runtime.config_file import read_json
 from ..runtime.tokenizer import tokenizer_of
@@ -473,7 +474,8 @@ class Compression:
 
     def rounded_types(self) -> list[str]:
         """Types of the checkpoint's matrices that have more significant bits than the bfloat16 of width 16."""
-        names = [f"layers.{self.config.moe_layers[0]}.experts.0.up"]
+        parts = PROJECTIONS if self.config.gated else PROJECTIONS[1:]
+        names = [f"layers.{self.config.moe_layers[0]}.experts.0.{part}" for part in parts]
         names += [name for name, how in self.trunk.items() if how.widths[0] == 16]
         return sorted({self.checkpoint.dtype(name) for name in names} & {"F16", "F32"})
 
