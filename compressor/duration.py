@@ -19,6 +19,7 @@ from .passes.calibrate import Calibration
 from .passes.expert_rows import FIT_BYTES
 from .rounding.gptq import SWEEPS, Curvature, gptq
 from .rounding.round_trunk import FITTED_ROWS
+from .writing.writer import table_packing
 
 PIECE_ROWS, PIECE_COLS = 256, 1024  # of a matrix that is timed, at the most
 PRODUCT = 512  # rows and columns of the product that is timed
@@ -43,7 +44,7 @@ def _estimate(compression, calibration: Calibration | None, workers: int) -> flo
     o, config, checkpoint = compression.o, compression.config, compression.checkpoint
     layer = config.moe_layers[0]
     matrices = [matrix for matrix in checkpoint.expert(layer, 0) if len(matrix)]
-    reading = _seconds(lambda: checkpoint.expert(layer, 0)) * config.expert_count
+    reading = _seconds(lambda: checkpoint.expert(layer, 0)) * config.expert_count + _table_seconds(compression)
     if calibration is None or config.dim % GROUP or config.expert_hidden % GROUP:
         packing = sum(_plain_seconds(compression, matrix) for matrix in matrices) * config.expert_count
         return reading + packing
@@ -100,6 +101,22 @@ def _plain_seconds(compression, matrix: np.ndarray) -> float:
     piece = np.ascontiguousarray(matrix[:PIECE_ROWS])
     took = _seconds(lambda: quantise(piece, width, GROUP, search=o.method != "rtn", threads=compression.threads))
     return took * len(matrix) / len(piece)
+
+
+def _table_seconds(compression) -> float:
+    """Of reading and packing the tables of n-gram embeddings."""
+    from .rounding.quantise import quantise
+
+    seconds, checkpoint = 0.0, compression.checkpoint
+    for name, (rows, cols) in compression.config.tables.items():
+        packing, some = table_packing(compression.trunk["embedding"], cols), min(rows, 8 * PIECE_ROWS)
+
+        def pack(name=name, packing=packing, some=some) -> None:
+            values = checkpoint.table_part(name, 0, some)
+            quantise(values, packing.widths[0], packing.group, search=False, threads=compression.threads)
+
+        seconds += _seconds(pack) * rows / some
+    return seconds
 
 
 def _matrix_seconds(matrix: np.ndarray, sweeps: int) -> float:

@@ -32,7 +32,7 @@ from .passes.calibrate import Calibration, load_calibration
 from .passes.streams import Stream
 from .rounding.quantise import quantise, trunk_packing
 from .rounding.round_layers import PackedTrunk, Rounding, Track, kept
-from .rounding.round_tables import write_tables
+from .rounding.round_tables import write_table
 from .source.checkpoint import Checkpoint
 from .source.copied_files import contents
 from .writing import own
@@ -145,10 +145,12 @@ class Compression:
     @property
     def phases(self) -> tuple[str, ...]:
         """What a run does, in order."""
+        tables = ("tables",) if self.config.tables else ()
         if not self.o.calibrates:
-            return ("quantise",)
+            return ("quantise", *tables)
         measure = ("measure",) if self.measured_choices() else ()
-        return ("read text", *measure, "choose widths", "round", *(("certify",) if self.o.certificate else ()))
+        certify = ("certify",) if self.o.certificate else ()
+        return ("read text", *measure, "choose widths", "round", *certify, *tables)
 
     def begin(self, phase: str) -> None:
         self.on_phase(phase, self.phases)
@@ -415,9 +417,19 @@ class Compression:
 
     def write_tables(self, writer: BundleWriter) -> None:
         """Write the tables of n-gram embeddings, without those that a run before has written."""
-        writer.tables_written |= set(self.journal.read(TABLES)) if self.journal.has(TABLES) else set()
-        write_tables(writer, self.checkpoint, self.threads)
-        self.journal.write(TABLES, sorted(writer.tables_written))
+        if not writer.tables:
+            return
+        self.begin("tables")
+        if writer.resumable and self.journal.has(TABLES):
+            writer.tables_written |= set(self.journal.read(TABLES))
+        before, total = 0, sum(table.rows for table in writer.tables)
+        for table in writer.tables:
+            if table.name not in writer.tables_written:
+                tell = lambda rows, before=before: self.tell("tables", before + rows, total)  # noqa: E731
+                write_table(writer, table, self.checkpoint, self.threads, tell)
+                if writer.resumable:
+                    self.journal.write(TABLES, sorted(writer.tables_written))
+            before += table.rows
 
     def track(self, name: str, packing: dict, writer: BundleWriter | None) -> Track:
         weights = PackedTrunk(self.checkpoint, self.config, self.trunk, writer, self.threads)
@@ -462,7 +474,7 @@ class Compression:
                 bias = reference.expert_bias(config, self.checkpoint, layer, index)
                 writer.write_expert(layer, index, record, bias)
                 self.tell("quantise", done, total)
-            write_tables(writer, self.checkpoint, threads)
+            self.write_tables(writer)
             writer.finish(publish=self._publish)
         return Bundle.open(self.out)
 

@@ -16,7 +16,7 @@ from edge_moe import _core
 from edge_moe.bench import EMBEDDED
 from edge_moe.compressor.rounding.bundle_weights import BundleWeights
 from edge_moe.compressor.rounding.quantise import quantise, trunk_packing
-from edge_moe.compressor.rounding.round_tables import write_tables
+from edge_moe.compressor.rounding.round_tables import write_table
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.writing.writer import BundleWriter, Packing, table_bytes
 from edge_moe.runtime import reference
@@ -106,7 +106,8 @@ def write_bundle(
             matrices = zip(weights.expert(*key), packing.widths, strict=True)
             packed = [quantise(matrix, width, packing.group) for matrix, width in matrices]
             writer.write_expert(*key, packed, reference.expert_bias(config, weights, *key))
-        write_tables(writer, weights, threads=1)
+        for table in writer.tables:
+            write_table(writer, table, weights, threads=1)
         writer.finish()
     return out
 

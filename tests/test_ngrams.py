@@ -147,3 +147,38 @@ def test_a_table_is_on_disk_and_not_in_the_plan(golden, bundle):
         assert plan.table_rows == 8
         assert "tables of n-grams, of which a token reads 8 rows" in str(plan)
     assert use(bundle, golden[NAME][1][:8]).shape[0] == 8
+
+
+def test_a_run_that_ends_between_two_tables_goes_on_with_the_second(golden, tmp_path):
+    source, begun, out = golden[NAME][0], [], tmp_path / "b.emoe"
+
+    class Stopped(Exception):
+        pass
+
+    def stop_at_the_second(step: str, done: int, of: int) -> None:
+        if step == "tables":
+            begun.append(done)
+            if done == of:
+                raise Stopped
+
+    options = {"bits": 6, "tokens": 512, "calibration": (calibration(tmp_path, golden),), "certificate": False}
+    with pytest.raises(Stopped):
+        compress(source, out, progress=stop_at_the_second, **options)
+    phases, told = [], []
+    made = compress(
+        source,
+        out,
+        progress=lambda step, done, of: told.append((done, of)) if step == "tables" else None,
+        on_phase=lambda name, names: phases.append((name, names)),
+        **options,
+    )
+    rows = [table.rows for table in made.tables]
+    assert begun == [rows[0], sum(rows)] and told == [(sum(rows), sum(rows))]
+    assert phases[-1][0] == "tables" == phases[-1][1][-1]
+    for _ in verify(made):
+        pass
+
+
+def calibration(tmp_path, golden):
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(2, golden[NAME][2].shape[1], 4096))
+    return tmp_path / "ids.npy"

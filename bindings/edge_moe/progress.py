@@ -15,6 +15,7 @@ PHASES = {  # of compress: the displayed name, and an estimated share of the tim
     "round": ("round experts", 50),
     "certify": ("compare with the source", 4),
     "quantise": ("round to nearest", 100),
+    "tables": ("round tables of n-grams", 20),
 }
 STEPS = {"adjust top_k": "choose widths"}  # steps of the library that belong to another phase
 

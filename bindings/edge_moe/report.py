@@ -30,7 +30,7 @@ def bundle_text(about: dict) -> str:
         "experts": f"{experts}{of} a layer of {about['expert_hidden']}, top {top_k}{shared}",
         "dropped": dropped or "none",
         "bytes": f"{size(about['bundle_bytes'])}: experts {size(about['expert_bytes'])}, trunk "
-        f"{size(about['trunk_bytes'])}",
+        f"{size(about['trunk_bytes'])}" + (f", tables {size(about['table_bytes'])}" if about["table_bytes"] else ""),
         "trunk": ", ".join(f"{kind} {_range(widths)} bits" for kind, widths in about["trunk_widths"].items()),
         "bits": f"{about['bits_per_weight']:.3f} per expert weight, scales, biases and padding included",
         "method": method.get("name", "not recorded") + f", written by {about['tool']}",

@@ -2,24 +2,22 @@
 
 from collections.abc import Callable
 
+from ...runtime.row_tables import RowTable
 from ..writing.writer import BundleWriter
 from .quantise import quantise
 
 STEP_VALUES = 1 << 24  # of a table that are in memory at a time
 
 
-def write_tables(
-    writer: BundleWriter, weights, threads: int, tell: Callable[[str, int], None] = lambda name, rows: None
+def write_table(
+    writer: BundleWriter, table: RowTable, weights, threads: int, tell: Callable[[int], None] = lambda rows: None
 ) -> None:
-    """Write the tables that have not been written. weights: has table_part(name, first, count), float32 (count, cols);
-    tell: called with a table's name and how many of its rows are done."""
-    for table in writer.tables:
-        if table.name in writer.tables_written:
-            continue
-        step, encoding = max(STEP_VALUES // table.cols, 1), table.encoding
-        for first in range(0, table.rows, step):
-            values = weights.table_part(table.name, first, min(step, table.rows - first))
-            packed = quantise(values, encoding.width, encoding.group, search=False, threads=threads)
-            writer.write_rows(table, first, packed)
-            tell(table.name, first + len(values))
-        writer.finish_table(table)
+    """Write a table. weights: has table_part(name, first, count), float32 (count, cols); tell: called with the rows
+    done."""
+    step, encoding = max(STEP_VALUES // table.cols, 1), table.encoding
+    for first in range(0, table.rows, step):
+        values = weights.table_part(table.name, first, min(step, table.rows - first))
+        packed = quantise(values, encoding.width, encoding.group, search=False, threads=threads)
+        writer.write_rows(table, first, packed)
+        tell(first + len(values))
+    writer.finish_table(table)
