@@ -14,6 +14,7 @@ from test_cli import error_of, object_of
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.rounding.bundle_weights import BundleWeights
 from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.source.gguf_architectures import ARCHITECTURES
 from edge_moe.compressor.source.gguf_tokenizer import SPLITS
 
 gguf = pytest.importorskip("gguf")
@@ -229,11 +230,11 @@ def test_the_tokenizer_and_the_chat_template_come_with_the_file(tmp_path):
     assert not directory.exists()
 
 
-@pytest.mark.parametrize("pre", ["qwen2", "gpt-4o", "minimax-m2"])
+@pytest.mark.parametrize("pre", ["qwen2", "qwen35", "gpt-4o", "minimax-m2"])
 def test_texts_are_split_into_words_as_by_transformers(pre):
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
     tokenizers = pytest.importorskip("tokenizers")
-    text = "I'll DON'T camelCase  HTMLParser x=12345;\r\n\n\t// a/b\n été naïve 日本語 ３４ end  "
+    text = "I'll DON'T camelCase  HTMLParser x=12345;\r\n\n\t// a/b\n été naïve cafe\u0301 日本語 ３４ end  "
     words = [
         tokenizers.pre_tokenizers.Split(tokenizers.Regex(one), behavior="isolated").pre_tokenize_str(text)
         for one in (SPLITS[pre], mapping.GGUF_PRE_TOKENIZER_SPLITS[pre])
@@ -275,8 +276,8 @@ def test_what_is_no_model_of_a_known_architecture_is_refused(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     assert error_of("compress", tmp_path / "dense.gguf", tmp_path / "out.emoe") == (
-        f"{tmp_path}/dense.gguf: GGUF architecture 'qwen3' is not supported; supported are qwen3moe, qwen2moe, olmoe, "
-        "llama, glm4moe, minimax-m2, gpt-oss; for others use the checkpoint in safetensors format"
+        f"{tmp_path}/dense.gguf: GGUF architecture 'qwen3' is not supported; supported are "
+        f"{', '.join(ARCHITECTURES)}; for others use the checkpoint in safetensors format"
     )
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "dense.gguf").read_bytes()[:30])
     assert error_of("plan", tmp_path / "cut.gguf").startswith(

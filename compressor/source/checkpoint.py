@@ -23,9 +23,9 @@ from ...runtime.files import real_path
 from ...runtime.hub import HubModel
 from ...runtime.model_path import find_model, raise_if_other_format
 from ...runtime.tensorfile import Stored, read_header
-from . import codes
+from . import codes, gguf_model
 from .formats import MXFP4, Tensor, locate
-from .gguf_file import find_gguf, unpacked
+from .gguf_file import find_gguf
 from .hub_files import hub_files
 from .names import Names, Source, sources
 from .quantisation import MX_BLOCK, Block, quantisation_of, scale_blocks
@@ -58,7 +58,7 @@ class Checkpoint:
         else:
             self.directory = find_model(directory, gguf=True)
             if (file := find_gguf(self.directory)) is not None:
-                self.directory, gguf = self._kept.enter_context(unpacked(file))
+                self.directory, gguf = self._kept.enter_context(gguf_model.unpacked(file))
         path = self.directory / "config.json"
         if not path.is_file() and self.directory.is_dir():
             raise_if_other_format(self.directory)
@@ -67,12 +67,13 @@ class Checkpoint:
         self.config: ModelConfig = load_config(self.directory)
         real_path(self.directory, path.name)
         family = family_of(raw, str(path))
-        stored = gguf.stored(family) if gguf else _read_headers(self.directory)
+        stored = gguf_model.stored(gguf, family) if gguf else _read_headers(self.directory)
         if self.remote:
             self.remote.forget_headers()
         names = Names.of(self.config, family, stored)
         if gguf:
-            names = replace(names, conversions={**names.conversions, **gguf.conversions(self.config)})
+            changes = gguf_model.conversions(gguf, self.config, family)
+            names = replace(names, mlx=True, conversions=changes)  # shapes are those of mlx-lm
         if self.config.tied_head and names.head in stored and not self._is_embedding(stored, names, blocks):
             self.config = replace(self.config, tied_head=False)
         self._tensors = _match(self.directory, sources(self.config, names), names.head, stored, blocks)

@@ -11,6 +11,8 @@ _END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 SPLITS = {  # regular expressions of words, by the name in the metadata
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+",
+    "qwen35": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+",
     "glm4": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+",
     "gpt-4o": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _END + "|"
@@ -19,7 +21,7 @@ SPLITS = {  # regular expressions of words, by the name in the metadata
     "smollm": "",  # single digits, then as GPT-2
 }
 SPLITS["minimax-m2"] = SPLITS["gpt-4o"]
-NORMALISED = ("qwen2",)  # to NFC
+NORMALISED = ("qwen2", "qwen35")  # to NFC
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 

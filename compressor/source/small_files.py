@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ...runtime.hub import HubModel
 from ...runtime.model_path import find_model
-from .gguf_file import find_gguf, unpacked
+from .gguf_file import find_gguf
+from .gguf_model import unpacked
 from .hub_files import tables
 
 

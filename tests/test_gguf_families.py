@@ -1,0 +1,64 @@
+"""GGUF files of families whose tensors llama.cpp's converter changes: they are read as the checkpoints they were."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bundles import logits_of
+from golden_checkpoints import write_checkpoint
+from test_checkpoint import assert_same_tensors, refusal
+
+pytest.importorskip("gguf")
+import gguf_files
+
+from edge_moe.compressor.pipeline import compress
+from edge_moe.compressor.source.checkpoint import Checkpoint
+
+CHANGED = {  # keys of config.json whose values the released models have, as no metadata does
+    "qwen3_next": {},
+    "qwen3_5_moe": {},
+    "qwen3_5_moe_text": {},
+}
+
+
+def source_of(kind: str, directory: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    """A golden checkpoint, with the keys of CHANGED."""
+    source, *golden = write_checkpoint(kind, directory / "source")
+    config = json.loads((source / "config.json").read_text())
+    config.get("text_config", config).update(CHANGED[kind])
+    (source / "config.json").write_text(json.dumps(config))
+    return source, *golden
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_a_gguf_file_is_the_checkpoint_it_was_made_of(tmp_path, kind):
+    source, token_ids, logits = source_of(kind, tmp_path)
+    gguf_files.write(source, tmp_path / "model.gguf")
+    checkpoint, wanted = Checkpoint(tmp_path / "model.gguf"), Checkpoint(source)
+    assert checkpoint.config == replace(wanted.config, architecture=checkpoint.config.architecture)
+    assert checkpoint.unused == []
+    assert_same_tensors(checkpoint, wanted)
+    if not CHANGED[kind]:
+        compress(tmp_path / "model.gguf", tmp_path / "out.emoe", bits=16, threads=1)
+        found = logits_of(tmp_path / "out.emoe", token_ids, ram="2GB", threads=1)
+        np.testing.assert_allclose(found, logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "kind, spelling", [("qwen3_next", "old"), ("qwen3_next", "joined"), ("qwen3_5_moe_text", "joined")]
+)
+def test_other_spellings_are_read(tmp_path, kind, spelling):
+    source = source_of(kind, tmp_path)[0]
+    gguf_files.write(source, tmp_path / "model.gguf", **{spelling: True})
+    checkpoint, wanted = Checkpoint(tmp_path / "model.gguf"), Checkpoint(source)
+    assert checkpoint.unused == []
+    assert_same_tensors(checkpoint, wanted)
+
+
+def test_a_layer_without_tensors_is_refused(tmp_path):
+    gguf_files.write(source_of("qwen3_next", tmp_path)[0], tmp_path / "model.gguf", changes={"block_count": 5})
+    assert refusal(ValueError, lambda: Checkpoint(tmp_path / "model.gguf")) == (
+        f"{tmp_path}/model.gguf: layer 4 has none of the tensors attn_q, ssm_out; download it again"
+    )
