@@ -85,8 +85,8 @@ def stacked(source: Path) -> dict[str, np.ndarray]:
 
 def gemma4_divisors(raw: dict) -> np.ndarray:
     """What the angles of each pair are divided by in global layers, which makes those that are not rotated nearly 0."""
-    pairs = raw["global_head_dim"] // 2
-    rotated = int(raw["global_head_dim"] * raw["rope_parameters"]["full_attention"]["partial_rotary_factor"] / 2)
+    pairs = raw["per_layer_config"][str(raw["num_hidden_layers"] - 1)]["head_dim"] // 2
+    rotated = int(pairs * raw["rope_parameters"]["full_attention"]["partial_rotary_factor"])
     return np.repeat([1.0, 1e30], [rotated, pairs - rotated])
 
 
@@ -143,13 +143,11 @@ def of_qwen3_next(raw: dict) -> dict:
 
 def of_gemma4(raw: dict) -> dict:
     ropes, windowed = raw["rope_parameters"], [kind == "sliding_attention" for kind in raw["layer_types"]]
-    of_global = raw["num_key_value_heads"]
-    if raw["attention_k_eq_v"]:
-        of_global = raw["num_global_key_value_heads"]
+    of_layers = [raw | raw["per_layer_config"].get(str(layer), {}) for layer in range(len(windowed))]
     return {
-        "attention.head_count_kv": [raw["num_key_value_heads"] if its else of_global for its in windowed],
-        "attention.key_length": raw["global_head_dim"],
-        "attention.value_length": raw["global_head_dim"],
+        "attention.head_count_kv": [its["num_key_value_heads"] for its in of_layers],
+        "attention.key_length": of_layers[-1]["head_dim"],
+        "attention.value_length": of_layers[-1]["head_dim"],
         "attention.key_length_swa": raw["head_dim"],
         "attention.value_length_swa": raw["head_dim"],
         "attention.sliding_window": raw["sliding_window"],
@@ -160,7 +158,7 @@ def of_gemma4(raw: dict) -> dict:
         "expert_used_count": raw["top_k_experts"],
         "rope.freq_base": float(ropes["full_attention"]["rope_theta"]),
         "rope.freq_base_swa": float(ropes["sliding_attention"]["rope_theta"]),
-        "rope.dimension_count": raw["global_head_dim"],
+        "rope.dimension_count": of_layers[-1]["head_dim"],
         "rope.dimension_count_swa": raw["head_dim"],
     }
 
@@ -224,7 +222,7 @@ def converted(kind: str, raw: dict, key: str, values: np.ndarray, old: bool) -> 
     elif key.endswith("gate.e_score_correction_bias"):
         key = f"blk.{key.split('.')[2]}.exp_probs_b.bias"
     elif ".mixer.experts." in key:
-        key = key.replace(".mixer.", ".mlp.")
+        key = key.replace("backbone", "model").replace(".mixer.", ".mlp.")
     elif kind == "nemotron_h" and key.endswith(".mixer.norm.weight"):
         values = values.reshape(raw["n_groups"], -1)
     elif key.endswith("shared_expert_gate.weight"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bundles import logits_of
 from golden_checkpoints import write_checkpoint
-from test_checkpoint import assert_same_tensors, refusal
+from test_checkpoint import assert_same_tensors, read_file, refusal, write_file
 
 pytest.importorskip("gguf")
 import gguf_files
@@ -20,12 +20,26 @@ CHANGED = {  # keys of config.json whose values the released models have, as no 
     "qwen3_next": {},
     "qwen3_5_moe": {},
     "qwen3_5_moe_text": {},
+    "gemma4": {},
+    "gemma4_text": {
+        "attention_bias": False,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 50.0, "partial_rotary_factor": 0.25},
+        },
+    },
+    "lfm2_moe": {"routed_scaling_factor": 1.0},
+    "nemotron_h": {"time_step_min": 0.001},
 }
 
 
 def source_of(kind: str, directory: Path) -> tuple[Path, np.ndarray, np.ndarray]:
-    """A golden checkpoint, with the keys of CHANGED."""
+    """A golden checkpoint, with the keys of CHANGED, and without biases if these say so."""
     source, *golden = write_checkpoint(kind, directory / "source")
+    if CHANGED[kind].get("attention_bias") is False:
+        tensors = read_file(source / "model.safetensors")
+        left = {key: its for key, its in tensors.items() if not key.endswith("_proj.bias")}
+        write_file(source / "model.safetensors", left)
     config = json.loads((source / "config.json").read_text())
     config.get("text_config", config).update(CHANGED[kind])
     (source / "config.json").write_text(json.dumps(config))

@@ -4,6 +4,7 @@ llama.cpp's graphs have some choices that the metadata lacks, such as whether ro
 are here.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from ...runtime.layers.delta_net import DeltaNet
 from ...runtime.models.family import conv_read
 from .gguf_file import GgufFile
 
+NOT_ROTATED = 1e20  # the least divisor of an angle that leaves a pair as it is
 Convert = Callable[[np.ndarray], np.ndarray]
 USUAL_KEYS = {  # of config.json, by those of the metadata
     "embedding_length": "hidden_size",
@@ -114,6 +116,73 @@ def value_heads_in_turn(config: ModelConfig) -> dict[str, Convert]:
     }
 
 
+def of_gemma4(file: GgufFile) -> dict[str, object]:
+    """Keys of Gemma 4, whose layers with a window and without one differ in their heads and angles."""
+    windowed, kv_heads = file.value("attention.sliding_window_pattern"), file.value("attention.head_count_kv")
+    if not isinstance(windowed, list) or len(windowed) != file.layers:
+        raise ValueError(
+            f"{file.path}: attention.sliding_window_pattern is {windowed!r}, expected true or false for each of the "
+            f"{file.layers} layers"
+        )
+    kinds = ["sliding_attention" if its else "full_attention" for its in windowed]
+    kv_heads = kv_heads if isinstance(kv_heads, list) else [kv_heads] * file.layers
+    widths = {False: file.value("attention.key_length"), True: file.value("attention.key_length_swa")}
+    its_own = zip(widths.items(), ("rope.dimension_count", "rope.dimension_count_swa"), strict=True)
+    if wrong := [key for (_, width), key in its_own if file.value(key) not in (None, width)]:
+        raise ValueError(f"{file.path}: {wrong[0]} is {file.value(wrong[0])}, expected all of a head's dimensions")
+    return {
+        "layer_types": kinds,
+        "head_dim": widths[True],
+        "per_layer_config": {
+            str(layer): {"head_dim": widths[its], "num_key_value_heads": heads}
+            for layer, (its, heads) in enumerate(zip(windowed, kv_heads, strict=True))
+        },
+        "attention_k_eq_v": any(f"blk.{layer}.attn_v.weight" not in file.tensors for layer in range(file.layers)),
+        "rope_theta": None,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": file.value("rope.freq_base_swa")},
+            "full_attention": {"rope_type": "proportional", "rope_theta": file.value("rope.freq_base")}
+            | rotated_share(file),
+        },
+    }
+
+
+def rotated_share(file: GgufFile) -> dict[str, object]:
+    """The share of a head's pairs that RoPE rotates, the first ones, and what divides their angles; the others' divisor
+    is so large that they stay as they are."""
+    if (tensor := file.tensors.get("rope_freqs.weight")) is None:
+        return {"partial_rotary_factor": 1.0}
+    size = math.prod(tensor.shape) if tensor.dtype == "F32" else 0
+    divisors = np.fromfile(tensor.path, np.float32, size, offset=tensor.offset)
+    count = int((divisors < NOT_ROTATED).sum())
+    if count == 0 or (divisors[:count] != divisors[0]).any():
+        raise ValueError(f"{file.path}: tensor rope_freqs.weight (rescaled RoPE frequencies) is not supported")
+    return {"partial_rotary_factor": count / divisors.size, "factor": float(divisors[0])}
+
+
+def of_lfm2(file: GgufFile) -> dict[str, object]:
+    """Keys of LFM2."""
+    return {
+        "layer_types": layer_kinds(file, {"attn_q": "full_attention", "shortconv.conv": "conv"}),
+        "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in file.tensors),
+    }
+
+
+def of_nemotron(file: GgufFile) -> dict[str, object]:
+    """Keys of Nemotron-H."""
+    kinds = {"ssm_in": "linear_attention", "attn_q": "full_attention", "ffn_gate_inp": "moe", "ffn_up": "mlp"}
+    found = layer_kinds(file, kinds)
+    dense = file.tensors[f"blk.{found.index('mlp')}.ffn_up.weight"].shape[0] if "mlp" in found else None
+    return {
+        "layers_block_type": found,
+        "intermediate_size": dense,
+        "mamba_head_dim": quotient(file, "ssm.inner_size", "ssm.time_step_rank"),
+        "use_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in file.tensors),
+        "n_group": file.value("expert_group_count") or 1,
+        "topk_group": file.value("expert_group_used_count") or 1,
+    }
+
+
 ALL_OF_ONE_SIZE = {"expert_count": "num_local_experts", "expert_feed_forward_length": "intermediate_size"}
 DELTA_NETS = {
     "ssm.conv_kernel": "linear_conv_kernel_dim",
@@ -166,5 +235,73 @@ ARCHITECTURES = {
         names=OF_DELTA_NETS,
         more=of_delta_nets,
         conversions=value_heads_in_turn,
+    ),
+    "gemma4": Architecture(
+        "gemma4_text",
+        {"enable_moe_block": True},
+        {
+            "attention.sliding_window": "sliding_window",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "expert_used_count": "top_k_experts",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        names={
+            "post_attention_norm": "attention_post_norm",
+            "pre_ffw_norm_2": "mlp_norm",
+            "ffn_gate_inp.scale": "router_norm",
+            "ffn_down_exps.scale": "expert_scale",
+            "post_ffw_norm_2": "experts_post_norm",
+            "ffn_norm": "shared_norm",
+            **{f"ffn_{part}": f"shared.{part}" for part in ("gate", "up", "down")},
+            "post_ffw_norm_1": "shared_post_norm",
+            "post_ffw_norm": "mlp_post_norm",
+            "layer_output_scale": "layer_scale",
+        },
+        more=of_gemma4,
+        rope_factors=True,
+    ),
+    "lfm2moe": Architecture(
+        "lfm2_moe",
+        {"conv_bias": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+        {
+            "attention.layer_norm_rms_epsilon": "norm_eps",
+            "leading_dense_block_count": "num_dense_layers",
+            "shortconv.l_cache": "conv_L_cache",
+        },
+        names={
+            "token_embd_norm": "output_norm",
+            "shortconv.in_proj": "conv.in_proj.weight",
+            "shortconv.conv": "conv.weights",
+            "shortconv.out_proj": "conv.o",
+        },
+        more=of_lfm2,
+    ),
+    "nemotron_h_moe": Architecture(
+        "nemotron_h",
+        {},
+        {
+            "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+            "expert_count": "n_routed_experts",
+            "expert_shared_feed_forward_length": "moe_shared_expert_intermediate_size",
+            "expert_weights_norm": "norm_topk_prob",
+            "expert_weights_scale": "routed_scaling_factor",
+            "moe_latent_size": "moe_latent_size",
+            "ssm.conv_kernel": "conv_kernel",
+            "ssm.group_count": "n_groups",
+            "ssm.state_size": "ssm_state_size",
+            "ssm.time_step_rank": "mamba_num_heads",
+        },
+        names={
+            "ssm_in": "mixer.in_proj.weight",
+            "ssm_conv1d": "mamba.conv",
+            "ssm_dt.bias": "mamba.step_bias",
+            "ssm_a": "mamba.decay_rate",
+            "ssm_d": "mamba.skip",
+            "ssm_norm": "mamba.norm",
+            "ssm_out": "mamba.o",
+        },
+        more=of_nemotron,
+        conversions=lambda config: {"mamba.decay_rate": np.negative},
     ),
 }

@@ -29,8 +29,12 @@ class GgufFile:
         return (self.value("block_count") or 0) - (self.value("nextn_predict_layers") or 0)
 
     def value(self, key: str):
-        """A value of the metadata by its key without the architecture; None if it is not there."""
-        return self.fields.get(f"{self.architecture}.{key}")
+        """A value of the metadata by its key without the architecture; None if it is not there.
+
+        Numbers were float32, and have the digits that these keep.
+        """
+        value = self.fields.get(f"{self.architecture}.{key}")
+        return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def read_gguf(path: Path) -> GgufFile:

@@ -25,7 +25,8 @@ SHAPES: dict[
     str, Callable[[tuple[int, ...]], tuple[int, ...]]
 ] = {  # by canonical name, if they differ from what is read
     "shared_router": lambda shape: (1, math.prod(shape)),
-    "delta.conv": lambda shape: (*shape, 1),
+    **dict.fromkeys(("delta.conv", "mamba.conv", "conv.weights"), lambda shape: (*shape, 1)),
+    **dict.fromkeys(("mamba.decay_rate", "mamba.skip", "mamba.norm"), lambda shape: (math.prod(shape),)),
 }
 
 FUSED = "ffn_gate_up_exps"
@@ -72,7 +73,6 @@ def config(file: GgufFile) -> dict:
     for key, to in {**USUAL_KEYS, **its.keys}.items():
         if (value := file.value(key)) is not None:
             found[to] = _of_all_layers(value)
-    found |= {key: float(f"{value:.7g}") for key, value in found.items() if isinstance(value, float)}  # was float32
     found |= its.always | {"model_type": its.model_type, "num_hidden_layers": file.layers, "hidden_act": "silu"}
     if (embedding := file.tensors.get("token_embd.weight")) is not None:
         found["vocab_size"] = embedding.shape[0]
