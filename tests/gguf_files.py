@@ -45,7 +45,7 @@ def write(source: Path, out: Path, old: bool = False, joined: bool = False, chan
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_tokenizer_model("none")
     writer.add_eos_token_id(1)
-    for key, value in ({**usual_metadata(raw), **METADATA[kind](raw)} | (changes or {})).items():
+    for key, value in ({**usual_metadata(raw), **METADATA[kind](raw, old)} | (changes or {})).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         if value is not None:
             add.get(type(value), writer.add_array)(f"{writer.arch}.{key}", value)
@@ -124,7 +124,7 @@ def usual_metadata(raw: dict) -> dict:
     }
 
 
-def of_qwen3_next(raw: dict) -> dict:
+def of_qwen3_next(raw: dict, _old: bool) -> dict:
     rope = raw["rope_parameters"]
     rotated = int(raw["head_dim"] * rope.get("partial_rotary_factor", 0.25))
     sections = rope.get("mrope_section") or [(rotated // 2 + 2 - at) // 3 for at in range(3)]
@@ -141,7 +141,7 @@ def of_qwen3_next(raw: dict) -> dict:
     }
 
 
-def of_gemma4(raw: dict) -> dict:
+def of_gemma4(raw: dict, _old: bool) -> dict:
     ropes, windowed = raw["rope_parameters"], [kind == "sliding_attention" for kind in raw["layer_types"]]
     of_layers = [raw | raw["per_layer_config"].get(str(layer), {}) for layer in range(len(windowed))]
     return {
@@ -163,7 +163,7 @@ def of_gemma4(raw: dict) -> dict:
     }
 
 
-def of_lfm2(raw: dict) -> dict:
+def of_lfm2(raw: dict, _old: bool) -> dict:
     return {
         "attention.head_count_kv": [
             raw["num_key_value_heads"] * (kind == "full_attention") for kind in raw["layer_types"]
@@ -174,7 +174,7 @@ def of_lfm2(raw: dict) -> dict:
     }
 
 
-def of_nemotron(raw: dict) -> dict:
+def of_nemotron(raw: dict, _old: bool) -> dict:
     kinds = raw["layers_block_type"]
     return {
         "block_count": len(kinds),
@@ -197,12 +197,47 @@ def of_nemotron(raw: dict) -> dict:
     }
 
 
+def of_deepseek(raw: dict, old: bool) -> dict:
+    rope, head = raw["rope_parameters"], raw["qk_nope_head_dim"] + raw["qk_rope_head_dim"]
+    ends = "" if old else "_mla"
+    found = {
+        "attention.head_count_kv": raw["num_attention_heads"] if old else 1,
+        "attention.key_length": raw["kv_lora_rank"] + raw["qk_rope_head_dim"],
+        "attention.value_length": raw["kv_lora_rank"],
+        f"attention.key_length{ends}": head,
+        f"attention.value_length{ends}": raw["v_head_dim"],
+        "attention.q_lora_rank": raw["q_lora_rank"],
+        "attention.kv_lora_rank": raw["kv_lora_rank"],
+        "rope.dimension_count": raw["qk_rope_head_dim"],
+        "leading_dense_block_count": raw.get("first_k_dense_replace", 1),
+        "expert_shared_count": raw["n_shared_experts"],
+        "expert_weights_scale": float(raw["routed_scaling_factor"]),
+        "expert_weights_norm": True if raw.get("norm_topk_prob") else None,
+        "expert_gating_func": 1 if raw["model_type"] == "deepseek_v2" else 2,
+        "expert_group_count": raw.get("n_group") or 1,
+        "expert_group_used_count": raw.get("topk_group") or 1,
+    }
+    if rope["rope_type"] == "yarn":
+        found |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": rope["factor"],
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"],
+            "rope.scaling.yarn_beta_fast": rope["beta_fast"],
+            "rope.scaling.yarn_beta_slow": rope.get("beta_slow"),
+        }
+    return found
+
+
 METADATA = {
     "qwen3_next": of_qwen3_next,
     "qwen3_5_moe_text": of_qwen3_next,
     "gemma4_text": of_gemma4,
     "lfm2_moe": of_lfm2,
     "nemotron_h": of_nemotron,
+    "deepseek_v2": of_deepseek,
+    "deepseek_v3": of_deepseek,
+    "glm4_moe_lite": of_deepseek,
 }
 
 
@@ -233,6 +268,10 @@ def converted(kind: str, raw: dict, key: str, values: np.ndarray, old: bool) -> 
         yield from _of_key_heads(raw, key, values)
     elif kind == "qwen3_5_moe_text" and ".linear_attn." in key:
         yield key, _in_turn(raw, key.partition(".linear_attn.")[2], values)
+    elif key.endswith("kv_b_proj.weight") and not old:
+        heads = values.reshape(raw["num_attention_heads"], -1, raw["kv_lora_rank"])
+        yield key.replace("kv_b_proj", "k_b_proj"), heads[:, : raw["qk_nope_head_dim"]].swapaxes(1, 2)
+        yield key.replace("kv_b_proj", "v_b_proj"), heads[:, raw["qk_nope_head_dim"] :]
     else:
         yield key, values
 

@@ -30,6 +30,20 @@ CHANGED = {  # keys of config.json whose values the released models have, as no 
     },
     "lfm2_moe": {"routed_scaling_factor": 1.0},
     "nemotron_h": {"time_step_min": 0.001},
+    "deepseek_v2": {},
+    "deepseek_v3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 6.0,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
+    },
+    "moonlight": {"rope_interleave": True},
+    "glm4_moe_lite": {},
 }
 
 
@@ -61,7 +75,8 @@ def test_a_gguf_file_is_the_checkpoint_it_was_made_of(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "kind, spelling", [("qwen3_next", "old"), ("qwen3_next", "joined"), ("qwen3_5_moe_text", "joined")]
+    "kind, spelling",
+    [("qwen3_next", "old"), ("qwen3_next", "joined"), ("qwen3_5_moe_text", "joined"), ("deepseek_v3", "old")],
 )
 def test_other_spellings_are_read(tmp_path, kind, spelling):
     source = source_of(kind, tmp_path)[0]

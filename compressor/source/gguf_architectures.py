@@ -14,7 +14,9 @@ from ...runtime.config import ModelConfig
 from ...runtime.layers.delta_net import DeltaNet
 from ...runtime.models.family import conv_read
 from .gguf_file import GgufFile
+from .names import KEYS_OF_LATENT, VALUES_OF_LATENT
 
+SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 NOT_ROTATED = 1e20  # the least divisor of an angle that leaves a pair as it is
 Convert = Callable[[np.ndarray], np.ndarray]
 USUAL_KEYS = {  # of config.json, by those of the metadata
@@ -53,10 +55,10 @@ USUAL_NAMES = {  # canonical names, by GGUF's
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One `general.architecture`: the model_type, keys of config.json that are always the same, and further ones."""
+    """One `general.architecture`: the model_type, and keys of config.json."""
 
     model_type: str
-    always: dict[str, object]
+    always: dict[str, object]  # unless the metadata says else
     keys: dict[str, str] = field(default_factory=dict)
     rope_scaling: dict[str, object] = field(default_factory=dict)  # what YaRN's parameters always are
     rows_paired: bool = False  # the two rows of each pair that RoPE rotates are next to each other in attn_q and attn_k
@@ -85,6 +87,17 @@ def quotient(file: GgufFile, key: str, by: str) -> int | float | None:
     if not above or not below:
         return None
     return above // below if above % below == 0 else above / below
+
+
+def rope_scaling(file: GgufFile, always: Mapping[str, object]) -> dict[str, object] | None:
+    """The object of config.json. always: what parameters are, whatever the metadata says."""
+    kind, factor = file.value("rope.scaling.type"), file.value("rope.scaling.factor")
+    if kind in (None, "none") or factor is None:
+        return None
+    original = file.value("rope.scaling.original_context_length")
+    scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
+    scaling |= {f"beta_{side}": file.value(f"rope.scaling.yarn_beta_{side}") for side in ("fast", "slow")}
+    return {key: value for key, value in (scaling | always).items() if value is not None}
 
 
 def of_delta_nets(file: GgufFile) -> dict[str, object]:
@@ -180,6 +193,39 @@ def of_nemotron(file: GgufFile) -> dict[str, object]:
         "use_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in file.tensors),
         "n_group": file.value("expert_group_count") or 1,
         "topk_group": file.value("expert_group_used_count") or 1,
+    }
+
+
+def of_deepseek(file: GgufFile) -> dict[str, object]:
+    """Keys of DeepSeek-V2, where routing weights are a softmax, and of V3 and what derives from it.
+
+    Older files do not say which, and have the sizes of heads where newer ones have those of the latent.
+    """
+    biased = any(name.endswith("exp_probs_b.bias") for name in file.tensors)
+    gating = file.value("expert_gating_func") or (SIGMOID if biased else SOFTMAX)
+    if gating not in (SOFTMAX, SIGMOID) or biased != (gating == SIGMOID):
+        raise ValueError(
+            f"{file.path}: expert_gating_func {gating} with{'' if biased else 'out'} exp_probs_b is not supported; "
+            f"supported are {SOFTMAX} (softmax) without it and {SIGMOID} (sigmoid) with it"
+        )
+    renormalised, groups = bool(file.value("expert_weights_norm")), file.value("expert_group_count") or 1
+    if gating == SOFTMAX and renormalised:
+        raise ValueError(f"{file.path}: expert_weights_norm true is not supported with expert_gating_func {SOFTMAX}")
+    scaling, multiplier = rope_scaling(file, {}), file.value("rope.scaling.yarn_log_multiplier")
+    if scaling and multiplier:  # a tenth of the factor of the softmax, which rotated queries and keys do not get again
+        scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), float(f"{10 * multiplier:.7g}"))
+    rope_dim = file.value("rope.dimension_count") or 0
+    head, value = (file.value(f"attention.{kind}_length_mla") for kind in ("key", "value"))
+    return {
+        "model_type": "deepseek_v3" if gating == SIGMOID else "deepseek_v2",
+        "rope_scaling": scaling,
+        "qk_nope_head_dim": (head or file.value("attention.key_length") or 0) - rope_dim,
+        "qk_rope_head_dim": rope_dim,
+        "v_head_dim": value or file.value("attention.value_length"),
+        "norm_topk_prob": renormalised,
+        "n_group": groups,
+        "topk_group": file.value("expert_group_used_count") or 1,
+        "topk_method": "noaux_tc" if gating == SIGMOID else "group_limited_greedy" if groups > 1 else "greedy",
     }
 
 
@@ -303,5 +349,24 @@ ARCHITECTURES = {
         },
         more=of_nemotron,
         conversions=lambda config: {"mamba.decay_rate": np.negative},
+    ),
+    "deepseek2": Architecture(
+        "deepseek_v3",
+        {"routed_scaling_factor": 1.0, "q_lora_rank": None},
+        {
+            **{f"attention.{part}_lora_rank": f"{part}_lora_rank" for part in ("q", "kv")},
+            "expert_count": "n_routed_experts",
+            "expert_shared_count": "n_shared_experts",
+            "expert_weights_scale": "routed_scaling_factor",
+            "leading_dense_block_count": "first_k_dense_replace",
+        },
+        names={
+            **{f"attn_{part}": part for part in ("q_a", "q_b", "kv_b")},
+            **{f"attn_{part}_norm": f"{part}_norm" for part in ("q_a", "kv_a")},
+            "attn_kv_a_mqa": "kv_a",
+            "attn_k_b": KEYS_OF_LATENT,
+            "attn_v_b": VALUES_OF_LATENT,
+        },
+        more=of_deepseek,
     ),
 }

@@ -17,7 +17,7 @@ from ...runtime.config import ModelConfig
 from ...runtime.models.family import NAMES, Family, Layout
 from ...runtime.tensorfile import Stored
 from . import gguf_tokenizer
-from .gguf_architectures import ARCHITECTURES, USUAL_KEYS, USUAL_NAMES, Architecture, Convert
+from .gguf_architectures import ARCHITECTURES, USUAL_KEYS, USUAL_NAMES, Architecture, Convert, rope_scaling
 from .gguf_file import GgufFile, read_gguf
 
 ROPE_FACTORS = "rope_f"  # begins the names of tensors that divide RoPE's angles
@@ -69,11 +69,11 @@ def config(file: GgufFile) -> dict:
     factors = [name for name in file.tensors if name.startswith(ROPE_FACTORS)]
     if factors and not its.rope_factors:
         raise ValueError(f"{file.path}: tensor {factors[0]} (rescaled RoPE frequencies) is not supported")
-    found = {}
+    found = dict(its.always)
     for key, to in {**USUAL_KEYS, **its.keys}.items():
         if (value := file.value(key)) is not None:
             found[to] = _of_all_layers(value)
-    found |= its.always | {"model_type": its.model_type, "num_hidden_layers": file.layers, "hidden_act": "silu"}
+    found |= {"model_type": its.model_type, "num_hidden_layers": file.layers, "hidden_act": "silu"}
     if (embedding := file.tensors.get("token_embd.weight")) is not None:
         found["vocab_size"] = embedding.shape[0]
     found["tie_word_embeddings"] = "output.weight" not in file.tensors
@@ -84,10 +84,10 @@ def config(file: GgufFile) -> dict:
         found["moe_intermediate_size"] = experts.shape[1]
     of_layers = range(file.layers)
     found["mlp_only_layers"] = [layer for layer in of_layers if f"blk.{layer}.ffn_gate.weight" in file.tensors]
-    found["rope_scaling"] = _rope_scaling(file, its)
+    found["rope_scaling"] = rope_scaling(file, its.rope_scaling)
     found |= {f"{name}_token_id": file.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     found |= its.more(file)
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in found.items() if value is not None or key in its.always}
 
 
 def stored(file: GgufFile, family: Family) -> dict[str, Stored]:
@@ -99,6 +99,8 @@ def stored(file: GgufFile, family: Family) -> dict[str, Stored]:
     prefix, found = family.prefixes[0], {}
     for name, tensor in file.tensors.items():
         if its.rope_factors and name.startswith(ROPE_FACTORS):
+            continue
+        if name.endswith("attn_kv_b.weight") and name.replace("kv_b", "k_b") in file.tensors:  # the same, in two ways
             continue
         part, _, end = name.rpartition(".")
         at = ""
@@ -141,16 +143,6 @@ def _of_all_layers(value):
     """The one number that a list by layer has besides 0, as for layers without the thing, or the value itself."""
     others = set(value) - {0} if isinstance(value, list) else ()
     return others.pop() if len(others) == 1 else value
-
-
-def _rope_scaling(file: GgufFile, its: Architecture) -> dict | None:
-    kind, factor = file.value("rope.scaling.type"), file.value("rope.scaling.factor")
-    if kind in (None, "none") or factor is None:
-        return None
-    original = file.value("rope.scaling.original_context_length")
-    scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
-    scaling |= its.rope_scaling
-    return {key: value for key, value in scaling.items() if value is not None}
 
 
 def _canonical(its: Architecture, part: str, end: str) -> str | None:
