@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import _core
 from ..compressor.rounding.quantise import largest_group, to_bfloat16, trunk_packing
-from ..compressor.writing.writer import BundleWriter, Packing, Quantised
+from ..compressor.writing.writer import KEPT, BundleWriter, Packing, Quantised
 from ..runtime.bundle import Bundle
 from ..runtime.child import answer, call
 from ..runtime.config import stays_float, trunk_shapes
@@ -23,6 +23,7 @@ from ..runtime.config_file import family_of, language_keys, parse_config, read_j
 
 GROUP = 64
 TABLE_ROWS = 1 << 16  # of a table of n-gram embeddings that are made at a time
+MXFP4_DEVIATION = math.sqrt(sum(x * x for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6)) / 8)  # of random codes
 
 
 def make_synthetic(
@@ -33,12 +34,13 @@ def make_synthetic(
     vocab: int | None = None,
     seed: int = 0,
     trunk_width: int = 8,
+    mxfp4: bool = False,
 ) -> Bundle:
     """Write a random bundle with the shapes of `config` (a config.json or its directory), and open it.
 
     layers, vocab: override the config's. width: bits of every expert weight; trunk_width: bits of attention, embedding
-    and head. The same arguments give the same bytes. Raises ValueError for a config that is not supported,
-    FileExistsError if `out` exists.
+    and head; mxfp4: experts have MXFP4 codes instead. The same arguments give the same bytes. Raises ValueError for a
+    config that is not supported, FileExistsError if `out` exists.
     """
     for name, bits in (("width", width), ("trunk_width", trunk_width)):
         if bits not in _core.WIDTHS:
@@ -51,7 +53,7 @@ def make_synthetic(
             f"{config}: experts are {model.expert_hidden} x {model.dim}, not multiples of 32; use width 16"
         )
     trunk = trunk_packing(trunk_shapes(model), trunk_width, GROUP)
-    packing = Packing((width,) * 3, group or GROUP)
+    packing = KEPT if mxfp4 else Packing((width,) * 3, group or GROUP)
     experts = {(layer, index): packing for layer in model.moe_layers for index in range(model.experts)}
     extra = {"calibration": None, "method": {"name": "synthetic", "seed": seed}, "certificate": None}
     with tempfile.TemporaryDirectory() as source:
@@ -63,9 +65,11 @@ def make_synthetic(
             for layer, index in experts:
                 random = np.random.Generator(np.random.SFC64([seed, 1, layer, index]))
                 biases = [np.zeros(rows, np.float32) for rows, _ in model.expert_shapes] if model.expert_bias else ()
-                writer.write_expert(
-                    layer, index, [_matrix(random, its, width, packing.group) for its in model.expert_shapes], biases
-                )
+                matrices = [
+                    _mxfp4_matrix(random, its) if mxfp4 else _matrix(random, its, width, packing.group)
+                    for its in model.expert_shapes
+                ]
+                writer.write_expert(layer, index, matrices, biases)
             for number, table in enumerate(writer.tables):
                 random = np.random.Generator(np.random.SFC64([seed, 2, number]))
                 for first in range(0, table.rows, TABLE_ROWS):
@@ -109,14 +113,18 @@ def raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
 
 
 def _trunk_tensor(random: np.random.Generator, name: str, shape: tuple[int, ...], packing: Packing) -> Quantised:
-    if len(shape) == 1:
-        fill = np.zeros if name.endswith("_bias") else np.ones
-        return Quantised(fill(shape, np.float32))
     if stays_float(name, shape):
-        inputs = shape[0] if name.endswith(("conv", "conv.weights")) else shape[1]
-        return Quantised(random.standard_normal(shape, np.float32) / np.float32(math.sqrt(inputs)))
+        return Quantised(trunk_values(random, name, shape))
     deviation = 1.0 if name == "embedding" else None
     return _matrix(random, shape, packing.widths[0], packing.group, deviation)
+
+
+def trunk_values(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The values of a tensor that stays float32: ones, zeros for a bias, random numbers for a matrix."""
+    if len(shape) == 1:
+        return np.zeros(shape, np.float32) if name.endswith("_bias") else np.ones(shape, np.float32)
+    inputs = shape[0] if name.endswith(("conv", "conv.weights")) else shape[1]
+    return random.standard_normal(shape, np.float32) / np.float32(math.sqrt(inputs))
 
 
 def _matrix(
@@ -135,6 +143,14 @@ def _matrix(
     scales = np.full(groups, to_bfloat16(np.float32([scale]))[0])
     biases = np.full(groups, to_bfloat16(np.float32([-scale * (levels - 1) / 2]))[0])
     return Quantised(random_bytes(random, rows * cols * width // 8), scales, biases)
+
+
+def _mxfp4_matrix(random: np.random.Generator, shape: tuple[int, int]) -> Quantised:
+    """A random matrix (rows, cols) of MXFP4 codes, whose exponents are the same."""
+    rows, cols = shape
+    exponent = round(math.log2(1 / math.sqrt(cols) / MXFP4_DEVIATION))
+    codes = random_bytes(random, rows * cols // 2).reshape(rows, -1)
+    return Quantised(codes, np.full((rows, cols // KEPT.group), 127 + exponent, np.uint8))
 
 
 def random_bytes(random: np.random.Generator, count: int) -> np.ndarray:

@@ -64,14 +64,18 @@ class EdgeMoe:
 
 
 class LlamaCpp:
-    """llama.cpp by its C API, on the CPU. repack: its default, makes a second copy of the weights at load."""
+    """llama.cpp by its C API, on the CPU.
 
-    def __init__(self, model: Model, repack: bool = True):
+    repack: its default, makes a second copy of the weights at load. exact: keys, values and attention in float32.
+    """
+
+    def __init__(self, model: Model, repack: bool = True, exact: bool = False):
         import llama_cpp
 
         self.api = llama_cpp
-        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self.quiet, None)
+        quiet = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(quiet, None)
+        LlamaCpp.quiet = quiet  # the library calls it for as long as the process runs
         llama_cpp.llama_backend_init()
         loading = llama_cpp.llama_model_default_params()
         loading.n_gpu_layers = 0
@@ -83,6 +87,9 @@ class LlamaCpp:
         options.n_ctx = model.context
         options.n_batch = options.n_ubatch = BATCH
         options.n_threads = options.n_threads_batch = model.threads
+        if exact:
+            options.type_k = options.type_v = llama_cpp.GGML_TYPE_F32
+            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama_cpp.llama_init_from_model(self.model, options)
         if not self.context:
             raise OSError(f"{model.path}: llama.cpp cannot make a context of {model.context} tokens")

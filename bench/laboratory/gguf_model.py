@@ -1,8 +1,8 @@
-"""Making a random GGUF file with the tensor types that llama-quantize chooses for a Mixture-of-Experts model.
+"""Making GGUF files of a model's shapes for llama.cpp: of random codes, or of given weights in full precision.
 
-This is the counterpart of synthetic.py for llama.cpp: the same shapes, random codes, no checkpoint. The types are those
-of llama.cpp's llama-quant.cpp (2026-11) without an importance matrix, for models whose number of experts is not 8 and
-with at least 4 heads per KV head. Blocks are generated in the file's layout, one tensor at a time.
+Random files are the counterpart of synthetic.py: the same shapes, no checkpoint. Their tensor types are those that
+llama.cpp's llama-quant.cpp (2026-11) chooses without an importance matrix, for models whose number of experts is not 8.
+Blocks are generated in the file's layout, one tensor at a time.
 """
 
 import math
@@ -12,9 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_moe.bench.synthetic import random_bytes, raw_config
-from edge_moe.runtime.config import ModelConfig
-from edge_moe.runtime.config_file import parse_config
+from edge_moe.bench.synthetic import random_bytes, raw_config, trunk_values
+from edge_moe.runtime.config import Mixer, ModelConfig, trunk_shapes
+from edge_moe.runtime.config_file import family_of, language_keys, parse_config
+from edge_moe.runtime.layers.attention import Attention
+from edge_moe.runtime.layers.delta_net import DeltaNet
+
+from .gguf_tensors import ARCHITECTURES, metadata, parts
 
 SAMPLE = 4096  # blocks whose deviation is measured
 
@@ -24,7 +28,8 @@ class BlockType:
     """The block layout of a tensor type: a scale (float16), for some a minimum (float16), and codes, which are random.
 
     Scales without a minimum have a random sign, as in real files. Otherwise the weights would have a mean below 0 (for
-    Q4_0 a tenth of their deviation), which grows from matrix to matrix until all tokens are routed alike.
+    Q4_0 a tenth of their deviation), which grows from matrix to matrix until all tokens are routed alike. A scale that
+    is an exponent (one byte) has no sign, and needs none, as its codes have.
     """
 
     weights: int  # in a block; a row is a multiple of it
@@ -32,6 +37,7 @@ class BlockType:
     scale_at: int  # byte offset in the block
     minimum_at: int | None = None
     minimum: float = 0.0  # times the scale, makes uniform codes zero-mean
+    exponent: bool = False  # the scale is one byte, a power of two
 
 
 BLOCKS = {
@@ -40,7 +46,12 @@ BLOCKS = {
     "Q4_K": BlockType(256, 144, 0, 2, 7.5),
     "Q6_K": BlockType(256, 210, 208),
     "Q4_0": BlockType(32, 18, 0),
+    "Q5_0": BlockType(32, 22, 0),
+    "Q8_0": BlockType(32, 34, 0),
+    "MXFP4": BlockType(32, 17, 0, exponent=True),
 }
+UNEVEN = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # used instead where rows are no multiples of 256
+FLOAT_NAMES = ("ffn_gate_inp.weight", "ssm_conv1d.weight", "shortconv.conv.weight")  # matrices that stay float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +62,18 @@ class Mix:
     usual: str
     special: dict[str, str] = field(default_factory=dict)
     wide: dict[str, str] = field(default_factory=dict)  # used instead in layers that get more bits
+    shared_values: str = ""  # used instead for values that fewer than 4 heads share
 
 
+VALUES, DOWN = ("attn_v", "attn_qkv"), ("ffn_down_exps", "ffn_down_shexp", "ffn_down")
 MIXES = {
-    "Q2_K": Mix(10, "Q2_K", {"attn_v": "Q4_K", "attn_output": "Q3_K", "ffn_down_exps": "Q3_K"}),
+    "Q2_K": Mix(
+        *(10, "Q2_K", {**dict.fromkeys(VALUES, "Q4_K"), **dict.fromkeys((*DOWN, "attn_output"), "Q3_K")}),
+        shared_values="Q3_K",
+    ),
     "Q4_0": Mix(2, "Q4_0"),
-    "Q4_K_M": Mix(15, "Q4_K", wide={"attn_v": "Q6_K", "ffn_down_exps": "Q6_K"}),
+    "Q4_K_M": Mix(15, "Q4_K", wide=dict.fromkeys((*VALUES, *DOWN), "Q6_K")),
+    "MXFP4": Mix(38, "Q8_0", dict.fromkeys(("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps", DOWN[0]), "MXFP4")),
 }
 
 
@@ -79,35 +96,9 @@ def tensors(model: ModelConfig, mix: str) -> list[Tensor]:
     """
     if mix not in MIXES:
         raise ValueError(f"type {mix!r} is not known here; use one of {', '.join(MIXES)}")
-    its = model.attention
-    if model.architecture != "qwen3_moe" or model.experts == 8 or its.heads < 4 * its.kv_heads:
-        raise ValueError(
-            f"{model.architecture}, {model.experts} experts, {its.heads} heads, {its.kv_heads} KV heads: the types "
-            "are known for qwen3_moe with at least 4 heads to a KV head and not 8 experts"
-        )
-    if model.dense_layers or any(n % 256 for n in (model.dim, its.heads * its.head_dim, model.expert_hidden)):
-        raise ValueError("the types are known where all layers have experts and rows are multiples of 256 inputs")
-    dim, hidden, experts = model.dim, model.expert_hidden, model.experts
-    q_rows, kv_rows = its.heads * its.head_dim, its.kv_heads * its.head_dim
-    shapes = {"token_embd": (model.vocab, dim)}
-    for layer in range(model.layer_count):
-        parts = {
-            "attn_norm": (dim,),
-            "attn_q": (q_rows, dim),
-            "attn_q_norm": (its.head_dim,),
-            "attn_k": (kv_rows, dim),
-            "attn_k_norm": (its.head_dim,),
-            "attn_v": (kv_rows, dim),
-            "attn_output": (dim, q_rows),
-            "ffn_norm": (dim,),
-            "ffn_gate_inp": (experts, dim),
-            "ffn_gate_exps": (experts, hidden, dim),
-            "ffn_up_exps": (experts, hidden, dim),
-            "ffn_down_exps": (experts, dim, hidden),
-        }
-        shapes |= {f"blk.{layer}.{part}": shape for part, shape in parts.items()}
-    shapes |= {"output_norm": (dim,)} | ({} if model.tied_head else {"output": (model.vocab, dim)})
-    return [Tensor(f"{name}.weight", shape, _type(name, shape, model, mix)) for name, shape in shapes.items()]
+    if model.experts == 8:
+        raise ValueError("a model with 8 experts has other types than are known here")
+    return [Tensor(part.name, part.shape, _type(part.name, part.shape, model, mix)) for part in parts(model)]
 
 
 def bytes_per_token(model: ModelConfig, mix: str) -> float:
@@ -126,57 +117,116 @@ def make_gguf(
 ) -> ModelConfig:
     """Write a random GGUF file with the shapes of `config` (as for make_synthetic), and return its config.
 
-    layers, vocab: override the config's. The file has no tokenizer. Raises ValueError like tensors(), and ImportError
-    without the package gguf.
+    layers, vocab: override the config's. The file has no tokenizer. Raises ValueError like tensors() and for a family
+    that is not known here, and ImportError without the package gguf.
     """
-    import gguf
-
     raw = raw_config(Path(config), layers, vocab)
     model = parse_config(raw, where=str(config))
-    contents, its = tensors(model, mix), model.attention
-    writer = gguf.GGUFWriter(out, "qwen3moe")
-    writer.add_file_type(MIXES[mix].file_type)
+    contents = tensors(model, mix)
+    deviations = {kind: _deviation(kind) for kind in {tensor.type for tensor in contents} - {"F32"}}
+
+    def values():
+        for number, (part, tensor) in enumerate(zip(parts(model), contents, strict=True)):
+            random = np.random.Generator(np.random.SFC64([seed, number]))
+            yield (
+                part.read(Plain(model, random)) if tensor.type == "F32" else _random_tensor(random, tensor, deviations)
+            )
+
+    _write(Path(out), model, raw, contents, MIXES[mix].file_type, values())
+    return model
+
+
+def write_float32(raw: dict, weights, out: str | Path) -> ModelConfig:
+    """Write a GGUF file that has the given weights in full precision, and return its config.
+
+    raw: config.json; weights: trunk(name), expert(layer, index) and expert_bias(layer, index), by canonical names.
+    Raises ValueError for a family that is not known here, ImportError without the package gguf.
+    """
+    model = parse_config(raw)
+    contents = [Tensor(part.name, part.shape, "F32") for part in parts(model)]
+    values = (np.ascontiguousarray(part.read(weights), np.float32) for part in parts(model))
+    _write(Path(out), model, raw, contents, 0, values)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Tensors that stay float32, with the values that make_synthetic gives them."""
+
+    model: ModelConfig
+    random: np.random.Generator
+
+    def trunk(self, name: str) -> np.ndarray:
+        return trunk_values(self.random, name, trunk_shapes(self.model)[name])
+
+    def expert_bias(self, _layer: int, _index: int) -> list[np.ndarray]:
+        return [np.zeros(rows, np.float32) for rows, _ in self.model.expert_shapes]
+
+
+def _write(
+    out: Path, model: ModelConfig, raw: dict, contents: list[Tensor], file_type: int, values: Iterator[np.ndarray]
+) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(out, ARCHITECTURES[model.architecture])
+    writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_tokenizer_model("none")
-    writer.add_vocab_size(model.vocab)
-    writer.add_context_length(model.context)
-    writer.add_embedding_length(model.dim)
-    writer.add_block_count(model.layer_count)
-    writer.add_feed_forward_length(raw["intermediate_size"])
-    writer.add_head_count(its.heads)
-    writer.add_head_count_kv(its.kv_heads)
-    writer.add_key_length(its.head_dim)
-    writer.add_value_length(its.head_dim)
-    writer.add_layer_norm_rms_eps(model.norm_eps)
-    writer.add_rope_freq_base(its.rope.theta)
-    writer.add_expert_count(model.experts)
-    writer.add_expert_used_count(model.top_k)
-    writer.add_expert_feed_forward_length(model.expert_hidden)
+    for key, value in metadata(model, language_keys(raw, family_of(raw), str(out))).items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add.get(type(value), writer.add_array)(f"{writer.arch}.{key}", value)
     for tensor in contents:
         kind = gguf.GGMLQuantizationType[tensor.type]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    deviations = {kind: _deviation(kind) for kind in {tensor.type for tensor in contents} - {"F32"}}
-    for number, tensor in enumerate(contents):
-        random = np.random.Generator(np.random.SFC64([seed, number]))
-        writer.write_tensor_data(_random_tensor(random, tensor, deviations))
+    for tensor, data in zip(contents, values, strict=True):
+        if data.nbytes != tensor.nbytes:
+            raise ValueError(f"{tensor.name} has {data.nbytes} bytes, expected {tensor.nbytes}")
+        writer.write_tensor_data(data)
     writer.close()
-    return model
 
 
 def _type(name: str, shape: tuple[int, ...], model: ModelConfig, mix: str) -> str:
-    """The type of a tensor: norms and routers are float32, the head has 6 bits, the rest is as the mix says."""
-    part = name.rpartition(".")[2]
-    if len(shape) == 1 or part == "ffn_gate_inp":
+    """The type of a tensor: vectors, routers and convolutions are float32, the rest is as the mix says."""
+    part = name.removesuffix(".weight").rpartition(".")[2]
+    if len(shape) == 1 or not name.endswith(".weight") or part.endswith("_norm") or name.endswith(FLOAT_NAMES):
         return "F32"
-    if part == ("token_embd" if model.tied_head else "output"):
-        return "Q6_K"
     its = MIXES[mix]
-    if part in its.wide and int(name.split(".")[1]) in set(_wide_layers(model.layer_count)):
-        return its.wide[part]
-    return its.special.get(part, its.usual)
+    if part == ("token_embd" if model.tied_head else "output"):
+        kind = "Q8_0" if its.usual == "Q8_0" else "Q6_K"
+    elif part in its.wide and _is_wide(model, int(name.split(".")[1]), part):
+        kind = its.wide[part]
+    elif part in VALUES and its.shared_values and _sharing(model) < 4:
+        kind = its.shared_values
+    else:
+        kind = its.special.get(part, its.usual)
+    if shape[-1] % BLOCKS[kind].weights and kind not in UNEVEN:
+        raise ValueError(
+            f"{name} has {shape[-1]} inputs, no multiple of the {BLOCKS[kind].weights} in a block of {kind}"
+        )
+    return UNEVEN[kind] if shape[-1] % BLOCKS[kind].weights else kind
+
+
+def _sharing(model: ModelConfig) -> int:
+    """How many heads share a KV head in the first layer; 0 if it has none, and its kind is stored by layer."""
+    its = model.layers[0].attention
+    if isinstance(its, DeltaNet):  # whose models have one number of KV heads
+        its = model.attention
+    return its.heads // its.kv_heads if isinstance(its, Attention) else 0
+
+
+def _is_wide(model: ModelConfig, layer: int, part: str) -> bool:
+    """Whether a mix gives more bits to this part of a layer. Values are counted among the layers that have them."""
+    layers = list(range(model.layer_count))
+    if part in VALUES:
+        layers = [n for n in layers if _has_values(model.layers[n].attention)]
+    return layers.index(layer) in set(_wide_layers(len(layers)))
+
+
+def _has_values(mixer: Mixer | None) -> bool:
+    return isinstance(mixer, DeltaNet) or (isinstance(mixer, Attention) and not mixer.keys_as_values)
 
 
 def _wide_layers(layers: int) -> Iterator[int]:
@@ -186,12 +236,8 @@ def _wide_layers(layers: int) -> Iterator[int]:
 
 
 def _random_tensor(random: np.random.Generator, tensor: Tensor, deviations: dict[str, float]) -> np.ndarray:
-    """A random tensor: norms are one, the router spreads tokens evenly, matrices have deviation 1/sqrt(inputs)."""
-    if len(tensor.shape) == 1:
-        return np.ones(tensor.shape, np.float32)
+    """A random matrix, or several, of deviation 1/sqrt(inputs); that of the embedding is 1."""
     deviation = 1.0 if tensor.name == "token_embd.weight" else 1 / math.sqrt(tensor.shape[-1])
-    if tensor.type == "F32":
-        return random.standard_normal(tensor.shape, np.float32) * np.float32(deviation)
     return _blocks(random, tensor.type, tensor.nbytes, deviation / deviations[tensor.type])
 
 
@@ -199,6 +245,9 @@ def _blocks(random: np.random.Generator, kind: str, nbytes: int, scale: float) -
     """Random blocks, uint8 (blocks, bytes of a block), whose scales have one magnitude."""
     block = BLOCKS[kind]
     data = random_bytes(random, nbytes).reshape(-1, block.nbytes)
+    if block.exponent:
+        data[:, block.scale_at] = 127 + round(math.log2(scale))
+        return data
     low, high = np.float16([scale]).view(np.uint8)
     sign = data[:, block.scale_at + 1] & 0x80 if block.minimum_at is None else 0
     data[:, block.scale_at], data[:, block.scale_at + 1] = low, high | sign
