@@ -4,11 +4,12 @@ import json
 import math
 import mmap
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from bench.laboratory import peers
+from bench.laboratory import families, peers
 from bench.laboratory.engines import Child, LlamaCpp, MlxLm, Model
 from bench.laboratory.gguf_model import BLOCKS, MIXES, bytes_per_token, make_gguf, tensors
 from bench.laboratory.peers import (
@@ -155,6 +156,13 @@ def test_turns_are_counted_by_round_and_ratios_are_to_the_first_model(bundle_mod
         assert other.ratios == pytest.approx([a / b for a, b in zip(other.tps, peer.tps, strict=True)])
 
 
+def test_seconds_may_be_those_of_the_process(bundle_model):
+    with Child(replace(bundle_model, clock="cpu")) as child:
+        before = child.cpu_seconds
+        seconds = child.run("pp", 16, 0)
+        assert 0 < seconds < child.cpu_seconds - before + 0.1  # the system counts in steps of 0.01
+
+
 def test_an_engine_that_ends_is_an_error_that_names_it(bundle_model, tmp_path, capfd):
     missing = Model("edge-moe", "none", str(tmp_path / "no.emoe"), 0, 0, vocab=64, context=32, threads=1)
     with pytest.raises(OSError) as error:
@@ -178,7 +186,7 @@ def test_the_report_shows_medians_and_a_killed_engine():
         ),
         Row("Q2_K", "llama.cpp", "Q2_K", "tg8", **paged | {"killed": True}, tps=[], ratios=[]),
     ]
-    lines = markdown(Report(rows, 4, 2, "A processor", 20.0, {"edge-moe": "0"}, ["One note."])).split("\n")
+    lines = markdown(Report(rows, CONFIG, 4, 2, "A processor", 20.0, {"edge-moe": "0"}, ["One note."])).split("\n")
     assert "| Q2_K | llama.cpp | Q2_K | 0.92 GB | 95.0 MB | 80.0 (70.0 to 90.0) |  | 7.6 |" in lines
     assert "| Q2_K | edge-moe | width 2, trunk 4 | 0.92 GB | 95.0 MB | 171 (160 to 175) | 2.00 | 16.2 |" in lines
     assert "| Q2_K | llama.cpp | Q2_K | 0.92 GB | 95.0 MB | killed at load |  |  | 499 MB |" in lines
@@ -272,3 +280,55 @@ def test_models_that_are_kept_are_used_again(small, tmp_path, monkeypatch):
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "kept").rglob("*")} == written
     assert [model.engine for model in first] == ["llama.cpp", "edge-moe", "edge-moe"]
     assert all(model.file_bytes > math.prod((4, 3, 256, 256)) / 4 for model in first)
+
+
+def test_a_comparison_of_families_pairs_each_of_our_models_with_its_peer():
+    common = {"file_bytes": 1, "token_bytes": 1e8, "limit_bytes": None, "peak_bytes": None, "killed": False}
+
+    def rows(kind, label, engine, prompt, generated, ratio):
+        tests = (("pp512", prompt), ("tg128", generated))
+        ratios = {test: [value * ratio] if ratio else [] for test, value in tests}
+        return [
+            Row(kind, engine, label, test, **common, tps=[value], ratios=ratios[test], others=0.0)
+            for test, value in tests
+        ]
+
+    found = [
+        *rows("Q4_0", "Q4_0", "llama.cpp", 50.0, 100.0, 0),
+        *rows("Q4_0", "width 4, trunk 4", "edge-moe", 90.0, 120.0, 0.01),
+        *rows("MXFP4", "MXFP4", "llama.cpp", 60.0, 80.0, 0),
+        *rows("MXFP4", "mxfp4, trunk 8", "edge-moe", 30.0, 40.0, 0.02),
+    ]
+    report = Report(found, CONFIG, 4, 2, "A processor", 20.0, {"edge-moe": "0"}, [])
+    assert "CPU time" in families.markdown([report], cpu_seconds=True)
+    assert "CPU time" not in families.markdown([report])
+    lines = families.markdown([report]).split("\n")
+    assert "| qwen3-30b-a3b | Q4_0 | width 4, trunk 4 | 0.90 | 1.20 | 50% | 60% |" in lines
+    assert "| qwen3-30b-a3b | MXFP4 | mxfp4, trunk 8 | 0.60 | 0.80 | 40% | 20% |" in lines
+
+
+def test_a_comparison_by_cpu_seconds_runs_at_any_load(small, monkeypatch):
+    for needed in peers.NEEDED:
+        pytest.importorskip(needed)
+    monkeypatch.setattr(families, "CONFIGS", small.parent)
+    monkeypatch.setattr(families, "TESTS", (("pp", 16), ("tg", 4)))
+    monkeypatch.setattr(peers, "CONTEXT", SMALL["max_position_embeddings"])
+    try:
+        report = families.compare("config", 1, ("MXFP4",), rounds=2, cpu_seconds=True)
+    except OSError as error:
+        if not str(error).startswith("llama.cpp"):
+            raise
+        pytest.skip(f"this build of llama.cpp does not run here: {error}")
+    assert [row.label for row in report.rows[:3]] == ["MXFP4", "mxfp4, trunk 4", "mxfp4, trunk 8"]
+    assert report.threads == 1 and all(len(row.tps) == 2 and min(row.tps) > 0 for row in report.rows)
+    assert families.markdown([report], cpu_seconds=True).count("| config | MXFP4 |") == 2
+
+
+@pytest.mark.parametrize("name", families.MODELS)
+def test_the_models_of_families_have_every_kind_of_layer_and_known_types(name):
+    layers, kinds = families.MODELS[name]
+    few, all_of_it = (parse_config(raw_config(families.CONFIGS / f"{name}.json", n, VOCAB), "") for n in (layers, None))
+    assert set(few.layers) == set(all_of_it.layers)
+    for kind in kinds:
+        assert {tensor.type for tensor in tensors(few, kind)} <= {*BLOCKS, "F32"}
+        assert 1e9 < sum(tensor.nbytes for tensor in tensors(few, kind)) < 3e9

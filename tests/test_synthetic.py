@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from bundles import weights_of
 from golden_checkpoints import ARCHITECTURES, write_checkpoint
 
 from edge_moe import _core
@@ -60,6 +61,16 @@ def test_every_width_makes_a_whole_bundle_with_finite_logits(config, tmp_path, w
         logits = runtime.logits(range(16))
     assert np.isfinite(logits).all()
     assert 0.01 < logits.std() < 100
+
+
+def test_experts_of_mxfp4_have_the_usual_deviation(config, tmp_path):
+    bundle = make_synthetic(config, tmp_path / "mxfp4.emoe", mxfp4=True)
+    assert {its.codec for expert in bundle.experts.values() for its in expert.encodings} == {"mxfp4"}
+    for matrix in weights_of(bundle.path).expert(1, 3):
+        assert abs(matrix.mean()) < 0.02 * matrix.std()
+        assert 0.7 < matrix.std() * matrix.shape[1] ** 0.5 < 1.42  # exponents are whole
+    with Runtime(bundle.path, ram="2GB") as runtime:
+        assert len(runtime.generate([1, 2, 3], 5).tokens) == 5
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

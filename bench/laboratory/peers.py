@@ -47,6 +47,7 @@ CONFIG = CONFIGS / "qwen3-30b-a3b.json"
 VOCAB = 4096
 CONTEXT = 512
 WIDTHS = {"Q2_K": 2, "Q4_0": 4, "Q4_K_M": 4}  # ours of about as many bytes
+KEPT = "MXFP4"  # a type whose experts we keep as they are
 TRUNK_WIDTHS = (4, 8)  # the first is closest to a GGUF file, the second our default
 TESTS = (("pp", 128), ("pp", 512), ("tg", 32))
 QUIET = 0.15  # maximum share of the cores that other programs and the hypervisor may take in a turn
@@ -96,6 +97,7 @@ class Turn:
 @dataclass(frozen=True, slots=True)
 class Report:
     rows: list[Row]
+    config: Path
     layers: int
     threads: int
     processor: str
@@ -153,26 +155,36 @@ def compare(
                     rows += run_mlx(models, tell)
                 else:
                     notes.append("mlx_lm is not installed, and was left out.")
+    return report_of(rows, CONFIG, layers, threads, notes)
+
+
+def report_of(rows: list[Row], config: Path, layers: int, threads: int, notes: list[str]) -> Report:
+    """The rows with the conditions of this machine."""
     versions = {name: importlib.metadata.version(name) for name in ("edge-moe", "llama-cpp-python")}
-    return Report(rows, layers, threads, processor(), memory_read_gbps(threads), versions, notes)
+    return Report(rows, config, layers, threads, processor(), memory_read_gbps(threads), versions, notes)
 
 
-def make_models(kind: str, directory: Path, layers: int, threads: int) -> list[Model]:
-    """Make the GGUF file, which is first, and our bundles; existing files in `directory` are reused."""
+def make_models(kind: str, directory: Path, layers: int, threads: int, config: Path | None = None) -> list[Model]:
+    """Make the GGUF file, which is first, and our bundles; existing files in `directory` are reused.
+
+    config: the config.json whose shapes they have; None: CONFIG.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    width, common = WIDTHS[kind], {"vocab": VOCAB, "context": CONTEXT, "threads": threads}
-    file = directory / f"{kind}-{layers}L.gguf"
+    config, common = config or CONFIG, {"vocab": VOCAB, "context": CONTEXT, "threads": threads}
+    file = directory / f"{config.stem}-{kind}-{layers}L.gguf"
     if not file.exists():
-        make_gguf(CONFIG, partial := file.with_suffix(".partial"), kind, layers, VOCAB)
+        make_gguf(config, partial := file.with_suffix(".partial"), kind, layers, VOCAB)
         partial.rename(file)
     models = []
     for trunk_width in TRUNK_WIDTHS:
-        path = directory / f"width-{width}-trunk-{trunk_width}-{layers}L.emoe"
+        experts = {"mxfp4": True} if kind == KEPT else {"width": WIDTHS[kind]}
+        name = "mxfp4" if kind == KEPT else f"width-{WIDTHS[kind]}"
+        path = directory / f"{config.stem}-{name}-trunk-{trunk_width}-{layers}L.emoe"
         if not path.exists():
-            make_synthetic(CONFIG, path, layers, width, VOCAB, trunk_width=trunk_width)
+            make_synthetic(config, path, layers, vocab=VOCAB, trunk_width=trunk_width, **experts)
         bundle = Bundle.open(path)
-        token_bytes = weight_bytes(bundle, bundle.config.top_k * layers)
-        label = f"width {width}, trunk {trunk_width}"
+        token_bytes = weight_bytes(bundle, bundle.config.top_k * len(bundle.config.moe_layers))
+        label = f"{name.replace('-', ' ')}, trunk {trunk_width}"
         models.append(Model("edge-moe", label, str(path), bundle.nbytes, token_bytes, **common))
     read = bytes_per_token(bundle.config, kind)
     return [Model("llama.cpp", kind, str(file), file.stat().st_size, read, **common), *models]
@@ -218,7 +230,8 @@ def run_rounds(
 
 def take_turn(children: list[Child], test: tuple[str, int], number: int) -> Turn:
     """One run of every engine, in an order that rotates from turn to turn."""
-    wait_until_quiet(WAIT_S)
+    if children[0].model.clock == "wall":
+        wait_until_quiet(WAIT_S)
     seconds, began, busy = [0.0] * len(children), time.perf_counter(), busy_seconds()
     own = lambda: sum(child.cpu_seconds for child in children)  # noqa: E731
     before = own()
@@ -304,10 +317,11 @@ def markdown(report: Report) -> str:
     """The conditions, a table of the runs in full memory, and a table of those in cgroups."""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines = [
-        f"{report.processor}, {report.threads} threads, memory reads at {report.memory_gbps:.1f} GB/s; {versions}.",
-        f"{CONFIG.stem}'s shapes with {report.layers} layers and {VOCAB:,} tokens of vocabulary. Tokens a second: the "
-        "median of all turns (lowest to highest); ratios are to the peer named first, the median of those within a "
-        f"turn. Others, a hypervisor included, had at most {max(row.others for row in report.rows):.0%} of the cores.",
+        f"{report.processor}, {threads_of(report)}, memory reads at {report.memory_gbps:.1f} GB/s; {versions}.",
+        f"{report.config.stem}'s shapes with {report.layers} layers and {VOCAB:,} tokens of vocabulary. Tokens a "
+        "second: the median of all turns (lowest to highest); ratios are to the peer named first, the median of those "
+        "within a turn. Others, a hypervisor included, had at most "
+        f"{max(row.others for row in report.rows):.0%} of the cores.",
         *report.notes,
     ]
     free = [row for row in report.rows if row.limit_bytes is None]
@@ -317,6 +331,10 @@ def markdown(report: Report) -> str:
         heading = f"In a memory cgroup of {paged[0].limit_bytes / 1e6:.0f} MB, starting with a cold page cache:"
         tables += [heading, _table(paged, ["peak of the cgroup"])]
     return "\n\n".join([*lines, *filter(None, tables)])
+
+
+def threads_of(report: Report) -> str:
+    return f"{report.threads} thread{'s' * (report.threads > 1)}"
 
 
 def _table(rows: list[Row], extra: list[str]) -> str:
