@@ -1,6 +1,7 @@
 """Writes checkpoints of newer families as GGUF files in float32, as llama.cpp's converter does.
 
-Names of tensors are the package gguf's. What the converter changes besides is in `converted` and in `metadata`.
+Names of tensors are the package gguf's. What the converter changes besides is in `converted`, and what it writes about
+the model in METADATA.
 """
 
 import json
@@ -229,6 +230,39 @@ def of_deepseek(raw: dict, old: bool) -> dict:
     return found
 
 
+def of_granite(raw: dict, _old: bool) -> dict:
+    return {
+        "attention.scale": raw["attention_multiplier"],
+        "embedding_scale": raw["embedding_multiplier"],
+        "residual_scale": raw["residual_multiplier"],
+        "logit_scale": raw["logits_scaling"],
+    }
+
+
+def of_ernie(raw: dict, _old: bool) -> dict:
+    return {
+        "expert_count": raw["moe_num_experts"],
+        "expert_used_count": raw["moe_k"],
+        "interleave_moe_layer_step": raw["moe_layer_interval"],
+        "leading_dense_block_count": raw["moe_layer_start_index"],
+        "expert_shared_count": raw["moe_num_shared_experts"],
+        "expert_shared_feed_forward_length": raw["intermediate_size"] // raw["num_key_value_heads"],
+    }
+
+
+def of_hunyuan(raw: dict, _old: bool) -> dict:
+    rope, head_dim = raw["rope_parameters"], raw["head_dim"]
+    return {
+        "expert_feed_forward_length": raw["intermediate_size"],
+        "expert_shared_feed_forward_length": raw["intermediate_size"],
+        "expert_shared_count": 1,
+        "expert_used_count": raw["moe_topk"],
+        "rope.freq_base": rope["rope_theta"] * rope["alpha"] ** (head_dim / (head_dim - 2)),
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+    }
+
+
 METADATA = {
     "qwen3_next": of_qwen3_next,
     "qwen3_5_moe_text": of_qwen3_next,
@@ -238,6 +272,9 @@ METADATA = {
     "deepseek_v2": of_deepseek,
     "deepseek_v3": of_deepseek,
     "glm4_moe_lite": of_deepseek,
+    "granitemoe": of_granite,
+    "ernie4_5_moe": of_ernie,
+    "hunyuan_v1_moe": of_hunyuan,
 }
 
 
@@ -254,7 +291,8 @@ def converted(kind: str, raw: dict, key: str, values: np.ndarray, old: bool) -> 
     elif key.endswith((".router.scale", ".router.per_expert_scale")):
         part = "ffn_gate_inp" if key.endswith(".router.scale") else "ffn_down_exps"
         key = f"blk.{key.split('.')[2]}.{part}.scale"
-    elif key.endswith("gate.e_score_correction_bias"):
+    elif key.endswith(".e_score_correction_bias"):
+        values = values.ravel()
         key = f"blk.{key.split('.')[2]}.exp_probs_b.bias"
     elif ".mixer.experts." in key:
         key = key.replace("backbone", "model").replace(".mixer.", ".mlp.")
@@ -268,6 +306,12 @@ def converted(kind: str, raw: dict, key: str, values: np.ndarray, old: bool) -> 
         yield from _of_key_heads(raw, key, values)
     elif kind == "qwen3_5_moe_text" and ".linear_attn." in key:
         yield key, _in_turn(raw, key.partition(".linear_attn.")[2], values)
+    elif key.endswith("block_sparse_moe.input_linear.weight"):
+        for part, its in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True):
+            yield f"blk.{key.split('.')[2]}.ffn_{part}_exps.weight", its
+    elif kind == "granitemoe" and ("q_proj" in key or "k_proj" in key):  # the rows of a pair next to each other
+        pairs = values.reshape(-1, 2, raw["hidden_size"] // raw["num_attention_heads"] // 2, *values.shape[1:])
+        yield key, pairs.swapaxes(1, 2).reshape(values.shape)
     elif key.endswith("kv_b_proj.weight") and not old:
         heads = values.reshape(raw["num_attention_heads"], -1, raw["kv_lora_rank"])
         yield key.replace("kv_b_proj", "k_b_proj"), heads[:, : raw["qk_nope_head_dim"]].swapaxes(1, 2)

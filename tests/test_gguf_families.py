@@ -15,6 +15,7 @@ import gguf_files
 
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.compressor.source.gguf_architectures import ARCHITECTURES
 
 CHANGED = {  # keys of config.json whose values the released models have, as no metadata does
     "qwen3_next": {},
@@ -44,6 +45,9 @@ CHANGED = {  # keys of config.json whose values the released models have, as no 
     },
     "moonlight": {"rope_interleave": True},
     "glm4_moe_lite": {},
+    "granitemoe": {},
+    "ernie4_5_moe": {},
+    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e5, "alpha": 1.0, "factor": 1.0}},
 }
 
 
@@ -86,8 +90,51 @@ def test_other_spellings_are_read(tmp_path, kind, spelling):
     assert_same_tensors(checkpoint, wanted)
 
 
-def test_a_layer_without_tensors_is_refused(tmp_path):
-    gguf_files.write(source_of("qwen3_next", tmp_path)[0], tmp_path / "model.gguf", changes={"block_count": 5})
-    assert refusal(ValueError, lambda: Checkpoint(tmp_path / "model.gguf")) == (
-        f"{tmp_path}/model.gguf: layer 4 has none of the tensors attn_q, ssm_out; download it again"
-    )
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("qwen3_next", {"block_count": 5}, "layer 4 has none of the tensors attn_q, ssm_out; download it again"),
+        (
+            "gemma4",
+            {"attention.sliding_window_pattern": [True]},
+            "attention.sliding_window_pattern is [True], expected a value for each of the 3 layers",
+        ),
+        (
+            "gemma4",
+            {"rope.dimension_count_swa": 10},
+            "rope.dimension_count_swa is 10, expected all of a head's dimensions",
+        ),
+        (
+            "gemma4",
+            {"expert_count": None},
+            f"GGUF architecture 'gemma4' without experts is not supported; supported are {', '.join(ARCHITECTURES)}; "
+            "for others use the checkpoint in safetensors format",
+        ),
+        (
+            "deepseek_v3",
+            {"expert_gating_func": 1},
+            "expert_gating_func 1 with exp_probs_b is not supported; supported are 1 (softmax) without it and 2 "
+            "(sigmoid) with it",
+        ),
+        (
+            "deepseek_v2",
+            {"expert_weights_norm": True},
+            "expert_weights_norm true is not supported with expert_gating_func 1",
+        ),
+        (
+            "deepseek_v3",
+            {"attention.temperature_scale": 0.1},
+            "attention.temperature_scale is not supported for deepseek2",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path, kind, changes, message):
+    gguf_files.write(source_of(kind, tmp_path)[0], tmp_path / "model.gguf", changes=changes)
+    assert refusal(ValueError, lambda: Checkpoint(tmp_path / "model.gguf")) == f"{tmp_path}/model.gguf: {message}"
+
+
+def test_older_files_of_deepseek_do_not_tell_their_router(tmp_path):
+    for kind in ("deepseek_v2", "deepseek_v3"):
+        source = source_of(kind, tmp_path / kind)[0]
+        gguf_files.write(source, tmp_path / f"{kind}.gguf", changes={"expert_gating_func": None})
+        assert Checkpoint(tmp_path / f"{kind}.gguf").config == Checkpoint(source).config

@@ -12,12 +12,11 @@ import numpy as np
 
 from ...runtime.config import ModelConfig
 from ...runtime.layers.delta_net import DeltaNet
-from ...runtime.models.family import conv_read
+from ...runtime.models.family import Shape, conv_read
 from .gguf_file import GgufFile
+from .gguf_keys import of_deepseek, of_delta_nets, of_gemma4, of_lfm2, of_nemotron
 from .names import KEYS_OF_LATENT, VALUES_OF_LATENT
 
-SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
-NOT_ROTATED = 1e20  # the least divisor of an angle that leaves a pair as it is
 Convert = Callable[[np.ndarray], np.ndarray]
 USUAL_KEYS = {  # of config.json, by those of the metadata
     "embedding_length": "hidden_size",
@@ -53,6 +52,24 @@ USUAL_NAMES = {  # canonical names, by GGUF's
 }
 
 
+def last_of_one(shape: Shape) -> Shape:
+    """The shape with a dimension of 1 after the others, as mlx-lm has it in convolutions."""
+    return *shape, 1
+
+
+def first_of_one(shape: Shape) -> Shape:
+    """The shape of a vector as that of a matrix of one row."""
+    return 1, math.prod(shape)
+
+
+def flat(shape: Shape) -> Shape:
+    """The shape of a vector with all values."""
+    return (math.prod(shape),)
+
+
+USUAL_SHAPES = {"shared_router": first_of_one}  # by canonical name, where that of the file is another
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One `general.architecture`: the model_type, and keys of config.json."""
@@ -63,55 +80,17 @@ class Architecture:
     rope_scaling: dict[str, object] = field(default_factory=dict)  # what YaRN's parameters always are
     rows_paired: bool = False  # the two rows of each pair that RoPE rotates are next to each other in attn_q and attn_k
     names: dict[str, str] = field(default_factory=dict)  # canonical ones, or the family's of what has several tensors
+    shapes: dict[str, Callable[[Shape], Shape]] = field(default_factory=dict)  # where that of the file is another
     more: Callable[[GgufFile], dict[str, object]] = lambda file: {}  # keys that are computed
     conversions: Callable[[ModelConfig], Mapping[str, Convert]] = lambda config: {}  # of values, by canonical name
     rope_factors: bool = False  # has a tensor with divisors of RoPE's angles, which `more` reads
 
 
-def layer_kinds(file: GgufFile, kinds: Mapping[str, str]) -> list[str]:
-    """The kind of each layer. kinds: by the name of a tensor that only layers of that kind have."""
-    found = []
-    for layer in range(file.layers):
-        kind = next((kind for part, kind in kinds.items() if f"blk.{layer}.{part}.weight" in file.tensors), None)
-        if kind is None:
-            raise ValueError(
-                f"{file.path}: layer {layer} has none of the tensors {', '.join(kinds)}; download it again"
-            )
-        found.append(kind)
-    return found
-
-
-def quotient(file: GgufFile, key: str, by: str) -> int | float | None:
-    """One number of the metadata over another, whole if it can be; None if one is missing."""
-    above, below = file.value(key), file.value(by)
-    if not above or not below:
-        return None
-    return above // below if above % below == 0 else above / below
-
-
-def rope_scaling(file: GgufFile, always: Mapping[str, object]) -> dict[str, object] | None:
-    """The object of config.json. always: what parameters are, whatever the metadata says."""
-    kind, factor = file.value("rope.scaling.type"), file.value("rope.scaling.factor")
-    if kind in (None, "none") or factor is None:
-        return None
-    original = file.value("rope.scaling.original_context_length")
-    scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
-    scaling |= {f"beta_{side}": file.value(f"rope.scaling.yarn_beta_{side}") for side in ("fast", "slow")}
-    return {key: value for key, value in (scaling | always).items() if value is not None}
-
-
-def of_delta_nets(file: GgufFile) -> dict[str, object]:
-    """Keys of Qwen3-Next and Qwen3.5."""
-    return {
-        "layer_types": layer_kinds(file, {"attn_q": "full_attention", "ssm_out": "linear_attention"}),
-        "linear_value_head_dim": quotient(file, "ssm.inner_size", "ssm.time_step_rank"),
-        "partial_rotary_factor": quotient(file, "rope.dimension_count", "attention.key_length"),
-    }
-
-
 def value_heads_in_turn(config: ModelConfig) -> dict[str, Convert]:
     """Qwen3.5's files have the first value head of each key head, then the second ones, as llama.cpp repeats keys."""
-    its = next(its for its in config.attentions if isinstance(its, DeltaNet))
+    its = next((its for its in config.attentions if isinstance(its, DeltaNet)), None)
+    if its is None:  # a config.json beside the file is another model's, and does not match its tensors
+        return {}
 
     def rows(size: int, before: int = 0) -> np.ndarray:
         """Where the rows are that come next. size: rows of a head; before: rows that are of keys."""
@@ -126,106 +105,6 @@ def value_heads_in_turn(config: ModelConfig) -> dict[str, Convert]:
         **dict.fromkeys(("delta.write", "delta.decay", "delta.decay_bias"), lambda values: values[one]),
         "delta.decay_rate": lambda values: -values[one],
         "delta.o": lambda values: np.ascontiguousarray(values[:, wide]),
-    }
-
-
-def of_gemma4(file: GgufFile) -> dict[str, object]:
-    """Keys of Gemma 4, whose layers with a window and without one differ in their heads and angles."""
-    windowed, kv_heads = file.value("attention.sliding_window_pattern"), file.value("attention.head_count_kv")
-    if not isinstance(windowed, list) or len(windowed) != file.layers:
-        raise ValueError(
-            f"{file.path}: attention.sliding_window_pattern is {windowed!r}, expected true or false for each of the "
-            f"{file.layers} layers"
-        )
-    kinds = ["sliding_attention" if its else "full_attention" for its in windowed]
-    kv_heads = kv_heads if isinstance(kv_heads, list) else [kv_heads] * file.layers
-    widths = {False: file.value("attention.key_length"), True: file.value("attention.key_length_swa")}
-    its_own = zip(widths.items(), ("rope.dimension_count", "rope.dimension_count_swa"), strict=True)
-    if wrong := [key for (_, width), key in its_own if file.value(key) not in (None, width)]:
-        raise ValueError(f"{file.path}: {wrong[0]} is {file.value(wrong[0])}, expected all of a head's dimensions")
-    return {
-        "layer_types": kinds,
-        "head_dim": widths[True],
-        "per_layer_config": {
-            str(layer): {"head_dim": widths[its], "num_key_value_heads": heads}
-            for layer, (its, heads) in enumerate(zip(windowed, kv_heads, strict=True))
-        },
-        "attention_k_eq_v": any(f"blk.{layer}.attn_v.weight" not in file.tensors for layer in range(file.layers)),
-        "rope_theta": None,
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": file.value("rope.freq_base_swa")},
-            "full_attention": {"rope_type": "proportional", "rope_theta": file.value("rope.freq_base")}
-            | rotated_share(file),
-        },
-    }
-
-
-def rotated_share(file: GgufFile) -> dict[str, object]:
-    """The share of a head's pairs that RoPE rotates, the first ones, and what divides their angles; the others' divisor
-    is so large that they stay as they are."""
-    if (tensor := file.tensors.get("rope_freqs.weight")) is None:
-        return {"partial_rotary_factor": 1.0}
-    size = math.prod(tensor.shape) if tensor.dtype == "F32" else 0
-    divisors = np.fromfile(tensor.path, np.float32, size, offset=tensor.offset)
-    count = int((divisors < NOT_ROTATED).sum())
-    if count == 0 or (divisors[:count] != divisors[0]).any():
-        raise ValueError(f"{file.path}: tensor rope_freqs.weight (rescaled RoPE frequencies) is not supported")
-    return {"partial_rotary_factor": count / divisors.size, "factor": float(divisors[0])}
-
-
-def of_lfm2(file: GgufFile) -> dict[str, object]:
-    """Keys of LFM2."""
-    return {
-        "layer_types": layer_kinds(file, {"attn_q": "full_attention", "shortconv.conv": "conv"}),
-        "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in file.tensors),
-    }
-
-
-def of_nemotron(file: GgufFile) -> dict[str, object]:
-    """Keys of Nemotron-H."""
-    kinds = {"ssm_in": "linear_attention", "attn_q": "full_attention", "ffn_gate_inp": "moe", "ffn_up": "mlp"}
-    found = layer_kinds(file, kinds)
-    dense = file.tensors[f"blk.{found.index('mlp')}.ffn_up.weight"].shape[0] if "mlp" in found else None
-    return {
-        "layers_block_type": found,
-        "intermediate_size": dense,
-        "mamba_head_dim": quotient(file, "ssm.inner_size", "ssm.time_step_rank"),
-        "use_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in file.tensors),
-        "n_group": file.value("expert_group_count") or 1,
-        "topk_group": file.value("expert_group_used_count") or 1,
-    }
-
-
-def of_deepseek(file: GgufFile) -> dict[str, object]:
-    """Keys of DeepSeek-V2, where routing weights are a softmax, and of V3 and what derives from it.
-
-    Older files do not say which, and have the sizes of heads where newer ones have those of the latent.
-    """
-    biased = any(name.endswith("exp_probs_b.bias") for name in file.tensors)
-    gating = file.value("expert_gating_func") or (SIGMOID if biased else SOFTMAX)
-    if gating not in (SOFTMAX, SIGMOID) or biased != (gating == SIGMOID):
-        raise ValueError(
-            f"{file.path}: expert_gating_func {gating} with{'' if biased else 'out'} exp_probs_b is not supported; "
-            f"supported are {SOFTMAX} (softmax) without it and {SIGMOID} (sigmoid) with it"
-        )
-    renormalised, groups = bool(file.value("expert_weights_norm")), file.value("expert_group_count") or 1
-    if gating == SOFTMAX and renormalised:
-        raise ValueError(f"{file.path}: expert_weights_norm true is not supported with expert_gating_func {SOFTMAX}")
-    scaling, multiplier = rope_scaling(file, {}), file.value("rope.scaling.yarn_log_multiplier")
-    if scaling and multiplier:  # a tenth of the factor of the softmax, which rotated queries and keys do not get again
-        scaling |= dict.fromkeys(("mscale", "mscale_all_dim"), float(f"{10 * multiplier:.7g}"))
-    rope_dim = file.value("rope.dimension_count") or 0
-    head, value = (file.value(f"attention.{kind}_length_mla") for kind in ("key", "value"))
-    return {
-        "model_type": "deepseek_v3" if gating == SIGMOID else "deepseek_v2",
-        "rope_scaling": scaling,
-        "qk_nope_head_dim": (head or file.value("attention.key_length") or 0) - rope_dim,
-        "qk_rope_head_dim": rope_dim,
-        "v_head_dim": value or file.value("attention.value_length"),
-        "norm_topk_prob": renormalised,
-        "n_group": groups,
-        "topk_group": file.value("expert_group_used_count") or 1,
-        "topk_method": "noaux_tc" if gating == SIGMOID else "group_limited_greedy" if groups > 1 else "greedy",
     }
 
 
@@ -273,12 +152,14 @@ ARCHITECTURES = {
     "qwen3next": Architecture(
         *("qwen3_next", {"norm_topk_prob": True, "decoder_sparse_step": 1}, DELTA_NETS),
         names=OF_DELTA_NETS,
+        shapes={"delta.conv": last_of_one},
         more=of_delta_nets,
         conversions=lambda config: {"delta.decay_rate": np.negative},
     ),
     "qwen35moe": Architecture(
         *("qwen3_5_moe_text", {}, DELTA_NETS),
         names=OF_DELTA_NETS,
+        shapes={"delta.conv": last_of_one},
         more=of_delta_nets,
         conversions=value_heads_in_turn,
     ),
@@ -321,6 +202,7 @@ ARCHITECTURES = {
             "shortconv.conv": "conv.weights",
             "shortconv.out_proj": "conv.o",
         },
+        shapes={"conv.weights": last_of_one},
         more=of_lfm2,
     ),
     "nemotron_h_moe": Architecture(
@@ -347,6 +229,7 @@ ARCHITECTURES = {
             "ssm_norm": "mamba.norm",
             "ssm_out": "mamba.o",
         },
+        shapes={"mamba.conv": last_of_one, **dict.fromkeys(("mamba.decay_rate", "mamba.skip", "mamba.norm"), flat)},
         more=of_nemotron,
         conversions=lambda config: {"mamba.decay_rate": np.negative},
     ),
@@ -368,5 +251,32 @@ ARCHITECTURES = {
             "attn_v_b": VALUES_OF_LATENT,
         },
         more=of_deepseek,
+    ),
+    "granitemoe": Architecture(
+        "granitemoe",
+        {},
+        {
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "expert_count": "num_local_experts",
+            "logit_scale": "logits_scaling",
+            "residual_scale": "residual_multiplier",
+        },
+        rows_paired=True,
+    ),
+    "ernie4_5-moe": Architecture(
+        "ernie4_5_moe",
+        {},
+        {
+            "expert_count": "moe_num_experts",
+            "expert_shared_count": "moe_num_shared_experts",
+            "expert_used_count": "moe_k",
+            "interleave_moe_layer_step": "moe_layer_interval",
+            "leading_dense_block_count": "moe_layer_start_index",
+        },
+        shapes={"router_bias": first_of_one},
+    ),
+    "hunyuan-moe": Architecture(
+        "hunyuan_v1_moe", {}, {"expert_shared_count": "num_shared_expert", "expert_used_count": "moe_topk"}
     ),
 }

@@ -4,9 +4,8 @@ What is beside the file, a config.json or a tokenizer.json, replaces what the me
 """
 
 import json
-import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +16,11 @@ from ...runtime.config import ModelConfig
 from ...runtime.models.family import NAMES, Family, Layout
 from ...runtime.tensorfile import Stored
 from . import gguf_tokenizer
-from .gguf_architectures import ARCHITECTURES, USUAL_KEYS, USUAL_NAMES, Architecture, Convert, rope_scaling
+from .gguf_architectures import ARCHITECTURES, USUAL_KEYS, USUAL_NAMES, USUAL_SHAPES, Architecture, Convert
 from .gguf_file import GgufFile, read_gguf
+from .gguf_keys import rope_scaling
 
 ROPE_FACTORS = "rope_f"  # begins the names of tensors that divide RoPE's angles
-SHAPES: dict[
-    str, Callable[[tuple[int, ...]], tuple[int, ...]]
-] = {  # by canonical name, if they differ from what is read
-    "shared_router": lambda shape: (1, math.prod(shape)),
-    **dict.fromkeys(("delta.conv", "mamba.conv", "conv.weights"), lambda shape: (*shape, 1)),
-    **dict.fromkeys(("mamba.decay_rate", "mamba.skip", "mamba.norm"), lambda shape: (math.prod(shape),)),
-}
-
 FUSED = "ffn_gate_up_exps"
 
 
@@ -95,7 +87,8 @@ def stored(file: GgufFile, family: Family) -> dict[str, Stored]:
     gates and ups in one tensor, as transformers has them."""
     its, layout = architecture(file), _layout(file, family)
     of_family = {**NAMES, **family.names, **layout.names, **({} if layout.up == "" else family.mlx_names)}
-    experts = dict(zip(PROJECTIONS, (layout.gate, layout.up, layout.down), strict=True))
+    parts = zip(PROJECTIONS, (layout.gate, layout.up, layout.down), strict=True)
+    experts = {f"ffn_{part}_exps": of for part, of in parts if of} | {FUSED: layout.gate}
     prefix, found = family.prefixes[0], {}
     for name, tensor in file.tensors.items():
         if its.rope_factors and name.startswith(ROPE_FACTORS):
@@ -104,22 +97,22 @@ def stored(file: GgufFile, family: Family) -> dict[str, Stored]:
             continue
         part, _, end = name.rpartition(".")
         at = ""
-        if name.startswith("blk."):
+        if name.startswith("blk.") and name.count(".") > 1:
             _, layer, part = name.split(".", 2)
             at, (part, _, end) = f"{family.layers[0]}.{layer}.", part.rpartition(".")
             part, end = (part, end) if part else (end, "")  # a name without an end
         canonical = _canonical(its, part, end)
-        if part == "output":
+        if name == "output.weight":
             key = family.heads[0]
-        elif canonical is None and part.endswith("_exps"):
-            of = experts["gate" if part == FUSED else part.removeprefix("ffn_").removesuffix("_exps")]
+        elif canonical is None and part in experts:
+            of = experts[part]
             key = f"{prefix}{at}{of}" if end == "weight" else f"{prefix}{at}{of.removesuffix('weight')}{end}"
         elif canonical is None:
-            key = f"{prefix}{at}{part}.{end}" if at else name
+            key = f"{prefix}{at}{part}.{end}" if at else name  # refused where it is in a layer
         else:
             key = f"{prefix}{at}{of_family.get(canonical, canonical)}"
-            if canonical in SHAPES:
-                tensor = replace(tensor, shape=SHAPES[canonical](tensor.shape))
+            if (change := {**USUAL_SHAPES, **its.shapes}.get(canonical)) is not None:
+                tensor = replace(tensor, shape=change(tensor.shape))
         found[key] = tensor
     return found
 
