@@ -15,7 +15,7 @@ from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.rounding.bundle_weights import BundleWeights
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.compressor.source.gguf_architectures import ARCHITECTURES
-from edge_moe.compressor.source.gguf_tokenizer import SPLITS
+from edge_moe.compressor.source.gguf_tokenizer import SPLITS, files
 
 gguf = pytest.importorskip("gguf")
 REFERENCE = Path(__file__).parent.parent / "bench" / "reference_moe"
@@ -230,7 +230,7 @@ def test_the_tokenizer_and_the_chat_template_come_with_the_file(tmp_path):
     assert not directory.exists()
 
 
-@pytest.mark.parametrize("pre", ["qwen2", "qwen35", "gpt-4o", "minimax-m2"])
+@pytest.mark.parametrize("pre", ["qwen2", "qwen35", "lfm2", "gpt-4o", "minimax-m2"])
 def test_texts_are_split_into_words_as_by_transformers(pre):
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
     tokenizers = pytest.importorskip("tokenizers")
@@ -240,6 +240,25 @@ def test_texts_are_split_into_words_as_by_transformers(pre):
         for one in (SPLITS[pre], mapping.GGUF_PRE_TOKENIZER_SPLITS[pre])
     ]
     assert words[0] == words[1] and len(words[0]) > 15
+
+
+def test_gemma_4s_tokenizer_is_that_of_transformers():
+    tokenizers = pytest.importorskip("tokenizers")
+    gemma = pytest.importorskip("transformers.models.gemma.tokenization_gemma").GemmaTokenizer
+    text = "the cat sat on the mat\n\nthe  cats   sat, 12345 times\t\u00e9t\u00e9 <bos>the <tool>\U0001f600"
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<tool>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pairs = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("a", "t"), ("c", "at"), ("\u2581", "\u2581"), ("\n", "\n")]
+    pairs += [("\u2581the", "\u2581"), ("\u2581the\u2581", "cat"), ("1", "2")]
+    tokens += [*dict.fromkeys([*"the cas onm\n,12345it".replace(" ", "\u2581"), *map("".join, pairs)])]
+    kinds = [3] * 5 + [4] + [6] * 256 + [1] * (len(tokens) - 262)
+    fields = {"model": "gemma4", "tokens": tokens, "token_type": kinds, "merges": list(map(" ".join, pairs))}
+    fields = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    made = tokenizers.Tokenizer.from_str(json.dumps(files(fields)["tokenizer.json"]()))
+    theirs = gemma(vocab={token: at for at, token in enumerate(tokens)}, merges=pairs)
+    theirs.add_tokens(["<tool>"])
+    found = made.encode(text).ids
+    assert found == theirs.encode(text, add_special_tokens=False) and 2 in found and 5 in found and max(found) > 270
+    assert made.decode(found, skip_special_tokens=False) == text
 
 
 def test_files_beside_a_gguf_file_are_used_instead_of_its_metadata(tmp_path):

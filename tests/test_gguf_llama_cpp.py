@@ -1,4 +1,8 @@
-"""The GGUF files that tests write are what llama.cpp reads: it gives transformers' logits for random checkpoints."""
+"""The GGUF files that tests write are what llama.cpp reads: it gives transformers' logits for random checkpoints, and
+its tokens of a text are those of the tokenizer that is made of a file's metadata."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,9 +10,17 @@ import pytest
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 pytest.importorskip("transformers")
+import gguf
 import gguf_files
 import llama_cpp
 from make_golden import logits_of, random_model
+
+from edge_moe.compressor.source.gguf_tokenizer import SPLITS, tokenizer
+
+REFERENCE = Path(__file__).parent.parent / "bench" / "reference_moe"
+TEXT = """I'll DON'T camelCase  HTMLParser x=12345;\r\n\n\t// a/b\n été naïve 日本語ひらがな ３４ end
+def f(x):
+    return x.y + [1, 22, 333, 4444]  # it's $5.00 (or 10%)!?  — “quoted”  """
 
 TOKENS = 40
 ROUNDS = {"gemma4_text": 1e-2}  # its GELU is a table of float16
@@ -92,3 +104,36 @@ def llama_cpp_logits(path, token_ids: np.ndarray) -> np.ndarray:
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(model)
     return logits
+
+
+@pytest.mark.parametrize("pre", SPLITS)
+def test_llama_cpp_gives_the_tokens_of_the_tokenizer(tmp_path, pre):
+    tokenizers = pytest.importorskip("tokenizers")
+    own = json.loads((REFERENCE / "tokenizer.json").read_text())["model"]
+    tokens = sorted(own["vocab"], key=own["vocab"].get)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in own["merges"]]
+    kinds = [3] + [1] * (len(tokens) - 1)
+    fields = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
+    writer = gguf.GGUFWriter(tmp_path / "words.gguf", "llama")
+    for key, value in fields.items():
+        (writer.add_string if isinstance(value, str) else writer.add_array)(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made = tokenizer({f"tokenizer.ggml.{key}": value for key, value in fields.items()})
+    found = tokenizers.Tokenizer.from_str(json.dumps(made)).encode(TEXT).ids
+    assert found == llama_cpp_tokens(tmp_path / "words.gguf", TEXT) and len(set(found)) > 60
+
+
+def llama_cpp_tokens(path: Path, text: str) -> list[int]:
+    options = llama_cpp.llama_model_default_params()
+    options.vocab_only = True
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), options)
+    assert model
+    data, room = text.encode(), 2 * len(text.encode())
+    tokens = (llama_cpp.llama_token * room)()
+    vocab = llama_cpp.llama_model_get_vocab(model)
+    count = llama_cpp.llama_tokenize(vocab, data, len(data), tokens, room, False, False)
+    llama_cpp.llama_model_free(model)
+    return list(tokens[:count])
