@@ -240,12 +240,19 @@ def no_bias(keys: Keys) -> None:
         )
 
 
+def layer_kinds(keys: Keys, known: tuple[str, ...], default: list[str] | None = None) -> list[str]:
+    """The kind of each layer by layer_types, one of `known`. default: if it is missing; None: it must not be."""
+    count, kinds = layer_count(keys), keys.nullable("layer_types")
+    kinds = default if kinds is None else kinds
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
+        raise ValueError(f"{keys.where}: layer_types is {kinds!r}, expected {' or '.join(known)} for every layer")
+    return kinds
+
+
 def windows(keys: Keys) -> tuple[bool, ...]:
     """Whether each layer's attention has the sliding window, by layer_types or, if it is missing, every other one."""
-    count, names = layer_count(keys), ("sliding_attention", "full_attention")
-    kinds = keys.any("layer_types", default=[names[layer % 2] for layer in range(count)])
-    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in names for kind in kinds):
-        raise ValueError(f"{keys.where}: layer_types is {kinds!r}, expected {' or '.join(names)} for every layer")
+    names = ("sliding_attention", "full_attention")
+    kinds = layer_kinds(keys, names, [names[layer % 2] for layer in range(layer_count(keys))])
     return tuple(kind == names[0] for kind in kinds)
 
 

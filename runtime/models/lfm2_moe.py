@@ -15,6 +15,7 @@ from .family import (
     fused,
     grouped,
     layer_count,
+    layer_kinds,
     model,
     separate,
     stack,
@@ -42,15 +43,7 @@ def parse(keys: Keys) -> ModelConfig:
     if type(first) is not int or first < 0:
         raise ValueError(f"{keys.where}: num_dense_layers is {first!r}, expected a whole number from 0")
     dense = tuple(range(min(first, layer_count(keys))))
-    return model(keys, stack(keys, [mixers[kind] for kind in kinds(keys)], experts(keys, router), dense))
-
-
-def kinds(keys: Keys) -> list[str]:
-    """The kind of each layer, of KINDS."""
-    count, found = layer_count(keys), keys.nullable("layer_types")
-    if not isinstance(found, list) or len(found) != count or any(kind not in KINDS for kind in found):
-        raise ValueError(f"{keys.where}: layer_types is {found!r}, expected {' or '.join(KINDS)} for every layer")
-    return found
+    return model(keys, stack(keys, [mixers[kind] for kind in layer_kinds(keys, KINDS)], experts(keys, router), dense))
 
 
 def _joined(mixer: Mixer) -> dict[str, Rows]:

@@ -17,6 +17,7 @@ from .family import (
     experts,
     grouped,
     layer_count,
+    layer_kinds,
     model,
     no_bias,
     stack,
@@ -65,14 +66,11 @@ def text_model(
 
 def kinds(keys: Keys, full: tuple[str, ...]) -> list[str]:
     """The kind of each layer: KINDS[0] or one of the names in `full`."""
-    count, found = layer_count(keys), keys.nullable("layer_types")
-    if found is None:
+    default = None
+    if keys.nullable("layer_types") is None:
         every = keys.count("full_attention_interval", default=4)
-        return [KINDS[(layer + 1) % every == 0] for layer in range(count)]
-    known = (KINDS[0], *full)
-    if not isinstance(found, list) or len(found) != count or any(kind not in known for kind in found):
-        raise ValueError(f"{keys.where}: layer_types is {found!r}, expected {' or '.join(known)} for every layer")
-    return found
+        default = [KINDS[(layer + 1) % every == 0] for layer in range(layer_count(keys))]
+    return layer_kinds(keys, (KINDS[0], *full), default)
 
 
 def queries_and_gates(attention: Mixer) -> dict[str, Rows]:
