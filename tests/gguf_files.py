@@ -33,8 +33,8 @@ PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 def write(source: Path, out: Path, old: bool = False, joined: bool = False, changes: dict | None = None) -> None:
     """Write the checkpoint in a directory as one file.
 
-    old: with the names that older files have. joined: with gates and ups of experts in one tensor. changes: of keys of
-    the metadata, None for none.
+    old: with the names that older files have. joined: with gates and ups of experts in one tensor, and with keys and
+    values of latents in one besides. changes: of keys of the metadata, None for none.
     """
     raw = json.loads((source / "config.json").read_text())
     raw = raw.get("text_config", raw)
@@ -92,7 +92,8 @@ def gemma4_divisors(raw: dict) -> np.ndarray:
 
 
 def with_joined(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors with the gates and ups of the experts of a layer in one."""
+    """The tensors with the gates and ups of the experts of a layer in one, and a copy of what makes keys and values."""
+    tensors |= {f"blk.{key.split('.')[2]}.attn_kv_b.weight": its for key, its in tensors.items() if "kv_b_proj" in key}
     gates = [key for key in tensors if key.endswith(".experts.gate_proj.weight")]
     for key in gates:
         gate, up = tensors.pop(key), tensors.pop(key.replace("gate_proj", "up_proj"))

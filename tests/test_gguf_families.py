@@ -78,10 +78,13 @@ def test_a_gguf_file_is_the_checkpoint_it_was_made_of(tmp_path, kind):
         np.testing.assert_allclose(found, logits, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "kind, spelling",
-    [("qwen3_next", "old"), ("qwen3_next", "joined"), ("qwen3_5_moe_text", "joined"), ("deepseek_v3", "old")],
-)
+SPELLINGS = [
+    *(("qwen3_next", "old"), ("qwen3_next", "joined"), ("qwen3_5_moe_text", "joined")),
+    *(("deepseek_v3", "old"), ("deepseek_v3", "joined")),
+]
+
+
+@pytest.mark.parametrize("kind, spelling", SPELLINGS)
 def test_other_spellings_are_read(tmp_path, kind, spelling):
     source = source_of(kind, tmp_path)[0]
     gguf_files.write(source, tmp_path / "model.gguf", **{spelling: True})
@@ -123,6 +126,11 @@ def test_other_spellings_are_read(tmp_path, kind, spelling):
         ),
         (
             "deepseek_v3",
+            {"expert_group_count": None},
+            "expert_group_count is missing, as in older files; put the model's config.json beside the file",
+        ),
+        (
+            "deepseek_v3",
             {"attention.temperature_scale": 0.1},
             "attention.temperature_scale is not supported for deepseek2",
         ),
@@ -138,3 +146,21 @@ def test_older_files_of_deepseek_do_not_tell_their_router(tmp_path):
         source = source_of(kind, tmp_path / kind)[0]
         gguf_files.write(source, tmp_path / f"{kind}.gguf", changes={"expert_gating_func": None})
         assert Checkpoint(tmp_path / f"{kind}.gguf").config == Checkpoint(source).config
+
+
+def test_what_older_files_lack_is_beside_them(tmp_path):
+    source = source_of("deepseek_v3", tmp_path)[0]
+    gguf_files.write(source, tmp_path / "model.gguf", old=True, changes={"expert_group_count": None})
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    checkpoint, wanted = Checkpoint(tmp_path / "model.gguf"), Checkpoint(source)
+    assert checkpoint.config == wanted.config
+    assert_same_tensors(checkpoint, wanted)
+
+
+def test_layers_for_multi_token_prediction_are_left_out(tmp_path):
+    source = source_of("qwen3_5_moe_text", tmp_path)[0]
+    with (tmp_path / "source" / "config.json").open() as file:
+        layers = json.load(file)["num_hidden_layers"]
+    changes = {"block_count": layers + 1, "nextn_predict_layers": 1}
+    gguf_files.write(source, tmp_path / "model.gguf", changes=changes)
+    assert Checkpoint(tmp_path / "model.gguf").config == Checkpoint(source).config

@@ -120,7 +120,8 @@ def of_nemotron(file: GgufFile) -> dict[str, object]:
 def of_deepseek(file: GgufFile) -> dict[str, object]:
     """Keys of DeepSeek-V2, where routing weights are a softmax, and of V3 and what derives from it.
 
-    Older files do not say which, and have the sizes of heads where newer ones have those of the latent.
+    Older files do not say which, and have the sizes of heads where newer ones have those of the latent. Some lack the
+    groups of experts, without which tokens would go to others.
     """
     biased = any(name.endswith("exp_probs_b.bias") for name in file.tensors)
     gating = file.value("expert_gating_func") or (SIGMOID if biased else SOFTMAX)
@@ -131,7 +132,10 @@ def of_deepseek(file: GgufFile) -> dict[str, object]:
         )
     if file.value("attention.temperature_scale"):
         raise ValueError(f"{file.path}: attention.temperature_scale is not supported for deepseek2")
-    renormalised, groups = bool(file.value("expert_weights_norm")), file.value("expert_group_count") or 1
+    renormalised, groups = bool(file.value("expert_weights_norm")), file.value("expert_group_count")
+    if groups is None:
+        what = "expert_group_count is missing, as in older files"
+        raise ValueError(f"{file.path}: {what}; put the model's config.json beside the file")
     if gating == SOFTMAX and renormalised:
         raise ValueError(f"{file.path}: expert_weights_norm true is not supported with expert_gating_func {SOFTMAX}")
     scaling, multiplier = rope_scaling(file, {}), file.value("rope.scaling.yarn_log_multiplier")
