@@ -1,6 +1,7 @@
 """Bundles that many tests read, each made once a session; a test that damages one works on a copy."""
 
 import shutil
+import signal
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,12 @@ missing = {}  # by check: a reason
 def pytest_addoption(parser):
     parser.addoption("--all-hostile", action="store_true", help="take all 200 runs of test_hostile_prompts.py")
     parser.addoption("--must-run", action="append", default=[], choices=CHECKS, help="fail where this check is skipped")
+
+
+def pytest_configure():
+    # What a shell ignores for a job in the background, or `nohup` for one that outlives it, tests send.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_runtest_logreport(report):
