@@ -4,7 +4,9 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from .layers.attention import Attention
+from .layers.compressed import CompressedAttention
 from .layers.delta_net import DeltaNet
+from .layers.hyper import HyperConnections
 from .layers.latent import LatentAttention
 from .layers.mamba import Mamba
 from .layers.mlp import Dense, Experts, RouterConfig
@@ -16,7 +18,7 @@ MAX_LAYERS, MAX_EXPERTS = 1024, 4096  # more than any model has; a damaged file 
 
 
 Recurrent = DeltaNet | ShortConv | Mamba  # which keep a state of fixed size in place of keys and values
-Mixer = Attention | LatentAttention | Recurrent  # what a layer lets tokens affect later ones by
+Mixer = Attention | LatentAttention | CompressedAttention | Recurrent  # what a layer lets tokens affect later ones by
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,8 @@ class Layer:
 class ModelConfig:
     """The sizes and layers of one model. Counts are in elements.
 
-    All layers with experts have the same number of experts, of the same size and with the same router; attention may
-    differ between layers.
+    All layers with experts have the same number of experts, of the same size and with the same router, which only some
+    of them may choose by (`hashed`); attention may differ between layers.
     """
 
     architecture: str
@@ -44,7 +46,8 @@ class ModelConfig:
     activation: str = "silu"  # silu | gelu_tanh | clamped_swiglu, of every MLP; relu2: of those without a gate
     swiglu_alpha: float = 0.0  # of clamped_swiglu: factor of the gate in the sigmoid
     swiglu_limit: float = 0.0  # of clamped_swiglu: the maximum of the gate, and of the magnitude of up
-    streams: Streams | None = None  # of a residual stream that is several
+    swiglu_shift: float = 1.0  # of clamped_swiglu: what is added to up
+    streams: Streams | HyperConnections | None = None  # of a residual stream that is several
     norm: str = "rms"  # rms | layer, of the residual stream: an RMSNorm, or a LayerNorm with a bias
     norm_eps: float = 1e-6
     embedding_scale: float = 1.0  # factor of the embeddings before they enter the residual stream
@@ -99,7 +102,11 @@ class ModelConfig:
     @property
     def chooses_positions(self) -> bool:
         """Whether there are layers whose queries attend to a choice of the positions that they see."""
-        return any(isinstance(its, LatentAttention) and its.top for its in self.attentions)
+        return any(
+            (isinstance(its, LatentAttention) and its.top)
+            or (isinstance(its, Attention | CompressedAttention) and its.index)
+            for its in self.attentions
+        )
 
     @property
     def independent_tokens(self) -> int | None:
@@ -112,7 +119,7 @@ class ModelConfig:
 
     @property
     def routed(self) -> Experts:
-        """The Experts value that all layers with experts share."""
+        """The Experts value that all layers with experts share, but for whether they are hashed."""
         return next(layer.mlp for layer in self.layers if isinstance(layer.mlp, Experts))
 
     @property
@@ -198,8 +205,13 @@ class ModelConfig:
 
     def planned(self, context: int) -> "ModelConfig":
         """The model as computed in a run planned for `context` tokens, whatever the length of its sequences."""
-        its = ((layer.attention.planned(context) if layer.attention else None, layer.mlp) for layer in self.layers)
-        return replace(self, layers=tuple(Layer(*parts) for parts in its))
+        its = (replace(one, attention=one.attention and one.attention.planned(context)) for one in self.layers)
+        return replace(self, layers=tuple(its))
+
+    def is_hashed(self, layer: int) -> bool:
+        """Whether a layer looks up the experts of a token by its id."""
+        mlp = self.layers[layer].mlp
+        return isinstance(mlp, Experts) and mlp.hashed
 
     def has_experts(self, layer: int) -> bool:
         return isinstance(self.layers[layer].mlp, Experts)
@@ -235,6 +247,11 @@ FLOAT_MATRICES = (
     "shared_router",
     "index.k",
     "index.weights",
+    "index.kv",
+    "index.gate",
+    "index.bias",
+    "pool.bias",
+    "router_table",
     "delta.write",
     "delta.decay",
     "delta.conv",
@@ -243,8 +260,11 @@ FLOAT_MATRICES = (
     "mamba.conv",
     "attention_mix.share",
     "mlp_mix.share",
+    "attention_mix.weights",
+    "mlp_mix.weights",
+    "output_mix.weights",
     "ngrams.conv",
-)  # small, and much depends on them; see layers/indexer.py, delta_net.py, short_conv.py, mamba.py, streams.py
+)  # small, and much depends on them; see layers/indexer.py, compressed.py, delta_net.py, ..., streams.py, hyper.py
 TRUNK_KINDS = ("shared", "attention", "delta", "conv", "mamba", "dense", "streams", "embedding", "head")
 OF_STREAMS = ("attention_mix", "mlp_mix", "output_mix", "ngrams")  # beginnings of the names of kind streams
 
@@ -281,7 +301,7 @@ def trunk_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             parts |= {**norm("attention_norm"), **layer.attention.shapes(dim)}
             parts |= {"attention_post_norm": (dim,)} if config.post_norms else {}
         if layer.mlp:
-            parts |= {**norm("mlp_norm"), **layer.mlp.shapes(dim, config.experts_of(at))}
+            parts |= {**norm("mlp_norm"), **layer.mlp.shapes(dim, config.experts_of(at), config.vocab)}
             parts |= {"mlp_post_norm": (dim,)} if config.post_norms else {}
         parts |= {"layer_scale": (1,)} if config.layer_scale else {}
         shapes |= {f"layers.{at}.{part}": shape for part, shape in parts.items()}

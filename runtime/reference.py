@@ -5,8 +5,9 @@ engine, with the same sections in the same order, and not for speed.
 
 `weights` is any object with trunk(name) and expert(layer, expert) -> (gate, up, down), numpy float32 arrays by
 canonical name, such as a compressor Checkpoint. If it has a method product(name, x), that computes the trunk's
-products, so it sees their inputs. `x` is (sequences, tokens, dim); `h` is normalised and flat, (rows, dim), one row per
-token. Routing is decided on the host, in numpy.
+products, so it sees their inputs; grouped_product(name, x) likewise. `x` is (sequences, tokens, dim); `h` is normalised
+and flat, (rows, dim), one row per token; `ids` are the token ids of the rows, (rows,), which only layers need that look
+experts up by them. Routing is decided on the host, in numpy.
 """
 
 import math
@@ -15,7 +16,18 @@ import numpy as np
 
 from .config import ModelConfig
 from .layers import sparsemixer
-from .layers.arrays import ACTIVATIONS, array, clamped_swiglu, layer_norm, product, rms_norm, sigmoid, softmax
+from .layers.arrays import (
+    ACTIVATIONS,
+    array,
+    clamped_swiglu,
+    grouped_product,
+    layer_norm,
+    product,
+    rms_norm,
+    sigmoid,
+    softmax,
+    softplus,
+)
 from .layers.indexer import Choice
 
 NO_BIAS = (None, None, None)  # of gate, up and down
@@ -28,10 +40,11 @@ def forward(config: ModelConfig, weights, token_ids, xp=np, prune=None):
     example by keep_first(). Raises ValueError for a token id outside the vocabulary.
     """
     token_ids = np.asarray(token_ids)
-    x, choice = embed(config, weights, np.atleast_2d(token_ids), xp), Choice()
+    sequences = np.atleast_2d(token_ids)
+    x, choice = embed(config, weights, sequences, xp), Choice()
     for index in range(config.layer_count):
-        x = with_ngrams(config, weights, index, x, np.atleast_2d(token_ids), xp)
-        x = layer(config, weights, index, x, xp, prune, choice)
+        x = with_ngrams(config, weights, index, x, sequences, xp)
+        x = layer(config, weights, index, x, xp, prune, choice, sequences.reshape(-1))
     logits = head(config, weights, x, xp)
     return logits if token_ids.ndim == 2 else logits[0]
 
@@ -57,7 +70,7 @@ def with_ngrams(config: ModelConfig, weights, layer: int, x, token_ids, xp=np):
     return x + its.added(trunk, times, x, rows, config.dim, config.norm_eps, xp)
 
 
-def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None, choice: Choice | None = None):
+def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None, choice: Choice | None = None, ids=None):
     """One layer: x (sequences, tokens, width) in and out. choice: see attention_block()."""
     if config.layers[layer].attention:
         x = with_attention(config, weights, layer, x, attention_block(config, weights, layer, x, xp, choice), xp)
@@ -66,7 +79,7 @@ def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None, choice
     if not config.has_experts(layer):
         y = dense_block(config, weights, layer, mlp_input(config, weights, layer, x, xp), xp)
     else:
-        y = moe_block(config, weights, layer, x, xp, prune)
+        y = moe_block(config, weights, layer, x, xp, prune, ids)
     return with_mlp(config, weights, layer, x, y, xp)
 
 
@@ -129,13 +142,13 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np, choice: 
 
 
 def _of_layer(weights, layer: int, xp):
-    """Two functions: a tensor of the layer, and the product of a matrix of the layer with x."""
+    """Two functions: a tensor of the layer, and the product of a matrix of the layer with x, by groups or not."""
 
     def trunk(name):
         return array(weights.trunk(f"layers.{layer}.{name}"), xp)
 
-    def times(name, x):
-        return product(weights, f"layers.{layer}.{name}", x, xp)
+    def times(name, x, grouped=False):
+        return (grouped_product if grouped else product)(weights, f"layers.{layer}.{name}", x, xp)
 
     return trunk, times
 
@@ -166,10 +179,10 @@ def _own_input(config: ModelConfig, weights, layer: int, name: str, x, xp):
     return rms_norm(x, weights.trunk(f"layers.{layer}.{name}"), config.norm_eps, xp).reshape(-1, x.shape[-1])
 
 
-def moe_block(config: ModelConfig, weights, layer: int, x, xp=np, prune=None):
+def moe_block(config: ModelConfig, weights, layer: int, x, xp=np, prune=None, ids=None):
     """The output of a layer's MoE block, (rows, dim), for x (..., dim): route, prune, experts, shared expert."""
     h = mlp_input(config, weights, layer, x, xp)
-    chosen, routing_weights = route(config, weights, layer, router_input(config, weights, layer, x, xp), xp)
+    chosen, routing_weights = route(config, weights, layer, router_input(config, weights, layer, x, xp), xp, ids)
     if prune:
         chosen, routing_weights = prune(layer, h, chosen, routing_weights)
     y = experts(config, weights, layer, h, chosen, routing_weights, xp)
@@ -186,18 +199,18 @@ def with_shared(config: ModelConfig, weights, layer: int, x, y, xp=np):
     return y
 
 
-def route(config: ModelConfig, weights, layer: int, h, xp=np):
+def route(config: ModelConfig, weights, layer: int, h, xp=np, ids=None):
     """The experts of each row (on the host) and their routing weights, both (rows, top_k), largest weight first.
 
-    Ties go to the lower index. If the chosen groups have fewer experts than top_k, which only dropping experts can
-    cause, the row has fewer: the rest is -1 with weight 0.
+    Ties go to the lower index. If the chosen groups, or the entry in the layer's table, have fewer experts than top_k,
+    which only dropping experts can cause, the row has fewer: the rest is -1 with weight 0.
     """
     if config.router.score == "sparsemixer":
         logits = np.asarray(router_logits(config, weights, layer, h, xp))
         chosen, p = sparsemixer.choose(logits, config.top_k_of(layer), config.router.threshold)
         return chosen, array(sparsemixer.weights_of(chosen, p), xp) * config.routing_scale
     scores = router_scores(config, weights, layer, h, xp)  # (rows, experts)
-    chosen = choose_experts(config, weights, layer, np.asarray(scores))
+    chosen = choose_experts(config, weights, layer, np.asarray(scores), ids)
     routing_weights = xp.take_along_axis(scores, array(chosen.clip(0), xp), axis=-1)
     routing_weights = xp.where(array(chosen >= 0, xp), routing_weights, 0.0)
     if config.router.renormalise:
@@ -263,7 +276,10 @@ def router_scores(config: ModelConfig, weights, layer: int, h, xp=np):
 
     For sparsemixer this is a softmax, which tells how close an expert is to being chosen, not its routing weight.
     """
-    return (sigmoid if config.router.score == "sigmoid" else softmax)(router_logits(config, weights, layer, h, xp), xp)
+    logits = router_logits(config, weights, layer, h, xp)
+    if config.router.score == "sqrtsoftplus":
+        return xp.sqrt(softplus(logits, xp))
+    return (sigmoid if config.router.score == "sigmoid" else softmax)(logits, xp)
 
 
 def router_logits(config: ModelConfig, weights, layer: int, h, xp=np):
@@ -273,12 +289,21 @@ def router_logits(config: ModelConfig, weights, layer: int, h, xp=np):
     return logits if config.router.logits_scale == 1 else logits * config.router.logits_scale
 
 
-def choose_experts(config: ModelConfig, weights, layer: int, scores: np.ndarray) -> np.ndarray:
+def choose_experts(config: ModelConfig, weights, layer: int, scores: np.ndarray, ids=None) -> np.ndarray:
     """The indices of the best experts in the order of their scores, (rows, top_k); -1 if there are too few.
 
-    Selection bias and groups affect which experts are chosen, but not their order.
+    Selection bias and groups affect which experts are chosen, but not their order. Raises ValueError if the layer looks
+    experts up and there are no ids.
     """
     rule, top_k = config.router, config.top_k_of(layer)
+    if config.is_hashed(layer):
+        if ids is None:
+            raise ValueError(f"layer {layer} looks experts up by token ids, which are not given")
+        listed = weights.trunk(f"layers.{layer}.router_table")[ids].astype(np.int64)
+        listed = np.sort(listed, axis=-1)  # so that ties go to the lower index
+        worth = np.where(listed < 0, -math.inf, np.take_along_axis(scores, listed.clip(0), axis=-1))
+        order = np.argsort(-worth, axis=-1, kind="stable")[:, :top_k]
+        return np.take_along_axis(listed, order, axis=-1)
     worth = scores + weights.trunk(f"layers.{layer}.router_bias") if rule.selection_bias else scores
     if rule.groups > 1:
         worth = np.where(in_best_groups(config, layer, worth), worth, -math.inf)
@@ -364,7 +389,7 @@ def gated(config: ModelConfig, gate, up, xp=np):
     if config.activation == "relu2":
         return xp.square(xp.maximum(up, 0))
     if config.activation == "clamped_swiglu":
-        return clamped_swiglu(gate, up, config.swiglu_alpha, config.swiglu_limit, xp)
+        return clamped_swiglu(gate, up, config.swiglu_alpha, config.swiglu_limit, config.swiglu_shift, xp)
     inner = ACTIVATIONS[config.activation](gate, xp)
     inner *= up
     return inner

@@ -25,13 +25,14 @@ def read_rope(
     scales_softmax: bool = False,
     ntk_alpha: bool = False,
     types: tuple[str, ...] = TYPES,
+    own_scale: bool = False,
 ) -> Rope:
     """Read the RoPE parameters of attention heads with `head_dim` dimensions to which RoPE may apply.
 
     of: size of the whole head, if larger; partial: the default share of head_dim that is rotated, None if it is always
     all; scales_softmax: whether the architecture applies a scaling type's factor to the softmax; ntk_alpha: whether it
-    has type dynamic with a fixed alpha; types: the scaling types that it has. Raises ValueError for an unsupported type
-    and for spellings that disagree.
+    has type dynamic with a fixed alpha; types: the scaling types that it has; own_scale: whether type yarn may have an
+    attention_factor. Raises ValueError for an unsupported type and for spellings that disagree.
     """
     rope, where = _merged(keys), keys.where
     scaling = rope.any("rope_type", "type", default="default")
@@ -58,7 +59,7 @@ def read_rope(
     if scaling == "longrope":
         return Rope(**values, long=_long_rope(rope, values["dim"] // 2, keys.count("max_position_embeddings")))
     if scaling == "yarn":
-        return Rope(**values, yarn=_yarn(rope, theta, factor, keys.count("max_position_embeddings")))
+        return Rope(**values, yarn=_yarn(rope, theta, factor, keys.count("max_position_embeddings"), own_scale))
     return Rope(**values, factor=factor)
 
 
@@ -72,14 +73,21 @@ def rope_count(keys: Keys, name: str, default: int) -> int:
     return _merged(keys).count(name, default=default)
 
 
-def _yarn(rope: Keys, theta: float, factor: float, context: int) -> YarnScaling:
-    if rope.raw.get("attention_factor") is not None:
+def merged_rope(keys: Keys) -> dict:
+    """All RoPE parameters of a config.json as one object, with the theta beside it, if there is one."""
+    return _merged(keys).raw
+
+
+def _yarn(rope: Keys, theta: float, factor: float, context: int, own_scale: bool) -> YarnScaling:
+    given = rope.raw.get("attention_factor") is not None
+    if given and not own_scale:
         raise ValueError(f"{rope.where}: attention_factor of rope type yarn is not supported; leave it out")
     yarn = YarnScaling(
         factor,
         rope.count("original_max_position_embeddings", default=context),
         *(rope.number(key, default=default) for key, default in YARN_DEFAULTS.items()),
         truncate=rope.flag("truncate", True),
+        own_scale=rope.above_zero("attention_factor") if given else 0.0,
     )
     if yarn.beta_fast <= 0 or yarn.beta_slow <= 0 or theta <= 1:
         raise ValueError(f"{rope.where}: rope type yarn needs beta_fast and beta_slow above 0 and rope_theta above 1")

@@ -19,6 +19,7 @@ NUMPY_DTYPES = {  # as read from disk; what numpy lacks is its bits
     "F32": np.dtype("<f4"),
     "U32": np.dtype("<u4"),
     "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
     "U8": np.dtype("u1"),
     "F8_E4M3": np.dtype("u1"),
     "F8_E8M0": np.dtype("u1"),

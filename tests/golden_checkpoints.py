@@ -9,10 +9,10 @@ import numpy as np
 
 ARCHITECTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")  # whose parts differ most
 FAMILIES = (
-    *("deepseek_v2", "deepseek_v32", "ernie4_5_moe", "gemma4", "gemma4_text", "glm4_moe", "glm4_moe_lite"),
-    *("glm_moe_dsa", "gpt_oss", "granitemoe", "hunyuan_v1_moe", "kimi_k25", "lfm2_moe", "minimax_m2", "mistral3"),
-    *("mistral4", "nemotron_h", "phimoe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe"),
-    *("qwen4_exp", "qwen4_exp_text"),
+    *("deepseek_v2", "deepseek_v32", "deepseek_v4", "ernie4_5_moe", "gemma4", "gemma4_text", "glm4_moe"),
+    *("glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe", "hunyuan_v1_moe", "kimi_k25", "lfm2_moe"),
+    *("minimax_m2", "mistral3", "mistral4", "nemotron_h", "phimoe", "qwen3_5_moe", "qwen3_5_moe_text"),
+    *("qwen3_next", "qwen3_vl_moe", "qwen4_exp", "qwen4_exp_text"),
 )
 CHECKPOINTS = (*ARCHITECTURES, "moonlight", *FAMILIES)  # moonlight is another deepseek_v3
 DROPPED = {

@@ -232,6 +232,46 @@ CONFIGS = {
         "num_experts_per_tok": 3,
         "tie_word_embeddings": True,
     },
+    "deepseek_v4": {
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 1,
+        "head_dim": 28,
+        "q_lora_rank": 40,
+        "o_groups": 2,
+        "o_lora_rank": 24,
+        "sliding_window": 7,
+        "layer_types": [
+            "sliding_attention",
+            *("compressed_sparse_attention", "heavily_compressed_attention") * 2,
+        ],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "index_n_heads": 9,
+        "index_head_dim": 20,
+        "index_topk": 3,
+        "hc_mult": 3,
+        "hc_sinkhorn_iters": 5,
+        "hc_eps": 1e-3,
+        "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe", "moe"],
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "swiglu_limit": 1.5,
+        "rms_norm_eps": 1e-3,
+        "rope_parameters": {
+            "main": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 12 / 28},
+            "compress": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 12 / 28,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 6.0,
+                "beta_slow": 1.0,
+                "attention_factor": 1.1,
+            },
+        },
+    },
     "gpt_oss": {
         "hidden_size": 96,
         "head_dim": 24,
@@ -602,6 +642,9 @@ def random_model(architecture: str, seed: int, **changes):
             buffer.copy_(0.2 * torch.randn(buffer.shape, generator=random))
         elif name.endswith("layer_scalar"):
             buffer.copy_(1 + 0.3 * torch.randn(buffer.shape, generator=random))
+        elif name.endswith("tid2eid"):  # different experts for each token
+            drawn = torch.rand(len(buffer), config.n_routed_experts, generator=random)
+            buffer.copy_(drawn.argsort(dim=-1)[:, : buffer.shape[1]])
     return model.to(torch.bfloat16)
 
 

@@ -403,7 +403,7 @@ def test_a_quantization_config_of_null_or_of_odd_groups_changes_nothing(plain, t
 
 @pytest.mark.parametrize("dtype", ["I64", "I8", "F8_E5M2", "U8"])
 def test_another_type_is_refused(plain, dtype):
-    path = edit(plain, **{UP: (dtype, None, None if dtype == "I32" else bytes(32 * 64))})
+    path = edit(plain, **{UP: (dtype, None, bytes(32 * 64 * (8 if dtype == "I64" else 1)))})
     assert refusal(ValueError, lambda: Checkpoint(plain)) == (
         f"{path}: tensor {UP} of type {dtype} is not supported; {SUPPORTED}"
     )

@@ -128,7 +128,7 @@ def test_a_later_token_never_changes_an_earlier_ones_logits(golden):
 
 def test_a_pruned_expert_adds_nothing(golden):
     checkpoint, _, _ = golden
-    config, layer = checkpoint.config, checkpoint.config.moe_layers[0]
+    config, layer = checkpoint.config, checkpoint.config.moe_layers[-1]  # the first may look experts up by token
     h = np.random.default_rng(0).standard_normal((5, config.dim), dtype=np.float32)
     chosen, routing_weights = reference.route(config, checkpoint, layer, h)
     pruned = chosen.copy()
@@ -143,7 +143,7 @@ def test_of_experts_with_equal_scores_the_lower_number_goes_first(golden):
     config = changed(checkpoint.config, router={"selection_bias": False, "logit_bias": False, "expert_scale": False})
     router = config.router
     h = np.zeros((2, config.dim), np.float32)
-    chosen, routing_weights = reference.route(config, checkpoint, config.moe_layers[0], h)
+    chosen, routing_weights = reference.route(config, checkpoint, config.moe_layers[-1], h)
     if router.score == "sparsemixer":  # 0 is taken first, of all, and 1 of the rest, so it weighs more
         assert chosen.tolist() == [[1, 0]] * 2
         np.testing.assert_allclose(routing_weights, [[1 / (config.experts - 1), 1 / config.experts]] * 2, rtol=1e-6)

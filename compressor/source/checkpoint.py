@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from ...runtime.hub import HubModel
 from ...runtime.model_path import find_model, raise_if_other_format
 from ...runtime.tensorfile import Stored, read_header
 from . import codes, gguf_model
-from .formats import MXFP4, Tensor, locate
+from .formats import MXFP4, Tensor, locate, locate_integers
 from .gguf_file import find_gguf
 from .hub_files import hub_files
 from .names import Names, Source, sources
@@ -271,7 +272,7 @@ def _match(
     found, tensors, missing = {}, {}, {}
     for source in sources:
         tensor = tensors.get(source.key)
-        if tensor is None and (tensor := locate(source.key, source.key_shape, stored, blocks)) is None:
+        if tensor is None and (tensor := _locate(source, stored, blocks)) is None:
             missing[source.key] = None
             if len(missing) > MOST_MISSING:
                 break
@@ -298,6 +299,11 @@ def _match(
             "config.json and the weights do not belong together, or the download is not complete"
         )
     return found
+
+
+def _locate(source: Source, stored: dict[str, Stored], blocks: tuple[Block, ...]) -> Tensor | None:
+    find = locate_integers if source.integers else partial(locate, blocks=blocks)
+    return find(source.key, source.key_shape, stored=stored)
 
 
 def _rows_of(tensor: Tensor) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from . import codes
 from .quantisation import MX_BLOCK, PLAIN, Block, unsupported
 
 FP8, MXFP4, NVFP4 = "F8_E4M3", "MXFP4", "NVFP4"
+INTEGERS = ("I32", "I64")
 EXPONENTS = ("U8", "F8_E8M0")  # a power of two, stored as its biased exponent
 SCALES = {FP8: (*PLAIN, *EXPONENTS), MXFP4: EXPONENTS, NVFP4: (FP8,), "INT4": PLAIN, "INT8": PLAIN}
 BLOCKS_SUFFIX = "_blocks"  # of a tensor of MXFP4 with a dimension for the blocks of a row
@@ -94,6 +95,16 @@ def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: 
             return Tensor(key, FP8, shape, values, "E4M3", scale_key, scales, _resolve(block, shape))
     wanted = dict.fromkeys(str(_scale_shapes(shape, block)[0]) for block in blocks)
     raise _wrong_scales(scale_key, scales, key, shape, " or ".join(wanted))
+
+
+def locate_integers(key: str, shape: tuple[int, ...], stored: dict[str, Stored]) -> Tensor | None:
+    """The same for a tensor of whole numbers."""
+    values = stored.get(key)
+    if values is not None and values.dtype not in INTEGERS:
+        raise unsupported(values.path, f"tensor {key} of type {values.dtype} in place of {' or '.join(INTEGERS)}")
+    if values is not None:
+        _check_shape(key, values, shape)
+    return None if values is None else Tensor(key, values.dtype, shape, values)
 
 
 def _resolve(block: Block, shape: tuple[int, ...]) -> Block:

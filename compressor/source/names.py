@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -30,6 +31,7 @@ class Source:
     convert: Callable[[np.ndarray], np.ndarray] | None = None  # what is stored -> what is used
     second: tuple[str, tuple[int, ...]] | None = None  # name and shape of another tensor that has a part of it
     join: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None  # the rows of both -> what is used
+    integers: bool = False  # stored as whole numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,20 @@ class Names:
         inner = ("language_model.",) if family.text else ()
         prefixes = (*family.prefixes, *(f"{one}model." for one in inner))
         its_names = {**NAMES, **family.names}
-        prefixes = [prefix for prefix in prefixes if f"{prefix}{its_names['embedding']}" in stored]
+        spellings = (its_names, *({**its_names, **layout.names} for layout in family.layouts))
+
+        def has(start: str, part: str) -> bool:
+            return any(f"{start}{spelling[part]}" in stored for spelling in spellings)
+
+        prefixes = [prefix for prefix in prefixes if has(prefix, "embedding")]
         prefix = prefixes[0] if prefixes else family.prefixes[0]
         heads = (*family.heads, *(f"{one}lm_head.weight" for one in inner))
         head = next((name for name in heads if name in stored), heads[0])
-        norm = f"0.{its_names['attention_norm']}"
         lists = [f"{prefix}{name}." for name in family.layers]
-        layers = next((name for name in lists if name + norm in stored), lists[0])
+        layers = next((name for name in lists if has(f"{name}0.", "attention_norm")), lists[0])
+        fits = [one for one in family.layouts if f"{prefix}{(its_names | one.names)['embedding']}" in stored]
         stacked = tuple(_stacked_layouts(family.layouts))
-        layout = _layout(config, (*family.layouts, *stacked), f"{layers}{config.moe_layers[0]}.", stored)
+        layout = _layout(config, (*(fits or family.layouts), *stacked), f"{layers}{config.moe_layers[0]}.", stored)
         packed = tuple(one for one in family.packed if _has(one, layers, config, stored))
         mlx = layout in stacked
         its_names |= {**layout.names, **(family.mlx_names if mlx else {})}
@@ -106,13 +113,25 @@ def sources(config: ModelConfig, names: Names) -> Iterator[Source]:
             if names.mlx:  # has a convolution's inputs last
                 key_shape = (key_shape[0], *key_shape[2:], key_shape[1])
             stored_shape = tuple(size for size in key_shape if size > 1)
-        yield Source(name, key, shape, key_shape, stored_shape, pieces=rows, convert=convert)
+        integers = part == "router_table"
+        convert = partial(_checked, key, config.experts) if integers else convert
+        yield Source(name, key, shape, key_shape, stored_shape, pieces=rows, convert=convert, integers=integers)
     for layer in config.moe_layers:
         for expert in range(config.experts):
             to, at = f"layers.{layer}.experts.{expert}", f"{names.layers}{layer}."
             yield from _of_expert(names.layout)(config, names.layout, to, at, expert)
             if any(names.layout.biases):
                 yield from _biases(config, names.layout, to, at, expert)
+
+
+def _checked(key: str, experts: int, table: np.ndarray) -> np.ndarray:
+    """A table of the experts of each token, (vocab, top_k). Raises ValueError unless a row has different experts."""
+    ordered = np.sort(table, axis=-1)
+    if not (ordered[:, 0].min() >= 0 and ordered[:, -1].max() < experts):
+        raise ValueError(f"tensor {key} has experts outside 0 to {experts - 1}; download the checkpoint again")
+    if (twice := np.flatnonzero((np.diff(ordered, axis=-1) == 0).any(axis=-1))).size:
+        raise ValueError(f"tensor {key} has an expert twice for token {twice[0]}; download the checkpoint again")
+    return table
 
 
 def _halves(name: str, at: str, its: LatentAttention) -> Source:

@@ -18,6 +18,23 @@ def product(weights, name: str, x, xp=np):
     return its_own(name, x) if its_own else x @ array(weights.trunk(name), xp).T
 
 
+def grouped_product(weights, name: str, x, xp=np):
+    """The product of a matrix (outputs, inputs) whose rows are in groups, each with inputs of its own.
+
+    x: (..., groups, inputs) -> (..., groups, outputs / groups).
+    """
+    its_own = getattr(weights, "grouped_product", None)
+    return its_own(name, x) if its_own else grouped(x, array(weights.trunk(name), xp), xp)
+
+
+def grouped(x, matrix, xp=np):
+    """The same for a matrix."""
+    groups, inputs = x.shape[-2:]
+    rows = x.reshape(-1, groups, inputs).swapaxes(0, 1)  # (groups, rows, inputs)
+    y = rows @ matrix.reshape(groups, -1, inputs).swapaxes(1, 2)
+    return y.swapaxes(0, 1).reshape(*x.shape[:-1], -1)
+
+
 def rms_norm(x, weight, eps: float, xp=np):
     """Scale the last axis to a root mean square of one, then by weight."""
     y = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
@@ -72,10 +89,10 @@ def gelu_tanh(x, xp=np):
     return 0.5 * x * (1 + xp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
 
 
-def clamped_swiglu(gate, up, alpha: float, limit: float, xp=np):
-    """SwiGLU of a gate of at most `limit`, whose sigmoid is `alpha` times as steep, and of 1 + up within +-limit."""
+def clamped_swiglu(gate, up, alpha: float, limit: float, shift: float, xp=np):
+    """SwiGLU of a gate up to `limit`, whose sigmoid is `alpha` times as steep, and of shift + up within +-limit."""
     gate = xp.minimum(gate, limit)
-    return gate * sigmoid(alpha * gate, xp) * (xp.clip(up, -limit, limit) + 1)
+    return gate * sigmoid(alpha * gate, xp) * (xp.clip(up, -limit, limit) + shift)
 
 
 ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh}  # whose product with up is the input of the down projection

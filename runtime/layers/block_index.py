@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrays import array, rms_norm
+from .indexer import chosen
 from .rope import Rope, rotate_first
 
 
@@ -56,13 +57,10 @@ class BlockIndex:
         k = rotate_first(k, rope, cos[starts], sin[starts], xp)[:, :, 0]  # (sequences, whole, head_dim)
 
         products = q.swapaxes(1, 2) @ k.swapaxes(1, 2)[:, None]  # (sequences, heads, tokens, whole)
-        scores = np.asarray(xp.sum(xp.maximum(products * self.scale, array(np.float32(0), xp)), axis=1))
+        scores = xp.sum(xp.maximum(products * self.scale, array(np.float32(0), xp)), axis=1)
         before = (np.arange(tokens)[:, None] + 1) // self.block  # whole blocks that end at the query or before it
         there = np.arange(whole) < before
-        order = np.argsort(-np.where(there, scores, -np.inf), axis=-1, kind="stable")[..., : self.blocks]
-        best = np.zeros(scores.shape, bool)
-        np.put_along_axis(best, order, True, axis=-1)
-        of_blocks = np.repeat(best & there, self.block, axis=-1)
+        of_blocks = np.repeat(chosen(scores, self.blocks, there), self.block, axis=-1)
         tail = np.arange(tokens) >= before * self.block
         padded = np.pad(of_blocks, ((0, 0), (0, 0), (0, tokens - whole * self.block)))
         return causal & (padded | tail)

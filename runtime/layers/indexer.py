@@ -63,13 +63,14 @@ class Choice:
     visible: np.ndarray | None = None  # see chosen(); None: every position up to the query's
 
 
-def chosen(scores, top: int) -> np.ndarray:
+def chosen(scores, top: int, seen: np.ndarray | None = None) -> np.ndarray:
     """Whether each query attends to each position, bool (sequences, queries, positions).
 
-    It attends to the `top` positions up to its own with the highest scores; ties go to the lower position.
+    It attends to the `top` positions with the highest scores of those that it sees; ties go to the lower position.
+    seen: bool (queries, positions); None: those up to the query's own.
     """
     scores = np.asarray(scores)
-    seen = np.tri(scores.shape[-1], dtype=bool)
+    seen = np.tri(scores.shape[-1], dtype=bool) if seen is None else seen
     best = np.argsort(-np.where(seen, scores, -np.inf), axis=-1, kind="stable")[..., :top]
     visible = np.zeros(scores.shape, bool)
     np.put_along_axis(visible, best, True, axis=-1)

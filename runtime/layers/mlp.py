@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 class RouterConfig:
     """How a layer turns router logits into chosen experts and their routing weights."""
 
-    score: str = "softmax"  # softmax | sigmoid, over all experts, before the cut to top_k | sparsemixer
+    score: str = "softmax"  # softmax | sigmoid | sqrtsoftplus, of all experts, before the cut to top_k | sparsemixer
     renormalise: bool = False  # the weights of chosen experts are scaled to sum to one
     selection_bias: bool = False  # one value per expert, added to its score for the choice, not for the weight
     groups: int = 1  # number of groups of consecutive experts; experts are chosen from the best top_groups
@@ -36,16 +36,19 @@ class Experts:
     # and of what routed experts add up to, and of the shared expert's output, before these two are added.
     own_norms: bool = False
     gated: bool = True  # MLPs have a gate, else only up and down
+    hashed: bool = False  # a token's experts are looked up by its id in a table, and the router only weights them
 
-    def shapes(self, dim: int, experts: int | None = None) -> dict[str, tuple[int, ...]]:
-        """The trunk's tensors by canonical name, in the order of use. experts: number kept; None: all."""
+    def shapes(self, dim: int, experts: int | None = None, vocab: int = 0) -> dict[str, tuple[int, ...]]:
+        """The trunk's tensors by canonical name, in the order of use. experts: number kept; None: all. vocab: the rows
+        of the table of experts, whose numbers are -1 where an expert was dropped."""
         count = self.experts if experts is None else experts
         parts: dict[str, tuple[int, ...]] = {"router_norm": (dim,)} if self.own_norms else {}
         parts |= {"router": (count, dim)}
         if self.router.logit_bias:
             parts |= {"router_logit_bias": (count,)}
-        if self.router.selection_bias:
+        if self.router.selection_bias and not self.hashed:
             parts |= {"router_bias": (count,)}
+        parts |= {"router_table": (vocab, self.top_k)} if self.hashed else {}
         if self.router.expert_scale:
             parts |= {"expert_scale": (count,)}
         if self.own_norms:
@@ -65,7 +68,7 @@ class Dense:
     hidden: int
     gated: bool = True  # it has a gate, else only up and down
 
-    def shapes(self, dim: int, _experts: int | None = None) -> dict[str, tuple[int, ...]]:
+    def shapes(self, dim: int, _experts: int | None = None, _vocab: int = 0) -> dict[str, tuple[int, ...]]:
         """The trunk's tensors by canonical name, in the order of use."""
         return _mlp("dense", dim, self.hidden, self.gated)
 

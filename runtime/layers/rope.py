@@ -22,6 +22,7 @@ class YarnScaling:
     mscale: float  # strength of the magnitude that the factor adds to keys and queries; 0: not given
     mscale_all_dim: float  # the same for all dimensions, through the softmax scale, in families that use it
     truncate: bool = True  # the first and the last pair whose angles are between the two are whole numbers
+    own_scale: float = 0.0  # factor of cos and sin; 0: the one that follows from factor and mscale
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class LongRope:
 class Rope:
     """The dimensions of a head's query and key that are rotated, and the angles."""
 
-    dim: int  # how many are rotated: the first ones; with a latent, the last ones
+    dim: int  # how many are rotated: the first ones; with a latent or compressed rows, the last ones
     theta: float
     factor: float = 1.0  # linear scaling: divisor of positions
     yarn: YarnScaling | None = None
@@ -80,6 +81,8 @@ class Rope:
             return self.stretch.scale
         if yarn is None:
             return 1.0
+        if yarn.own_scale:
+            return yarn.own_scale
         if yarn.mscale and yarn.mscale_all_dim:
             return magnitude(yarn.factor, yarn.mscale) / magnitude(yarn.factor, yarn.mscale_all_dim)
         return magnitude(yarn.factor, 1.0)
@@ -142,6 +145,19 @@ def rotate_first(x, rope: Rope, cos, sin, xp=np):
     span = rope.span
     turned = rotate(x[..., :span], cos, sin, xp, rope.interleaved)
     return turned if span == x.shape[-1] else xp.concatenate([turned, x[..., span:]], axis=-1)
+
+
+def rotate_last(x, rope: Rope, cos, sin, xp=np, back: bool = False):
+    """Rotate the last rope.dim dimensions of x (sequences, tokens, heads, size), whose order stays. back: by minus the
+    angles."""
+    first = x.shape[-1] - rope.dim
+    cos, sin = cos[:, None], -sin[:, None] if back else sin[:, None]  # (tokens, 1, rope.dim / 2)
+    rest = x[..., first:]
+    half = rope.dim // 2
+    a, b = (rest[..., 0::2], rest[..., 1::2]) if rope.interleaved else (rest[..., :half], rest[..., half:])
+    parts = [a * cos - b * sin, b * cos + a * sin]
+    turned = xp.stack(parts, axis=-1).reshape(rest.shape) if rope.interleaved else xp.concatenate(parts, axis=-1)
+    return xp.concatenate([x[..., :first], turned], axis=-1)
 
 
 def magnitude(factor: float, mscale: float) -> float:

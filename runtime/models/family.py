@@ -9,6 +9,7 @@ import numpy as np
 from ..config import MAX_EXPERTS, MAX_LAYERS, Layer, Mixer, ModelConfig
 from ..config_keys import Keys
 from ..layers.attention import Attention
+from ..layers.compressed import CompressedAttention
 from ..layers.delta_net import DeltaNet
 from ..layers.indexer import Indexer
 from ..layers.latent import LatentAttention
@@ -340,6 +341,15 @@ def _attention_problems(attention: Mixer) -> list[tuple[int, str]]:
     if isinstance(attention, DeltaNet):
         shared = attention.heads % attention.kv_heads
         return [(shared, "linear_num_value_heads must be a multiple of linear_num_key_heads")]
+    if isinstance(attention, CompressedAttention):
+        return [
+            (attention.heads % attention.groups, "num_attention_heads must be a multiple of o_groups"),
+            (attention.rope.dim % 2 or not attention.rope.dim, "the rotated dimensions of a head must be even"),
+            (
+                attention.index is not None and attention.rope.dim > attention.index.dim,
+                "index_head_dim is smaller than the rotated dimensions of a head",
+            ),
+        ]
     indexer = attention.indexer if isinstance(attention, LatentAttention) else None
     rope_key = "qk_rope_head_dim" if isinstance(attention, LatentAttention) else "head_dim"
     return [

@@ -1,0 +1,185 @@
+"""Attention over a window and over compressed rows, each of which stands for the tokens of a stretch (DeepSeek-V4).
+
+One row per token is key and value of all heads. A compressed row is a mean of its stretch's tokens, weighted in each
+dimension by a softmax of gates; overlapping rows also take the tokens of the stretch before. A query sees the rows of
+its window and the compressed rows of all stretches that are over, or those of them that an index scores highest.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .arrays import array, rms_norm, softmax
+from .attention import attend_all
+from .indexer import Choice, chosen
+from .rope import Rope, rotate_last
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedIndex:
+    """The parameters of the index of one layer's compressed rows; sizes are in elements.
+
+    A few heads score each compressed row by a smaller one that is made of the same tokens.
+    """
+
+    heads: int
+    dim: int  # of a head's query, and of the smaller row that all heads share
+    top: int  # maximum of compressed rows that a query sees
+
+    @property
+    def scale(self) -> float:
+        """The factor of the products of queries and rows."""
+        return (self.dim * self.heads) ** -0.5
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedAttention:
+    """The parameters of one layer's attention over a window and compressed rows; sizes are in elements."""
+
+    heads: int
+    q_rank: int  # size of the queries' latent
+    head_dim: int  # of a head's query, and of a row, which is the key and the value of all heads
+    rope: Rope  # of the last dimensions of queries, rows and compressed rows, and of the index's
+    window: int  # rows a query can see, its own included
+    groups: int  # of heads, whose outputs are projected apart
+    group_rank: int  # what the outputs of a group are projected to
+    rate: int = 0  # tokens of a compressed row; 0: there are none
+    overlapped: bool = False  # a compressed row takes the tokens before its own, too, by columns for that
+    index: CompressedIndex | None = None  # chooses the compressed rows that a query sees; None: it sees all
+
+    kv_heads = 1
+    output = "o"  # the output projection
+    output_bias = False
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a head's value."""
+        return self.head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor of the products of queries and keys."""
+        return self.head_dim**-0.5 * self.rope.softmax_factor
+
+    def planned(self, context: int) -> "CompressedAttention":
+        """The same in a run planned for `context` tokens."""
+        return replace(self, rope=self.rope.planned(context))
+
+    def shapes(self, dim: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of this attention by canonical name, for a residual stream of `dim`, in the order of use."""
+        rows, times = self.heads * self.head_dim, 2 if self.overlapped else 1
+        parts: dict[str, tuple[int, ...]] = {
+            "q_a": (self.q_rank, dim),
+            "q_a_norm": (self.q_rank,),
+            "q_b": (rows, self.q_rank),
+            "kv": (self.head_dim, dim),
+            "kv_norm": (self.head_dim,),
+            "sinks": (self.heads,),
+        }
+        if self.rate:
+            parts |= {f"pool.{part}": (times * self.head_dim, dim) for part in ("kv", "gate")}
+            parts |= {"pool.bias": (self.rate, times * self.head_dim), "pool.norm": (self.head_dim,)}
+        if its := self.index:
+            parts |= {"index.q": (its.heads * its.dim, self.q_rank)}
+            parts |= {f"index.{part}": (times * its.dim, dim) for part in ("kv", "gate")}
+            parts |= {"index.bias": (self.rate, times * its.dim), "index.k_norm": (its.dim,)}
+            parts |= {"index.weights": (its.heads, dim)}
+        return parts | {
+            "o_a": (self.groups * self.group_rank, rows // self.groups),
+            "o": (dim, self.groups * self.group_rank),
+        }
+
+    def stages(self) -> list[tuple[str, ...]]:
+        """The matrices that may be rounded in the order of use, those with the same input together."""
+        pool, index = ("pool.kv", "pool.gate") if self.rate else (), ("index.q",) if self.index else ()
+        return [("q_a", "kv", *pool), ("q_b", *index), ("o_a",), ("o",)]
+
+    @property
+    def grouped(self) -> dict[str, int]:
+        """By name, in how many groups the rows of a matrix are, each with inputs of its own."""
+        return {"o_a": self.groups}
+
+    def pass_values(self, rows: int, tokens: int) -> int:
+        """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""
+        compressed = tokens // self.rate if self.rate else 0
+        scores = max(3 * self.heads * (tokens + compressed), 2 * self.index.heads * compressed if self.index else 0)
+        return rows * 8 * (self.heads + (4 if self.overlapped else 2)) * self.head_dim + scores * tokens
+
+    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
+        """Compute the input of the output projection, (sequences, tokens, groups * group_rank).
+
+        h: (sequences, tokens, dim). trunk(name) is a tensor of the layer, times(name, x) the product of x with a matrix
+        of the layer, with grouped=True as grouped_product().
+        """
+        sequences, tokens, _ = h.shape
+        cos, sin = self.rope.tables(tokens, xp)
+
+        # queries, and the row of each token
+        latent = rms_norm(times("q_a", h), trunk("q_a_norm"), eps, xp)
+        q = times("q_b", latent).reshape(sequences, tokens, self.heads, self.head_dim)
+        q = rotate_last(rms_norm(q, np.ones(self.head_dim, np.float32), eps, xp), self.rope, cos, sin, xp)
+        rows = rms_norm(times("kv", h), trunk("kv_norm"), eps, xp)[:, :, None]
+        rows = rotate_last(rows, self.rope, cos, sin, xp)
+
+        # compressed rows, and which of all rows a query sees
+        age = np.arange(tokens)[:, None] - np.arange(tokens)
+        seen = np.broadcast_to((age >= 0) & (age < self.window), (sequences, tokens, tokens))
+        compressed = self.compressed(trunk, times, h, "pool", self.head_dim, eps, xp)
+        if compressed is not None:
+            visible = self._visible(trunk, times, h, latent, eps, xp)
+            seen = np.concatenate([np.broadcast_to(visible, (sequences, *visible.shape[-2:])), seen], axis=-1)
+            rows = xp.concatenate([compressed[:, :, None], rows], axis=1)
+
+        # attention, whose outputs are turned back as the rows were turned
+        y = attend_all(q, rows, rows, self.softmax_scale, 0, xp, trunk("sinks"), seen)
+        y = y.reshape(sequences, tokens, self.heads, self.head_dim)
+        y = rotate_last(y, self.rope, cos, sin, xp, back=True).reshape(sequences, tokens, self.groups, -1)
+        return times("o_a", y, grouped=True).reshape(sequences, tokens, -1)
+
+    def compressed(self, trunk, times, h, name: str, size: int, eps: float, xp=np):
+        """The compressed rows of h (sequences, tokens, dim), (sequences, stretches, size); None if no stretch is whole.
+
+        name: pool, or index for the smaller ones.
+        """
+        whole = h.shape[1] // self.rate if self.rate else 0
+        if not whole:
+            return None
+        shape = (len(h), whole, self.rate, -1)
+        kv, gate = (times(f"{name}.{part}", h[:, : whole * self.rate]).reshape(shape) for part in ("kv", "gate"))
+        gate = gate + trunk(f"{name}.bias")
+        if self.overlapped:  # the first stretch has none before it
+            kv = self._with_before(kv, size, 0, xp)
+            gate = self._with_before(gate, size, -math.inf, xp)
+        share = softmax(gate.swapaxes(2, 3), xp)
+        norm = "pool.norm" if name == "pool" else "index.k_norm"
+        mean = rms_norm(xp.sum(kv.swapaxes(2, 3) * share, axis=-1), trunk(norm), eps, xp)
+        cos, sin = (part[:: self.rate] for part in self.rope.tables(whole * self.rate, xp))
+        return rotate_last(mean[:, :, None], self.rope, cos, sin, xp)[:, :, 0]
+
+    def _with_before(self, x, size: int, absent: float, xp):
+        """The tokens of each stretch with those of the one before: x (sequences, stretches, rate, 2 size) ->
+        (sequences, stretches, 2 rate, size)."""
+        first = array(np.full((len(x), 1, self.rate, size), absent, np.float32), xp)
+        before = xp.concatenate([first, x[:, :-1, :, :size]], axis=1)
+        return xp.concatenate([before, x[..., size:]], axis=2)
+
+    def _visible(self, trunk, times, h, latent, eps: float, xp) -> np.ndarray:
+        """Whether each query sees each compressed row, bool (queries, rows) or (sequences, queries, rows)."""
+        sequences, tokens, _ = h.shape
+        over = np.arange(tokens // self.rate) < (np.arange(tokens)[:, None] + 1) // self.rate
+        its = self.index
+        if its is None or over.shape[1] <= its.top:
+            return over
+        cos, sin = self.rope.tables(tokens, xp)
+        q = times("index.q", latent).reshape(sequences, tokens, its.heads, its.dim)
+        q = rotate_last(q, self.rope, cos, sin, xp)
+        k = self.compressed(trunk, times, h, "index", its.dim, eps, xp)
+        weights = times("index.weights", h)  # (sequences, tokens, heads)
+        scores = [self._scores(q[i], k[i], weights[i], xp) for i in range(sequences)]
+        return chosen(xp.stack(scores), its.top, over)
+
+    def _scores(self, q, k, weights, xp):
+        """The score of each compressed row for each query of one sequence, (queries, rows); see Indexer.scores()."""
+        of_heads = xp.maximum(q @ k.T * self.index.scale, 0)  # (queries, heads, rows)
+        return (weights[:, None] @ of_heads)[:, 0]
