@@ -72,11 +72,11 @@ EDGE_MOE_BOTH static inline float exp_lane(float x) {
 enum class Gate { kSilu, kGelu, kSigmoid, kClamped, kBilinear, kRelu2 };
 struct Activation {
   Gate gate = Gate::kSilu;
-  float alpha = 0, limit = 0;  // of kClamped
+  float alpha = 0, limit = 0, shift = 1;  // of kClamped
 };
 
 // silu(gate) * up; gelu(gate) * up, in its tanh form; sigmoid(gate) * up; of a gate of at most `limit` and an up within
-// +-limit, gate * sigmoid(alpha * gate) * (up + 1); gate * up; or, of an MLP without a gate, relu(up)^2.
+// +-limit, gate * sigmoid(alpha * gate) * (up + shift); gate * up; or, of an MLP without a gate, relu(up)^2.
 EDGE_MOE_BOTH static inline float gated(float gate, float up, const Activation& activation) {
   if (activation.gate == Gate::kSilu) return gate / (1.0f + exp_lane(-gate)) * up;
   if (activation.gate == Gate::kSigmoid) return up / (1.0f + exp_lane(-gate));
@@ -86,7 +86,7 @@ EDGE_MOE_BOTH static inline float gated(float gate, float up, const Activation& 
     const float limit = activation.limit;
     gate = gate > limit ? limit : gate;
     up = up > limit ? limit : up < -limit ? -limit : up;
-    return gate / (1.0f + exp_lane(-(activation.alpha * gate))) * (up + 1.0f);
+    return gate / (1.0f + exp_lane(-(activation.alpha * gate))) * (up + activation.shift);
   }
   // 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u))
   const float u = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
@@ -115,6 +115,56 @@ EDGE_MOE_BOTH static inline float step_of(float input, float bias, float least) 
 }
 EDGE_MOE_BOTH static inline float left_after(float step, float rate) {
   return float(exp(-double(rate) * double(step)));
+}
+
+// The score of a router's expert: the root of the softplus of its logit.
+EDGE_MOE_BOTH static inline float sqrt_softplus(float x) { return float(sqrt(softplus(double(x)))); }
+
+// The sums of one dimension of a compressed row, a softmax of gates over tokens: the largest gate so far, and the sums
+// of weights and of weighted values relative to it.
+struct PoolSums {
+  float top = -1e30f, weight = 0.0f, value = 0.0f;
+
+  EDGE_MOE_BOTH void add(float gate, float its) {
+    const float higher = gate > top ? gate : top, left = exp_lane(top - higher), share = exp_lane(gate - higher);
+    weight = weight * left + share;
+    value = value * left + share * its;
+    top = higher;
+  }
+  EDGE_MOE_BOTH float mean() const { return value / weight; }
+};
+
+// What hyper-connections (arXiv 2512.24880) make of a token's products: how much of each stream goes into the input,
+// `before`; how much of the output each stream gets, `after`; and how much of stream `from` goes to stream `to`,
+// between[from * streams + to]: a softmax over `to`, whose columns and rows are made to sum to one in turn.
+// products and base: (streams * (streams + 2),); scale: (3,), of the three kinds in this order.
+EDGE_MOE_BOTH static inline void hyper_shares(const float* products, const float* base, const float* scale, int streams,
+                                              int iterations, float eps, float* before, float* after, float* between) {
+  for (int i = 0; i < streams; ++i) before[i] = sigmoid(products[i] * scale[0] + base[i]) + eps;
+  products += streams, base += streams;
+  if (!after) return;
+  for (int i = 0; i < streams; ++i) after[i] = 2.0f * sigmoid(products[i] * scale[1] + base[i]);
+  products += streams, base += streams;
+  for (int from = 0; from < streams; ++from) {
+    float* row = between + from * streams;
+    float top = -INFINITY, sum = 0.0f;
+    for (int to = 0; to < streams; ++to) {
+      row[to] = products[from * streams + to] * scale[2] + base[from * streams + to];
+      top = row[to] > top ? row[to] : top;
+    }
+    for (int to = 0; to < streams; ++to) sum += row[to] = float(exp(double(row[to] - top)));
+    for (int to = 0; to < streams; ++to) row[to] = row[to] / sum + eps;
+  }
+  // Divide the values at first, first + step... of each of `streams` rows or columns, `apart` from one to the next.
+  const auto normalise = [&](int step, int apart) {
+    for (int line = 0; line < streams; ++line) {
+      float sum = 0.0f;
+      for (int i = 0; i < streams; ++i) sum += between[line * apart + i * step];
+      for (int i = 0; i < streams; ++i) between[line * apart + i * step] /= sum + eps;
+    }
+  };
+  normalise(streams, 1);
+  for (int i = 1; i < iterations; ++i) normalise(1, streams), normalise(streams, 1);
 }
 
 // The gate of a stream's n-gram embedding, from the product of its key and the stream, both normed: the sigmoid of the

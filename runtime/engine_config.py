@@ -2,7 +2,9 @@
 
 from .. import _core
 from .config import Mixer, ModelConfig, Recurrent
+from .layers.compressed import CompressedAttention
 from .layers.delta_net import DeltaNet
+from .layers.hyper import HyperConnections
 from .layers.latent import LatentAttention
 from .layers.mamba import Mamba
 from .layers.ngrams import NGrams
@@ -35,9 +37,15 @@ def engine_config(
     c.attention_of = [kinds.index(mixer) if mixer else -1 for mixer in mixers]
     c.attentions = [attention_config(kind, context, config.norm_eps) for kind in kinds]
     c.ngrams = [ngram_config(at, its.ngrams) for at, its in enumerate(config.layers) if its.ngrams]
-    if config.streams:
-        c.streams, c.mix_rank = config.streams.count, config.streams.rank
-    c.activation = getattr(_core.Gate, config.activation), config.swiglu_alpha, config.swiglu_limit
+    if streams := config.streams:
+        c.streams = streams.count
+        if isinstance(streams, HyperConnections):
+            c.mix_iterations, c.mix_eps = streams.iterations, streams.eps
+        else:
+            c.mix_rank = streams.rank
+    activation = config.swiglu_alpha, config.swiglu_limit, config.swiglu_shift
+    c.activation = getattr(_core.Gate, config.activation), *activation
+    c.hashed = [config.top_k if config.is_hashed(layer) else 0 for layer in range(config.layer_count)]
     c.experts = [config.experts_of(layer) for layer in range(config.layer_count)]
     c.top_k = [config.top_k_of(layer) for layer in range(config.layer_count)]
     c.layer_norm = {"rms": False, "layer": True}[config.norm]
@@ -71,7 +79,15 @@ def attention_config(attention: Mixer, context: int, norm_eps: float) -> _core.A
     rope = attention.rope.planned(context)
     a.rope_dim, a.rope_frequency, a.rope_scale = rope.dim, rope.frequency().tolist(), rope.scale
     a.rope_span, a.rope_interleaved, a.softmax_scale = rope.span, rope.interleaved, attention.softmax_scale
-    if isinstance(attention, LatentAttention):
+    if isinstance(attention, CompressedAttention):
+        a.shared_rows, a.q_rank, a.sliding_window = True, attention.q_rank, attention.window
+        a.pool_rate, a.pool_overlaps = attention.rate, attention.overlapped
+        a.out_groups, a.out_rank = attention.groups, attention.group_rank
+        index = attention.index
+        if index and index.top < context // attention.rate:  # else a query sees no more rows than it may choose
+            a.index_top, a.index_block, a.index_scale = index.top, attention.rate, index.scale
+            a.index_heads, a.index_dim = index.heads, index.dim
+    elif isinstance(attention, LatentAttention):
         a.q_rank, a.kv_rank, a.latent_norm_eps = attention.q_rank, attention.kv_rank, attention.norm_eps
         if 0 < attention.top < context:  # in a shorter context a query sees no more positions than it may choose
             a.index_top = attention.top

@@ -95,8 +95,9 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 }
 
 template <Gate Kind>
-void gate_up_of(float* gate, const float* up, int n, float alpha, float limit) {
-  for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], {Kind, alpha, limit});
+void gate_up_of(float* gate, const float* up, int n, const Activation& its) {
+  const float alpha = its.alpha, limit = its.limit, shift = its.shift;
+  for (int i = 0; i < n; ++i) gate[i] = gated(gate[i], up[i], {Kind, alpha, limit, shift});
 }
 
 void gate_up(float* gate, const float* up, int n, const Activation& activation) {
@@ -106,7 +107,7 @@ void gate_up(float* gate, const float* up, int n, const Activation& activation) 
                : activation.gate == Gate::kClamped ? gate_up_of<Gate::kClamped>
                : activation.gate == Gate::kRelu2   ? gate_up_of<Gate::kRelu2>
                                                    : gate_up_of<Gate::kBilinear>;
-  loop(gate, up, n, activation.alpha, activation.limit);
+  loop(gate, up, n, activation);
 }
 
 void convolve(const Convolution& c, float* x, int tokens, int begin, int end) {

@@ -93,8 +93,9 @@ scores_kernel(const float* q, Heads heads, LayerCache cache, Span span, float* s
 }
 
 // Each block computes one head of one token.
+template <typename Rows>
 EDGE_MOE_KERNEL(kThreads)
-softmax_kernel(Heads heads, size_t positions, Span span, Choice choice, float* scores) {
+softmax_kernel(Heads heads, size_t positions, Span span, Rows choice, float* scores) {
   __shared__ float of_warps[kWarps];
   __shared__ float total;
   float* x = scores + (size_t(blockIdx.y) * heads.heads + blockIdx.x) * positions;
@@ -249,8 +250,14 @@ importance_kernel(const float* normed, const float* received, size_t stride, int
 
 void softmax(const Heads& heads, size_t positions, const Span& span, const Choice& choice, float* scores,
              Stream stream) {
-  EDGE_MOE_LAUNCH(softmax_kernel, dim3(unsigned(heads.heads), unsigned(span.count)), dim3(kThreads), 0, stream, heads,
-                  positions, span, choice, scores);
+  EDGE_MOE_LAUNCH(softmax_kernel<Choice>, dim3(unsigned(heads.heads), unsigned(span.count)), dim3(kThreads), 0, stream,
+                  heads, positions, span, choice, scores);
+}
+
+void softmax(const Heads& heads, size_t positions, const Span& span, const RowChoice& choice, float* scores,
+             Stream stream) {
+  EDGE_MOE_LAUNCH(softmax_kernel<RowChoice>, dim3(unsigned(heads.heads), unsigned(span.count)), dim3(kThreads), 0,
+                  stream, heads, positions, span, choice, scores);
 }
 
 template <int Most, int Ahead>
@@ -265,7 +272,7 @@ void attend(const float* q, const Heads& heads, const LayerCache& cache, const S
   const unsigned blocks = pieces(size_t(heads.head_dim), kThreads);
   (span.count == 1 ? cuda::scores<kDecodeQueries, 32> : cuda::scores<kPrefillQueries, 16>)(q, heads, cache, span,
                                                                                            scores, stream);
-  softmax(heads, cache.positions, span, {}, scores, stream);
+  softmax(heads, cache.positions, span, Choice{}, scores, stream);
   if (span.count == 1)
     EDGE_MOE_LAUNCH(value_kernel, dim3(blocks, unsigned(heads.heads)), dim3(kThreads), 0, stream, scores, heads, cache,
                     span, attended);

@@ -76,13 +76,15 @@ index_scores_kernel(const float* q, const float* weights, IndexHeads heads, Inde
 }
 
 // Each block chooses for one token: it finds the lowest key that is chosen, eight bits at a time, and then writes the
-// blocks' positions, of which each thread has a run.
+// blocks' positions, or their numbers, of which each thread has a run.
 EDGE_MOE_KERNEL(kChoosers)
-choose_kernel(const float* scores, size_t positions, Span span, int top, int size, int32_t* chosen, int32_t* counts) {
+choose_kernel(const float* scores, size_t positions, Span span, int top, int block, bool expands, int32_t* chosen,
+              int32_t* counts) {
   __shared__ int of_digit[kDigits];
   __shared__ int digit, still;
   __shared__ int above[kChoosers], ties[kChoosers];
-  const int thread = int(threadIdx.x), seen = end_of(span, int(blockIdx.x)), end = seen / size, tail = seen % size;
+  const int thread = int(threadIdx.x), seen = end_of(span, int(blockIdx.x)), end = seen / block;
+  const int size = expands ? block : 1, tail = seen % block % size;
   const size_t token = size_t(span.first) + blockIdx.x;
   int32_t* to = chosen + token * (size_t(top) * size + size - 1);
   if (thread == 0) counts[token] = end > top ? top * size + tail : 0;
@@ -140,10 +142,10 @@ void index_scores(const float* q, const float* weights, const IndexHeads& heads,
                   span, top, scores);
 }
 
-void choose_top(const float* scores, size_t positions, const Span& span, int top, int block, int32_t* chosen,
-                int32_t* counts, Stream stream) {
+void choose_top(const float* scores, size_t positions, const Span& span, int top, int block, bool expands,
+                int32_t* chosen, int32_t* counts, Stream stream) {
   EDGE_MOE_LAUNCH(choose_kernel, dim3(unsigned(span.count)), dim3(kChoosers), 0, stream, scores, positions, span, top,
-                  block, chosen, counts);
+                  block, expands, chosen, counts);
 }
 
 }  // namespace edge_moe::cuda

@@ -32,8 +32,9 @@ void index_scores(const float* q, const float* weights, const IndexHeads& heads,
 
 // Writes the positions of the `top` blocks with the highest scores (span.count, positions) of each token of a span, and
 // those after the last whole block, to chosen (tokens, top * block + block - 1), in ascending order, and how many these
-// are to counts (tokens,); 0 for a token that sees no more than `top` whole blocks. Ties go to the lower block.
-void choose_top(const float* scores, size_t positions, const Span& span, int top, int block, int32_t* chosen,
-                int32_t* counts, Stream stream);
+// are to counts (tokens,); 0 for a token that sees no more than `top` whole blocks. Ties go to the lower block. Without
+// `expands`, writes the numbers of the blocks alone, to chosen (tokens, top).
+void choose_top(const float* scores, size_t positions, const Span& span, int top, int block, bool expands,
+                int32_t* chosen, int32_t* counts, Stream stream);
 
 }  // namespace edge_moe::cuda

@@ -1,5 +1,6 @@
 // Attention over latents (MLA), as in runtime/src/latent_attention.cpp: queries are transformed so that they apply to
-// latents directly, and the weighted sum is over latents. scalar.cpp defines the bits.
+// latents directly, and the weighted sum is over latents. The same over other rows that are key and value of all heads.
+// scalar.cpp defines the bits.
 #include "latent.h"
 #include "values.cuh"
 
@@ -74,14 +75,14 @@ absorb_kernel(const float* q, Matrix kv_b, LatentHeads heads, Span span, float* 
 }
 
 // Each half warp computes one position at a time, for some heads of one token.
+template <typename Rows>
 EDGE_MOE_KERNEL(kThreads)
-latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache, Span span, Choice choice,
-                     float* scores) {
+latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache, Span span, Rows rows, float* scores) {
   EDGE_MOE_DYNAMIC_SHARED(shared);
   float* queries = reinterpret_cast<float*>(shared);  // (kHeadsAtOnce, cached)
   const int cols = heads.cached(), first = int(blockIdx.y) * kHeadsAtOnce, token = span.first + int(blockIdx.z);
-  const int end = choice.count(token, end_of(span, int(blockIdx.z)));
-  const int32_t* chosen = choice.of(token);
+  const int end = rows.count(token, end_of(span, int(blockIdx.z)));
+  const auto seen = rows.seen(token, end_of(span, int(blockIdx.z)));
   const int count = heads.heads - first < kHeadsAtOnce ? heads.heads - first : kHeadsAtOnce;
   const size_t row = size_t(blockIdx.z) * heads.heads + first;
   const int begin = int(blockIdx.x) * kPositions, lane = int(threadIdx.x) % kLanes;
@@ -91,15 +92,14 @@ latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache
   __syncthreads();
   for (int step = 0; step < kPositions; step += kHalves) {
     const int at = begin + step + int(threadIdx.x) / kLanes, there = at < end ? at : end - 1;
-    const int from = chosen ? chosen[there] : there;
+    const size_t from = seen[there];
     float sums[kHeadsAtOnce] = {};
     const int count_of_lane = (cols - lane + kLanes - 1) / kLanes;
-    each_value<kAhead>(cache.latents, cache.half, size_t(from) * cols + lane, kLanes, count_of_lane,
-                       [&](int i, float value) {
-                         EDGE_MOE_UNROLL
-                         for (int head = 0; head < kHeadsAtOnce; ++head)
-                           sums[head] = fmaf(value, queries[head * cols + lane + i * kLanes], sums[head]);
-                       });
+    each_value<kAhead>(cache.latents, cache.half, from * cols + lane, kLanes, count_of_lane, [&](int i, float value) {
+      EDGE_MOE_UNROLL
+      for (int head = 0; head < kHeadsAtOnce; ++head)
+        sums[head] = fmaf(value, queries[head * cols + lane + i * kLanes], sums[head]);
+    });
     EDGE_MOE_UNROLL
     for (int head = 0; head < kHeadsAtOnce; ++head) {
       const float sum = fold_lanes(sums[head]);
@@ -109,13 +109,14 @@ latent_scores_kernel(const float* absorbed, LatentHeads heads, LatentCache cache
 }
 
 // Each thread computes one value of the latents for some heads of one token; positions are added as in position_sums.h.
+template <typename Rows>
 EDGE_MOE_KERNEL(kThreads)
-mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span, Choice choice, float* mixed) {
+mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span, Rows rows, float* mixed) {
   const int i = int(blockIdx.x * kThreads + threadIdx.x), first = int(blockIdx.y) * kHeadsAtOnce;
   if (i >= heads.rank) return;
   const int cols = heads.cached(), token = span.first + int(blockIdx.z);
-  const int end = choice.count(token, end_of(span, int(blockIdx.z)));
-  const int32_t* chosen = choice.of(token);
+  const int end = rows.count(token, end_of(span, int(blockIdx.z)));
+  const auto seen = rows.seen(token, end_of(span, int(blockIdx.z)));
   const size_t row = size_t(blockIdx.z) * heads.heads + first;
   const int count = heads.heads - first < kHeadsAtOnce ? heads.heads - first : kHeadsAtOnce;
   for (int from = 0, to; from < end; from = to) {
@@ -126,10 +127,11 @@ mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span
       for (int head = 0; head < kHeadsAtOnce; ++head)
         sums[head] = sums[head] + (head < count ? weights[(row + head) * cache.positions + from + j] : 0.0f) * value;
     };
-    if (chosen)
-      each_of_rows<kAhead>(cache.latents, cache.half, chosen + from, size_t(cols), i, to - from, add);
-    else
+    if (seen.consecutive())
       each_value<kAhead>(cache.latents, cache.half, size_t(from) * cols + i, cols, to - from, add);
+    else
+      each_of_rows<kAhead>(
+          cache.latents, cache.half, [&](int j) { return seen[from + j]; }, size_t(cols), i, to - from, add);
     EDGE_MOE_UNROLL
     for (int head = 0; head < kHeadsAtOnce; ++head) {
       if (head >= count) continue;
@@ -137,6 +139,20 @@ mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span
       *y = from ? *y + sums[head] : sums[head];
     }
   }
+}
+
+template <typename Rows>
+void mix_any(const float* queries, const float* sinks, int most, const LatentHeads& heads, const LatentCache& cache,
+             const Span& span, const Rows& rows, float* scores, float* mixed, Stream stream) {
+  const unsigned all = unsigned(span.count), parts = pieces(size_t(heads.heads), kHeadsAtOnce);
+  EDGE_MOE_LAUNCH(latent_scores_kernel<Rows>, dim3(pieces(size_t(most), kPositions), parts, all), dim3(kThreads),
+                  size_t(kHeadsAtOnce) * heads.cached() * sizeof(float), stream, queries, heads, cache, span, rows,
+                  scores);
+  Heads of_softmax{};
+  of_softmax.heads = heads.heads, of_softmax.sinks = sinks;
+  softmax(of_softmax, cache.positions, span, rows, scores, stream);
+  EDGE_MOE_LAUNCH(mix_kernel<Rows>, dim3(pieces(size_t(heads.rank), kThreads), parts, all), dim3(kThreads), 0, stream,
+                  scores, heads, cache, span, rows, mixed);
 }
 
 }  // namespace
@@ -150,19 +166,20 @@ void store_latents(float* q, float* latents, const float* norm, const float* cos
 void attend_latents(const float* q, const Matrix& kv_b, const LatentHeads& heads, const LatentCache& cache,
                     const Span& span, const Choice& choice, float* absorbed, float* scores, float* mixed,
                     Stream stream) {
-  const unsigned all = unsigned(span.count), parts = pieces(size_t(heads.heads), kHeadsAtOnce);
-  EDGE_MOE_LAUNCH(
-      absorb_kernel, dim3(pieces(size_t(heads.cached()), kThreads), unsigned(heads.heads), pieces(all, kTokensAtOnce)),
-      dim3(kThreads), size_t(kTokensAtOnce) * heads.head_dim * sizeof(float), stream, q, kv_b, heads, span, absorbed);
+  const unsigned blocks = pieces(unsigned(span.count), kTokensAtOnce);
+  EDGE_MOE_LAUNCH(absorb_kernel, dim3(pieces(size_t(heads.cached()), kThreads), unsigned(heads.heads), blocks),
+                  dim3(kThreads), size_t(kTokensAtOnce) * heads.head_dim * sizeof(float), stream, q, kv_b, heads, span,
+                  absorbed);
   const int most = choice.positions && choice.most <= span.most ? choice.most : span.most + 1;
-  EDGE_MOE_LAUNCH(latent_scores_kernel, dim3(pieces(size_t(most), kPositions), parts, all), dim3(kThreads),
-                  size_t(kHeadsAtOnce) * heads.cached() * sizeof(float), stream, absorbed, heads, cache, span, choice,
-                  scores);
-  Heads of_softmax{};
-  of_softmax.heads = heads.heads;
-  softmax(of_softmax, cache.positions, span, choice, scores, stream);
-  EDGE_MOE_LAUNCH(mix_kernel, dim3(pieces(size_t(heads.rank), kThreads), parts, all), dim3(kThreads), 0, stream, scores,
-                  heads, cache, span, choice, mixed);
+  mix_any(absorbed, nullptr, most, heads, cache, span, choice, scores, mixed, stream);
+}
+
+void mix_rows(const float* queries, const float* sinks, const LatentHeads& heads, const LatentCache& cache,
+              const Span& span, const RowChoice& choice, float* scores, float* mixed, Stream stream) {
+  const int end = span.most + 1, chosen = choice.compressed.positions ? choice.compressed.most : end;
+  const int compressed = choice.rate ? end / choice.rate : 0;
+  const int most = (compressed < chosen ? compressed : chosen) + (end < choice.window ? end : choice.window);
+  mix_any(queries, sinks, most, heads, cache, span, choice, scores, mixed, stream);
 }
 
 }  // namespace edge_moe::cuda

@@ -34,4 +34,10 @@ void attend_latents(const float* q, const Matrix& kv_b, const LatentHeads& heads
                     const Span& span, const Choice& choice, float* absorbed, float* scores, float* mixed,
                     Stream stream);
 
+// mixed (span.count, heads, rank) = the weighted sums of the rows that each of a span's tokens attends to, as attention
+// of runtime/src/attend_rows.h. queries: (span.count, heads, rank), scaled; sinks: (heads,); of `heads`, only heads and
+// rank are used; cache: rows in place of latents, whose positions are the length of a row of scores.
+void mix_rows(const float* queries, const float* sinks, const LatentHeads& heads, const LatentCache& cache,
+              const Span& span, const RowChoice& choice, float* scores, float* mixed, Stream stream);
+
 }  // namespace edge_moe::cuda

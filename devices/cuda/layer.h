@@ -97,6 +97,8 @@ void attend(const float* q, const Heads& heads, const LayerCache& cache, const S
 // many as are chosen for it. choice: of each token of the pass.
 void softmax(const Heads& heads, size_t positions, const Span& span, const Choice& choice, float* scores,
              Stream stream);
+void softmax(const Heads& heads, size_t positions, const Span& span, const RowChoice& choice, float* scores,
+             Stream stream);
 
 // received (heads, stride) += the attention that the pass's tokens receive from the span's tokens, given the softmax of
 // their scores from attend(). The span of token 0 starts from zero.

@@ -1,8 +1,8 @@
 // The functions of device.h and every launch in a build without CUDA: open() throws, and no other is ever called.
 #include "delta.h"
 #include "index.h"
-#include "latent.h"
 #include "prefill.h"
+#include "rows.h"
 #include "sparse.h"
 #include "streams.h"
 
@@ -82,7 +82,7 @@ void store_index_keys(float*, float*, const float*, const float*, const float*, 
 void index_scores(const float*, const float*, const IndexHeads&, const IndexCache&, const Span&, int, float*, Stream) {
   refuse();
 }
-void choose_top(const float*, size_t, const Span&, int, int, int32_t*, int32_t*, Stream) { refuse(); }
+void choose_top(const float*, size_t, const Span&, int, int, bool, int32_t*, int32_t*, Stream) { refuse(); }
 void store_block_keys(float*, float*, const BlockIndex&, const IndexHeads&, const IndexCache&, const StateBuffers&,
                       const Span&, Stream) {
   refuse();
@@ -97,6 +97,22 @@ void mix(const float*, const float*, int, int, int, float, float*, Stream) { ref
 void add_shares(float*, const float*, const float*, float, int, int, int, Stream) { refuse(); }
 void gate_ngrams(const float*, const float*, const NGramNorms&, int, int, int, float*, float*, Stream) { refuse(); }
 void add_sum(float*, const float*, const float*, size_t, Stream) { refuse(); }
+
+void normed(const float*, float, int, int, float*, Stream) { refuse(); }
+void collapse(const float*, const float*, const HyperMix&, int, int, int, float*, float*, Stream) { refuse(); }
+void add_mixed(float*, const float*, const float*, float, int, int, int, Stream) { refuse(); }
+
+void store_rows(float*, float*, float*, const RowTables&, const RowHeads&, const RowCache&, const Span&, Stream) {
+  refuse();
+}
+void pool_rows(float*, const float*, const Pool&, const RowTables&, int, bool, const StateBuffers&, const RowCache&,
+               const IndexCache&, const Span&, Stream) {
+  refuse();
+}
+void attend_rows(const float*, const float*, const RowTables&, const RowHeads&, int, int, const RowCache&,
+                 const RowChoice&, const Span&, float*, float*, float*, Stream) {
+  refuse();
+}
 
 void convolve(float*, const float*, const Taps&, const StateBuffers&, const Span&, Stream) { refuse(); }
 void mamba_outputs(const float*, const float*, const float*, const float*, float, const RecurrentNet&, const Span&,

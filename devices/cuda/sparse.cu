@@ -126,7 +126,8 @@ chosen_values_kernel(const float* weights, Heads heads, LayerCache cache, Span s
           sums[head] = fmaf(weights[(row + head) * cache.positions + from + j], value, sums[head]);
     };
     if (group.chosen)
-      each_of_rows<kAhead>(values, cache.half, group.chosen + from, size_t(n), d, to - from, add);
+      each_of_rows<kAhead>(
+          values, cache.half, [&](int i) { return group.chosen[from + i]; }, size_t(n), d, to - from, add);
     else
       each_value<kAhead>(values, cache.half, size_t(from) * n + d, n, to - from, add);
     EDGE_MOE_UNROLL

@@ -8,6 +8,7 @@ namespace edge_moe::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kMostStreams = 16;
 
 EDGE_MOE_KERNEL(kThreads) repeat_kernel(const float* x, int dim, int streams, float* y) {
   const int i = int(blockIdx.x * kThreads + threadIdx.x);
@@ -71,6 +72,48 @@ gate_ngrams_kernel(const float* x, const float* values, NGramNorms norms, int di
   for (int i = lane; i < dim; i += kWarp) query[i] = key[i] * of_gated * norms.conv[of_norm + i];
 }
 
+// Each block computes one vector; all of its warps sum the same squares.
+EDGE_MOE_KERNEL(kThreads) normed_kernel(const float* x, float eps, int n, float* y) {
+  const size_t at = size_t(blockIdx.x) * n;
+  const float inverse = inverse_norm(x + at, n, eps);
+  for (int i = int(threadIdx.x); i < n; i += kThreads) y[at + i] = x[at + i] * inverse;
+}
+
+// Each block computes a part of one token's sum; each finds the weights, and the first one keeps the shares.
+EDGE_MOE_KERNEL(kThreads)
+collapse_kernel(const float* x, const float* products, HyperMix mix, int dim, int streams, float* shares, float* y) {
+  __shared__ float before[kMostStreams], after[kMostStreams], between[kMostStreams * kMostStreams];
+  const int i = int(blockIdx.x * kThreads + threadIdx.x), thread = int(threadIdx.x), all = streams * (streams + 1);
+  const size_t token = blockIdx.y;
+  if (thread == 0)
+    hyper_shares(products + token * (shares ? all + streams : streams), mix.base, mix.scale, streams, mix.iterations,
+                 mix.eps, before, shares ? after : nullptr, between);
+  __syncthreads();
+  if (shares && blockIdx.x == 0)
+    for (int at = thread; at < all; at += kThreads)
+      shares[token * all + at] = at < streams ? after[at] : between[at - streams];
+  if (i >= dim) return;
+  float sum = 0.0f;
+  for (int s = 0; s < streams; ++s) sum = sum + before[s] * x[(token * streams + s) * dim + i];
+  y[token * dim + i] = sum;
+}
+
+EDGE_MOE_KERNEL(kThreads)
+add_mixed_kernel(float* x, const float* y, const float* shares, float factor, int dim, int streams) {
+  const int i = int(blockIdx.x * kThreads + threadIdx.x);
+  if (i >= dim) return;
+  const size_t token = blockIdx.y;
+  const float value = y[token * dim + i], *after = shares + token * streams * (streams + 1), *between = after + streams;
+  float* stream = x + token * streams * dim + i;
+  float old[kMostStreams];
+  for (int s = 0; s < streams; ++s) old[s] = stream[size_t(s) * dim];
+  for (int to = 0; to < streams; ++to) {
+    float sum = 0.0f;
+    for (int from = 0; from < streams; ++from) sum = sum + between[from * streams + to] * old[from];
+    stream[size_t(to) * dim] = sum + after[to] * factor * value;
+  }
+}
+
 EDGE_MOE_KERNEL(kThreads) add_sum_kernel(float* x, const float* a, const float* b, size_t n) {
   const size_t i = size_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < n) x[i] = x[i] + (a[i] + b[i]);
@@ -98,6 +141,22 @@ void add_shares(float* x, const float* y, const float* shares, float factor, int
                 Stream stream) {
   EDGE_MOE_LAUNCH(add_shares_kernel, dim3(pieces(size_t(dim), kThreads), unsigned(tokens)), dim3(kThreads), 0, stream,
                   x, y, shares, factor, dim, streams);
+}
+
+void normed(const float* x, float eps, int vectors, int n, float* y, Stream stream) {
+  EDGE_MOE_LAUNCH(normed_kernel, dim3(unsigned(vectors)), dim3(kThreads), 0, stream, x, eps, n, y);
+}
+
+void collapse(const float* x, const float* products, const HyperMix& mix, int tokens, int dim, int streams,
+              float* shares, float* y, Stream stream) {
+  EDGE_MOE_LAUNCH(collapse_kernel, dim3(pieces(size_t(dim), kThreads), unsigned(tokens)), dim3(kThreads), 0, stream, x,
+                  products, mix, dim, streams, shares, y);
+}
+
+void add_mixed(float* x, const float* y, const float* shares, float factor, int tokens, int dim, int streams,
+               Stream stream) {
+  EDGE_MOE_LAUNCH(add_mixed_kernel, dim3(pieces(size_t(dim), kThreads), unsigned(tokens)), dim3(kThreads), 0, stream, x,
+                  y, shares, factor, dim, streams);
 }
 
 void gate_ngrams(const float* x, const float* values, const NGramNorms& norms, int tokens, int dim, int streams,

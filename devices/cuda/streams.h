@@ -19,6 +19,26 @@ void mix(const float* gates, const float* x, int tokens, int dim, int streams, f
 void add_shares(float* x, const float* y, const float* shares, float factor, int tokens, int dim, int streams,
                 Stream stream);
 
+// y (vectors, n) = x / sqrt(mean(x^2) + eps), of any length.
+void normed(const float* x, float eps, int vectors, int n, float* y, Stream stream);
+
+// See hyper_shares().
+struct HyperMix {
+  const float *base, *scale;
+  float eps;
+  int iterations;
+};
+
+// y (tokens, dim) = the sum of a token's streams x (tokens, streams, dim), weighted as its products (tokens, mixes)
+// tell; shares (tokens, streams * (streams + 1)): what each stream gets of the output, and then of each stream; null
+// where there are only products for the sum.
+void collapse(const float* x, const float* products, const HyperMix& mix, int tokens, int dim, int streams,
+              float* shares, float* y, Stream stream);
+
+// x (tokens, streams, dim) = the streams mixed by `shares`, plus each one's share of factor * y (tokens, dim).
+void add_mixed(float* x, const float* y, const float* shares, float factor, int tokens, int dim, int streams,
+               Stream stream);
+
 // The norms of embeddings of n-grams, (streams, dim) each.
 struct NGramNorms {
   const float *key, *query, *conv;

@@ -72,22 +72,22 @@ __device__ __forceinline__ void each_value(const void* from, bool half, size_t a
   for (; i < count; ++i) add(i, get(from, half, at + size_t(i) * step));
 }
 
-// The same for column `column` of some rows of `stride` values, in the order of `rows`.
-template <int Ahead, typename Add>
-__device__ __forceinline__ void each_of_rows(const void* from, bool half, const int32_t* rows, size_t stride,
-                                             int column, int count, const Add& add) {
+// The same for column `column` of some rows of `stride` values: row_of(i) for i in [0, count).
+template <int Ahead, typename Rows, typename Add>
+__device__ __forceinline__ void each_of_rows(const void* from, bool half, const Rows& row_of, size_t stride, int column,
+                                             int count, const Add& add) {
   int i = 0;
   for (Raw<Ahead> some; i + Ahead <= count; i += Ahead) {
     some.half = half;
     EDGE_MOE_UNROLL
     for (int j = 0; j < Ahead; ++j) {
-      const size_t at = rows[i + j] * stride + column;
+      const size_t at = size_t(row_of(i + j)) * stride + column;
       some.bits[j] = half ? static_cast<const uint16_t*>(from)[at] : static_cast<const uint32_t*>(from)[at];
     }
     EDGE_MOE_UNROLL
     for (int j = 0; j < Ahead; ++j) add(i + j, some.as_float(j));
   }
-  for (; i < count; ++i) add(i, get(from, half, rows[i] * stride + column));
+  for (; i < count; ++i) add(i, get(from, half, size_t(row_of(i)) * stride + column));
 }
 
 // The end, exclusive, of the positions that token `token` of a span sees.

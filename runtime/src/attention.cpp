@@ -225,7 +225,7 @@ void CpuMath::received_attention(int layer, const Step& step) {
 void CpuMath::attention_norm(int layer, int tokens) {
   const size_t dim = config_.dim;
   const LayerWeights& w = layers_[layer];
-  if (w.attention_mix.down) return mixed(w.attention_norm, w.attention_mix, nullptr, tokens, s_.shares, s_.normed);
+  if (w.attention_mix) return mixed(w.attention_norm, w.attention_mix, nullptr, tokens, s_.shares, s_.normed);
   pool_.run(tokens, [&](int t, int) { norm(w.attention_norm, s_.x + t * dim, s_.normed + t * dim); });
 }
 

@@ -16,12 +16,20 @@ static void check_attention(const EngineConfig& c, const AttentionConfig& a) {
          "rope_frequency must have one value a pair of rope_dim, which is at most head_dim");
   expect(a.rope_span >= a.rope_dim && a.rope_span <= a.head_dim && (a.rope_span == a.rope_dim || !a.kv_rank),
          "rope_span must be from rope_dim to head_dim; with a latent, rope_dim");
+  expect(
+      !a.shared_rows || (!a.kv_rank && !a.recurrent() && a.kv_heads == 1 && a.v_dim == a.head_dim && a.q_rank &&
+                         a.sliding_window >= 1 && a.out_rank >= 1 && a.out_groups >= 1 && a.heads % a.out_groups == 0),
+      "shared rows need one KV head, a q_rank, a window, and out_groups that divide heads");
+  expect(a.pool_rate >= 0 && (!a.pool_rate || a.shared_rows), "pool_rate must be at least 0, and is of shared rows");
+  expect(!a.shared_rows || !a.index_top || (a.index_heads && a.pool_rate && a.index_block == a.pool_rate),
+         "index_block of shared rows must be pool_rate, with an indexer");
   expect(a.kv_heads >= 1 && a.heads % a.kv_heads == 0, "heads must be a multiple of kv_heads");
   expect(a.query_context >= 1, "query_context must be at least 1");
   expect(a.index_heads >= 0 && a.index_top >= (a.index_heads > 0) && !(a.index_top && a.recurrent()),
          "index_top must be at least 1 for an indexer, which only attention has");
   expect(
-      a.index_block >= 1 && (a.kv_rank ? a.index_block == 1 : !a.index_top || (a.index_heads && !a.sliding_window)),
+      a.index_block >= 1 &&
+          (a.kv_rank ? a.index_block == 1 : a.shared_rows || !a.index_top || (a.index_heads && !a.sliding_window)),
       "index_block must be at least 1; over a latent it is 1, and other attention with index_top needs an indexer of "
       "its own and no window");
   expect(!a.index_heads || ((a.q_rank || !a.kv_rank) && a.index_dim >= a.rope_dim),
@@ -53,7 +61,11 @@ void check_config(const EngineConfig& c) {
   for (int kind : c.attention_of)
     expect(kind == -1 || size_t(kind) < c.attentions.size(), "attention_of must be numbers of attentions, or -1");
   for (const AttentionConfig& a : c.attentions) check_attention(c, a);
-  expect(c.streams >= 1 && (c.mix_rank > 0) == (c.streams > 1), "mix_rank must be above 0 for several streams only");
+  expect(c.streams >= 1 && c.mix_rank >= 0 && c.mix_iterations >= 0 &&
+             (c.mix_rank > 0) + (c.mix_iterations > 0) == (c.streams > 1),
+         "several streams need a mix_rank or mix_iterations, and one stream neither");
+  expect(c.streams <= 16, "streams must be at most 16");
+  expect(c.hashed.size() == layers, "hashed must have one value a layer");
   for (const NGramConfig& its : c.ngrams) check_ngrams(c, its);
   expect(c.top_groups >= 1 && c.top_groups <= c.groups, "top_groups must be 1 to groups");
   if (c.groups == 1) return;
@@ -95,6 +107,11 @@ void bind_config(nb::module_& m) {
       .def_rw("latent_norm_eps", &AttentionConfig::latent_norm_eps)
       .def_rw("query_scales", &AttentionConfig::query_scales)
       .def_rw("query_context", &AttentionConfig::query_context)
+      .def_rw("shared_rows", &AttentionConfig::shared_rows)
+      .def_rw("pool_rate", &AttentionConfig::pool_rate)
+      .def_rw("pool_overlaps", &AttentionConfig::pool_overlaps)
+      .def_rw("out_groups", &AttentionConfig::out_groups)
+      .def_rw("out_rank", &AttentionConfig::out_rank)
       .def_rw("index_top", &AttentionConfig::index_top)
       .def_rw("index_block", &AttentionConfig::index_block)
       .def_rw("index_heads", &AttentionConfig::index_heads)
@@ -120,6 +137,7 @@ void bind_config(nb::module_& m) {
   nb::enum_<RouterScore>(m, "RouterScore", "How router logits become routing weights; see router.h.")
       .value("softmax", RouterScore::kSoftmax)
       .value("sigmoid", RouterScore::kSigmoid)
+      .value("sqrtsoftplus", RouterScore::kSqrtSoftplus)
       .value("sparsemixer", RouterScore::kSparsemixer);
 
   nb::class_<EngineConfig>(m, "EngineConfig",
@@ -133,14 +151,19 @@ void bind_config(nb::module_& m) {
       .def_rw("ngrams", &EngineConfig::ngrams)
       .def_rw("streams", &EngineConfig::streams)
       .def_rw("mix_rank", &EngineConfig::mix_rank)
+      .def_rw("mix_iterations", &EngineConfig::mix_iterations)
+      .def_rw("mix_eps", &EngineConfig::mix_eps)
+      .def_rw("hashed", &EngineConfig::hashed)
       .def_rw("experts", &EngineConfig::experts)
       .def_rw("top_k", &EngineConfig::top_k)
       .def_rw("expert_hidden", &EngineConfig::expert_hidden)
       .def_prop_rw(
           "activation",
-          [](const EngineConfig& c) { return std::tuple(c.activation.gate, c.activation.alpha, c.activation.limit); },
-          [](EngineConfig& c, const std::tuple<Gate, float, float>& its) {
-            c.activation = {std::get<0>(its), std::get<1>(its), std::get<2>(its)};
+          [](const EngineConfig& c) {
+            return std::tuple(c.activation.gate, c.activation.alpha, c.activation.limit, c.activation.shift);
+          },
+          [](EngineConfig& c, const std::tuple<Gate, float, float, float>& its) {
+            c.activation = {std::get<0>(its), std::get<1>(its), std::get<2>(its), std::get<3>(its)};
           })
       .def_rw("layer_norm", &EngineConfig::layer_norm)
       .def_rw("post_norms", &EngineConfig::post_norms)

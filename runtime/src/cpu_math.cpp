@@ -77,6 +77,8 @@ void CpuMath::any_attention(int layer, const Step& step, bool received) {
   if (!config_.has_attention(layer)) return;
   if (config_.attention(layer).kv_rank)
     latent_attention(layer, step);
+  else if (config_.attention(layer).shared_rows)
+    row_attention(layer, step);
   else if (config_.attention(layer).recurrent())
     recurrence(layer, step);
   else
@@ -110,7 +112,7 @@ void CpuMath::mlp_norm(const Norm& its, int tokens) {
 // The input of a layer's routed experts or dense MLP.
 void CpuMath::mlp_input(int layer, int tokens) {
   const LayerWeights& w = layers_[layer];
-  if (!w.mlp_mix.down) return mlp_norm(w.mlp_norm, tokens);
+  if (!w.mlp_mix) return mlp_norm(w.mlp_norm, tokens);
   mixed(w.mlp_norm, w.mlp_mix, nullptr, tokens, s_.shares, s_.normed);
   prepare(s_.normed, tokens, config_.dim, s_.normed_q, true);
 }
@@ -150,7 +152,7 @@ void CpuMath::importance(int layer, const Step& step, float* of_tokens) {
 
 void CpuMath::ahead_logits(int next_layer, const Routing& r) {
   const LayerWeights& next = layers_[next_layer];
-  if (next.mlp_mix.down)
+  if (next.mlp_mix)
     mixed(next.mlp_norm, next.mlp_mix, nullptr, 1, nullptr, s_.ahead_normed);
   else
     norm(next.before_router(), s_.x, s_.ahead_normed);
@@ -205,7 +207,7 @@ void CpuMath::shared_expert(int layer, int tokens, float* y) {
 std::span<float> CpuMath::logits(std::span<const int32_t> tokens) {
   const EngineConfig& c = config_;
   const int rows = int(tokens.size());
-  if (ends_.output_mix.down)
+  if (ends_.output_mix)
     mixed(ends_.output_norm, ends_.output_mix, tokens.data(), rows, nullptr, s_.normed);
   else
     pool_.run(rows, [&](int i, int) {
@@ -273,9 +275,21 @@ void CpuMath::add_to_residual(const Norm& post_norm, float* out, int tokens) {
   add_to_streams(out, config_.residual_scale, tokens);
 }
 
-// x += factor * out, or each stream its share of that
+// x += factor * out, or each stream its share of that; with hyper-connections, its shares of all streams, too
 void CpuMath::add_to_streams(const float* out, float factor, int tokens) {
-  const size_t dim = config_.dim, streams = config_.streams;
+  const size_t dim = config_.dim, streams = config_.streams, width = config_.width();
+  if (config_.hyper())
+    return pool_.run(tokens, [&](int t, int) {
+      const float *after = s_.shares + t * config_.shares(), *between = after + streams;
+      float *x = s_.x + t * width, *next = s_.wide + t * width;
+      std::fill_n(next, width, 0.0f);
+      for (size_t to = 0; to < streams; ++to) {
+        for (size_t from = 0; from < streams; ++from)
+          kernels_.add_scaled(next + to * dim, x + from * dim, between[from * streams + to], int(dim));
+        kernels_.add_scaled(next + to * dim, out + t * dim, after[to] * factor, int(dim));
+      }
+      std::copy_n(next, width, x);
+    });
   pool_.run(tokens, [&](int t, int) {
     for (size_t at = t * streams; at < (t + 1) * streams; ++at) {
       const float share = streams > 1 ? s_.shares[at] * factor : factor;

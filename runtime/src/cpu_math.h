@@ -44,13 +44,23 @@ class CpuMath : public LayerMath {
     int begin, end;        // rows of the matrix, or pairs of the job
   };
 
-  // attention.cpp, latent_attention.cpp, recurrence.cpp
+  // attention.cpp, latent_attention.cpp, row_attention.cpp, recurrence.cpp
   void any_attention(int layer, const Step& step, bool received);
   void attention(int layer, const Step& step, bool received);
   void attend(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads, int thread);
   void latent_attention(int layer, const Step& step);
   void attend_latent(int layer, const TokenSpan& span, int first_token, int tokens, int first_head, int heads,
                      int thread);
+  template <typename Rows, typename End>
+  void attend_rows(const float* queries, int count, int cols, int n, int end, const End& end_of, const Rows& rows,
+                   const float* sinks, float* const* out, int thread);
+  void row_attention(int layer, const Step& step);
+  void pool_rows(const PoolWeights& w, const Step& step, int layer, size_t at, int dim, bool overlaps, float* values,
+                 const float* gates);
+  void attend_shared(int layer, const Step& step, const TokenSpan& span, int in_span, int first_head, int heads,
+                     int thread);
+  void grouped_output(int layer, int tokens);
+
   // indexer.cpp
   struct IndexQuery {
     int token, sequence;
@@ -58,6 +68,7 @@ class CpuMath : public LayerMath {
   };
   void store_index_key(int layer, const TokenSpan& span, int in_span);
   void store_block_keys(int layer, const Step& step);
+  void store_row(int sequence, uint8_t* rows, size_t place, const float* row, size_t n);
   void cache_index_key(int layer, int sequence, size_t place, const float* key);
   void choose_positions(int layer, const Step& step);
   void choose_positions(int layer, std::span<const IndexQuery> queries);
@@ -72,6 +83,7 @@ class CpuMath : public LayerMath {
 
   // streams.cpp
   void mixed(const Norm& norm, const Mix& mix, const int32_t* tokens, int count, float* shares, float* y);
+  void collapsed(const Norm& norm, const Mix& mix, const int32_t* tokens, int count, float* shares, float* y);
   float product(const float* a, const float* b) const;
   void attention_output(int layer, const float* values, int tokens);
   void received_attention(int layer, const Step& step);

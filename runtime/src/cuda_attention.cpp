@@ -12,6 +12,7 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
   if (!c.has_attention(layer)) return;
   block_input(layers_[layer].attention_norm, layers_[layer].attention_mix, step.tokens);
   if (a.recurrent()) return recurrence(layer, step);
+  if (a.shared_rows) return row_attention(layer, step, most);
   if (a.kv_rank)
     latent_project(layer, step.tokens);
   else
@@ -39,11 +40,11 @@ void CudaMath::attention(int layer, const Step& step, bool received, int most) {
         cuda::add_received(s_.scores, heads(layer), c.key_positions(), span, s_.received, size_t(c.chunk), stream_);
     }
   }
-  attention_output(layer, step.tokens);
+  attention_output(layer, step.tokens, s_.attended);
 }
 
 // The gate of what is attended, if there is one, output projection and residual.
-void CudaMath::attention_output(int layer, int tokens) {
+void CudaMath::attention_output(int layer, int tokens, float* attended) {
   const EngineConfig& c = config_;
   const LayerWeights& w = layers_[layer];
   const cuda::VectorBuffer quantised = s_.attended_q.of_length(w.o.cols);
@@ -54,12 +55,12 @@ void CudaMath::attention_output(int layer, int tokens) {
     const Activation activation = {recurrence == Recurrence::kDeltaNet    ? c.attention(layer).gate
                                    : recurrence == Recurrence::kShortConv ? Gate::kBilinear
                                                                           : Gate::kSigmoid};
-    cuda::activate(&rows, 1, s_.o_gate, s_.attended, w.o.cols, activation,
+    cuda::activate(&rows, 1, s_.o_gate, attended, w.o.cols, activation,
                    w.o.takes_rounded() ? quantised : cuda::VectorBuffer{}, stream_);
   } else if (w.o.takes_rounded()) {
-    cuda::quantise(s_.attended, tokens, quantised, stream_);
+    cuda::quantise(attended, tokens, quantised, stream_);
   }
-  multiply(w.o, tokens, s_.normed, gates ? s_.o_gate : s_.attended, quantised);
+  multiply(w.o, tokens, s_.normed, gates ? s_.o_gate : attended, quantised);
   add_to_residual(w.attention_post_norm, s_.normed, tokens);
 }
 
@@ -93,7 +94,7 @@ void CudaMath::recurrence(int layer, const Step& step) {
   }
   if (a.recurrence == Recurrence::kDeltaNet)
     cuda::rms_norm(s_.attended, w.o_norm, config_.norm_eps, step.tokens * a.heads, a.v_dim, s_.attended, {}, stream_);
-  attention_output(layer, step.tokens);
+  attention_output(layer, step.tokens, s_.attended);
 }
 
 // q k v
@@ -161,10 +162,10 @@ void CudaMath::latent_project(int layer, int tokens) {
 // may choose is decided on the GPU, as a graph serves many positions.
 void CudaMath::choose_positions(int layer, int sequence, const cuda::Span& span) {
   const AttentionConfig& a = config_.attention(layer);
-  cuda::index_scores(s_.index_q, a.kv_rank ? s_.index_weights : nullptr, index_heads(layer),
+  cuda::index_scores(s_.index_q, layers_[layer].index.weights ? s_.index_weights : nullptr, index_heads(layer),
                      index_cache(sequence, layer), span, a.index_top, s_.index_scores, stream_);
-  cuda::choose_top(s_.index_scores, config_.key_positions(), span, a.index_top, a.index_block, s_.chosen,
-                   s_.chosen_counts, stream_);
+  cuda::choose_top(s_.index_scores, config_.key_positions(), span, a.index_top, a.index_block, !a.shared_rows,
+                   s_.chosen, s_.chosen_counts, stream_);
 }
 
 void CudaMath::attend_latents(int layer, int sequence, const cuda::Span& span) {

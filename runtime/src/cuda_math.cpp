@@ -168,7 +168,7 @@ void CudaMath::up_to_router(int layer, const Step& step, const RouterWants& want
                      r.importance, stream_);
   if (wants.ahead) {
     const LayerWeights& next = layers_[wants.ahead];
-    if (next.mlp_mix.down)
+    if (next.mlp_mix)
       mixed(next.mlp_norm, next.mlp_mix, 0, 1, nullptr, s_.ahead_normed, {});
     else
       norm(next.before_router(), s_.x, 1, s_.ahead_normed, {});
@@ -210,7 +210,7 @@ void CudaMath::norm(const Norm& norm, const float* x, int tokens, float* y, cons
 
 // The input of attention or MLP, in s_.normed.
 void CudaMath::block_input(const Norm& its, const Mix& mix, int tokens) {
-  if (mix.down)
+  if (mix)
     mixed(its, mix, 0, tokens, s_.shares, s_.normed, s_.normed_q);
   else
     norm(its, s_.x, tokens, s_.normed, s_.normed_q);
@@ -366,7 +366,7 @@ std::span<float> CudaMath::logits(std::span<const int32_t> tokens) {
   for (int first = 0, end; first < rows; first = end) {  // runs of consecutive tokens
     for (end = first + 1; end < rows && tokens[end] == tokens[end - 1] + 1;) ++end;
     float* normed = s_.normed + size_t(first) * c.dim;
-    if (ends_.output_mix.down)
+    if (ends_.output_mix)
       mixed(ends_.output_norm, ends_.output_mix, tokens[first], end - first, nullptr, normed, s_.normed_q.from(first));
     else
       norm(ends_.output_norm, s_.x + size_t(tokens[first]) * c.dim, end - first, normed, s_.normed_q.from(first));

@@ -6,7 +6,7 @@
 
 #include "../../devices/cuda/delta.h"
 #include "../../devices/cuda/index.h"
-#include "../../devices/cuda/latent.h"
+#include "../../devices/cuda/rows.h"
 #include "../../devices/cuda/sparse.h"
 #include "../../devices/cuda/streams.h"
 #include "cuda_memory.h"
@@ -61,12 +61,18 @@ class CudaMath : public LayerMath {
   void recurrence(int layer, const Step& step);
   void attend_latents(int layer, int sequence, const cuda::Span& span);
   void choose_positions(int layer, int sequence, const cuda::Span& span);
-  void attention_output(int layer, int tokens);
+  void attention_output(int layer, int tokens, float* attended);
+  void row_attention(int layer, const Step& step, int most);
+  void row_projections(int layer, int tokens);
+  cuda::RowHeads row_heads(int layer) const;
+  cuda::RowCache row_cache(int sequence, int layer) const;
   void norm(const Norm& norm, const float* x, int tokens, float* y, const cuda::VectorBuffer& into);
   void mlp_norm(const Norm& norm, int tokens);
   void block_input(const Norm& norm, const Mix& mix, int tokens);
   void mixed(const Norm& norm, const Mix& mix, int first, int count, float* shares, float* y,
              const cuda::VectorBuffer& into);
+  void collapsed(const Norm& norm, const Mix& mix, int first, int count, float* shares, float* y,
+                 const cuda::VectorBuffer& into);
   void add_to_streams(const float* out, float factor, int tokens);
   void add_to_residual(const Norm& post_norm, float* out, int tokens);
   void scale_residual(int layer, int tokens);

@@ -28,7 +28,7 @@ size_t most_heads(const EngineConfig& c) {
 }  // namespace
 
 int attention_tokens(const EngineConfig& c) {
-  const size_t scores = std::max<size_t>(1, most_heads(c) * c.key_positions());
+  const size_t scores = std::max<size_t>(1, most_heads(c) * c.score_positions());
   return std::min({int(std::max<size_t>(1, kMostScores / scores)), kTokensAtOnce, c.chunk});
 }
 
@@ -47,12 +47,15 @@ size_t carve_cuda(const EngineConfig& c, CudaScratch& s, uint8_t* base) {
   carver.carve(s.positions, c.sequences);
   carver.carve(s.states, 2 * size_t(c.sequences));
   carve(carver, s.normed_q, chunk, c.dim);
-  carve(carver, s.attended_q, chunk, c.most_of([](const A& a) { return a.heads * a.v_dim; }));
+  const auto attended = [](const A& a) { return std::max(a.heads * a.v_dim, a.out_groups * a.out_rank); };
+  carve(carver, s.attended_q, chunk, c.most_of(attended));
   carve(carver, s.hidden_q, hidden_blocks, kBlock);
   carve(carver, s.wide_q, c.mix_rank ? chunk : 0, c.width());
   carve(carver, s.low_q, c.mix_rank ? chunk : 0, c.mix_rank);
   carve(carver, s.ngrams_q, c.ngrams.empty() ? 0 : chunk, c.ngram_inputs());
-  if (c.has_latents()) {
+  if (c.has_latents() || c.has_shared_rows()) {
+    const auto inputs = [](const A& a) { return a.out_groups ? a.heads * a.head_dim / a.out_groups : 0; };
+    carve(carver, s.grouped_q, chunk * c.most_of([](const A& a) { return a.out_groups; }), c.most_of(inputs));
     carve(carver, s.q_latent_q, chunk, c.most_of([](const A& a) { return a.q_rank; }));
     carve(carver, s.mixed_q, queries, c.most_of([](const A& a) { return a.kv_rank; }));
     s.query_scales.resize(c.attentions.size());

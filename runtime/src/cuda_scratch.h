@@ -12,7 +12,7 @@ struct CudaScratch : LayerScratch {
   int32_t* positions;                // (sequences,): position of each span minus the index of its first token
   int32_t* states;                   // (sequences, 2): the state buffers before and after each span
   std::vector<float*> query_scales;  // of each kind of attention; see AttentionConfig
-  cuda::VectorBuffer normed_q, attended_q, hidden_q, q_latent_q, mixed_q, wide_q, low_q, ngrams_q;
+  cuda::VectorBuffer normed_q, attended_q, hidden_q, q_latent_q, mixed_q, wide_q, low_q, ngrams_q, grouped_q;
 };
 
 // Pieces of memory that the host accesses too.

@@ -8,6 +8,7 @@ namespace edge_moe {
 void CudaMath::mixed(const Norm& its, const Mix& mix, int first, int count, float* shares, float* y,
                      const cuda::VectorBuffer& into) {
   const EngineConfig& c = config_;
+  if (c.hyper()) return collapsed(its, mix, first, count, shares, y, into);
   const float part = 1.0f / float(c.streams);
   cuda::rms_norm(s_.x + first * c.width(), its.weight, c.norm_eps, count * c.streams, c.dim, s_.wide, {}, stream_,
                  c.streams);
@@ -21,10 +22,23 @@ void CudaMath::mixed(const Norm& its, const Mix& mix, int first, int count, floa
   if (into.codes) cuda::quantise(y, count, into, stream_);
 }
 
-// x += factor * out, or each stream its share of that
+// The same with hyper-connections: the norm of a weighted sum of the streams, and shares (count, shares()).
+void CudaMath::collapsed(const Norm& its, const Mix& mix, int first, int count, float* shares, float* y,
+                         const cuda::VectorBuffer& into) {
+  const EngineConfig& c = config_;
+  const float* x = s_.x + first * c.width();
+  cuda::normed(x, c.norm_eps, count, int(c.width()), s_.wide, stream_);
+  multiply(mix.weights, count, s_.low, s_.wide, {});
+  cuda::collapse(x, s_.low, {mix.base, mix.scale, c.mix_eps, c.mix_iterations}, count, c.dim, c.streams, shares, y,
+                 stream_);
+  norm(its, y, count, y, into);
+}
+
+// x += factor * out, or each stream its share of that; with hyper-connections, its shares of all streams, too
 void CudaMath::add_to_streams(const float* out, float factor, int tokens) {
   const EngineConfig& c = config_;
   if (c.streams == 1) return cuda::add_gated(s_.x, out, nullptr, factor, tokens, c.dim, stream_);
+  if (c.hyper()) return cuda::add_mixed(s_.x, out, s_.shares, factor, tokens, c.dim, c.streams, stream_);
   cuda::add_shares(s_.x, out, s_.shares, factor, tokens, c.dim, c.streams, stream_);
 }
 

@@ -21,7 +21,7 @@ static constexpr int kHalfLife = 32;
 EngineMemory engine_memory(const EngineConfig& c, bool cuda) {
   Routing unused;
   EngineMemory memory = cuda ? cuda_memory(c) : cpu_memory(c);
-  memory.scratch += carve_routing(c, unused, nullptr) + table_bytes(c);
+  memory.scratch += carve_routing(c, unused, nullptr) + table_bytes(c) + router_table_bytes(c);
   return memory;
 }
 
@@ -42,6 +42,7 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk
     const std::string prefix = "layers." + std::to_string(layer) + ".";
     router_bias_.push_back(trunk_.host_vector(prefix + "router_bias", c.experts[layer]));
     expert_scale_.push_back(trunk_.host_vector(prefix + "expert_scale", c.experts[layer]));
+    router_table_.push_back(load_router_table(prefix + "router_table", layer));
   }
   first_record_.resize(c.layers);
   std::exclusive_scan(c.experts.begin(), c.experts.end(), first_record_.begin(), 0);
@@ -60,6 +61,18 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk
   jobs_.reserve(most(c.experts));
   pending_.reserve(most(c.experts));
   used_.reserve(most(c.experts));
+}
+
+// The experts of each token, (vocab, hashed); empty in a layer that chooses them.
+std::vector<int16_t> Engine::load_router_table(const std::string& name, int layer) const {
+  const int count = config_.hashed[layer];
+  if (!count) return {};
+  const std::vector<float> table = trunk_.host_vector(name, count * config_.vocab);
+  if (table.empty()) throw DamagedFile(trunk_.path() + ": tensor " + name + " is missing");
+  for (float expert : table)
+    if (!(expert >= -1 && expert < float(config_.experts[layer])))
+      throw DamagedFile(trunk_.path() + ": tensor " + name + " has " + std::to_string(expert) + ", not an expert");
+  return {table.begin(), table.end()};
 }
 
 std::vector<MaskRouter> Engine::load_mask_routers(const MaskRouters& from) {

@@ -29,6 +29,7 @@ namespace edge_moe {
 EngineMemory engine_memory(const EngineConfig& config, bool cuda);
 
 size_t table_bytes(const EngineConfig& config);
+size_t router_table_bytes(const EngineConfig& config);
 
 // Totals that any thread may read while the one in step() adds to them.
 struct EngineStats {
@@ -139,7 +140,8 @@ class Engine {
   Sequence& sequence_of(const Step& step, int token);
   int next_experts(int layer) const;
   void prefetch_for(int next);
-  RouterRule router_rule(int layer) const;
+  RouterRule router_rule(int layer, int token_id) const;
+  std::vector<int16_t> load_router_table(const std::string& name, int layer) const;
 
   EngineConfig config_;
   std::unique_ptr<Device> device_;
@@ -149,6 +151,7 @@ class Engine {
   ThreadPool pool_;
   std::unique_ptr<LayerMath> math_;
   std::vector<std::vector<float>> router_bias_, expert_scale_;  // (layers,), each (experts,) or none
+  std::vector<std::vector<int16_t>> router_table_;              // (layers,), each (vocab, hashed) or none
   std::vector<Sequence> sequences_;
   States states_;
   std::vector<MaskRouter> otp_, loss_;  // (layers,), or none

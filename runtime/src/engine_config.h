@@ -18,14 +18,14 @@ inline size_t most(const std::vector<int>& counts) {
   return counts.empty() ? 0 : size_t(*std::max_element(counts.begin(), counts.end()));
 }
 
-// One kind of attention, shared by some of the layers; see runtime/layers/attention.py, latent.py, delta_net.py,
-// short_conv.py and mamba.py.
+// One kind of attention, shared by some of the layers; see runtime/layers/attention.py, latent.py, compressed.py,
+// delta_net.py, short_conv.py and mamba.py.
 struct AttentionConfig {
   int heads = 0, kv_heads = 0;
-  int head_dim = 0;                   // of queries and keys
-  int v_dim = 0;                      // of values
-  int rope_dim = 0;                   // how many of head_dim are rotated: the first ones; with a latent, the last ones
-  int rope_span = 0;                  // the pairs are (i, i + rope_span/2): rope_dim, or more if pairs are left out
+  int head_dim = 0;   // of queries and keys
+  int v_dim = 0;      // of values
+  int rope_dim = 0;   // how many of head_dim are rotated: the first ones; of a latent and of shared rows the last ones
+  int rope_span = 0;  // the pairs are (i, i + rope_span/2): rope_dim, or more if pairs are left out
   std::vector<float> rope_frequency;  // (rope_dim/2,) radians per position
   float rope_scale = 1;               // factor of cos and sin
   bool rope_interleaved = false;      // rotated pairs are neighbours
@@ -44,14 +44,21 @@ struct AttentionConfig {
   std::vector<float> query_scales;  // factor of queries at positions below query_context, below twice that...; empty: 1
   int query_context = 1;
 
+  // Attention to rows of head_dim values that are key and value of all heads at once: those of a window and, after
+  // every pool_rate tokens, a compressed one. A row that overlaps takes the pool_rate tokens before these, too.
+  bool shared_rows = false;
+  int pool_rate = 0;  // 0: only the window
+  bool pool_overlaps = false;
+  int out_groups = 0, out_rank = 0;  // of the output: each group of heads has out_rank products, which o takes
+
   // Sparse attention: a query attends to the positions that an indexer scores highest, index_top blocks of index_block;
   // see runtime/layers/indexer.py and block_index.py. Over latents a block is one position, and a layer without an
   // indexer of its own uses those that the layers before it have chosen. Over keys and values a query also attends to
-  // the positions after the last whole block.
+  // the positions after the last whole block. Of shared rows, blocks are the tokens of compressed ones.
   int index_top = 0;               // 0: it attends to all
   int index_block = 1;             // positions
   int index_heads = 0;             // of the layer's indexer; 0: none
-  int index_dim = 0;               // of its queries, and of the key of a block; the first rope_dim are rotated
+  int index_dim = 0;               // of its queries, and of the key of a block; rope_dim are rotated as in head_dim
   bool index_interleaved = false;  // rotated pairs are neighbours
   float index_norm_eps = 1e-6f;    // of the queries' and keys' norms
   float index_scale = 1;           // factor of the products of queries and keys
@@ -67,7 +74,7 @@ struct AttentionConfig {
   float least_step = 0;     // of Mamba-2: the minimum of its time steps
 
   bool recurrent() const { return recurrence != Recurrence::kNone; }
-  bool has_keys() const { return !kv_rank && !recurrent(); }
+  bool has_keys() const { return !kv_rank && !shared_rows && !recurrent(); }
   bool has_state() const { return recurrent() && recurrence != Recurrence::kShortConv; }
   int conv_channels() const { return 2 * kv_dim() + heads * v_dim; }
   // Where queries, keys and values begin in the channels: in this order or, of Mamba-2, in the opposite one.
@@ -75,7 +82,7 @@ struct AttentionConfig {
   int k_at() const { return recurrence == Recurrence::kMamba ? heads * v_dim : kv_dim(); }
   int v_at() const { return recurrence == Recurrence::kMamba ? 0 : 2 * kv_dim(); }
   size_t state_values() const {
-    return recurrent() ? size_t(heads) * head_dim * v_dim + conv_past_values() : index_sum_values();
+    return recurrent() ? size_t(heads) * head_dim * v_dim + conv_past_values() : pool_values() + index_sum_values();
   }
   size_t conv_past_values() const { return size_t(conv_kernel - 1) * conv_channels(); }
   // For each token: how much of it is written to a state, or the factors of a short convolution's inputs.
@@ -86,18 +93,23 @@ struct AttentionConfig {
   int kv_dim() const { return kv_heads * head_dim; }
   float query_scale(int position) const { return query_scales.empty() ? 1.0f : query_scales[position / query_context]; }
 
-  // What the KV cache stores for a layer, as rows of positions: its latents, or the keys of each KV head and then the
-  // values of each. After these, the keys of an indexer, in key blocks.
-  size_t cached_rows() const { return kv_rank ? 1 : recurrent() ? 0 : 2 * size_t(kv_heads); }
+  // What the KV cache stores for a layer, as rows of positions: its latents, its shared rows, or the keys of each KV
+  // head and then the values of each. After these, compressed rows, and the keys of an indexer, in key blocks.
+  size_t cached_rows() const { return kv_rank || shared_rows ? 1 : recurrent() ? 0 : 2 * size_t(kv_heads); }
   size_t cached_values() const { return size_t(kv_rank ? latent_cached() : head_dim); }  // per row and position
   size_t index_values() const { return index_heads ? size_t(index_dim) : 0; }            // per block
 
-  // The keys of a block that is not whole yet are summed in the sequence's state.
-  size_t index_sum_values() const { return index_block > 1 ? index_values() : 0; }
+  // The keys of a block that is not whole yet are summed in the sequence's state, and so are compressed rows; see
+  // PoolSums.
+  size_t pool_values() const { return pool_rate ? size_t(pool_overlaps ? 2 : 1) * 3 * head_dim : 0; }
+  size_t index_sum_values() const { return index_block > 1 ? (shared_rows ? 6 : 1) * index_values() : 0; }
   // How many positions a query that sees the first `end` attends to: at most index_most(), if it does not see all.
+  // Of shared rows, the compressed ones are counted.
   bool is_sparse(int end) const { return index_top && end / index_block > index_top; }
-  int index_most() const { return index_top ? index_top * index_block + index_block - 1 : 0; }
-  int index_count(int end) const { return index_top * index_block + end % index_block; }
+  int index_most() const {
+    return !index_top ? 0 : shared_rows ? index_top : index_top * index_block + index_block - 1;
+  }
+  int index_count(int end) const { return shared_rows ? index_top : index_top * index_block + end % index_block; }
 };
 
 // Embeddings of n-grams that a layer adds to the residual stream; see runtime/layers/ngrams.py.
@@ -120,7 +132,7 @@ struct NGramConfig {
 };
 
 // How router logits become the routing weights of experts; see RouterRule.
-enum class RouterScore { kSoftmax, kSigmoid, kSparsemixer };
+enum class RouterScore { kSoftmax, kSigmoid, kSqrtSoftplus, kSparsemixer };
 
 // runtime/config.py's ModelConfig, and the sizes of this run.
 struct EngineConfig {
@@ -128,10 +140,13 @@ struct EngineConfig {
   std::vector<AttentionConfig> attentions;  // the different kinds
   std::vector<int> attention_of;            // (layers,): the kind of each layer; -1: it has none
   std::vector<NGramConfig> ngrams;          // of the layers that have embeddings of n-grams
-  int streams = 1;                          // that the residual stream has; see runtime/layers/streams.py
-  int mix_rank = 0;                         // of the gates' matrices
+  int streams = 1;                          // that the residual stream has; see runtime/layers/streams.py, hyper.py
+  int mix_rank = 0;                         // of the gates' matrices; 0: the streams are mixed by hyper-connections
+  int mix_iterations = 0;                   // of these: normalisations of the matrices that mix the streams
+  float mix_eps = 0;                        // added to what they divide by
   int expert_hidden = 0;
   std::vector<int> experts, top_k;  // (layers,): of each layer; 0 in a layer without experts
+  std::vector<int> hashed;          // (layers,): experts in a row of the layer's table of each token's; 0: routed
   std::vector<int> dense;           // (layers,): inner size of each layer's dense MLP; 0: it has none
   Activation activation;            // of every MLP
   bool layer_norm = false;          // the norms of the residual stream are LayerNorms with a bias, not RMSNorms
@@ -152,7 +167,10 @@ struct EngineConfig {
     return has_attention(layer) ? attentions[attention_of[layer]] : none;
   }
   size_t width() const { return size_t(streams) * dim; }  // values that the residual stream has per token
-  const NGramConfig* ngrams_of(int layer) const {         // null: none
+  bool hyper() const { return streams > 1 && !mix_rank; }
+  // What a mix tells for each token: each stream's share of what comes out and, of hyper-connections, of each stream.
+  size_t shares() const { return hyper() ? size_t(streams) * (streams + 1) : streams; }
+  const NGramConfig* ngrams_of(int layer) const {  // null: none
     for (const NGramConfig& its : ngrams)
       if (its.layer == layer) return &its;
     return nullptr;
@@ -170,6 +188,9 @@ struct EngineConfig {
   bool has_latents() const {
     return most_of([](const AttentionConfig& a) { return a.kv_rank; }) > 0;
   }
+  bool has_shared_rows() const {
+    return most_of([](const AttentionConfig& a) { return a.shared_rows; }) > 0;
+  }
   // The maximum of count(attention) over the kinds.
   template <typename Count>
   size_t most_of(const Count& count) const {
@@ -184,6 +205,13 @@ struct EngineConfig {
   // Whether experts' outputs are summed before the residual stream gets them, as norms or a factor follow.
   bool sums_experts() const { return post_norms || own_norms || layer_scale || streams > 1; }
   size_t key_positions() const { return align_up(context, kKeyBlock); }
+  // The maximum of what a query attends to: all positions or, of shared rows, the compressed ones and the window.
+  size_t score_positions() const {
+    const size_t rows = most_of([this](const AttentionConfig& a) {
+      return a.pool_rate ? context / a.pool_rate + std::min(a.sliding_window, context) : 0;
+    });
+    return std::max(key_positions(), align_up(rows, kKeyBlock));
+  }
 
   // The KV cache of a layer with a window is as long as the window and a step: position p is at place
   // p % cached_positions.
@@ -233,10 +261,13 @@ struct EngineConfig {
   size_t kv_position_bytes(int layer) const { return attention(layer).cached_values() * kv_value_bytes(); }
   size_t kv_row_bytes(int layer) const { return cached_positions(layer) * kv_position_bytes(layer); }
   size_t index_key_bytes(int layer) const { return attention(layer).index_values() * kv_value_bytes(); }
-  size_t index_keys(int layer) const {
-    return align_up(cached_positions(layer) / attention(layer).index_block, kKeyBlock);
+  size_t index_keys(int layer) const { return align_up(key_positions() / attention(layer).index_block, kKeyBlock); }
+  size_t pool_rows(int layer) const {
+    const AttentionConfig& a = attention(layer);
+    return a.pool_rate ? align_up(key_positions() / a.pool_rate, kKeyBlock) : 0;
   }
-  size_t index_keys_offset(int layer) const { return attention(layer).cached_rows() * kv_row_bytes(layer); }
+  size_t pool_offset(int layer) const { return attention(layer).cached_rows() * kv_row_bytes(layer); }
+  size_t index_keys_offset(int layer) const { return pool_offset(layer) + pool_rows(layer) * kv_position_bytes(layer); }
   size_t kv_layer_bytes(int layer) const {
     return index_keys_offset(layer) + index_keys(layer) * index_key_bytes(layer);
   }
@@ -244,10 +275,10 @@ struct EngineConfig {
   template <typename Row>
   void each_kv_row(int layer, size_t positions, const Row& row) const {
     const AttentionConfig& a = attention(layer);
-    const size_t whole = std::min(align_up(positions, kKeyBlock), cached_positions(layer));
+    const size_t all = align_up(positions, kKeyBlock), whole = std::min(all, cached_positions(layer));
     for (size_t i = 0; i < a.cached_rows(); ++i) row(i * kv_row_bytes(layer), whole * kv_position_bytes(layer));
-    if (a.index_heads)
-      row(index_keys_offset(layer), align_up(whole / a.index_block, kKeyBlock) * index_key_bytes(layer));
+    if (a.pool_rate) row(pool_offset(layer), positions / a.pool_rate * kv_position_bytes(layer));
+    if (a.index_heads) row(index_keys_offset(layer), align_up(all / a.index_block, kKeyBlock) * index_key_bytes(layer));
   }
   size_t kv_cache_bytes() const {
     size_t bytes = 0;
@@ -256,7 +287,7 @@ struct EngineConfig {
   }
   // The recurrent state of one sequence: the offset of each layer's part, and last the bytes of all layers. The states
   // of the heads come first, then the convolution's past inputs, (conv_kernel - 1, conv_channels), and those of the
-  // embeddings of n-grams, (past, width).
+  // embeddings of n-grams, (past, width). Of compressed rows the sums come first, then those of their indexer's keys.
   std::vector<size_t> state_offsets() const {
     return offsets([this](int layer) { return align_up(state_values(layer) * sizeof(float), kPartAlignment); });
   }

@@ -119,7 +119,7 @@ void CpuMath::choose_positions(int layer, std::span<const IndexQuery> queries) {
     const int blocks = queries[i].end / a.index_block;
     int32_t* chosen = s_.chosen + size_t(queries[i].token) * a.index_most();
     choose_top(s_.index_scores + i * positions, blocks, a.index_top, s_.index_keys + thread * positions, chosen);
-    if (a.index_block > 1) expand_blocks(chosen, a.index_top, a.index_block, queries[i].end);
+    if (a.index_block > 1 && !a.shared_rows) expand_blocks(chosen, a.index_top, a.index_block, queries[i].end);
   });
 }
 

@@ -13,8 +13,7 @@
 
 #include "../../devices/choice.h"
 #include "../../devices/half.h"
-#include "../../devices/position_sums.h"
-#include "cpu_math.h"
+#include "attend_rows.h"
 #include "rope.h"
 
 namespace edge_moe {
@@ -52,17 +51,12 @@ void CpuMath::latent_attention(int layer, const Step& step) {
   run_spans(step, count, [&](const TokenSpan& span, int in_span, int) {
     const size_t t = size_t(span.first) + in_span, position = size_t(span.position) + in_span;
     float *q = s_.q + t * q_dim, *latent = s_.k + t * cached;
-    uint8_t* to = layer_cache(span.sequence, layer);
     const float *cos = rope.cos + position * half, *sin = rope.sin + position * half;
     for (int head = 0; head < a.heads; ++head)
       rotate(q + head * a.head_dim + nope_dim, cos, sin, half, half, a.rope_interleaved);
     rotate(latent + a.kv_rank, cos, sin, half, half, a.rope_interleaved);
     kernels_.rms_norm(latent, w.kv_a_norm, a.latent_norm_eps, latent, a.kv_rank);
-    if (c.half_cache) note_overflow(span.sequence, latent, cached);
-    if (c.half_cache)
-      std::transform(latent, latent + cached, reinterpret_cast<uint16_t*>(to) + position * cached, float_to_half);
-    else
-      std::copy_n(latent, cached, reinterpret_cast<float*>(to) + position * cached);
+    store_row(span.sequence, layer_cache(span.sequence, layer), position, latent, cached);
     if (a.index_heads) store_index_key(layer, span, in_span);
   });
   if (a.index_heads) choose_positions(layer, step);
@@ -93,9 +87,9 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
   const AttentionConfig& a = c.attention(layer);
   const Matrix& kv_b = layers_[layer].kv_b;
   const int rank = a.kv_rank, nope_dim = a.head_dim - a.rope_dim, queries = heads * tokens;
-  const size_t cached = a.latent_cached(), context = c.key_positions(), first_query = size_t(thread) * kLatentQueries;
+  const size_t cached = a.latent_cached(), first_query = size_t(thread) * kLatentQueries;
   float *absorbed = s_.absorbed + first_query * cached, *mixed = s_.mixed + first_query * rank;
-  float *scores = s_.scores + first_query * context, *rows = s_.rows + size_t(thread) * kLatentRows * cached;
+  float* rows = s_.rows + size_t(thread) * kLatentRows * cached;
   const uint8_t* latents = layer_cache(span.sequence, layer);
   const size_t first_row = size_t(span.first) + first_token;
   auto scale_of = [&](int t) { return a.softmax_scale * a.query_scale(span.position + first_token + t); };
@@ -138,30 +132,9 @@ void CpuMath::attend_latent(int layer, const TokenSpan& span, int first_token, i
     }
     return rows;
   };
-  Activations x;
-  x.values = absorbed, x.count = queries, x.cols = int(cached);
-  for (int begin = 0; begin < end; begin += kLatentRows) {
-    const int count = std::min(kLatentRows, end - begin);
-    const Matrix keys = float_matrix(latents_from(begin, count), count, int(cached));
-    kernels_.matmul(keys, x, scores + begin, context, 0, keys.rows);
-  }
-  for (int query = 0; query < queries; ++query) kernels_.softmax(scores + query * context, 0, end_of(query), kNoSink);
-
-  // sums of latents, in order of position
-  std::fill_n(mixed, size_t(queries) * rank, 0.0f);
-  float *out[kLatentQueries], *piece[kLatentQueries];
-  for (int query = 0; query < queries; ++query)
-    out[query] = mixed + query * rank, piece[query] = s_.piece + (first_query + query) * rank;
-  sum_positions(0, end, queries, rank, out, piece, [&](int first, int last, auto sums) {
-    for (int begin = first; begin < last; begin += kLatentRows) {
-      const int count = std::min(kLatentRows, last - begin);
-      const float* block = latents_from(begin, count);
-      for (int query = 0; query < queries; ++query)
-        for (int position = begin; position < std::min(begin + count, end_of(query)); ++position)
-          kernels_.add_scaled(sums[query], block + (position - begin) * cached, scores[query * context + position],
-                              rank);
-    }
-  });
+  float* out[kLatentQueries];
+  for (int query = 0; query < queries; ++query) out[query] = mixed + query * rank;
+  attend_rows(absorbed, queries, int(cached), rank, end, end_of, latents_from, nullptr, out, thread);
 
   // projected to values
   for (int head = 0; head < heads; ++head) {

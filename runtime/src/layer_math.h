@@ -77,7 +77,7 @@ void each_window_block(const EngineConfig& c, int position, const Block& block) 
     const size_t bytes = kKeyBlock * c.kv_position_bytes(layer), row = c.kv_row_bytes(layer);
     const int count = int(c.window_blocks(layer)), end = (position - 1) / kKeyBlock + 1, places = int(row / bytes);
     size_t at = 0;
-    for (size_t first = 0; first < c.index_keys_offset(layer); first += row)  // no layer has a window and an indexer
+    for (size_t first = 0; first < c.pool_offset(layer); first += row)
       for (int i = std::max(0, end - count); i < end; ++i, at += bytes)
         block(layer, first + i % places * bytes, at, bytes);
   }

@@ -15,9 +15,9 @@ struct RopeTables {
 // `queries`: how many attention computes at once; `index_queries`: how many an indexer does.
 struct LayerScratch {
   float *x, *normed, *q, *k, *v, *attended;        // (chunk, ...)
-  float* scores;                                   // (queries, context in whole key blocks)
+  float* scores;                                   // (queries, score_positions())
   float *gate, *up, *down, *shared, *shared_gate;  // (pairs, hidden) twice, (pairs, dim), (chunk, dim), (chunk,)
-  float *wide, *gates, *low, *shares;              // (chunk, width) twice, (chunk, mix_rank), (chunk, streams)
+  float *wide, *gates, *low, *shares;              // (chunk, width) twice, (chunk, mix_rank), (chunk, shares())
   float* sum;                                      // (chunk, dim): of the experts, with EngineConfig::sums_experts
   float* logits;                                   // (logits_rows, vocab)
   std::vector<RopeTables> rope;                    // of each kind of attention
@@ -29,8 +29,12 @@ struct LayerScratch {
   // passes over is in attended.
   float *write, *decay;  // (chunk, write_values), (chunk, heads)
 
-  // Only for attention over a latent.
-  float *q_latent, *absorbed, *mixed;  // (chunk, q_rank), (queries, kv_rank + rope_dim), (queries, kv_rank)
+  // Only for attention over a latent or shared rows.
+  float *q_latent, *absorbed, *mixed;  // (chunk, q_rank), (queries, kv_rank + rope_dim), (queries, kv_rank or head_dim)
+
+  // Only for shared rows. values and gates: the products of compressed rows, and of their indexer's keys.
+  float *pool_values, *pool_gates, *index_values, *index_gates;  // (chunk, n * head_dim) and (chunk, n * index_dim)
+  float* grouped;                                                // (chunk, out_groups * out_rank)
 
   // Only for an indexer.
   float *index_q, *index_k,

@@ -8,12 +8,20 @@ namespace edge_moe {
 namespace {
 
 Norm norm(const EngineConfig& c, const Trunk& trunk, const std::string& name) {
-  return {trunk.vector(name, int(c.width())), c.layer_norm ? trunk.vector(name + "_bias", c.dim) : nullptr};
+  const size_t size = c.hyper() ? c.dim : c.width();  // gates take normed streams
+  return {trunk.vector(name, int(size)), c.layer_norm ? trunk.vector(name + "_bias", c.dim) : nullptr};
 }
 
 Mix mix(const EngineConfig& c, const Trunk& trunk, const std::string& name) {
   if (c.streams == 1) return {};
-  return {trunk.matrix(name + ".down"), trunk.matrix(name + ".up"), trunk.matrix_if_any(name + ".share")};
+  if (!c.hyper())
+    return {trunk.matrix(name + ".down"), trunk.matrix(name + ".up"), trunk.matrix_if_any(name + ".share")};
+  Mix its{};
+  its.weights = trunk.matrix(name + ".weights");
+  const bool before_head = its.weights.rows == c.streams;
+  its.base = trunk.vector(name + ".base", its.weights.rows);
+  its.scale = trunk.vector(name + ".scale", before_head ? 1 : 3);
+  return its;
 }
 
 NGramWeights ngram_weights(const EngineConfig& c, const Trunk& trunk, const std::string& prefix,
@@ -27,6 +35,13 @@ NGramWeights ngram_weights(const EngineConfig& c, const Trunk& trunk, const std:
           vector("query_norm", 1),
           vector("conv_norm", 1),
           vector("conv", its.conv_kernel)};
+}
+
+// name: of its tensors, "pool" or "index"; norm: of the vector.
+PoolWeights pool_weights(const Trunk& trunk, const std::string& name, const char* norm, int rate, int dim) {
+  PoolWeights w{trunk.matrix(name + ".kv"), trunk.matrix(name + ".gate")};
+  w.bias = trunk.vector(name + ".bias", rate * w.values.rows), w.norm = trunk.vector(name + norm, dim);
+  return w;
 }
 
 // The name of a layer's output projection.
@@ -78,6 +93,15 @@ LayerWeights layer_weights(const EngineConfig& c, const Trunk& trunk, int layer)
                  nullptr,
                  trunk.vector(prefix + "index.k_norm", a.index_dim),
                  trunk.vector(prefix + "index.k_norm_bias", a.index_dim)};
+  } else if (a.shared_rows) {
+    w.q_a = matrix("q_a"), w.q_a_norm = trunk.vector(prefix + "q_a_norm", a.q_rank), w.q = matrix("q_b");
+    w.kv_a = matrix("kv"), w.kv_a_norm = trunk.vector(prefix + "kv_norm", a.head_dim);
+    w.sinks = trunk.vector(prefix + "sinks", a.heads), w.o_a = matrix("o_a");
+    if (a.pool_rate) w.pool = pool_weights(trunk, prefix + "pool", ".norm", a.pool_rate, a.head_dim);
+    if (a.index_heads) {
+      w.index.q = matrix("index.q"), w.index.weights = matrix("index.weights");
+      w.index.pool = pool_weights(trunk, prefix + "index", ".k_norm", a.pool_rate, a.index_dim);
+    }
   } else if (a.recurrence == Recurrence::kShortConv) {
     w.qkv = matrix("conv.in"), w.write = matrix("conv.write"), w.o_gate = matrix("conv.gate");
     w.conv = trunk.vector(prefix + "conv.weights", a.conv_kernel * a.conv_channels());

@@ -17,6 +17,18 @@ struct Norm {
 struct Mix {
   Matrix down, up;  // (rank, width), (width, rank)
   Matrix share;     // (streams, width) float32; empty before the head
+  // Of hyper-connections, in place of these: (mixes, width) float32, and the bias and factors of its products. There
+  // are streams * (streams + 2) mixes and 3 factors; before the head, streams and 1.
+  Matrix weights = {};
+  const float *base = nullptr, *scale = nullptr;
+
+  explicit operator bool() const { return down || weights; }
+};
+
+// Of compressed rows, or of the keys of their indexer; n is 1, or 2 if they overlap.
+struct PoolWeights {
+  Matrix values = {}, gate = {};                 // (n * dim, model's dim)
+  const float *bias = nullptr, *norm = nullptr;  // (pool_rate, n * dim), (dim,)
 };
 
 // The weights of a layer's embeddings of n-grams.
@@ -30,6 +42,7 @@ struct NGramWeights {
 struct IndexerWeights {
   Matrix q, k, weights;  // (heads * dim, q_rank or model's dim), (dim, model's dim), over latents (heads, model's dim)
   const float *q_norm, *k_norm, *k_norm_bias;  // (dim,) each: over latents a LayerNorm of the keys, else two RMSNorms
+  PoolWeights pool = {};                       // in place of k and norms, of compressed rows
 };
 
 struct LayerWeights {
@@ -52,8 +65,10 @@ struct LayerWeights {
   const float* skip;                      // (heads,), of Mamba-2
   const float* o_norm;                    // (v_dim,); of Mamba-2 (heads, v_dim)
   const float* sinks;                     // (heads,) logits; null: none
-  Matrix q_a, kv_a, kv_b;                 // attention over a latent
+  Matrix q_a, kv_a, kv_b;                 // attention over a latent; of shared rows kv_a is their projection
   const float *q_a_norm, *kv_a_norm;      // (q_rank,), (kv_rank,)
+  Matrix o_a;                             // (out_groups * out_rank, inputs of a group), of shared rows
+  PoolWeights pool;
   IndexerWeights index;
   Matrix router;             // (experts, dim) float32; empty in a layer without experts
   const float* router_bias;  // (experts,); null: none

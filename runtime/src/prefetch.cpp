@@ -15,7 +15,7 @@ int Engine::next_experts(int layer) const {
 void Engine::prefetch_for(int next) {
   const int top_k = config_.top_k[next];
   math_->ahead_logits(next, r_);
-  route(device_->host(), router_rule(next), r_.ahead_logits, config_.experts[next], top_k, r_.group_scores,
+  route(device_->host(), router_rule(next, ids_[0]), r_.ahead_logits, config_.experts[next], top_k, r_.group_scores,
         r_.ahead_ids, r_.ahead_weights);
   for (int i = 0; i < top_k; ++i) r_.ahead_ids[i] += first_record_[next];
   residency_.read_ahead({r_.ahead_ids, size_t(top_k)});

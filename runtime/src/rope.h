@@ -29,4 +29,15 @@ inline void rotate(float* x, const float* cos, const float* sin, int pairs, int 
   }
 }
 
+// The opposite rotation.
+inline void rotate_back(float* x, const float* cos, const float* sin, int pairs, int half, bool interleaved) {
+  const int step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+  for (int i = 0; i < pairs; ++i) {
+    float &a = x[i * step], &b = x[i * step + apart];
+    const float turned = a * cos[i] + b * sin[i];
+    b = b * cos[i] - a * sin[i];
+    a = turned;
+  }
+}
+
 }  // namespace edge_moe

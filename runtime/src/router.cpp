@@ -90,6 +90,8 @@ void route(const Kernels& kernels, const RouterRule& rule, float* logits, int ex
   }
   if (rule.score == RouterScore::kSigmoid)
     for (int expert = 0; expert < experts; ++expert) scores[expert] = sigmoid(logits[expert]);
+  else if (rule.score == RouterScore::kSqrtSoftplus)
+    for (int expert = 0; expert < experts; ++expert) scores[expert] = sqrt_softplus(logits[expert]);
   else
     kernels.softmax(scores, 0, experts, kNoSink);
 
@@ -97,7 +99,12 @@ void route(const Kernels& kernels, const RouterRule& rule, float* logits, int ex
   float* open = group_scores + rule.groups;
   if (rule.groups > 1) choose_groups(rule, scores, experts, group_scores, open);
   int chosen = 0;
-  for (int expert = 0; expert < experts; ++expert)
+  if (rule.given)
+    for (int i = 0; i < rule.given_count; ++i) {
+      const int expert = rule.given[i];
+      if (expert >= 0) chosen = insert(scores[expert], expert, top_k, chosen, weights, ids);
+    }
+  for (int expert = 0; !rule.given && expert < experts; ++expert)
     if (rule.groups == 1 || open[rule.group_of[expert]])
       chosen = insert(worth(rule, scores, expert), expert, top_k, chosen, weights, ids);
 

@@ -9,7 +9,7 @@ namespace edge_moe {
 
 // runtime/config.py's RouterConfig, and the parameters of one layer.
 struct RouterRule {
-  RouterScore score = RouterScore::kSoftmax;  // over all experts; kSigmoid: of each alone; kSparsemixer: see below
+  RouterScore score = RouterScore::kSoftmax;  // over all experts; kSparsemixer: see below; others: of each alone
   float threshold = 0;                        // of kSparsemixer
   float logits_scale = 1;                     // factor of the logits
   bool renormalise = false;                   // the chosen weights are scaled to sum to one
@@ -20,6 +20,9 @@ struct RouterRule {
   const float* bias = nullptr;          // (experts,) added to a score for the choice, not for the weight; null: none
   const int* group_of = nullptr;        // (experts,); null if there is one group
   const float* expert_scale = nullptr;  // (experts,) factors of the final weights, which order them; null: none
+  // The experts to choose from, ascending or not, -1: none; null: all. Their scores order them.
+  const int16_t* given = nullptr;
+  int given_count = 0;
 };
 
 // kSparsemixer chooses the expert with the largest logit, then the one with the largest logit of the others, and so on.

@@ -40,9 +40,8 @@ const MaskRouter* Engine::mask_router(int layer, Prune rule) const {
 void Engine::route_tokens(int layer, const Step& step) {
   const EngineConfig& c = config_;
   const int tokens = step.tokens, experts = c.experts[layer], top_k = c.top_k[layer];
-  const RouterRule rule = router_rule(layer);
   pool_.run(tokens, [&](int t, int thread) {
-    route(device_->host(), rule, r_.router_logits + size_t(t) * experts, experts, top_k,
+    route(device_->host(), router_rule(layer, ids_[t]), r_.router_logits + size_t(t) * experts, experts, top_k,
           r_.group_scores + size_t(thread) * 2 * c.groups, r_.routed + t * top_k, r_.routing_weights + t * top_k);
   });
   check_wanted();
@@ -70,13 +69,21 @@ void Engine::route_tokens(int layer, const Step& step) {
   r_.first_pair[0] = 0;
 }
 
-RouterRule Engine::router_rule(int layer) const {
+size_t router_table_bytes(const EngineConfig& c) {
+  size_t values = 0;
+  for (int count : c.hashed) values += size_t(count) * c.vocab;
+  return values * sizeof(int16_t);
+}
+
+RouterRule Engine::router_rule(int layer, int token_id) const {
   const EngineConfig& c = config_;
   RouterRule rule{c.router_score,  c.router_threshold, c.router_logits_scale, c.renormalise,
                   c.routing_scale, c.groups,           c.top_groups,          c.group_top2sum};
   rule.sum_eps = c.router_sum_eps;
   rule.bias = router_bias_[layer].empty() ? nullptr : router_bias_[layer].data();
   rule.expert_scale = expert_scale_[layer].empty() ? nullptr : expert_scale_[layer].data();
+  rule.given_count = c.hashed[layer];
+  if (rule.given_count) rule.given = router_table_[layer].data() + size_t(token_id) * rule.given_count;
   rule.group_of = c.groups > 1 ? c.expert_groups[layer].data() : nullptr;
   return rule;
 }

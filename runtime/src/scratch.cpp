@@ -30,14 +30,15 @@ Activations activations(const float* values, const Quantised& quantised, int col
 }
 
 size_t ones_of(const EngineConfig& c) {
-  return std::max(c.most_of([](const AttentionConfig& a) { return a.v_norm ? a.head_dim : 0; }), size_t(c.mix_rank));
+  const auto normed = [](const AttentionConfig& a) { return a.v_norm || a.shared_rows ? a.head_dim : 0; };
+  return std::max(c.most_of(normed), c.hyper() ? c.width() : size_t(c.mix_rank));
 }
 
 size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   const size_t chunk = c.chunk, threads = c.threads;
   using A = AttentionConfig;
   // maximum in attention at once
-  const size_t queries = threads * c.most_of([](const A& a) { return a.kv_rank ? kLatentQueries : kHeadQueries; });
+  const size_t queries = threads * c.most_of([](const A& a) { return a.has_keys() ? kHeadQueries : kLatentQueries; });
   const size_t widest = std::max({size_t(c.expert_hidden), size_t(c.shared_hidden), most(c.dense)});
   Carver carver(base);
   carve(carver, c, queries, std::min<size_t>(chunk, kIndexTokens), s);
@@ -45,7 +46,8 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   carver.carve(s.piece, queries * c.most_of([](const A& a) { return a.kv_rank ? a.kv_rank : a.head_dim; }));
   carver.carve(s.ones, ones_of(c));
   carve(carver, s.normed_q, chunk, c.dim);
-  carve(carver, s.attended_q, chunk, c.most_of([](const A& a) { return a.heads * a.v_dim; }));
+  carve(carver, s.attended_q, chunk,
+        c.most_of([](const A& a) { return std::max(a.heads * a.v_dim, a.out_groups * a.out_rank); }));
   carve(carver, s.hidden_q, chunk * most(c.top_k), widest);
   carve(carver, s.wide_q, c.mix_rank ? chunk : 0, c.width());
   carve(carver, s.low_q, c.mix_rank ? chunk : 0, c.mix_rank);
@@ -53,11 +55,14 @@ size_t carve_scratch(const EngineConfig& c, Scratch& s, uint8_t* base) {
   carver.carve(s.index_keys, c.index_most() ? threads * c.key_positions() : 0);
   const size_t gathered = c.most_of([](const A& a) { return a.has_keys() && a.index_top ? a.head_dim : 0; });
   carver.carve(s.gathered, threads * 2 * align_up(c.index_most(), kKeyBlock) * gathered * c.kv_value_bytes());
-  if (c.has_latents()) {
-    const size_t cached = c.most_of([](const A& a) { return a.kv_rank ? a.latent_cached() : 0; });
+  if (c.has_latents() || c.has_shared_rows()) {
+    const size_t cached = c.most_of([](const A& a) { return a.has_keys() ? 0 : int(a.cached_values()); });
     carver.carve(s.rows, threads * kLatentRows * cached);
     carve(carver, s.q_latent_q, chunk, c.most_of([](const A& a) { return a.q_rank; }));
     carve(carver, s.mixed_q, queries, c.most_of([](const A& a) { return a.kv_rank; }));
+    const size_t groups = c.most_of([](const A& a) { return a.out_groups; });
+    const auto inputs = [](const A& a) { return a.out_groups ? a.heads * a.head_dim / a.out_groups : 0; };
+    carve(carver, s.grouped_q, chunk * groups, c.most_of(inputs));
   }
   return carver.used();
 }

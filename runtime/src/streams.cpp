@@ -1,5 +1,5 @@
 // A residual stream of several streams, and the embeddings of n-grams that are added to it. The streams of a token lie
-// one after the other, (streams, dim); see runtime/layers/streams.py and ngrams.py.
+// one after the other, (streams, dim); see runtime/layers/streams.py, hyper.py and ngrams.py.
 #include <algorithm>
 #include <cmath>
 
@@ -12,6 +12,7 @@ namespace edge_moe {
 // first ones. shares (count, streams) gets each stream's share of what comes out, if it is not null.
 void CpuMath::mixed(const Norm& its, const Mix& mix, const int32_t* tokens, int count, float* shares, float* y) {
   const EngineConfig& c = config_;
+  if (c.hyper()) return collapsed(its, mix, tokens, count, shares, y);
   const size_t dim = c.dim, width = c.width(), rank = c.mix_rank;
   const float part = 1.0f / float(c.streams);
   pool_.run(count, [&](int i, int) {
@@ -41,6 +42,26 @@ void CpuMath::mixed(const Norm& its, const Mix& mix, const int32_t* tokens, int 
     kernels_.gate_up(gates, s_.wide + i * width, int(width), {Gate::kSigmoid});
     std::fill_n(out, dim, 0.0f);
     for (size_t at = 0; at < width; at += dim) kernels_.add_scaled(out, gates + at, part, c.dim);
+  });
+}
+
+// The same with hyper-connections: y (count, dim) = the norm of the weighted sum of the streams. shares (count,
+// shares()) gets what each stream gets of the output, and then of each stream.
+void CpuMath::collapsed(const Norm& its, const Mix& mix, const int32_t* tokens, int count, float* shares, float* y) {
+  const EngineConfig& c = config_;
+  const size_t dim = c.dim, width = c.width(), streams = c.streams, mixes = mix.weights.rows;
+  const auto stream = [&](int i) { return s_.x + (tokens ? tokens[i] : i) * width; };
+  pool_.run(count,
+            [&](int i, int) { kernels_.rms_norm(stream(i), s_.ones, c.norm_eps, s_.wide + i * width, int(width)); });
+  float_matmul(mix.weights, s_.wide, count, s_.low);
+  pool_.run(count, [&](int i, int) {
+    float* after = shares ? shares + i * c.shares() : nullptr;
+    float *before = s_.wide + i * width, *out = y + i * dim;
+    hyper_shares(s_.low + i * mixes, mix.base, mix.scale, c.streams, c.mix_iterations, c.mix_eps, before, after,
+                 shares ? after + streams : nullptr);
+    std::fill_n(out, dim, 0.0f);
+    for (size_t s = 0; s < streams; ++s) kernels_.add_scaled(out, stream(i) + s * dim, before[s], c.dim);
+    norm(its, out, out);
   });
 }
 

@@ -24,6 +24,8 @@ class Trunk {
   Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const std::vector<TrunkTensor>& tensors,
         const Device& device, Interrupt* interrupt = nullptr);
 
+  const std::string& path() const { return path_; }
+
   // Pointers of the device.
   Matrix matrix(const std::string& name) const;                           // throws DamagedFile if it is missing
   Matrix matrix_if_any(const std::string& name) const;                    // empty if it is missing

@@ -83,7 +83,7 @@ void check_choice(int position, int tokens, int top, int different) {
     counts[t] = top;
   }
   const Values<int32_t> at = {position};
-  cuda::choose_top(scores.data(), room, {at.data(), 0, tokens, position + tokens}, top, 1, got.data(),
+  cuda::choose_top(scores.data(), room, {at.data(), 0, tokens, position + tokens}, top, 1, true, got.data(),
                    got_counts.data(), nullptr);
   const std::string what = std::to_string(top) + " of " + std::to_string(position + 1) + " positions, " +
                            std::to_string(different) + " values";

@@ -78,7 +78,7 @@ void check_index(const cuda::IndexHeads& heads, bool half, int position, int tok
   cuda::store_block_keys(got_q.data(), got_k.data(), {q_norm.data(), k_norm.data(), cos.data(), sin.data()}, heads,
                          on_gpu, {got_states.data(), size_t(n), numbers.data()}, span, nullptr);
   cuda::index_scores(got_q.data(), nullptr, heads, on_gpu, span, top, got_scores.data(), nullptr);
-  cuda::choose_top(got_scores.data(), room, span, top, block, got_chosen.data(), got_counts.data(), nullptr);
+  cuda::choose_top(got_scores.data(), room, span, top, block, true, got_chosen.data(), got_counts.data(), nullptr);
   const std::string what = "index of blocks of " + std::to_string(block) + ", " + std::to_string(heads.heads) + " x " +
                            std::to_string(n) + ", " + std::to_string(tokens) + " tokens at " + std::to_string(position);
   compare(what + ", q", got_q, q);
