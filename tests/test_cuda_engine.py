@@ -124,10 +124,11 @@ def test_several_sequences_give_the_processors_bits(mixed, golden, architecture,
         assert same_bits(got, run_engine(make_engine(path), request.ids, request.chunk))
 
 
+@pytest.mark.parametrize("name", ["qwen4_exp", "deepseek_v4"])
 @pytest.mark.parametrize("chunk, graphs", [(128, True), (1, True), (33, False)])
-def test_blocks_are_chosen_as_by_the_processor_in_long_sequences(mixed, chunk, graphs):
+def test_blocks_are_chosen_as_by_the_processor_in_long_sequences(mixed, name, chunk, graphs):
     """Beyond the positions that the first graph of a layer serves."""
-    path, ids = mixed("qwen4_exp"), np.random.default_rng(6).integers(0, 128, 200).astype(np.int32)
+    path, ids = mixed(name), np.random.default_rng(6).integers(0, 128, 200).astype(np.int32)
     want = run_engine(make_engine(path, context=208, chunk=128), ids, 128)
     engine = make_engine(path, context=208, chunk=128, device="cuda", graphs=graphs)
     assert same_bits(run_engine(engine, ids, chunk), want)
@@ -149,7 +150,10 @@ def test_positions_are_chosen_as_by_the_processor_in_long_rewound_and_copied_seq
         assert same_bits(np.concatenate(rows), want[first:end])
 
 
-@pytest.mark.parametrize("name, graphs", [("qwen3_next", True), ("qwen3_next", False), ("qwen4_exp_text", True)])
+@pytest.mark.parametrize(
+    "name, graphs",
+    [(name, graphs) for name in ("qwen3_next", "deepseek_v4") for graphs in (True, False)] + [("qwen4_exp_text", True)],
+)
 def test_recurrent_states_are_rewound_and_copied(mixed, golden, name, graphs):
     path, ids = mixed(name), golden[name][1].astype(np.int32)
     want, top_k = run_engine(make_engine(path), ids), Bundle.open(path).config.top_k

@@ -102,14 +102,15 @@ EDGE_MOE_KERNEL(kThreads)
 add_mixed_kernel(float* x, const float* y, const float* shares, float factor, int dim, int streams) {
   const int i = int(blockIdx.x * kThreads + threadIdx.x);
   if (i >= dim) return;
+  EDGE_MOE_DYNAMIC_SHARED(shared);
+  float* old = reinterpret_cast<float*>(shared) + threadIdx.x;  // (streams, kThreads)
   const size_t token = blockIdx.y;
   const float value = y[token * dim + i], *after = shares + token * streams * (streams + 1), *between = after + streams;
   float* stream = x + token * streams * dim + i;
-  float old[kMostStreams];
-  for (int s = 0; s < streams; ++s) old[s] = stream[size_t(s) * dim];
+  for (int s = 0; s < streams; ++s) old[s * kThreads] = stream[size_t(s) * dim];
   for (int to = 0; to < streams; ++to) {
     float sum = 0.0f;
-    for (int from = 0; from < streams; ++from) sum = sum + between[from * streams + to] * old[from];
+    for (int from = 0; from < streams; ++from) sum = sum + between[from * streams + to] * old[from * kThreads];
     stream[size_t(to) * dim] = sum + after[to] * factor * value;
   }
 }
@@ -155,8 +156,8 @@ void collapse(const float* x, const float* products, const HyperMix& mix, int to
 
 void add_mixed(float* x, const float* y, const float* shares, float factor, int tokens, int dim, int streams,
                Stream stream) {
-  EDGE_MOE_LAUNCH(add_mixed_kernel, dim3(pieces(size_t(dim), kThreads), unsigned(tokens)), dim3(kThreads), 0, stream, x,
-                  y, shares, factor, dim, streams);
+  EDGE_MOE_LAUNCH(add_mixed_kernel, dim3(pieces(size_t(dim), kThreads), unsigned(tokens)), dim3(kThreads),
+                  size_t(streams) * kThreads * sizeof(float), stream, x, y, shares, factor, dim, streams);
 }
 
 void gate_ngrams(const float* x, const float* values, const NGramNorms& norms, int tokens, int dim, int streams,

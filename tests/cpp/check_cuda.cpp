@@ -126,6 +126,7 @@ int main(int count, char** arguments) try {
   check_sparse();
   check_streams();
   check_latent();
+  check_rows();
   check_prefill();
   std::printf("%d\n", cases);
   return failures ? 1 : 0;

@@ -14,13 +14,15 @@
 using namespace edge_moe;
 
 inline const Activation kActivations[] = {
-    {Gate::kSilu}, {Gate::kGelu}, {Gate::kSigmoid}, {Gate::kClamped, 1.702f, 1.5f}, {Gate::kBilinear}, {Gate::kRelu2}};
+    {Gate::kSilu},     {Gate::kGelu}, {Gate::kSigmoid}, {Gate::kClamped, 1.702f, 1.5f}, {Gate::kClamped, 1, 0.8f, 0},
+    {Gate::kBilinear}, {Gate::kRelu2}};
 
 void check_delta();    // check_cuda_delta.cpp
 void check_layer();    // check_cuda_layer.cpp
 void check_index();    // check_cuda_index.cpp
 void check_latent();   // check_cuda_latent.cpp
 void check_prefill();  // check_cuda_prefill.cpp
+void check_rows();     // check_cuda_rows.cpp
 void check_sparse();   // check_cuda_sparse.cpp
 void check_streams();  // check_cuda_streams.cpp
 

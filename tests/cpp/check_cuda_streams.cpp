@@ -107,6 +107,40 @@ void check_convolution(int tokens, int channels, int kernel, int apart, bool aft
   compare(what + ", state", got_buffers, buffers);
 }
 
+// Hyper-connections: what goes in, and the streams after what comes out.
+void check_hyper(int tokens, int dim, int streams, bool shared) {
+  const size_t width = size_t(dim) * streams, all = size_t(streams) * (streams + 1);
+  const size_t mixes = shared ? all + streams : streams;
+  const auto name = [&](const char* what) { return name_of(what, tokens, dim, streams); };
+  const Floats x = floats(tokens * width), products = floats(tokens * mixes), base = floats(mixes), scale = floats(3);
+  const Floats ones(width, 1.0f), y = floats(size_t(tokens) * dim);
+  Floats normed(x.size()), sum(y.size(), 0.0f), shares(tokens * all), next(x.size(), 0.0f), before(all);
+  Floats got_normed(x.size()), got_sum(y.size()), got_shares(shares.size()), got_next = x;
+  for (int t = 0; t < tokens; ++t) {
+    kScalarKernels.rms_norm(&x[t * width], ones.data(), kEps, &normed[t * width], int(width));
+    float *after = &shares[t * all], *between = after + streams;
+    hyper_shares(&products[t * mixes], base.data(), scale.data(), streams, 20, kEps, before.data(),
+                 shared ? after : nullptr, between);
+    for (int from = 0; from < streams; ++from)
+      kScalarKernels.add_scaled(&sum[size_t(t) * dim], &x[t * width + size_t(from) * dim], before[from], dim);
+    for (int to = 0; shared && to < streams; ++to) {
+      float* out = &next[t * width + size_t(to) * dim];
+      for (int from = 0; from < streams; ++from)
+        kScalarKernels.add_scaled(out, &x[t * width + size_t(from) * dim], between[from * streams + to], dim);
+      kScalarKernels.add_scaled(out, &y[size_t(t) * dim], after[to] * 0.7f, dim);
+    }
+  }
+  cuda::normed(x.data(), kEps, tokens, int(width), got_normed.data(), nullptr);
+  cuda::collapse(x.data(), products.data(), {base.data(), scale.data(), kEps, 20}, tokens, dim, streams,
+                 shared ? got_shares.data() : nullptr, got_sum.data(), nullptr);
+  compare(name("norms of all streams"), got_normed, normed);
+  compare(name("sums of streams"), got_sum, sum);
+  if (!shared) return;
+  cuda::add_mixed(got_next.data(), y.data(), shares.data(), 0.7f, tokens, dim, streams, nullptr);
+  compare(name("shares of hyper-connections"), got_shares, shares);
+  compare(name("streams of hyper-connections"), got_next, next);
+}
+
 }  // namespace
 
 void check_streams() {
@@ -114,6 +148,8 @@ void check_streams() {
     check_mix(tokens, dim, streams, 12, true);
     check_mix(tokens, dim, streams, 200, false);
     check_ngrams(tokens, dim, streams);
+    check_hyper(tokens, dim, streams, true);
+    check_hyper(tokens, dim, streams, false);
   }
   for (bool after_others : {false, true})
     for (auto [tokens, kernel, apart] : {std::tuple{1, 4, 3}, std::tuple{7, 4, 3}, std::tuple{20, 3, 2}})
