@@ -12,6 +12,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..runtime.config import ModelConfig, stays_float, trunk_shapes, without_layer
+from ..runtime.layers.compressed import CompressedAttention
 from .choosing import trunk
 from .choosing.sensitivity import sampled_sequences
 from .memory import Memory
@@ -79,13 +80,14 @@ def _estimate(compression, calibration: Calibration | None, workers: int) -> flo
 def _trunk_seconds(config: ModelConfig, per_weight: float, per_flop: float) -> float:
     """Of rounding the trunk once, but for the embedding."""
     seconds, widths = 0.0, []
-    first_of_input = {stage[0] for its in config.attentions for stage in its.stages()} | {"head"}
+    inputs = {stage[0]: 1 for its in config.attentions for stage in its.stages()} | {"head": 1}
     for part in ("gate" if config.gated else "up", "down"):
-        first_of_input |= {f"shared.{part}", f"dense.{part}"}
+        inputs |= {f"shared.{part}": 1, f"dense.{part}": 1}
+    inputs |= {its.grouped: its.groups for its in config.attentions if isinstance(its, CompressedAttention)}
     for name, shape in trunk_shapes(config).items():
         if name != "embedding" and not stays_float(name, shape):
             seconds += per_weight * int(np.prod(shape))
-            widths += [shape[1]] * (without_layer(name) in first_of_input)
+            widths += [shape[1]] * inputs.get(without_layer(name), 0)
     moment = {cols: _moment_seconds(cols) for cols in set(widths)}
     return seconds + sum(3 * moment[cols] + per_flop * 4 * FITTED_ROWS * cols**2 for cols in widths)
 

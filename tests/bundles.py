@@ -74,6 +74,9 @@ class Kept:
 
     def trunk(self, name: str) -> np.ndarray:
         weights = self.checkpoint.trunk(name)
+        if name.endswith(".router_table"):
+            kept = self.kept[int(name.split(".")[1])]
+            return np.array([[kept.index(its) if its in kept else -1 for its in row] for row in weights], np.float32)
         of_router = name.endswith((".router", ".router_bias", ".router_logit_bias", ".expert_scale"))
         return weights[list(self.kept[int(name.split(".")[1])])] if of_router else weights
 

@@ -20,6 +20,8 @@ DROPPED = {
     "olmoe": (((0, 1, 2, 3, 4, 5, 6, 7), (3, 5, 6)), (2, 3)),
     "qwen2_moe": (((1, 2, 4, 5, 7), (), (0, 3, 6, 7)), (1, 0, 2)),
     "qwen3_moe": (((0, 2, 5), (1, 2, 3, 4, 5)), ()),
+    # The first two layers look experts up by token; some tokens have none of them left in the second.
+    "deepseek_v4": (((0, 1, 3, 5, 6, 7), (1, 4, 6), (0, 2, 3, 5), (1, 2, 6, 7), (0, 3, 4)), (3, 3, 3, 2, 3)),
     # Of the four groups of four one is gone in each layer; any two of the others have enough for top_k.
     "deepseek_v3": (((), (0, 3, 8, 9, 12, 13, 14, 15), (0, 2, 4, 7, 8, 9, 11)), (0, 4, 3)),
 }

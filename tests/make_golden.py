@@ -234,11 +234,12 @@ CONFIGS = {
     },
     "deepseek_v4": {
         "num_hidden_layers": 5,
+        "num_attention_heads": 8,
         "num_key_value_heads": 1,
-        "head_dim": 28,
-        "q_lora_rank": 40,
+        "head_dim": 24,
+        "q_lora_rank": 32,
         "o_groups": 2,
-        "o_lora_rank": 24,
+        "o_lora_rank": 48,
         "sliding_window": 7,
         "layer_types": [
             "sliding_attention",
@@ -259,11 +260,11 @@ CONFIGS = {
         "swiglu_limit": 1.5,
         "rms_norm_eps": 1e-3,
         "rope_parameters": {
-            "main": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 12 / 28},
+            "main": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5},
             "compress": {
                 "rope_type": "yarn",
                 "rope_theta": 100.0,
-                "partial_rotary_factor": 12 / 28,
+                "partial_rotary_factor": 0.5,
                 "factor": 4.0,
                 "original_max_position_embeddings": 64,
                 "beta_fast": 6.0,
@@ -695,9 +696,9 @@ def mask_router(gate, experts: tuple[int, ...], bias: float) -> None:
     def masked(*arguments):
         return linear(*arguments).index_fill(-1, others, -torch.inf)
 
-    def forward_masked(hidden_states):
+    def forward_masked(*arguments):
         with patch("torch.nn.functional.linear", masked):
-            return forward(hidden_states)
+            return forward(*arguments)
 
     gate.forward = forward_masked
     if hasattr(gate, "e_score_correction_bias"):

@@ -1,8 +1,10 @@
-"""DeepSeek-V4's attention: a window of rows, and compressed rows of which an index may choose."""
+"""DeepSeek-V4's attention, a window of rows and compressed rows of which an index may choose, and its mixed streams."""
+
+import math
 
 import numpy as np
 import pytest
-from bundles import ALL, make_engine, run_engine, same_bits, write_lossless
+from bundles import ALL, logits_of, make_engine, run_engine, same_bits, write_lossless
 from mutated_bundles import sign
 from test_sequences import alone, requests
 
@@ -12,6 +14,7 @@ from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.bundle import Bundle
 from edge_moe.runtime.bundle_records import TRUNK_FILE
 from edge_moe.runtime.engine_config import KV_TYPES, engine_config, engine_memory
+from edge_moe.runtime.layers.hyper import HyperConnections
 from edge_moe.runtime.reference import forward
 from edge_moe.runtime.tensorfile import read_header
 
@@ -129,10 +132,10 @@ def test_the_engine_agrees_with_the_reference_where_an_index_chooses(golden, tmp
 def test_the_cache_grows_with_compressed_rows_alone(bundle):
     """By hand, in values, with steps of 16 tokens; rows and keys are in whole blocks of 16."""
     config = Bundle.open(bundle).config
-    windows = 5 * 32 * 28  # 7 - 1 + 16 rows of each layer
-    rows, keys = 2 * (48 + 32) * 28, 2 * 48 * 20  # two layers for 40 rows of 4 tokens, two for 20 of 8
+    windows = 5 * 32 * 24  # 7 - 1 + 16 rows of each layer
+    rows, keys = 2 * (48 + 32) * 24, 2 * 48 * 20  # two layers for 40 rows of 4 tokens, two for 20 of 8
     assert engine_memory(config, 160, 16)[0] == 2 * (windows + rows + keys)
-    rows, keys = 2 * (80 + 48) * 28, 2 * 80 * 20  # 80 and 40
+    rows, keys = 2 * (80 + 48) * 24, 2 * 80 * 20  # 80 and 40
     assert engine_memory(config, 320, 16)[0] == 2 * (windows + rows + keys)
 
 
@@ -146,3 +149,112 @@ def test_a_table_that_names_no_expert_is_refused(copy_of):
     sign(path)
     with pytest.raises(_core.DamagedFile, match="router_table has 8.000000, not an expert"):
         make_engine(path, context=CONTEXT, chunk=16)
+
+
+@pytest.mark.parametrize("weight", [0.0, -0.0])
+def test_ties_go_to_the_lower_row(golden, tmp_path, weight):
+    """If the index's heads weigh nothing, all rows score alike, and the first ones are chosen."""
+    directory = golden[NAME][0]
+
+    class Indifferent(Checkpoint):
+        def trunk(self, name):
+            values = super().trunk(name)
+            return np.full_like(values, weight) if name.endswith("index.weights") else values
+
+    weights, ids = Indifferent(directory), np.random.default_rng(3).integers(0, 128, 60)
+    path = write_lossless(tmp_path / "lossless.emoe", directory, weights.config, weights)
+    want = forward(weights.config, weights, ids)
+    assert np.abs(logits_of(path, ids) - want).max() <= 1e-4
+
+
+# ---- the definitions
+
+
+@pytest.mark.parametrize(("layer", "name", "size"), [(1, "pool", 24), (1, "index", 20), (2, "pool", 24)])
+def test_a_compressed_row_is_a_mean_weighted_by_a_softmax_in_each_dimension(golden, layer, name, size):
+    """Value by value, for 27 tokens, of which the last three are in no whole stretch."""
+    checkpoint = Checkpoint(golden[NAME][0])
+    its, h = checkpoint.config.layers[layer].attention, np.random.default_rng(1).standard_normal((1, 27, 64))
+    whole = 27 // its.rate
+
+    def trunk(part):
+        return checkpoint.trunk(f"layers.{layer}.{part}").astype(np.float64)
+
+    got = its.compressed(trunk, lambda part, x: x @ trunk(part).T, h, name, size, 1e-3)[0]
+    kv, gate, bias = (trunk(f"{name}.{part}") for part in ("kv", "gate", "bias"))
+    norm, (cos, sin) = trunk("pool.norm" if name == "pool" else "index.k_norm"), its.rope.tables(27)
+    for row in range(whole):
+        mean = np.zeros(size)
+        for column in range(size):
+            logits, values = [], []
+            for token in range((row - its.overlapped) * its.rate, (row + 1) * its.rate):
+                if token < 0:
+                    continue
+                at = column + size * (its.overlapped and token >= row * its.rate)
+                logits.append(h[0, token] @ gate[at] + bias[token % its.rate, at])
+                values.append(h[0, token] @ kv[at])
+            share = np.exp(np.array(logits) - max(logits))
+            mean[column] = share @ values / share.sum()
+        wanted = mean / math.sqrt((mean**2).mean() + 1e-3) * norm
+        for pair in range(6):  # of the last 12 dimensions
+            a, b = wanted[size - 12 + 2 * pair : size - 10 + 2 * pair]
+            c, s = cos[row * its.rate, pair], sin[row * its.rate, pair]
+            wanted[size - 12 + 2 * pair : size - 10 + 2 * pair] = a * c - b * s, b * c + a * s
+        np.testing.assert_allclose(got[row], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_no_stretch_is_whole_in_fewer_tokens(golden):
+    checkpoint = Checkpoint(golden[NAME][0])
+    its = checkpoint.config.layers[2].attention
+    assert its.compressed(None, None, np.zeros((1, 7, 64)), "pool", 24, 1e-3) is None
+
+
+def test_a_query_sees_the_rows_whose_stretches_are_over(golden):
+    checkpoint = Checkpoint(golden[NAME][0])
+    heavy, sparse = (checkpoint.config.layers[at].attention for at in (2, 1))
+    h = np.random.default_rng(4).standard_normal((2, 40, 64)).astype(np.float32)
+
+    def weights_of(layer):
+        def trunk(part):
+            return checkpoint.trunk(f"layers.{layer}.{part}")
+
+        return trunk, lambda part, x: x @ trunk(part).T
+
+    every = heavy._visible(*weights_of(2), h, None, 1e-3, np)
+    assert every.shape == (40, 5)
+    assert every.sum(-1).tolist() == [(query + 1) // 8 for query in range(40)]
+    latent = np.random.default_rng(5).standard_normal((2, 40, 32)).astype(np.float32)
+    chosen = sparse._visible(*weights_of(1), h, latent, 1e-3, np)
+    assert chosen.shape == (2, 40, 10)
+    assert (chosen.sum(-1) == np.minimum((np.arange(40) + 1) // 4, 3)).all()
+    assert not chosen[:, np.arange(40)[:, None] < 4 * np.arange(10) + 3].any()
+    assert (chosen[0, 20:] != chosen[1, 20:]).any()
+
+
+def test_the_weights_of_a_mix_are_balanced():
+    """The sums of columns, which are balanced last, are one; those of rows nearly, after twenty times."""
+    its, dim, random = HyperConnections(4, 20, 1e-6), 8, np.random.default_rng(3)
+    shapes = its.shapes("attention", dim)
+    assert shapes == {
+        "attention_norm": (8,),
+        "attention_mix.weights": (24, 32),
+        "attention_mix.base": (24,),
+        "attention_mix.scale": (3,),
+    }
+    assert its.shapes("output", dim, shares=False)["output_mix.weights"] == (4, 32)
+    tensors = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    weights = type("", (), {"trunk": staticmethod(tensors.__getitem__)})
+    x = random.standard_normal((5, 32)).astype(np.float32)
+    mixing = its.mixing(weights, "attention", x, 1e-6)
+    np.testing.assert_allclose(mixing.sum(-2), 1, atol=1e-5)
+    np.testing.assert_allclose(mixing.sum(-1), 1, atol=1e-2)
+    shares = its.shares(weights, "attention", x, 1e-6)
+    assert ((shares > 0) & (shares < 2)).all()
+    y = random.standard_normal((5, 8)).astype(np.float32)
+    wanted = [
+        [sum(mixing[t, j, k] * x[t, 8 * j : 8 * j + 8] for j in range(4)) + shares[t, k] * y[t] for k in range(4)]
+        for t in range(5)
+    ]
+    np.testing.assert_allclose(
+        its.added(weights, "attention", x, y, 1e-6).reshape(5, 4, 8), wanted, rtol=1e-4, atol=1e-5
+    )

@@ -41,7 +41,7 @@ def set_config(directory, without=(), **changes) -> None:
 def default_of(text, key: str):
     """transformers' default of a key, of a configuration made without any."""
     if key == "rope_theta":
-        return text.rope_parameters[key]
+        return text.rope_parameters.get(key) or text.rope_theta  # the second beside objects of several kinds of layers
     if key == "global_head_dim":
         return text.per_layer_config["full_attention"].head_dim
     if key in COMMON_DEFAULTS and not hasattr(text, key):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bundles import REFERENCE, logits_of, use
 
-from edge_moe.compressor.passes import adjoint, forward
+from edge_moe.compressor.passes import adjoint, forward, mixes
 from edge_moe.compressor.passes.streams import Stream
 from edge_moe.compressor.pruning import prune, prune_curves, prune_losses
 from edge_moe.compressor.pruning.mask_routers import fit_losses, train_otp
@@ -51,7 +51,8 @@ def test_a_norm_passes_its_gradient_on(kind):
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "clamped_swiglu", "relu2"])
 def test_an_expert_passes_its_gradient_on(kind, biased):
     gated = kind != "relu2"
-    config = type("", (), {"activation": kind, "swiglu_alpha": 1.702, "swiglu_limit": 3.0, "gated": gated})
+    clamped = {"swiglu_alpha": 1.702, "swiglu_limit": 3.0, "swiglu_shift": 0.3}
+    config = type("", (), {"activation": kind, "gated": gated, **clamped})
     gate, up, down, g, h, direction = random(8, 16), random(8, 16, seed=1), random(16, 8, seed=2), *random(3, 5, 16)
     bias = (*random(2, 8, seed=3), random(16, seed=4)) if biased else reference.NO_BIAS
     inner = h @ gate.T, h @ up.T
@@ -66,16 +67,23 @@ def test_an_expert_passes_its_gradient_on(kind, biased):
     np.testing.assert_allclose(y, expert(h), rtol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "deepseek_v3", "phimoe", "gpt_oss", "gemma4_text"])
-def test_a_router_passes_its_gradient_on(golden, architecture):
+@pytest.mark.parametrize(
+    ("architecture", "at"),
+    [
+        *((name, -1) for name in ("mixtral", "olmoe", "deepseek_v3", "phimoe", "gpt_oss", "gemma4_text")),
+        *(("deepseek_v4", at) for at in (0, -1)),  # the first looks experts up by token
+    ],
+)
+def test_a_router_passes_its_gradient_on(golden, architecture, at):
     checkpoint = Checkpoint(golden[architecture][0])
-    config, layer = checkpoint.config, checkpoint.config.moe_layers[-1]
+    config, layer = checkpoint.config, checkpoint.config.moe_layers[at]
     h, direction = random(2, 6, config.dim)
-    chosen, _ = reference.route(config, checkpoint, layer, h)
+    ids = np.arange(len(h))
+    chosen, _ = reference.route(config, checkpoint, layer, h, ids=ids)
     g = random(6, config.top_k_of(layer), seed=5)
 
     def weights(at):
-        return reference.route(config, checkpoint, layer, at)[1]
+        return reference.route(config, checkpoint, layer, at, ids=ids)[1]
 
     want = slope(lambda at: (weights(at) * g).sum(), h, direction)
     scores, router = reference.router_scores(config, checkpoint, layer, h), checkpoint.trunk(f"layers.{layer}.router")
@@ -85,19 +93,23 @@ def test_a_router_passes_its_gradient_on(golden, architecture):
 
 
 @pytest.mark.parametrize(
-    "architecture", ["qwen2_moe", "granitemoe", "phimoe", "gemma4_text", "nemotron_h", "qwen4_exp_text"]
+    ("architecture", "at"),
+    [
+        *((name, -1) for name in ("qwen2_moe", "granitemoe", "phimoe", "gemma4_text", "nemotron_h", "qwen4_exp_text")),
+        *(("deepseek_v4", at) for at in (0, -1)),
+    ],
 )
-def test_a_layer_passes_its_gradient_on(golden, architecture):
+def test_a_layer_passes_its_gradient_on(golden, architecture, at):
     """From its output to the residual stream after attention, and each expert's part of the output along it."""
     checkpoint, rows = Checkpoint(golden[architecture][0]), 40
-    config, layer = checkpoint.config, checkpoint.config.moe_layers[-1]
+    config, layer, ids = checkpoint.config, checkpoint.config.moe_layers[at], np.arange(rows)
     a, direction = 3 * random(2, rows, config.width).astype(np.float32)
     g = random(prune_losses.SAMPLES, rows, config.width, seed=3).astype(np.float32)
     of_g, back = (Stream(len(g) * rows, config.width) for _ in range(2))
     of_a, sums, inner = Stream(rows, config.width), Stream(rows, config.dim), Stream(len(g) * rows, config.dim)
     of_a.write(0, a)
     of_g.write(0, g.reshape(-1, config.width))
-    routing = forward.route(config, checkpoint, layer, of_a)
+    routing = forward.route(config, checkpoint, layer, of_a, ids[None])
     if forward.sums_experts(config, layer):
         forward.common_mlp(config, checkpoint, layer, of_a, sums)
         prune_losses._add_experts(config, checkpoint, layer, of_a, sums, routing, 1)
@@ -106,7 +118,7 @@ def test_a_layer_passes_its_gradient_on(golden, architecture):
     q = prune_losses._layer_backward(config, checkpoint, layer, of_a, sums, routing, of_g, inner, back, 1)
 
     def output(at, prune=None):
-        y = reference.moe_block(config, checkpoint, layer, at, prune=prune)
+        y = reference.moe_block(config, checkpoint, layer, at, prune=prune, ids=ids)
         return reference.with_mlp(config, checkpoint, layer, at, y)
 
     got = back.read(0, back.rows).reshape(g.shape)
@@ -122,6 +134,49 @@ def test_a_layer_passes_its_gradient_on(golden, architecture):
 
     lost = (without(0.0) - without(1e-3)) / 1e-3
     np.testing.assert_allclose((g * lost).sum((1, 2)), q[:, :, -1].sum(1), rtol=0.03, atol=0.3)
+
+
+@pytest.mark.parametrize("architecture", ["qwen4_exp_text", "deepseek_v4"])
+def test_streams_pass_their_gradients_on(golden, architecture):
+    """Through the head's mix, and through attention's, whose output and weights are taken as they are."""
+    checkpoint, rows = Checkpoint(golden[architecture][0]), 7
+    config = checkpoint.config
+    streams, x, direction = config.streams, *random(2, rows, config.width)
+    g, g_x = random(rows, config.dim, seed=5), random(rows, config.width, seed=6)
+
+    def head_input(at):
+        return (reference.block_input(config, checkpoint, "output", at) * g).sum()
+
+    got = mixes.input_backward(streams, checkpoint, "output", x, config.norm_eps, g[None])[0]
+    assert (got * direction).sum() == pytest.approx(slope(head_input, x, direction), rel=1e-4)
+    mixing = None
+    if architecture == "deepseek_v4":
+        mixing = streams.mixing(checkpoint, "layers.0.attention", x, config.norm_eps)
+        np.testing.assert_allclose(mixing.sum(1), 1, atol=0.02)  # as near as five iterations and an eps of 0.001 come
+        np.testing.assert_allclose(mixing.sum(2), 1, atol=0.2)
+
+    def after(at):
+        """The streams at + their change, with the weights of the streams x."""
+        fixed = type("", (), {"trunk": staticmethod(checkpoint.trunk), "product": lambda _, name, h: of_x[name]})()
+        y = reference.with_attention(config, fixed, 0, at, np.zeros((rows, config.dim)))
+        return (y * g_x).sum()
+
+    of_x = Products(checkpoint)
+    reference.with_attention(config, of_x, 0, x, np.zeros((rows, config.dim)))
+    of_x = of_x.seen
+    got = mixes.pass_backward(streams, mixing, g_x)
+    assert (got * direction).sum() == pytest.approx(slope(after, x, direction), rel=1e-4)
+
+
+class Products:
+    """Weights that keep the products with them."""
+
+    def __init__(self, weights):
+        self.trunk, self.weights, self.seen = weights.trunk, weights, {}
+
+    def product(self, name, x):
+        self.seen[name] = x @ self.weights.trunk(name).T
+        return self.seen[name]
 
 
 # ---- losses

@@ -8,12 +8,13 @@ from test_inputs import step_by_definition
 from test_round_layers import go_through, heads, random_ids
 from test_trunk import kind_of
 
-from edge_moe.compressor.rounding import round_layers
+from edge_moe.compressor.rounding import round_layers, round_trunk
 from edge_moe.compressor.rounding.gptq import Curvature, damping_for, gptq
 from edge_moe.compressor.rounding.quantise import dequantise, quantise
 from edge_moe.compressor.rounding.round_trunk import fitted_rows
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
+from edge_moe.runtime.layers.arrays import grouped
 from edge_moe.runtime.score import log_softmax
 
 
@@ -66,7 +67,37 @@ def test_attention_aims_at_what_its_stream_lacks(golden, tmp_path, architecture)
     assert np.square(found - expected).sum() < 0.02 * np.square(found - matrix).sum()  # ties of float32 fall either way
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma4_text", "granitemoe", "phimoe"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_each_group_of_rows_is_rounded_for_its_own_inputs(golden, tmp_path, monkeypatch, wide):
+    """The first layer's o_a, from the definition. wide: there is room for both groups at a time."""
+    checkpoint = Checkpoint(golden["deepseek_v4"][0])
+    c, name, out, ids = checkpoint.config, "layers.0.o_a", tmp_path / "new.emoe", random_ids(checkpoint.config, 12)
+    if wide:
+        monkeypatch.setattr(round_trunk, "widest_input", lambda config: 1000)
+    go_through(checkpoint, checkpoint, ids, (16,) * 3, 3, out=out)
+    made, seen = weights_of(out), []
+
+    class Seen:
+        def __init__(self, weights):
+            self.trunk = weights.trunk
+
+        def grouped_product(self, _, x):
+            seen.append(x.reshape(-1, *x.shape[-2:]))
+            return grouped(x, self.trunk(name))
+
+    for weights in (made, checkpoint):
+        reference.attention_block(c, Seen(weights), 0, reference.embed(c, weights, ids))
+    matrix, found = checkpoint.trunk(name), made.trunk(name)
+    for group, rows in enumerate(np.split(np.arange(len(matrix)), c.attention.groups)):
+        x, source_x = (one[:, group] for one in seen)
+        step = step_by_definition(x, np.ones(len(x)), (source_x - x) @ matrix[rows].T)
+        curvature = Curvature.of(x.T @ x / len(x), damping_for(*x.shape))
+        expected = dequantise(gptq((matrix[rows] + step).astype(np.float32), curvature, 3, 32), 3, matrix.shape[1])
+        difference = np.square(found[rows] - expected).sum()
+        assert difference < 0.02 * np.square(found[rows] - matrix[rows]).sum()
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "deepseek_v4", "gemma4_text", "granitemoe", "phimoe"])
 def test_a_fitted_trunk_is_closer_than_one_rounded_to_nearest(golden, architecture):
     """On text that nothing was fitted to, experts as they are."""
     checkpoint = Checkpoint(golden[architecture][0])

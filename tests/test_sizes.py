@@ -94,6 +94,7 @@ def test_deepseeks_weights_are_as_many_as_transformers_has(changes):
 PUBLISHED = {  # billions of weights
     "deepseek-v3": 671,
     "deepseek-v3.2": 671,
+    "deepseek-v4-flash": 284,
     "gemma-4-26b-a4b": 25.2,
     "glm-4.5-air": 107,
     "glm-4.7-flash": 30,

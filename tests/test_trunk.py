@@ -44,6 +44,7 @@ KINDS = {
     "moonlight": {"embedding", "attention", "dense", "shared", "head"},
     "deepseek_v2": {"embedding", "attention", "dense", "shared", "head"},
     "deepseek_v32": {"embedding", "attention", "dense", "shared", "head"},
+    "deepseek_v4": {"embedding", "attention", "shared", "head"},
     "ernie4_5_moe": {"embedding", "attention", "dense", "shared"},
     "gemma4": {"embedding", "attention", "shared"},
     "gemma4_text": {"embedding", "attention", "shared", "head"},
@@ -67,7 +68,7 @@ KINDS = {
     "qwen4_exp": {"embedding", "attention", "delta", "streams", "shared", "head"},
     "qwen4_exp_text": {"embedding", "attention", "delta", "streams", "shared"},
 }
-ATTENTION = {"q", "k", "v", "o", "o_gate", "q_a", "q_b", "kv_a", "kv_b"}
+ATTENTION = {"q", "k", "v", "o", "o_gate", "q_a", "q_b", "kv_a", "kv_b", "kv", "o_a"}
 
 
 def kind_of(name: str) -> str | None:
@@ -75,8 +76,8 @@ def kind_of(name: str) -> str | None:
     parts = name.split(".")[2:] if name.startswith("layers.") else [name]
     if parts[0] == "delta":
         return "delta" if parts[1] in ("qkv", "gate", "o") else None
-    if parts[0] == "index":
-        return "attention" if parts[1] == "q" else None
+    if parts[0] in ("index", "pool"):
+        return "attention" if parts[1] == "q" or (parts[0] == "pool" and parts[1] in ("kv", "gate")) else None
     if parts[0] == "mamba":
         return "mamba" if parts[1] in ("xbc", "gate", "o") else None
     if parts[0] == "conv":

@@ -57,7 +57,7 @@ def adjust_top_k(config: ModelConfig, checkpoint, ids: np.ndarray, new_stream, w
             for top_k in range(fewest(config, layer), config.top_k):
                 trials.append((layer, top_k))
                 trial = replace(config, layer_top_k=(top_k,) * config.layer_count)
-                new.append((trial, _beside(trial, base, layer, new_stream)))
+                new.append((trial, _beside(trial, base, layer, ids, new_stream)))
             _add_experts(full, checkpoint, layer, present + new, workers)
         for trial, form in new:
             form.y = forward.finish_mlp(trial, form.weights, layer, form.a, form.y, new_stream)
@@ -80,12 +80,12 @@ def fewest(config: ModelConfig, layer: int) -> int:
     return max(round(config.top_k * config.experts_of(layer) / config.experts), 1)
 
 
-def _beside(config: ModelConfig, base: Form, layer: int, new_stream) -> Form:
+def _beside(config: ModelConfig, base: Form, layer: int, ids: np.ndarray, new_stream) -> Form:
     """A copy of `base` inside a layer, routed by another config."""
     form = Form(base.weights, a=base.a, y=new_stream("top-k-next", base.y.rows, base.y.dim))
     for start, stop in base.y.blocks():
         form.y.write(start, base.y.read(start, stop))
-    form.routing = forward.route(config, base.weights, layer, base.a)
+    form.routing = forward.route(config, base.weights, layer, base.a, ids)
     return form
 
 

@@ -122,7 +122,7 @@ class Form:
         forward.common_mlp(config, self.weights, layer, self.a, self.y)
         self.routing = None
         if config.has_experts(layer):
-            self.routing = forward.route(config, self.weights, layer, self.a)
+            self.routing = forward.route(config, self.weights, layer, self.a, ids)
 
     def leave(self, config: ModelConfig, layer: int, new_stream) -> None:
         """Finish the layer, whose experts' outputs y has now."""

@@ -1,8 +1,9 @@
 """The backward pass through the MLPs of runtime/reference.py, for calibration: how a layer's change moves predictions.
 
 Gradients are of a log-likelihood with respect to the residual stream. They are propagated back through experts,
-routers, shared experts, dense layers and norms, and pass attention unchanged: the influence of a token on later ones is
-neglected. Arrays: g (samples, rows, dim), one gradient for each sampled label.
+routers, shared experts, dense layers and norms, and pass attention unchanged, or mixed where it mixes streams: the
+influence of a token on later ones is neglected. derivatives.py has elementary functions, mixes.py residual streams of
+several streams. Arrays: g (samples, rows, dim), one gradient for each sampled label.
 """
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 from ...runtime import reference
 from ...runtime.config import ModelConfig
 from ...runtime.layers import sparsemixer
+from . import mixes
+from .derivatives import rms_norm_backward, softmax_backward, swish
 
 
 def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, random) -> np.ndarray:
@@ -37,35 +40,17 @@ def head_backward(config: ModelConfig, weights, x: np.ndarray, samples: int, ran
 
 def input_backward(config: ModelConfig, weights, name: str, x, g):
     """Backward of reference.block_input: x (rows, width), g (..., rows, dim)."""
-    if config.streams is None:
-        return norm_backward(config, x, weights.trunk(f"{name}_norm"), g)
-    streams, matrix = config.streams, lambda part: weights.trunk(f"{name}_mix.{part}")
-    h = streams.normed(weights, name, x, config.norm_eps)  # (rows, width)
-    low = h @ matrix("down").T / streams.count
-    inner, slope = _swish(low, 1)
-    gates = reference.sigmoid(inner @ matrix("up").T)
-    g = np.concatenate([g] * streams.count, axis=-1) / streams.count  # of gates * h
-    g_low = ((g * h * gates * (1 - gates)) @ matrix("up")) * slope
-    return _normed_backward(config, weights, name, x, g * gates + g_low @ matrix("down") / streams.count)
+    if config.streams:
+        return mixes.input_backward(config.streams, weights, name, x, config.norm_eps, g)
+    return norm_backward(config, x, weights.trunk(f"{name}_norm"), g)
 
 
 def output_backward(config: ModelConfig, weights, name: str, x, y, g):
-    """Backward of what adds y (rows, dim) to the residual stream x (rows, width), but for x itself: the gradients at y
-    (..., rows, dim) and at x (..., rows, width) or None, given g (..., rows, width) at their sum."""
-    if config.streams is None:
-        return g, None
-    streams, matrix = config.streams, weights.trunk(f"{name}_mix.share")
-    shares = streams.shares(weights, name, x, config.norm_eps)  # (rows, streams)
-    g = g.reshape(*g.shape[:-1], streams.count, -1)
-    g_shares = (g * y[:, None]).sum(-1) * shares * (1 - shares / 2) / streams.count
-    return (g * shares[..., None]).sum(-2), _normed_backward(config, weights, name, x, g_shares @ matrix)
-
-
-def _normed_backward(config: ModelConfig, weights, name: str, x, g):
-    """Backward of Streams.normed: x (rows, width), g (..., rows, width)."""
-    count, weight = config.streams.count, weights.trunk(f"{name}_norm")
-    split, its = (*g.shape[:-1], count, config.dim), x.reshape(len(x), count, config.dim)
-    return rms_norm_backward(its, weight.reshape(count, -1), config.norm_eps, g.reshape(split)).reshape(g.shape)
+    """Backward of what adds y (rows, dim) to the residual stream x (rows, width): the gradients at y (..., rows, dim)
+    and at x (..., rows, width), given g (..., rows, width) at their sum."""
+    if config.streams:
+        return mixes.output_backward(config.streams, weights, name, x, y, config.norm_eps, g)
+    return g, g
 
 
 def norm_backward(config: ModelConfig, x, weight, g):
@@ -75,13 +60,6 @@ def norm_backward(config: ModelConfig, x, weight, g):
         x, g = x - np.mean(x, axis=-1, keepdims=True), g - np.mean(g, axis=-1, keepdims=True)
         weight = 1
     return rms_norm_backward(x, weight, config.norm_eps, g)
-
-
-def rms_norm_backward(x, weight, eps: float, g):
-    """Backward of reference.rms_norm, likewise."""
-    g = g * weight
-    inverse = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps)
-    return inverse * (g - x * (np.square(inverse) * np.mean(g * x, axis=-1, keepdims=True)))
 
 
 def mlp_backward(config: ModelConfig, h, matrices, g, bias=reference.NO_BIAS):
@@ -101,23 +79,17 @@ def gated(config: ModelConfig, gate, up):
         return np.square(relu), None, 2 * relu
     if config.activation == "clamped_swiglu":
         alpha, limit = config.swiglu_alpha, config.swiglu_limit
-        act, slope = _swish(np.minimum(gate, limit), alpha)
-        linear = np.clip(up, -limit, limit) + 1
+        act, slope = swish(np.minimum(gate, limit), alpha)
+        linear = np.clip(up, -limit, limit) + config.swiglu_shift
         return act * linear, linear * slope * (gate <= limit), act * (np.abs(up) <= limit)
     act, slope = activation(config, gate)
     return act * up, up * slope, act
 
 
-def _swish(x, alpha: float):
-    """x * sigmoid(alpha * x) and its derivative."""
-    sigmoid = reference.sigmoid(alpha * x)
-    return x * sigmoid, sigmoid * (1 + alpha * x * (1 - sigmoid))
-
-
 def activation(config: ModelConfig, x):
     """The activation and its derivative."""
     if config.activation == "silu":
-        return _swish(x, 1)
+        return swish(x, 1)
     inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x**3)
     tanh = np.tanh(inner)
     slope = np.float32(np.sqrt(2 / np.pi)) * (1 + np.float32(3 * 0.044715) * np.square(x))
@@ -147,7 +119,9 @@ def router_backward(config: ModelConfig, router, h, scores, chosen, weights, g_w
     rows, place = np.nonzero(there)
     g_scores[:, rows, chosen[rows, place]] = g_its[:, rows, place]
     if rule.score == "softmax":
-        g_logits = scores * (g_scores - (g_scores * scores).sum(axis=-1, keepdims=True))
+        g_logits = softmax_backward(scores, g_scores)
+    elif rule.score == "sqrtsoftplus":
+        g_logits = g_scores * -np.expm1(-np.square(scores)) / np.maximum(2 * scores, 1e-20)
     else:
         g_logits = g_scores * scores * (1 - scores)
     return g_logits @ router

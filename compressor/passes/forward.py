@@ -32,7 +32,8 @@ class Routing:
         ranked = np.argsort(-self.scores[:rows, expert], kind="stable")
         others = ranked[~(self.chosen[ranked] == expert).any(axis=1)][:count]
         others = np.sort(others)
-        of_chosen = np.take_along_axis(self.scores[others], self.chosen[others], axis=1).sum(axis=1)
+        of_chosen = np.take_along_axis(self.scores[others], self.chosen[others].clip(0), axis=1)
+        of_chosen = (of_chosen * (self.chosen[others] >= 0)).sum(axis=1)
         share = self.scores[others, expert] / np.maximum(of_chosen, 1e-30)
         return others, share * self.weights[others].sum(axis=1)
 
@@ -67,13 +68,15 @@ def attention(config: ModelConfig, weights, layer: int, x: Stream, tokens: int, 
         out.write(start, block.reshape(-1, x.dim))
 
 
-def route(config: ModelConfig, weights, layer: int, a: Stream) -> Routing:
-    """Route the rows of `a`, the residual stream after the layer's attention."""
-    trunk, parts = Held(weights), []
+def route(config: ModelConfig, weights, layer: int, a: Stream, ids: np.ndarray) -> Routing:
+    """Route the rows of `a`, the residual stream after the layer's attention. ids: (sequences, tokens) of its
+    sequences, as in add_ngrams()."""
+    trunk, parts, flat = Held(weights), [], ids.reshape(-1)
     for start, stop in a.blocks():
         h = reference.router_input(config, trunk, layer, a.read(start, stop))
         scores = reference.router_scores(config, trunk, layer, h)
-        parts.append((*reference.route(config, trunk, layer, h), scores))
+        its = flat[np.arange(start, stop) % len(flat)]
+        parts.append((*reference.route(config, trunk, layer, h, ids=its), scores))
     return Routing(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 

@@ -12,7 +12,9 @@ import numpy as np
 
 from ...runtime import reference
 from ...runtime.config import ModelConfig
-from ..passes import adjoint, forward
+from ...runtime.layers.hyper import HyperConnections
+from ..passes import adjoint, forward, mixes
+from ..passes.derivatives import rms_norm_backward
 from ..passes.streams import Stream
 
 SAMPLES = 8  # labels for each token
@@ -61,16 +63,17 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
     tokens, total = ids.shape[1], 2 * config.layer_count
     x = new_stream("input", ids.size)
     forward.embed(config, weights, ids, x)
-    attended, sums, routings = [], [], []
+    attended, sums, routings, mixings = [], [], [], []
     for layer in range(config.layer_count):
         name = f"sums-{layer}" if forward.sums_experts(config, layer) else "output"
         a, y = new_stream(f"attended-{layer}", x.rows), new_stream(name, x.rows, forward.sums_dim(config, layer))
         forward.add_ngrams(config, weights, layer, x, ids)
+        mixings.append(_mixing(config, weights, layer, x, new_stream))
         forward.attention(config, weights, layer, x, tokens, a)
         forward.common_mlp(config, weights, layer, a, y)
         routings.append(None)
         if config.has_experts(layer):
-            routings[-1] = forward.route(config, weights, layer, a)
+            routings[-1] = forward.route(config, weights, layer, a, ids)
             _add_experts(config, weights, layer, a, y, routings[-1], workers)
         sums.append(None)
         if forward.sums_experts(config, layer):
@@ -94,6 +97,9 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
         for stream in {g, inner, sums[layer]} - {None}:
             stream.close()
         g = back
+        if mixings[layer] is not None:
+            _attention_backward(config, mixings[layer], g)
+            mixings[layer].close()
         if q is None:
             a.close()
         else:
@@ -101,6 +107,26 @@ def collect(config: ModelConfig, weights, ids: np.ndarray, new_stream, workers: 
         tell(2 * config.layer_count - layer, total)
     g.close()
     return dict(sorted(found.items()))
+
+
+def _mixing(config: ModelConfig, weights, layer: int, x: Stream, new_stream) -> Stream | None:
+    """How attention's output finds the streams mixed, (rows, streams * streams), if it does. x: before attention."""
+    streams = config.streams
+    if not isinstance(streams, HyperConnections) or config.layers[layer].attention is None:
+        return None
+    held, out = forward.Held(weights), new_stream(f"mixing-{layer}", x.rows, streams.count**2)
+    for start, stop in x.blocks():
+        its = streams.mixing(held, f"layers.{layer}.attention", x.read(start, stop), config.norm_eps)
+        out.write(start, its.reshape(len(its), -1))
+    return out
+
+
+def _attention_backward(config: ModelConfig, mixing: Stream, g: Stream) -> None:
+    """Propagate `g` (SAMPLES * rows, width) from the streams after attention to those before it, in place."""
+    count = config.streams.count
+    for start, stop in g.blocks():
+        its = mixing.take(np.arange(start, stop) % mixing.rows).reshape(-1, count, count)
+        g.write(start, mixes.pass_backward(config.streams, its, g.read(start, stop)))
 
 
 def _add_experts(config, weights, layer: int, a: Stream, y: Stream, routing, workers: int) -> None:
@@ -123,7 +149,7 @@ def _layer_backward(config, weights, layer: int, a: Stream, sums, routing, g: St
     without experts.
     """
     rows, held = a.rows, forward.Held(weights)
-    for start, stop in g.blocks():
+    for start, stop in g.blocks() if config.streams is None or config.layers[layer].mlp is None else ():
         back.write(start, reference.scaled(config, held, layer, g.read(start, stop)))
 
     def add(its: np.ndarray, g_h: np.ndarray, norm: str = "mlp_norm") -> None:
@@ -132,7 +158,7 @@ def _layer_backward(config, weights, layer: int, a: Stream, sums, routing, g: St
             add_to_stream(its, adjoint.input_backward(config, held, f"layers.{layer}.mlp", a.take(its), g_h))
         else:
             weight = held.trunk(f"layers.{layer}.{norm}")
-            add_to_stream(its, adjoint.rms_norm_backward(a.take(its), weight, config.norm_eps, g_h))
+            add_to_stream(its, rms_norm_backward(a.take(its), weight, config.norm_eps, g_h))
 
     def add_to_stream(its: np.ndarray, g: np.ndarray) -> None:
         for sample, values in enumerate(g):
@@ -147,7 +173,7 @@ def _layer_backward(config, weights, layer: int, a: Stream, sums, routing, g: St
         g_y, before, y = reference.scaled(config, held, layer, gradient(its, g)), a.take(its), sums.take(its)
         added = reference.with_shared(config, held, layer, before, y) if config.streams else y
         g_y, g_a = adjoint.output_backward(config, held, f"layers.{layer}.mlp", before, added, g_y)
-        if g_a is not None:
+        if config.streams:
             add_to_stream(its, g_a)
         g_sum, g_shared = adjoint.sum_backward(config, held, layer, before, y, g_y)
         for sample, values in enumerate(g_sum):
@@ -171,7 +197,12 @@ def _layer_backward(config, weights, layer: int, a: Stream, sums, routing, g: St
         its = np.arange(start, min(start + BLOCK, rows))
         if routing is None:
             h, g_y = forward.expert_input(config, held, layer, a, its), gradient(its)
-            add(its, adjoint.dense_backward(config, held, layer, h, reference.scaled(config, held, layer, g_y)))
+            g_y = reference.scaled(config, held, layer, g_y)
+            if config.streams:
+                y = reference.dense_block(config, held, layer, h)
+                g_y, g_a = adjoint.output_backward(config, held, f"layers.{layer}.mlp", a.take(its), y, g_y)
+                add_to_stream(its, g_a)
+            add(its, adjoint.dense_backward(config, held, layer, h, g_y))
             continue
         h = reference.router_input(config, held, layer, a.take(its))
         g_weights = q[:, its] / np.maximum(routing.weights[its], 1e-20)

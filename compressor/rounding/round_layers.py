@@ -209,9 +209,9 @@ class Rounding:
 
         Held-out rows tell how many choices of experts have changed in each track.
         """
-        routing = forward.route(self.config, self.checkpoint, layer, a)
+        routing = forward.route(self.config, self.checkpoint, layer, a, self.ids)
         for track in self.tracks:
-            track.routing = forward.route(track.config, track.trunk, layer, track.a)
+            track.routing = forward.route(track.config, track.trunk, layer, track.a, self.ids)
             if self.calibration_rows < a.rows:
                 track.changed.append(self._changed(track, layer, routing))
             track.lacking = self.new_stream(f"{track.name}-lacking", a.rows, y.dim)
@@ -360,8 +360,16 @@ def kept(checkpoint, layer: int, expert: int) -> list[Quantised]:
 
 
 def cut_router(config: ModelConfig, name: str, tensor: np.ndarray) -> np.ndarray:
-    """The rows of a router (or its values for each expert) for the experts that are kept; other tensors unchanged."""
+    """The rows of a router (or its values for each expert) for the experts that are kept; other tensors unchanged.
+
+    A table of experts gets their new numbers, and -1 for those that are gone.
+    """
     per_expert = (".router", ".router_bias", ".router_logit_bias", ".expert_scale")
-    if not config.kept or not name.endswith(per_expert):
+    if not config.kept or not name.endswith((*per_expert, ".router_table")):
         return tensor
-    return np.ascontiguousarray(tensor[list(config.kept[int(name.split(".")[1])])])
+    kept = list(config.kept[int(name.split(".")[1])])
+    if name.endswith(per_expert):
+        return np.ascontiguousarray(tensor[kept])
+    numbers = np.full(config.experts, -1, np.float32)
+    numbers[kept] = np.arange(len(kept))
+    return numbers[tensor.astype(np.int64)]

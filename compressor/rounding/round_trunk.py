@@ -15,6 +15,8 @@ import numpy as np
 
 from ...runtime import reference
 from ...runtime.config import ModelConfig, trunk_shapes
+from ...runtime.layers.arrays import grouped
+from ...runtime.layers.compressed import CompressedAttention
 from ..passes.forward import Held
 from ..passes.streams import BLOCK_ROWS, Stream
 from ..writing.writer import Quantised
@@ -46,10 +48,17 @@ class _Watched:
         return self.weights.rows(name, rows)
 
     def product(self, name: str, x: np.ndarray) -> np.ndarray:
+        self._watch(name, x)
+        return x @ self.trunk(name).T
+
+    def grouped_product(self, name: str, x: np.ndarray) -> np.ndarray:
+        self._watch(name, x)
+        return grouped(x, self.trunk(name))
+
+    def _watch(self, name: str, x: np.ndarray) -> None:
         if name == self.name:
             self.x = x
             raise _Reached
-        return x @ self.trunk(name).T
 
 
 def input_of(name: str, weights, run: Run) -> np.ndarray:
@@ -119,7 +128,10 @@ class TrunkFit:
         self._mix("attention", part, streams)
         *first, (last,) = its.stages()
         for names in first:
-            self._follow(self._named(names), part, streams)
+            if isinstance(its, CompressedAttention) and names == (its.grouped,):
+                self._follow_groups(self._name(its.grouped), its.groups, part, streams)
+            else:
+                self._follow(self._named(names), part, streams)
         if self.config.post_norms or self.config.streams:
             self._follow(self._named((last,)), part, streams, relative=True, normed=self.config.post_norms)
         else:
@@ -161,7 +173,7 @@ class TrunkFit:
 
     def _mix(self, name: str, part, streams: tuple[Stream, ...]) -> None:
         """Round the gates of a residual stream of several streams. name: attention, mlp or output."""
-        for matrix in ("down", "up") if self.config.streams else ():
+        for matrix in self.config.streams.stages if self.config.streams else ():
             whole = f"{name}_mix.{matrix}"
             self._follow((whole if self.layer is None else self._name(whole),), part, streams)
 
@@ -173,14 +185,38 @@ class TrunkFit:
         if self._is_rounded(names[0]):
             inputs, rounded = self._inputs(names[0]), Held(self.rounded)
             for block in self._blocks(streams):
-                x = input_of(names[0], rounded, lambda weights, its=block.track: part(weights, its))
-                source_x = input_of(names[0], self.source, lambda weights, its=block.source: part(weights, its))
+                x, source_x = self._both_inputs(names[0], part, block, rounded)
                 counts = block.token_weights if relative else np.ones(len(x), np.float32)
                 if normed:
                     counts = counts / np.maximum(np.square(source_x @ self.source.trunk(names[0]).T).mean(-1), 1e-12)
                 inputs.add(x, counts, source_x - x)
             for name in names:
                 self._pack(name, self.rounded.whole(name), inputs, follows=True)
+
+    def _follow_groups(self, name: str, groups: int, part, streams: tuple[Stream, ...]) -> None:
+        """Round a matrix whose rows are in groups with inputs of their own, likewise.
+
+        The part is computed anew for as many groups as take the memory of the widest matrix.
+        """
+        if not self._is_rounded(name):
+            return
+        matrices, packed, rounded = np.split(self.rounded.whole(name), groups), [], Held(self.rounded)
+        together = max((widest_input(self.config) // matrices[0].shape[1]) ** 2, 1)
+        for first in range(0, groups, together):
+            several = [self._inputs(name) for _ in matrices[first : first + together]]
+            for block in self._blocks(streams):
+                both = self._both_inputs(name, part, block, rounded)
+                x, source_x = (one.reshape(-1, groups, one.shape[-1])[:, first:] for one in both)
+                for at, inputs in enumerate(several):
+                    inputs.add(x[:, at], np.ones(len(x), np.float32), source_x[:, at] - x[:, at])
+            for matrix, inputs in zip(matrices[first:], several, strict=False):
+                packed += self._pieces(name, matrix, inputs, follows=True)
+        self.rounded.put(name, _joined(packed))
+
+    def _both_inputs(self, name: str, part, block: Block, rounded: Held) -> tuple[np.ndarray, np.ndarray]:
+        """The inputs of the matrix `name` in the track and in the source, (rows, inputs)."""
+        x = input_of(name, rounded, lambda weights: part(weights, block.track))
+        return x, input_of(name, self.source, lambda weights: part(weights, block.source))
 
     def _reach(self, name: str, part, streams: tuple[Stream, ...], bias=0) -> None:
         """Round the last matrix of a part; its target is the source's stream after it minus the track's before it.
@@ -202,6 +238,9 @@ class TrunkFit:
 
     def _pack(self, name: str, matrix: np.ndarray, inputs: Inputs, follows: bool = False) -> None:
         """Round a matrix for its inputs. follows: after a step to its output on the source's inputs."""
+        self.rounded.put(name, _joined(self._pieces(name, matrix, inputs, follows)))
+
+    def _pieces(self, name: str, matrix: np.ndarray, inputs: Inputs, follows: bool) -> list[Quantised]:
         packing, packed = self.rounded.packing[name], []
         step = max(PIECE_WEIGHTS // matrix.shape[1], 1)
         for start in range(0, len(matrix), step):
@@ -209,8 +248,7 @@ class TrunkFit:
             piece = piece + inputs.step(piece) if follows else piece
             width, its = packing.widths[0], inputs.curvature
             packed.append(gptq(piece, its, width, packing.group, sweeps=self.sweeps, threads=self.threads))
-        parts = ([getattr(one, f.name) for one in packed] for f in fields(Quantised))
-        self.rounded.put(name, Quantised(*map(np.concatenate, parts)))
+        return packed
 
     def _is_rounded(self, name: str) -> bool:
         return self.rounded.packing[name].widths[0] < 16
@@ -223,6 +261,12 @@ class TrunkFit:
 
     def _named(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(self._name, names))
+
+
+def _joined(pieces: list[Quantised]) -> Quantised:
+    """The matrix whose rows these are."""
+    parts = ([getattr(one, f.name) for one in pieces] for f in fields(Quantised))
+    return Quantised(*map(np.concatenate, parts))
 
 
 def fitted_rows(config: ModelConfig, rows: int, tokens: int) -> np.ndarray:

@@ -49,6 +49,7 @@ class CompressedAttention:
     index: CompressedIndex | None = None  # chooses the compressed rows that a query sees; None: it sees all
 
     kv_heads = 1
+    grouped = "o_a"  # the matrix whose rows are in groups, each with inputs of its own
     output = "o"  # the output projection
     output_bias = False
 
@@ -94,11 +95,6 @@ class CompressedAttention:
         """The matrices that may be rounded in the order of use, those with the same input together."""
         pool, index = ("pool.kv", "pool.gate") if self.rate else (), ("index.q",) if self.index else ()
         return [("q_a", "kv", *pool), ("q_b", *index), ("o_a",), ("o",)]
-
-    @property
-    def grouped(self) -> dict[str, int]:
-        """By name, in how many groups the rows of a matrix are, each with inputs of its own."""
-        return {"o_a": self.groups}
 
     def pass_values(self, rows: int, tokens: int) -> int:
         """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""

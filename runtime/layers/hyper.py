@@ -20,6 +20,8 @@ class HyperConnections:
     iterations: int  # of Sinkhorn and Knopp's: the sums of columns and, but for the first time, of rows become one
     eps: float  # added to the weights of the sum, and to what the others are divided by
 
+    stages = ()  # see Streams: none is rounded
+
     def shapes(self, name: str, dim: int, shares: bool = True) -> dict[str, tuple[int, ...]]:
         """The tensors of one mix, by canonical name: `name`_norm is the norm of the sum. shares: something is added."""
         weights, scales = (self.count * (2 + self.count), 3) if shares else (self.count, 1)
@@ -37,16 +39,16 @@ class HyperConnections:
 
     def summed(self, weights, name: str, x, eps: float, xp=np):
         """The weighted sum of the streams of x (..., width), (..., dim), which is normed."""
-        share = sigmoid(self._parts(weights, name, x, eps, xp)[0], xp) + self.eps
+        share = sigmoid(self.parts(weights, name, x, eps, xp)[0], xp) + self.eps
         return xp.sum(share[..., None] * x.reshape(*x.shape[:-1], self.count, -1), axis=-2)
 
     def shares(self, weights, name: str, x, eps: float, xp=np):
         """How much of an output each stream gets, (..., streams), from 0 to 2, by x (..., width) before it."""
-        return 2 * sigmoid(self._parts(weights, name, x, eps, xp)[1], xp)
+        return 2 * sigmoid(self.parts(weights, name, x, eps, xp)[1], xp)
 
     def mixing(self, weights, name: str, x, eps: float, xp=np):
         """How the streams of x (..., width) are mixed, (..., from, to)."""
-        *_, mix = self._parts(weights, name, x, eps, xp)
+        *_, mix = self.parts(weights, name, x, eps, xp)
         y = softmax(mix.reshape(*mix.shape[:-1], self.count, self.count), xp) + self.eps
         for time in range(self.iterations):
             if time:
@@ -60,7 +62,7 @@ class HyperConnections:
         split = x.reshape(*x.shape[:-1], self.count, -1)
         return (mixing.swapaxes(-1, -2) @ split + shares[..., None] * y[..., None, :]).reshape(x.shape)
 
-    def _parts(self, weights, name: str, x, eps: float, xp):
+    def parts(self, weights, name: str, x, eps: float, xp=np):
         """What the weights of a mix are made of: of the sum and, if something is added, of shares and mixing."""
         h = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + eps)
         y, base = product(weights, f"{name}_mix.weights", h, xp), array(weights.trunk(f"{name}_mix.base"), xp)

@@ -18,6 +18,8 @@ class Streams:
     count: int
     rank: int
 
+    stages = ("down", "up")  # the matrices of a mix that may be rounded, in the order of use
+
     def shapes(self, name: str, dim: int, shares: bool = True) -> dict[str, tuple[int, ...]]:
         """The tensors of one mix, by canonical name: `name`_norm in place of a norm of the residual stream."""
         width = self.count * dim

@@ -20,14 +20,20 @@ MLPS = ("hash_moe", "moe")
 HASHED_LAYERS = 3  # unless config.json says which
 ROTATED = 64 / 512  # of each head, likewise
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
+ONLY = {  # values of keys that other models have otherwise
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "norm_topk_prob": True,
+    "num_key_value_heads": 1,
+    "topk_method": "noaux_tc",
+}
 MOST_STREAMS, MOST_ITERATIONS = 16, 1000  # more than any model has
 
 
 def parse(keys: Keys) -> ModelConfig:
     no_bias(keys)
-    only_values = {"num_key_value_heads": 1, "norm_topk_prob": True, "mlp_bias": False, "hidden_act": "silu"}
-    for key, only in only_values.items():
-        if (value := keys.any(key)) != only:
+    for key, only in ONLY.items():
+        if (value := keys.any(key, default=only)) != only:
             raise ValueError(f"{keys.where}: {key} is {value!r}, supported for {keys.kind} is {only!r}")
     if (score := keys.any("scoring_func")) not in SCORES:
         raise ValueError(f"{keys.where}: scoring_func is {score!r}, supported are {', '.join(SCORES)}")

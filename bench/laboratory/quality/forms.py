@@ -286,7 +286,7 @@ class CleanInputs(Rounding):
         self.clean_weights = 1 / np.maximum(np.concatenate(norms), 1e-12)
 
     def _rounded_experts(self, layer: int, a: Stream, tell) -> None:
-        self.clean_routing = forward.route(self.config, self.checkpoint, layer, a)
+        self.clean_routing = forward.route(self.config, self.checkpoint, layer, a, self.ids)
         Rounding._rounded_experts(self, layer, a, tell)
 
     def _round(self, track: Track, layer: int, number: int, matrices, bias, a: Stream):

@@ -133,7 +133,7 @@ def mean_squares(config: ModelConfig, weights, ids: np.ndarray) -> Importance:
         forward.attention(config, weights, layer, x, ids.shape[1], a)
         forward.common_mlp(config, weights, layer, a, y)
         if layer in config.moe_layers:
-            routing = forward.route(config, weights, layer, a)
+            routing = forward.route(config, weights, layer, a, ids)
             for expert in range(config.experts):
                 (rows, weight), matrices = routing.rows_of(expert), weights.expert(layer, expert)
                 h = forward.expert_input(config, norms, layer, a, rows)
