@@ -18,7 +18,7 @@ from ..compressor.rounding.quantise import largest_group, to_bfloat16, trunk_pac
 from ..compressor.writing.writer import KEPT, BundleWriter, Packing, Quantised
 from ..runtime.bundle import Bundle
 from ..runtime.child import answer, call
-from ..runtime.config import stays_float, trunk_shapes
+from ..runtime.config import stays_float, trunk_shapes, without_layer
 from ..runtime.config_file import family_of, language_keys, parse_config, read_json, with_language_key
 
 GROUP = 64
@@ -61,7 +61,11 @@ def make_synthetic(
         with BundleWriter(Path(out), Path(source), model, trunk, experts, extra=extra) as writer:
             for number, (name, shape) in enumerate(trunk_shapes(model).items()):
                 random = np.random.Generator(np.random.SFC64([seed, 0, number]))
-                writer.write_trunk(name, _trunk_tensor(random, name, shape, trunk[name]))
+                if without_layer(name) == "router_table":
+                    values = Quantised(_table_of_experts(random, shape, model.experts))
+                else:
+                    values = _trunk_tensor(random, name, shape, trunk[name])
+                writer.write_trunk(name, values)
             for layer, index in experts:
                 random = np.random.Generator(np.random.SFC64([seed, 1, layer, index]))
                 biases = [np.zeros(rows, np.float32) for rows, _ in model.expert_shapes] if model.expert_bias else ()
@@ -103,7 +107,7 @@ def raw_config(path: Path, layers: int | None, vocab: int | None) -> dict:
         if value < low:
             raise ValueError(f"{key} is {value}, expected at least {low}")
         raw = with_language_key(raw, key, value)
-    for key in ("layer_types", "layers_block_type", "hybrid_override_pattern"):
+    for key in ("layer_types", "mlp_layer_types", "layers_block_type", "hybrid_override_pattern"):
         if layers and language.get(key) is not None:
             raw = with_language_key(raw, key, language[key][:layers])
     ends = ("bos_token_id", "pad_token_id")
@@ -125,6 +129,12 @@ def trunk_values(random: np.random.Generator, name: str, shape: tuple[int, ...])
         return np.zeros(shape, np.float32) if name.endswith("_bias") else np.ones(shape, np.float32)
     inputs = shape[0] if name.endswith(("conv", "conv.weights")) else shape[1]
     return random.standard_normal(shape, np.float32) / np.float32(math.sqrt(inputs))
+
+
+def _table_of_experts(random: np.random.Generator, shape: tuple[int, ...], experts: int) -> np.ndarray:
+    """For each token so many consecutive experts from a random one on."""
+    first = random.integers(0, experts, (shape[0], 1))
+    return ((first + np.arange(shape[1])) % experts).astype(np.float32)
 
 
 def _matrix(

@@ -125,7 +125,7 @@ mix_kernel(const float* weights, LatentHeads heads, LatentCache cache, Span span
     const auto add = [&](int j, float value) {
       EDGE_MOE_UNROLL
       for (int head = 0; head < kHeadsAtOnce; ++head)
-        sums[head] = sums[head] + (head < count ? weights[(row + head) * cache.positions + from + j] : 0.0f) * value;
+        sums[head] = fmaf(head < count ? weights[(row + head) * cache.positions + from + j] : 0.0f, value, sums[head]);
     };
     if (seen.consecutive())
       each_value<kAhead>(cache.latents, cache.half, size_t(from) * cols + i, cols, to - from, add);

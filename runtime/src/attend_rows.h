@@ -24,6 +24,8 @@ void CpuMath::attend_rows(const float* queries, int count, int cols, int n, int 
     kernels_.matmul(keys, x, scores + begin, context, 0, keys.rows);
   }
   float* piece[kLatentQueries];
+  int least = end;  // that a query attends to
+  for (int query = 0; query < count; ++query) least = std::min(least, end_of(query));
   for (int query = 0; query < count; ++query) {
     kernels_.softmax(scores + query * context, 0, end_of(query), sinks ? sinks[query] : kNoSink);
     std::fill_n(out[query], n, 0.0f), piece[query] = s_.piece + (first + query) * n;
@@ -31,11 +33,17 @@ void CpuMath::attend_rows(const float* queries, int count, int cols, int n, int 
   sum_positions(0, end, count, n, out, piece, [&](int from, int to, auto sums) {
     for (int begin = from; begin < to; begin += kLatentRows) {
       const int some = std::min(kLatentRows, to - begin);
-      const float* block = rows(begin, some);
+      const KeyValues block = {nullptr, rows(begin, some), size_t(cols), false};
+      const auto add = [&](int first, int queries, int last) {
+        kernels_.attend_values(scores + first * context + begin, context, queries, block, 0, last - begin, n,
+                               sums + first);
+      };
+      if (begin + some <= least) {
+        add(0, count, begin + some);
+        continue;
+      }
       for (int query = 0; query < count; ++query)
-        for (int position = begin; position < std::min(begin + some, end_of(query)); ++position)
-          kernels_.add_scaled(sums[query], block + size_t(position - begin) * cols, scores[query * context + position],
-                              n);
+        if (end_of(query) > begin) add(query, 1, std::min(begin + some, end_of(query)));
     }
   });
 }

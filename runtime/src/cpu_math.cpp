@@ -221,6 +221,7 @@ std::span<float> CpuMath::logits(std::span<const int32_t> tokens) {
 // The MLP of each job, in three passes over the rows of all jobs: gate, if there is one, and up; activation; down.
 void CpuMath::run_jobs(std::span<const ExpertJob> jobs, float* out) {
   const EngineConfig& c = config_;
+  if (jobs.empty()) return;
   const int hidden = jobs[0].weights.up.rows;
   const int total_rows = (jobs[0].weights.gate.rows + hidden) * int(jobs.size());
   auto inputs = [&](const ExpertJob& job, const float* values, const Quantised& q, int cols, bool gathered) {

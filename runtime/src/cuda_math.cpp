@@ -269,12 +269,15 @@ void CudaMath::experts(int layer, const Step& step, std::span<const ExpertJob> j
   const bool in_one_go = tokens == 1 && top_k <= cuda::kMostPlaces && all_packed;
   float* sums = c.sums_experts() ? s_.sum : s_.x;
   if (last && c.sums_experts()) cuda::fill(sums, 0.0f, size_t(tokens) * c.dim, stream_);
-  if (in_one_go)
+  if (jobs.empty()) {
+    // no token has an expert
+  } else if (in_one_go) {
     chosen_experts(jobs, r, last ? top_k : 0);
-  else
+  } else {
     many_tokens(jobs, r, tokens * top_k);
+  }
   if (!last) return;
-  if (!in_one_go) {
+  if (!in_one_go && !jobs.empty()) {
     copy_routing(tokens * top_k, r);
     cuda::ranked_sum(sums, s_.down, s_.routing_weights, s_.pair_of, tokens, top_k, c.dim, stream_);
   }

@@ -334,6 +334,7 @@ void Engine::experts(int layer, const Step& step) {
   // holds() is called once per expert: its answer changes if a read ahead fails meanwhile.
   std::partition(pending_.begin(), pending_.end(), [&](int e) { return residency_.holds(first_record + e); });
   if (store_.mapped()) store_.verify_together(first_record, pending_, pool_);
+  if (pending_.empty()) return math_->experts(layer, step, {}, r_, true);  // a table's experts may all be dropped
   size_t acquired = 0, computed = 0;  // of pending_: [0, computed) done, [computed, acquired) pinned
   int ahead = wants.ahead;
   try {

@@ -92,8 +92,9 @@ void check_attention(const Shape& s, int position, int tokens) {
       kScalarKernels.softmax(scores.data(), 0, keys.rows, kNoSink);
       float *sum = &want[query * s.rank], *into = piece.data();
       sum_positions(0, keys.rows, 1, s.rank, &sum, &into, [&](int from, int to, float* const* sums) {
-        for (int at = from; at < to; ++at)
-          kScalarKernels.add_scaled(sums[0], &seen[size_t(at) * cached], scores[at], s.rank);
+        kScalarKernels.attend_values(&scores[from], 0, 1,
+                                     {nullptr, &seen[size_t(from) * cached], size_t(cached), false}, 0, to - from,
+                                     s.rank, sums);
       });
     }
   }

@@ -161,7 +161,8 @@ void check_attend(int heads, int groups, int n, int rate, int window, bool half,
             *part = piece.data();
       std::fill_n(out, n, 0.0f);
       sum_positions(0, count, 1, n, &out, &part, [&](int from, int to, float* const* sums) {
-        for (int i = from; i < to; ++i) kScalarKernels.add_scaled(sums[0], &rows[size_t(i) * n], weights[i], n);
+        kScalarKernels.attend_values(&weights[from], 0, 1, {nullptr, &rows[size_t(from) * n], size_t(n), false}, 0,
+                                     to - from, n, sums);
       });
       const size_t angle = size_t(position + t) * angles.half;
       rotate_back(out + n - 8, &angles.cos[angle], &angles.sin[angle], 4, 4, true);
