@@ -21,9 +21,11 @@ NUMPY_DTYPES = {  # as read from disk; what numpy lacks is its bits
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
     "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
     "F8_E4M3": np.dtype("u1"),
     "F8_E8M0": np.dtype("u1"),
 }
+FOUR_BITS = "F4"  # a type of two values in a byte, which numpy does not have
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -88,7 +90,7 @@ def _parse_entry(path: Path, key: str, entry, remedy: str) -> tuple[str, tuple[i
     try:
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         good = isinstance(dtype, str) and all(type(x) is int and x >= 0 for x in (*shape, first, last))
-        if good and dtype in NUMPY_DTYPES:
+        if good and (dtype in NUMPY_DTYPES or dtype == FOUR_BITS):
             good = last - first == bytes_of(dtype, shape)
         good = good and first <= last
     except (KeyError, TypeError, ValueError):
@@ -100,6 +102,8 @@ def _parse_entry(path: Path, key: str, entry, remedy: str) -> tuple[str, tuple[i
 
 def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     """The size of a tensor's data."""
+    if dtype == FOUR_BITS:
+        return -(-math.prod(shape) // 2)
     return math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
 
 

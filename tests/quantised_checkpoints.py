@@ -6,6 +6,7 @@ what reading the other gives.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 from test_checkpoint import bf16, read_file, write_file
 
 NOT_LINEAR = ("embed_tokens.weight", "lm_head.weight", "norm.weight", ".gate.weight", "shared_expert_gate.weight")
+V4_QUANTISED = r"(?<!compressor)\.(wq_a|wq_b|wkv|wo_a|wo_b|w1|w2|w3)\.weight$"  # compressors are plain
 E4M3 = np.array([f * 2.0**-9 for f in range(8)] + [(8 + f) * 2.0 ** (e - 10) for e in range(1, 16) for f in range(8)])
 E4M3 = E4M3[:-1]  # the last code is NaN
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -112,6 +114,44 @@ def write_gpt_oss(source: Path, out: Path, seed: int = 0) -> dict[str, np.ndarra
         found = np.where(codes & 8, -1, 1) * E2M1[codes & 7] * np.exp2(exponents[..., None] - 127.0)
         values[key] = found.astype(np.float32).reshape(experts, outputs, inputs).transpose(0, 2, 1).copy()
     _finish(out, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
+    return values
+
+
+def write_deepseek_v4(
+    source: Path, out: Path, *, experts: str = "I8", block: tuple[int, int] = (128, 128), seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Write DeepSeek-V4's bfloat16 checkpoint `source` as the hub has such models; gives the values of what is
+    quantised: attention and the shared expert in FP8 with powers of two as scales, and experts in FP4.
+
+    The names are those of `source`. experts: I8, two random codes in a byte; F4, whose shape counts codes; or F8_E4M3,
+    as attention.
+    """
+    tensors, values, random = read_file(_copy(source, out)), {}, np.random.default_rng(seed)
+    for key in [key for key in tensors if re.search(V4_QUANTISED, key)]:
+        _, (rows, cols), data = tensors.pop(key)
+        if ".experts." in key and experts != "F8_E4M3":
+            packed = random.integers(0, 256, (rows, cols // 2), np.uint8)
+            exponents = random.integers(120, 126, (rows, cols // 32), np.uint8)
+            codes = np.stack([packed & 15, packed >> 4], -1).reshape(rows, cols)
+            found = np.where(codes & 8, -1, 1) * E2M1[codes & 7] * np.exp2(exponents - 127.0).repeat(32, axis=1)
+            tensors[key] = experts, [rows, cols // (2 if experts == "I8" else 1)], packed.tobytes()
+        else:
+            height, width = block
+            weights = bf16(data).reshape(rows, cols)
+            largest = np.maximum.reduceat(np.abs(weights), np.arange(0, rows, height), axis=0)
+            factors = np.maximum.reduceat(largest, np.arange(0, cols, width), axis=1) / np.float32(448)
+            factors = np.exp2(np.ceil(np.log2(factors)))
+            each, exponents = factors.repeat(height, axis=0)[:rows].repeat(width, axis=1)[:, :cols], factors
+            codes = nearest(weights / each, E4M3)
+            found = np.copysign(E4M3[codes], weights) * each
+            tensors[key] = "F8_E4M3", [rows, cols], (codes | np.signbit(weights) << 7).astype("u1").tobytes()
+            exponents = ENCODE["F8_E8M0"](factors)
+        scale_key = f"{key.removesuffix('.weight')}.scale"
+        tensors[scale_key] = "F8_E8M0", list(exponents.shape), exponents.tobytes()
+        values[key] = found.astype(np.float32)
+    about = {"fmt": "e4m3", "activation_scheme": "dynamic", "scale_fmt": "ue8m0", "weight_block_size": list(block)}
+    about["expert_dtype"] = "fp8" if experts == "F8_E4M3" else "fp4"
+    _finish(out, tensors, {"quant_method": "fp8", **about})
     return values
 
 

@@ -26,9 +26,9 @@ from edge_moe.runtime.bundle import Bundle
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
 SUPPORTED = (
     "supported are BF16, F16, F32; with scales FP8 and MXFP8 (quant_method fp8, mxfp8, modelopt or "
-    "compressed-tensors), NVFP4 (modelopt or compressed-tensors), MXFP4 (mxfp4 or compressed-tensors), symmetric INT4 "
-    "and INT8 (compressed-tensors); and MLX's modes affine, mxfp4, mxfp8, nvfp4; use such a checkpoint, best the one "
-    "that is not quantised"
+    "compressed-tensors), NVFP4 (modelopt or compressed-tensors), MXFP4 (mxfp4, compressed-tensors, or fp8 with "
+    "expert_dtype fp4), symmetric INT4 and INT8 (compressed-tensors); and MLX's modes affine, mxfp4, mxfp8, nvfp4; use "
+    "such a checkpoint, best the one that is not quantised"
 )
 NOT_TOGETHER = "config.json's quantization_config and the weights do not belong together"
 

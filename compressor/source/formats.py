@@ -3,9 +3,10 @@
 A quantised tensor has codes (codes.py) and, in other tensors, the scales that blocks of them share: w = value * scale.
   FP8    X.weight F8_E4M3 (rows, cols), X.weight_scale_inv or X.weight_scale (block rows, block cols). Despite its
          name, `_inv` is a factor too. Blocks at the last rows and columns may be incomplete. MXFP8 has an exponent,
-         U8 or F8_E8M0, for 32 columns.
+         U8 or F8_E8M0, for 32 columns. DeepSeek-V4 has X.scale F8_E8M0, an exponent, beside X.weight.
   MXFP4  X.weight_packed U8 (rows, cols / 2), E2M1; X.weight_scale U8 (rows, cols / 32), an exponent. Or, of all
-         experts, X_blocks U8 (experts, rows, cols / 32, 16), X_scales U8 (experts, rows, cols / 32).
+         experts, X_blocks U8 (experts, rows, cols / 32, 16), X_scales U8 (experts, rows, cols / 32). Or, of
+         DeepSeek-V4's experts, X.weight I8 (rows, cols / 2) or F4 (rows, cols); X.scale F8_E8M0 (rows, cols / 32).
   NVFP4  X.weight_packed U8 (rows, cols / 2), E2M1; X.weight_scale F8_E4M3 (rows, cols / 16), over
          X.weight_global_scale. ModelOpt has X.weight and X.weight_scale_2 instead, which is a factor.
   INT    X.weight_packed I32 (rows, cols * bits / 32), bits 4 or 8, zero in the middle; X.weight_scale (rows, groups).
@@ -20,7 +21,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ...runtime.tensorfile import Stored
+from ...runtime.tensorfile import FOUR_BITS, Stored
 from . import codes
 from .quantisation import MX_BLOCK, PLAIN, Block, unsupported
 
@@ -28,6 +29,7 @@ FP8, MXFP4, NVFP4 = "F8_E4M3", "MXFP4", "NVFP4"
 INTEGERS = ("I32", "I64")
 EXPONENTS = ("U8", "F8_E8M0")  # a power of two, stored as its biased exponent
 SCALES = {FP8: (*PLAIN, *EXPONENTS), MXFP4: EXPONENTS, NVFP4: (FP8,), "INT4": PLAIN, "INT8": PLAIN}
+PACKED_FP4 = ("I8", FOUR_BITS)  # two codes in a byte; of the second, the shape counts codes
 BLOCKS_SUFFIX = "_blocks"  # of a tensor of MXFP4 with a dimension for the blocks of a row
 NVFP4_BLOCK = (1, 16)
 MLX_BITS = (2, 3, 4, 5, 6, 8)  # of mode affine
@@ -77,6 +79,9 @@ def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: 
         return _fp4(
             MXFP4, key, shape, values, (shape[-1] // 32, 16), f"{key.removesuffix(BLOCKS_SUFFIX)}_scales", stored
         )
+    if values.dtype in PACKED_FP4 and (scale_key := _scale_key(key, stored)) in stored and len(shape) > 1:
+        each = shape[-1] // 2 if values.dtype == "I8" else shape[-1]
+        return _fp4(MXFP4, key, shape, values, (each,), scale_key, stored)
     if values.dtype == "U8" and f"{key}_scale_2" in stored:
         return _locate_fp4(key, key, shape, values, stored)
     if values.dtype == "U32" and f"{key.removesuffix('weight')}scales" in stored and len(shape) > 1:
@@ -88,13 +93,19 @@ def locate(key: str, shape: tuple[int, ...], stored: dict[str, Stored], blocks: 
     _check_shape(key, values, shape)
     if values.dtype in PLAIN:
         return Tensor(key, values.dtype, shape, values)
-    scale_key = f"{key}_scale" if f"{key}_scale" in stored else f"{key}_scale_inv"
+    scale_key = _scale_key(key, stored)
     scales = _locate_scales(FP8, key, values, scale_key, stored)
     for block in blocks:
         if scales.shape in _scale_shapes(shape, block):
             return Tensor(key, FP8, shape, values, "E4M3", scale_key, scales, _resolve(block, shape))
     wanted = dict.fromkeys(str(_scale_shapes(shape, block)[0]) for block in blocks)
     raise _wrong_scales(scale_key, scales, key, shape, " or ".join(wanted))
+
+
+def _scale_key(key: str, stored: dict[str, Stored]) -> str:
+    """The name of the scales of a tensor, in whichever spelling is stored; else the usual one."""
+    names = f"{key}_scale", f"{key.removesuffix('.weight')}.scale"
+    return next((name for name in names if name in stored), f"{key}_scale_inv")
 
 
 def locate_integers(key: str, shape: tuple[int, ...], stored: dict[str, Stored]) -> Tensor | None:

@@ -13,11 +13,12 @@ PLAIN = ("BF16", "F16", "F32")
 WHOLE = 0  # a block as high or wide as the matrix
 FP8_BLOCK, MX_BLOCK = (128, 128), (1, 32)  # rows and columns that share a scale, unless config.json says otherwise
 MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MXFP8", "MIXED_PRECISION")  # quant_algo of NVIDIA ModelOpt
+EXPERT_DTYPES = ("fp8", "fp4")  # of method fp8; the tensors tell which
 MLX_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 SUPPORTED = (
     f"{', '.join(PLAIN)}; with scales FP8 and MXFP8 (quant_method fp8, mxfp8, modelopt or compressed-tensors), NVFP4 "
-    "(modelopt or compressed-tensors), MXFP4 (mxfp4 or compressed-tensors), symmetric INT4 and INT8 "
-    "(compressed-tensors); and MLX's modes "
+    "(modelopt or compressed-tensors), MXFP4 (mxfp4, compressed-tensors, or fp8 with expert_dtype fp4), "
+    "symmetric INT4 and INT8 (compressed-tensors); and MLX's modes "
     f"{', '.join(MLX_MODES)}"
 )
 
@@ -51,6 +52,8 @@ def scale_blocks(quantisation, where: str) -> tuple[Block, ...]:
     if method == "mxfp4":
         return _any_block([])
     if method in ("fp8", "mxfp8"):
+        if (dtype := quantisation.get("expert_dtype", "fp8")) not in EXPERT_DTYPES:
+            raise unsupported(where, f"expert_dtype {dtype!r}")
         size = quantisation.get("weight_block_size")
         if size is not None:
             return (_block(size, "weight_block_size", where),)
