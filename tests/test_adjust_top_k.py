@@ -27,6 +27,8 @@ TRIALS = {
     "olmoe": [(1, 1), (1, 2)],  # three a token; 8 and 3 of 8
     "qwen2_moe": [(0, 2), (2, 2)],  # three a token; 5 and 4 of 8, and a dense layer: round(1.5) is 2
     "qwen3_moe": [(0, 2), (1, 2)],  # three a token; 3 and 5 of 6: round(1.5) and round(2.5) are 2
+    # Three a token, in the first two layers by tables; 6, 3, 4, 4 and 3 of 8.
+    "deepseek_v4": [(0, 2), (1, 1), (1, 2), (2, 2), (3, 2), (4, 1), (4, 2)],
     "deepseek_v3": [(1, 2), (1, 3), (1, 4), (2, 2), (2, 3), (2, 4)],  # five a token; 8 and 7 of 16
 }
 

@@ -140,7 +140,11 @@ def dropped(model, out, ids_file, share, **options) -> Bundle:
 
 @pytest.mark.parametrize("method", ["pmq", "uniform"])
 @pytest.mark.parametrize(
-    ("architecture", "share"), [("qwen3_moe", 0.4), ("qwen2_moe", 0.4), ("mixtral", 0.6), ("deepseek_v3", 0.13)]
+    ("architecture", "share"),
+    [
+        *(("qwen3_moe", 0.4), ("qwen2_moe", 0.4), ("mixtral", 0.6)),
+        *(("deepseek_v3", 0.13), ("deepseek_v4", 0.3)),
+    ],
 )
 def test_a_bundle_has_the_experts_that_were_used_most(golden, tmp_path, ids_file, architecture, share, method):
     model, ids, _ = golden[architecture]
@@ -159,6 +163,9 @@ def test_a_bundle_has_the_experts_that_were_used_most(golden, tmp_path, ids_file
             if name in whole_trunk:
                 want = Checkpoint(model).trunk(name)[list(c.kept[layer])]
                 np.testing.assert_array_equal(trunk.trunk(name), want)
+        if c.is_hashed(layer):
+            table = f"layers.{layer}.router_table"
+            np.testing.assert_array_equal(trunk.trunk(table), Kept(Checkpoint(model), c).trunk(table))
     logits = logits_of(bundle.path, ids)
     want = reference.forward(c, trunk, ids)
     assert np.median(np.sqrt(np.square(logits - want).mean(-1))) < 0.1 * want.std()  # int8 activations
