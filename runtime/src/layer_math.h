@@ -106,8 +106,8 @@ class LayerMath {
   // Apply a later layer's router to the current residual stream of one token, into r.ahead_logits. Waits.
   virtual void ahead_logits(int layer, const Routing& r) = 0;
 
-  // Compute some experts of the layer, jobs[i] in any order; none if no token has any. After the `last` jobs of a layer, add the tokens' weighted
-  // sums, in order of rank, and the shared expert to the residual stream.
+  // Compute some experts of the layer, jobs[i] in any order; none if no token has any. After the `last` jobs of a
+  // layer, add the tokens' weighted sums, in order of rank, and the shared expert to the residual stream.
   virtual void experts(int layer, const Step& step, std::span<const ExpertJob> jobs, const Routing& r, bool last) = 0;
 
   // Copy the first positions of a sequence's KV cache to another sequence's.
