@@ -63,6 +63,10 @@ FAMILIES = {
         tuple(map(split, DEEPSEEK)), "<｜end▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>"), THINK,
         bos="<｜begin▁of▁sentence｜>", adds_bos=True,
     ),
+    "deepseek_v4": Family(
+        tuple(map(split, DEEPSEEK)), "<｜end▁of▁sentence｜>", ("<｜User｜>", "<｜Assistant｜>"),
+        (*THINK, "｜DSML｜", "<｜latest_reminder｜>"), bos="<｜begin▁of▁sentence｜>", adds_bos=True,
+    ),
     "minimax_m2": Family((split(LLAMA),), "[e~[", ("]~b]", "]~!b["), (*THINK, "<minimax:tool_call>")),
     "kimi": Family(
         (split(KIMI),), "<|im_end|>", ("<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>"),

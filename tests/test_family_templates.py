@@ -54,6 +54,7 @@ REFUSED = {
     "qwen3_5_moe": {"parts that are thoughts", "another role"},
     "glm4_moe": {"arguments as a text"},
     "deepseek_v3": {"parts", "a picture"},
+    "deepseek_v4": {"a picture"},
     "minimax_m2": {"arguments as a text"},
     "mixtral": {"a call without an id", "parts", "a picture", "another role"},
     "mistral": {"a call without an id", "another role"},
