@@ -24,6 +24,7 @@ CHECKS = {
     "arm": ("g++-aarch64", "qemu-user"),
     "parity": ("'torch'", "'transformers'"),
     "mlx": ("'mlx.",),
+    "clang": ("clang++",),
     "nvcc": ("nvcc",),
     "sanitizers": ("sanitizers",),
 }
