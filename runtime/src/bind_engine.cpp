@@ -3,9 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
-#include <unistd.h>
 
-#include <cerrno>
 #include <cstring>
 #include <map>
 #include <numeric>
@@ -14,28 +12,13 @@
 #include "../../devices/python/encodings.h"
 #include "../../devices/python/gil.h"
 #include "bind_config.h"
+#include "bind_records.h"
 #include "cuda_math.h"
 #include "engine.h"
 
 using namespace edge_moe;
 
 namespace {
-
-// name, rows, cols, (codec, width, group), offset of each part
-using TensorRow = std::tuple<std::string, int, int, EncodingTuple, std::vector<uint64_t>>;
-
-std::vector<TrunkTensor> trunk_tensors(const std::vector<TensorRow>& rows) {
-  std::vector<TrunkTensor> tensors;
-  for (const auto& [name, n, cols, encoded, offsets] : rows) {
-    MatrixLayout layout;
-    layout.rows = n, layout.cols = cols, layout.encoding = encoding_of(encoded);
-    expect(int(offsets.size()) == traits(layout.encoding.codec).parts, "a tensor must have an offset for each part");
-    for (size_t part = 0; part < offsets.size(); ++part)
-      layout.parts[part] = {offsets[part], part_bytes(layout.encoding, int(part), n, cols)};
-    tensors.push_back({name, layout});
-  }
-  return tensors;
-}
 
 // path, offset, rows, cols, (codec, width, group)
 using TableRow = std::tuple<std::string, uint64_t, uint64_t, int, EncodingTuple>;
@@ -89,65 +72,7 @@ Engine::MaskRouters mask_routers(const EngineConfig& c, const MaskArrays& arrays
   return routers;
 }
 
-std::vector<Record> make_records(const EngineConfig& c, ArrayIn<int64_t, 2> rows, ArrayIn<float, 1> frequency,
-                                 size_t layouts) {
-  const size_t count = std::accumulate(c.experts.begin(), c.experts.end(), size_t(0));
-  expect(rows.shape(0) == count && rows.shape(1) == 5, "records must be (experts of all layers, 5)");
-  expect(frequency.shape(0) == count, "frequency must have one value a record");
-  std::vector<Record> records;
-  records.reserve(count);
-  for (int layer = 0; layer < c.layers; ++layer)
-    for (int expert = 0; expert < c.experts[layer]; ++expert) {
-      const int64_t* row = rows.data() + records.size() * 5;
-      Record r;
-      r.layer = layer, r.expert = expert;
-      r.file = int(row[0]), r.offset = uint64_t(row[1]), r.padded = uint64_t(row[2]), r.checksum = uint32_t(row[3]);
-      r.frequency = frequency.data()[records.size()];
-      r.layout = int(row[4]);
-      expect(row[4] >= 0 && size_t(row[4]) < layouts, "a record's layout is not one of layouts");
-      records.push_back(r);
-    }
-  return records;
-}
-
-ReadFault read_fault(const std::string& kind, int64_t after, int64_t times, uint64_t value) {
-  const std::map<std::string, std::pair<FaultKind, uint64_t>> kinds = {{"error", {FaultKind::kError, EIO}},
-                                                                       {"end", {FaultKind::kEnd, 0}},
-                                                                       {"short", {FaultKind::kShort, 4096}},
-                                                                       {"flip", {FaultKind::kFlip, 0}},
-                                                                       {"slow", {FaultKind::kSlow, 50'000'000}}};
-  expect(kinds.count(kind), "kind must be error, end, short, flip or slow");
-  ReadFault fault{kinds.at(kind).first};
-  fault.after = after, fault.times = times, fault.value = value ? value : kinds.at(kind).second;
-  return fault;
-}
-
-// An Engine and the process it was made in. A forked child has the engine's memory but not its threads: it can run
-// nothing, and frees nothing, since that would wait for the threads.
-class BoundEngine {
- public:
-  explicit BoundEngine(std::unique_ptr<Engine> engine) : engine_(std::move(engine)) {}
-  ~BoundEngine() {
-    if (process_ != getpid()) engine_.release();
-  }
-
-  Engine* operator->() const { return &**this; }
-  Engine& operator*() const {
-    if (process_ != getpid())
-      throw std::runtime_error("this engine was made in process " + std::to_string(process_) + ", of which this one, " +
-                               std::to_string(getpid()) + ", is a forked child without its threads; make one here");
-    return *engine_;
-  }
-
- private:
-  std::unique_ptr<Engine> engine_;
-  const pid_t process_ = getpid();
-};
-
-// Whether a signal handler raised, or stop() returned true. Call with Python's GIL.
-bool unwanted_by(const nb::object& stop) {
-  return PyErr_CheckSignals() != 0 || (!stop.is_none() && nb::cast<bool>(stop()));
-}
+using BoundEngine = OfProcess<Engine>;
 
 void check_sequence(const Engine& engine, int sequence) {
   expect(sequence >= 0 && sequence < engine.config().sequences, "there is no such sequence");
@@ -217,7 +142,7 @@ void bind_engine(nb::module_& m) {
             expect(on == "cpu" || on == "cuda", "device must be cpu or cuda");
             const Kernels& host = kernels.empty() ? best_kernels() : find_kernels(kernels);
             std::vector<TrunkTensor> trunk_table = trunk_tensors(tensors);
-            std::vector<Record> record_table = make_records(config, records, frequency, layouts.size());
+            std::vector<Record> record_table = make_records(config.experts, records, frequency, layouts.size());
             check_layouts(config, layouts);
             const std::vector<TableFile> table_list = table_files(config, tables);
             const Engine::MaskRouters otp_routers = mask_routers(config, otp);

@@ -189,6 +189,14 @@ Slot Residency::slot(int number) const {
   return slots_[number];
 }
 
+void Residency::offsets(int first, std::span<int64_t> to) const {
+  std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < to.size(); ++i) {
+    const int slot = table()[first + i].load(std::memory_order_relaxed);
+    to[i] = slot < 0 ? -1 : int64_t(slots_[slot].offset);
+  }
+}
+
 void Residency::begin_epoch() {
   std::lock_guard lock(mutex_);
   in_epoch_ = true;

@@ -62,6 +62,8 @@ class Residency final : ReadClient {
   // record is evicted that had a slot at the beginning, so its entry stays valid.
   std::span<const std::atomic<int32_t>> table() const { return slots_.table(); }
   Slot slot(int number) const;
+  // Where the records from `first` on are in memory: their offsets, -1 for one that is not ready.
+  void offsets(int first, std::span<int64_t> to) const;
   void begin_epoch();
   void end_epoch();
 

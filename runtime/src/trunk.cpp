@@ -16,10 +16,9 @@ Trunk::Trunk(const std::string& path, uint64_t bytes, uint32_t checksum, const s
   if (file.bytes != bytes)
     throw DamagedFile(path + ": has " + std::to_string(file.bytes) + " bytes, expected " + std::to_string(bytes) +
                       "; copy the bundle again");
-  // A direct read needs whole blocks; only the file's bytes arrive, and the rest of the memory is unused.
+  // Only the file's bytes arrive, and the rest of the memory is unused.
   constexpr uint64_t kStep = 8 << 20;
-  const size_t room = align_up(bytes, kSmallAlignment) + kSmallAlignment;
-  memory_ = device.memory(room, room, 1, kStep, false);
+  memory_ = device.memory(room(bytes), room(bytes), 1, kStep, false);
   const uint64_t whole = bytes / kSmallAlignment * kSmallAlignment;
   uint32_t sum = 0;
   for (uint64_t at = 0; at < bytes;) {

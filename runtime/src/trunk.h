@@ -25,6 +25,8 @@ class Trunk {
         const Device& device, Interrupt* interrupt = nullptr);
 
   const std::string& path() const { return path_; }
+  // The memory that a file of so many bytes is read to: a direct read needs whole blocks.
+  static size_t room(uint64_t bytes) { return align_up(bytes, kSmallAlignment) + kSmallAlignment; }
 
   // Pointers of the device.
   Matrix matrix(const std::string& name) const;                           // throws DamagedFile if it is missing
