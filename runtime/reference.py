@@ -29,6 +29,7 @@ from .layers.arrays import (
     softplus,
 )
 from .layers.indexer import Choice
+from .layers.past import NO_PAST, Past
 
 NO_BIAS = (None, None, None)  # of gate, up and down
 
@@ -59,21 +60,35 @@ def embed(config: ModelConfig, weights, token_ids, xp=np):
     return xp.concatenate([x] * config.streams.count, axis=-1) if config.streams else x
 
 
-def with_ngrams(config: ModelConfig, weights, layer: int, x, token_ids, xp=np):
-    """The input x (sequences, tokens, width) of a layer, with embeddings of n-grams where the layer has them."""
+def with_ngrams(config: ModelConfig, weights, layer: int, x, token_ids, xp=np, past: Past = NO_PAST):
+    """The input x (sequences, tokens, width) of a layer, with embeddings of n-grams where the layer has them.
+
+    token_ids: (sequences, positions), with those before the tokens of x. past: see attention_block().
+    """
     its = config.layers[layer].ngrams
     if its is None:
         return x
     trunk, times = _of_layer(weights, layer, xp)
-    found = its.rows_of(token_ids)
+    found = its.rows_of(token_ids)[:, -x.shape[1] :]
     rows = array(weights.rows(f"layers.{layer}.ngrams.table", found.reshape(-1)).reshape(*found.shape[:2], -1), xp)
-    return x + its.added(trunk, times, x, rows, config.dim, config.norm_eps, xp)
+    return x + its.added(trunk, times, x, rows, config.dim, config.norm_eps, xp, past)
 
 
-def layer(config: ModelConfig, weights, layer: int, x, xp=np, prune=None, choice: Choice | None = None, ids=None):
-    """One layer: x (sequences, tokens, width) in and out. choice: see attention_block()."""
+def layer(
+    config: ModelConfig,
+    weights,
+    layer: int,
+    x,
+    xp=np,
+    prune=None,
+    choice: Choice | None = None,
+    ids=None,
+    past: Past = NO_PAST,
+):
+    """One layer: x (sequences, tokens, width) in and out. choice, past: see attention_block()."""
     if config.layers[layer].attention:
-        x = with_attention(config, weights, layer, x, attention_block(config, weights, layer, x, xp, choice), xp)
+        y = attention_block(config, weights, layer, x, xp, choice, past)
+        x = with_attention(config, weights, layer, x, y, xp)
     if config.layers[layer].mlp is None:
         return scaled(config, weights, layer, x, xp)
     if not config.has_experts(layer):
@@ -122,10 +137,13 @@ def norm(config: ModelConfig, weights, name: str, x, xp=np):
     return layer_norm(x, weights.trunk(name), weights.trunk(f"{name}_bias"), config.norm_eps, xp)
 
 
-def attention_block(config: ModelConfig, weights, layer: int, x, xp=np, choice: Choice | None = None):
+def attention_block(
+    config: ModelConfig, weights, layer: int, x, xp=np, choice: Choice | None = None, past: Past = NO_PAST
+):
     """The output of attention for x (sequences, tokens, dim): norm, attention, output projection.
 
-    choice: the positions that layers with an indexer choose, which the layers after them may use.
+    choice: the positions that layers with an indexer choose, which the layers after them may use. past: what the layer
+    knows of the tokens before.
     """
     its = config.layers[layer].attention
     trunk, times = _of_layer(weights, layer, xp)
@@ -134,7 +152,7 @@ def attention_block(config: ModelConfig, weights, layer: int, x, xp=np, choice: 
     h = block_input(config, weights, f"layers.{layer}.attention", x, xp)
 
     # attention, or what the layer has in its place
-    y = its.attended(trunk, times, h, config.norm_eps, xp, choice)
+    y = its.attended(trunk, times, h, config.norm_eps, xp, choice, past)
 
     # output projection
     y = times(its.output, y) + trunk("o_bias") if its.output_bias else times(its.output, y)

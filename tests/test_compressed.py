@@ -206,7 +206,8 @@ def test_a_compressed_row_is_a_mean_weighted_by_a_softmax_in_each_dimension(gold
 def test_no_stretch_is_whole_in_fewer_tokens(golden):
     checkpoint = Checkpoint(golden[NAME][0])
     its = checkpoint.config.layers[2].attention
-    assert its.compressed(None, None, np.zeros((1, 7, 64)), "pool", 24, 1e-3) is None
+    h = np.zeros((1, 7, 64))
+    assert its.compressed(None, lambda part, x: x @ checkpoint.trunk(f"layers.2.{part}").T, h, "pool", 24, 1e-3) is None
 
 
 def test_a_query_sees_the_rows_whose_stretches_are_over(golden):

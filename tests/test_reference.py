@@ -13,7 +13,9 @@ from golden_checkpoints import ARCHITECTURES, CHECKPOINTS, DROPPED, dropped_logi
 from edge_moe.bench import EMBEDDED
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
+from edge_moe.runtime.layers.indexer import Choice
 from edge_moe.runtime.layers.mlp import RouterConfig
+from edge_moe.runtime.layers.past import Past
 
 TOLERANCE = 1e-4
 
@@ -40,6 +42,46 @@ def test_mlx_gives_the_logits_of_transformers(golden):
     mx = pytest.importorskip("mlx.core")
     checkpoint, token_ids, logits = golden
     assert_agree(reference.forward(checkpoint.config, checkpoint, token_ids, mx), logits)
+
+
+class Remembered(Past):
+    """The tokens of one sequence, which is computed in parts."""
+
+    def __init__(self):
+        self.kept, self.position = {}, 0
+
+    def all(self, name, x, before=None):
+        if x is not None:
+            assert self.kept.get(name, x[:, :0]).shape[1] == (self.position if before is None else before)
+            self.kept[name] = np.concatenate([self.kept.get(name, x[:, :0]), x], axis=1)
+        return self.kept.get(name)
+
+    def latest(self, name, x, count, xp=np):
+        whole = np.concatenate([self.kept.get(name, np.zeros_like(x, shape=(1, count, x.shape[2]))), x], axis=1)
+        self.kept[name] = whole[:, whole.shape[1] - count :]
+        return whole
+
+    def state(self, shape, xp=np):
+        return self.kept.get("state", np.zeros(shape, np.float32))
+
+    def keep_state(self, state):
+        self.kept["state"] = state
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_a_sequence_in_parts_has_the_logits_of_transformers(golden, chunk):
+    checkpoint, token_ids, logits = golden
+    config, ids, found = checkpoint.config, token_ids[None], []
+    pasts = [Remembered() for _ in range(config.layer_count)]
+    for first in range(0, len(token_ids), chunk):
+        part = ids[:, first : first + chunk]
+        x, choice = reference.embed(config, checkpoint, part), Choice()
+        for layer, past in enumerate(pasts):
+            x = reference.with_ngrams(config, checkpoint, layer, x, ids[:, : first + chunk], past=past)
+            x = reference.layer(config, checkpoint, layer, x, choice=choice, ids=part[0], past=past)
+            past.position += part.shape[1]
+        found.append(reference.head(config, checkpoint, x)[0])
+    assert_agree(np.concatenate(found), logits)
 
 
 @pytest.mark.parametrize("architecture", DROPPED)

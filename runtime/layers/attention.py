@@ -8,6 +8,7 @@ import numpy as np
 from .arrays import array, rms_norm, sigmoid, softmax
 from .block_index import BlockIndex
 from .indexer import Choice
+from .past import NO_PAST, Past
 from .rope import Rope, rotate_first
 
 
@@ -74,15 +75,18 @@ class Attention:
         """About how many values attended() holds at once for `rows` rows in sequences of `tokens`."""
         return rows * 8 * self.heads * self.head_dim + 3 * self.heads * tokens * tokens
 
-    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
+    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None, past: Past = NO_PAST):
         """Compute the input of the output projection, (sequences, tokens, heads * value_dim); see qkv()."""
         sinks = trunk("sinks") if self.sinks else None
-        seen = self.index.seen(trunk, times, h, self.rope, eps, xp) if self.index else None
-        y = attend_all(*self.qkv(trunk, times, h, eps, xp), self.softmax_scale, self.window, xp, sinks, seen)
+        seen = self.index.seen(trunk, times, h, self.rope, eps, xp, past) if self.index else None
+        q, k, v = self.qkv(trunk, times, h, eps, xp, past.position)
+        k, v = past.all("k", k), past.all("v", v)
+        y = attend_all(q, k, v, self.softmax_scale, self.window, xp, sinks, seen)
         return y * sigmoid(times("o_gate", h), xp) if self.output_gate else y
 
-    def qkv(self, trunk, times, h, eps: float, xp=np):
-        """Compute queries, keys and values of h (sequences, tokens, dim), and rotate queries and keys by position.
+    def qkv(self, trunk, times, h, eps: float, xp=np, first: int = 0):
+        """Compute queries, keys and values of h (sequences, tokens, dim), and rotate queries and keys by position, of
+        which the first token has `first`.
 
         trunk(name) is a tensor of the layer, times(name, x) the product of x with a matrix of the layer. Returns arrays
         (sequences, tokens, heads or kv_heads, head_dim).
@@ -103,7 +107,7 @@ class Attention:
             q, k = rms_norm(q, trunk("q_norm"), eps, xp), rms_norm(k, trunk("k_norm"), eps, xp)
         if self.v_norm:
             v = rms_norm(v, np.ones(self.head_dim, np.float32), eps, xp)
-        cos, sin = self.rope.tables(tokens, xp)
+        cos, sin = self.rope.tables(tokens, xp, first)
         q, k = (rotate_first(part, self.rope, cos, sin, xp) for part in (q, k))
         if self.qk_norm == "head" and self.norm_after_rope:
             q, k = rms_norm(q, trunk("q_norm"), eps, xp), rms_norm(k, trunk("k_norm"), eps, xp)
@@ -119,20 +123,21 @@ def attend_all(q, k, v, scale: float, window: int = 0, xp=np, sinks=None, visibl
 
 
 def attend(q, k, v, scale: float, window: int = 0, xp=np, sinks=None, visible=None):
-    """Causal attention within one sequence: q (tokens, heads, head_dim), k and v (tokens, kv_heads, size of each).
+    """Causal attention within one sequence: q (tokens, heads, head_dim), k and v (positions, kv_heads, size of each).
 
-    Returns (tokens, heads * v's size). Query head i reads key head i // (heads / kv_heads). window: keys a query can
-    see, itself included; 0 is all. sinks: (heads,), a logit of each head that has no value; None: none. visible: bool
-    (queries, positions), the positions that a query can see, if these are not all in its window.
+    The queries are those of the last positions. Returns (tokens, heads * v's size). Query head i reads key head
+    i // (heads / kv_heads). window: keys a query can see, itself included; 0 is all. sinks: (heads,), a logit of each
+    head that has no value; None: none. visible: bool (queries, positions), the positions that a query can see, if these
+    are not all in its window.
     """
     tokens, heads, head_dim = q.shape
-    kv_heads, v_dim = v.shape[1:]
+    positions, kv_heads, v_dim = v.shape
     q = q.transpose(1, 0, 2).reshape(kv_heads, heads // kv_heads, tokens, head_dim)
-    k = k.transpose(1, 2, 0)[:, None]  # (kv_heads, 1, head_dim, tokens)
-    v = v.transpose(1, 0, 2)[:, None]  # (kv_heads, 1, tokens, v_dim)
+    k = k.transpose(1, 2, 0)[:, None]  # (kv_heads, 1, head_dim, positions)
+    v = v.transpose(1, 0, 2)[:, None]  # (kv_heads, 1, positions, v_dim)
 
-    age = np.arange(tokens)[:, None] - np.arange(tokens)  # (query, key)
-    visible = (age >= 0) & (age < (window or tokens)) if visible is None else visible
+    age = np.arange(positions - tokens, positions)[:, None] - np.arange(positions)  # (query, key)
+    visible = (age >= 0) & (age < (window or positions)) if visible is None else visible
     scores = xp.where(array(visible, xp), q @ k * scale, -math.inf)
     sinks = None if sinks is None else sinks.reshape(kv_heads, heads // kv_heads, 1, 1)
     y = softmax(scores, xp, sinks) @ v  # (kv_heads, heads / kv_heads, tokens, v_dim)

@@ -10,6 +10,7 @@ import numpy as np
 
 from .arrays import array, rms_norm
 from .indexer import chosen
+from .past import NO_PAST, Past
 from .rope import Rope, rotate_first
 
 
@@ -36,31 +37,33 @@ class BlockIndex:
             "index.k_norm": (self.head_dim,),
         }
 
-    def seen(self, trunk, times, h, rope: Rope, eps: float, xp=np):
+    def seen(self, trunk, times, h, rope: Rope, eps: float, xp=np, past: Past = NO_PAST):
         """Whether each query sees each position, bool (sequences, queries, positions), on the host.
 
         h: (sequences, tokens, dim). Of blocks with equal scores the first is chosen.
         """
         sequences, tokens, _ = h.shape
-        cos, sin = rope.tables(tokens, xp)
+        positions = past.position + tokens
+        cos, sin = rope.tables(tokens, xp, past.position)
         q = times("index.q", h).reshape(sequences, tokens, self.heads, self.head_dim)
         q = rotate_first(rms_norm(q, trunk("index.q_norm"), eps, xp), rope, cos, sin, xp)
 
-        whole = tokens // self.block
-        age = np.arange(tokens)[:, None] - np.arange(tokens)
-        causal = np.broadcast_to(age >= 0, (sequences, tokens, tokens))
+        keys = past.all("index.k", times("index.k", h))
+        whole, at = positions // self.block, np.arange(past.position, positions)[:, None]
+        causal = np.broadcast_to(np.arange(positions) <= at, (sequences, tokens, positions))
         if whole <= self.blocks:
             return causal
-        k = times("index.k", h)[:, : whole * self.block].reshape(sequences, whole, self.block, self.head_dim)
+        k = keys[:, : whole * self.block].reshape(sequences, whole, self.block, self.head_dim)
         k = rms_norm(xp.mean(k, axis=2), trunk("index.k_norm"), eps, xp)[:, :, None]
+        cos, sin = rope.tables(positions, xp)
         starts = slice(0, whole * self.block, self.block)
         k = rotate_first(k, rope, cos[starts], sin[starts], xp)[:, :, 0]  # (sequences, whole, head_dim)
 
         products = q.swapaxes(1, 2) @ k.swapaxes(1, 2)[:, None]  # (sequences, heads, tokens, whole)
         scores = xp.sum(xp.maximum(products * self.scale, array(np.float32(0), xp)), axis=1)
-        before = (np.arange(tokens)[:, None] + 1) // self.block  # whole blocks that end at the query or before it
+        before = (at + 1) // self.block  # whole blocks that end at the query or before it
         there = np.arange(whole) < before
         of_blocks = np.repeat(chosen(scores, self.blocks, there), self.block, axis=-1)
-        tail = np.arange(tokens) >= before * self.block
-        padded = np.pad(of_blocks, ((0, 0), (0, 0), (0, tokens - whole * self.block)))
+        tail = np.arange(positions) >= before * self.block
+        padded = np.pad(of_blocks, ((0, 0), (0, 0), (0, positions - whole * self.block)))
         return causal & (padded | tail)

@@ -13,6 +13,7 @@ import numpy as np
 from .arrays import array, rms_norm, softmax
 from .attention import attend_all
 from .indexer import Choice, chosen
+from .past import NO_PAST, Past
 from .rope import Rope, rotate_last
 
 
@@ -102,28 +103,29 @@ class CompressedAttention:
         scores = max(3 * self.heads * (tokens + compressed), 2 * self.index.heads * compressed if self.index else 0)
         return rows * 8 * (self.heads + (4 if self.overlapped else 2)) * self.head_dim + scores * tokens
 
-    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
+    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None, past: Past = NO_PAST):
         """Compute the input of the output projection, (sequences, tokens, groups * group_rank).
 
         h: (sequences, tokens, dim). trunk(name) is a tensor of the layer, times(name, x) the product of x with a matrix
         of the layer, with grouped=True as grouped_product().
         """
         sequences, tokens, _ = h.shape
-        cos, sin = self.rope.tables(tokens, xp)
+        cos, sin = self.rope.tables(tokens, xp, past.position)
 
         # queries, and the row of each token
         latent = rms_norm(times("q_a", h), trunk("q_a_norm"), eps, xp)
         q = times("q_b", latent).reshape(sequences, tokens, self.heads, self.head_dim)
         q = rotate_last(rms_norm(q, np.ones(self.head_dim, np.float32), eps, xp), self.rope, cos, sin, xp)
         rows = rms_norm(times("kv", h), trunk("kv_norm"), eps, xp)[:, :, None]
-        rows = rotate_last(rows, self.rope, cos, sin, xp)
+        rows = past.all("rows", rotate_last(rows, self.rope, cos, sin, xp))
 
         # compressed rows, and which of all rows a query sees
-        age = np.arange(tokens)[:, None] - np.arange(tokens)
-        seen = np.broadcast_to((age >= 0) & (age < self.window), (sequences, tokens, tokens))
-        compressed = self.compressed(trunk, times, h, "pool", self.head_dim, eps, xp)
+        at = np.arange(past.position, past.position + tokens)[:, None]
+        age = at - np.arange(past.position + tokens)
+        seen = np.broadcast_to((age >= 0) & (age < self.window), (sequences, *age.shape))
+        compressed = self.compressed(trunk, times, h, "pool", self.head_dim, eps, xp, past)
+        visible = self._visible(trunk, times, h, latent, eps, xp, past)
         if compressed is not None:
-            visible = self._visible(trunk, times, h, latent, eps, xp)
             seen = np.concatenate([np.broadcast_to(visible, (sequences, *visible.shape[-2:])), seen], axis=-1)
             rows = xp.concatenate([compressed[:, :, None], rows], axis=1)
 
@@ -133,44 +135,51 @@ class CompressedAttention:
         y = rotate_last(y, self.rope, cos, sin, xp, back=True).reshape(sequences, tokens, self.groups, -1)
         return times("o_a", y, grouped=True).reshape(sequences, tokens, -1)
 
-    def compressed(self, trunk, times, h, name: str, size: int, eps: float, xp=np):
-        """The compressed rows of h (sequences, tokens, dim), (sequences, stretches, size); None if no stretch is whole.
+    def compressed(self, trunk, times, h, name: str, size: int, eps: float, xp=np, past: Past = NO_PAST):
+        """The compressed rows of all stretches that are over, (sequences, stretches, size); None if there are none.
 
-        name: pool, or index for the smaller ones.
+        h: (sequences, tokens, dim). name: pool, or index for the smaller ones.
         """
-        whole = h.shape[1] // self.rate if self.rate else 0
-        if not whole:
+        if not self.rate:
             return None
-        shape = (len(h), whole, self.rate, -1)
-        kv, gate = (times(f"{name}.{part}", h[:, : whole * self.rate]).reshape(shape) for part in ("kv", "gate"))
+        before = int(self.overlapped)  # stretches before its own that a row takes
+        first, over = past.position // self.rate, (past.position + h.shape[1]) // self.rate
+        kept = (before + 1) * self.rate - 1  # tokens before that the rows may take
+        kv, gate = (past.latest(f"{name}.{part}", times(f"{name}.{part}", h), kept, xp) for part in ("kv", "gate"))
+        if over == first:
+            return past.all(name, None, first)
+        begin = (first - before) * self.rate - (past.position - kept)
+        count = over - first + before
+        kv, gate = (
+            part[:, begin : begin + count * self.rate].reshape(len(h), count, self.rate, -1) for part in (kv, gate)
+        )
         gate = gate + trunk(f"{name}.bias")
-        if self.overlapped:  # the first stretch has none before it
-            kv = self._with_before(kv, size, 0, xp)
-            gate = self._with_before(gate, size, -math.inf, xp)
+        if before:
+            there = array(np.arange(first, over)[:, None, None] > 0, xp)  # the first stretch has none before it
+            kv = xp.concatenate([kv[:, :-1, :, :size], kv[:, 1:, :, size:]], axis=2)
+            of_before = xp.where(there, gate[:, :-1, :, :size], -math.inf)
+            gate = xp.concatenate([of_before, gate[:, 1:, :, size:]], axis=2)
         share = softmax(gate.swapaxes(2, 3), xp)
         norm = "pool.norm" if name == "pool" else "index.k_norm"
         mean = rms_norm(xp.sum(kv.swapaxes(2, 3) * share, axis=-1), trunk(norm), eps, xp)
-        cos, sin = (part[:: self.rate] for part in self.rope.tables(whole * self.rate, xp))
-        return rotate_last(mean[:, :, None], self.rope, cos, sin, xp)[:, :, 0]
+        cos, sin = (part[:: self.rate] for part in self.rope.tables((over - first) * self.rate, xp, first * self.rate))
+        return past.all(name, rotate_last(mean[:, :, None], self.rope, cos, sin, xp)[:, :, 0], first)
 
-    def _with_before(self, x, size: int, absent: float, xp):
-        """The tokens of each stretch with those of the one before: x (sequences, stretches, rate, 2 size) ->
-        (sequences, stretches, 2 rate, size)."""
-        first = array(np.full((len(x), 1, self.rate, size), absent, np.float32), xp)
-        before = xp.concatenate([first, x[:, :-1, :, :size]], axis=1)
-        return xp.concatenate([before, x[..., size:]], axis=2)
-
-    def _visible(self, trunk, times, h, latent, eps: float, xp) -> np.ndarray:
+    def _visible(self, trunk, times, h, latent, eps: float, xp, past: Past = NO_PAST) -> np.ndarray | None:
         """Whether each query sees each compressed row, bool (queries, rows) or (sequences, queries, rows)."""
+        if not self.rate:
+            return None
         sequences, tokens, _ = h.shape
-        over = np.arange(tokens // self.rate) < (np.arange(tokens)[:, None] + 1) // self.rate
-        its = self.index
-        if its is None or over.shape[1] <= its.top:
+        its, positions = self.index, past.position + tokens
+        over = np.arange(positions // self.rate) < (np.arange(past.position, positions)[:, None] + 1) // self.rate
+        if its is None:
             return over
-        cos, sin = self.rope.tables(tokens, xp)
+        k = self.compressed(trunk, times, h, "index", its.dim, eps, xp, past)
+        if over.shape[1] <= its.top:
+            return over
+        cos, sin = self.rope.tables(tokens, xp, past.position)
         q = times("index.q", latent).reshape(sequences, tokens, its.heads, its.dim)
         q = rotate_last(q, self.rope, cos, sin, xp)
-        k = self.compressed(trunk, times, h, "index", its.dim, eps, xp)
         weights = times("index.weights", h)  # (sequences, tokens, heads)
         scores = [self._scores(q[i], k[i], weights[i], xp) for i in range(sequences)]
         return chosen(xp.stack(scores), its.top, over)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import array, l2_norm, rms_norm, sigmoid, silu, softplus
+from .arrays import l2_norm, rms_norm, sigmoid, silu, softplus
 from .indexer import Choice
+from .past import NO_PAST, Past
 
 KEY_EPS = 1e-6  # added to the squared norms of queries and keys
 GATES = {"silu": silu, "sigmoid": sigmoid}
@@ -64,7 +65,7 @@ class DeltaNet:
         states = -(-rows // tokens) * self.heads * self.head_dim * self.value_dim
         return rows * 6 * (self.channels + self.heads * self.value_dim) + 3 * states
 
-    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
+    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None, past: Past = NO_PAST):
         """Compute the input of the output projection, (sequences, tokens, heads * value_dim).
 
         h: (sequences, tokens, dim). trunk(name) is a tensor of the layer, times(name, x) the product of x with a matrix
@@ -74,7 +75,7 @@ class DeltaNet:
         keys = self.kv_heads * self.head_dim
 
         # q k v, through the convolution
-        x = silu(convolve(times("delta.qkv", h), trunk("delta.conv"), xp), xp)
+        x = silu(convolve(times("delta.qkv", h), trunk("delta.conv"), xp, past=past), xp)
         q, k, v = x[..., :keys], x[..., keys : 2 * keys], x[..., 2 * keys :]
         q, k = (part.reshape(sequences, tokens, self.kv_heads, self.head_dim) for part in (q, k))
         v = v.reshape(sequences, tokens, self.heads, self.value_dim)
@@ -85,21 +86,20 @@ class DeltaNet:
         decay = xp.exp(-trunk("delta.decay_rate") * softplus(times("delta.decay", h) + trunk("delta.decay_bias"), xp))
 
         # the state's values, normed and gated
-        y = delta_rule(q, k, v, write, decay, xp)
+        y = delta_rule(q, k, v, write, decay, xp, past)
         y = rms_norm(y, trunk("delta.norm"), eps, xp).reshape(sequences, tokens, -1)
         return y * GATES[self.gate](times("delta.gate", h), xp)
 
 
-def convolve(x, weights, xp=np, apart: int = 1):
+def convolve(x, weights, xp=np, apart: int = 1, past: Past = NO_PAST, name: str = "conv"):
     """Causal convolution of each channel: x (sequences, tokens, channels), weights (kernel, channels), the last one for
     a token's own value. apart: how many tokens the inputs of an output are apart."""
     kernel, tokens = len(weights), x.shape[1]
-    before = xp.zeros((len(x), (kernel - 1) * apart, x.shape[2]), dtype=x.dtype)
-    padded = xp.concatenate([before, x], axis=1)
+    padded = past.latest(name, x, (kernel - 1) * apart, xp)
     return sum(padded[:, at * apart : at * apart + tokens] * weights[at] for at in range(kernel))
 
 
-def delta_rule(q, k, v, write, decay, xp=np):
+def delta_rule(q, k, v, write, decay, xp=np, past: Past = NO_PAST):
     """Read each token's value from the state, (sequences, tokens, heads, value_dim).
 
     q, k: (sequences, tokens, kv_heads, head_dim); v: (sequences, tokens, heads, value_dim); write and decay:
@@ -107,7 +107,7 @@ def delta_rule(q, k, v, write, decay, xp=np):
     """
     sequences, tokens, heads, value_dim = v.shape
     shared = heads // k.shape[2]
-    state = array(np.zeros((sequences, heads, k.shape[3], value_dim), np.float32), xp)
+    state = past.state((sequences, heads, k.shape[3], value_dim), xp)
     read = []
     for t in range(tokens):
         key, query = (xp.repeat(part[:, t], shared, axis=1)[:, :, None] for part in (k, q))
@@ -115,4 +115,5 @@ def delta_rule(q, k, v, write, decay, xp=np):
         change = (v[:, t, :, None] - key @ state) * write[:, t, :, None, None]
         state = state + key.swapaxes(2, 3) * change
         read.append((query @ state)[:, :, 0])
+    past.keep_state(state)
     return xp.stack(read, axis=1)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrays import layer_norm
+from .past import NO_PAST, Past
 from .rope import Rope, rotate_first
 
 
@@ -36,22 +37,27 @@ class Indexer:
         """The factor of the products of queries and keys."""
         return (self.dim * self.heads) ** -0.5
 
-    def scores(self, trunk, times, h, q_latent, xp=np):
+    def keys(self, trunk, times, h, xp=np, past: Past = NO_PAST):
+        """The key of each position, (sequences, positions, dim). h: (sequences, tokens, dim), the attention's input."""
+        k = layer_norm(times("index.k", h), trunk("index.k_norm"), trunk("index.k_norm_bias"), self.norm_eps, xp)
+        cos, sin = self.rope.tables(h.shape[1], xp, past.position)
+        return past.all("index.k", rotate_first(k[:, :, None], self.rope, cos, sin, xp)[:, :, 0])
+
+    def scores(self, trunk, times, h, q_latent, k, xp=np):
         """The score of each position for each query, (sequences, queries, positions), later positions included.
 
-        h: (sequences, tokens, dim), the attention's input; q_latent: (sequences, tokens, q_rank). A head's product of
-        query and key counts if it is positive, times a weight that the head has for the query.
+        h: (sequences, tokens, dim), the attention's input; q_latent: (sequences, tokens, q_rank); k: keys(). A head's
+        product of query and key counts if it is positive, times a weight that the head has for the query.
         """
         sequences, tokens, _ = h.shape
         q = times("index.q", q_latent).reshape(sequences, tokens, self.heads, self.dim)
-        k = layer_norm(times("index.k", h), trunk("index.k_norm"), trunk("index.k_norm_bias"), self.norm_eps, xp)
         weights = times("index.weights", h)  # (sequences, tokens, heads)
-        cos, sin = self.rope.tables(tokens, xp)
-        q, k = rotate_first(q, self.rope, cos, sin, xp), rotate_first(k[:, :, None], self.rope, cos, sin, xp)[:, :, 0]
+        cos, sin = self.rope.tables(tokens, xp, k.shape[1] - tokens)
+        q = rotate_first(q, self.rope, cos, sin, xp)
         return xp.stack([self._scores(q[i], k[i], weights[i], xp) for i in range(sequences)])
 
     def _scores(self, q, k, weights, xp):
-        """The same for one sequence: q (tokens, heads, dim), k (tokens, dim), weights (tokens, heads)."""
+        """The same for one sequence: q (tokens, heads, dim), k (positions, dim), weights (tokens, heads)."""
         of_heads = xp.maximum(q @ k.T * self.scale, 0)  # (queries, heads, positions)
         return (weights[:, None] @ of_heads)[:, 0]
 
@@ -67,10 +73,12 @@ def chosen(scores, top: int, seen: np.ndarray | None = None) -> np.ndarray:
     """Whether each query attends to each position, bool (sequences, queries, positions).
 
     It attends to the `top` positions with the highest scores of those that it sees; ties go to the lower position.
-    seen: bool (queries, positions); None: those up to the query's own.
+    seen: bool (queries, positions); None: those up to the query's own, where the queries are those of the last
+    positions.
     """
     scores = np.asarray(scores)
-    seen = np.tri(scores.shape[-1], dtype=bool) if seen is None else seen
+    queries, positions = scores.shape[1:]
+    seen = np.tri(queries, positions, positions - queries, dtype=bool) if seen is None else seen
     best = np.argsort(-np.where(seen, scores, -np.inf), axis=-1, kind="stable")[..., :top]
     visible = np.zeros(scores.shape, bool)
     np.put_along_axis(visible, best, True, axis=-1)

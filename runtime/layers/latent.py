@@ -7,6 +7,7 @@ import numpy as np
 from .arrays import array, rms_norm
 from .attention import attend_all
 from .indexer import Choice, Indexer, chosen
+from .past import NO_PAST, Past
 from .rope import Rope, rotate
 
 
@@ -86,28 +87,31 @@ class LatentAttention:
         of_index = 2 * self.indexer.heads if self.indexer and tokens > self.top else 0
         return rows * 8 * self.heads * self.head_dim + max(3 * self.heads, of_index) * tokens * tokens
 
-    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
+    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None, past: Past = NO_PAST):
         """Compute what Attention.attended() returns. choice: needed if other layers choose the positions."""
         c = rms_norm(times("q_a", h), trunk("q_a_norm"), self.norm_eps, xp) if self.q_rank else h
-        q, k, v = self.qkv(trunk, times, h, c, xp)
-        visible = self._visible(trunk, times, h, c, xp, choice)
+        q, k, v = self.qkv(trunk, times, h, c, xp, past)
+        visible = self._visible(trunk, times, h, c, xp, choice, past)
         return attend_all(q, k, v, self.softmax_scale, xp=xp, visible=visible)
 
-    def _visible(self, trunk, times, h, q_latent, xp, choice: Choice | None) -> np.ndarray | None:
+    def _visible(self, trunk, times, h, q_latent, xp, choice: Choice | None, past: Past) -> np.ndarray | None:
         """Which positions each query attends to, as chosen() returns it; None: every position up to its own."""
-        if not 0 < self.top < h.shape[1]:
+        if not self.top:
+            return None
+        keys = self.indexer.keys(trunk, times, h, xp, past) if self.indexer else None
+        if past.position + h.shape[1] <= self.top:
             return None
         if self.indexer is None:
             if choice is None:
                 raise ValueError(f"a layer without an indexer attends to {self.top} positions that another has chosen")
             return choice.visible
-        visible = chosen(self.indexer.scores(trunk, times, h, q_latent, xp), self.top)
+        visible = chosen(self.indexer.scores(trunk, times, h, q_latent, keys, xp), self.top)
         if choice is not None:
             choice.visible = visible
         return visible
 
-    def qkv(self, trunk, times, h, q_latent, xp=np):
-        """Compute what Attention.qkv() returns, with the keys and values of all heads expanded.
+    def qkv(self, trunk, times, h, q_latent, xp=np, past: Past = NO_PAST):
+        """Compute what Attention.qkv() returns, with the keys and values of all positions and heads expanded.
 
         q_latent: (sequences, tokens, q_rank), or h if queries have no latent.
         """
@@ -116,17 +120,18 @@ class LatentAttention:
         kv = times("kv_a", h)  # (sequences, tokens, kv_rank + rope.dim)
         q = q.reshape(sequences, tokens, self.heads, self.head_dim)
 
-        # keys and values of every head, from the latent
+        # the latent, and the rotated dimensions
         c = rms_norm(kv[..., : self.kv_rank], trunk("kv_a_norm"), self.norm_eps, xp)
-        expanded = times("kv_b", c).reshape(sequences, tokens, self.heads, self.nope_dim + self.value_dim)
-
-        # the rotated dimensions
-        cos, sin = self.rope.tables(tokens, xp)
+        cos, sin = self.rope.tables(tokens, xp, past.position)
         q_rope = rotate(q[..., self.nope_dim :], cos, sin, xp, self.rope.interleaved)
         k_rope = rotate(kv[..., None, self.kv_rank :], cos, sin, xp, self.rope.interleaved)
-        k_rope = xp.broadcast_to(k_rope, q_rope.shape)
+        c, k_rope = past.all("c", c), past.all("k_rope", k_rope)
+
+        # keys and values of every head
+        expanded = times("kv_b", c).reshape(sequences, -1, self.heads, self.nope_dim + self.value_dim)
+        k_rope = xp.broadcast_to(k_rope, (*expanded.shape[:3], self.rope.dim))
         q = xp.concatenate([q[..., : self.nope_dim], q_rope], axis=-1)
         k = xp.concatenate([expanded[..., : self.nope_dim], k_rope], axis=-1)
         if self.query_growth:
-            q = q * array(self.query_scales(tokens), xp)[:, None, None]
+            q = q * array(self.query_scales(past.position + tokens)[past.position :], xp)[:, None, None]
         return q, k, expanded[..., self.nope_dim :]

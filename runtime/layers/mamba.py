@@ -11,6 +11,7 @@ import numpy as np
 from .arrays import array, rms_norm, silu, softplus
 from .delta_net import convolve
 from .indexer import Choice
+from .past import NO_PAST, Past
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Mamba:
         states = -(-rows // tokens) * self.heads * self.head_dim * self.value_dim
         return rows * 6 * (self.channels + self.heads * self.value_dim) + 3 * states
 
-    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None):
+    def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None, past: Past = NO_PAST):
         """Compute the input of the output projection, (sequences, tokens, heads * value_dim).
 
         h: (sequences, tokens, dim); trunk, times: see DeltaNet.attended().
@@ -73,7 +74,7 @@ class Mamba:
         values, keys = self.heads * self.value_dim, self.kv_heads * self.head_dim
 
         # v k q, through the convolution
-        x = convolve(times("mamba.xbc", h), trunk("mamba.conv"), xp)
+        x = convolve(times("mamba.xbc", h), trunk("mamba.conv"), xp, past=past)
         x = silu(x + trunk("mamba.conv_bias") if self.conv_bias else x, xp)
         v = x[..., :values].reshape(sequences, tokens, self.heads, self.value_dim)
         k, q = (
@@ -87,22 +88,23 @@ class Mamba:
         decay = xp.exp(-trunk("mamba.decay_rate") * step)
 
         # the state's values and the token's own, gated and normed
-        y = scan(q, k, v, step, decay, xp) + v * trunk("mamba.skip")[:, None]
+        y = scan(q, k, v, step, decay, xp, past) + v * trunk("mamba.skip")[:, None]
         y = y.reshape(sequences, tokens, -1) * silu(times("mamba.gate", h), xp)
         of_keys = (sequences, tokens, self.kv_heads, values // self.kv_heads)
         y = rms_norm(y.reshape(of_keys), np.ones(of_keys[-1], np.float32), eps, xp)
         return y.reshape(sequences, tokens, -1) * trunk("mamba.norm")
 
 
-def scan(q, k, v, step, decay, xp=np):
+def scan(q, k, v, step, decay, xp=np, past: Past = NO_PAST):
     """Read each token's value from the state, (sequences, tokens, heads, value_dim); shapes as for delta_rule()."""
     sequences, tokens, heads, value_dim = v.shape
     shared = heads // k.shape[2]
-    state = array(np.zeros((sequences, heads, k.shape[3], value_dim), np.float32), xp)
+    state = past.state((sequences, heads, k.shape[3], value_dim), xp)
     read = []
     for t in range(tokens):
         key, query = (xp.repeat(part[:, t], shared, axis=1)[:, :, None] for part in (k, q))
         added = v[:, t, :, None] * step[:, t, :, None, None]
         state = state * decay[:, t, :, None, None] + key.swapaxes(2, 3) * added
         read.append((query @ state)[:, :, 0])
+    past.keep_state(state)
     return xp.stack(read, axis=1)

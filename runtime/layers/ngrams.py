@@ -11,6 +11,7 @@ import numpy as np
 
 from .arrays import rms_norm, sigmoid, silu
 from .delta_net import convolve
+from .past import NO_PAST, Past
 
 MASK = (1 << 64) - 1
 GOLDEN, FIRST_FACTOR, SECOND_FACTOR = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of SplitMix64
@@ -85,7 +86,7 @@ class NGrams:
             found.append(np.where(reaches, before, self.end))
         return found
 
-    def added(self, trunk, times, x, rows, dim: int, eps: float, xp=np):
+    def added(self, trunk, times, x, rows, dim: int, eps: float, xp=np, past: Past = NO_PAST):
         """What is added to the residual stream x (sequences, tokens, width).
 
         rows: the table's, (sequences, tokens, heads * cols). trunk(name) is a tensor of the layer, times(name, x) the
@@ -104,7 +105,8 @@ class NGrams:
 
         # and its convolution
         normed_gated = normed("ngrams.conv_norm", gated).reshape(x.shape)
-        return gated.reshape(x.shape) + silu(convolve(normed_gated, trunk("ngrams.conv"), xp, self.longest), xp)
+        weights, apart = trunk("ngrams.conv"), self.longest
+        return gated.reshape(x.shape) + silu(convolve(normed_gated, weights, xp, apart, past, "ngrams"), xp)
 
 
 def factors_of(vocab: int, longest: int, seed: int, layer: int) -> tuple[int, ...]:

@@ -116,14 +116,14 @@ class Rope:
         slow = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(first)) / np.float32(last - first), 0, 1)
         return stretched * slow + plain * (1 - slow)
 
-    def tables(self, tokens: int, xp=np):
-        """cos and sin of each position's angles, both (tokens, span / 2), in a run of `tokens` tokens.
+    def tables(self, tokens: int, xp=np, first: int = 0):
+        """cos and sin of the angles of positions first, first + 1..., both (tokens, span / 2), in a run of as many.
 
         Pairs that are not rotated have angles of 0.
         """
-        its = self.planned(tokens)
+        its = self.planned(first + tokens)
         frequency = np.pad(its.frequency(), (0, (self.span - self.dim) // 2))
-        angle = np.arange(tokens, dtype=np.float32)[:, None] * frequency
+        angle = np.arange(first, first + tokens, dtype=np.float32)[:, None] * frequency
         scale = np.float32(its.scale)
         return array(np.cos(angle) * scale, xp), array(np.sin(angle) * scale, xp)
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from .delta_net import convolve
 from .indexer import Choice
+from .past import NO_PAST, Past
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class ShortConv:
         """About how many values attended() holds at once for `rows` rows."""
         return rows * 6 * self.value_dim
 
-    def attended(self, trunk, times, h, _eps: float, xp=np, choice: Choice | None = None):
+    def attended(self, trunk, times, h, _eps: float, xp=np, choice: Choice | None = None, past: Past = NO_PAST):
         """Compute the input of the output projection, (sequences, tokens, channels); see DeltaNet.attended()."""
         x = times("conv.in", h) * times("conv.write", h)
-        return convolve(x, trunk("conv.weights"), xp) * times("conv.gate", h)
+        return convolve(x, trunk("conv.weights"), xp, past=past) * times("conv.gate", h)
