@@ -9,6 +9,7 @@ from bundles import ALL, make_engine, run_engine, same_bits, use, weights_of
 from edge_moe import _core
 from edge_moe.compressor.pipeline import compress
 from edge_moe.compressor.source.checkpoint import Checkpoint
+from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle, verify
 from edge_moe.runtime.layers.ngrams import NGrams, factors_of, primes_from
 from edge_moe.runtime.runtime import Runtime
@@ -67,6 +68,12 @@ def test_a_row_is_what_rounding_to_nearest_makes_of_it(golden, bundle):
         step = (wanted.max(-1) - wanted.min(-1)) / 255
         assert table.encoding == ("affine", 8, 32)
         assert (np.abs(got - wanted).max(-1) <= 0.51 * step + 0.004 * np.abs(wanted).max(-1)).all()
+
+
+def test_a_model_planned_for_a_context_has_its_embeddings(golden):
+    source, ids, want = golden[NAME]
+    checkpoint = Checkpoint(source)
+    assert np.abs(reference.forward(checkpoint.config.planned(64), checkpoint, ids) - want).max() <= 1e-4
 
 
 def test_rows_with_a_wrong_byte_are_refused_and_then_read_again(golden, bundle, tmp_path):
