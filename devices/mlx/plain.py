@@ -156,6 +156,12 @@ def records_at(arena: Arena, pages: Array, kind: RecordKind) -> Array:
     return words[:, arena.base : arena.base + kind.pages * PAGE_WORDS]
 
 
+def record_at(arena: Arena, page: int, kind: RecordKind) -> Array:
+    """The record of a kind that begins at a page, uint32 (1, words), where it is."""
+    words = arena.words[page : page + kind.pages + bool(arena.base)].reshape(1, -1)
+    return words[:, arena.base : arena.base + kind.pages * PAGE_WORDS]
+
+
 def expert(shape: ExpertShape, kind: RecordKind, records: Array, x: Array) -> Array:
     """The outputs (n, rows, dim) of experts for x (n, rows, dim). records: of this kind, uint32 (n, words)."""
     gate = None if shape.activation == "relu2" else product(shape, kind, 0, records, x)

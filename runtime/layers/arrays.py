@@ -8,8 +8,8 @@ EXP_MOST = np.float32(87)  # its exponential is still a float32
 
 
 def array(value, xp):
-    """Convert a NumPy array to an array of `xp`."""
-    return value if xp is np else xp.array(value)
+    """Convert a NumPy array, or what is one of `xp` already, to an array of `xp`."""
+    return value if xp is np or isinstance(value, xp.array) else xp.array(value)
 
 
 def product(weights, name: str, x, xp=np):

@@ -112,6 +112,7 @@ using BoundClient = OfProcess<Client>;
 }  // namespace
 
 void bind_residency(nb::module_& m) {
+  m.attr("HALF_LIFE_TOKENS") = kHalfLifeTokens;
   nb::class_<BoundClient>(
       m, "Residency",
       "Expert residency: acquires, counts, reads and evicts records; see residency.h. Only one thread at a time\n"

@@ -13,11 +13,6 @@
 
 namespace edge_moe {
 
-// Tokens after which a use has half its weight in the choice of records to evict. On the reference model, decoding text
-// with slots for 20, 30, 50 and 70 % of its experts: 35, 53, 79 and 94 % hits; with 512 tokens 30, 46, 72 and 90; with
-// 4, 34, 50, 77 and 93; with LRU 13, 49, 73 and 92.
-static constexpr int kHalfLife = 32;
-
 EngineMemory engine_memory(const EngineConfig& c, bool cuda) {
   Routing unused;
   EngineMemory memory = cuda ? cuda_memory(c) : cpu_memory(c);
@@ -32,7 +27,7 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Device> device, Trunk
       device_(std::move(device)),
       trunk_(std::move(trunk)),
       store_(std::move(store)),
-      residency_(store_, *device_, slot_bytes, readers, double(kHalfLife) * config.layers),
+      residency_(store_, *device_, slot_bytes, readers, double(kHalfLifeTokens) * config.layers),
       pool_(config.threads, config.spin),
       math_(device_->math(config_, trunk_, pool_)),
       states_(config.sequences, config.snapshots, config.state_buffers()) {

@@ -13,6 +13,11 @@
 
 namespace edge_moe {
 
+// Tokens after which a use has half its weight in the choice of records to evict. On the reference model, decoding text
+// with slots for 20, 30, 50 and 70 % of its experts: 35, 53, 79 and 94 % hits; with 512 tokens 30, 46, 72 and 90; with
+// 4, 34, 50, 77 and 93; with LRU 13, 49, 73 and 92.
+inline constexpr int kHalfLifeTokens = 32;
+
 class Worths {
  public:
   // start: the initial worth of each record. half_life: in layers computed.

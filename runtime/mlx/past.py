@@ -1,0 +1,72 @@
+"""What the layers of one sequence know of the tokens before, in MLX's memory."""
+
+import mlx.core as mx
+
+from ...devices.mlx.experts import Array
+from ..layers.past import Past
+
+
+class LayerPast(Past):
+    """The past of one layer: of every position what its attention caches, and of its recurrences the latest state.
+
+    The former is written in place at the positions that are computed, so a step that failed leaves nothing that a later
+    one does not overwrite. The latter is kept when a step has succeeded.
+    """
+
+    def __init__(self, context: int, dtype: mx.Dtype):
+        self.position = 0
+        self._context, self._dtype = context, dtype
+        self._cached: dict[str, Array] = {}
+        self.states: dict[str, Array] = {}  # of the tokens before `position`
+        self._next: dict[str, Array] = {}
+
+    def all(self, name: str, x: Array | None, before: int | None = None) -> Array | None:
+        first = self.position if before is None else before
+        end = first if x is None else first + x.shape[1]
+        if end == 0:
+            return None
+        if name not in self._cached:
+            self._cached[name] = mx.zeros((1, self._context, *x.shape[2:]), self._dtype)
+        if x is not None:
+            self._cached[name][:, first:end] = x.astype(self._dtype)
+        return self._cached[name][:, :end].astype(mx.float32)
+
+    def latest(self, name: str, x: Array, count: int, xp=mx) -> Array:
+        before = self.states.get(name)
+        before = mx.zeros((1, count, *x.shape[2:])) if before is None else before
+        whole = mx.concatenate([before, x], axis=1)
+        self._next[name] = whole[:, whole.shape[1] - count :]
+        return whole
+
+    def state(self, shape: tuple[int, ...], xp=mx) -> Array:
+        state = self.states.get("state")
+        return mx.zeros(shape) if state is None else state
+
+    def keep_state(self, state: Array) -> None:
+        self._next["state"] = state
+
+    def arrays(self) -> list[Array]:
+        """All that a step has written or will keep."""
+        return [*self._cached.values(), *self._next.values()]
+
+    def commit(self, tokens: int) -> None:
+        """So many tokens have been computed."""
+        self.position += tokens
+        self.states = {**self.states, **self._next}
+        self._next = {}
+
+    def abandon(self) -> None:
+        """A step has failed."""
+        self._next = {}
+
+    def restore(self, position: int, states: dict[str, Array]) -> None:
+        """Go back to a position, at which the recurrent states were these."""
+        self.position, self.states, self._next = position, states, {}
+
+    def copy(self, other: "LayerPast", position: int, states: dict[str, Array]) -> None:
+        """Take the first positions of another sequence's."""
+        for name, cached in other._cached.items():
+            if name not in self._cached:
+                self._cached[name] = mx.zeros(cached.shape, self._dtype)
+            self._cached[name][:, :position] = cached[:, :position]
+        self.restore(position, states)
