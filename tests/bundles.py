@@ -200,8 +200,30 @@ def make_engine(
 def run_engine(engine, ids, chunk: int = 32) -> np.ndarray:
     """Logits of every position, `chunk` tokens a step, from an empty KV cache."""
     engine.truncate(0)
-    parts = [ids[at : at + chunk] for at in range(0, len(ids), chunk)]
-    return np.concatenate([engine.forward(np.asarray(part, np.int32), ALL) for part in parts])
+    return run_on(engine, ids, chunk)
+
+
+def run_on(engine, ids, chunk: int = 16, sequence: int = 0) -> np.ndarray:
+    """Logits of every position, `chunk` tokens a step, from where the sequence is."""
+    parts = [np.asarray(ids[at : at + chunk], np.int32) for at in range(0, len(ids), chunk)]
+    return np.concatenate([engine.forward(part, ALL, sequence=sequence) for part in parts])
+
+
+def check_rewinds(engine, ids, want, seed: int, steps: int, chunk: int = 16) -> None:
+    """Check the logits of `ids` against `want` in random steps, after random rewinds and snapshots."""
+    random, at = np.random.default_rng(seed), 0
+    for _ in range(steps):
+        if random.random() < 0.25 or at == len(ids):
+            wanted = max(0, at - int(random.integers(0, 60 if random.random() < 0.5 else 8)))
+            left = engine.restorable(wanted)
+            at = engine.truncate(wanted)
+            assert at == left <= wanted
+            continue
+        count = int(random.integers(1, 1 + min(chunk, len(ids) - at)))
+        assert same_bits(engine.forward(ids[at : at + count], ALL), want[at : at + count])
+        at += count
+        if random.random() < 0.2:
+            engine.snapshot()
 
 
 @dataclass

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from bundles import ALL, logits_of, make_engine, run_engine, same_bits, write_lossless
+from bundles import ALL, check_rewinds, logits_of, make_engine, run_engine, run_on, same_bits, write_lossless
 from mutated_bundles import sign
 from test_sequences import alone, requests
 
@@ -34,11 +34,6 @@ def run(bundle, golden):
     return ids, run_engine(make_engine(bundle, context=CONTEXT, chunk=CONTEXT), ids, CONTEXT)
 
 
-def run_forward(engine, ids, step: int = 16, sequence: int = 0) -> np.ndarray:
-    steps = range(0, len(ids), step)
-    return np.concatenate([engine.forward(ids[at : at + step], ALL, sequence=sequence) for at in steps])
-
-
 @pytest.mark.parametrize("kv", KV_TYPES)
 def test_no_chunk_kernel_or_thread_changes_a_bit(bundle, run, kv):
     ids, want = run
@@ -62,45 +57,32 @@ def test_a_context_that_needs_no_index_gives_the_bits_of_one_that_has_it(bundle,
 def test_random_steps_rewinds_and_snapshots_change_no_bit(bundle, run):
     ids, want = run
     for seed in range(4):
-        random, at = np.random.default_rng(seed), 0
-        engine = make_engine(bundle, context=CONTEXT, chunk=16, snapshots=seed)
-        for _ in range(60):
-            if random.random() < 0.25 or at == len(ids):
-                wanted = max(0, at - int(random.integers(0, 60 if random.random() < 0.5 else 8)))
-                left = engine.restorable(wanted)
-                at = engine.truncate(wanted)
-                assert at == left <= wanted
-                continue
-            count = int(random.integers(1, 1 + min(16, len(ids) - at)))
-            assert same_bits(engine.forward(ids[at : at + count], ALL), want[at : at + count])
-            at += count
-            if random.random() < 0.2:
-                engine.snapshot()
+        check_rewinds(make_engine(bundle, context=CONTEXT, chunk=16, snapshots=seed), ids, want, seed, 60)
 
 
 def test_a_prefix_is_copied_with_its_rows_and_their_sums(bundle, run):
     ids, want = run
     engine = make_engine(bundle, context=CONTEXT, chunk=16, snapshots=1, sequences=2)
-    run_forward(engine, ids[:79])  # a row of 4 and one of 8 are not whole
+    run_on(engine, ids[:79])  # a row of 4 and one of 8 are not whole
     engine.snapshot()
-    run_forward(engine, ids[79:131])
-    run_forward(engine, ids[::-1][:90], sequence=1)
+    run_on(engine, ids[79:131])
+    run_on(engine, ids[::-1][:90], sequence=1)
     for positions in (131, 79, 0):
         engine.copy_positions(0, 1, positions)
-        assert same_bits(run_forward(engine, ids[positions:], sequence=1), want[positions:])
-    assert same_bits(run_forward(engine, ids[131:]), want[131:])
+        assert same_bits(run_on(engine, ids[positions:], sequence=1), want[positions:])
+    assert same_bits(run_on(engine, ids[131:]), want[131:])
 
 
 def test_a_step_that_fails_leaves_rows_and_sums_as_they_were(bundle, run):
     ids, want = run
     engine = make_engine(bundle, context=CONTEXT, chunk=16, slots=Bundle.open(bundle).config.top_k)
-    run_forward(engine, ids[:70])
+    run_on(engine, ids[:70])
     for after in range(0, 9, 2):
         engine.inject("error", after=after)
         with pytest.raises(OSError):
             engine.forward(ids[70:86], ALL)
         engine.clear_faults()
-    assert same_bits(run_forward(engine, ids[70:]), want[70:])
+    assert same_bits(run_on(engine, ids[70:]), want[70:])
 
 
 def test_several_sequences_have_rows_of_their_own(bundle):

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import ALL, LAST, logits_of, make_engine, run_engine, same_bits, write_lossless
+from bundles import ALL, LAST, check_rewinds, logits_of, make_engine, run_engine, run_on, same_bits, write_lossless
 from golden_checkpoints import write_checkpoint
 from quantised_checkpoints import write_fp8, write_plain
 from test_sequences import alone, requests
-from test_windows import run_forward
 
 from edge_moe import _core
 from edge_moe.compressor.source.checkpoint import Checkpoint
@@ -55,15 +54,7 @@ def test_kernels_steps_and_threads_change_no_bit(sparse, kv):
 
 def test_random_steps_and_rewinds_change_no_bit(sparse):
     path, ids, want = sparse
-    random, at = np.random.default_rng(1), 0
-    engine = make_engine(path, context=CONTEXT, chunk=32)
-    for _ in range(40):
-        if random.random() < 0.25 or at == len(ids):
-            at = engine.truncate(max(0, at - int(random.integers(0, 60))))
-            continue
-        count = int(random.integers(1, 1 + min(32, len(ids) - at)))
-        assert same_bits(engine.forward(ids[at : at + count], ALL), want[at : at + count])
-        at += count
+    check_rewinds(make_engine(path, context=CONTEXT, chunk=32), ids, want, seed=1, steps=40, chunk=32)
 
 
 def test_a_prefix_is_copied_with_the_keys_of_the_indexer(sparse):
@@ -73,19 +64,18 @@ def test_a_prefix_is_copied_with_the_keys_of_the_indexer(sparse):
         engine.forward(ids[at : at + 32], LAST)
     for positions in (256, 131, 9, 0):
         engine.copy_positions(0, 1, positions)
-        rows = [engine.forward(ids[at : at + 16], ALL, sequence=1) for at in range(positions, len(ids), 16)]
-        assert same_bits(np.concatenate(rows), want[positions:])
+        assert same_bits(run_on(engine, ids[positions:], sequence=1), want[positions:])
 
 
 def test_a_step_that_fails_leaves_the_choice_of_the_next_as_it_was(sparse):
     path, ids, want = sparse
     engine = make_engine(path, context=CONTEXT, chunk=16, slots=Bundle.open(path).config.top_k)
-    run_forward(engine, ids[:70])
+    run_on(engine, ids[:70])
     engine.inject("error", after=3)
     with pytest.raises(OSError):
         engine.forward(ids[70:86], ALL)
     engine.clear_faults()
-    assert same_bits(run_forward(engine, ids[70:]), want[70:])
+    assert same_bits(run_on(engine, ids[70:]), want[70:])
 
 
 def test_sequences_choose_for_themselves(sparse):

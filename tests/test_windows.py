@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from bundles import ALL, LAST, make_engine, run_engine, same_bits
+from bundles import ALL, LAST, check_rewinds, make_engine, run_engine, run_on, same_bits
 from test_sequences import alone, requests
 
 from edge_moe import _core
@@ -37,20 +37,7 @@ def test_a_short_cache_gives_the_bits_of_a_whole_one(windowed, kv):
 def test_random_steps_rewinds_and_snapshots_change_no_bit(windowed):
     path, ids, want = windowed
     for seed in range(4):
-        random, at = np.random.default_rng(seed), 0
-        engine = make_engine(path, context=CONTEXT, chunk=16, snapshots=seed)
-        for _ in range(70):
-            if random.random() < 0.25 or at == len(ids):
-                wanted = max(0, at - int(random.integers(0, 60 if random.random() < 0.5 else 8)))
-                left = engine.restorable(wanted)
-                at = engine.truncate(wanted)
-                assert at == left <= wanted
-                continue
-            count = int(random.integers(1, 1 + min(16, len(ids) - at)))
-            assert same_bits(engine.forward(ids[at : at + count], ALL), want[at : at + count])
-            at += count
-            if random.random() < 0.2:
-                engine.snapshot()
+        check_rewinds(make_engine(path, context=CONTEXT, chunk=16, snapshots=seed), ids, want, seed, 70)
 
 
 def test_a_few_tokens_are_rewound_without_a_snapshot_and_many_with_one(windowed):
@@ -59,7 +46,7 @@ def test_a_few_tokens_are_rewound_without_a_snapshot_and_many_with_one(windowed)
     for first in range(0, 96, 16):
         engine.forward(ids[first : first + 16], LAST)
     engine.snapshot()
-    run_forward(engine, ids[96:140])
+    run_on(engine, ids[96:140])
     assert engine.restorable(124) == 124  # the cache has a step's tokens more than the window
     assert engine.restorable(110) == engine.restorable(96) == 96
     assert engine.restorable(95) == 0
@@ -67,25 +54,20 @@ def test_a_few_tokens_are_rewound_without_a_snapshot_and_many_with_one(windowed)
     assert same_bits(engine.forward(ids[126:140], ALL), want[126:140])
     assert engine.truncate(110) == 96
     assert engine.restorable(95) == 0
-    assert same_bits(run_forward(engine, ids[96:]), want[96:])
+    assert same_bits(run_on(engine, ids[96:]), want[96:])
     assert engine.truncate(5) == 0
-    assert same_bits(run_forward(engine, ids), want)
-
-
-def run_forward(engine, ids) -> np.ndarray:
-    return np.concatenate([engine.forward(ids[at : at + 16], ALL) for at in range(0, len(ids), 16)])
+    assert same_bits(run_on(engine, ids), want)
 
 
 def test_a_prefix_is_copied_with_its_windows(windowed):
     path, ids, want = windowed
     engine = make_engine(path, context=CONTEXT, chunk=16, snapshots=1, sequences=2)
-    run_forward(engine, ids[:80])
+    run_on(engine, ids[:80])
     engine.snapshot()
-    run_forward(engine, ids[80:144])
+    run_on(engine, ids[80:144])
     for positions in (144, 140, 80, 0):
         engine.copy_positions(0, 1, positions)
-        rows = [engine.forward(ids[at : at + 16], ALL, sequence=1) for at in range(positions, len(ids), 16)]
-        assert same_bits(np.concatenate(rows), want[positions:])
+        assert same_bits(run_on(engine, ids[positions:], sequence=1), want[positions:])
     with pytest.raises(ValueError, match="the state of that position is not there any more"):
         engine.copy_positions(0, 1, 100)
 
@@ -93,14 +75,14 @@ def test_a_prefix_is_copied_with_its_windows(windowed):
 def test_a_step_that_fails_leaves_the_windows_as_they_were(windowed):
     path, ids, want = windowed
     engine = make_engine(path, context=CONTEXT, chunk=16, slots=Bundle.open(path).config.top_k)
-    run_forward(engine, ids[:70])
+    run_on(engine, ids[:70])
     for after in range(0, 9, 2):
         engine.inject("error", after=after)
         with pytest.raises(OSError):
             engine.forward(ids[70:86], ALL)
         engine.clear_faults()
     assert engine.restorable(69) in (0, 69)
-    assert same_bits(run_forward(engine, ids[70:]), want[70:])
+    assert same_bits(run_on(engine, ids[70:]), want[70:])
 
 
 def test_several_sequences_have_windows_of_their_own(windowed, golden):
