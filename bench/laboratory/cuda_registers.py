@@ -35,11 +35,11 @@ def kernels(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
         raise RuntimeError(built.stdout)
     found = []
     for part in built.stdout.split("Compiling entry function")[1:]:
-        # The name is mangled; templates have a number, the queries that they take.
-        name, number = re.search(r"\d([a-z_]+_kernel)(?:ILi(\d+)E)?", part).groups()
+        # The name is mangled; templates have a number, the queries that they take, or a type.
+        name, number, kind = re.search(r"\d([a-z_]+_kernel)(?:ILi(\d+)E|INS_\d+(\w+?)E)?", part).groups()
         stack, *spilled = (int(count) for count in re.findall(r"(\d+) bytes (?:stack|spill)", part))
         registers = int(re.search(r"Used (\d+) registers", part)[1])
-        found.append(Kernel(name + (f"<{number}>" if number else ""), registers, sum(spilled), stack))
+        found.append(Kernel(name + (f"<{number or kind}>" if number or kind else ""), registers, sum(spilled), stack))
     return found
 
 

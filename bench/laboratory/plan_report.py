@@ -22,7 +22,7 @@ from .markdown import table
 CAPS = (8, 16, 24, 64, 128)  # GB
 MODELS = (
     *("qwen3.6-35b-a3b", "qwen3-next-80b-a3b", "gpt-oss-20b", "gpt-oss-120b", "gemma-4-26b-a4b", "glm-4.5-air"),
-    *("glm-4.7-flash", "minimax-m2", "kimi-k2", "deepseek-v3", "deepseek-v3.2", "glm-5"),
+    *("glm-4.7-flash", "minimax-m2", "kimi-k2", "deepseek-v3", "deepseek-v3.2", "deepseek-v4-flash", "glm-5"),
 )
 HEAD = ["cap", "bundle", "floor", "experts in memory", "hits", "read a token", "tok/s"]
 
