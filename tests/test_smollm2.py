@@ -50,6 +50,7 @@ def write_gguf(model, path, quantised: bool) -> None:
     writer.add_context_length(256)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(model.config.rope_parameters["rope_theta"])
+    writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["<s>", "</s>", "!!", *(chr(33 + i) for i in range(125))])
     writer.add_token_types([3, 3] + [1] * 126)
     writer.add_token_merges(["! !"])
