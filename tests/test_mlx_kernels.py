@@ -32,7 +32,7 @@ from edge_moe.runtime.config_file import load_config
 from edge_moe.runtime.layers.mlp import RouterConfig
 
 mx = pytest.importorskip("mlx.core")
-from edge_moe.devices.mlx import kernels, plain  # noqa: E402
+from edge_moe.devices.mlx import kernels, plain, working  # noqa: E402
 
 TESTS = Path(__file__).parent
 DEVICES = TESTS.parent / "devices"
@@ -417,6 +417,75 @@ def test_routes_are_those_of_float64(compiled, name, ties, by):
     assert np.array_equal(got[2], np.where(ids >= 0, table[ids], -1))
     assert np.array_equal(got[3][ids >= 0], kind_of[ids[ids >= 0]])
     assert ((ids < 0).any() == (name in ("too few", "of a table"))) and (got[2] < 0).any()
+
+
+# ---- whether the kernels work
+
+
+class AsMetal:
+    """The compiled text in the place of kernels.Kernels. wrong: what gives other results; refused: what is refused."""
+
+    def __init__(self, compiled: Compiled, wrong: str = "", refused: str = ""):
+        self._compiled, self._wrong, self._refused = compiled, wrong, refused
+
+    def _call(self, name: str, *given):
+        if name == self._refused:
+            raise RuntimeError("[metal::Device] Unable to build metal library from source")
+        found = getattr(self._compiled, name)(*given)
+        return (Chosen(*map(mx.array, found)) if name == "route" else mx.array(found)), name == self._wrong
+
+    def route(self, router, logits, layer, table):
+        rule = next(name for name, its in RULES.items() if (its.experts, its.top_k) == (router.experts, router.top_k))
+        given = map(to_numpy, (router, logits, layer, table))
+        chosen, wrong = self._call("route", *given, None, rule)
+        return chosen._replace(weights=chosen.weights * 1.001) if wrong else chosen
+
+    def experts(self, shape, *given):
+        out, wrong = self._call("experts", shape, *map(to_numpy, given))
+        return out * 0 if wrong else out
+
+
+def to_numpy(value):
+    """What to_mlx() had."""
+    if isinstance(value, mx.array):
+        return np.array(value)
+    if isinstance(value, Chosen):
+        return Chosen(*map(to_numpy, value))
+    names = [name for name in value.__dataclass_fields__ if isinstance(getattr(value, name), mx.array)]
+    return replace(value, **{name: np.array(getattr(value, name)) for name in names})
+
+
+@pytest.mark.parametrize(
+    "fault, name",
+    [
+        ({}, "mlx-metal"),
+        ({"wrong": "route"}, "mlx-metal without route"),
+        ({"refused": "route"}, "mlx-metal without route"),
+        ({"wrong": "experts"}, "mlx-metal without experts"),
+        ({"wrong": "experts", "refused": "route"}, "mlx-operations"),
+    ],
+)
+@pytest.mark.parametrize("layer", ["mixed", "biases", "no gate"])
+def test_a_kernel_that_does_not_work_is_not_used(compiled, layer, fault, name):
+    shape, encodings, options = LAYERS[layer]
+    kinds = Layer(shape, encodings, 3, **options).layer.kinds
+    rules = [RULES[rule] for rule in ("renormalised", "groups", "best of groups", "factors")]
+    routers = [
+        to_mlx(router_of(rule, *(np.zeros(rule.experts, dtype) for dtype in (np.float32, np.int32, np.float32))))
+        for rule in rules
+    ]
+    made = AsMetal(compiled, **fault)
+    found = working.operations(routers, shape, kinds, made)
+    assert found.name == name
+    assert found.route == (plain.route if "route" in [*fault.values()] else made.route)
+    assert found.experts == (plain.experts if "experts" in [*fault.values()] else made.experts)
+
+
+def test_a_model_beyond_the_kernels_is_computed_by_mlx(compiled):
+    shape, encodings, _ = LAYERS["mixed"]
+    kinds = Layer(shape, encodings, 3).layer.kinds
+    assert working.operations([Router(64, 33)], shape, kinds, AsMetal(compiled)).name == "mlx-operations"
+    assert working.operations([Router(64, 3)], shape, kinds) == working.PLAIN or mx.metal.is_available()
 
 
 # ---- the source that MLX would compile

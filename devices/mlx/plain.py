@@ -21,8 +21,6 @@ from .experts import (
     padded,
 )
 
-NAME = "mlx-plain"
-
 
 def route(router: Router, logits: Array, layer: LayerExperts, table: Array, given: Array | None = None) -> Chosen:
     """The chosen experts of each token, from logits (tokens, experts), and where their records are.

@@ -65,6 +65,11 @@ class Attention:
         parts |= {"o": (dim, q_rows)}
         return parts | ({"o_bias": (dim,)} if self.output_bias else {})
 
+    def kept(self, context: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of what attended() needs of `context` earlier tokens, by the names that its Past has for them."""
+        rows, index = (context, self.kv_heads, self.head_dim), self.index
+        return {"k": rows, "v": rows} | ({"index.k": (context, index.head_dim)} if index else {})
+
     def stages(self) -> list[tuple[str, ...]]:
         """The matrices that may be rounded in the order of use, those with the same input together."""
         own = {"v": not self.keys_as_values, "o_gate": self.output_gate}
@@ -114,12 +119,39 @@ class Attention:
         return q, k, v
 
 
+SCORES = 1 << 21  # products of queries and keys, of all heads, that attend_mlx() may hold at once
+
+
 def attend_all(q, k, v, scale: float, window: int = 0, xp=np, sinks=None, visible=None):
     """attend() for each sequence, one at a time, so that memory holds the scores of only one."""
+    if xp is not np:
+        return attend_mlx(q, k, v, scale, window, xp, sinks, visible)
     each = range(len(q))
     return xp.stack(
         [attend(q[i], k[i], v[i], scale, window, xp, sinks, None if visible is None else visible[i]) for i in each]
     )
+
+
+def attend_mlx(q, k, v, scale: float, window: int, xp, sinks=None, visible=None):
+    """attend_all() by MLX's own attention, some queries at a time, each with the keys that they may see."""
+    sequences, tokens, heads, _ = q.shape
+    before = k.shape[1] - tokens
+    q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
+    rows, parts = max(1, SCORES // (heads * (before + tokens))), []
+    for at in range(0, tokens, rows):
+        end = min(at + rows, tokens)
+        low, high = max(0, before + at - window + 1) if window else 0, before + end
+        mask = "causal" if end - at > 1 else None
+        if visible is not None:
+            mask = xp.array(visible[:, None, at:end, low:high])
+        elif window and end - at > 1:
+            age = np.arange(before + at, high)[:, None] - np.arange(low, high)
+            mask = xp.array((age >= 0) & (age < window))
+        seen = (part[:, :, low:high] for part in (k, v))
+        attention = xp.fast.scaled_dot_product_attention
+        parts.append(attention(q[:, :, at:end], *seen, scale=scale, mask=mask, sinks=sinks))
+    y = parts[0] if len(parts) == 1 else xp.concatenate(parts, axis=2)
+    return y.swapaxes(1, 2).reshape(sequences, tokens, -1)
 
 
 def attend(q, k, v, scale: float, window: int = 0, xp=np, sinks=None, visible=None):

@@ -12,7 +12,7 @@ import numpy as np
 
 from .arrays import array, rms_norm, softmax
 from .attention import attend_all
-from .indexer import Choice, chosen
+from .indexer import Choice, chosen, scores_of
 from .past import NO_PAST, Past
 from .rope import Rope, rotate_last
 
@@ -64,6 +64,11 @@ class CompressedAttention:
         """The factor of the products of queries and keys."""
         return self.head_dim**-0.5 * self.rope.softmax_factor
 
+    @property
+    def tokens_before(self) -> int:
+        """How many tokens before the first that is computed a compressed row of it may take."""
+        return (2 if self.overlapped else 1) * self.rate - 1 if self.rate else 0
+
     def planned(self, context: int) -> "CompressedAttention":
         """The same in a run planned for `context` tokens."""
         return replace(self, rope=self.rope.planned(context))
@@ -92,6 +97,13 @@ class CompressedAttention:
             "o": (dim, self.groups * self.group_rank),
         }
 
+    def kept(self, context: int) -> dict[str, tuple[int, ...]]:
+        """See Attention.kept()."""
+        stretches = context // self.rate if self.rate else 0
+        parts: dict[str, tuple[int, ...]] = {"rows": (context, 1, self.head_dim)}
+        parts |= {"pool": (stretches, self.head_dim)} if self.rate else {}
+        return parts | ({"index": (stretches, self.index.dim)} if self.index else {})
+
     def stages(self) -> list[tuple[str, ...]]:
         """The matrices that may be rounded in the order of use, those with the same input together."""
         pool, index = ("pool.kv", "pool.gate") if self.rate else (), ("index.q",) if self.index else ()
@@ -117,11 +129,12 @@ class CompressedAttention:
         q = times("q_b", latent).reshape(sequences, tokens, self.heads, self.head_dim)
         q = rotate_last(rms_norm(q, np.ones(self.head_dim, np.float32), eps, xp), self.rope, cos, sin, xp)
         rows = rms_norm(times("kv", h), trunk("kv_norm"), eps, xp)[:, :, None]
-        rows = past.all("rows", rotate_last(rows, self.rope, cos, sin, xp))
+        first = max(0, past.position - self.window + 1)  # that a query sees
+        rows = past.all("rows", rotate_last(rows, self.rope, cos, sin, xp))[:, first:]
 
         # compressed rows, and which of all rows a query sees
         at = np.arange(past.position, past.position + tokens)[:, None]
-        age = at - np.arange(past.position + tokens)
+        age = at - np.arange(first, past.position + tokens)
         seen = np.broadcast_to((age >= 0) & (age < self.window), (sequences, *age.shape))
         compressed = self.compressed(trunk, times, h, "pool", self.head_dim, eps, xp, past)
         visible = self._visible(trunk, times, h, latent, eps, xp, past)
@@ -144,7 +157,7 @@ class CompressedAttention:
             return None
         before = int(self.overlapped)  # stretches before its own that a row takes
         first, over = past.position // self.rate, (past.position + h.shape[1]) // self.rate
-        kept = (before + 1) * self.rate - 1  # tokens before that the rows may take
+        kept = self.tokens_before
         kv, gate = (past.latest(f"{name}.{part}", times(f"{name}.{part}", h), kept, xp) for part in ("kv", "gate"))
         if over == first:
             return past.all(name, None, first)
@@ -181,10 +194,5 @@ class CompressedAttention:
         q = times("index.q", latent).reshape(sequences, tokens, its.heads, its.dim)
         q = rotate_last(q, self.rope, cos, sin, xp)
         weights = times("index.weights", h)  # (sequences, tokens, heads)
-        scores = [self._scores(q[i], k[i], weights[i], xp) for i in range(sequences)]
+        scores = [scores_of(q[i], k[i], weights[i], its.scale, xp) for i in range(sequences)]
         return chosen(xp.stack(scores), its.top, over)
-
-    def _scores(self, q, k, weights, xp):
-        """The score of each compressed row for each query of one sequence, (queries, rows); see Indexer.scores()."""
-        of_heads = xp.maximum(q @ k.T * self.index.scale, 0)  # (queries, heads, rows)
-        return (weights[:, None] @ of_heads)[:, 0]

@@ -12,6 +12,8 @@ from .arrays import layer_norm
 from .past import NO_PAST, Past
 from .rope import Rope, rotate_first
 
+SCORES = 1 << 21  # products of queries and keys, of all heads, that MLX may hold at once
+
 
 @dataclass(frozen=True, slots=True)
 class Indexer:
@@ -54,12 +56,19 @@ class Indexer:
         weights = times("index.weights", h)  # (sequences, tokens, heads)
         cos, sin = self.rope.tables(tokens, xp, k.shape[1] - tokens)
         q = rotate_first(q, self.rope, cos, sin, xp)
-        return xp.stack([self._scores(q[i], k[i], weights[i], xp) for i in range(sequences)])
+        return xp.stack([scores_of(q[i], k[i], weights[i], self.scale, xp) for i in range(sequences)])
 
-    def _scores(self, q, k, weights, xp):
-        """The same for one sequence: q (tokens, heads, dim), k (positions, dim), weights (tokens, heads)."""
-        of_heads = xp.maximum(q @ k.T * self.scale, 0)  # (queries, heads, positions)
-        return (weights[:, None] @ of_heads)[:, 0]
+
+def scores_of(q, k, weights, scale: float, xp=np):
+    """The score of each key (keys, dim) for each query of one sequence, (queries, keys).
+
+    q: (queries, heads, dim); weights: (queries, heads), of each head's product, which counts if it is positive.
+    """
+    rows, found = len(q) if xp is np else max(1, SCORES // (q.shape[1] * len(k))), []
+    for at in range(0, len(q), rows):
+        of_heads = xp.maximum(q[at : at + rows] @ k.T * scale, 0)  # (queries, heads, keys)
+        found.append((weights[at : at + rows, None] @ of_heads)[:, 0])
+    return found[0] if len(found) == 1 else xp.concatenate(found)
 
 
 @dataclass(slots=True)

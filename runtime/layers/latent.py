@@ -75,6 +75,11 @@ class LatentAttention:
             "o": (dim, self.heads * self.value_dim),
         }
 
+    def kept(self, context: int) -> dict[str, tuple[int, ...]]:
+        """See Attention.kept()."""
+        index = {"index.k": (context, self.indexer.dim)} if self.indexer else {}
+        return {"c": (context, self.kv_rank), "k_rope": (context, 1, self.rope.dim)} | index
+
     def stages(self) -> list[tuple[str, ...]]:
         """The matrices that may be rounded in the order of use, those with the same input together."""
         queries: list[tuple[str, ...]] = [("q_a",), ("q_b",)] if self.q_rank else [("q",)]
@@ -90,8 +95,11 @@ class LatentAttention:
     def attended(self, trunk, times, h, eps: float, xp=np, choice: Choice | None = None, past: Past = NO_PAST):
         """Compute what Attention.attended() returns. choice: needed if other layers choose the positions."""
         c = rms_norm(times("q_a", h), trunk("q_a_norm"), self.norm_eps, xp) if self.q_rank else h
-        q, k, v = self.qkv(trunk, times, h, c, xp, past)
         visible = self._visible(trunk, times, h, c, xp, choice, past)
+        q, latent, k_rope = self.rotated(trunk, times, h, c, xp, past)
+        if past.matrix:
+            return self._absorbed(past.matrix("kv_b"), q, latent, k_rope, xp, visible)
+        q, k, v = self.qkv(times, q, latent, k_rope, xp)
         return attend_all(q, k, v, self.softmax_scale, xp=xp, visible=visible)
 
     def _visible(self, trunk, times, h, q_latent, xp, choice: Choice | None, past: Past) -> np.ndarray | None:
@@ -110,8 +118,9 @@ class LatentAttention:
             choice.visible = visible
         return visible
 
-    def qkv(self, trunk, times, h, q_latent, xp=np, past: Past = NO_PAST):
-        """Compute what Attention.qkv() returns, with the keys and values of all positions and heads expanded.
+    def rotated(self, trunk, times, h, q_latent, xp=np, past: Past = NO_PAST):
+        """Compute queries (sequences, tokens, heads, head_dim), and of all positions the latents (sequences, positions,
+        kv_rank) and the rotated part of the keys (sequences, positions, 1, rope.dim).
 
         q_latent: (sequences, tokens, q_rank), or h if queries have no latent.
         """
@@ -120,18 +129,33 @@ class LatentAttention:
         kv = times("kv_a", h)  # (sequences, tokens, kv_rank + rope.dim)
         q = q.reshape(sequences, tokens, self.heads, self.head_dim)
 
-        # the latent, and the rotated dimensions
+        # the latents, and the rotated dimensions
         c = rms_norm(kv[..., : self.kv_rank], trunk("kv_a_norm"), self.norm_eps, xp)
         cos, sin = self.rope.tables(tokens, xp, past.position)
         q_rope = rotate(q[..., self.nope_dim :], cos, sin, xp, self.rope.interleaved)
         k_rope = rotate(kv[..., None, self.kv_rank :], cos, sin, xp, self.rope.interleaved)
-        c, k_rope = past.all("c", c), past.all("k_rope", k_rope)
-
-        # keys and values of every head
-        expanded = times("kv_b", c).reshape(sequences, -1, self.heads, self.nope_dim + self.value_dim)
-        k_rope = xp.broadcast_to(k_rope, (*expanded.shape[:3], self.rope.dim))
         q = xp.concatenate([q[..., : self.nope_dim], q_rope], axis=-1)
-        k = xp.concatenate([expanded[..., : self.nope_dim], k_rope], axis=-1)
         if self.query_growth:
             q = q * array(self.query_scales(past.position + tokens)[past.position :], xp)[:, None, None]
+        return q, past.all("c", c), past.all("k_rope", k_rope)
+
+    def qkv(self, times, q, latent, k_rope, xp=np):
+        """Compute what Attention.qkv() returns, with the keys and values of all positions and heads expanded."""
+        expanded = times("kv_b", latent).reshape(*latent.shape[:2], self.heads, self.nope_dim + self.value_dim)
+        k_rope = xp.broadcast_to(k_rope, (*expanded.shape[:3], self.rope.dim))
+        k = xp.concatenate([expanded[..., : self.nope_dim], k_rope], axis=-1)
         return q, k, expanded[..., self.nope_dim :]
+
+    def _absorbed(self, kv_b, q, latent, k_rope, xp, visible):
+        """attended() without the keys and values of each head: kv_b is applied to the queries, and to what they read.
+
+        Both are then over the latents, which are keys and values of one head that all others share.
+        """
+        sequences, tokens = q.shape[:2]
+        to_keys, to_values = (kv_b.of_heads(self.heads, *rows) for rows in ((0, self.nope_dim), (self.nope_dim, None)))
+        over_latents = to_keys.times_transposed(q[..., : self.nope_dim].swapaxes(1, 2)).swapaxes(1, 2)
+        q = xp.concatenate([over_latents, q[..., self.nope_dim :]], axis=-1)
+        k, v = xp.concatenate([latent[:, :, None], k_rope], axis=-1), latent[:, :, None]
+        y = attend_all(q, k, v, self.softmax_scale, xp=xp, visible=visible)
+        y = to_values.times(y.reshape(sequences, tokens, self.heads, -1).swapaxes(1, 2)).swapaxes(1, 2)
+        return y.reshape(sequences, tokens, -1)

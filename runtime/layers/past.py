@@ -4,6 +4,9 @@ Layers are written for a whole sequence, where there are none. A Past with a mem
 the forward pass of a device that is written in Python gives them one for each sequence and layer.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from .arrays import array
@@ -16,6 +19,8 @@ class Past:
     """
 
     position = 0  # of the first token that is computed
+    # By name, a matrix of the layer: given where memory for the keys and values of all positions and heads is spared.
+    matrix: Callable[[str], Any] | None = None
 
     def all(self, _name: str, x, before: int | None = None):
         """x of all tokens, those before included, (sequences, position + tokens, ...).

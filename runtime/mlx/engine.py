@@ -16,10 +16,12 @@ from ... import _core
 from ...devices.mlx import plain
 from ...devices.mlx.experts import Array, Chosen, ExpertShape, LayerExperts, RecordKind, Router, padded
 from ...devices.mlx.memory import SlotMemory
+from ...devices.mlx.working import operations
 from .. import reference
 from ..bundle import Bundle
 from ..layers.indexer import Choice
 from ..pruning import PruneRule
+from .memory import MOST_WIRED, kept_of
 from .past import LayerPast
 from .weights import TrunkWeights
 
@@ -41,6 +43,8 @@ class Sizes:
     snapshots: int = 0
     slot_bytes: int = 0
     readers: int = 4
+    cache_bytes: int = 1 << 24  # of memory that MLX has freed and keeps
+    cap_bytes: int = 0  # of the process; 0: it is not watched
 
 
 @dataclass
@@ -79,25 +83,56 @@ class Span:
     weights: np.ndarray | None = None
 
 
+class CacheCleared:
+    """Gives back the memory that MLX keeps; the last part of an engine to go, which has freed it by then."""
+
+    def __del__(self) -> None:
+        mx.clear_cache()
+        wire(0)
+
+
+def wire(nbytes: int) -> None:
+    """Keep so much of what is allocated in memory, on a Mac that has room for it."""
+    if mx.metal.is_available():
+        mx.set_wired_limit(nbytes if nbytes < MOST_WIRED * mx.device_info()["memory_size"] else 0)
+
+
+def most_slot_bytes() -> int:
+    """The maximum size of the memory for experts, which is one of Metal's buffers."""
+    return mx.device_info().get("max_buffer_length", 1 << 62)
+
+
 class MlxEngine:
     """The forward pass over a bundle.
 
     mask_routers: by rule ("otp", "loss"), by layer, float32 (top_k * (dim + 2 top_k + 1),), empty for a layer without
-    experts. Raises DamagedFile, OSError and MemoryError like _core.Engine.
+    experts. slot_bytes: called when everything else has been allocated, returns the memory for experts. Raises
+    DamagedFile, OSError and MemoryError like _core.Engine.
     """
 
     in_place = True
 
-    def __init__(self, bundle: Bundle, sizes: Sizes, mask_routers: dict[str, list[np.ndarray]] | None = None):
-        self.config, self.sizes = bundle.config.planned(sizes.context), sizes
+    def __init__(
+        self,
+        bundle: Bundle,
+        sizes: Sizes,
+        mask_routers: dict[str, list[np.ndarray]] | None = None,
+        slot_bytes: Callable[[], int] | None = None,
+    ):
+        self.config, self.sizes, self.cap_bytes = bundle.config.planned(sizes.context), sizes, sizes.cap_bytes
         self._masks = mask_routers or {}
+        mx.set_cache_limit(sizes.cache_bytes)
         self._stream = mx.new_thread_unsafe_stream(mx.default_device())
         with mx.stream(self._stream):
             self._weights = TrunkWeights(bundle)
             self._layers = self._layer_experts(bundle)
             self._routers = [self._router(layer) for layer in range(self.config.layer_count)]
+            self._timelines = [self._new_timeline() for _ in range(sizes.sequences)]
         c = self.config
         self._shape = ExpertShape(c.dim, c.expert_hidden, c.activation, c.swiglu_alpha, c.swiglu_limit, c.swiglu_shift)
+        with mx.stream(self._stream):
+            kinds = next(its.kinds for its in self._layers if its)
+            self._operations = operations(filter(None, self._routers), self._shape, kinds)
         experts = [c.experts_of(layer) for layer in range(c.layer_count)]
         self._first = np.concatenate([[0], np.cumsum(experts)]).astype(int)  # of each layer, the record of expert 0
         self._nbytes = [its.nbytes for its in bundle.experts.values()]
@@ -107,21 +142,27 @@ class MlxEngine:
             [str(file) for file in bundle.files],
             records,
             frequency,
-            sizes.slot_bytes,
+            slot_bytes() if slot_bytes else sizes.slot_bytes,
             sizes.readers,
             float(_core.HALF_LIFE_TOKENS * c.layer_count),
             experts=experts,
             memory=self._memory,
         )
-        self._timelines = [self._new_timeline() for _ in range(sizes.sequences)]
+        self._wire()
         self._snapshots: list[Snapshot] = []  # the least recently used first
         self._pinned: list[int] = []  # records that queued work may read
         self._queued: list[Array] = []
         self._stop: Callable[[], bool] | None = None
         self._asked = 0.0
+        self._cleared = CacheCleared()
 
     def _new_timeline(self) -> Timeline:
-        return Timeline([LayerPast(self.sizes.context, TYPES[self.sizes.kv]) for _ in self.config.layers])
+        def past(layer: int) -> LayerPast:
+            kept = kept_of(self.config.layers[layer].attention, self.sizes.context)
+            return LayerPast(kept, TYPES[self.sizes.kv], self._weights.of_layer(layer))
+
+        with mx.stream(self._stream):
+            return Timeline([past(layer) for layer in range(self.config.layer_count)])
 
     def _layer_experts(self, bundle: Bundle) -> list[LayerExperts | None]:
         c = self.config
@@ -174,6 +215,7 @@ class MlxEngine:
         Returns float32 (rows, vocab), part by part; no part's bits depend on the others. stop() is called about twenty
         times a second; if it returns true, raises Interrupted. On an error no position changes.
         """
+        self._check_cap()
         spans = self._planned(parts)
         self._stop, self._asked = stop, time.monotonic()
         with mx.stream(self._stream):
@@ -212,6 +254,18 @@ class MlxEngine:
         if rows > self.sizes.logits_rows:
             raise ValueError("more rows of logits wanted than were planned for")
         return spans
+
+    def _check_cap(self) -> None:
+        """Nothing but this limits a process on a Mac: its driver takes memory that no plan knows of."""
+        if self.cap_bytes and (peak := _core.peak_bytes()) > self.cap_bytes:
+            raise MemoryError(
+                f"this process has had {peak / 1e6:,.0f} MB, above its cap of {self.cap_bytes / 1e6:,.0f} MB; load the "
+                "bundle again with a lower context, or raise the cap"
+            )
+
+    def _wire(self) -> None:
+        cached = sum(its.nbytes for one in self._timelines for past in one.pasts for its in past.cached)
+        wire(self._weights.nbytes + cached + self._residency.counters["bytes"])
 
     def _checked(self, sequence: int) -> int:
         if not 0 <= sequence < self.sizes.sequences:
@@ -263,7 +317,9 @@ class MlxEngine:
         for span in spans:
             span.h = reference.mlp_input(c, w, layer, span.x, mx)
             logits = reference.router_logits(c, w, layer, reference.router_input(c, w, layer, span.x, mx), mx)
-            found.append(plain.choose(self._routers[layer], logits, self._given(layer, span)))
+            its, given = self._layers[layer], self._given(layer, span)
+            chosen = self._operations.route(self._routers[layer], logits, its, its.kind_of, given)
+            found.append([part[: len(span.ids) * its.top_k].reshape(-1, its.top_k) for part in chosen[:2]])
         mx.eval(found, [(span.h, span.x) for span in spans])
         self._queued = []
         self._release()  # the layer before has been computed
@@ -352,7 +408,7 @@ class MlxEngine:
         flat = (padded(mx, mx.array(values), fill) for values, fill in ((ids, -1), (span.weights[0], 0), (pages, -1)))
         chosen = Chosen(*flat, padded(mx, mx.array(kinds)))
         its = replace(its, present=tuple(sorted(set(kinds[ranks].tolist()))))
-        return plain.experts(self._shape, its, self._memory.arena, span.h, chosen, y)
+        return self._operations.experts(self._shape, its, self._memory.arena, span.h, chosen, y)
 
     def _by_expert(self, layer: int, spans: list[Span]) -> list[Array]:
         """_of_token() of many tokens, (tokens, dim) of each span: each expert computes its own rows of all spans."""
@@ -510,10 +566,18 @@ class MlxEngine:
         with mx.stream(self._stream):
             self._settle()
             self._residency.resize(nbytes)
+            self._wire()
 
     # ---- what is said about it
 
-    kernels = plain.NAME
+    @property
+    def kernels(self) -> str:
+        return self._operations.name
+
+    @property
+    def slot_bytes(self) -> int:
+        """The memory for experts."""
+        return self._residency.counters["bytes"]
 
     @property
     def direct(self) -> bool:

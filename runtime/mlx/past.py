@@ -1,9 +1,12 @@
 """What the layers of one sequence know of the tokens before, in MLX's memory."""
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from ...devices.mlx.experts import Array
 from ..layers.past import Past
+from .weights import Matrix
 
 
 class LayerPast(Past):
@@ -11,25 +14,28 @@ class LayerPast(Past):
 
     The former is written in place at the positions that are computed, so a step that failed leaves nothing that a later
     one does not overwrite. The latter is kept when a step has succeeded.
+
+    kept: the shapes of what the attention caches, by name. matrix: by name, a matrix of the layer.
     """
 
-    def __init__(self, context: int, dtype: mx.Dtype):
-        self.position = 0
-        self._context, self._dtype = context, dtype
-        self._cached: dict[str, Array] = {}
+    def __init__(self, kept: dict[str, tuple[int, ...]], dtype: mx.Dtype, matrix: Callable[[str], Matrix]):
+        self.position, self.matrix = 0, matrix
+        self._cached = {name: mx.zeros((1, *shape), dtype) for name, shape in kept.items()}
+        mx.eval(self._cached)
         self.states: dict[str, Array] = {}  # of the tokens before `position`
         self._next: dict[str, Array] = {}
 
     def all(self, name: str, x: Array | None, before: int | None = None) -> Array | None:
         first = self.position if before is None else before
         end = first if x is None else first + x.shape[1]
-        if end == 0:
-            return None
-        if name not in self._cached:
-            self._cached[name] = mx.zeros((1, self._context, *x.shape[2:]), self._dtype)
         if x is not None:
-            self._cached[name][:, first:end] = x.astype(self._dtype)
+            self._cached[name][:, first:end] = x.astype(self._cached[name].dtype)
+        return self._cached[name][:, :end].astype(mx.float32) if end else None
         return self._cached[name][:, :end].astype(mx.float32)
+
+    @property
+    def cached(self) -> list[Array]:
+        return list(self._cached.values())
 
     def latest(self, name: str, x: Array, count: int, xp=mx) -> Array:
         before = self.states.get(name)
@@ -47,7 +53,7 @@ class LayerPast(Past):
 
     def arrays(self) -> list[Array]:
         """All that a step has written or will keep."""
-        return [*self._cached.values(), *self._next.values()]
+        return [*self.cached, *self._next.values()]
 
     def commit(self, tokens: int) -> None:
         """So many tokens have been computed."""
@@ -66,7 +72,5 @@ class LayerPast(Past):
     def copy(self, other: "LayerPast", position: int, states: dict[str, Array]) -> None:
         """Take the first positions of another sequence's."""
         for name, cached in other._cached.items():
-            if name not in self._cached:
-                self._cached[name] = mx.zeros(cached.shape, self._dtype)
             self._cached[name][:, :position] = cached[:, :position]
         self.restore(position, states)

@@ -1,5 +1,6 @@
 """The trunk in MLX's memory, as the reference forward pass reads it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -11,6 +12,8 @@ from ...devices.mlx.memory import allocate
 from ..bundle import TRUNK_FILE, Bundle
 from ..codecs import Encoding
 from ..config import trunk_shapes
+
+FLOATS = 1 << 22  # values of a matrix that is not quantised, made float32 at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +36,36 @@ class Matrix:
         """All of it, float32."""
         return floats(self.encoding, self.codes, self.scales, self.biases).reshape(self.shape)
 
+    def of_heads(self, heads: int, first: int, end: int | None) -> "Matrix":
+        """Of a matrix whose rows are those of one head after another, each head's rows from `first` to `end`."""
+        taken = (
+            None if part is None else part.reshape(heads, -1, part.shape[-1])[:, first:end]
+            for part in (self.codes, self.scales, self.biases)
+        )
+        return Matrix(self.encoding, self.shape, *taken)
+
     def times(self, x: Array) -> Array:
         """x (..., cols) times the transposed matrix."""
-        codec, width, group = self.encoding
         if self.scales is None:
-            return x @ self.codes.astype(mx.float32).T
-        mode = "mxfp4" if codec == "mxfp4" else "affine"
-        rest = {"transpose": True, "group_size": group, "bits": width, "mode": mode}
-        return mx.quantized_matmul(x, self.codes, self.scales, self.biases, **rest)
+            return self._by_blocks(x)
+        return self._quantised(x, True)
+
+    def times_transposed(self, x: Array) -> Array:
+        """x (..., rows) times the matrix."""
+        return x @ self.codes.astype(mx.float32) if self.scales is None else self._quantised(x, False)
+
+    def _quantised(self, x: Array, transpose: bool) -> Array:
+        codec, width, group = self.encoding
+        rest = {"group_size": group, "bits": width, "mode": "mxfp4" if codec == "mxfp4" else "affine"}
+        return mx.quantized_matmul(x, self.codes, self.scales, self.biases, transpose=transpose, **rest)
+
+    def _by_blocks(self, x: Array) -> Array:
+        """times() of a matrix that is not quantised; some rows are float32 at a time."""
+        *_, rows, cols = self.codes.shape
+        step = max(1, FLOATS // cols)
+        blocks = (self.codes[..., at : at + step, :].astype(mx.float32) for at in range(0, rows, step))
+        found = [x @ block.swapaxes(-1, -2) for block in blocks]
+        return found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
 
 
 def floats(encoding: Encoding, codes: Array, scales: Array | None, biases: Array | None) -> Array:
@@ -62,6 +87,7 @@ class TrunkWeights:
     """
 
     def __init__(self, bundle: Bundle):
+        self._file_bytes = bundle.trunk_bytes
         arena, memory = allocate(_core.trunk_room(bundle.trunk_bytes))
         path = str(bundle.path / TRUNK_FILE)
         _core.read_trunk(path, bundle.trunk_bytes, bundle.trunk_checksum, bundle.trunk_table(), memory)
@@ -95,6 +121,10 @@ class TrunkWeights:
         """Rows of a tensor, float32 (len(rows), cols)."""
         return self._matrices[name][rows]
 
+    def of_layer(self, layer: int) -> Callable[[str], Matrix]:
+        """A function that returns a matrix of a layer, by its name there."""
+        return lambda name: self._matrices[f"layers.{layer}.{name}"]
+
     def product(self, name: str, x: Array) -> Array:
         return self._matrices[name].times(x)
 
@@ -117,6 +147,6 @@ class TrunkWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of scales and biases beside the file's."""
+        """Bytes of the file, and of scales and biases beside its own."""
         parts = (part for its in self._matrices.values() for part in (its.scales, its.biases) if part is not None)
-        return sum(part.nbytes for part in parts)
+        return self._file_bytes + sum(part.nbytes for part in parts)
