@@ -80,7 +80,9 @@ def _whole_bytes(bundle: str | Path, least: Plan, options: dict) -> int:
     """The cap at which every expert is in memory and the steps of prefill are longest."""
     threads, step = options.get("threads") or default_threads(), min(CHUNKS[0], least.context)
     device = device_name(options.get("device", "auto"))
-    *_, scratch = engine_memory(Bundle.open(bundle).config, least.context, step, threads=threads, device=device)
+    *_, scratch = engine_memory(
+        Bundle.open(bundle).config, least.context, step, device, least.slot_bytes, threads=threads
+    )
     return least.resident_bytes + scratch - least.scratch_bytes + MARGIN
 
 

@@ -1,27 +1,68 @@
-"""Selecting the device that runs a model: the CPU, or an NVIDIA GPU, whose memory counts under the cap as well."""
+"""Selecting the device that runs a model: the CPU; an NVIDIA GPU, whose memory counts under the cap as well; or MLX,
+which computes on a Mac's GPU, and elsewhere on the CPU."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
 
 from .. import _core
 from ..devices.nvidia import find_driver
 
-DEVICES = ("auto", "cpu", "cuda")
-OTHER_NAMES = ("metal", "mps", "mlx", "gpu")  # names of a Mac's GPU
+DEVICES = ("auto", "cpu", "cuda", "mlx")
+OTHER_NAMES = ("metal", "mps", "gpu")  # names of a Mac's GPU
+LEAST_MLX = (0, 32, 4)  # codes of one bit, streams that any thread may use
 
 
 def device_name(name: str) -> str:
-    """Resolve a name to cpu or cuda; "auto" is a GPU if this build has code for one. Raises ValueError for others."""
+    """Resolve a name to cpu, cuda or mlx. "auto" is an NVIDIA GPU if this build has code for one, and on a Mac with
+    Apple silicon MLX if that is installed. Raises ValueError for others."""
     if name not in DEVICES:
-        metal = "; there is no Metal yet: on a Mac models run on the CPU's NEON kernels" if name in OTHER_NAMES else ""
+        metal = "; on a Mac's GPU, mlx computes" if name in OTHER_NAMES else ""
         raise ValueError(f"device is {name!r}, expected one of {', '.join(DEVICES)}{metal}")
     if name == "auto":
-        return "cuda" if _core.cuda_build() == "cuda" and find_driver() else "cpu"
+        if _core.cuda_build() == "cuda" and find_driver():
+            return "cuda"
+        return "mlx" if is_apple_silicon() and is_new_enough(mlx_version()) else "cpu"
     return name
 
 
+def is_apple_silicon() -> bool:
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def mlx_version() -> str:
+    """The version of MLX that is installed, "" if none is. Does not import it."""
+    try:
+        return version("mlx")
+    except PackageNotFoundError:
+        return ""
+
+
+def is_new_enough(mlx: str) -> bool:
+    return tuple(int(part) for part in mlx.split(".")[:3] if part.isdigit()) >= LEAST_MLX
+
+
 def begin_device(name: str) -> str:
-    """device_name(), with a GPU initialised, so that its driver has taken its memory. Raises ValueError without one."""
-    if (name := device_name(name)) == "cuda":
+    """device_name(), with a GPU or MLX initialised, so that it has taken its memory. Raises ValueError without one."""
+    name = device_name(name)
+    if name == "cuda":
         try:
             _core.cuda_gpu()
         except RuntimeError as error:
             raise ValueError(str(error)) from None
+    elif name == "mlx":
+        _begin_mlx()
     return name
+
+
+def _begin_mlx() -> None:
+    """Import MLX and use each kernel once, so that what Metal takes for them is taken before a plan is made."""
+    found = mlx_version()
+    if not is_new_enough(found):
+        wanted, has = ".".join(map(str, LEAST_MLX)), f"this is {found}" if found else "which is not installed"
+        raise ValueError(f"device mlx needs MLX {wanted} or newer, {has}: pip install 'edge-moe[mlx]'")
+    try:
+        from .mlx import check, engine  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"device mlx: MLX {found} cannot be imported: {error}; install it again") from None
+    check.examine()

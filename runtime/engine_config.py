@@ -8,6 +8,7 @@ from .layers.hyper import HyperConnections
 from .layers.latent import LatentAttention
 from .layers.mamba import Mamba
 from .layers.ngrams import NGrams
+from .mlx.memory import engine_memory as mlx_memory
 
 KV_TYPES = ("float16", "float32")  # of the KV cache; the first is the default
 
@@ -126,7 +127,11 @@ def engine_memory(
     context: int,
     chunk: int,
     device: str = "cpu",
+    slot_bytes: int = 0,
     **sizes,
 ) -> tuple[int, int, int]:
-    """Bytes of the KV cache, recurrent states and scratch memory. sizes: further arguments of engine_config()."""
+    """Bytes of the KV cache, recurrent states and scratch memory. slot_bytes: of the largest record. sizes: further
+    arguments of engine_config()."""
+    if device == "mlx":
+        return mlx_memory(config, context, chunk, slot_bytes=slot_bytes, **sizes)
     return _core.engine_memory(engine_config(config, context, chunk, **sizes), device)

@@ -199,17 +199,21 @@ def make_plan(
     interpreter_bytes += spare_bytes + THREAD_BYTES * (threads - 1)
     of_tables = TABLE_READER_BYTES * READERS if config.tables else 0
     mapped = device == "cpu"  # if all records fit, the memory map of their files is used
-    read_bytes = _read_bytes(slot_bytes, mapped)
+    read_bytes = _read_bytes(slot_bytes, device)
     recurrent = len(config.recurrent_layers)
     attending = sum(layer.attention is not None for layer in config.layers) - recurrent
     sizes = {"logits_rows": logits_rows, "threads": threads, "kv": kv, "sequences": sequences}
 
     def plan(chunk: int, resident: bool, keeps: bool = True) -> Plan:
         """keeps: whether there are snapshots."""
-        without, one = (engine_memory(config, context, chunk, device, snapshots=n, **sizes)[1] for n in (0, 1))
+        without, one = (
+            engine_memory(config, context, chunk, device, slot_bytes, snapshots=n, **sizes)[1] for n in (0, 1)
+        )
         most = ram_bytes // SNAPSHOTS_PART // (one - without) if keeps and one > without else 0
         snapshots = min(sequences + 1, most)
-        kv_cache, states, scratch = engine_memory(config, context, chunk, device, snapshots=snapshots, **sizes)
+        kv_cache, states, scratch = engine_memory(
+            config, context, chunk, device, slot_bytes, snapshots=snapshots, **sizes
+        )
         fixed = trunk_bytes + kv_cache + states + scratch + interpreter_bytes
         io_buffers = of_tables + (0 if resident and mapped else read_bytes)
         experts = all_experts_bytes if resident else max(0, min(ram_bytes - fixed - io_buffers, all_experts_bytes))
@@ -273,7 +277,7 @@ def with_cap(plan: Plan, config: ModelConfig, ram_bytes: int, interpreter_bytes:
 
     interpreter_bytes: what Python and the rest of the process have allocated so far, and may still allocate.
     """
-    read_bytes = _read_bytes(plan.slot_bytes, mapped=device == "cpu")
+    read_bytes = _read_bytes(plan.slot_bytes, device)
     of_tables = TABLE_READER_BYTES * READERS if config.tables else 0
     fixed = (
         of_tables + plan.trunk_bytes + plan.kv_cache_bytes + plan.state_bytes + plan.scratch_bytes + interpreter_bytes
@@ -290,15 +294,17 @@ def with_cap(plan: Plan, config: ModelConfig, ram_bytes: int, interpreter_bytes:
         return plan
     if ram_bytes < plan.floor_bytes:
         raise BelowFloor(plan)
-    experts = min(ram_bytes - fixed - read_bytes, plan.all_experts_bytes)
-    return replace(
-        plan,
-        io_buffers_bytes=of_tables + read_bytes,
-        resident=False,
-        experts_bytes=experts,
-        slots=_mean_slots(experts, config, plan.all_experts_bytes),
-        resident_bytes=fixed + plan.all_experts_bytes + read_bytes,
-    )
+    resident_bytes = fixed + plan.all_experts_bytes + read_bytes
+    plan = replace(plan, io_buffers_bytes=of_tables + read_bytes, resident=False, resident_bytes=resident_bytes)
+    return with_slots(plan, config, min(ram_bytes - fixed - read_bytes, plan.all_experts_bytes))
+
+
+def with_slots(plan: Plan, config: ModelConfig, nbytes: int) -> Plan:
+    """The plan with `nbytes` of memory for experts, or as it is if it has that."""
+    if nbytes == plan.experts_bytes:
+        return plan
+    slots = _mean_slots(nbytes, config, plan.all_experts_bytes)
+    return replace(plan, resident=False, experts_bytes=nbytes, slots=slots)
 
 
 def _least_slots(config: ModelConfig) -> int:
@@ -310,9 +316,9 @@ def _mean_slots(nbytes: int, config: ModelConfig, all_experts_bytes: int) -> int
     return nbytes * config.expert_count // all_experts_bytes
 
 
-def _read_bytes(slot_bytes: int, mapped: bool) -> int:
-    """The readers' memory. For a GPU, each reader may need a buffer for a record."""
-    return READERS * (READER_BYTES + (0 if mapped else slot_bytes))
+def _read_bytes(slot_bytes: int, device: str) -> int:
+    """The readers' memory. For an NVIDIA GPU, each reader may need a buffer for a record."""
+    return READERS * (READER_BYTES + (slot_bytes if device == "cuda" else 0))
 
 
 def refusal(plan: Plan) -> str:

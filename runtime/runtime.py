@@ -5,6 +5,7 @@ then the engine, which allocates everything. After that only the caller's result
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,7 +19,8 @@ from .answer_text import AnswerText
 from .bundle import Bundle
 from .device import begin_device
 from .engine_config import KV_TYPES, engine_config
-from .plan import READERS, BelowFloor, Plan, check_sequences, make_plan, with_cap
+from .mlx.memory import CACHE_PART, widened_bytes
+from .plan import READERS, BelowFloor, Plan, check_sequences, make_plan, with_cap, with_slots
 from .process import (
     add_runtime,
     loading,
@@ -40,6 +42,10 @@ from .turns import AsyncStream, Stream, Wanted
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .mlx.engine import MlxEngine
+
+    Engine = _core.Engine | MlxEngine
+
 TEXT_COPIES = 8  # bytes of memory per byte of a prompt: as read, as characters of 4 bytes, and in a chat template
 DEFAULT_CONTEXT = 4096  # tokens, if the model supports as many
 
@@ -51,7 +57,8 @@ class Runtime:
     ram: upper bound of this process's peak memory: "8GB", "8GiB", a number of bytes, or "auto", 80 % of free memory.
     context: length of the KV cache in tokens, by default 4096, or the model's maximum if that is smaller.
         LongRoPE chooses its factors by it.
-    device: "cpu", "cuda", or "auto": a GPU if this build has code for one.
+    device: "cpu", "cuda", "mlx", or "auto": an NVIDIA GPU if this build has code for one, and on a Mac with Apple
+        silicon MLX if it is installed.
     threads: for computation, by default as many as the process may use.
     prune: which of its experts a token may skip, for calls that do not say: "off"; a share of expert uses, as 0.2;
         "bundle", the share that the bundle was calibrated for; a rule by name ("loss", "otp", "share", "odp"), as
@@ -109,7 +116,9 @@ class Runtime:
             def plan(interpreter_bytes: int, loading_bytes: int) -> Plan:
                 return make_plan(
                     self.config,
-                    trunk_bytes=self.bundle.trunk_bytes + _mask_bytes(mask_routers),
+                    trunk_bytes=self.bundle.trunk_bytes
+                    + (widened_bytes(self.bundle.trunk) if self.device == "mlx" else 0)
+                    + _mask_bytes(mask_routers),
                     all_experts_bytes=self.bundle.expert_bytes,
                     slot_bytes=max(expert.nbytes for expert in self.bundle.experts.values()),
                     ram_bytes=ram_bytes,
@@ -141,12 +150,13 @@ class Runtime:
                     about = f"; other Runtimes of this process have {others / 1e6:,.0f} MB of it"
                     raise BelowFloor(error.plan, about) from None
                 raise
-            self._engine: _core.Engine | None = self._load(mask_routers, kv, kernels)
+            load = self._load_mlx if self.device == "mlx" else self._load
+            self._engine: Engine | None = load(mask_routers, kv, kernels)
         self._session = Session(self)
         self._process = os.getpid()
         add_runtime(self)
 
-    def _load(self, mask_routers: dict[str, list[np.ndarray]], kv: str, kernels: str) -> "_core.Engine":
+    def _load(self, mask_routers: dict[str, list[np.ndarray]], kv: str, kernels: str) -> "Engine":
         plan = self.plan
         config = engine_config(
             self.config, plan.context, plan.chunk, self.logits_rows, self.threads, kv, plan.sequences, plan.snapshots
@@ -174,6 +184,36 @@ class Runtime:
                 **mask_routers,
             )
         except (_core.DamagedFile, RuntimeError) as error:  # RuntimeErrors are a GPU's, which another device avoids
+            raise ValueError(str(error)) from None
+
+    def _load_mlx(self, mask_routers: dict[str, list[np.ndarray]], kv: str, kernels: str) -> "MlxEngine":
+        from .mlx.engine import MlxEngine, Sizes, most_slot_bytes
+
+        if kernels:
+            raise ValueError(f"kernels is {kernels!r}, but device mlx has no kernel sets to choose from")
+        plan = self.plan
+        sizes = Sizes(
+            plan.context,
+            plan.chunk,
+            self.logits_rows,
+            kv,
+            plan.sequences,
+            plan.snapshots,
+            readers=READERS,
+            cache_bytes=plan.scratch_bytes // CACHE_PART,
+            cap_bytes=plan.ram_bytes if sys.platform == "darwin" else 0,  # elsewhere nothing but the plan is taken
+        )
+
+        def slot_bytes() -> int:
+            taken = plan.interpreter_bytes - plan.spare_bytes + plan.trunk_bytes + plan.kv_cache_bytes
+            more = max(0, taken_bytes() - taken)  # than was planned: of Metal's driver, for example
+            left = with_cap(plan, self.config, plan.ram_bytes, plan.interpreter_bytes + more, self.device)
+            self.plan = with_slots(left, self.config, min(left.experts_bytes, most_slot_bytes()))
+            return self.plan.experts_bytes
+
+        try:
+            return MlxEngine(self.bundle, sizes, mask_routers, slot_bytes)
+        except _core.DamagedFile as error:
             raise ValueError(str(error)) from None
 
     def __enter__(self) -> "Runtime":
@@ -214,6 +254,8 @@ class Runtime:
             plan = with_cap(before, self.config, ram_bytes, max(before.interpreter_bytes, others), self.device)
             if plan.experts_bytes != before.experts_bytes or plan.resident != before.resident:
                 engine.resize_slots(plan.experts_bytes)
+            if sys.platform == "darwin" and self.device == "mlx":
+                engine.cap_bytes = ram_bytes
             self.plan = plan
             if ram_bytes < before.ram_bytes:
                 _core.return_freed_memory()
@@ -404,7 +446,7 @@ class Runtime:
     def _unwanted(self, wanted: Wanted) -> Callable[[], bool]:
         return lambda: wanted.is_over() or self._engine is None
 
-    def _open(self) -> "_core.Engine":
+    def _open(self) -> "Engine":
         if self._engine is None:
             raise ValueError("this Runtime is closed")
         if self._process != os.getpid():

@@ -23,7 +23,7 @@ from .sequences import Sequence, Sequences
 from .turns import PATIENCE_S, WAKE_S, Turns
 
 if TYPE_CHECKING:
-    from .runtime import Runtime
+    from .runtime import Engine, Runtime
 
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
 COPIED = 16  # minimum number of tokens, beyond those in its own cache, that are worth copying from another sequence
@@ -55,7 +55,7 @@ class Session:
         return self.runtime.plan
 
     @property
-    def engine(self) -> "_core.Engine":
+    def engine(self) -> "Engine":
         """The Runtime's engine. Raises ValueError if the Runtime is closed."""
         return self.runtime._open()
 

@@ -111,7 +111,12 @@ def test_text_names_gpus_and_how_to_get_code_for_them(driver):
         "so, at 2.5 bits an expert weight, as `edge-moe compress` makes them:\n  Qwen3-30B-A3B (10.73 GB"
     )
     mac = examination_text(found | {"system": "Darwin 25.1, arm64"}).split("\n\n")[0]
-    assert mac.endswith("cpu; no Metal yet: a Mac's GPU is not used")
+    assert mac.endswith("cpu; for a Mac's GPU: pip install 'edge-moe[mlx]'")
+    its = {"version": "0.32.4", "metal": True, "device": "Apple M4", "kernels": "mlx-metal"}
+    mac = examination_text(found | {"system": "Darwin 25.1, arm64", "devices": ["mlx", "cpu"], "mlx": its})
+    assert "MLX        0.32.4, Metal on Apple M4; kernels mlx-metal\nruns on    mlx or cpu\n" in mac
+    for its, said in (({"version": None}, "not installed"), ({"version": "1", "error": "no"}, "does not work: no")):
+        assert said in examination_text(found | {"mlx": its})
     gpus = [vars(gpu) for gpu in nvidia.find_driver(driver(0)).gpus]
     text = examination_text(found | {"cuda": {"driver": "12.6", "gpus": gpus, "nvcc": "12.6", "build": False}})
     assert "Orin (nvgpu), compute capability 8.7, 14 multiprocessors, 65.88 GB shared with the processor" in text

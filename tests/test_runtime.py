@@ -362,11 +362,10 @@ def test_an_option_out_of_range_is_refused_before_anything_runs(runtime, options
         ({"context": 1025}, "context is 1025, expected 1 to 1024, the model's own"),
         ({"threads": 0}, "threads is 0, expected 1 to 1024"),
         ({"threads": 5000}, "threads is 5000, expected 1 to 1024"),
-        ({"device": "vulkan"}, "device is 'vulkan', expected one of auto, cpu, cuda"),
+        ({"device": "vulkan"}, "device is 'vulkan', expected one of auto, cpu, cuda, mlx"),
         (
             {"device": "metal"},
-            "device is 'metal', expected one of auto, cpu, cuda; there is no Metal yet: on a Mac models run on the "
-            "CPU's NEON kernels",
+            "device is 'metal', expected one of auto, cpu, cuda, mlx; on a Mac's GPU, mlx computes",
         ),
         ({"logits_rows": 0}, "logits_rows is 0, expected at least 1"),
         ({"kernels": "sse9"}, "no kernel set 'sse9' on this machine"),

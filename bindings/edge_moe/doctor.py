@@ -14,7 +14,8 @@ from .compressor.choosing.estimate import estimate
 from .devices.nvidia import find_driver, nvcc_version
 from .devices.probe import cgroup_limit_bytes, default_threads, memory_limit_bytes
 from .machine_file import known_machine, remember_machine
-from .runtime.device import device_name
+from .runtime.child import call
+from .runtime.device import device_name, mlx_version
 from .runtime.plan_table import size, table
 
 MODELS = {"Qwen3-30B-A3B": "qwen3-30b-a3b", "Qwen3-235B-A22B": "qwen3-235b-a22b", "DeepSeek-V3": "deepseek-v3"}
@@ -65,9 +66,20 @@ def examine(where: str | Path = ".", progress: Callable[[str, int, int], None] |
             "nvcc": nvcc_version(),
             "build": _core.cuda_build() == "cuda",  # whether this build has code for them
         },
+        "mlx": _mlx(),
         "devices": list(dict.fromkeys([device_name("auto"), "cpu"])),  # the default first
         "models": _models(machine, disk_gbps),
     }
+
+
+def _mlx() -> dict:
+    """What MLX has here, if it is installed; "error" if it does not work."""
+    if not mlx_version():
+        return {"version": None}
+    try:
+        return call("edge_moe.runtime.mlx.check", {}, "MLX ended the process that imported it")
+    except (ValueError, OSError, MemoryError) as error:
+        return {"version": mlx_version(), "error": str(error)}
 
 
 def _models(machine, disk_gbps: float | None) -> list[dict]:
@@ -110,6 +122,7 @@ def examination_text(found: dict) -> str:
         ["disk", f"{disk['path']}: " + _disk_text(disk["gbps"])],
         *[["GPU" if number == 0 else "", line] for number, line in enumerate(gpus)],
         ["CUDA", f"driver for {cuda['driver']}{toolkit}" if cuda["driver"] else f"no driver{toolkit}"],
+        ["MLX", _mlx_text(found["mlx"])],
         ["runs on", _devices_text(found)],
     ]
     so = "\n".join(f"  {_model_text(model)}" for model in found["models"])
@@ -136,8 +149,19 @@ def _devices_text(found: dict) -> str:
     cuda = found["cuda"]
     if cuda["gpus"] and not cuda["build"]:
         return "cpu; this build has no code for the GPU: pip install -Ccmake.define.EDGE_MOE_CUDA=ON, where nvcc is"
-    on_mac = "; no Metal yet: a Mac's GPU is not used" if found["system"].startswith("Darwin") else ""
-    return " or ".join(found["devices"]) + on_mac
+    unused = found["system"].startswith("Darwin") and "mlx" not in found["devices"]
+    return " or ".join(found["devices"]) + ("; for a Mac's GPU: pip install 'edge-moe[mlx]'" if unused else "")
+
+
+def _mlx_text(its: dict) -> str:
+    if not its["version"]:
+        return "not installed"
+    if "error" in its:
+        return f"{its['version']}, which does not work: {its['error']}"
+    where = (
+        f"Metal on {its['device']}" if its["metal"] else f"no Metal: it would compute on the processor, {its['device']}"
+    )
+    return f"{its['version']}, {where}; kernels {its['kernels']}"
 
 
 def _disk_text(gbps: float | None) -> str:

@@ -18,6 +18,7 @@ from ...runtime.config import ModelConfig, trunk_shapes
 from ...runtime.config_file import parse_config, read_json
 from ...runtime.device import device_name
 from ...runtime.engine_config import KV_TYPES
+from ...runtime.mlx.memory import widened_bytes
 from ...runtime.model_path import raise_if_other_format
 from ...runtime.plan import Plan, check_sequences, make_plan, resolve_ram
 from ...runtime.runtime import DEFAULT_CONTEXT
@@ -42,6 +43,7 @@ from .sizes import (
 Options = ParamSpec("Options")
 SHOWN_BITS = (2.0, 2.5, 3.0, 3.5, 4.5)  # the rows of the comparison at one cap
 COMMAND_LINE_BYTES = 14_000_000  # upper bound of what the command line adds to the library: typer and pydantic
+MLX_BYTES = 10_000_000  # of its library, once it is imported
 TABLE_BYTES, RECORD_BYTES = 2_500_000, 1_200  # memory for reading bundle.json: in all, and for each expert; 4.7 MB were
 #                                               measured for 2,000 experts
 
@@ -141,7 +143,7 @@ def estimate(
     table_bytes = 0 if bundle else TABLE_BYTES + RECORD_BYTES * config.expert_count
     fixed = {
         "ram_bytes": resolve_ram(ram),
-        "interpreter_bytes": _core.resident_bytes() + table_bytes,
+        "interpreter_bytes": _core.resident_bytes() + table_bytes + (MLX_BYTES if device_name(device) == "mlx" else 0),
         "threads": threads or default_threads(),
         "kv": kv,
         "device": device_name(device),
@@ -154,6 +156,9 @@ def estimate(
     def plan(sizes: Sizes, context: int) -> Plan:
         names = ("trunk_bytes", "all_experts_bytes", "slot_bytes", "table_bytes")
         each = {name: getattr(sizes, name) for name in names}
+        if fixed["device"] == "mlx":
+            weights = sum(math.prod(shape) for shape in trunk_shapes(config).values())
+            each["trunk_bytes"] += widened_bytes(bundle.trunk) if bundle else weights // 8  # in groups of 64
         return make_plan(config, context=context, **each, **fixed)
 
     def made(sizes: Sizes, **more) -> Estimate:

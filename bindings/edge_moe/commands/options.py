@@ -59,7 +59,8 @@ Context = option(
 Kv = option(KvType, "--kv", shown=True, help="Type of the KV cache; float32 takes twice the memory.")
 Device = option(
     str, "--device", metavar="NAME", shown=True,
-    help="Where to compute: cpu, cuda, or auto: a GPU if this build has code for one. Metal is not supported yet.",
+    help="Where to compute: cpu, cuda, mlx (a Mac's GPU), or auto: a GPU if this build has code for it, and on a Mac "
+    "MLX if it is installed.",
 )  # fmt: skip
 Threads = option(int | None, "--threads", metavar="N", help="Compute threads [default: all cores].")
 Prune = option(

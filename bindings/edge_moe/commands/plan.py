@@ -54,7 +54,7 @@ Sequences = option(
     int, "--sequences", metavar="N", shown=True,
     help="Conversations, each with its own KV cache, as for Runtime(sequences=N).",
 )  # fmt: skip
-PlanDevice = option(str, "--device", metavar="NAME", shown=True, help="Where the model would run: cpu or cuda.")
+PlanDevice = option(str, "--device", metavar="NAME", shown=True, help="Where the model would run: cpu, cuda or mlx.")
 
 
 def plan(
@@ -93,7 +93,7 @@ def plan(
     where, machine = Path(model) if not result.parts else Path("."), known_machine()
 
     def speed_of(one):
-        if machine is None or device == "cuda" or threads not in (None, machine.threads):
+        if machine is None or device != "cpu" or threads not in (None, machine.threads):
             return None  # doctor measured the CPU with its default threads
         return expected_speed(one, machine, disk_of(machine, where)[0])
 
