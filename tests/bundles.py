@@ -209,6 +209,27 @@ def run_on(engine, ids, chunk: int = 16, sequence: int = 0) -> np.ndarray:
     return np.concatenate([engine.forward(part, ALL, sequence=sequence) for part in parts])
 
 
+def saved_positions(engine, positions: int, sequence: int = 0) -> bytes:
+    """What a sequence knows of its first positions, as it is written."""
+    pieces: list[bytes] = []
+    engine.save_positions(positions, lambda piece: pieces.append(bytes(piece)), sequence=sequence)
+    whole = b"".join(pieces)
+    assert len(whole) == engine.saved_bytes(positions)
+    return whole
+
+
+def load_positions(engine, ids, whole: bytes, sequence: int = 0) -> None:
+    """Let a sequence know what saved_positions() returned for the tokens `ids`."""
+    left = np.frombuffer(whole, np.uint8)
+
+    def read(piece: np.ndarray) -> None:
+        nonlocal left
+        piece[:], left = left[: len(piece)], left[len(piece) :]
+
+    engine.load_positions(ids, read, sequence=sequence)
+    assert not len(left)
+
+
 def check_rewinds(engine, ids, want, seed: int, steps: int, chunk: int = 16) -> None:
     """Check the logits of `ids` against `want` in random steps, after random rewinds and snapshots."""
     random, at = np.random.default_rng(seed), 0

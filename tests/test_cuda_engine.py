@@ -12,15 +12,18 @@ from bundles import (
     ALL,
     LAST,
     Request,
+    load_positions,
     logits_of,
     make_engine,
     mask_routers_of,
     prunable,
     routers_of,
     run_engine,
+    run_on,
     run_python,
     run_together,
     same_bits,
+    saved_positions,
     with_output_bias,
     write_lossless,
 )
@@ -205,6 +208,17 @@ def test_positions_are_copied_to_another_sequence(mixed, golden, architecture):
     engine.copy_positions(0, 1, 18)
     assert same_bits(engine.forward(ids[18:], ALL, sequence=1), want[18:])
     assert same_bits(engine.forward(ids[20:], ALL), want[20:])
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt_oss", "deepseek_v4"])
+def test_positions_that_either_device_saved_go_on_on_the_other(mixed, name):
+    path, ids = mixed(name), np.random.default_rng(2).integers(0, 128, 90).astype(np.int32)
+    processor, gpu = (make_engine(path, context=96, chunk=16, device=its) for its in ("cpu", "cuda"))
+    want = run_engine(processor, ids, 16)
+    for one, other in ((processor, gpu), (gpu, processor)):
+        run_engine(one, ids[:50], 16)
+        load_positions(other, ids[:50], saved_positions(one, 50))
+        assert same_bits(run_on(other, ids[50:]), want[50:])
 
 
 @pytest.mark.parametrize("width", _core.WIDTHS)

@@ -280,6 +280,8 @@ void CpuMath::load_windows(int slot, int sequence, int position) {
   });
 }
 
+void CpuMath::copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+
 uint8_t* CpuMath::layer_cache(int sequence, int layer) const {
   return kv_arena_.data() + sequence * kv_offsets_.back() + kv_offsets_[layer];
 }

@@ -57,6 +57,13 @@ void check_kernels(const Device& device, const std::vector<TrunkTensor>& tensors
     for (const MatrixLayout& matrix : layout.matrices) check(matrix.encoding, "experts");
 }
 
+// A view of memory, for the time of a call.
+template <typename T>
+nb::object view_of(std::span<T> memory) {
+  using View = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
+  return nb::cast(View(memory.data(), {memory.size()}, nb::handle()), nb::rv_policy::reference);
+}
+
 using MaskArrays = std::vector<ArrayIn<float, 1>>;
 
 Engine::MaskRouters mask_routers(const EngineConfig& c, const MaskArrays& arrays) {
@@ -259,6 +266,29 @@ void bind_engine(nb::module_& m) {
           "Copy the first positions of a sequence, which restorable() has returned, to another one, which then has "
           "only\n"
           "these.")
+      .def(
+          "saved_bytes", [](const BoundEngine& self, int positions) { return self->saved_bytes(positions); },
+          nb::arg("positions"), "How many bytes save_positions() writes.")
+      .def(
+          "save_positions",
+          [](BoundEngine& self, int positions, const nb::callable& write, int sequence) {
+            check_sequence(*self, sequence);
+            self->save(sequence, positions, [&](std::span<const uint8_t> piece) { write(view_of(piece)); });
+          },
+          nb::arg("positions"), nb::arg("write"), nb::arg("sequence") = 0,
+          "Call write(uint8 (n,)) for what a sequence knows of its first positions, which restorable() has returned, "
+          "in\n"
+          "pieces of at most 1 MiB, each valid during its call.")
+      .def(
+          "load_positions",
+          [](BoundEngine& self, ArrayIn<int32_t, 1> ids, const nb::callable& read, int sequence) {
+            check_sequence(*self, sequence);
+            expect(ids.shape(0) <= size_t(self->config().context), "there are more ids than the context has positions");
+            self->load(sequence, {ids.data(), ids.shape(0)}, [&](std::span<uint8_t> piece) { read(view_of(piece)); });
+          },
+          nb::arg("ids"), nb::arg("read"), nb::arg("sequence") = 0,
+          "Let a sequence know, in place of what it knew, what save_positions() wrote of the tokens `ids`: read(uint8\n"
+          "(n,)) has to fill its argument with the next bytes. If it raises, the sequence is empty.")
       .def(
           "sequence_counters",
           [](const BoundEngine& self, int sequence) {

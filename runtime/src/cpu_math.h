@@ -32,6 +32,10 @@ class CpuMath : public LayerMath {
   void copy_state(int from, int to) override;
   void save_windows(int sequence, int slot, int position) override;
   void load_windows(int slot, int sequence, int position) override;
+  uint8_t* layer_cache(int sequence, int layer) const override;
+  uint8_t* kept_windows(int slot, int layer) const override;
+  uint8_t* state_buffer(int buffer) const override;
+  void copy(void* to, const void* from, size_t bytes) override;
   std::span<float> logits(std::span<const int32_t> tokens) override;
   int take_kv_overflow() override { return kv_overflow_.exchange(-1); }
   void finish() override {}
@@ -91,8 +95,6 @@ class CpuMath : public LayerMath {
   KeyValues gathered(const KeyValues& cache, const int32_t* positions, int count, int thread) const;
   template <typename Run>
   void in_runs(int layer, const KeyValues& cache, int begin, int end, const Run& run) const;
-  uint8_t* layer_cache(int sequence, int layer) const;
-  uint8_t* kept_windows(int slot, int layer) const;
   template <typename T>
   void store(int sequence, int layer, int head, int position, const float* key, const float* value);
 

@@ -245,9 +245,12 @@ void CudaMath::copy_positions(int from, int to, int positions) {
   cuda::wait(stream_);
 }
 
-void CudaMath::copy_state(int from, int to) {
-  const size_t bytes = state_offsets_.back();
-  cuda::copy(states_.data() + to * bytes, states_.data() + from * bytes, bytes, stream_);
+void CudaMath::copy_state(int from, int to) { copy(state_buffer(to), state_buffer(from), state_offsets_.back()); }
+
+uint8_t* CudaMath::state_buffer(int buffer) const { return states_.data() + buffer * state_offsets_.back(); }
+
+void CudaMath::copy(void* to, const void* from, size_t bytes) {
+  cuda::copy(to, from, bytes, stream_);
   cuda::wait(stream_);
 }
 

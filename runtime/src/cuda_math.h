@@ -38,6 +38,10 @@ class CudaMath : public LayerMath {
   void copy_state(int from, int to) override;
   void save_windows(int sequence, int slot, int position) override;
   void load_windows(int slot, int sequence, int position) override;
+  uint8_t* layer_cache(int sequence, int layer) const override;
+  uint8_t* kept_windows(int slot, int layer) const override;
+  uint8_t* state_buffer(int buffer) const override;
+  void copy(void* to, const void* from, size_t bytes) override;
   std::span<float> logits(std::span<const int32_t> tokens) override;
   void finish() override;
   bool asynchronous() const override { return true; }
@@ -87,8 +91,6 @@ class CudaMath : public LayerMath {
   cuda::StateBuffers state_buffers(int layer, size_t span) const;
   cuda::Heads heads(int layer) const;
   cuda::LatentHeads latent_heads(int layer) const;
-  uint8_t* layer_cache(int sequence, int layer) const;
-  uint8_t* kept_windows(int slot, int layer) const;
   cuda::LayerCache cache(int sequence, int layer) const;
   cuda::LatentCache latent_cache(int sequence, int layer) const;
   cuda::IndexHeads index_heads(int layer) const;

@@ -274,6 +274,62 @@ void Engine::copy_positions(int from, int to, int positions) {
   its.position = positions;
 }
 
+size_t Engine::saved_bytes(int positions) const {
+  size_t bytes = 0;
+  each_saved_piece(config_, positions, false, [&](const SavedPiece& piece) { bytes += piece.bytes; });
+  return bytes;
+}
+
+uint8_t* Engine::memory_of(const SavedPiece& piece, int sequence, int slot, int buffer) const {
+  uint8_t* memory = piece.of == SavedPiece::kCache      ? math_->layer_cache(sequence, piece.layer)
+                    : piece.of == SavedPiece::kSnapshot ? math_->kept_windows(slot, piece.layer)
+                                                        : math_->state_buffer(buffer);
+  return memory + piece.at;
+}
+
+void Engine::save(int sequence, int positions, const std::function<void(std::span<const uint8_t>)>& write) {
+  const auto [found, snapshot] = origin(sequence, positions);
+  if (found != positions) throw std::invalid_argument("the state of that position is not there any more");
+  const int slot = snapshot ? snapshot->slot : -1, buffer = snapshot ? snapshot->buffer : states_.live(sequence);
+  if (snapshot) states_.touch(*snapshot);
+  std::vector<uint8_t> host(kSaved);
+  each_saved_piece(config_, positions, snapshot != nullptr, [&](const SavedPiece& piece) {
+    const uint8_t* from = memory_of(piece, sequence, slot, buffer);
+    for (size_t at = 0; at < piece.bytes; at += kSaved) {
+      const size_t bytes = std::min(kSaved, piece.bytes - at);
+      math_->copy(host.data(), from + at, bytes);
+      write({host.data(), bytes});
+    }
+  });
+}
+
+void Engine::load(int sequence, std::span<const int32_t> ids, const std::function<void(std::span<uint8_t>)>& read) {
+  const int positions = int(ids.size());
+  if (positions > config_.context) throw std::invalid_argument("there are more positions than the context has");
+  truncate(sequence, 0);
+  Sequence& its = sequences_.at(sequence);
+  const int buffer = positions && config_.is_recurrent() ? states_.replace(sequence) : -1;
+  std::vector<uint8_t> host(kSaved);
+  try {
+    each_saved_piece(config_, positions, false, [&](const SavedPiece& piece) {
+      uint8_t* to = memory_of(piece, sequence, -1, buffer);
+      for (size_t at = 0; at < piece.bytes; at += kSaved) {
+        const size_t bytes = std::min(kSaved, piece.bytes - at);
+        read({host.data(), bytes});
+        math_->copy(to + at, host.data(), bytes);
+      }
+    });
+  } catch (...) {
+    truncate(sequence, 0);
+    throw;
+  }
+  if (!its.ids.empty()) std::copy(ids.begin(), ids.end(), its.ids.begin());
+  its.position = positions;
+  // Of a layer with a window only the last positions were saved, whatever its cache has room for.
+  its.written = its.restored =
+      config_.most_of([](const AttentionConfig& a) { return a.sliding_window; }) ? positions : 0;
+}
+
 Engine::Origin Engine::origin(int sequence, int positions) const {
   const Sequence& its = sequences_.at(sequence);
   if (positions < 0 || positions > its.position) throw std::invalid_argument("there are not as many positions");

@@ -19,6 +19,7 @@
 #include "residency.h"
 #include "router.h"
 #include "row_tables.h"
+#include "saved.h"
 #include "states.h"
 #include "threads.h"
 #include "trunk.h"
@@ -90,6 +91,15 @@ class Engine {
   void snapshot(int sequence);
   // Copy the first positions of a sequence, which restorable() has returned, to another one, which then has only these.
   void copy_positions(int from, int to, int positions);
+
+  // Write what a sequence knows of its first positions, which restorable() has returned, in pieces of at most kSaved
+  // bytes, and read that for the tokens `ids` in place of all that a sequence knew. After an error in load() it is
+  // empty. The bytes depend on the model, the cache's type, and the tokens with the rule they were computed by.
+  static constexpr size_t kSaved = 1 << 20;
+  size_t saved_bytes(int positions) const;
+  void save(int sequence, int positions, const std::function<void(std::span<const uint8_t>)>& write);
+  void load(int sequence, std::span<const int32_t> ids, const std::function<void(std::span<uint8_t>)>& read);
+
   const SequenceStats& stats(int sequence) const { return sequences_.at(sequence).stats; }
 
   // Resize the memory for experts to `bytes`; see Residency::resize. Not while step() runs.
@@ -112,6 +122,8 @@ class Engine {
     PruneRule rule;
     SequenceStats stats;
   };
+
+  uint8_t* memory_of(const SavedPiece& piece, int sequence, int slot, int buffer) const;
 
   // Where the state of a sequence after some of its positions is: in a snapshot, or, with null, in the sequence itself.
   struct Origin {

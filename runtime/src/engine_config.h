@@ -213,11 +213,12 @@ struct EngineConfig {
     return std::max(key_positions(), align_up(rows, kKeyBlock));
   }
 
-  // The KV cache of a layer with a window is as long as the window and a step: position p is at place
+  // The KV cache of a layer with a window is as long as the window and a step, or a key block: position p is at place
   // p % cached_positions.
   size_t cached_positions(int layer) const {
     const int window = attention(layer).sliding_window;
-    return window ? std::min(key_positions(), align_up(window - 1 + chunk, kKeyBlock)) : key_positions();
+    const size_t step = std::max(size_t(chunk), size_t(kKeyBlock));
+    return window ? std::min(key_positions(), align_up(window - 1 + step, kKeyBlock)) : key_positions();
   }
   bool is_window(int layer) const { return cached_positions(layer) < key_positions(); }
   bool has_windows() const {
@@ -225,10 +226,9 @@ struct EngineConfig {
       if (is_window(layer)) return true;
     return false;
   }
-  // What a snapshot keeps of a layer's window: so many key blocks, which have the keys that the next token sees.
+  // How many key blocks have the keys of a layer's window that the next token sees, which is what a snapshot keeps.
   size_t window_blocks(int layer) const {
-    const size_t blocks = (attention(layer).sliding_window - 1 + kKeyBlock - 1) / kKeyBlock + 1;
-    return std::min(blocks, cached_positions(layer) / kKeyBlock);
+    return (attention(layer).sliding_window - 1 + kKeyBlock - 1) / kKeyBlock + 1;
   }
   // The offset of each layer's part in a snapshot of windows, and last the bytes of all.
   std::vector<size_t> window_offsets() const {

@@ -120,6 +120,13 @@ class LayerMath {
   virtual void save_windows(int sequence, int slot, int position) = 0;
   virtual void load_windows(int slot, int sequence, int position) = 0;
 
+  // The device's memory of a layer's cache of a sequence, of its windows in the slot of a snapshot, and of a buffer of
+  // recurrent state; and copying there or from there, which waits.
+  virtual uint8_t* layer_cache(int sequence, int layer) const = 0;
+  virtual uint8_t* kept_windows(int slot, int layer) const = 0;
+  virtual uint8_t* state_buffer(int buffer) const = 0;
+  virtual void copy(void* to, const void* from, size_t bytes) = 0;
+
   // Apply the output norm and the head to some tokens of the pass: (tokens, vocab), valid until the next call. Waits.
   virtual std::span<float> logits(std::span<const int32_t> tokens) = 0;
 

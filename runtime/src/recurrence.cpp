@@ -131,6 +131,8 @@ float* CpuMath::state(int buffer, int layer) const {
   return reinterpret_cast<float*>(state_arena_.data() + buffer * state_offsets_.back() + state_offsets_[layer]);
 }
 
+uint8_t* CpuMath::state_buffer(int buffer) const { return reinterpret_cast<uint8_t*>(state(buffer, 0)); }
+
 void CpuMath::copy_state(int from, int to) { std::memcpy(state(to, 0), state(from, 0), state_offsets_.back()); }
 
 }  // namespace edge_moe
