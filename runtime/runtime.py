@@ -20,7 +20,7 @@ from .bundle import Bundle
 from .device import begin_device
 from .engine_config import KV_TYPES, engine_config
 from .mlx.memory import CACHE_PART, widened_bytes
-from .plan import READERS, BelowFloor, Plan, check_sequences, make_plan, with_cap, with_slots
+from .plan import READERS, BelowFloor, Plan, check_sequences, make_plan, parse_bytes, with_cap, with_slots
 from .process import (
     add_runtime,
     loading,
@@ -34,6 +34,7 @@ from .pruning import PruneRule, prune_rule, read_mask_routers
 from .request import Chooser, Options, Request, Sampling, Templating, check_options, options_of, stop_strings
 from .sampling import Sampler, whole_number
 from .session import ALL, LAST, NOTHING, Session
+from .session_folder import SessionFolder, identity_of, load_into, save_last
 from .tokenizer import ENCODING_ROOM, tokenizer_of
 from .tokenizer_file import reading_bytes
 from .turn_tokens import end_tokens
@@ -430,6 +431,46 @@ class Runtime:
                 yield block
         finally:
             self._leave(call)
+
+    def keep_sessions(self, folder: str | Path, limit: int | str = "10GB") -> None:
+        """Keep what was computed of prompts and answers in files of a folder, so that a prompt that goes on from one
+        of them after a restart is not computed again. Results do not change.
+
+        A file is written when another prompt takes its place in memory, and by save_sessions(); a prompt reads the file
+        that has most of it. limit: of the folder's files together, whose least recently used ones make room. A file
+        that is damaged, or of another bundle, rule of pruning or type of cache, is left aside with a line in the log.
+        Files have what was said: keep the folder as private. Raises ValueError for a device that cannot do this, and
+        OSError for a folder that cannot be made.
+        """
+        self._session.folder = SessionFolder(Path(folder), parse_bytes(limit), identity_of(self))
+
+    def save_sessions(self) -> int:
+        """Write the sessions that are in memory to the folder of keep_sessions(), between two steps of running calls.
+
+        Returns how many were written; failures are lines in the log. Raises ValueError without a folder.
+        """
+        session = self._session
+        if (folder := session.folder) is None:
+            raise ValueError("there is no folder for sessions; call keep_sessions() first")
+        with session.turns.between():
+            return sum(folder.keep(session, sequence) for sequence in session.sequences.all)
+
+    def save_session(self, path: str | Path) -> int:
+        """Write what was computed of the last prompt and its answer to one file, and return how many tokens it has.
+
+        Raises ValueError if there is nothing, or the device cannot do this, and OSError if writing fails.
+        """
+        with self._session.turns.between():
+            return save_last(self._session, Path(path))
+
+    def load_session(self, path: str | Path) -> int:
+        """Read a file of save_session(), for the next prompts to go on from, and return how many tokens it has; 0, with
+        a line in the log, for a file that is damaged, or of another bundle or type of cache.
+
+        Raises ValueError for a device that cannot do this, and FileNotFoundError for a missing file.
+        """
+        with self._session.turns.between():
+            return load_into(self._session, Path(path))
 
     def reset(self) -> None:
         """Empty the KV caches of all sequences."""

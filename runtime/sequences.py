@@ -14,6 +14,7 @@ class Sequence:
     call: object | None = None  # the call that continues them
     used: int = 0  # logical time when a call last took it
     stops: list[int] = field(default_factory=list)  # lengths at which a snapshot of its state is kept, in order
+    saved: list[int] = field(default_factory=list)  # the tokens that were last written to a file, or read from one
 
     def until_stop(self, tokens: list[int]) -> list[int]:
         """The first tokens, up to the next stop."""

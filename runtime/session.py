@@ -20,6 +20,7 @@ from .plan import Plan
 from .pruning import PruneRule
 from .request import Request
 from .sequences import Sequence, Sequences
+from .session_folder import SessionFolder
 from .turns import PATIENCE_S, WAKE_S, Turns
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Session:
         self._joined: list[Request] = []
         self._leading = False  # whether a thread is computing a step for all joined answers
         self._alone = False  # whether the last step had tokens of one prompt alone
+        self.folder: SessionFolder | None = None  # where sequences are kept that make room for others
 
     @property
     def runtime(self) -> "Runtime":
@@ -92,7 +94,11 @@ class Session:
         alike = [one.shares(whole[:-1], rule) for one in self.sequences.all]
         shared = [self.engine.restorable(count, sequence=number) for number, count in enumerate(alike)]
         sequence = self.sequences.take(call, shared)
+        if self.folder and len(sequence.tokens) >= shared[sequence.number] + COPIED:
+            self.folder.keep(self, sequence)
         self.truncate(sequence, shared[sequence.number])
+        if self.folder:
+            shared[sequence.number] = self.folder.fetch(self, sequence, whole[:-1], rule, max(shared))
         other = max(self.sequences.all, key=lambda one: shared[one.number])
         if shared[other.number] >= len(sequence.tokens) + COPIED:
             self.engine.copy_positions(other.number, sequence.number, shared[other.number])
