@@ -177,6 +177,7 @@ def make_plan(
     interpreter_bytes: int,
     loading_bytes: int = 0,
     logits_rows: int = 1,
+    reserve_bytes: int = 0,
     threads: int = 1,
     kv: str = KV_TYPES[0],
     device: str = "cpu",
@@ -191,11 +192,12 @@ def make_plan(
     the process's peak so far; a cap below it is exceeded already, however much has been freed. Raises BelowFloor, which
     names the floor, if the cap is below it (the floor has room for as many of the largest records as a token uses in
     one layer, or for all experts if they take less), unless `refuse` is off; the plan then has too little memory to
-    run.
+    run. reserve_bytes: memory that the program around the Runtime may take.
     """
     working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
     least_bytes = _least_slots(config) * slot_bytes
     spare_bytes = INTERPRETER_SPARE + TOKEN_BYTES * context * sequences + LOGIT_BYTES * config.vocab * logits_rows
+    spare_bytes += reserve_bytes
     interpreter_bytes += spare_bytes + THREAD_BYTES * (threads - 1)
     of_tables = TABLE_READER_BYTES * READERS if config.tables else 0
     mapped = device == "cpu"  # if all records fit, the memory map of their files is used

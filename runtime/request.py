@@ -11,6 +11,7 @@ import numpy as np
 
 from .answer import Account, Generation
 from .answer_text import AnswerText
+from .prompt_scores import PromptScores
 from .pruning import PruneRule
 from .sampling import LogitsProcessor, Sampler, TokenLogprobs, processed, whole_number
 from .turns import Wanted
@@ -117,7 +118,7 @@ class Chooser:
 @dataclass(eq=False)
 class Request:
     ids: list[int]  # the prompt
-    max_tokens: int
+    max_tokens: int  # 0: only the prompt is computed, for its scores
     context: int
     choose: Chooser
     text: AnswerText
@@ -129,6 +130,7 @@ class Request:
     ahead: int = AHEAD  # pieces that may be computed before they are asked for, in steps for other requests
     tokens: list[int] = field(default_factory=list)  # of the answer
     pieces: deque[Generation | BaseException] = field(default_factory=deque)  # computed but not asked for yet
+    scores: PromptScores | None = None  # of the prompt's tokens, where they are wanted
     asked: float = 0.0  # when a piece was last asked for, by time.monotonic()
 
     @property

@@ -68,6 +68,7 @@ class Runtime:
     logits_rows: maximum number of rows of logits that a step returns; generate() needs one.
     sequences: number of KV caches, and so of answers that are computed together.
     kv: type of keys and values in the cache, "float16" or "float32", which takes twice the memory.
+    reserve_bytes: memory under the cap that is left to the program which this Runtime is a part of.
 
     Raises ValueError for bad options or a damaged bundle, FileNotFoundError for a missing one, and MemoryError for a
     cap below the floor, which the message names.
@@ -90,6 +91,7 @@ class Runtime:
         logits_rows: int = 1,
         sequences: int = 1,
         kv: str = KV_TYPES[0],
+        reserve_bytes: int = 0,
         kernels: str = "",
     ):
         if threads is not None and not 1 <= threads <= 1024:
@@ -127,6 +129,7 @@ class Runtime:
                     interpreter_bytes=interpreter_bytes,
                     loading_bytes=loading_bytes,
                     logits_rows=self.logits_rows,
+                    reserve_bytes=reserve_bytes,
                     threads=self.threads,
                     kv=kv,
                     device=self.device,

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .runtime import Engine, Runtime
 
 NOTHING, LAST, ALL = 0, 1, 2  # rows of logits a step returns
+STEP_S = 0.25  # aim for the longest step while answers wait for their next token; a prompt's share of it is cut to fit
+LEAST_SHARE = 16  # tokens of prompts in such a step at least
 COPIED = 16  # minimum number of tokens, beyond those in its own cache, that are worth copying from another sequence
 Part = tuple[Request, Sequence, list[int], int]  # one call's share of a step: its tokens, and the rows wanted
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
@@ -45,6 +47,7 @@ class Session:
         self._leading = False  # whether a thread is computing a step for all joined answers
         self._alone = False  # whether the last step had tokens of one prompt alone
         self.folder: SessionFolder | None = None  # where sequences are kept that make room for others
+        self._token_s = 0.0  # of a prompt's tokens lately, in steps with several: the time of one
 
     @property
     def runtime(self) -> "Runtime":
@@ -212,6 +215,27 @@ class Session:
                     self._leading = False
                     self._changed.notify_all()
 
+    def advance(self, wait: Callable[[], bool]) -> list[tuple[Request, Generation | BaseException]]:
+        """Compute a step for all joined answers, and return their pieces; an answer whose last piece is among them has
+        left. For a caller that reads all of them itself, with one thread, instead of next().
+
+        wait: whether to go on waiting for a turn. Waits for other calls' steps, not for answers to join.
+        """
+        running: dict[Request, Sequence] = {}
+        pieces: list[tuple[Request, Generation | BaseException]] = []
+        try:
+            with self.turns.take(self._turn, lambda: not wait()):
+                running = self._running(None)
+                pieces = self._step_together(running) if running else []
+        except _core.Interrupted:  # all of them are over, and the next step says so
+            self.runtime._open()
+        for one, piece in pieces:
+            if not isinstance(piece, Generation) or piece.finish_reason is not None:
+                self.leave(one)
+        if not running:
+            self.turns.leave(self._turn)
+        return pieces
+
     def _lead(self, request: Request) -> None:
         def over() -> bool:
             return request.wanted.is_over() or not self.runtime.is_open
@@ -234,7 +258,7 @@ class Session:
             with self._changed:
                 self._changed.wait(WAKE_S)
 
-    def _running(self, leader: Request) -> dict[Request, Sequence]:
+    def _running(self, leader: Request | None) -> dict[Request, Sequence]:
         """The answers in the next step, with their sequences: those that do not run too far ahead of their readers."""
         with self._changed:
             joined = list(self._joined)
@@ -244,7 +268,8 @@ class Session:
             if sequence is None and (request is leader or not request.pieces):
                 if not self._is_one_free(joined):
                     continue
-                sequence = self.begin(request.wanted, request.whole, request.rule)
+                scored = request.scores is not None and not request.tokens
+                sequence = self.begin(request.wanted, request.whole[:1] if scored else request.whole, request.rule)
                 if not request.tokens:
                     request.account.cached_tokens = len(sequence.tokens)
             if sequence is not None and len(request.pieces) < request.ahead:
@@ -286,26 +311,42 @@ class Session:
     def _parts(self, requests: list[Request], running: dict[Request, Sequence]) -> list[Part]:
         """The tokens of the next step, and the rows of logits wanted, by request.
 
-        Running answers come before prompts. A prompt whose tokens are protected from pruning is computed in steps
-        of its own, which take turns with the others."""
+        Running answers come before prompts, which have equal shares of the room. A prompt whose tokens are protected
+        from pruning is computed in steps of its own, which take turns with the others."""
         left = {request: request.whole[len(running[request].tokens) :] for request in requests}
         alone = [request for request in requests if request.rule.protect and len(left[request]) > 1]
         others = sorted((request for request in requests if request not in alone), key=lambda one: len(left[one]))
         self._alone = bool(alone) and not (self._alone and others)
         parts: list[Part] = []
-        room = self.plan.chunk
-        for request in alone[:1] if self._alone else others:
+        chosen = alone[:1] if self._alone else others
+        room, rows = self._room([left[request] for request in chosen]), self.runtime.logits_rows - len(chosen)
+        for place, request in enumerate(chosen):
             sequence, tokens = running[request], left[request]
             if request.rule.protect and len(sequence.tokens) < len(request.ids):
                 tokens = tokens[: len(request.ids) - len(sequence.tokens)]
             elif request.rule.protect:
                 tokens = tokens[:1]  # one by one, as they were the first time
-            tokens = sequence.until_stop(tokens[:room])
+            tokens = tokens[: -(-room // (len(chosen) - place))]
+            scored = request.scores is not None and not request.tokens
+            if scored:
+                tokens = tokens[: 1 + rows]
+                rows -= len(tokens) - 1
+            tokens = sequence.until_stop(tokens)
             room -= len(tokens)
             if tokens:
                 is_last = len(sequence.tokens) + len(tokens) == len(request.whole)
-                parts.append((request, sequence, tokens, LAST if is_last else NOTHING))
+                parts.append((request, sequence, tokens, ALL if scored else LAST if is_last else NOTHING))
         return parts
+
+    def _room(self, left: list[list[int]]) -> int:
+        """The number of tokens in a step that has so many left of each request.
+
+        While some wait for their next token, prompts get as many as are computed in STEP_S, so that a long prompt
+        delays nobody's tokens by more, whatever the machine."""
+        decoding = sum(len(tokens) == 1 for tokens in left)
+        if not 0 < decoding < len(left) or not self._token_s:
+            return self.plan.chunk
+        return min(self.plan.chunk, decoding + max(LEAST_SHARE, int(STEP_S / self._token_s)))
 
     def _compute(self, parts: list[Part]) -> list[tuple[Request, Generation | BaseException]]:
         pieces: list[tuple[Request, Generation | BaseException]] = []
@@ -316,7 +357,10 @@ class Session:
         with ExitStack() as turns:
             for request, sequence, _, _ in parts:
                 turns.enter_context(request.account.turn(sequence.number))
+            began, count = time.perf_counter(), sum(len(part[2]) for part in parts)
             found = self.step_of([part[1:] for part in parts], unwanted)
+            if count >= LEAST_SHARE:
+                self._token_s = (self._token_s + (time.perf_counter() - began) / count) / (2 if self._token_s else 1)
             for part, rows in zip(parts, found, strict=True):
                 try:
                     pieces += self._taken(part, rows)
@@ -331,10 +375,14 @@ class Session:
             return [(request, rows)]
         if request.progress and not request.tokens:
             request.progress("prompt", len(sequence.tokens), len(request.ids))
-        if want == NOTHING:
+        if want == ALL:
+            request.scores.add(request.ids[: len(sequence.tokens) + 1], rows)
+        if want == NOTHING or len(sequence.tokens) < len(request.ids):
             return []
         if not request.tokens:
             request.account.prefilled(len(request.ids) - request.account.cached_tokens)
+        if request.max_tokens == 0:
+            return [(request, request.account.piece("", [], "length"))]
         return [(request, request.take(rows[-1]))]
 
     def _overflow(self) -> str:
