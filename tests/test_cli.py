@@ -19,7 +19,20 @@ from edge_moe.runtime.plan import Plan
 from edge_moe.runtime.runtime import Generation, Runtime
 from edge_moe.runtime.tokenizer import Tokenizer
 
-COMMANDS = ("demo", "compress", "prune", "plan", "inspect", "verify", "generate", "chat", "eval", "bench", "doctor")
+COMMANDS = (
+    "demo",
+    "compress",
+    "prune",
+    "plan",
+    "inspect",
+    "verify",
+    "generate",
+    "chat",
+    "serve",
+    "eval",
+    "bench",
+    "doctor",
+)
 CONFIGS = REFERENCE.parent / "configs"
 
 

@@ -44,7 +44,7 @@ def test_the_shell_can_complete():
         ("run", "edge-moe chat BUNDLE talks with a model, edge-moe generate BUNDLE TEXT answers once"),
         ("convert", "edge-moe compress MODEL OUT.emoe makes a bundle"),
         ("quantize", "edge-moe compress MODEL OUT.emoe makes a bundle"),
-        ("serve", "there is no server yet; edge_moe.Runtime answers from Python"),
+        ("server", "edge-moe serve BUNDLE answers over HTTP"),
         (
             "pull",
             "edge-moe downloads nothing: `hf download ORG/NAME --local-dir DIR`, then edge-moe compress DIR OUT.emoe",

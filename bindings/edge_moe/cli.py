@@ -26,6 +26,7 @@ from .commands import (
     inspect,
     plan,
     prune,
+    serve,
     spelling,
     verify,
 )
@@ -147,6 +148,7 @@ for _name, _function, *_epilog in (
     ("verify", verify.verify),
     ("generate", generate.generate),
     ("chat", chat.chat),
+    ("serve", serve.serve),
     ("eval", eval.evaluate),
     ("bench", bench.bench),
     ("doctor", doctor.doctor),

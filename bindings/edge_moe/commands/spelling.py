@@ -6,7 +6,7 @@ The help shows only our names.
 COMMANDS = {  # hints for commands that do not exist
     "run": "edge-moe chat BUNDLE talks with a model, edge-moe generate BUNDLE TEXT answers once",
     **dict.fromkeys(("convert", "quantize", "quantise"), "edge-moe compress MODEL OUT.emoe makes a bundle"),
-    **dict.fromkeys(("serve", "server"), "there is no server yet; edge_moe.Runtime answers from Python"),
+    "server": "edge-moe serve BUNDLE answers over HTTP",
     **dict.fromkeys(
         ("pull", "download", "get"),
         "edge-moe downloads nothing: `hf download ORG/NAME --local-dir DIR`, then edge-moe compress DIR OUT.emoe",

@@ -1,0 +1,149 @@
+"""What all requests share: the Runtime, its names, the queue, and how a request's answers are prepared and read."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from ..runtime.answer import Generation
+from ..runtime.channels import opened_thought
+from ..runtime.prompt import PromptTooLong
+from ..runtime.prompt_scores import PromptScores
+from ..runtime.request import Templating
+from ..runtime.runtime import Runtime
+from ..runtime.sampling import sampling_defaults
+from ..runtime.tokenizer import Tokenizer
+from .asked import Asked
+from .errors import ApiError, invalid, late, too_long, unsupported
+from .limits import Limits
+from .metrics import Metrics
+from .reader import Event, MessageReader, PlainReader, Told
+from .scheduler import Answer, Inbox, Scheduler
+from .token_texts import TokenTexts
+
+TEMPLATING = frozenset(Templating.__annotations__)
+
+
+@dataclass
+class Service:
+    """names: of the model, the first of which answers tell."""
+
+    runtime: Runtime
+    names: tuple[str, ...]
+    limits: Limits = field(default_factory=Limits)
+    now: Callable[[], int] = lambda: int(time.time())
+    closing: bool = False
+
+    def __post_init__(self) -> None:
+        runtime = self.runtime
+        self.metrics = Metrics(self)
+        self.scheduler = Scheduler(runtime, self.limits.queue, self.metrics.step)
+        self.texts = TokenTexts(runtime.tokenizer)
+        self.started = self.now()
+        self.sampling_defaults = sampling_defaults(runtime.bundle.path)
+        about = f"{runtime.bundle.trunk_checksum} {runtime.bundle.expert_bytes} {runtime.plan.kv}"
+        self.fingerprint = f"fp_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    def check_model(self, name: str) -> None:
+        if name not in self.names:
+            message = f"The model `{name[:200]}` does not exist; this server has `{self.name}`."
+            raise ApiError(404, message, "model_not_found", "model")
+
+    def tokenizer_for_messages(self) -> Tokenizer:
+        tokenizer = self.runtime.tokenizer
+        if tokenizer is None or tokenizer.chat_template is None:
+            raise unsupported("This model has no chat template: a conversation", "use /v1/completions", "messages")
+        return tokenizer
+
+    def prepare(self, asked: Asked, owner: str, inbox: Inbox) -> "Reading":
+        """Check a request's options and encode its prompts; computes nothing. Raises ApiError."""
+        answers: list[Answer] = []
+        readers: list[PlainReader | MessageReader] = []
+        for prompt in asked.prompts:
+            first: Answer | None = None
+            for choice in range(asked.n):
+                request = self._request(
+                    asked, prompt if first is None else first.request.ids, choice, first is not None
+                )
+                if asked.score is not None and first is None:
+                    request.scores = PromptScores(asked.score)
+                if asked.max_tokens == 0:
+                    request.max_tokens = 0
+                opened = opened_thought(self.runtime.tokenizer, request.ids) if asked.messages else ""
+                readers.append(MessageReader(opened) if asked.messages else PlainReader())
+                answers.append(Answer(request, len(answers), owner, inbox, first))
+                first = first or answers[-1]
+        return Reading(self, asked, answers, readers, inbox)
+
+    def _request(self, asked: Asked, prompt, choice: int, encoded: bool):
+        options = {**asked.options, "timeout": self.limits.timeout_s}
+        if "seed" in options:
+            options["seed"] += choice
+        if encoded or not asked.messages:
+            options = {name: value for name, value in options.items() if name not in TEMPLATING}
+        param = "messages" if asked.messages else "prompt"
+        try:
+            return self.runtime._request(prompt, asked.max_tokens or (1 if asked.max_tokens == 0 else None), options)
+        except PromptTooLong as error:
+            context = self.runtime.plan.context
+            raise too_long(f"This model's maximum context length is {context} tokens; {error}.", param) from None
+        except (ValueError, TypeError) as error:
+            raise invalid(self.told(error), None) from None
+
+    def told(self, error: Exception) -> str:
+        """An error's message without the places of files on this machine."""
+        path = str(self.runtime.bundle.path)
+        return str(error).removeprefix(f"{path}: ").replace(path, self.name) or type(error).__name__
+
+    def begin_close(self) -> None:
+        """Refuse new requests; running ones go on."""
+        self.closing = True
+
+    def close(self) -> None:
+        self.begin_close()
+        self.scheduler.close()
+
+
+class Reading:
+    """Reads the pieces of one request's answers, as events, until the last; then `tolds` are the whole answers."""
+
+    def __init__(self, service: Service, asked: Asked, answers: list[Answer], readers: list, inbox: Inbox) -> None:
+        self.service, self.asked, self.answers, self.readers, self.inbox = service, asked, answers, readers, inbox
+        self.tolds = [Told() for _ in answers]
+        self.left = len(answers)
+
+    def submit(self) -> None:
+        if self.service.closing:
+            raise ApiError(503, "the server is shutting down", "shutting_down")
+        self.service.scheduler.submit(self.answers)
+
+    def cancel(self) -> None:
+        """End what nobody waits for any more."""
+        self.service.scheduler.cancel([one for one in self.answers if self.tolds[one.index].last_finish() is None])
+
+    async def next(self) -> tuple[int, Generation, list[Event]]:
+        """The next piece of an answer, by its index, and its events. Raises ApiError."""
+        while True:
+            try:
+                answer, piece = await self.inbox.next()
+            except (ValueError, MemoryError, OSError, RuntimeError) as error:
+                raise ApiError(500, self.service.told(error), "engine_error") from None
+            told = self.tolds[answer.index]
+            if told.last_finish() is None:
+                break
+        reader = self.readers[answer.index]
+        if piece.finish_reason == "cancelled" and not told.tokens:
+            if self.service.closing:
+                raise ApiError(503, "the server is shutting down", "shutting_down")
+            raise late(self.service.limits.timeout_s)
+        events = reader.add(piece)
+        if self.asked.one_call and reader.called and piece.finish_reason is None:
+            self.service.scheduler.cancel([answer])
+            piece = replace(piece, finish_reason="stop")
+        told.add(piece, events, reader)
+        self.left -= piece.finish_reason is not None
+        return answer.index, piece, events
