@@ -16,6 +16,7 @@ from .service import Service
 
 BACKLOG = 128
 HEADER_BYTES = 65_536
+SEND_BYTES = 131_072  # that the system holds for a client which does not read; without a limit several megabytes
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -30,6 +31,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"{host}: {error.strerror or error}") from None
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         found.bind(address)
         found.listen(BACKLOG)
     except OSError as error:

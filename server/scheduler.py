@@ -124,15 +124,19 @@ class Scheduler:
                 pieces = self.runtime._session.advance(lambda: self.runtime.is_open)
             except Exception as error:  # of the engine or a closed Runtime: nobody gets an answer
                 pieces = [(request, error) for request in self.running]
+                for request in self.running:
+                    self.runtime._session.leave(request)
             if not pieces and not any(map(self.runtime._session.sequences.of, (r.wanted for r in self.running))):
                 with self._changed:
                     self._changed.wait(IDLE_S)
             self.on_step(pieces)
-            self._deliver([(self.running[request], piece) for request, piece in pieces])
-            for request, piece in pieces:
-                self.running[request].begun = True
+            found = [(self.running[request], piece) for request, piece in pieces]
+            for answer, piece in found:
+                answer.begun = True
                 if not isinstance(piece, Generation) or piece.finish_reason is not None:
-                    self.running.pop(request).over = True
+                    answer.over = True
+                    del self.running[answer.request]
+            self._deliver(found)
 
     def _drop_unwanted(self) -> list[tuple[Answer, Generation]]:
         """Remove the waiting answers that are cancelled or late, and return their only pieces."""

@@ -34,6 +34,10 @@ Queue = option(int, "--queue", metavar="N", shown=True, section=_LIMITS, help="A
 Timeout = option(
     float, "--timeout", metavar="SECONDS", shown=True, section=_LIMITS, help="For an answer, with the time it waits."
 )
+Idle = option(
+    float, "--idle-timeout", metavar="SECONDS", shown=True, section=_LIMITS,
+    help="For a client that sends or reads nothing in the middle of a request.",
+)  # fmt: skip
 BodyLimit = option(
     str, "--body-limit", metavar="SIZE", shown=True, section=_LIMITS, help="Of a request; larger ones get 413."
 )
@@ -49,6 +53,7 @@ def serve(
     score_rows: ScoreRows = None,
     queue: Queue = 64,
     timeout: Timeout = 600.0,
+    idle_timeout: Idle = 30.0,
     body_limit: BodyLimit = "4MB",
     ram: options.Ram = "auto",
     context: options.Context = None,
@@ -74,10 +79,11 @@ def serve(
 
     if not 0 <= port < 65536:
         raise typer.BadParameter(f"--port is {port}, expected 0 to 65535")
-    if queue < 0 or timeout <= 0:
-        raise typer.BadParameter("--queue is 0 or more, and --timeout above 0")
+    if queue < 0 or timeout <= 0 or idle_timeout <= 0:
+        raise typer.BadParameter("--queue is 0 or more, --timeout and --idle-timeout are above 0")
     api_key = api_key or os.environ.get("EDGE_MOE_API_KEY") or None
-    limits = Limits(queue=queue, timeout_s=timeout, body_bytes=parse_bytes(body_limit))
+    most = parse_bytes(body_limit)
+    limits = Limits(queue, body_bytes=most, timeout_s=timeout, read_s=idle_timeout, stall_s=idle_timeout)
     found = listen(host, port)
     run_options = {"device": device, "threads": threads, "kv": kv.value, "prune": options.prune_of(prune)}
     for count in SEQUENCES if sequences is None else (sequences,):
