@@ -447,6 +447,11 @@ class Runtime:
         """
         self._session.folder = SessionFolder(Path(folder), parse_bytes(limit), identity_of(self))
 
+    @property
+    def keeps_sessions(self) -> bool:
+        """Whether keep_sessions() was called."""
+        return self._session.folder is not None
+
     def save_sessions(self) -> int:
         """Write the sessions that are in memory to the folder of keep_sessions(), between two steps of running calls.
 

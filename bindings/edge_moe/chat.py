@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .conversation import Conversation, Turn, thoughts_in_prompts
 from .line_input import LineInput, MessageTooLong
+from .named_session import NamedSession
 from .report import size, statistics_text
 from .runtime.channels import opened_thought
 from .runtime.prompt import PromptTooLong
@@ -49,6 +50,7 @@ class Chat:
     conversation: Conversation
     template: dict | None = None
     drop_oldest: bool = False
+    session: NamedSession | None = None  # where the turns are kept
     last: Generation | None = None  # the last piece of the last answer
 
     def answer(self, message: str) -> None:
@@ -133,6 +135,15 @@ class Chat:
                 else f"stopped after {last.generation_tokens:,} tokens; /continue goes on, -n raises that"
             )
         return Turn(message, said, tokens, last.finish_reason == "stop")
+
+    def keep(self) -> None:
+        """Write the turns to the session's file."""
+        if self.session is None:
+            return
+        try:
+            self.session.keep(self.conversation)
+        except OSError as error:
+            _say(f"{error.filename or self.session.directory}: {error.strerror}; the session is not saved")
 
     # Commands; the argument is the text after the command's name
 
@@ -227,6 +238,7 @@ class Chat:
         }
         if name in commands:
             commands[name](given.strip())
+            self.keep()
         else:
             _say(f"no command {name}; /help lists them, and a space before it makes it a message")
 
@@ -239,6 +251,7 @@ def chat(
     system: str | None = None,
     drop_oldest: bool = False,
     keep_history: bool = True,
+    session: NamedSession | None = None,
 ) -> None:
     """Read messages from stdin until end of input or /exit. options: for Runtime.stream(); the rest is as for Chat.
 
@@ -255,8 +268,16 @@ def chat(
     if not templated:
         _say("this model has no chat template: it continues the text of the whole conversation")
     conversation = Conversation(templated, system, thoughts=thoughts_in_prompts(tokenizer))
-    talk = Chat(runtime, options, conversation, template, drop_oldest)
-    lines, leaving = LineInput(keep_history, runtime.prompt_bytes_limit), False
+    talk = Chat(runtime, options, conversation, template, drop_oldest, session)
+    if session:
+        _say(session.resume(runtime, conversation))
+    _converse(talk, keep_history)
+    if session and runtime.keeps_sessions:
+        runtime.save_sessions()
+
+
+def _converse(talk: Chat, keep_history: bool) -> None:
+    lines, leaving = LineInput(keep_history, talk.runtime.prompt_bytes_limit), False
     while True:
         try:
             message = lines.message()
@@ -278,6 +299,7 @@ def chat(
             talk.run(message)
         elif message.strip():
             talk.answer(message)
+            talk.keep()
 
 
 def _residency(plan) -> str:

@@ -14,6 +14,10 @@ MaxTokens = option(
 DropOldest = option(
     bool, "--drop-oldest", help="If the context is full, drop the oldest messages, with a note, instead of refusing."
 )
+Session = option(
+    str | None, "--session", metavar="NAME",
+    help="Keep the chat under this name and go on from it the next time, also after a crash.",
+)  # fmt: skip
 NoHistory = option(bool, "--no-history", help="Neither read nor store the history of typed lines.")
 
 
@@ -25,6 +29,7 @@ def chat(
     chat_template_kwargs: options.TemplateKwargs = None,
     max_tokens: MaxTokens = None,
     drop_oldest: DropOldest = False,
+    session: Session = None,
     no_history: NoHistory = False,
     *,
     sampling: dict,
@@ -43,10 +48,12 @@ def chat(
     import signal
 
     from .. import chat
+    from ..named_session import NamedSession
     from ..report import default_pruning_text
     from ..runtime.runtime import Runtime
     from ..runtime.sampling import sampling_defaults
 
+    named = None if session is None else NamedSession(session)
     told = options.template_kwargs(thinking, chat_template_kwargs)
     sampling["max_tokens"] = None if max_tokens == -1 else max_tokens
     run = {"device": device, "threads": threads, "kv": kv.value}
@@ -56,5 +63,6 @@ def chat(
             show(said, sys.stderr)
         if said := options.thinking_note(runtime.tokenizer, thinking):
             show(said, sys.stderr)
-        chat.chat(runtime, sampling, told, system=system, drop_oldest=drop_oldest, keep_history=not no_history)
+        chat.chat(runtime, sampling, told, system=system, drop_oldest=drop_oldest, keep_history=not no_history,
+                  session=named)  # fmt: skip
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C while the process ends is not an error
