@@ -18,6 +18,7 @@ from .answer import Account, Generation, whole_of
 from .answer_text import AnswerText
 from .bundle import Bundle
 from .device import begin_device
+from .elastic import ElasticCap
 from .engine_config import KV_TYPES, engine_config
 from .mlx.memory import CACHE_PART, widened_bytes
 from .plan import READERS, BelowFloor, Plan, check_sequences, make_plan, parse_bytes, with_cap, with_slots
@@ -157,6 +158,7 @@ class Runtime:
             load = self._load_mlx if self.device == "mlx" else self._load
             self._engine: Engine | None = load(mask_routers, kv, kernels)
         self._session = Session(self)
+        self._elastic: ElasticCap | None = None
         self._process = os.getpid()
         add_runtime(self)
 
@@ -229,6 +231,8 @@ class Runtime:
     def close(self) -> None:
         """Free the memory, after the step that another thread may be computing; later calls raise ValueError."""
         self._engine = None
+        if self._elastic:
+            self._elastic.stop()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a Runtime cannot be copied or pickled; make another one from its bundle")
@@ -434,6 +438,15 @@ class Runtime:
                 yield block
         finally:
             self._leave(call)
+
+    def follow_memory(self, tell: Callable[[str], None] = lambda line: None) -> None:
+        """Lower the cap while other programs need memory, and raise it again, up to what it is now, when they do not,
+        until this Runtime is closed. tell: called with a sentence for each change and its reason, from a thread.
+
+        See runtime/elastic.py for when and by how much. Results do not change.
+        """
+        self._elastic = ElasticCap(self, tell)
+        self._elastic.start()
 
     def keep_sessions(self, folder: str | Path, limit: int | str = "10GB") -> None:
         """Keep what was computed of prompts and answers in files of a folder, so that a prompt that goes on from one

@@ -7,7 +7,7 @@ only what its KV cache does not hold. No message is dropped unless that was aske
 import re
 import sys
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .conversation import Conversation, Turn, thoughts_in_prompts
@@ -51,6 +51,7 @@ class Chat:
     template: dict | None = None
     drop_oldest: bool = False
     session: NamedSession | None = None  # where the turns are kept
+    said_later: list[str] = field(default_factory=list)  # to be said before the next message, by any thread
     last: Generation | None = None  # the last piece of the last answer
 
     def answer(self, message: str) -> None:
@@ -252,6 +253,7 @@ def chat(
     drop_oldest: bool = False,
     keep_history: bool = True,
     session: NamedSession | None = None,
+    said_later: list[str] | None = None,
 ) -> None:
     """Read messages from stdin until end of input or /exit. options: for Runtime.stream(); the rest is as for Chat.
 
@@ -268,7 +270,8 @@ def chat(
     if not templated:
         _say("this model has no chat template: it continues the text of the whole conversation")
     conversation = Conversation(templated, system, thoughts=thoughts_in_prompts(tokenizer))
-    talk = Chat(runtime, options, conversation, template, drop_oldest, session)
+    later = [] if said_later is None else said_later
+    talk = Chat(runtime, options, conversation, template, drop_oldest, session, later)
     if session:
         _say(session.resume(runtime, conversation))
     _converse(talk, keep_history)
@@ -279,6 +282,8 @@ def chat(
 def _converse(talk: Chat, keep_history: bool) -> None:
     lines, leaving = LineInput(keep_history, talk.runtime.prompt_bytes_limit), False
     while True:
+        while talk.said_later:
+            _say(talk.said_later.pop(0))
         try:
             message = lines.message()
             leaving = False

@@ -56,6 +56,7 @@ def chat(
     named = None if session is None else NamedSession(session)
     told = options.template_kwargs(thinking, chat_template_kwargs)
     sampling["max_tokens"] = None if max_tokens == -1 else max_tokens
+    said_later: list[str] = []
     run = {"device": device, "threads": threads, "kv": kv.value}
     with Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime:
         sampling = {**sampling_defaults(runtime.bundle.path), **sampling}
@@ -63,6 +64,8 @@ def chat(
             show(said, sys.stderr)
         if said := options.thinking_note(runtime.tokenizer, thinking):
             show(said, sys.stderr)
+        if ram == "auto":
+            runtime.follow_memory(said_later.append)
         chat.chat(runtime, sampling, told, system=system, drop_oldest=drop_oldest, keep_history=not no_history,
-                  session=named)  # fmt: skip
+                  session=named, said_later=said_later)  # fmt: skip
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C while the process ends is not an error

@@ -50,7 +50,8 @@ Bundle = argument(str, "BUNDLE", "A bundle's directory, NAME.emoe, or its name o
 Json = option(bool, "--json", help="Print one JSON object and nothing else.")
 Ram = option(
     str, "--ram", metavar="SIZE", shown=True,
-    help="Cap on all memory of the process: 8GB, 8GiB, or 50% of free memory; auto: 80% of it, max: all of it.",
+    help="Cap on all memory of the process: 8GB, 8GiB, or 50% of free memory; max: all of it; auto: 80% of it, which "
+    "chat and serve lower while other programs need memory.",
 )  # fmt: skip
 Context = option(
     int | None, "--context", metavar="N", parser=tokens_of,

@@ -99,6 +99,8 @@ def serve(
     with runtime:
         names = tuple(name or [runtime.bundle.path.name.removesuffix(".emoe")])
         service = Service(runtime, names, limits)
+        if ram == "auto":
+            runtime.follow_memory(lambda line: show(line, sys.stderr))
         show(_about(service, address_of(found, host)), sys.stderr)
         if api_key is None and not is_loopback(found):
             show("anybody who reaches this port may use it: give --api-key", sys.stderr)

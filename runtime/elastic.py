@@ -1,0 +1,139 @@
+"""A cap that follows the machine: it is lowered while other programs need memory, and raised again when they do not.
+
+Three things tell that they need it: the memory that the system, or this process's container, could still give is less
+than a reserve; programs wait for memory (Linux's pressure stall information); macOS says that memory is short. The
+cap is then lowered at once, by as much as is missing, down to the floor. When there has been nothing of this for a
+while, it is raised in small steps, up to what it was at first. Results do not depend on it.
+"""
+
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .. import _core
+from ..devices.probe import memory_limit_bytes
+from .plan import BelowFloor
+from .plan_table import size
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+LOOK_S = 1.0  # between two looks
+QUIET_S = 15.0  # without a change or a need before the cap is raised
+AGAIN_S = 5.0  # before stalls, which are means of ten seconds, lower the cap again
+STALLED = 10.0  # percent of time in which some program waits for memory
+CALM = 1.0  # below which the cap may be raised
+LEAST_RESERVE, MOST_RESERVE = 64_000_000, 1_000_000_000
+PARTS = 16  # of the first cap: the reserve, and the step by which it is raised
+PRESSURE_FILES = ("/proc/pressure/memory",)
+WARNING = 2  # of macOS's levels: 1 normal, 2 warning, 4 critical
+
+
+class Memory(NamedTuple):
+    """What the system says of its memory."""
+
+    available: int  # bytes that it could give to programs, without those that this process has planned and not taken
+    stalled: float  # percent of the last ten seconds in which some program waited for memory; 0 if not known
+    level: int  # of macOS; 1 elsewhere
+
+
+def memory_now() -> Memory:
+    available = memory_limit_bytes(_core.free_bytes()) - _core.untouched_bytes()
+    return Memory(available, max(map(_stalled, PRESSURE_FILES)), _level())
+
+
+class ElasticCap:
+    """Changes the cap of a Runtime by what the machine says, from a thread of its own, until the Runtime is closed.
+
+    tell: called with a sentence for each change, from that thread.
+    """
+
+    def __init__(self, runtime: "Runtime", tell: Callable[[str], None] = lambda line: None):
+        self._runtime, self._tell = weakref.ref(runtime), tell
+        self.most = runtime.plan.ram_bytes
+        self.reserve = min(max(self.most // PARTS, LEAST_RESERVE), MOST_RESERVE)
+        self._changed = self._quiet_since = time.monotonic()
+        self._stop = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, name="edge-moe-memory", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(LOOK_S):
+            try:
+                said = self.look(time.monotonic(), memory_now())
+            except ValueError:  # the Runtime was closed meanwhile
+                return
+            if said is None:
+                continue
+            self._tell(said)
+
+    def look(self, now: float, memory: Memory) -> str | None:
+        """Change the cap if it should be changed, and return what was done and why.
+
+        Raises ValueError if the Runtime is closed."""
+        runtime = self._runtime()
+        if runtime is None or not runtime.is_open:
+            raise ValueError("this Runtime is closed")
+        cap = runtime.plan.ram_bytes
+        missing, why = self._missing(now, memory)
+        if missing > 0:
+            self._quiet_since = now
+            return self._lower(runtime, cap, missing, why, now)
+        wanted = min(self.most // PARTS, self.most - cap)
+        step = min(wanted, memory.available - self.reserve)
+        if now - self._quiet_since < QUIET_S or memory.stalled >= CALM or step < max(wanted // 4, 1):
+            return None
+        self._changed = self._quiet_since = now
+        plan = runtime.set_ram(cap + step)
+        return f"cap raised from {size(cap)} to {size(plan.ram_bytes)}: {size(memory.available)} of memory are free"
+
+    def _missing(self, now: float, memory: Memory) -> tuple[int, str]:
+        """How many bytes others need, and what says so."""
+        if memory.available < self.reserve:
+            free = size(max(memory.available, 0))
+            return self.reserve - memory.available, f"{free} of memory are free, of {size(self.reserve)} to be left"
+        if now - self._changed < AGAIN_S:
+            return 0, ""
+        if memory.stalled >= STALLED:
+            return self.most // 8, f"programs waited for memory {memory.stalled:.0f}% of the last ten seconds"
+        if memory.level >= WARNING:
+            return self.most // 8, "macOS says that memory is short"
+        return 0, ""
+
+    def _lower(self, runtime: "Runtime", cap: int, missing: int, why: str, now: float) -> str | None:
+        try:
+            plan = runtime.set_ram(max(cap - max(missing, self.most // PARTS // 4), 1_000_000))
+        except BelowFloor as refused:
+            if cap <= refused.plan.floor_bytes:
+                return None
+            plan = runtime.set_ram(refused.plan.floor_bytes)
+        self._changed = now
+        return f"cap lowered from {size(cap)} to {size(plan.ram_bytes)}: {why}"
+
+
+def _stalled(file: str) -> float:
+    """The share of time by a file like `some avg10=0.12 avg60=...`, in percent; 0 without one."""
+    try:
+        line = Path(file).read_text().splitlines()[0]
+        return float(line.split("avg10=")[1].split()[0])
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def _level() -> int:
+    if sys.platform != "darwin":
+        return 1
+    import ctypes
+
+    level, length = ctypes.c_int(1), ctypes.c_size_t(4)
+    libc = ctypes.CDLL(None)
+    libc.sysctlbyname(b"kern.memorystatus_vm_pressure_level", ctypes.byref(level), ctypes.byref(length), None, 0)
+    return level.value
