@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import typer
 
@@ -30,6 +31,11 @@ ScoreRows = option(
     int | None, "--score-rows", metavar="N",
     help="Tokens of a prompt that are scored in one step, for echo with logprobs [default: as --sequences].",
 )  # fmt: skip
+Sessions = option(
+    Path | None, "--sessions", metavar="DIR",
+    help="Keep what was computed of conversations in this directory, for them to go on after a restart at once.",
+)  # fmt: skip
+SessionsLimit = option(str, "--sessions-limit", metavar="SIZE", shown=True, help="Of the files in --sessions together.")
 Queue = option(int, "--queue", metavar="N", shown=True, section=_LIMITS, help="Answers that may wait; more get 429.")
 Timeout = option(
     float, "--timeout", metavar="SECONDS", shown=True, section=_LIMITS, help="For an answer, with the time it waits."
@@ -51,6 +57,8 @@ def serve(
     name: Name = None,
     sequences: SequencesOption = None,
     score_rows: ScoreRows = None,
+    sessions: Sessions = None,
+    sessions_limit: SessionsLimit = "10GB",
     queue: Queue = 64,
     timeout: Timeout = 600.0,
     idle_timeout: Idle = 30.0,
@@ -99,6 +107,8 @@ def serve(
     with runtime:
         names = tuple(name or [runtime.bundle.path.name.removesuffix(".emoe")])
         service = Service(runtime, names, limits)
+        if sessions:
+            runtime.keep_sessions(sessions, sessions_limit)
         if ram == "auto":
             runtime.follow_memory(lambda line: show(line, sys.stderr))
         show(_about(service, address_of(found, host)), sys.stderr)
@@ -106,6 +116,8 @@ def serve(
             show("anybody who reaches this port may use it: give --api-key", sys.stderr)
         sys.stderr.flush()
         run(service, found, api_key)
+        if sessions:
+            runtime.save_sessions()
 
 
 def _about(service, address: str) -> str:
