@@ -59,7 +59,7 @@ def disk_read_gbps(bundle: Bundle) -> float | None:
     return _read_gbps(bundle.files, [(expert.file, expert.offset, expert.nbytes) for expert in bundle.experts.values()])
 
 
-def directory_read_gbps(directory: Path) -> float | None:
+def directory_read_gbps(directory: Path, readers: int = READERS) -> float | None:
     """The same for blocks of a temporary file in a directory; None without unbuffered reads."""
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".edge-moe-") as file:
         for at in range(0, DISK_BYTES, BLOCK_BYTES):
@@ -69,10 +69,12 @@ def directory_read_gbps(directory: Path) -> float | None:
                 os.fsync(file.fileno())
         file.flush()
         os.fsync(file.fileno())
-        return _read_gbps([Path(file.name)], [(0, at, BLOCK_BYTES) for at in range(0, DISK_BYTES, BLOCK_BYTES)])
+        return _read_gbps(
+            [Path(file.name)], [(0, at, BLOCK_BYTES) for at in range(0, DISK_BYTES, BLOCK_BYTES)], readers
+        )
 
 
-def _read_gbps(files: list[Path], reads: list[tuple[int, int, int]]) -> float | None:
+def _read_gbps(files: list[Path], reads: list[tuple[int, int, int]], readers: int = READERS) -> float | None:
     """GB/s of reads: (index of the file, offset, bytes), offsets and bytes being multiples of a page."""
     random.Random(0).shuffle(reads)
     handles = [_open_unbuffered(path) for path in files]
@@ -83,16 +85,16 @@ def _read_gbps(files: list[Path], reads: list[tuple[int, int, int]]) -> float | 
     def read(part) -> int:
         buffer, done = mmap.mmap(-1, block), 0  # page-aligned, as O_DIRECT requires
         for file, offset, nbytes in part:
-            if interrupted or done * READERS >= DISK_BYTES or time.perf_counter() - began > DISK_SECONDS:
+            if interrupted or done * readers >= DISK_BYTES or time.perf_counter() - began > DISK_SECONDS:
                 break
             done += os.preadv(handles[file], [memoryview(buffer)[:nbytes]], offset)
         return done
 
     try:
         began = time.perf_counter()
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(readers) as pool:
             try:
-                total = sum(pool.map(read, [reads[at::READERS] for at in range(READERS)]))
+                total = sum(pool.map(read, [reads[at::readers] for at in range(readers)]))
             except BaseException:  # Ctrl-C: threads end after their current block
                 interrupted = True
                 raise

@@ -50,10 +50,10 @@ class Model:
 class EdgeMoe:
     """Our own engine. ram: the cap; without it, every expert must fit in memory."""
 
-    def __init__(self, model: Model, ram: int | str | None = None):
+    def __init__(self, model: Model, ram: int | str | None = None, device: str = "auto"):
         from edge_moe.runtime.runtime import Runtime
 
-        self.runtime = Runtime(model.path, ram or "auto", model.context, threads=model.threads, prune="off")
+        self.runtime = Runtime(model.path, ram or "auto", model.context, device, model.threads, prune="off")
         if ram is None and not self.runtime.plan.resident:
             raise MemoryError(f"{model.path}: its experts do not fit into the memory that is free")
 
