@@ -31,6 +31,7 @@ from .markdown import table
 CONFIG = CONFIGS / "qwen3-30b-a3b.json"
 WIDTH, VOCAB, CONTEXT = 4, 32768, 1024
 SHARES = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)  # of the experts' bytes, beyond the floor
+SPARE = 16_000_000  # bytes beyond the floor, as the interpreter grows meanwhile
 WINDOWS = (0, 1, 2, 1000)  # units that are queued and not confirmed; the last: a whole token
 READERS = (1, 2, 4, 8, 16)
 SYSCTLS = ("hw.model", "hw.memsize", "machdep.cpu.brand_string", "iogpu.wired_limit_mb", "kern.osproductversion")
@@ -149,9 +150,9 @@ def _cap(bundle: str, share: float, rounds: int, prompt: int, tokens: int) -> li
         Runtime(bundle, 10**6, CONTEXT, "mlx").close()
         raise AssertionError("a megabyte is below every floor")
     except BelowFloor as refused:
-        ram = refused.plan.floor_bytes + int(share * Bundle.open(bundle).expert_bytes)
+        ram = refused.plan.floor_bytes + SPARE + int(share * Bundle.open(bundle).expert_bytes)
     with Runtime(bundle, ram, CONTEXT, "mlx", prune="off") as runtime:
-        ids = np.random.default_rng(0).integers(0, VOCAB, max(prompt, tokens)).tolist()
+        ids = np.random.default_rng(0).integers(0, runtime.config.vocab, max(prompt, tokens)).tolist()
         about = {"share": share, "ram_bytes": ram, "planned_bytes": runtime.plan.total_bytes}
         rows, seconds = [], []
         for _ in range(rounds + 1):
