@@ -143,7 +143,7 @@ def attend_mlx(q, k, v, scale: float, window: int, xp, sinks=None, visible=None)
         low, high = max(0, before + at - window + 1) if window else 0, before + end
         mask = "causal" if end - at > 1 else None
         if visible is not None:
-            mask = xp.array(visible[:, None, at:end, low:high])
+            mask = array(visible, xp)[:, None, at:end, low:high]
         elif window and end - at > 1:
             age = np.arange(before + at, high)[:, None] - np.arange(low, high)
             mask = xp.array((age >= 0) & (age < window))

@@ -38,7 +38,7 @@ class BlockIndex:
         }
 
     def seen(self, trunk, times, h, rope: Rope, eps: float, xp=np, past: Past = NO_PAST):
-        """Whether each query sees each position, bool (sequences, queries, positions), on the host.
+        """Whether each query sees each position, bool (sequences, queries, positions).
 
         h: (sequences, tokens, dim). Of blocks with equal scores the first is chosen.
         """
@@ -63,7 +63,8 @@ class BlockIndex:
         scores = xp.sum(xp.maximum(products * self.scale, array(np.float32(0), xp)), axis=1)
         before = (at + 1) // self.block  # whole blocks that end at the query or before it
         there = np.arange(whole) < before
-        of_blocks = np.repeat(chosen(scores, self.blocks, there), self.block, axis=-1)
-        tail = np.arange(positions) >= before * self.block
-        padded = np.pad(of_blocks, ((0, 0), (0, 0), (0, positions - whole * self.block)))
-        return causal & (padded | tail)
+        of_blocks = xp.repeat(chosen(scores, self.blocks, there, xp), self.block, axis=-1)
+        tail = array(np.arange(positions) >= before * self.block, xp)
+        rest = xp.zeros((*of_blocks.shape[:2], positions - whole * self.block), dtype=xp.bool_)
+        padded = xp.concatenate([of_blocks, rest], axis=-1)
+        return array(causal, xp) & (padded | tail)

@@ -135,11 +135,11 @@ class CompressedAttention:
         # compressed rows, and which of all rows a query sees
         at = np.arange(past.position, past.position + tokens)[:, None]
         age = at - np.arange(first, past.position + tokens)
-        seen = np.broadcast_to((age >= 0) & (age < self.window), (sequences, *age.shape))
+        seen = array(np.broadcast_to((age >= 0) & (age < self.window), (sequences, *age.shape)), xp)
         compressed = self.compressed(trunk, times, h, "pool", self.head_dim, eps, xp, past)
         visible = self._visible(trunk, times, h, latent, eps, xp, past)
         if compressed is not None:
-            seen = np.concatenate([np.broadcast_to(visible, (sequences, *visible.shape[-2:])), seen], axis=-1)
+            seen = xp.concatenate([xp.broadcast_to(visible, (sequences, *visible.shape[-2:])), seen], axis=-1)
             rows = xp.concatenate([compressed[:, :, None], rows], axis=1)
 
         # attention, whose outputs are turned back as the rows were turned
@@ -178,7 +178,7 @@ class CompressedAttention:
         cos, sin = (part[:: self.rate] for part in self.rope.tables((over - first) * self.rate, xp, first * self.rate))
         return past.all(name, rotate_last(mean[:, :, None], self.rope, cos, sin, xp)[:, :, 0], first)
 
-    def _visible(self, trunk, times, h, latent, eps: float, xp, past: Past = NO_PAST) -> np.ndarray | None:
+    def _visible(self, trunk, times, h, latent, eps: float, xp, past: Past = NO_PAST):
         """Whether each query sees each compressed row, bool (queries, rows) or (sequences, queries, rows)."""
         if not self.rate:
             return None
@@ -186,13 +186,13 @@ class CompressedAttention:
         its, positions = self.index, past.position + tokens
         over = np.arange(positions // self.rate) < (np.arange(past.position, positions)[:, None] + 1) // self.rate
         if its is None:
-            return over
+            return array(over, xp)
         k = self.compressed(trunk, times, h, "index", its.dim, eps, xp, past)
         if over.shape[1] <= its.top:
-            return over
+            return array(over, xp)
         cos, sin = self.rope.tables(tokens, xp, past.position)
         q = times("index.q", latent).reshape(sequences, tokens, its.heads, its.dim)
         q = rotate_last(q, self.rope, cos, sin, xp)
         weights = times("index.weights", h)  # (sequences, tokens, heads)
         scores = [scores_of(q[i], k[i], weights[i], its.scale, xp) for i in range(sequences)]
-        return chosen(xp.stack(scores), its.top, over)
+        return chosen(xp.stack(scores), its.top, over, xp)

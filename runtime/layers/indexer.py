@@ -4,11 +4,13 @@ A few small heads score every earlier position for a query. Their keys, one of e
 While a query sees at most as many positions as it may choose, it attends to all of them.
 """
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from .arrays import layer_norm
+from .arrays import array, layer_norm
 from .past import NO_PAST, Past
 from .rope import Rope, rotate_first
 
@@ -75,20 +77,20 @@ def scores_of(q, k, weights, scale: float, xp=np):
 class Choice:
     """What the last layer with an indexer has chosen, for the layers after it that have none."""
 
-    visible: np.ndarray | None = None  # see chosen(); None: every position up to the query's
+    visible: Any = None  # see chosen(); None: every position up to the query's
 
 
-def chosen(scores, top: int, seen: np.ndarray | None = None) -> np.ndarray:
+def chosen(scores, top: int, seen=None, xp=np):
     """Whether each query attends to each position, bool (sequences, queries, positions).
 
     It attends to the `top` positions with the highest scores of those that it sees; ties go to the lower position.
     seen: bool (queries, positions); None: those up to the query's own, where the queries are those of the last
     positions.
     """
-    scores = np.asarray(scores)
     queries, positions = scores.shape[1:]
-    seen = np.tri(queries, positions, positions - queries, dtype=bool) if seen is None else seen
-    best = np.argsort(-np.where(seen, scores, -np.inf), axis=-1, kind="stable")[..., :top]
-    visible = np.zeros(scores.shape, bool)
-    np.put_along_axis(visible, best, True, axis=-1)
-    return visible & seen
+    seen = array(np.tri(queries, positions, positions - queries, dtype=bool) if seen is None else seen, xp)
+    worth = xp.where(seen, scores, -math.inf)
+    least = xp.sort(worth, axis=-1)[..., -top:][..., :1]
+    above, tied = worth > least, worth == least
+    left = top - xp.sum(above, axis=-1, keepdims=True)
+    return (above | (tied & (xp.cumsum(xp.where(tied, 1, 0), axis=-1) <= left))) & seen

@@ -102,7 +102,7 @@ class LatentAttention:
         q, k, v = self.qkv(times, q, latent, k_rope, xp)
         return attend_all(q, k, v, self.softmax_scale, xp=xp, visible=visible)
 
-    def _visible(self, trunk, times, h, q_latent, xp, choice: Choice | None, past: Past) -> np.ndarray | None:
+    def _visible(self, trunk, times, h, q_latent, xp, choice: Choice | None, past: Past):
         """Which positions each query attends to, as chosen() returns it; None: every position up to its own."""
         if not self.top:
             return None
@@ -113,7 +113,7 @@ class LatentAttention:
             if choice is None:
                 raise ValueError(f"a layer without an indexer attends to {self.top} positions that another has chosen")
             return choice.visible
-        visible = chosen(self.indexer.scores(trunk, times, h, q_latent, keys, xp), self.top)
+        visible = chosen(self.indexer.scores(trunk, times, h, q_latent, keys, xp), self.top, xp=xp)
         if choice is not None:
             choice.visible = visible
         return visible
