@@ -106,6 +106,41 @@ def test_a_damaged_record_is_named_and_leaves_nothing_pinned(bundle):
     assert np.array_equal(slots.record(9), stored(bundle, 9))
 
 
+def test_what_queued_work_may_use_is_not_evicted_for_reads_ahead(bundle):
+    largest = max(expert.nbytes for expert in bundle.experts.values())
+    slots = Slots(bundle, 4 * largest)
+
+    def read_all_ahead() -> set[int]:
+        """The records of the first layer that are left when reads ahead have taken what they may."""
+        for record in (1, 2):
+            slots.client.take([(record, 1)])
+            slots.client.release(record)
+        slots.client.read_ahead(np.arange(9, 16, dtype=np.int32))
+        while slots.client.wait(0.2):
+            pass
+        return {1, 2} & set(np.flatnonzero(slots.client.table >= 0).tolist())
+
+    slots.client.protect(0, 8)
+    assert read_all_ahead() == {1, 2} and slots.client.counters["read_ahead"] > 0
+    slots.client.protect(8, 8)
+    for _ in range(40):  # until the worths of two uses are small
+        slots.client.tick()
+    slots.client.take([(record, 1) for record in (1, 2)])  # which evict others, protected or not
+    assert {1, 2} <= set(np.flatnonzero(slots.client.table >= 0).tolist())
+
+
+def test_reads_have_been_asked_for_when_the_client_is_told(bundle):
+    slots, told = Slots(bundle, bundle.expert_bytes), []
+    slots.client.inject("slow", value=200_000)  # bytes a second
+
+    def begun() -> None:
+        told.append((slots.client.counters["misses"], slots.client.table[[3, 4]].max()))
+
+    slots.client.take([(3, 1), (4, 1)], None, begun)
+    assert told == [(2, -1)]
+    slots.client.clear_faults()
+
+
 def test_a_wait_for_a_slow_disk_ends_when_it_is_no_longer_wanted(bundle):
     slots = Slots(bundle, bundle.expert_bytes)
     slots.client.inject("slow", value=1000)

@@ -60,7 +60,7 @@ struct Client {
 
   // record, and whether it was in memory
   using Taken = std::vector<std::tuple<int, bool>>;
-  Taken take(std::vector<std::tuple<int, int>> records, const nb::object& stop);
+  Taken take(std::vector<std::tuple<int, int>> records, const nb::object& stop, const nb::object& begun);
   void wait(const nb::object& stop);
 
   ExpertStore store;
@@ -72,8 +72,9 @@ struct Client {
 };
 
 // Pin records (record, uses), as many as there is memory for, and wait until they are there; none if what the client
-// has pinned leaves no memory. Those in memory come first, so that none of them is evicted for the others.
-Client::Taken Client::take(std::vector<std::tuple<int, int>> records, const nb::object& stop) {
+// has pinned leaves no memory. Those in memory come first, so that none of them is evicted for the others. begun() is
+// called once, when the reads of the others have been asked for.
+Client::Taken Client::take(std::vector<std::tuple<int, int>> records, const nb::object& stop, const nb::object& begun) {
   for (const auto& [record, uses] : records) checked(record);
   const bool pinned = std::any_of(wanted.begin(), wanted.end(), [](int count) { return count > 0; });
   std::stable_partition(records.begin(), records.end(), [&](auto& one) { return residency.holds(std::get<0>(one)); });
@@ -85,6 +86,7 @@ Client::Taken Client::take(std::vector<std::tuple<int, int>> records, const nb::
         if (acquired == Residency::Acquired::kNoSlot) break;
         taken.emplace_back(record, acquired == Residency::Acquired::kHit);
       }
+      if (!taken.empty() && !begun.is_none()) begun();
       for (const auto& one : taken)
         while (!residency.bytes(std::get<0>(one))) wait(stop);
       if (!taken.empty() || pinned) break;
@@ -147,13 +149,13 @@ void bind_residency(nb::module_& m) {
           "Pin a record, starting its read if it is not in memory; false if too much is pinned. uses: to be counted.")
       .def(
           "take",
-          [](BoundClient& self, std::vector<std::tuple<int, int>> records, const nb::object& stop) {
-            return self->take(std::move(records), stop);
-          },
-          nb::arg("records"), nb::arg("stop") = nb::none(),
+          [](BoundClient& self, std::vector<std::tuple<int, int>> records, const nb::object& stop,
+             const nb::object& begun) { return self->take(std::move(records), stop, begun); },
+          nb::arg("records"), nb::arg("stop") = nb::none(), nb::arg("begun") = nb::none(),
           "Pin records (record, uses), as many of them as there is memory for, and wait until they are there. Returns\n"
           "(record, whether it was in memory already) of each; none if what is acquired leaves no memory. Raises what\n"
-          "a read raised, and Interrupted when stop() returns true; then none is pinned.")
+          "a read raised, and Interrupted when stop() returns true; then none is pinned. begun() is called when the\n"
+          "reads have been asked for.")
       .def(
           "release", [](BoundClient& self, int record) { self->release(record); }, nb::arg("record"),
           "Undo one acquire().")
@@ -176,6 +178,14 @@ void bind_residency(nb::module_& m) {
           },
           nb::arg("records"),
           "records: int32, those that may be acquired soon, most likely first; they are not pinned.")
+      .def(
+          "protect",
+          [](BoundClient& self, int first, int count) {
+            expect(first >= 0 && count >= 0 && count <= int(self->store.records().size()) - first, "no such record");
+            self->residency.protect(first, count);
+          },
+          nb::arg("first"), nb::arg("count"),
+          "Let no read ahead evict the `count` records from `first` on, and those of an earlier call again.")
       .def(
           "wait",
           [](BoundClient& self, double seconds) {

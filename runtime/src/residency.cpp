@@ -86,7 +86,7 @@ Residency::Acquired Residency::acquire(int record, int uses) {
   } else {
     if (slots_.bytes() < store_.largest_record())
       throw SystemError("there is no memory for experts", ENOMEM, "lower the cap, or load the bundle again");
-    const std::optional<Read> read = begin(record);
+    const std::optional<Read> read = begin(record, false);
     if (!read) return Acquired::kNoSlot;
     ++stats_.misses;
     slot = read->slot;
@@ -100,9 +100,9 @@ Residency::Acquired Residency::acquire(int record, int uses) {
 }
 
 // Place a record in a slot, which its read pins; none if too much is pinned. Does not throw.
-std::optional<Read> Residency::begin(int record) {
+std::optional<Read> Residency::begin(int record, bool ahead) {
   const size_t bytes = store_.records()[record].padded;
-  const int slot = slots_.place(record, bytes, worths_.of(record));
+  const int slot = slots_.place(record, bytes, worths_.of(record), ahead);
   if (slot < 0) return {};
   loads_[slot] = {};
   ++loading_;
@@ -114,10 +114,15 @@ void Residency::read_ahead(std::span<const int32_t> records) {
   if (readers_) readers_->ask_ahead(records);
 }
 
+void Residency::protect(int first, int count) {
+  std::lock_guard lock(mutex_);
+  slots_.protect(first, count);
+}
+
 std::optional<Read> Residency::read_ahead_now(int record) {
   std::lock_guard lock(mutex_);
   if (resizing_ || slots_.of(record) >= 0) return {};
-  const std::optional<Read> read = begin(record);
+  const std::optional<Read> read = begin(record, true);
   if (!read) return {};
   loads_[read->slot].ahead = true;
   ++stats_.read_ahead;

@@ -46,6 +46,9 @@ class Residency final : ReadClient {
   // memory, without pinning them.
   void read_ahead(std::span<const int32_t> records);
 
+  // Let no read ahead evict the `count` records from `first` on: work that is queued may use them.
+  void protect(int first, int count);
+
   // Whether the record is mapped or has a slot, loaded or not. Does not pin.
   bool holds(int record) const;
 
@@ -93,7 +96,7 @@ class Residency final : ReadClient {
   std::optional<Read> read_ahead_now(int record) override;
   void fill(int reader, const Read& read) override;
   bool ended(const Read& read, std::exception_ptr error) override;
-  std::optional<Read> begin(int record);
+  std::optional<Read> begin(int record, bool ahead);
   size_t checked(size_t bytes) const;
   void take_memory(size_t bytes);
   void end_slots(size_t bytes);

@@ -47,8 +47,8 @@ void Slots::resize(size_t bytes) {
   if (before >= 0 && slots_[end].record < 0 && slots_[before].record < 0) absorb_next(before);
 }
 
-int Slots::place(int record, size_t bytes, double worth) {
-  const int slot = cheapest(bytes);
+int Slots::place(int record, size_t bytes, double worth, bool ahead) {
+  const int slot = cheapest(bytes, ahead);
   if (slot < 0) return -1;
   vacate(slot);
   while (slots_[slot].bytes < bytes || joins(slots_[slot])) absorb_next(slot);
@@ -104,17 +104,18 @@ void Slots::vacate(int slot) {
 // from the slot with the lowest worth, then number. -1 if too much is pinned. Slots are visited by worth: once a slot's
 // worth is not below the lowest sum, neither are the sums that remain. For records of one size the neighbours are one
 // or two slots, so each sum is computed anew.
-int Slots::cheapest(size_t bytes) const {
+int Slots::cheapest(size_t bytes, bool ahead) const {
   int best = -1;
   double lowest = std::numeric_limits<double>::infinity();
   for (const auto& [worth, slot] : by_worth_) {
     if (worth >= lowest) break;
-    if (!may_leave(slots_[slot])) continue;
+    const auto leaves = [&](int at) { return may_leave(slots_[at], ahead); };
+    if (!leaves(slot)) continue;
     size_t before = 0;  // bytes from `first` up to the slot
-    for (int first = slot; first >= 0 && before < bytes && may_leave(slots_[first]); first = slots_[first].previous) {
+    for (int first = slot; first >= 0 && before < bytes && leaves(first); first = slots_[first].previous) {
       size_t room = 0;
       double sum = 0;
-      for (int at = first; at >= 0 && room < bytes && may_leave(slots_[at]); at = slots_[at].next)
+      for (int at = first; at >= 0 && room < bytes && leaves(at); at = slots_[at].next)
         room += slots_[at].bytes, sum += slots_[at].worth;
       if (room >= bytes && sum < lowest) lowest = sum, best = first;
       if (slots_[first].previous >= 0) before += slots_[slots_[first].previous].bytes;

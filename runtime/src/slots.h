@@ -36,8 +36,9 @@ class Slots {
   void resize(size_t bytes);
   size_t bytes() const { return bytes_; }
 
-  // Find a slot for a record, evicting others, and pin it once; -1 if too much is pinned.
-  int place(int record, size_t bytes, double worth);
+  // Find a slot for a record, evicting others, and pin it once; -1 if too much is pinned. ahead: it may be needed soon,
+  // and evicts none that are protected.
+  int place(int record, size_t bytes, double worth, bool ahead = false);
   void pin(int slot) { ++slots_[slot].pins; }
   void unpin(int slot) { --slots_[slot].pins; }
   void set_worth(int slot, double worth);
@@ -50,6 +51,9 @@ class Slots {
   void keep() { kept_ = placed_; }
   void keep_no_longer() { kept_ = 0; }
 
+  // Protect the `count` records from `first` on, and no others.
+  void protect(int first, int count) { protected_ = first, protected_end_ = first + count; }
+
   const Slot& operator[](int slot) const { return slots_[slot]; }
   int count() const { return int(slots_.size()); }       // upper bound of slot numbers
   int of(int record) const { return slot_of_[record]; }  // -1: no slot
@@ -58,8 +62,12 @@ class Slots {
   std::span<const std::atomic<int32_t>> table() const { return table_; }
 
  private:
-  bool may_leave(const Slot& slot) const { return slot.record < 0 || (slot.pins == 0 && slot.order > kept_); }
-  int cheapest(size_t bytes) const;
+  bool may_leave(const Slot& slot, bool ahead) const {
+    if (slot.record < 0) return true;
+    const bool is_protected = slot.record >= protected_ && slot.record < protected_end_;
+    return slot.pins == 0 && slot.order > kept_ && !(ahead && is_protected);
+  }
+  int cheapest(size_t bytes, bool ahead) const;
   int new_slot();
   void assign(int slot, int record);
   void vacate(int slot);
@@ -77,7 +85,7 @@ class Slots {
   std::vector<int> slot_of_;                   // by record; -1: no slot
   std::vector<std::atomic<int32_t>> table_;
   uint64_t placed_ = 0, kept_ = 0;  // number of placements; placements up to kept_ are not evicted
-  int held_ = 0;
+  int held_ = 0, protected_ = 0, protected_end_ = 0;
 };
 
 }  // namespace edge_moe
