@@ -83,14 +83,22 @@ def plan(bundle):
     return edge_moe("plan", bundle, "--ram", "1GB", "--device", "mlx", "--context", 512)
 
 
+@pytest.fixture(scope="module")
+def arguments(bundle):
+    return ["generate", bundle, *ARGUMENTS, "--device", "mlx", "--context", 512]
+
+
+@pytest.fixture(scope="module")
+def uncapped(arguments):
+    return edge_moe(*arguments, "--ram", "1GB")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_a_run_stays_below_its_cap_and_says_the_same(bundle, plan, share):
-    arguments = ["generate", bundle, *ARGUMENTS, "--device", "mlx", "--context", 512]
+def test_a_run_stays_below_its_cap_and_says_the_same(arguments, plan, uncapped, share):
     cap = int(plan["floor_bytes"] + share * (plan["resident_bytes"] - plan["floor_bytes"]))
     answer, counted = cgroup.run_json([*arguments, "--ram", cap], limit_bytes=cap)
     assert answer["peak_memory_bytes"] <= cap and counted <= cap
     assert answer["expert_misses"] > 64
-    uncapped = edge_moe(*arguments, "--ram", "1GB")
     assert answer["tokens"] == uncapped["tokens"] and uncapped["expert_misses"] <= 64
 
 
@@ -116,7 +124,7 @@ def test_a_cap_below_the_floor_is_refused(bundle, plan):
         Runtime(bundle, plan["floor_bytes"] // 3, 512, "mlx")
 
 
-TINY = {"num_hidden_layers": 2, "max_position_embeddings": 2048, "hidden_size": 64, "moe_intermediate_size": 64}
+TINY = {"num_hidden_layers": 1, "max_position_embeddings": 2048, "hidden_size": 64, "moe_intermediate_size": 64}
 LONG = """
 import json, sys
 from edge_moe import Runtime, _core

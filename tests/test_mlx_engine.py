@@ -188,6 +188,7 @@ def test_each_sequence_has_its_own_rule_and_account(golden, tmp_path):
     masks = masks_of(path)
     asked = requests(golden["olmoe"][2].shape[1], 5, RULES)
     engine = mlx_engine(path, sequences=5, slots=5, chunk=64, masks=masks)
+    engine.set_prefetch(False)  # what is read ahead is counted for none
     together = run_together(engine, asked, 5)
     for sequence, (request, got) in enumerate(zip(asked, together, strict=True)):
         one = mlx_engine(path, masks=masks)
@@ -207,9 +208,10 @@ def test_each_sequence_has_its_own_rule_and_account(golden, tmp_path):
 def test_records_leave_and_are_counted_as_in_the_cpu_engine(lossless, golden, slots):
     path, ids = lossless("olmoe"), golden["olmoe"][1]
     ours, theirs = mlx_engine(path, slots=slots, readers=2), make_engine(path, slots=slots)
-    theirs.set_prefetch(False)
-    run_engine(ours, ids, 1), run_engine(theirs, ids, 1)
-    assert ours.counters == theirs.counters and ours.counters["expert_misses"] > 0
+    for engine in (ours, theirs):
+        engine.set_prefetch(False)
+        run_engine(engine, ids, 1)
+    assert ours.counters.items() >= theirs.counters.items() and ours.counters["expert_misses"] > 0
     assert np.array_equal(ours.worths, theirs.worths)
     assert ours.sequence_counters(0) == theirs.sequence_counters(0)
 
