@@ -177,12 +177,10 @@ def load_into(session: "Session", path: Path) -> int:
 
 def identity_of(runtime: "Runtime") -> str:
     """What must agree for results to be the same: the bundle's weights, the model as planned, the cache's type and the
-    version of this package. Raises ValueError for a device that cannot save sessions."""
-    if not hasattr(runtime._open(), "save_positions"):
-        raise ValueError(f"device {runtime.device} cannot save sessions yet; cpu and cuda can")
+    version of this package; and whether MLX computed it, which arranges it otherwise."""
     bundle, about = runtime.bundle, hashlib.blake2b(digest_size=16)
-    model = repr(bundle.config.planned(runtime.plan.context))
-    for part in (version("edge-moe"), runtime.plan.kv, model, str(bundle.trunk_checksum)):
+    model, of_mlx = repr(bundle.config.planned(runtime.plan.context)), ["mlx"] if runtime.device == "mlx" else []
+    for part in (version("edge-moe"), runtime.plan.kv, model, str(bundle.trunk_checksum), *of_mlx):
         about.update(part.encode() + b"\0")
     about.update(np.array([expert.checksum for expert in bundle.experts.values()], np.uint32).tobytes())
     return about.hexdigest()

@@ -67,6 +67,19 @@ def test_a_process_above_its_cap_is_told_so(lossless):
             runtime.generate([1, 2, 3], 4)
 
 
+def test_a_saved_session_goes_on_on_mlx_alone(lossless, tmp_path):
+    with Runtime(lossless, "1GB", 160, "mlx") as runtime:
+        asked = prompts(runtime.config.vocab, 1)[0]
+        first = runtime.generate(asked, 8)
+        tokens = runtime.save_session(tmp_path / "one")
+    with Runtime(lossless, "1GB", 160, "mlx") as runtime:
+        assert runtime.load_session(tmp_path / "one") == tokens == len(asked) + 7
+        again = runtime.generate(asked + first.tokens, 4)
+        assert again.cached_tokens == tokens
+    with Runtime(lossless, "1GB", 160, "cpu") as runtime:
+        assert runtime.load_session(tmp_path / "one") == 0
+
+
 # ---- caps
 
 

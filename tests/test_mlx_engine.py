@@ -9,12 +9,14 @@ from bundles import (
     ALL,
     LAST,
     Pruned,
+    load_positions,
     make_engine,
     mask_routers_of,
     prunable,
     run_engine,
     run_together,
     same_bits,
+    saved_positions,
     weights_of,
     write_lossless,
 )
@@ -137,6 +139,26 @@ def test_a_sequence_is_rewound_restored_and_copied(mixed, golden, name):
     assert same_bits(engine.step([(0, other[:9], ALL)]), want)
     assert engine.truncate(0) == 0
     assert same_bits(engine.forward(ids[:8], LAST), mlx_engine(path).forward(ids[:8], LAST))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "deepseek_v32", "gpt_oss", *RECURRENT])
+def test_what_is_saved_goes_on_in_another_engine(mixed, golden, name):
+    path, ids = mixed(name), golden[name][1].astype(np.int32)
+    engine = mlx_engine(path, snapshots=1, kv="float16")
+    want = [engine.forward(ids[:17], LAST), engine.snapshot(), engine.forward(ids[17:], ALL)][2]
+    whole = saved_positions(engine, 17)
+    other = mlx_engine(path, sequences=2, context=96, slots=6, kv="float16")
+    other.forward(ids[::-1][:9], LAST, sequence=1)  # what was there before is not seen
+    load_positions(other, ids[:17], whole, sequence=1)
+    assert saved_positions(other, 17, sequence=1) == whole
+    assert same_bits(other.forward(ids[17:], ALL, sequence=1), want)
+    with pytest.raises(ZeroDivisionError):
+        other.load_positions(ids[:17], lambda piece: 1 / 0, sequence=1)
+    load_positions(other, ids[:17], whole, sequence=0)
+    assert other.restorable(0, sequence=1) == 0
+    assert same_bits(other.forward(ids[17:], ALL), want)
+    with pytest.raises(ValueError, match="more ids than the context"):
+        engine.load_positions(np.zeros(65, np.int32), None)
 
 
 def test_the_least_recently_used_snapshot_makes_room(mixed, golden):

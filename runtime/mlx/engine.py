@@ -16,13 +16,15 @@ from ..bundle import Bundle
 from ..pruning import PruneRule
 from .by_layer import ByLayer
 from .forward import Forward
-from .memory import MOST_WIRED, kept_of
-from .past import LayerPast
+from .memory import MOST_WIRED, VALUE_BYTES, cached_values, kept_of, state_values
+from .past import LOADED, LayerPast
 from .records import Records
 from .spans import ALL, COUNTED, LAST, NOTHING, Sizes, Snapshot, Span, Timeline
 from .units import Units
 
 ASK_S = 0.05  # between two calls of stop()
+SAVED_PIECE = 1 << 20  # bytes that are written or read at once
+NO_STATE = "the state of that position is not there any more; take a snapshot there"
 TYPES = {"float16": mx.float16, "float32": mx.float32}
 
 
@@ -135,7 +137,7 @@ class MlxEngine:
     def _planned(self, parts: Sequence[tuple]) -> list[Span]:
         spans, rows = [], 0
         for number, tokens, want in parts:
-            timeline, ids = self._timelines[self._checked(number)], np.asarray(tokens, np.int32)
+            timeline, ids = self._timelines[self._checked(number)], np.ascontiguousarray(tokens, np.int32)
             if not len(ids):
                 raise ValueError("a step takes 1 to chunk tokens")
             if timeline.position + len(ids) > self.sizes.context:
@@ -240,7 +242,7 @@ class MlxEngine:
             raise ValueError("a sequence is not copied to itself")
         found, states = self._origin(from_, positions)
         if found != positions:
-            raise ValueError("the state of that position is not there any more; take a snapshot there")
+            raise ValueError(NO_STATE)
         source, target = self._timelines[from_], self._timelines[to]
         with mx.stream(self._stream):
             for past, other, own in zip(target.pasts, source.pasts, states, strict=True):
@@ -248,6 +250,51 @@ class MlxEngine:
             mx.eval([past.arrays() for past in target.pasts])
         target.ids = source.ids[:positions]
         self._snapshots = [its for its in self._snapshots if its.sequence != to]
+
+    def saved_bytes(self, positions: int) -> int:
+        """How many bytes save_positions() writes."""
+        c, one = self.config, VALUE_BYTES[self.sizes.kv]
+        cached = sum(cached_values(layer.attention, positions) for layer in c.layers)
+        states = sum(state_values(c, layer) for layer in range(c.layer_count)) if positions else 0
+        return one * cached + 4 * states
+
+    def save_positions(self, positions: int, write: Callable[[np.ndarray], None], sequence: int = 0) -> None:
+        """Call write(uint8 (n,)) for what a sequence knows of its first positions; see _core.Engine."""
+        found, states = self._origin(self._checked(sequence), positions)
+        if found != positions:
+            raise ValueError(NO_STATE)
+        with mx.stream(self._stream):
+            for layer, (past, own) in enumerate(zip(self._timelines[sequence].pasts, states, strict=True)):
+                kept = kept_of(self.config.layers[layer].attention, positions)
+                for array in (*(past.rows(name, shape[0]) for name, shape in kept.items()), *own.values()):
+                    values = np.array(array).reshape(-1).view(np.uint8)
+                    for at in range(0, len(values), SAVED_PIECE):
+                        write(values[at : at + SAVED_PIECE])
+
+    def load_positions(self, ids, read: Callable[[np.ndarray], None], sequence: int = 0) -> None:
+        """Let a sequence know what save_positions() wrote of the tokens `ids`; see _core.Engine."""
+        if len(ids) > self.sizes.context:
+            raise ValueError("there are more ids than the context has positions")
+        self.truncate(0, self._checked(sequence))
+
+        def values(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+            found = np.empty(shape, dtype)
+            raw = found.reshape(-1).view(np.uint8)
+            for at in range(0, len(raw), SAVED_PIECE):
+                read(raw[at : at + SAVED_PIECE])
+            return found
+
+        timeline, states = self._timelines[sequence], []
+        with mx.stream(self._stream):
+            for layer, past in enumerate(timeline.pasts):
+                for name, shape in kept_of(self.config.layers[layer].attention, len(ids)).items():
+                    past.set_rows(name, values((1, *shape), self.sizes.kv))
+                count = state_values(self.config, layer) if len(ids) else 0
+                states.append({LOADED: mx.array(values((count,), "float32"))} if count else {})
+            mx.eval(states, [past.arrays() for past in timeline.pasts])
+        for past, own in zip(timeline.pasts, states, strict=True):
+            past.restore(len(ids), own)
+        timeline.ids[:] = np.asarray(ids).tolist()
 
     def resize_slots(self, nbytes: int) -> None:
         """Resize the memory for experts, between two steps. Results do not depend on it."""

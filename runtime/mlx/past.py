@@ -1,12 +1,16 @@
 """What the layers of one sequence know of the tokens before, in MLX's memory."""
 
+import math
 from collections.abc import Callable
 
 import mlx.core as mx
+import numpy as np
 
 from ...devices.mlx.experts import Array
 from ..layers.past import Past
 from .weights import Matrix
+
+LOADED = ""  # the states that have not been asked for since they were loaded, one after another, in the order of use
 
 
 class LayerPast(Past):
@@ -38,14 +42,21 @@ class LayerPast(Past):
         return list(self._cached.values())
 
     def latest(self, name: str, x: Array, count: int, xp=mx) -> Array:
-        before = self.states.get(name)
-        before = mx.zeros((1, count, *x.shape[2:])) if before is None else before
+        before = self._state(name, (1, count, *x.shape[2:]))
         whole = mx.concatenate([before, x], axis=1)
         self._next[name] = whole[:, whole.shape[1] - count :]
         return whole
 
     def state(self, shape: tuple[int, ...], xp=mx) -> Array:
-        state = self.states.get("state")
+        return self._state("state", shape)
+
+    def _state(self, name: str, shape: tuple[int, ...]) -> Array:
+        if name not in self.states and LOADED in self.states:
+            size, whole = math.prod(shape), self.states[LOADED]
+            rest = {LOADED: whole[size:]} if whole.size > size else {}
+            own = {its: state for its, state in self.states.items() if its != LOADED}
+            self.states = {**own, name: whole[:size].reshape(shape), **rest}
+        state = self.states.get(name)
         return mx.zeros(shape) if state is None else state
 
     def keep_state(self, state: Array) -> None:
@@ -64,6 +75,14 @@ class LayerPast(Past):
     def abandon(self) -> None:
         """A step has failed."""
         self._next = {}
+
+    def rows(self, name: str, count: int) -> Array:
+        """The first rows of what is cached by a name."""
+        return self._cached[name][:, :count]
+
+    def set_rows(self, name: str, rows: np.ndarray) -> None:
+        """Set the first rows of what is cached by a name."""
+        self._cached[name][:, : rows.shape[1]] = mx.array(rows)
 
     def restore(self, position: int, states: dict[str, Array]) -> None:
         """Go back to a position, at which the recurrent states were these."""
