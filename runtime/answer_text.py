@@ -13,8 +13,9 @@ class AnswerText:
     A stop string that is a special token, which has no text, ends the answer at that token: see `stop_tokens`.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
-        self.detokenizer = detokenizer_of(tokenizer) if tokenizer else None
+    def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str], marks: Sequence[str] = ()):
+        """marks: special tokens of calls of tools that are wanted as text."""
+        self.detokenizer = detokenizer_of(tokenizer, marks) if tokenizer else None
         self.stop_tokens = {token for stop in stops if (token := tokenizer.special_token(stop)) is not None}
         self.stops = [_Stop(stop) for stop in stops if stop]
         self.held = ""

@@ -8,8 +8,12 @@ name of the channel, <|message|>, its text and <|end|>, and the next one begins 
 
 Gemma 4 puts its thoughts between <|channel> and <channel|>, with the channel's name on a line of its own before them.
 Mistral's models put them between [THINK] and [/THINK].
+
+Calls of tools are left out, as parts of them are special tokens, unless these are wanted as text.
 """
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .tokenizer import Detokenizer, Tokenizer
@@ -17,6 +21,9 @@ from .tokenizer import Detokenizer, Tokenizer
 START, CHANNEL, MESSAGE, END = MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 FINAL = "final"
 THINKING, THOUGHT = "<think>", "</think>"
+TO = "to=functions."
+RECIPIENT = re.compile(r"to=(functions\.\S+)")  # of a message that is a call, before or after its channel
+CALL, END_CALL = f"{CHANNEL}commentary to=", "<|call|>"  # a call's text, between its recipient and {MESSAGE}
 TAIL = 16  # tokens at the end of a prompt among which one opens a thought
 
 
@@ -40,12 +47,16 @@ def has_channels(tokenizer: Tokenizer | None) -> bool:
     return _has(tokenizer, *MARKS) or brackets_of(tokenizer) not in (None, TAGS)
 
 
-def detokenizer_of(tokenizer: Tokenizer) -> "Detokenizer | ChannelText | ThoughtText":
-    """What converts a model's answers to text."""
+def detokenizer_of(
+    tokenizer: Tokenizer, marks: Collection[str] = ()
+) -> "Detokenizer | ChannelText | ThoughtText | MarkedText":
+    """What converts a model's answers to text. marks: special tokens of calls, which are wanted in the text."""
     if _has(tokenizer, *MARKS):
-        return ChannelText(tokenizer)
+        return ChannelText(tokenizer, calls=bool(marks))
     brackets = brackets_of(tokenizer)
-    return Detokenizer(tokenizer) if brackets is None else ThoughtText(tokenizer, brackets)
+    text = Detokenizer(tokenizer) if brackets is None else ThoughtText(tokenizer, brackets)
+    shown = {token: mark for mark in marks if (token := tokenizer.special_token(mark)) is not None}
+    return MarkedText(text, shown) if shown else text
 
 
 def _has(tokenizer: Tokenizer | None, *marks: str) -> bool:
@@ -79,11 +90,29 @@ def split_thought(answer: str) -> tuple[str, str]:
     return thought.strip("\n"), rest.lstrip()
 
 
-class ChannelText:
-    """Converts tokens to text like Detokenizer. An answer may also begin inside of a message, to continue it."""
+class MarkedText:
+    """Converts tokens to text like `text`, and shows some special tokens, by id."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, text: "Detokenizer | ThoughtText", shown: dict[int, str]):
+        self.text, self.shown = text, shown
+
+    def add(self, token: int) -> str:
+        return self.text.finish() + self.shown[token] if token in self.shown else self.text.add(token)
+
+    def finish(self) -> str:
+        return self.text.finish()
+
+
+class ChannelText:
+    """Converts tokens to text like Detokenizer. An answer may also begin inside of a message, to continue it.
+
+    calls: show a message to a function with its recipient, as CALL, its name, MESSAGE, the text and END_CALL."""
+
+    def __init__(self, tokenizer: Tokenizer, calls: bool = False):
+        self.tokenizer, self.calls = tokenizer, calls
+        self.role = ""  # what is between the last start of a message and its channel
+        self.calling = False  # whether the message is a call
+        self.begun = "" if calls else None  # what the answer begins with, while it may be a recipient
         self.marks = {tokenizer.special_token(mark): mark for mark in MARKS}
         self.text = Detokenizer(tokenizer)  # of the message
         self.header: list[int] | None = None  # tokens between messages since the last mark; None inside of one
@@ -92,22 +121,46 @@ class ChannelText:
     def add(self, token: int) -> str:
         mark = self.marks.get(token)
         if mark is None and self.header is None:
-            return self.text.add(token)
+            return self._begin(self.text.add(token))
         if mark is None:
             self.header.append(token)
             return ""
-        rest = self.text.finish()
+        begun, self.begun = self.begun, None
+        rest = self._end_call(self.text.finish())
         if mark != MESSAGE:
+            is_role = mark == CHANNEL and begun and begun.lstrip().startswith(TO)
+            rest, begun = ("", begun + rest) if is_role else ((begun or "") + rest, "")
+            self.role = begun or (self.tokenizer.decode(self.header or []) if mark == CHANNEL else "")
             if mark == END and self.header is None and not self.tagged:  # of a thought that this answer continues
                 self.tagged = self.thinking = True
             self.header = []
             return rest
         channel = self.tokenizer.decode(self.header or []).strip()
         self.text, self.header = Detokenizer(self.tokenizer), None
+        if self.calls and (recipient := RECIPIENT.search(f"{self.role} {channel}")):
+            self.calling = True
+            closed = self._tag(final=True) if self.thinking else ""
+            return f"{rest}{closed}{CALL}{recipient[1]}{MESSAGE}"
         return rest + self._tag(final=not channel or channel.startswith(FINAL))
 
     def finish(self) -> str:
-        return self.text.finish()
+        begun, self.begun = self.begun, None
+        return (begun or "") + self._end_call(self.text.finish())
+
+    def _begin(self, text: str) -> str:
+        """Hold back what an answer begins with, while it may be the recipient of a call."""
+        if self.begun is None:
+            return text
+        self.begun += text
+        begun = self.begun.lstrip()
+        if TO.startswith(begun) or begun.startswith(TO):
+            return ""
+        text, self.begun = self.begun, None
+        return text
+
+    def _end_call(self, rest: str) -> str:
+        was, self.calling = self.calling, False
+        return rest + END_CALL if was else rest
 
     def _tag(self, final: bool) -> str:
         was, self.thinking = self.thinking, not final

@@ -108,6 +108,12 @@ def tools_of(given: list | None, limits: Limits, where: str = "tools") -> list[d
     return tools
 
 
+def check_tools_known(tools: list[dict] | None, tokenizer: Tokenizer) -> None:
+    """Raise ApiError where a chat template has no place for tools."""
+    if tools and "tools" not in tokenizer.template_variables() and "tool_use" not in tokenizer.chat_templates:
+        raise unsupported("This model's chat template has no tools: 'tools'", "leave them out", "tools")
+
+
 def tool_of(function: dict, path: str, limits: Limits) -> dict:
     """A tool for the chat template of a function's name, description and parameters."""
     if not NAME.fullmatch(function["name"]):

@@ -7,7 +7,7 @@ from ..runtime.answer import Generation
 from .asked import SAMPLING, Asked, include_usage, sampling_options, shape_of
 from .errors import invalid, unsupported
 from .fields import Field, array, flag, object_, read, text, whole
-from .messages import check_schema, messages_of, template_arguments, tools_of
+from .messages import check_schema, check_tools_known, messages_of, template_arguments, tools_of
 from .reader import Event, Told
 from .usage import openai_usage
 
@@ -54,6 +54,7 @@ def parse(body: object, service: "Service") -> Asked:
     service.check_model(its["model"])
     tokenizer = service.tokenizer_for_messages()
     tools, choice = chosen_tools(tools_of(its["tools"], service.limits), its["tool_choice"], service)
+    check_tools_known(tools, tokenizer)
     options = {**service.sampling_defaults, **sampling_options(its, service.limits)}
     if its["logprobs"]:
         options |= {"logprobs": True, "top_logprobs": its["top_logprobs"] or 0}

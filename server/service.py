@@ -6,14 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ..runtime.answer import Generation
+from ..runtime.answer_text import AnswerText
 from ..runtime.channels import opened_thought
 from ..runtime.prompt import PromptTooLong
 from ..runtime.prompt_scores import PromptScores
-from ..runtime.request import Templating
+from ..runtime.request import Templating, stop_strings
 from ..runtime.runtime import Runtime
 from ..runtime.sampling import sampling_defaults
 from ..runtime.tokenizer import Tokenizer
 from .asked import Asked
+from .call_formats import format_of
+from .calls import CallReader
 from .errors import ApiError, invalid, late, too_long, unsupported
 from .limits import Limits
 from .metrics import Metrics
@@ -41,6 +44,8 @@ class Service:
         self.texts = TokenTexts(runtime.tokenizer)
         self.started = self.now()
         self.sampling_defaults = sampling_defaults(runtime.bundle.path)
+        template = "" if runtime.tokenizer is None else "".join(runtime.tokenizer.chat_templates.values())
+        self.call_format = format_of(template)
         about = f"{runtime.bundle.trunk_checksum} {runtime.bundle.expert_bytes} {runtime.plan.kv}"
         self.fingerprint = f"fp_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
 
@@ -74,7 +79,7 @@ class Service:
                 if asked.max_tokens == 0:
                     request.max_tokens = 0
                 opened = opened_thought(self.runtime.tokenizer, request.ids) if asked.messages else ""
-                readers.append(MessageReader(opened) if asked.messages else PlainReader())
+                readers.append(MessageReader(opened, self._call_reader(asked)) if asked.messages else PlainReader())
                 answers.append(Answer(request, len(answers), owner, inbox, first))
                 first = first or answers[-1]
         return Reading(self, asked, answers, readers, inbox)
@@ -87,12 +92,19 @@ class Service:
             options = {name: value for name, value in options.items() if name not in TEMPLATING}
         param = "messages" if asked.messages else "prompt"
         try:
-            return self.runtime._request(prompt, asked.max_tokens or (1 if asked.max_tokens == 0 else None), options)
+            request = self.runtime._request(prompt, asked.max_tokens or (1 if asked.max_tokens == 0 else None), options)
+            if asked.calls:
+                stops = stop_strings(options.get("stop"))
+                request.text = AnswerText(self.runtime.tokenizer, stops, self.call_format.marks)
+            return request
         except PromptTooLong as error:
             context = self.runtime.plan.context
             raise too_long(f"This model's maximum context length is {context} tokens; {error}.", param) from None
         except (ValueError, TypeError) as error:
             raise invalid(self.told(error), None) from None
+
+    def _call_reader(self, asked: Asked) -> CallReader | None:
+        return CallReader(self.call_format, asked.options["tools"]) if asked.calls else None
 
     def told(self, error: Exception) -> str:
         """An error's message without the places of files on this machine."""
