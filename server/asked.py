@@ -9,6 +9,9 @@ from .errors import ApiError, invalid, unsupported
 from .fields import Field, array, flag, number, object_, read, text, value_of, whole
 from .limits import Limits
 
+# Of an answer: "json", "regex", "choice", "grammar" or "call"; its schema, pattern...; and the field that asks for it.
+Shape = tuple[str, Any, str]
+
 
 @dataclass
 class Asked:
@@ -25,7 +28,7 @@ class Asked:
     score: int | None = None  # the prompt's own log probabilities are wanted, with so many likeliest tokens
     calls: bool = False  # whether tools were given
     one_call: bool = False  # end the answer after the first call
-    shape: tuple[str, Any] | None = None  # of the answer: ("json", schema), ("lark", grammar) or ("regex", pattern)
+    shape: Shape | None = None
     user: str = ""
     more: dict[str, Any] = field(default_factory=dict)  # what the API's answer repeats of the request
 
@@ -95,7 +98,7 @@ def token_of(key: str) -> int:
     return int(key)
 
 
-def shape_of(given: Mapping[str, Any]) -> tuple[str, Any] | None:
+def shape_of(given: Mapping[str, Any]) -> Shape | None:
     """The shape that an answer must have, by the fields that are not in OpenAI's API."""
     asked = [
         name
@@ -111,8 +114,9 @@ def shape_of(given: Mapping[str, Any]) -> tuple[str, Any] | None:
         choices = [value_of(one, text(required=True), f"guided_choice[{place}]") for place, one in enumerate(value)]
         if not choices:
             raise invalid("'guided_choice' is empty.", name)
-        return "choice", choices
-    return {"guided_json": "json", "guided_regex": "regex"}.get(name, "grammar"), value
+        value = choices
+    kind = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"}.get(name, "grammar")
+    return kind, value, name
 
 
 def include_usage(given: Mapping[str, Any]) -> bool:

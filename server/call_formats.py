@@ -9,7 +9,7 @@ from functools import partial
 from secrets import choice
 from typing import Any
 
-from .calls import Body, Call, Format, Take, Types, Unfinished
+from .calls import Body, Call, Forced, Format, Take, Types, Unfinished
 
 NAME = r"[\w.:-]+"
 DSML = "｜DSML｜"
@@ -219,17 +219,21 @@ FORMATS = (
         form(
             name, (DSML, f"{section}>"), f'<{DSML}invoke name="', f"</{DSML}invoke>", DSML_CALL,
             section=(f"<{DSML}{section}>", f"</{DSML}{section}>"), marks=(DSML,),
+            forced=Forced(
+                f'<{DSML}invoke name="', '">\n', f"</{DSML}invoke>",
+                (f'<{DSML}parameter name="', '" string="true">', '" string="false">', f"</{DSML}parameter>\n"),
+            ),
         )
         for name, section in (("DeepSeek-V3.2", "function_calls"), ("DeepSeek-V4", "tool_calls"))
     ),
     form(
         "DeepSeek-V3", (D_SEP, "```json"), D_BEGIN, D_END,
         partial(matched, rf"function{D_SEP}(?P<name>{NAME})\n```json\n(?P<json>.*)\n```", plain),
-        section=D_SECTION, marks=(D_SEP,),
+        section=D_SECTION, marks=(D_SEP,), forced=Forced(f"{D_BEGIN}function{D_SEP}", "\n```json\n", f"\n```{D_END}"),
     ),
     form(
         "DeepSeek-V3.1", (D_SEP,), D_BEGIN, D_END, partial(matched, rf"(?P<name>{NAME}){D_SEP}(?P<json>.*)", plain),
-        section=D_SECTION, marks=(D_SEP,),
+        section=D_SECTION, marks=(D_SEP,), forced=Forced(D_BEGIN, D_SEP, D_END),
     ),
     form(
         "Kimi", ("<|tool_call_argument_begin|>",), "<|tool_call_begin|>", "<|tool_call_end|>",
@@ -239,19 +243,27 @@ FORMATS = (
             kimi,
         ),
         section=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"), marks=("<|tool_call_argument_begin|>",),
+        forced=Forced("<|tool_call_begin|>functions.", ":0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
     ),
     form(
         "MiniMax", ("<minimax:tool_call>",), '<invoke name="', "</invoke>",
         partial(tagged, rf'(?P<name>{NAME})">\s*', r'<parameter name="(?P<key>[^"]+)">', "</parameter>"),
         section=("<minimax:tool_call>", "</minimax:tool_call>"),
+        forced=Forced('<invoke name="', '">', "</invoke>", ('<parameter name="', '">', '">', "</parameter>")),
     ),
-    Format("Mistral", ("[TOOL_CALLS]",), "[TOOL_CALLS]", mistral, marks=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")),
+    Format(
+        "Mistral", ("[TOOL_CALLS]",), "[TOOL_CALLS]", mistral, marks=("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+        forced=Forced("[TOOL_CALLS]", "[ARGS]", ""),
+    ),
     form(
         "GLM", ("<arg_key>",), TAG, END_TAG,
         partial(
             tagged, rf"\s*(?P<name>{NAME})\s*", r"<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>", "</arg_value>"
         ),
         marks=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+        forced=Forced(
+            TAG, "\n", END_TAG, ("<arg_key>", "</arg_key>\n<arg_value>", "</arg_key>\n<arg_value>", "</arg_value>\n")
+        ),
     ),
     form(
         "Qwen3-Coder", ("<function=",), TAG, END_TAG,
@@ -261,13 +273,20 @@ FORMATS = (
             r"<parameter=(?P<key>[^>]+)>\n?",
             r"\n?</parameter>\s*(?:</function>\s*)?",
         ),
+        forced=Forced(
+            "<tool_call>\n<function=", ">\n", "</function>\n</tool_call>",
+            ("<parameter=", ">\n", ">\n", "\n</parameter>\n"),
+        ),
     ),
     form("LFM2", ("<|tool_call_start|>",), "<|tool_call_start|>", "<|tool_call_end|>", python_calls),
     form("Gemma", ("<|tool_call>",), "<|tool_call>call:", "<tool_call|>", gemma, marks=("<|tool_call>", QUOTE)),
-    form("Hunyuan", ("<tool_calls>",), "<tool_calls>", "</tool_calls>", json_calls),
+    form(
+        "Hunyuan", ("<tool_calls>",), "<tool_calls>", "</tool_calls>", json_calls,
+        forced=Forced('<tool_calls>[{"name": "', '", "arguments": ', "}]</tool_calls>"),
+    ),
     form(
         "Hermes", (), TAG, END_TAG, json_calls,
-        forced=('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"),
+        forced=Forced('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"),
     ),
 )  # fmt: skip
 

@@ -31,11 +31,22 @@ Take = Callable[[str, Types], tuple[int, list[Call]] | None]  # of text from a c
 
 
 @dataclass(frozen=True, slots=True)
+class Forced:
+    """How a call is written that must be one: before its name, behind it, and at the end. Between the last two are the
+    arguments as JSON or, with `parameter`, each on its own: before its key, between key and value for a text and for
+    JSON, and behind."""
+
+    before: str
+    named: str
+    after: str
+    parameter: tuple[str, str, str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
     """How a model writes calls. template: words in the chat templates of such models. begin: of a call. take: reads
-    one. section: around all calls. marks: what may be special tokens, which are then kept in the text. forced: what is
-    before a call's name, between it and the arguments, which are JSON, and behind, for an answer that must be a call;
-    None where it cannot be forced."""
+    one. section: around all calls. marks: what may be special tokens, which are then kept in the text. forced: None
+    where an answer cannot be forced to be a call."""
 
     name: str
     template: tuple[str, ...]
@@ -43,7 +54,7 @@ class Format:
     take: Take
     section: tuple[str, str] | None = None
     marks: tuple[str, ...] = ()
-    forced: tuple[str, str, str] | None = None
+    forced: Forced | None = None
 
 
 class CallReader:

@@ -4,9 +4,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.answer import Generation
-from .asked import SAMPLING, Asked, include_usage, sampling_options, shape_of
+from .asked import SAMPLING, Asked, Shape, include_usage, sampling_options, shape_of
 from .errors import invalid, unsupported
 from .fields import Field, array, flag, object_, read, text, whole
+from .limits import Limits
 from .messages import check_schema, check_tools_known, messages_of, template_arguments, tools_of
 from .reader import Event, Told
 from .usage import openai_usage
@@ -83,7 +84,7 @@ def parse(body: object, service: "Service") -> Asked:
 
 def chosen_tools(
     tools: list[dict] | None, choice: str | dict | None, service: "Service"
-) -> tuple[list[dict] | None, Any]:
+) -> tuple[list[dict] | None, Shape | None]:
     """The tools for the template, and the shape of an answer that must call one of them."""
     if choice in (None, "auto"):
         return tools, None
@@ -97,23 +98,23 @@ def chosen_tools(
         found = [tool for tool in tools if tool["function"]["name"] == name]
         if not found:
             raise invalid(f"Tool choice {name!r:.80} not found in 'tools' parameter.", "tool_choice")
-        return found, ("call", found)
+        return found, ("call", found, "tool_choice")
     if choice != "required":
         raise invalid(
             f"Invalid value for 'tool_choice': {choice!r:.60}. Supported values are: 'none', 'auto', 'required'.",
             "tool_choice",
         )
-    return tools, ("call", tools)
+    return tools, ("call", tools, "tool_choice")
 
 
-def format_of(given: dict | None, limits, where: str = "response_format") -> tuple[str, Any] | None:
+def format_of(given: dict | None, limits: Limits, where: str = "response_format") -> Shape | None:
     if given is None:
         return None
     its = read(given, FORMAT, where=where)
     if its["type"] == "text":
         return None
     if its["type"] == "json_object":
-        return "json", {"type": "object"}
+        return "json", {"type": "object"}, where
     if its["type"] != "json_schema":
         raise unsupported(f"{where}.type {its['type']!r:.40}", "give text, json_object or json_schema", where)
     if its["json_schema"] is None:
@@ -125,10 +126,10 @@ def format_of(given: dict | None, limits, where: str = "response_format") -> tup
     )
 
 
-def schema_of(its: dict, where: str, limits) -> tuple[str, Any]:
+def schema_of(its: dict, where: str, limits: Limits) -> Shape:
     schema = its["schema"] if its["schema"] is not None else {}
     check_schema(schema, where, limits)
-    return "json", schema
+    return "json", schema, where
 
 
 class Answer:

@@ -22,6 +22,7 @@ from .limits import Limits
 from .metrics import Metrics
 from .reader import Event, MessageReader, PlainReader, Told
 from .scheduler import Answer, Inbox, Scheduler
+from .shapes import Shapes, TooComplex
 from .token_texts import TokenTexts
 
 TEMPLATING = frozenset(Templating.__annotations__)
@@ -46,6 +47,8 @@ class Service:
         self.sampling_defaults = sampling_defaults(runtime.bundle.path)
         template = "" if runtime.tokenizer is None else "".join(runtime.tokenizer.chat_templates.values())
         self.call_format = format_of(template)
+        tokenizer, ends = runtime.tokenizer, runtime._end_tokens
+        self.shapes = None if tokenizer is None else Shapes(tokenizer, runtime.config.vocab, ends, self.limits)
         about = f"{runtime.bundle.trunk_checksum} {runtime.bundle.expert_bytes} {runtime.plan.kv}"
         self.fingerprint = f"fp_{hashlib.sha256(about.encode()).hexdigest()[:10]}"
 
@@ -66,6 +69,9 @@ class Service:
 
     def prepare(self, asked: Asked, owner: str, inbox: Inbox) -> "Reading":
         """Check a request's options and encode its prompts; computes nothing. Raises ApiError."""
+        made = None
+        if asked.shape is not None:
+            made = self._shapes().matcher(*asked.shape, self.call_format)
         answers: list[Answer] = []
         readers: list[PlainReader | MessageReader] = []
         for prompt in asked.prompts:
@@ -79,6 +85,9 @@ class Service:
                 if asked.max_tokens == 0:
                     request.max_tokens = 0
                 opened = opened_thought(self.runtime.tokenizer, request.ids) if asked.messages else ""
+                if made is not None:
+                    mask = self.shapes.processor(made.deep_copy(), opened, asked.messages)
+                    request.choose = replace(request.choose, processors=(mask,))
                 readers.append(MessageReader(opened, self._call_reader(asked)) if asked.messages else PlainReader())
                 answers.append(Answer(request, len(answers), owner, inbox, first))
                 first = first or answers[-1]
@@ -102,6 +111,11 @@ class Service:
             raise too_long(f"This model's maximum context length is {context} tokens; {error}.", param) from None
         except (ValueError, TypeError) as error:
             raise invalid(self.told(error), None) from None
+
+    def _shapes(self) -> Shapes:
+        if self.shapes is None:
+            raise unsupported("This bundle has no tokenizer: a shape of answers", "leave it out")
+        return self.shapes
 
     def _call_reader(self, asked: Asked) -> CallReader | None:
         return CallReader(self.call_format, asked.options["tools"]) if asked.calls else None
@@ -142,6 +156,10 @@ class Reading:
         while True:
             try:
                 answer, piece = await self.inbox.next()
+            except TooComplex as error:
+                raise invalid(
+                    f"too complex: {error}", self.asked.shape and self.asked.shape[2], "invalid_schema"
+                ) from None
             except (ValueError, MemoryError, OSError, RuntimeError) as error:
                 raise ApiError(500, self.service.told(error), "engine_error") from None
             told = self.tolds[answer.index]

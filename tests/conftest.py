@@ -102,6 +102,20 @@ def templated(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def templated_with_tools(tmp_path_factory) -> Path:
+    """The embedded model with a chat template that has tools, and calls in Hermes' form."""
+    directory = tmp_path_factory.mktemp("tools")
+    shutil.copytree(REFERENCE, directory, dirs_exist_ok=True)
+    (directory / "chat_template.jinja").write_text(
+        "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% for call in m.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}\n"
+        "{% endfor %}assistant:{% if enable_thinking %}<think>\n{% endif %}"
+    )
+    return compress(directory, directory / "tools.emoe", width=8, method="rtn").path
+
+
+@pytest.fixture(scope="session")
 def mixed(bundle_of, golden, tmp_path_factory):
     """By architecture: a bundle whose experts have several widths, chosen by calibration on token ids."""
     directory = tmp_path_factory.mktemp("calibration")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import typer
@@ -81,8 +82,10 @@ def serve(
         from ..server.limits import Limits
         from ..server.run import address_of, is_loopback, listen, run
         from ..server.service import Service
+        from ..server.shapes import BYTES
     except ImportError as error:
         raise ValueError(f"edge-moe serve needs {error.name}: pip install 'edge-moe[serve]'") from None
+    from ..runtime.bundle import Bundle
     from ..runtime.runtime import Runtime
 
     if not 0 <= port < 65536:
@@ -93,12 +96,13 @@ def serve(
     most = parse_bytes(body_limit)
     limits = Limits(queue, body_bytes=most, timeout_s=timeout, read_s=idle_timeout, stall_s=idle_timeout)
     found = listen(host, port)
+    reserve = limits.reserve_bytes + (BYTES * Bundle.open(bundle).config.vocab if find_spec("llguidance") else 0)
     run_options = {"device": device, "threads": threads, "kv": kv.value, "prune": options.prune_of(prune)}
     for count in SEQUENCES if sequences is None else (sequences,):
         try:
             runtime = Runtime(
                 bundle, ram, context, **run_options, sequences=count, logits_rows=score_rows or 1,
-                reserve_bytes=limits.reserve_bytes,
+                reserve_bytes=reserve,
             )  # fmt: skip
             break
         except BelowFloor:
