@@ -19,10 +19,14 @@ class AnswerText:
         self.stop_tokens = {token for stop in stops if (token := tokenizer.special_token(stop)) is not None}
         self.stops = [_Stop(stop) for stop in stops if stop]
         self.held = ""
-        self.stopped = False
+        self.stop: str | None = None  # the stop string that ended the answer
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop is not None
 
     def add(self, token: int) -> str:
-        """Add a token and return the text that can be shown; sets `stopped` if a stop string is complete."""
+        """Add a token and return the text that can be shown; sets `stop` if a stop string is complete."""
         return "" if self.detokenizer is None else self._release(self.detokenizer.add(token))
 
     def finish(self) -> str:
@@ -34,10 +38,10 @@ class AnswerText:
 
     def _release(self, text: str) -> str:
         self.held += text
-        begins = [begin for stop in self.stops if (begin := stop.read(text, len(self.held))) is not None]
+        begins = [(begin, stop.stop) for stop in self.stops if (begin := stop.read(text, len(self.held))) is not None]
         if begins:
-            self.stopped = True
-            return self.held[: min(begins)]
+            begin, self.stop = min(begins)
+            return self.held[:begin]
         keep = max((stop.matched for stop in self.stops), default=0)
         released, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return released

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from . import openai_chat, openai_completions, tokens
+from . import anthropic_messages, openai_chat, openai_completions, openai_responses, tokens
 from .errors import ApiError, anthropic_error, invalid, openai_error, too_many
 from .events import EventStream
 from .scheduler import Inbox
@@ -45,6 +45,9 @@ def make_app(service: Service, api_key: str | None = None, loopback: bool = Fals
             get("/v1/models/{model:path}", door.model),
             post("/v1/completions", door.answers(openai_completions)),
             post("/v1/chat/completions", door.answers(openai_chat)),
+            post("/v1/responses", door.answers(openai_responses)),
+            post("/v1/messages", door.answers(anthropic_messages)),
+            post("/v1/messages/count_tokens", door.whole(anthropic_messages.count_tokens)),
             post("/v1/embeddings", door.embeddings),
             *(post(f"{at}/tokenize", door.whole(tokens.tokenize)) for at in ("", "/v1")),
             *(post(f"{at}/detokenize", door.whole(tokens.detokenize)) for at in ("", "/v1")),
@@ -162,9 +165,10 @@ class Door:
             inbox, answer = Inbox(), api.Answer(asked, self.service, secrets.token_hex(12))
             reading = await run_in_threadpool(self.service.prepare, asked, owner, inbox)
             self._echo(answer, reading)
+            answer.prompt_tokens = len(reading.answers[0].request.ids)
             reading.submit()
             if asked.stream:
-                return EventStream(reading, answer, in_stream(request))
+                return EventStream(reading, answer, in_stream(request, answer))
             try:
                 await while_connected(request, self._read_all(reading))
             finally:
@@ -239,7 +243,14 @@ def too_large(most: int) -> ApiError:
     )
 
 
-def in_stream(request: Request) -> Callable[[ApiError], dict]:
+def in_stream(request: Request, answer: Any) -> Callable[[ApiError], dict]:
+    """The body of an error that ends a stream."""
+    if hasattr(answer, "failed"):
+        return lambda error: answer.failed(error.code, error.message, error.param)
+    return as_body(request)
+
+
+def as_body(request: Request) -> Callable[[ApiError], dict]:
     return anthropic_error if is_anthropic(request) else openai_error
 
 
@@ -248,7 +259,7 @@ def is_anthropic(request: Request) -> bool:
 
 
 def error_response(request: Request, error: ApiError) -> Response:
-    return JSONResponse(in_stream(request)(error), status_code=error.status, headers=error.headers)
+    return JSONResponse(as_body(request)(error), status_code=error.status, headers=error.headers)
 
 
 async def while_connected(request: Request, work: Any) -> None:

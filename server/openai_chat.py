@@ -201,14 +201,7 @@ class Answer:
         return {"id": call.identity, "type": "function", "function": function}
 
     def _logprobs(self, told: list) -> dict:
-        def of(token: int, logprob: float) -> dict:
-            its = self.service.texts.bytes_of(token)
-            return {"token": its.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(its)}
-
-        content = [
-            {**of(one.token, one.logprob), "top_logprobs": [of(*top) for top in one.top_logprobs]} for one in told
-        ]
-        return {"content": content, "refusal": None}
+        return {"content": self.service.texts.logprobs_of(told), "refusal": None}
 
 
 def finish_of(last: Generation | None, called: bool) -> str:

@@ -48,9 +48,8 @@ class MessageReader:
 class Told:
     """A whole answer, put together from its events."""
 
-    text: str = ""
-    thought: str = ""
-    calls: list = field(default_factory=list)
+    blocks: list[list] = field(default_factory=list)  # [kind, value] of its events, in order, texts joined
+    stop: str | None = None  # the stop text that ended it
     tokens: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)
     last: Generation | None = None
@@ -59,15 +58,28 @@ class Told:
 
     def add(self, piece: Generation, events: list[Event], reader: PlainReader | MessageReader) -> None:
         for kind, value in events:
-            if kind == "call":
-                self.calls.append(value)
-            elif kind == "thought":
-                self.thought += value
+            if kind != "call" and self.blocks and self.blocks[-1][0] == kind:
+                self.blocks[-1][1] += value
             else:
-                self.text += value
+                self.blocks.append([kind, value])
         self.tokens += piece.tokens
         self.logprobs += piece.logprobs or []
         self.last, self.called, self.reasoning_tokens = piece, reader.called, reader.reasoning_tokens
+
+    def joined(self, kind: str) -> str:
+        return "".join(value for its, value in self.blocks if its == kind)
+
+    @property
+    def text(self) -> str:
+        return self.joined("text")
+
+    @property
+    def thought(self) -> str:
+        return self.joined("thought")
+
+    @property
+    def calls(self) -> list:
+        return [value for kind, value in self.blocks if kind == "call"]
 
     def last_finish(self) -> str | None:
         """Why the answer ended, if it did."""

@@ -175,5 +175,6 @@ class Reading:
             self.service.scheduler.cancel([answer])
             piece = replace(piece, finish_reason="stop")
         told.add(piece, events, reader)
+        told.stop = answer.request.text.stop
         self.left -= piece.finish_reason is not None
         return answer.index, piece, events

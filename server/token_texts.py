@@ -1,5 +1,6 @@
 """The text and the bytes of single tokens, for the log probabilities that clients ask for."""
 
+from ..runtime.sampling import TokenLogprobs
 from ..runtime.tokenizer import Tokenizer
 
 # The characters that byte-level tokenizers have for bytes without a visible one (GPT-2).
@@ -41,3 +42,12 @@ class TokenTexts:
             return its.decode() if its else f"<{token}>"
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in its)
+
+    def logprobs_of(self, told: list[TokenLogprobs]) -> list[dict]:
+        """The log probabilities of tokens, as OpenAI's newer APIs give them; JSON has no infinity, so it is -9999."""
+
+        def of(token: int, logprob: float) -> dict:
+            its = self.bytes_of(token)
+            return {"token": its.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(its)}
+
+        return [{**of(one.token, one.logprob), "top_logprobs": [of(*top) for top in one.top_logprobs]} for one in told]

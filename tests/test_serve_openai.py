@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from bundles import REFERENCE, mask_routers_of, prunable
 
+from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime.runtime import Runtime
 from edge_moe.runtime.sampling import sampling_defaults
 from edge_moe.runtime.score import log_softmax
@@ -185,3 +187,42 @@ def test_health_and_metrics(served, client):
     assert 'edge_moe_requests_total{path="/v1/completions",status="200"}' in text
     names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
     assert len(names) == len(set(names)) and all(f"\n{name}" in text for name in names)
+
+
+def test_pruning_and_its_account(tmp_path):
+    source = Checkpoint(REFERENCE)
+    path = prunable(tmp_path / "pruned.emoe", REFERENCE, mask_routers_of(source.config))
+    with Runtime(path, "2GB", threads=1) as runtime:
+        want = runtime.generate(PROMPT, 12, prune="share:0.3")
+    with serve(path, tmp_path / "log") as one:
+        asked = {"model": "pruned", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+        got = one.post("/v1/completions", {**asked, "prune": "share:0.3"}).json()
+        account = got["usage"]["edge_moe"]
+        assert got["choices"][0]["text"] == want.text
+        assert (
+            account["experts_used"] == pytest.approx(want.experts_used, abs=1e-5)
+            and account["experts_used"] < account["top_k"]
+        )
+        assert account["dropped_routing_weight"] == pytest.approx(want.dropped_routing_weight, abs=1e-5)
+        whole = one.post("/v1/completions", {**asked, "prune": "off"}).json()["usage"]["edge_moe"]
+        assert (whole["experts_used"], whole["dropped_routing_weight"]) == (whole["top_k"], 0)
+        refused = one.post("/v1/completions", {**asked, "prune": 0.9})
+        assert refused.status_code == 400 and "is calibrated for" in refused.json()["error"]["message"]
+
+
+def test_a_bundle_without_a_tokenizer_takes_token_ids(bundle_of, tmp_path):
+    path = bundle_of("olmoe", width=8)
+    with Runtime(path, "2GB", threads=1) as runtime:
+        want = runtime.generate([5, 6, 7], 6).tokens
+        scores = log_softmax(runtime.logits([5, 6, 7]))
+    with serve(path, tmp_path / "log") as one:
+        asked = {"model": one.name, "prompt": [5, 6, 7], "max_tokens": 6, "temperature": 0, "logprobs": 0}
+        got = one.post("/v1/completions", {**asked, "echo": True}).json()["choices"][0]
+        assert got["logprobs"]["tokens"] == [f"<{token}>" for token in (5, 6, 7, *want)] and got["text"] == ""
+        assert got["logprobs"]["token_logprobs"][1:3] == pytest.approx([scores[0, 6], scores[1, 7]], abs=1e-9)
+        for body in ({**asked, "prompt": "a text"}, {**asked, "stop": "a"}, {**asked, "guided_regex": "a"}):
+            refused = one.post("/v1/completions", body)
+            assert (
+                refused.status_code == 400
+                and "this bundle has no tokenizer" in refused.json()["error"]["message"].lower()
+            )
