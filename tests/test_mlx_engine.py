@@ -28,6 +28,7 @@ from edge_moe import _core
 from edge_moe.compressor.source.checkpoint import Checkpoint
 from edge_moe.runtime import reference
 from edge_moe.runtime.bundle import Bundle
+from edge_moe.runtime.layers import attention, indexer
 from edge_moe.runtime.pruning import read_mask_routers
 
 mx = pytest.importorskip("mlx.core")
@@ -71,6 +72,27 @@ def test_lossless_logits_equal_those_of_transformers(lossless, golden, name):
         got = run_engine(engine, ids, chunk)
         assert np.abs(got - want).max() <= 1e-4
         assert np.array_equal(got.argmax(-1), want.argmax(-1))
+    assert same_bits(run_engine(mlx_engine(lossless(name)), ids, 1), got)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v32", "deepseek_v4", "qwen4_exp"])
+def test_queries_may_attend_in_parts(lossless, golden, monkeypatch, name):
+    """As they do where all scores at once would take too much memory."""
+    _, ids, want = golden[name]
+    for module in (attention, indexer):
+        monkeypatch.setattr(module, "SCORES", 300)
+    assert np.abs(run_engine(mlx_engine(lossless(name)), ids, 32) - want).max() <= 1e-4
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 8])
+def test_widths_give_the_logits_of_the_reference_and_nearly_those_of_the_cpu_engine(bundle_of, golden, width):
+    path, ids = bundle_of("olmoe", width=width), golden["olmoe"][1]
+    want = reference.forward(Bundle.open(path).config, weights_of(path), ids)
+    for chunk, slots in ((1, 4), (32, None)):
+        got = run_engine(mlx_engine(path, slots=slots), ids, chunk)
+        assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    miss = np.sqrt(np.square(got - run_engine(make_engine(path), ids)).mean(-1))
+    assert 0 < np.median(miss) < 0.06 * want.std()  # its inputs have eight bits
 
 
 @pytest.mark.parametrize("architecture", DROPPED)
@@ -202,6 +224,39 @@ def test_logits_are_those_of_the_reference_pruned_alike(golden, tmp_path, name, 
         assert np.abs(got - want).max() <= 1e-4 < np.abs(got - whole).max()
     assert before["experts_used"] == 2 * pruned.used
     assert before["dropped_weight"] == pytest.approx(2 * pruned.dropped, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "gpt_oss"])
+def test_protected_tokens_are_those_of_the_cpu_engine(golden, tmp_path, name):
+    """By how many experts each prompt keeps in each layer, and by the logits."""
+    source, ids, _ = golden[name]
+    checkpoint = Checkpoint(source)
+    path = prunable(tmp_path / "b.emoe", source, mask_routers_of(checkpoint.config))
+    layers, found = checkpoint.config.layer_count, []
+    for engine in (mlx_engine(path, chunk=32, sequences=2), make_engine(path, chunk=32)):
+        engine.set_prune("ratio", [1.0] * layers, 0.0, 0.2)
+        logits = [engine.forward(ids[:20].astype(np.int32), ALL), engine.forward(ids[20:32].astype(np.int32), ALL)]
+        found.append((np.concatenate(logits), engine.counters["experts_used"]))
+    (ours, used), (theirs, wanted) = found
+    top_k = checkpoint.config.top_k
+    assert used == wanted == layers * (len(ids[:32]) + (5 + 3) * (top_k - 1))  # 0.2 of 20 is a little above 4
+    assert np.abs(ours - theirs).max() <= 0.05 * np.abs(theirs).max()
+
+
+def test_a_prompt_that_is_protected_has_a_step_of_its_own(golden, tmp_path):
+    source, ids, _ = golden["olmoe"]
+    path = prunable(tmp_path / "b.emoe", source, mask_routers_of(Checkpoint(source).config))
+    engine = mlx_engine(path, sequences=2)
+    engine.set_prune("ratio", [0.5, 0.5], 0.0, 0.2, sequence=1)
+    with pytest.raises(ValueError, match="is computed in a step of its own"):
+        engine.step([(0, ids[:1], LAST), (1, ids[:4], LAST)])
+    engine.step([(0, ids[:1], LAST), (1, ids[:1], LAST)])
+
+
+def test_tokens_cannot_be_protected_where_no_attention_is_received(mixed):
+    engine = mlx_engine(mixed("deepseek_v3"))
+    with pytest.raises(ValueError, match="only attention with keys in every layer tells"):
+        engine.set_prune("ratio", [0.5] * engine.config.layer_count, 0.0, 0.1)
 
 
 def test_each_sequence_has_its_own_rule_and_account(golden, tmp_path):

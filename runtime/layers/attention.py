@@ -86,6 +86,8 @@ class Attention:
         seen = self.index.seen(trunk, times, h, self.rope, eps, xp, past) if self.index else None
         q, k, v = self.qkv(trunk, times, h, eps, xp, past.position)
         k, v = past.all("k", k), past.all("v", v)
+        if past.is_received:
+            past.received = received(q[0], k[0], self.softmax_scale, self.window, xp, sinks)
         y = attend_all(q, k, v, self.softmax_scale, self.window, xp, sinks, seen)
         return y * sigmoid(times("o_gate", h), xp) if self.output_gate else y
 
@@ -174,3 +176,19 @@ def attend(q, k, v, scale: float, window: int = 0, xp=np, sinks=None, visible=No
     sinks = None if sinks is None else sinks.reshape(kv_heads, heads // kv_heads, 1, 1)
     y = softmax(scores, xp, sinks) @ v  # (kv_heads, heads / kv_heads, tokens, v_dim)
     return y.reshape(heads, tokens, v_dim).transpose(1, 0, 2).reshape(tokens, heads * v_dim)
+
+
+def received(q, k, scale: float, window: int = 0, xp=np, sinks=None):
+    """The attention that each token of a sequence receives from itself and later ones, (tokens,), as the mean of heads.
+
+    See attend(); computed head by head.
+    """
+    (tokens, heads, _), positions = q.shape, len(k)
+    age = np.arange(positions - tokens, positions)[:, None] - np.arange(positions)
+    visible, total = array((age >= 0) & (age < (window or positions)), xp), 0
+    for head in range(heads):
+        keys = k[:, head // (heads // k.shape[1])]
+        scores = xp.where(visible, q[:, head] @ keys.T * scale, -math.inf)
+        sink = None if sinks is None else sinks[head : head + 1][:, None]
+        total = total + xp.sum(softmax(scores, xp, sink), axis=0)[positions - tokens :]
+    return total / heads

@@ -21,6 +21,8 @@ class Past:
     position = 0  # of the first token that is computed
     # By name, a matrix of the layer: given where memory for the keys and values of all positions and heads is spared.
     matrix: Callable[[str], Any] | None = None
+    is_received = False  # whether the layer sets `received`, the attention that each token receives; see received()
+    received: Any = None
 
     def all(self, _name: str, x, before: int | None = None):
         """x of all tokens, those before included, (sequences, position + tokens, ...).

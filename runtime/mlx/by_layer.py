@@ -59,7 +59,7 @@ class ByLayer:
 
     def _with_experts(self, layer: int, spans: list[Span], states: list[State]) -> list[State]:
         its = self._forward
-        states = [its.routed(layer, span, state, len(spans) == 1) for span, state in zip(spans, states, strict=True)]
+        states = [its.routed(layer, span, state) for span, state in zip(spans, states, strict=True)]
         mx.eval([state.arrays for state in states])
         chosen = [count(span, state) for span, state in zip(spans, states, strict=True)]
         sums = self.sums(layer, spans, states, chosen)

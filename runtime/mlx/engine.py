@@ -142,6 +142,8 @@ class MlxEngine:
                 raise ValueError("a step takes 1 to chunk tokens")
             if timeline.position + len(ids) > self.sizes.context:
                 raise ValueError("the context is full")
+            if len(parts) > 1 and len(ids) > 1 and timeline.rule.protect > 0:
+                raise ValueError("a prompt whose tokens are protected from pruning is computed in a step of its own")
             if any(span.timeline is timeline for span in spans):
                 raise ValueError("a sequence takes part in a step once")
             if ((ids < 0) | (ids >= self.config.vocab)).any():
@@ -184,13 +186,16 @@ class MlxEngine:
         self, rule: str, threshold: Sequence[float] = (), price: float = 0.0, protect: float = 0.0, sequence: int = 0
     ) -> None:
         """Set the rule by which a sequence's tokens keep experts from now on; see _core.Engine."""
-        if protect:
-            raise ValueError("device mlx has no rule that protects tokens of a prompt; choose another rule or device")
+        if protect and not self.config.tells_received:
+            raise ValueError(
+                "this rule protects tokens by the attention they receive, which only attention with keys in every "
+                "layer tells; choose another rule or calibrate the bundle again"
+            )
         if rule in ("otp", "loss") and rule not in self._masks:
             raise ValueError("pruning by mask routers needs a bundle that has them")
         if rule in ("ratio", "share") and len(threshold) != self.config.layer_count:
             raise ValueError("pruning needs one threshold a layer")
-        self._timelines[self._checked(sequence)].rule = PruneRule(rule, tuple(threshold), price)
+        self._timelines[self._checked(sequence)].rule = PruneRule(rule, tuple(threshold), price, protect)
 
     @property
     def position(self) -> int:

@@ -88,6 +88,7 @@ class Forward:
         """Everything of a layer before its MLP."""
         c, w, x = self.config, self.weights, state.x
         past, choice = span.timeline.pasts[layer], Choice(state.visible)
+        past.is_received = span.is_protected
         if c.layers[layer].ngrams:
             ids = np.concatenate([np.array(span.timeline.ids, np.int64), span.ids])[None]
             x = reference.with_ngrams(c, w, layer, x, ids, mx, past)
@@ -106,8 +107,8 @@ class Forward:
             x = reference.scaled(c, w, layer, x, mx)
         return State(x, state.visible)
 
-    def routed(self, layer: int, span: Span, state: State, alone: bool = True) -> State:
-        """With the experts that the tokens keep. alone: the step has no other span."""
+    def routed(self, layer: int, span: Span, state: State) -> State:
+        """With the experts that the tokens keep."""
         h = reference.mlp_input(self.config, self.weights, layer, state.x, mx)
         ids, weights = self.route(layer, span, state.x)
         rule, dropped = span.timeline.rule, None
@@ -119,6 +120,9 @@ class Forward:
             else:
                 router = self._masks[rule.rule][layer].reshape(weights.shape[1], -1)
                 kept = pruning.kept_by_router(router, h, weights, rule.price, rule.rule == "loss")
+            if span.is_protected:
+                protected = pruning.protected(h, span.timeline.pasts[layer].received, rule.protect)
+                kept = mx.where(protected, weights.shape[1], kept)
             ids, weights, dropped = pruning.keep_first(ids, weights, kept, self.config.router.renormalise)
         return State(state.x, state.visible, h, ids, weights, dropped)
 

@@ -1,6 +1,9 @@
 """The rules by which a token keeps fewer experts, computed where its routing weights are; see reference.py."""
 
+import math
+
 import mlx.core as mx
+import numpy as np
 
 from ...devices.mlx.experts import Array
 
@@ -28,6 +31,16 @@ def kept_by_router(router: Array, h: Array, weights: Array, price: float, losses
         values = mx.concatenate([values[:, :-1], mx.zeros((len(h), 1))], axis=-1)  # keeping all has no loss
     values = values - price * mx.arange(1, top_k + 1)
     return top_k - mx.argmax(values[:, ::-1], axis=-1, keepdims=True)  # ties go to the larger number
+
+
+def protected(h: Array, received: Array, share: float) -> Array:
+    """Whether each token is one of the `share` that matter most, (tokens, 1), by the size of its input h (tokens, dim)
+    and the attention that it receives from each of the tokens that could attend to it."""
+    tokens, share = len(h), float(np.float32(share))  # as the core has it
+    worth = mx.abs(h).sum(-1) * received / mx.arange(tokens, 0, -1)
+    at = mx.arange(tokens)
+    before = (worth > worth[:, None]) | ((worth == worth[:, None]) & (at < at[:, None]))
+    return (before.sum(-1) < min(tokens, math.ceil(share * tokens)))[:, None]
 
 
 def keep_first(ids: Array, weights: Array, kept: Array, renormalise: bool) -> tuple[Array, Array, Array]:

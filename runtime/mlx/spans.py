@@ -61,6 +61,11 @@ class Span:
     want: int
 
     @property
+    def is_protected(self) -> bool:
+        """Whether some of its tokens keep all experts, whatever the rule says."""
+        return self.timeline.rule.protect > 0 and len(self.ids) > 1
+
+    @property
     def first_row(self) -> int:
         """The first token whose logits are wanted."""
         return {NOTHING: len(self.ids), LAST: len(self.ids) - 1, ALL: 0}[self.want]
