@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from bundles import weights_of
 from test_cap import ARGUMENTS, CONFIG, edge_moe
+from test_kv_overflow import SCALED, times
+from test_kv_overflow import lossless as scaled
 
 from edge_moe import Runtime
 from edge_moe.bench.synthetic import make_synthetic
@@ -78,6 +80,19 @@ def test_a_saved_session_goes_on_on_mlx_alone(lossless, tmp_path):
         assert again.cached_tokens == tokens
     with Runtime(lossless, "1GB", 160, "cpu") as runtime:
         assert runtime.load_session(tmp_path / "one") == 0
+
+
+@pytest.mark.parametrize("what", SCALED)
+def test_an_overflow_of_the_cache_names_float32(tmp_path, what):
+    architecture, powers = SCALED[what]
+    path, ids = scaled(tmp_path, architecture, times(powers))
+    with Runtime(path, "1GB", 64, "mlx") as runtime:
+        for prompt in (ids, ids[:1]):
+            with pytest.raises(ValueError, match=r"beyond what a KV cache in float16 holds: pass kv=\"float32\""):
+                runtime.generate(prompt, 4)
+            assert runtime._engine.position == 0
+    with Runtime(path, "1GB", 64, "mlx", kv="float32") as runtime:
+        assert runtime.generate(ids, 4).tokens == greedy(path, ids, 4)
 
 
 # ---- caps

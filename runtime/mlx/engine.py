@@ -111,6 +111,8 @@ class MlxEngine:
             try:
                 logits = self._logits(spans)
                 mx.eval(logits, [past.arrays() for past in pasts])
+                if any(past.overflows() for past in pasts):
+                    raise _core.KvOverflow("a key or value is beyond what a KV cache in float16 holds")
                 found = np.concatenate([np.zeros((0, self.config.vocab), np.float32), *map(np.array, logits)])
             except BaseException:
                 mx.synchronize(self._stream)

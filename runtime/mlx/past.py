@@ -26,6 +26,7 @@ class LayerPast(Past):
         self.position, self.matrix = 0, matrix
         self._cached = {name: mx.zeros((1, *shape), dtype) for name, shape in kept.items()}
         mx.eval(self._cached)
+        self._written: dict[str, slice] = {}  # rows, by a step
         self.states: dict[str, Array] = {}  # of the tokens before `position`
         self._next: dict[str, Array] = {}
 
@@ -34,6 +35,7 @@ class LayerPast(Past):
         end = first if x is None else first + x.shape[1]
         if x is not None:
             self._cached[name][:, first:end] = x.astype(self._cached[name].dtype)
+            self._written[name] = slice(first, end)
         return self._cached[name][:, :end].astype(mx.float32) if end else None
         return self._cached[name][:, :end].astype(mx.float32)
 
@@ -66,15 +68,21 @@ class LayerPast(Past):
         """All that a step has written or will keep."""
         return [*self.cached, *self._next.values()]
 
+    def overflows(self) -> bool:
+        """Whether a step, which has been computed, has written what the cache's type cannot hold."""
+        halves = ((self._cached[name], rows) for name, rows in self._written.items())
+        written = (np.array(its, copy=False)[:, rows] for its, rows in halves if its.dtype == mx.float16)
+        return any(np.isinf(rows).any() for rows in written)
+
     def commit(self, tokens: int) -> None:
         """So many tokens have been computed."""
         self.position += tokens
         self.states = {**self.states, **self._next}
-        self._next = {}
+        self._next, self._written = {}, {}
 
     def abandon(self) -> None:
         """A step has failed."""
-        self._next = {}
+        self._next, self._written = {}, {}
 
     def rows(self, name: str, count: int) -> Array:
         """The first rows of what is cached by a name."""
