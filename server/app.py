@@ -18,6 +18,7 @@ from starlette.routing import Route
 from . import anthropic_messages, openai_chat, openai_completions, openai_responses, tokens
 from .errors import ApiError, anthropic_error, invalid, openai_error, too_many
 from .events import EventStream
+from .page import page_routes
 from .scheduler import Inbox
 from .service import Reading, Service
 
@@ -39,6 +40,7 @@ def make_app(service: Service, api_key: str | None = None, loopback: bool = Fals
 
     return Starlette(
         routes=[
+            *page_routes(),
             get("/health", door.health),
             get("/metrics", door.metrics),
             get("/v1/models", door.models),
@@ -132,7 +134,9 @@ class Door:
     def _about(self, name: str) -> dict:
         plan, started = self.service.runtime.plan, self.service.started
         about = {"id": name, "object": "model", "created": started, "owned_by": "edge-moe"}
-        return {**about, "max_model_len": plan.context, "ram_bytes": plan.ram_bytes}
+        pruning = self.service.runtime.bundle.pruning
+        most = pruning.curves[pruning.default].cuts[-1] if pruning else 0.0
+        return {**about, "max_model_len": plan.context, "ram_bytes": plan.ram_bytes, "prune_most": most}
 
     async def embeddings(self, request: Request) -> Response:
         raise ApiError(

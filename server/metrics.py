@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from .. import _core
 from ..runtime.answer import Generation
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Metrics:
         rows: list[tuple[str, str, str, float]] = [
             ("ram_bytes", "gauge", "The cap.", stats["ram_bytes"]),
             ("peak_memory_bytes", "gauge", "The peak of the process's memory.", stats["peak_memory_bytes"]),
+            ("memory_bytes", "gauge", "The process's memory now.", _core.resident_bytes() + stats["uncounted_bytes"]),
             ("experts_memory_bytes", "gauge", "Memory for experts.", plan.experts_bytes),
             ("expert_hits_total", "counter", "Uses of experts in memory.", stats["expert_hits"]),
             ("expert_misses_total", "counter", "Uses of experts that were read.", stats["expert_misses"]),
