@@ -7,6 +7,8 @@
     experts-0000I-of-0000N.safetensors   one U8 tensor an expert, `layers.L.experts.E`; a checksum for each record
     tables-0000I-of-0000N.safetensors    a table of n-gram embeddings, where the model has them; see row_tables.py
 
+A part of a bundle has those of some layers; see bundle_part.py.
+
 A quantised trunk tensor NAME is NAME.codes (U32, as MLX packs), NAME.scales and NAME.biases (BF16). Writing is in
 compressor/writing/writer.py; packed layouts are devices/format.h's. Bundles of format 1 are read, too.
 
@@ -27,6 +29,7 @@ import numpy as np
 
 from .. import _core
 from .bundle_format_1 import upgraded
+from .bundle_part import Part, how_to_run, parts_in, read_part
 from .bundle_records import TRUNK_FILE, Expert, Layout, TrunkTensor, layout_of, read_experts, read_trunk
 from .bundle_table import LISTED, REMEDY, TABLE_FILE, Reader, read_table
 from .config import ModelConfig
@@ -68,17 +71,20 @@ class Bundle:
     tables: tuple[RowTable, ...] = ()  # of n-gram embeddings
     unlisted: tuple[str, ...] = ()  # files of COPIED that are used although bundle.json does not list them
     pruning: Pruning | None = None
+    part: Part | None = None  # None: a whole bundle
 
     @classmethod
-    def open(cls, path: str | Path) -> "Bundle":
+    def open(cls, path: str | Path, parts: bool = False) -> "Bundle":
         """Read and check a bundle's tables.
 
-        Raises FileNotFoundError for a missing part and ValueError for a damaged, edited or newer bundle.
+        parts: whether it may be a part of a bundle, with the layers `bundle.layers` alone. Raises FileNotFoundError for
+        a missing file and ValueError for a damaged, edited or newer bundle.
         """
         path = find_model(path)
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such bundle directory; make one with `edge-moe compress MODEL {path}`")
         if not (path / TABLE_FILE).is_file():
+            _raise_if_split(path)
             _raise_for_checkpoint(path)
         table, read = read_table(path), Reader(path / TABLE_FILE)
         copies = _check_copies(path, table, read)
@@ -86,13 +92,20 @@ class Bundle:
         config = _without_dropped(load_config(path), table, read)
         if table["version"] == 1:
             table = upgraded(table, config, read)
-        trunk, trunk_bytes, trunk_checksum = read_trunk(path, config, table, read)
-        files, layouts, experts = read_experts(path, config, table, read)
+        if (part := read_part(table, config, read)) and not parts:
+            raise ValueError(f"{path}: is {part}, of a bundle; {how_to_run(path.parent, part.count)}")
+        trunk, trunk_bytes, trunk_checksum = read_trunk(path, config, table, read, part)
+        files, layouts, experts = read_experts(path, config, table, read, part)
         table["experts"].pop("records")  # they are in `experts` now; thousands of dictionaries weigh megabytes
         pruning = read_pruning(path, config, table)
         of_trunk = (trunk, trunk_bytes, trunk_checksum)
-        tables = read_tables(path, config, table, read)
-        return cls(path, config, table, *of_trunk, files, layouts, experts, copies, tables, unlisted, pruning)
+        tables = read_tables(path, config, table, read, part)
+        return cls(path, config, table, *of_trunk, files, layouts, experts, copies, tables, unlisted, pruning, part)
+
+    @property
+    def layers(self) -> range:
+        """The layers that it has."""
+        return self.part.layers if self.part else range(self.config.layer_count)
 
     @property
     def expert_bytes(self) -> int:
@@ -127,6 +140,13 @@ class Bundle:
         new = [layout_of(self.config, layout.encodings) for layout in self.layouts]
         layouts = [one.placed(layout.parts) for one, layout in zip(new, self.layouts, strict=True)]
         return layouts, records, frequency
+
+
+def _raise_if_split(path: Path) -> None:
+    """Raise ValueError if the directory contains the parts of a bundle."""
+    if parts := parts_in(path):
+        count = parts[0].name.rpartition("-")[2]
+        raise ValueError(f"{path}: has parts of a bundle, such as {parts[0].name}; {how_to_run(path, int(count))}")
 
 
 def _raise_for_checkpoint(path: Path) -> None:

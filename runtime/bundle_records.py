@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import _core
+from .bundle_part import Part
 from .bundle_table import LISTED, REMEDY, Reader, is_number, shown
 from .codecs import Encoding, encoding_of, padded_bytes, record_layout, trunk_parts
 from .config import ModelConfig, stays_float, trunk_shapes
@@ -72,10 +73,12 @@ class TrunkTensor:
         return self.encoding.group
 
 
-def read_trunk(path: Path, config: ModelConfig, table: dict, read: Reader) -> tuple[tuple[TrunkTensor, ...], int, int]:
-    """Read the trunk's tensors, the bytes of its file and its checksum."""
+def read_trunk(
+    path: Path, config: ModelConfig, table: dict, read: Reader, part: Part | None = None
+) -> tuple[tuple[TrunkTensor, ...], int, int]:
+    """Read the trunk's tensors, the bytes of its file and its checksum. part: of a bundle that has only this."""
     entry = read.get(table, "trunk", dict)
-    file, shapes, tensors = path / TRUNK_FILE, trunk_shapes(config), []
+    file, shapes, tensors = path / TRUNK_FILE, part_shapes(config, part), []
     stored = header_of(file, read.count(entry, "bytes"), 3 * len(shapes))
     encoded = read.get(entry, "tensors", dict)
     for name, shape in shapes.items():
@@ -88,21 +91,28 @@ def read_trunk(path: Path, config: ModelConfig, table: dict, read: Reader) -> tu
     return tuple(tensors), read.count(entry, "bytes"), read.checksum(entry)
 
 
-def read_experts(path: Path, config: ModelConfig, table: dict, read: Reader):
+def part_shapes(config: ModelConfig, part: Part | None) -> dict[str, tuple[int, ...]]:
+    """The trunk_shapes() that are in a part of a bundle, or of all of it."""
+    shapes = trunk_shapes(config)
+    return {name: shape for name, shape in shapes.items() if part is None or part.has(name, config.tied_head)}
+
+
+def read_experts(path: Path, config: ModelConfig, table: dict, read: Reader, part: Part | None = None):
     """Read the experts' files, the layouts, and the records by layer and expert."""
+    layers = [layer for layer in config.moe_layers if part is None or layer in part.layers]
     entry = read.get(table, "experts", dict)
     alignment = read.count(entry, "alignment")
     if alignment not in (_core.SMALL_ALIGNMENT, _core.DATA_ALIGNMENT):
         raise ValueError(f"{read.path}: record alignment {alignment} is not possible; {REMEDY}")
     listed, rows = read.get(entry, "files", list), read.get(entry, "records", list)
-    if len(rows) != len(config.moe_layers):
+    if len(rows) != len(layers):
+        whose = "config.json" if part is None else "the part"
         raise ValueError(
-            f"{read.path}: records of {len(rows)} layers, config.json has {len(config.moe_layers)} with experts; "
-            f"{REMEDY}"
+            f"{read.path}: records of {len(rows)} layers, {whose} has {len(layers)} with experts; {REMEDY}"
         )
     layouts = _read_layouts(read, config, entry, alignment)
     experts, in_file = {}, [[] for _ in listed]
-    for layer, row in zip(config.moe_layers, rows, strict=True):
+    for layer, row in zip(layers, rows, strict=True):
         count = config.experts_of(layer)
         if not isinstance(row, list) or len(row) != count:
             raise ValueError(f"{read.path}: layer {layer} needs {count} records; {REMEDY}")

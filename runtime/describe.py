@@ -17,8 +17,9 @@ def describe_bundle(bundle) -> dict:
     Raises ValueError if bundle.json's entries about calibration, method or certificate are malformed.
     """
     config, extra = bundle.config, bundle.table
+    moe_layers = [layer for layer in config.moe_layers if layer in bundle.layers]
     Reader(bundle.path / TABLE_FILE).check(extra, PROVENANCE, "")
-    per_layer, per_group = {layer: Counter() for layer in config.moe_layers}, {}
+    per_layer, per_group = {layer: Counter() for layer in moe_layers}, {}
     for expert in bundle.experts.values():
         per_layer[expert.layer][expert.widths] += 1
         per_group.setdefault(expert.group, Counter())[expert.widths] += 1
@@ -35,6 +36,7 @@ def describe_bundle(bundle) -> dict:
 
     return {
         "path": str(bundle.path),
+        "part": bundle.part and {"number": bundle.part.number + 1, "of": bundle.part.count, "text": str(bundle.part)},
         "tool": extra.get("tool"),
         "architecture": config.architecture,
         "layers": config.layer_count,
@@ -58,12 +60,11 @@ def describe_bundle(bundle) -> dict:
         "widths": named(total),
         "widths_by_group": {str(group): named(per_group[group]) for group in sorted(per_group)},
         "widths_by_layer": {str(layer): named(counts) for layer, counts in per_layer.items()},
-        "experts_by_layer": {str(layer): config.experts_of(layer) for layer in config.moe_layers},
-        "top_k_by_layer": {str(layer): config.top_k_of(layer) for layer in config.moe_layers},
-        "dropped": sum(map(len, extra["dropped"])),
+        "experts_by_layer": {str(layer): config.experts_of(layer) for layer in moe_layers},
+        "top_k_by_layer": {str(layer): config.top_k_of(layer) for layer in moe_layers},
+        "dropped": sum(config.experts - config.experts_of(layer) for layer in moe_layers),
         "dropped_by_layer": {
-            str(layer): sorted(set(every) - set(config.kept[layer])) if config.kept else []
-            for layer in config.moe_layers
+            str(layer): sorted(set(every) - set(config.kept[layer])) if config.kept else [] for layer in moe_layers
         },
         "method": extra.get("method"),
         "calibration": extra.get("calibration"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import _core
+from .bundle_part import Part
 from .bundle_records import header_of, part_of, read_encoding
 from .bundle_table import REMEDY, Reader
 from .codecs import Encoding, as_table
@@ -63,12 +64,15 @@ def row_bytes(encoding: Encoding, cols: int) -> int:
     return _core.row_layout(encoding, cols)[0]
 
 
-def read_tables(path: Path, config: ModelConfig, table: dict, read: Reader) -> tuple[RowTable, ...]:
-    """Read the tables that bundle.json lists, which must be those of the model."""
-    shapes = config.tables
+def read_tables(
+    path: Path, config: ModelConfig, table: dict, read: Reader, part: Part | None = None
+) -> tuple[RowTable, ...]:
+    """Read the tables that bundle.json lists, which must be those of the model, or of the layers of a part."""
+    shapes = {name: it for name, it in config.tables.items() if part is None or part.has(name, config.tied_head)}
     listed = read.get(table, "tables", list) if shapes or "tables" in table else []
     if len(listed) != len(shapes):
-        raise ValueError(f"{read.path}: has {len(listed)} tables, config.json has {len(shapes)}; {REMEDY}")
+        whose = "config.json" if part is None else "the part"
+        raise ValueError(f"{read.path}: has {len(listed)} tables, {whose} has {len(shapes)}; {REMEDY}")
     found = []
     for item, (name, (rows, cols)) in zip(listed, shapes.items(), strict=True):
         encoding = read_encoding(read, item, name, cols)

@@ -26,6 +26,7 @@ COMMANDS = (
     "plan",
     "inspect",
     "verify",
+    "split",
     "generate",
     "chat",
     "serve",

@@ -28,6 +28,7 @@ from .commands import (
     prune,
     serve,
     spelling,
+    split,
     verify,
 )
 from .commands.output import fail
@@ -146,6 +147,7 @@ for _name, _function, *_epilog in (
     ("plan", plan.plan, plan.GLOSSARY),
     ("inspect", inspect.inspect),
     ("verify", verify.verify),
+    ("split", split.split),
     ("generate", generate.generate),
     ("chat", chat.chat),
     ("serve", serve.serve),

@@ -25,6 +25,7 @@ def bundle_text(about: dict) -> str:
     calibration = about["calibration"]
     facts = {
         "bundle": about["path"],
+        **({"part": about["part"]["text"]} if about["part"] else {}),
         "model": f"{about['architecture']}, {about['layers']} layers of {about['dim']}, vocabulary {about['vocab']:,}, "
         f"context {about['context']:,}",
         "experts": f"{experts}{of} a layer of {about['expert_hidden']}, top {top_k}{shared}",

@@ -6,12 +6,12 @@ from .output import print_json
 
 
 def inspect(bundle: options.Bundle, json_output: options.Json = False) -> None:
-    """Show a bundle's shapes, bytes and widths."""
+    """Show the shapes, bytes and widths of a bundle, or of a part of one."""
     from ..report import bundle_text
     from ..runtime.bundle import Bundle
     from ..runtime.describe import describe_bundle
 
-    about = describe_bundle(Bundle.open(bundle))
+    about = describe_bundle(Bundle.open(bundle, parts=True))
     if json_output:
         print_json(about)
     else:
