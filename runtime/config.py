@@ -203,6 +203,12 @@ class ModelConfig:
         """The number of experts of all layers together."""
         return sum(self.experts_of(layer) for layer in range(self.layer_count))
 
+    def of_layers(self, layers: range) -> "ModelConfig":
+        """A model of some of the layers, in a row, as far as sizes go."""
+        first, after = layers.start, layers.stop
+        kept, top_k = self.kept[first:after], self.layer_top_k[first:after]
+        return replace(self, layers=self.layers[first:after], kept=kept, layer_top_k=top_k)
+
     def planned(self, context: int) -> "ModelConfig":
         """The model as computed in a run planned for `context` tokens, whatever the length of its sequences."""
         its = (replace(one, attention=one.attention and one.attention.planned(context)) for one in self.layers)

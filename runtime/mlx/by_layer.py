@@ -43,10 +43,10 @@ class ByLayer:
     def __init__(self, forward: Forward, records: Records):
         self._forward, self._records = forward, records
 
-    def logits(self, spans: list[Span], check_wanted: CheckWanted) -> list[Array]:
-        """The logits of the spans that want some, to be evaluated."""
-        its, states = self._forward, [self._forward.embedded(span) for span in spans]
-        for layer in range(its.config.layer_count):
+    def results(self, spans: list[Span], check_wanted: CheckWanted) -> list:
+        """Forward.results(), to be evaluated."""
+        its, states = self._forward, self._forward.entered(spans)
+        for layer in its.layers:
             states = [its.attended(layer, span, state) for span, state in zip(spans, states, strict=True)]
             if its.config.has_experts(layer):
                 states = self._with_experts(layer, spans, states)
@@ -55,7 +55,7 @@ class ByLayer:
             mx.async_eval([state.arrays for state in states])
             check_wanted()
             self._records.residency.tick()
-        return its.logits(spans, states)
+        return its.results(spans, states)
 
     def _with_experts(self, layer: int, spans: list[Span], states: list[State]) -> list[State]:
         its = self._forward

@@ -1,7 +1,7 @@
 """The forward pass on MLX: the layers of the reference, over the trunk in MLX's memory and experts in slots.
 
 It does what _core.Engine does, by the same calls. Steps of single tokens are computed in units that run ahead of the
-host, others layer by layer.
+host, others layer by layer. With a part of a bundle it runs the part's layers, in a Pipeline of several ranks.
 """
 
 import time
@@ -18,6 +18,8 @@ from .by_layer import ByLayer
 from .forward import Forward
 from .memory import MOST_WIRED, VALUE_BYTES, cached_values, kept_of, state_values
 from .past import LOADED, LayerPast
+from .pipeline import Pipeline
+from .ranks import Ranks
 from .records import Records
 from .spans import ALL, COUNTED, LAST, NOTHING, Sizes, Snapshot, Span, Timeline
 from .units import Units
@@ -51,8 +53,8 @@ class MlxEngine:
     """The forward pass over a bundle.
 
     mask_routers: by rule ("otp", "loss"), by layer, float32 (top_k * (dim + 2 top_k + 1),), empty for a layer without
-    experts. slot_bytes: called when everything else has been allocated, returns the memory for experts. Raises
-    DamagedFile, OSError and MemoryError like _core.Engine.
+    experts. slot_bytes: called when everything else has been allocated, returns the memory for experts. ranks: those
+    that run the parts of a bundle, of which this is one. Raises DamagedFile, OSError and MemoryError like _core.Engine.
     """
 
     in_place = True
@@ -63,8 +65,11 @@ class MlxEngine:
         sizes: Sizes,
         mask_routers: dict[str, list[np.ndarray]] | None = None,
         slot_bytes: Callable[[], int] | None = None,
+        ranks: Ranks | None = None,
     ):
         self.config, self.sizes, self.cap_bytes = bundle.config.planned(sizes.context), sizes, sizes.cap_bytes
+        self._layers, self._pipeline = bundle.layers, Pipeline(ranks, bundle.part) if ranks and bundle.part else None
+        self._keeps_states = any(state_values(self.config, layer) for layer in range(self.config.layer_count))
         mx.set_cache_limit(sizes.cache_bytes)
         self._stream = mx.new_thread_unsafe_stream(mx.default_device())
         self._masks = frozenset(mask_routers or ())
@@ -87,7 +92,7 @@ class MlxEngine:
             kept = kept_of(self.config.layers[layer].attention, self.sizes.context)
             return LayerPast(kept, TYPES[self.sizes.kv], self._forward.weights.of_layer(layer))
 
-        return Timeline([past(layer) for layer in range(self.config.layer_count)])
+        return Timeline([past(layer) for layer in self._layers])
 
     # ---- a step
 
@@ -102,24 +107,27 @@ class MlxEngine:
         Returns float32 (rows, vocab), part by part; no part's bits depend on the others. stop() is called about twenty
         times a second; if it returns true, raises Interrupted. On an error no position changes.
         """
-        self._check_cap()
-        spans = self._planned(parts)
-        self._stop = self._records.stop = stop
+        spans: list[Span] = []
+        self._stop = self._records.stop = stop if self._layers.start == 0 else None  # else another rank asks
         self._asked = time.monotonic()
-        pasts = [past for span in spans for past in span.timeline.pasts]
-        with mx.stream(self._stream):
-            try:
-                logits = self._logits(spans)
-                mx.eval(logits, [past.arrays() for past in pasts])
-                if any(past.overflows() for past in pasts):
-                    raise _core.KvOverflow("a key or value is beyond what a KV cache in float16 holds")
-                found = np.concatenate([np.zeros((0, self.config.vocab), np.float32), *map(np.array, logits)])
-            except BaseException:
-                mx.synchronize(self._stream)
-                self._records.release()
-                for past in pasts:
-                    past.abandon()
-                raise
+
+        def compute() -> np.ndarray:
+            self._check_cap()
+            spans.extend(self._planned(parts))
+            with mx.stream(self._stream):
+                try:
+                    return self._computed(spans)
+                except BaseException:
+                    mx.synchronize(self._stream)
+                    self._records.release()
+                    raise
+
+        try:
+            found = self._pipeline.step(parts, compute, stop, self._totals) if self._pipeline else compute()
+        except BaseException:
+            for past in (past for span in spans for past in span.timeline.pasts):
+                past.abandon()
+            raise
         for span in spans:
             for past in span.timeline.pasts:
                 past.commit(len(span.ids))
@@ -127,14 +135,27 @@ class MlxEngine:
             span.timeline.counters["tokens"] += len(span.ids)
         return found
 
-    def _logits(self, spans: list[Span]) -> list[Array]:
+    def _computed(self, spans: list[Span]) -> np.ndarray:
+        """The logits of the spans' tokens, none where other ranks have the last layers."""
+        self._forward.entering = self._pipeline.enter(spans) if self._pipeline else None
+        results = self._results(spans)
+        pasts = [past for span in spans for past in span.timeline.pasts]
+        mx.eval(results, [past.arrays() for past in pasts])
+        if any(past.overflows() for past in pasts):
+            raise _core.KvOverflow("a key or value is beyond what a KV cache in float16 holds")
+        if self._pipeline and not self._pipeline.is_last:
+            self._pipeline.leave(results)
+            results = []
+        return np.concatenate([np.zeros((0, self.config.vocab), np.float32), *map(np.array, results)])
+
+    def _results(self, spans: list[Span]) -> list[Array]:
         if any(len(span.ids) > 1 for span in spans):
-            return self._by_layer.logits(spans, self._check_wanted)
+            return self._by_layer.results(spans, self._check_wanted)
         ahead = False
         if self._may_prefetch and len(spans) == 1 and not self._records.holds_all():
             its = self._records.residency.counters
             ahead = self._gate.open(its["read_ahead"], its["read_ahead_used"])
-        return self._units.logits(spans, self._check_wanted, ahead)
+        return self._units.results(spans, self._check_wanted, ahead)
 
     def _planned(self, parts: Sequence[tuple]) -> list[Span]:
         spans, rows = [], 0
@@ -209,17 +230,17 @@ class MlxEngine:
 
     def _origin(self, sequence: int, positions: int) -> tuple[int, list[dict[str, Array]]]:
         """The longest prefix of at most so many positions that a sequence can go back to, and the states there."""
-        timeline, layers = self._timelines[sequence], self.config.layer_count
+        timeline = self._timelines[sequence]
         if not 0 <= positions <= timeline.position:
             raise ValueError("there are not as many positions")
-        if not any(past.states for past in timeline.pasts):
-            return positions, [{}] * layers
+        if not self._keeps_states:
+            return positions, [{} for _ in timeline.pasts]
         if positions == timeline.position:
             return positions, [past.states for past in timeline.pasts]
         kept = [its for its in self._snapshots if its.sequence == sequence and its.position <= positions]
         latest = max(kept, key=lambda its: its.position, default=None)
         if latest is None:
-            return 0, [{}] * layers
+            return 0, [{} for _ in timeline.pasts]
         self._snapshots.remove(latest)
         self._snapshots.append(latest)
         return latest.position, latest.states
@@ -238,7 +259,7 @@ class MlxEngine:
         """Keep the recurrent state of a sequence at its position; the least recently used make room."""
         timeline = self._timelines[self._checked(sequence)]
         states = [past.states for past in timeline.pasts]
-        if not self.sizes.snapshots or not any(states):
+        if not self.sizes.snapshots or not self._keeps_states:
             return
         others = [its for its in self._snapshots if (its.sequence, its.position) != (sequence, timeline.position)]
         self._snapshots = [*others, Snapshot(sequence, timeline.position, states)][-self.sizes.snapshots :]
@@ -261,8 +282,8 @@ class MlxEngine:
     def saved_bytes(self, positions: int) -> int:
         """How many bytes save_positions() writes."""
         c, one = self.config, VALUE_BYTES[self.sizes.kv]
-        cached = sum(cached_values(layer.attention, positions) for layer in c.layers)
-        states = sum(state_values(c, layer) for layer in range(c.layer_count)) if positions else 0
+        cached = sum(cached_values(c.layers[layer].attention, positions) for layer in self._layers)
+        states = sum(state_values(c, layer) for layer in self._layers) if positions else 0
         return one * cached + 4 * states
 
     def save_positions(self, positions: int, write: Callable[[np.ndarray], None], sequence: int = 0) -> None:
@@ -271,7 +292,7 @@ class MlxEngine:
         if found != positions:
             raise ValueError(NO_STATE)
         with mx.stream(self._stream):
-            for layer, (past, own) in enumerate(zip(self._timelines[sequence].pasts, states, strict=True)):
+            for layer, past, own in zip(self._layers, self._timelines[sequence].pasts, states, strict=True):
                 kept = kept_of(self.config.layers[layer].attention, positions)
                 for array in (*(past.rows(name, shape[0]) for name, shape in kept.items()), *own.values()):
                     values = np.array(array).reshape(-1).view(np.uint8)
@@ -293,7 +314,7 @@ class MlxEngine:
 
         timeline, states = self._timelines[sequence], []
         with mx.stream(self._stream):
-            for layer, past in enumerate(timeline.pasts):
+            for layer, past in zip(self._layers, timeline.pasts, strict=True):
                 for name, shape in kept_of(self.config.layers[layer].attention, len(ids)).items():
                     past.set_rows(name, values((1, *shape), self.sizes.kv))
                 count = state_values(self.config, layer) if len(ids) else 0
@@ -330,18 +351,22 @@ class MlxEngine:
 
     @property
     def counters(self) -> dict:
-        """Totals since construction; see _core.Engine, and Units."""
+        """Totals since construction, of all ranks; see _core.Engine, and Units."""
+        others = self._pipeline.others if self._pipeline else {}
+        totals = {name: count + others.get(name, 0) for name, count in self._totals().items()}
+        of_sequences = {name: sum(one.counters[name] for one in self._timelines) for name in COUNTED[:4]}
+        return {"uncounted_bytes": 0, **totals, **of_sequences}
+
+    def _totals(self) -> dict:
+        """What has been counted here."""
         its = self._records.residency.counters
-        own = {name: sum(one.counters[name] for one in self._timelines) for name in COUNTED[:4]}
         return {
             "records_held": its["records_held"],
-            "uncounted_bytes": 0,
             "expert_hits": its["hits"],
             "expert_misses": its["misses"],
             "bytes_read": its["bytes_read"],
             "read_ahead": its["read_ahead"],
             "read_ahead_used": its["read_ahead_used"],
-            **own,
             "units": self._units.units,
             "replays": self._units.replays,
             "read_backs": self._units.read_backs,

@@ -14,25 +14,31 @@ from ..bundle import Bundle
 from ..config import ModelConfig
 from ..layers.indexer import Choice
 from . import pruning
+from .past import LayerPast
 from .spans import Span, State
 from .weights import TrunkWeights
 
 
 class Forward:
-    """The layers of a bundle. mask_routers: see MlxEngine."""
+    """The layers of a bundle, or of a part of one. mask_routers: see MlxEngine.
+
+    entering: in a part without the first layers, what the layers before have made of a step's spans.
+    """
 
     def __init__(self, bundle: Bundle, config: ModelConfig, mask_routers: dict[str, list[np.ndarray]]):
         self.config, c = config, config
+        self.layers, self._is_last = bundle.layers, bundle.part is None or bundle.part.is_last
+        self.entering: list[State] | None = None
         self.weights = TrunkWeights(bundle)
         self._masks = {rule: [mx.array(its) for its in routers] for rule, routers in mask_routers.items()}
         self._layers = self._layer_experts(bundle)
-        self._routers = [self._router(layer) for layer in range(c.layer_count)]
+        self._routers = {layer: self._router(layer) for layer in self.layers}
         self._shape = ExpertShape(c.dim, c.expert_hidden, c.activation, c.swiglu_alpha, c.swiglu_limit, c.swiglu_shift)
 
     def choose_kernels(self) -> None:
         """Find the kernels that work; memory for the slots is not taken yet."""
         kinds = next(its.kinds for its in self._layers if its)
-        self.operations = operations(filter(None, self._routers), self._shape, list(kinds))
+        self.operations = operations(filter(None, self._routers.values()), self._shape, list(kinds))
 
     def experts_of(self, layer: int) -> LayerExperts:
         its = self._layers[layer]
@@ -48,7 +54,8 @@ class Forward:
         found: list[LayerExperts | None] = []
         self._kind_of: list[list[int]] = []  # by layer and expert
         for layer in range(c.layer_count):
-            own = [bundle.experts[layer, expert].layout for expert in range(c.experts_of(layer))]
+            count = c.experts_of(layer) if layer in self.layers else 0
+            own = [bundle.experts[layer, expert].layout for expert in range(count)]
             self._kind_of.append(own)
             kind_of = padded(mx, mx.array(own, mx.int32)) if own else None
             present = tuple(sorted(set(own)))
@@ -81,13 +88,19 @@ class Forward:
 
     # ---- a layer
 
-    def embedded(self, span: Span) -> State:
-        return State(reference.embed(self.config, self.weights, span.ids[None], mx))
+    def entered(self, spans: list[Span]) -> list[State]:
+        """What the first layer begins with."""
+        if self.entering is not None:
+            return self.entering
+        return [State(reference.embed(self.config, self.weights, span.ids[None], mx)) for span in spans]
+
+    def past(self, layer: int, span: Span) -> LayerPast:
+        return span.timeline.pasts[layer - self.layers.start]
 
     def attended(self, layer: int, span: Span, state: State) -> State:
         """Everything of a layer before its MLP."""
         c, w, x = self.config, self.weights, state.x
-        past, choice = span.timeline.pasts[layer], Choice(state.visible)
+        past, choice = self.past(layer, span), Choice(state.visible)
         past.is_received = span.is_protected
         if c.layers[layer].ngrams:
             ids = np.concatenate([np.array(span.timeline.ids, np.int64), span.ids])[None]
@@ -121,7 +134,7 @@ class Forward:
                 router = self._masks[rule.rule][layer].reshape(weights.shape[1], -1)
                 kept = pruning.kept_by_router(router, h, weights, rule.price, rule.rule == "loss")
             if span.is_protected:
-                protected = pruning.protected(h, span.timeline.pasts[layer].received, rule.protect)
+                protected = pruning.protected(h, self.past(layer, span).received, rule.protect)
                 kept = mx.where(protected, weights.shape[1], kept)
             ids, weights, dropped = pruning.keep_first(ids, weights, kept, self.config.router.renormalise)
         return State(state.x, state.visible, h, ids, weights, dropped)
@@ -166,6 +179,9 @@ class Forward:
             x = reference.with_shared(c, w, layer, x, y, mx).reshape(x.shape)
         return State(x, state.visible)
 
-    def logits(self, spans: list[Span], states: list[State]) -> list[Array]:
+    def results(self, spans: list[Span], states: list[State]) -> list:
+        """The logits of the spans that want some; if other layers follow elsewhere, the arrays of all states."""
+        if not self._is_last:
+            return [state.arrays for state in states]
         rows = [state.x[:, span.first_row :] for span, state in zip(spans, states, strict=True)]
         return [reference.head(self.config, self.weights, x, mx)[0] for x in rows if x.shape[1]]

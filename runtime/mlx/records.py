@@ -27,7 +27,7 @@ class Records:
         c = bundle.config
         self._memory = SlotMemory()
         self._nbytes = [its.nbytes for its in bundle.experts.values()]
-        experts = [c.experts_of(layer) for layer in range(c.layer_count)]
+        experts = [c.experts_of(layer) if layer in bundle.layers else 0 for layer in range(c.layer_count)]
         self._first = np.concatenate([[0], np.cumsum(experts)]).tolist()  # of each layer, the record of expert 0
         _, records, frequency = bundle.record_table()
         self.residency = _core.Residency(
@@ -36,7 +36,7 @@ class Records:
             frequency,
             slot_bytes,
             readers,
-            float(_core.HALF_LIFE_TOKENS * c.layer_count),
+            float(_core.HALF_LIFE_TOKENS * len(bundle.layers)),
             experts=experts,
             memory=self._memory,
         )

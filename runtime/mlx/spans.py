@@ -33,7 +33,7 @@ class Sizes:
 class Timeline:
     """One sequence."""
 
-    pasts: list[LayerPast]
+    pasts: list[LayerPast]  # of the layers that are computed here
     ids: list[int] = field(default_factory=list)
     rule: PruneRule = PruneRule()
     counters: dict = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))

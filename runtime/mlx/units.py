@@ -36,8 +36,8 @@ class Units:
         self.window = WINDOW
         self.units = self.replays = self.read_backs = 0
 
-    def logits(self, spans: list[Span], check_wanted: CheckWanted, ahead: bool) -> list[Array]:
-        """The logits of the spans that want some. ahead: records that may be needed soon are read meanwhile."""
+    def results(self, spans: list[Span], check_wanted: CheckWanted, ahead: bool) -> list:
+        """Forward.results(). ahead: records that may be needed soon are read meanwhile."""
         records, step = self._records, Step(self._forward, self._records, spans, ahead)
         if whole := records.holds_all():
             for unit in range(len(step.layers) + 1):
@@ -46,13 +46,13 @@ class Units:
             self._confirm(step, check_wanted)
         self.units += step.queued
         self.read_backs += 1
-        mx.eval(step.logits, [past.arrays() for span in spans for past in span.timeline.pasts])
+        mx.eval(step.results, [past.arrays() for span in spans for past in span.timeline.pasts])
         for number, layer in enumerate(step.layers if whole else []):
             step.tick(layer)
             records.take(layer, uses_of(spans, step.chosen(number)))
             records.release()
-        step.tick(self._forward.config.layer_count)
-        return step.logits
+        step.tick(self._forward.layers.stop)
+        return step.results
 
     def _confirm(self, step: "Step", check_wanted: CheckWanted) -> None:
         """Queue all units and confirm all but the last one."""
@@ -99,18 +99,19 @@ class Step:
 
     def __init__(self, forward: Forward, records: Records, spans: list[Span], ahead: bool):
         self._forward, self._records, self.spans, self.ahead = forward, records, spans, ahead
-        self.layers = list(forward.config.moe_layers)
+        self.layers = [layer for layer in forward.layers if forward.config.has_experts(layer)]
         self.states: list[list[State]] = []
-        self.logits: list[Array] = []
-        self.queued = self._ticks = 0
+        self.results: list = []
+        self.queued, self._ticks = 0, forward.layers.start
         self._tables: dict[int, np.ndarray] = {}  # by unit
         self._looks: dict[int, list[Array]] = {}  # by unit, what the router after its own chooses at present
 
     def queue(self, unit: int, sums: list[Array] | None = None) -> None:
         """Queue a unit, in the place of those from it on. sums: of the experts that it begins with."""
-        its, first = self._forward, 0
+        its = self._forward
+        first = its.layers.start
         if unit == 0:
-            states = [its.embedded(span) for span in self.spans]
+            states = its.entered(self.spans)
         else:
             layer, before = self.layers[unit - 1], self.states[unit - 1]
             if sums is None:
@@ -120,19 +121,19 @@ class Step:
             states = [its.with_experts(layer, *each) for each in zip(before, sums, strict=True)]
             first = layer + 1
         last = unit == len(self.layers)
-        for layer in range(first, its.config.layer_count if last else self.layers[unit] + 1):
+        for layer in range(first, its.layers.stop if last else self.layers[unit] + 1):
             states = [its.attended(layer, *each) for each in zip(self.spans, states, strict=True)]
             if not its.config.has_experts(layer):
                 states = [its.without_experts(layer, state) for state in states]
         if last:
-            self.logits = its.logits(self.spans, states)
+            self.results = its.results(self.spans, states)
         else:
             states = [its.routed(self.layers[unit], *each) for each in zip(self.spans, states, strict=True)]
             if self.ahead and unit + 1 < len(self.layers):
                 each = zip(self.spans, states, strict=True)
                 self._looks[unit] = [its.route(self.layers[unit + 1], span, state.x)[0] for span, state in each]
         self.states[unit:] = [states]
-        mx.async_eval([state.arrays for state in states], self._looks.get(unit, []), self.logits if last else [])
+        mx.async_eval([state.arrays for state in states], self._looks.get(unit, []), self.results if last else [])
         self.queued += 1
 
     def chosen(self, number: int) -> list[np.ndarray]:

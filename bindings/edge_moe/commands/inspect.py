@@ -6,7 +6,7 @@ from .output import print_json
 
 
 def inspect(bundle: options.Bundle, json_output: options.Json = False) -> None:
-    """Show the shapes, bytes and widths of a bundle, or of a part of one."""
+    """Show a bundle's shapes, bytes and widths."""
     from ..report import bundle_text
     from ..runtime.bundle import Bundle
     from ..runtime.describe import describe_bundle

@@ -22,9 +22,9 @@ def split(
     shares: Shares = None,
     json_output: options.Json = False,
 ) -> None:
-    """Divide a bundle by its layers, for several machines that run it together.
+    """Divide a bundle for several machines.
 
-    Each part has the layers that one machine runs. Copy OUT/part-N-of-M to machine N, to the same path on each, and run
+    Each part has the layers that one of them runs. Copy OUT/part-N-of-M to machine N, to the same path on each, and run
     `mlx.launch --backend ring --hostfile HOSTS edge-moe generate OUT --device mlx`.
     """
     from ..compressor.writing import parts as writing

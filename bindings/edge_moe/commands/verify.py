@@ -5,7 +5,7 @@ from . import options
 
 
 def verify(bundle: options.Bundle) -> None:
-    """Read all of a bundle, or of a part of one, and check it."""
+    """Read all of a bundle and check it."""
     import time
 
     from ..progress import progress_bar
