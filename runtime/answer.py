@@ -97,8 +97,9 @@ class Account:
         """Whether to compute ahead of requests: for as long as recomputing evicted tokens took.
 
         So at least half of the time is spent on new tokens, however often two streams evict each other's KV cache.
+        Several ranks, whose clocks differ, do not run ahead.
         """
-        return time.perf_counter() < self._ahead_until
+        return self.runtime.ranks is None and time.perf_counter() < self._ahead_until
 
     def piece(self, text: str, tokens: list[int], finish_reason: str | None) -> Generation:
         runtime = self.runtime

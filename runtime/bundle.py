@@ -29,7 +29,7 @@ import numpy as np
 
 from .. import _core
 from .bundle_format_1 import upgraded
-from .bundle_part import Part, how_to_run, parts_in, read_part
+from .bundle_part import Part, how_to_run, part_name, parts_in, read_part
 from .bundle_records import TRUNK_FILE, Expert, Layout, TrunkTensor, layout_of, read_experts, read_trunk
 from .bundle_table import LISTED, REMEDY, TABLE_FILE, Reader, read_table
 from .config import ModelConfig
@@ -102,10 +102,37 @@ class Bundle:
         tables = read_tables(path, config, table, read, part)
         return cls(path, config, table, *of_trunk, files, layouts, experts, copies, tables, unlisted, pruning, part)
 
+    @classmethod
+    def open_part(cls, path: str | Path, number: int, count: int) -> "Bundle":
+        """Open the part `number`, from 0, of a bundle in `count` parts. path: the part, or the directory with all.
+
+        Raises ValueError for a whole bundle, another part and other numbers of parts.
+        """
+        path, found = Path(path), parts_in(Path(path))
+        this = f"rank {number} of the {count} that mlx.launch has started"
+        if found and not (path / TABLE_FILE).is_file():
+            if (own := path / part_name(number, count)) not in found:
+                raise ValueError(f"{path}: has {found[0].name}, but no {own.name} for {this}")
+            path = own
+        bundle = cls.open(path, parts=True)
+        if bundle.part is None:
+            raise ValueError(
+                f"{bundle.path}: is a whole bundle, but each rank runs a part: `edge-moe split {path} OUT --parts "
+                f"{count}`, then give OUT to mlx.launch's {count} ranks"
+            )
+        if (bundle.part.number, bundle.part.count) != (number, count):
+            raise ValueError(f"{bundle.path}: is {bundle.part}, but this is {this}; name the directory with all parts")
+        return bundle
+
     @property
     def layers(self) -> range:
         """The layers that it has."""
         return self.part.layers if self.part else range(self.config.layer_count)
+
+    @property
+    def sizes(self) -> ModelConfig:
+        """The config, with no layers but its own, for sizes of memory."""
+        return self.config.of_layers(self.layers) if self.part else self.config
 
     @property
     def expert_bytes(self) -> int:

@@ -4,9 +4,13 @@ which computes on a Mac's GPU, and elsewhere on the CPU."""
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from .. import _core
 from ..devices.nvidia import find_driver
+
+if TYPE_CHECKING:
+    from .mlx.ranks import Ranks
 
 DEVICES = ("auto", "cpu", "cuda", "mlx")
 OTHER_NAMES = ("metal", "mps", "gpu")  # names of a Mac's GPU
@@ -57,12 +61,31 @@ def begin_device(name: str) -> str:
 
 def _begin_mlx() -> None:
     """Import MLX and use each kernel once, so that what Metal takes for them is taken before a plan is made."""
+    _import_mlx()
+    from .mlx import check
+
+    check.examine()
+
+
+def _import_mlx() -> None:
     found = mlx_version()
     if not is_new_enough(found):
         wanted, has = ".".join(map(str, LEAST_MLX)), f"this is {found}" if found else "which is not installed"
         raise ValueError(f"device mlx needs MLX {wanted} or newer, {has}: pip install 'edge-moe[mlx]'")
     try:
-        from .mlx import check, engine  # noqa: F401
+        from .mlx import engine  # noqa: F401
     except ImportError as error:
         raise ValueError(f"device mlx: MLX {found} cannot be imported: {error}; install it again") from None
-    check.examine()
+
+
+def begin_ranks(name: str) -> "Ranks | None":
+    """The processes that run a model with this one, where mlx.launch has started several and the device is mlx.
+
+    Raises ValueError if they do not reach one another.
+    """
+    if device_name(name) != "mlx":
+        return None
+    _import_mlx()
+    from .mlx.ranks import find_ranks
+
+    return find_ranks()

@@ -92,7 +92,7 @@ class ElasticCap:
         if now - self._quiet_since < QUIET_S or memory.stalled >= CALM or step < max(wanted // 4, 1):
             return None
         self._changed = self._quiet_since = now
-        plan = runtime.set_ram(cap + step)
+        plan = runtime.change_cap(cap + step)
         return f"cap raised from {size(cap)} to {size(plan.ram_bytes)}: {size(memory.available)} of memory are free"
 
     def _missing(self, now: float, memory: Memory) -> tuple[int, str]:
@@ -110,11 +110,11 @@ class ElasticCap:
 
     def _lower(self, runtime: "Runtime", cap: int, missing: int, why: str, now: float) -> str | None:
         try:
-            plan = runtime.set_ram(max(cap - max(missing, self.most // PARTS // 4), 1_000_000))
+            plan = runtime.change_cap(max(cap - max(missing, self.most // PARTS // 4), 1_000_000))
         except BelowFloor as refused:
             if cap <= refused.plan.floor_bytes:
                 return None
-            plan = runtime.set_ram(refused.plan.floor_bytes)
+            plan = runtime.change_cap(refused.plan.floor_bytes)
         self._changed = now
         return f"cap lowered from {size(cap)} to {size(plan.ram_bytes)}: {why}"
 

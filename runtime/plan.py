@@ -183,6 +183,8 @@ def make_plan(
     device: str = "cpu",
     sequences: int = 1,
     table_bytes: int = 0,
+    ranks: int = 1,
+    most_chunk: int | None = None,
     refuse: bool = True,
 ) -> Plan:
     """Divide the cap: trunk, KV cache, scratch, I/O buffers, interpreter, and experts from the rest.
@@ -192,7 +194,8 @@ def make_plan(
     the process's peak so far; a cap below it is exceeded already, however much has been freed. Raises BelowFloor, which
     names the floor, if the cap is below it (the floor has room for as many of the largest records as a token uses in
     one layer, or for all experts if they take less), unless `refuse` is off; the plan then has too little memory to
-    run. reserve_bytes: memory that the program around the Runtime may take.
+    run. config: of the layers that run here. reserve_bytes: memory that the program around the Runtime may take. ranks:
+    processes that run the model together. most_chunk: what they have agreed on.
     """
     working_set = sum(config.top_k_of(layer) for layer in config.moe_layers)
     least_bytes = _least_slots(config) * slot_bytes
@@ -205,6 +208,7 @@ def make_plan(
     recurrent = len(config.recurrent_layers)
     attending = sum(layer.attention is not None for layer in config.layers) - recurrent
     sizes = {"logits_rows": logits_rows, "threads": threads, "kv": kv, "sequences": sequences}
+    sizes |= {"ranks": ranks} if ranks > 1 else {}
 
     def plan(chunk: int, resident: bool, keeps: bool = True) -> Plan:
         """keeps: whether there are snapshots."""
@@ -249,7 +253,7 @@ def make_plan(
 
     rows = min(logits_rows, context)
     chunks = [chunk for chunk in sorted({min(chunk, context) for chunk in CHUNKS}, reverse=True) if chunk >= rows]
-    chunks = chunks or [rows]
+    chunks = [chunk for chunk in chunks if most_chunk is None or chunk <= most_chunk] or [rows]
     smallest = plan(chunks[-1], False, keeps=False)
     resident_bytes = max(smallest.resident_bytes, loading_bytes)
     floor_bytes = min(max(smallest.floor_bytes, loading_bytes), resident_bytes)

@@ -6,7 +6,10 @@ then the engine, which allocates everything. After that only the caller's result
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,10 +17,11 @@ import numpy as np
 
 from .. import _core
 from ..devices.probe import default_threads, usable_processors
+from .agreement import agree
 from .answer import Account, Generation, whole_of
 from .answer_text import AnswerText
 from .bundle import Bundle
-from .device import begin_device
+from .device import begin_device, begin_ranks
 from .elastic import ElasticCap
 from .engine_config import KV_TYPES, engine_config
 from .mlx.memory import CACHE_PART, widened_bytes
@@ -78,6 +82,11 @@ class Runtime:
     another; with several, as many calls share their steps. A stream counts as a call until it is exhausted, closed or
     cancelled, or until nobody has read from it for a tenth of a second while others wait. Any thread may read from it.
     A forked child cannot use its parent's Runtime.
+
+    In a program that mlx.launch has started several times, with device "mlx", each process has the layers of one part
+    of a bundle that `edge-moe split` has divided, and `bundle` is that part, or the directory with all of them. `ram`
+    is the cap of each. All must make the same calls in the same order, from one thread; an error of one is raised on
+    all. Each gets the whole answer: print it where `rank` is 0.
     """
 
     def __init__(
@@ -101,12 +110,14 @@ class Runtime:
             raise ValueError(f"logits_rows is {logits_rows}, expected at least 1")
         check_sequences(sequences)
         warn_of_threads(threads or 1)
-        with loading:
+        self.ranks = begin_ranks(device)
+        with loading, self._together("load"):
             ram_bytes = process_cap(ram)
             if _core.peak_bytes() > ram_bytes:
                 _core.reset_peak_bytes()  # memory that the process has freed again does not count under this cap
             peak_before = min(_core.peak_bytes(), ram_bytes)
-            self.bundle = Bundle.open(bundle)
+            ranks = self.ranks
+            self.bundle = Bundle.open_part(bundle, ranks.rank, ranks.count) if ranks else Bundle.open(bundle)
             self.config = self.bundle.config
             self._prune = prune_rule(self.bundle.pruning, prune, self.bundle.path)
             mask_routers = read_mask_routers(self.bundle.path, self.bundle.pruning, self.bundle.table)
@@ -117,9 +128,9 @@ class Runtime:
             self.logits_rows = max(min(logits_rows, context), sequences)
             self.device = begin_device(device)
 
-            def plan(interpreter_bytes: int, loading_bytes: int) -> Plan:
+            def plan(interpreter_bytes: int, loading_bytes: int, most_chunk: int | None = None) -> Plan:
                 return make_plan(
-                    self.config,
+                    self.bundle.sizes,
                     trunk_bytes=self.bundle.trunk_bytes
                     + (widened_bytes(self.bundle.trunk) if self.device == "mlx" else 0)
                     + _mask_bytes(mask_routers),
@@ -136,6 +147,8 @@ class Runtime:
                     device=self.device,
                     sequences=sequences,
                     table_bytes=self.bundle.table_bytes,
+                    ranks=self.rank_count,
+                    most_chunk=most_chunk,
                 )
 
             try:
@@ -149,7 +162,12 @@ class Runtime:
                     self.tokenizer.prepare_chat(ram_bytes - taken_bytes())
                 self._end_tokens, self._turn_ends = end_tokens(self.tokenizer, self.config.eos_tokens, ENCODING_ROOM)
                 peak = _core.peak_bytes()
-                self.plan = plan(taken_bytes(), peak if peak > peak_before else 0)
+                known = taken_bytes(), peak if peak > peak_before else 0
+                self.plan = plan(*known)
+                if self.ranks:
+                    agreed = agree(self.ranks, self.bundle, self.plan, logits_rows=self.logits_rows, prune=prune)
+                    self.plan = replace(plan(*known, agreed.chunk), snapshots=agreed.snapshots)
+                    self._seeds = agreed.seeds
             except BelowFloor as error:
                 if others := others_bytes():
                     about = f"; other Runtimes of this process have {others / 1e6:,.0f} MB of it"
@@ -213,14 +231,27 @@ class Runtime:
         def slot_bytes() -> int:
             taken = plan.interpreter_bytes - plan.spare_bytes + plan.trunk_bytes + plan.kv_cache_bytes
             more = max(0, taken_bytes() - taken)  # than was planned: of Metal's driver, for example
-            left = with_cap(plan, self.config, plan.ram_bytes, plan.interpreter_bytes + more, self.device)
-            self.plan = with_slots(left, self.config, min(left.experts_bytes, most_slot_bytes()))
+            left = with_cap(plan, self.bundle.sizes, plan.ram_bytes, plan.interpreter_bytes + more, self.device)
+            self.plan = with_slots(left, self.bundle.sizes, min(left.experts_bytes, most_slot_bytes()))
             return self.plan.experts_bytes
 
         try:
-            return MlxEngine(self.bundle, sizes, mask_routers, slot_bytes)
+            return MlxEngine(self.bundle, sizes, mask_routers, slot_bytes, self.ranks)
         except _core.DamagedFile as error:
             raise ValueError(str(error)) from None
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among those that run the model together; 0 if it runs alone."""
+        return self.ranks.rank if self.ranks else 0
+
+    @property
+    def rank_count(self) -> int:
+        return self.ranks.count if self.ranks else 1
+
+    def _together(self, what: str) -> AbstractContextManager[None]:
+        """Raise an error of the block on all ranks; with one process nothing."""
+        return self.ranks.together(what.encode()) if self.ranks else nullcontext()
 
     def __enter__(self) -> "Runtime":
         return self
@@ -254,12 +285,18 @@ class Runtime:
         used. The context and the maximum length of a step stay. ram: as for Runtime(). Raises BelowFloor, and changes
         nothing, if the new cap is below the floor.
         """
+        with self._together("cap"):
+            return self.change_cap(ram)
+
+    def change_cap(self, ram: int | str) -> Plan:
+        """set_ram() on this rank alone, where several run the model."""
         with loading, self._session.turns.between():
             engine = self._open()
             ram_bytes, before = process_cap(ram, of=self), self.plan
             own = before.total_bytes - before.interpreter_bytes - before.io_buffers_bytes
             others = taken_bytes() - own - before.spare_bytes  # Python, and other Runtimes
-            plan = with_cap(before, self.config, ram_bytes, max(before.interpreter_bytes, others), self.device)
+            interpreter_bytes = max(before.interpreter_bytes, others)
+            plan = with_cap(before, self.bundle.sizes, ram_bytes, interpreter_bytes, self.device)
             if plan.experts_bytes != before.experts_bytes or plan.resident != before.resident:
                 engine.resize_slots(plan.experts_bytes)
             if sys.platform == "darwin" and self.device == "mlx":
@@ -356,16 +393,23 @@ class Runtime:
     def _request(self, prompt, max_tokens, options: Mapping[str, Any]) -> Request:
         """Check the arguments of a call."""
         self._open()
+        with self._together("request"):
+            return self._checked(prompt, max_tokens, options)
+
+    def _checked(self, prompt, max_tokens, options: Mapping[str, Any]) -> Request:
         check_options(options)
         rule = self._rule(options.get("prune"))
-        wanted = Wanted(options.get("timeout"), options.get("stop_event"))
+        wanted = self._wanted(options.get("timeout"), options.get("stop_event"))
         if max_tokens is not None and whole_number("max_tokens", max_tokens) < 1:
             raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
         stops = stop_strings(options.get("stop"))
         if stops and self.tokenizer is None:
             raise ValueError(f"{self.bundle.path}: this bundle has no tokenizer; stop strings need one")
         ids = self._prompt_ids(prompt, **options_of(Templating, options))
-        sampler = Sampler(**options_of(Sampling, options), prompt=ids, vocab=self.config.vocab)
+        sampling = options_of(Sampling, options)
+        if self.ranks and sampling.get("seed") is None:
+            sampling["seed"] = next(self._seeds)
+        sampler = Sampler(**sampling, prompt=ids, vocab=self.config.vocab)
         return Request(
             ids,
             max_tokens or self.plan.context,
@@ -378,6 +422,13 @@ class Runtime:
             Account(self, len(ids)),
             options.get("progress"),
         )
+
+    def _wanted(self, timeout: float | None, stop_event: threading.Event | None) -> Wanted:
+        """Until when a call is wanted. Of several ranks the first decides, by what it sends to the others."""
+        wanted = Wanted(timeout, stop_event)
+        if self.ranks and self.plan.sequences > 1 and (timeout is not None or stop_event is not None):
+            raise ValueError("timeout and stop_event need one sequence where several ranks run a model")
+        return wanted if self.rank == 0 else Wanted()
 
     def _pieces(self, request: Request) -> Iterator[Generation]:
         account, unwanted = request.account, self._unwanted(request.wanted)

@@ -147,7 +147,7 @@ class Session:
 
         Returns for each its logits (rows, vocab), or the error if they are not finite. If this raises, nothing was
         computed."""
-        if unwanted():
+        if self.runtime.ranks is None and unwanted():  # else the engine asks, and tells the other ranks
             self.runtime._open()
             raise _core.Interrupted("interrupted")
         asked = [(sequence.number, np.asarray(tokens, np.int32), want) for sequence, tokens, want in parts]
@@ -344,7 +344,7 @@ class Session:
         While some wait for their next token, prompts get as many as are computed in STEP_S, so that a long prompt
         delays nobody's tokens by more, whatever the machine."""
         decoding = sum(len(tokens) == 1 for tokens in left)
-        if not 0 < decoding < len(left) or not self._token_s:
+        if not 0 < decoding < len(left) or not self._token_s or self.runtime.ranks:  # whose clocks differ
             return self.plan.chunk
         return min(self.plan.chunk, decoding + max(LEAST_SHARE, int(STEP_S / self._token_s)))
 

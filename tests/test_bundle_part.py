@@ -139,3 +139,24 @@ def test_a_part_that_cannot_be_is_refused(bundle_of, tmp_path, change, told):
     with pytest.raises(ValueError) as error:
         Bundle.open(file.parent, parts=True)
     assert told in str(error.value) or (change == {"number": 1} and "is missing" in str(error.value))
+
+
+def test_plan_tells_what_each_rank_needs(bundle_of, tmp_path, monkeypatch, capsys):
+    whole = bundle_of("qwen3_next", width=8)
+    split(whole, tmp_path / "out", [1, 1])
+    given = ("--device", "mlx", "--ram", "1GB", "--json")
+    _, said, _ = command(monkeypatch, capsys, "plan", whole, *given)
+    alone = json.loads(said)
+    code, said, _ = command(monkeypatch, capsys, "plan", tmp_path / "out", *given)
+    parts = json.loads(said)["parts"]
+    assert code == 0 and list(parts) == ["part-1-of-2", "part-2-of-2"]
+    for name in ("kv_cache_bytes", "all_experts_bytes", "working_set_experts"):
+        assert sum(part[name] for part in parts.values()) == alone[name]
+    assert sum(part["trunk_bytes"] for part in parts.values()) == pytest.approx(alone["trunk_bytes"], rel=0.02)
+    assert all(part["state_bytes"] < alone["state_bytes"] for part in parts.values())
+
+    code, said, _ = command(monkeypatch, capsys, "plan", tmp_path / "out", *given[:2], "--ram", "20MB")
+    assert code == 1 and said.count("floor") == 2
+
+    code, _, told = command(monkeypatch, capsys, "plan", tmp_path / "out/part-1-of-2")
+    assert code == 1 and "which device mlx runs; plan it with --device mlx" in told

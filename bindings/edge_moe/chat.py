@@ -117,6 +117,9 @@ class Chat:
                     last, tokens, said = piece, tokens + piece.tokens, said + text
                     writer.write(text)
         except KeyboardInterrupt:
+            if self.runtime.rank_count > 1:  # mlx.launch has ended, and with it the input of all ranks
+                writer.end()
+                raise
             interrupted = True
         except BaseException:
             writer.end()  # ends dim text
@@ -204,6 +207,8 @@ class Chat:
     def save(self, given: str) -> None:
         if not given:
             return _say("name a file: /save FILE")
+        if self.runtime.rank:
+            return None  # the first rank saves it
         try:
             self.conversation.save(Path(given).expanduser())
         except FileExistsError:
@@ -292,7 +297,7 @@ def _converse(talk: Chat, keep_history: bool) -> None:
             continue
         except KeyboardInterrupt:
             _say("")
-            if leaving and not lines.half_typed():
+            if talk.runtime.rank_count > 1 or (leaving and not lines.half_typed()):
                 return
             leaving = not lines.half_typed()
             if leaving:

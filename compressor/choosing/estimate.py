@@ -13,6 +13,7 @@ import numpy as np
 from ... import _core
 from ...devices.probe import default_threads
 from ...runtime.bundle import Bundle
+from ...runtime.bundle_records import part_shapes
 from ...runtime.child import answer
 from ...runtime.config import ModelConfig, trunk_shapes
 from ...runtime.config_file import parse_config, read_json
@@ -44,6 +45,7 @@ Options = ParamSpec("Options")
 SHOWN_BITS = (2.0, 2.5, 3.0, 3.5, 4.5)  # the rows of the comparison at one cap
 COMMAND_LINE_BYTES = 14_000_000  # upper bound of what the command line adds to the library: typer and pydantic
 MLX_BYTES = 10_000_000  # of its library, once it is imported
+RING_BYTES = 36_000_000  # of its ring of processes, for which 34.7 MB were measured
 TABLE_BYTES, RECORD_BYTES = 2_500_000, 1_200  # memory for reading bundle.json: in all, and for each expert; 4.7 MB were
 #                                               measured for 2,000 experts
 
@@ -130,10 +132,13 @@ def estimate(
     given = [name for name, value in {**choices, "keep_experts": keep_experts}.items() if value is not None]
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such bundle, model directory or config.json")
-    bundle = Bundle.open(path) if (path / "bundle.json").is_file() else None
+    bundle = Bundle.open(path, parts=True) if (path / "bundle.json").is_file() else None
     if bundle and given:
         raise ValueError(f"{path}: a bundle has its widths and experts already; leave {given[0]} out")
-    config = bundle.config if bundle else _config_of(path, keep_experts)
+    ranks = bundle.part.count if bundle and bundle.part else 1
+    if ranks > 1 and device_name(device) != "mlx":
+        raise ValueError(f"{path}: is {bundle.part}, of a bundle, which device mlx runs; plan it with --device mlx")
+    config = bundle.sizes if bundle else _config_of(path, keep_experts)
     sizes, assumed = _bundle_sizes(bundle) if bundle else _config_sizes(config, str(path), **choices)
     context = min(DEFAULT_CONTEXT, config.context) if context is None else context
     if not 1 <= context <= config.context:
@@ -143,12 +148,13 @@ def estimate(
     table_bytes = 0 if bundle else TABLE_BYTES + RECORD_BYTES * config.expert_count
     fixed = {
         "ram_bytes": resolve_ram(ram),
-        "interpreter_bytes": _core.resident_bytes() + table_bytes + (MLX_BYTES if device_name(device) == "mlx" else 0),
+        "interpreter_bytes": _core.resident_bytes() + table_bytes + _mlx_bytes(device_name(device), ranks),
         "threads": threads or default_threads(),
         "kv": kv,
         "device": device_name(device),
         "sequences": sequences,
         "logits_rows": sequences,
+        "ranks": ranks,
         "refuse": False,
     }
     del tokenizer  # its memory has been counted
@@ -180,13 +186,19 @@ def estimate(
     return made(sizes, parts=sizes.parts, assumed=assumed, others=others, **contexts)
 
 
+def _mlx_bytes(device: str, ranks: int) -> int:
+    """Bytes of memory that MLX takes for itself."""
+    return (MLX_BYTES + (RING_BYTES if ranks > 1 else 0)) if device == "mlx" else 0
+
+
 def _about(config: ModelConfig, sizes: Sizes, plan: Plan, bundle: Bundle | None) -> dict:
     """The fields of Estimate that follow from the sizes and the plan."""
-    shapes = trunk_shapes(config)
-    embedding, dim = shapes["embedding"]
+    shapes = part_shapes(bundle.config, bundle.part) if bundle else trunk_shapes(config)
+    embedding, dim = shapes.get("embedding", (1, config.dim))
     weights = sum(math.prod(shape) for shape in shapes.values())
     bits = 8 * sizes.trunk_bytes / weights
-    unread = round((embedding - 1) * dim * bits / 8) if "head" in shapes else 0
+    is_read = config.tied_head and (bundle is None or bundle.part is None or bundle.part.is_last)
+    unread = 0 if is_read else round((embedding - 1) * dim * bits / 8)
     frequency = np.array([expert.frequency for expert in bundle.experts.values()]) if bundle else np.zeros(0)
     calibrated = bool(frequency.any())
     share = plan.experts_bytes / plan.all_experts_bytes

@@ -13,6 +13,7 @@ from ..layers.short_conv import ShortConv
 MOST_WIRED = 0.65  # of a Mac's memory: more has made systems stop
 VALUE_BYTES = {"float16": 2, "float32": 4}
 CACHE_PART = 4  # MLX keeps at most a quarter of the scratch memory that it has freed
+MESSAGE_COPIES = 5  # of MLX, of NumPy, and of Python before and after it is put together
 LEAST_SCRATCH = 8_000_000  # of graphs, constants and small arrays
 
 
@@ -50,13 +51,22 @@ def engine_memory(
     sequences: int = 1,
     snapshots: int = 0,
     slot_bytes: int = 0,
+    ranks: int = 1,
     **_: object,
 ) -> tuple[int, int, int]:
-    """Bytes of the KV cache, recurrent states and scratch memory. slot_bytes: of the largest record."""
+    """Bytes of the KV cache, recurrent states and scratch memory. slot_bytes: of the largest record. ranks: processes
+    that run the model together."""
     cached = sum(cached_values(layer.attention, context) for layer in config.layers)
     kv_cache = sequences * cached * VALUE_BYTES[kv]
     states = 4 * (2 * sequences + snapshots) * sum(state_values(config, at) for at in range(config.layer_count))
-    return kv_cache, states, _scratch(config, context, chunk, logits_rows, slot_bytes)
+    scratch = _scratch(config, context, chunk, logits_rows, slot_bytes)
+    return kv_cache, states, scratch + (_message_bytes(config, context, chunk, logits_rows) if ranks > 1 else 0)
+
+
+def _message_bytes(config: ModelConfig, context: int, chunk: int, logits_rows: int) -> int:
+    """Bytes of the streams, chosen positions and logits that go from rank to rank, with their copies on the way."""
+    sent = 4 * chunk * config.width + chunk * context * config.chooses_positions
+    return MESSAGE_COPIES * max(sent, 4 * logits_rows * config.vocab)
 
 
 def _scratch(config: ModelConfig, context: int, chunk: int, logits_rows: int, slot_bytes: int) -> int:

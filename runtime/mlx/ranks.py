@@ -28,6 +28,7 @@ HEAD = 4  # int32 numbers before a message: whether it is an error, what it is a
 KINDS = (ValueError, TypeError, OSError, MemoryError, KeyboardInterrupt)
 ERRORS = {kind.__name__: kind for kind in (*KINDS, _core.DamagedFile, _core.Interrupted, _core.KvOverflow)}
 OUT_OF_STEP = "the ranks are not at the same step: all must make the same calls in the same order"
+KNOWN = "edge_moe_on_all_ranks"  # attribute of an error that has been raised on all of them
 Result = TypeVar("Result")
 
 
@@ -56,9 +57,9 @@ class Ranks:
 
     def __init__(self, group: mx.distributed.Group):
         self._group, self.rank, self.count = group, group.rank(), group.size()
-        self._known: BaseException | None = None  # an error that has been raised on all ranks
         self._lost: OSError | None = None
         self._interrupted = False  # Ctrl-C came while a message was under way; it is raised in the next step
+        self._one_at_a_time = threading.Lock()
         self._work: SimpleQueue[tuple[Callable, Future]] = SimpleQueue()
         threading.Thread(target=self._send_and_receive, daemon=True, name="edge-moe ranks").start()
 
@@ -69,22 +70,29 @@ class Ranks:
         it must be the same on all ranks. Raises the error that a rank's compute() raises, on all ranks, ValueError if
         they are not at the same step, and OSError if the connection is lost.
         """
-        number, own = zlib.crc32(about) & 0x7FFFFFFF, None
+        with self._one_at_a_time:
+            return self._step(zlib.crc32(about) & 0x7FFFFFFF, compute)
+
+    def _step(self, number: int, compute: Callable[[Message | None], Message]) -> Message:
+        """run(). number: of what the step is, 0 for whatever the other ranks are at."""
+        own = None
         try:
             before = self._uninterrupted(self._receive) if self.rank else None
             if before and before.is_error:
                 message = before
-            elif before and before.about != number:
+            elif before and number and before.about != number:
                 raise ValueError(OUT_OF_STEP)
             else:
                 self._raise_if_interrupted()
                 message = compute(before)
         except BaseException as error:
             own, message = error, self._as_message(error)
+            if self._lost:
+                raise
         result = self._uninterrupted(lambda: self._to_all(replace(message, about=number)))
         error = own or (self._as_error(result) if result.is_error else None)
         if error is not None:
-            self._known = error
+            setattr(error, KNOWN, True)
             raise error
         return result
 
@@ -102,17 +110,17 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            if error is not self._known:
-                self._tell(about, error)
+            if not hasattr(error, KNOWN):
+                self._tell(error)
             raise
         self.gather(about, {})
 
-    def _tell(self, about: bytes, error: BaseException) -> None:
+    def _tell(self, error: BaseException) -> None:
         def fail(_: Message | None) -> Message:
             raise error
 
-        with suppress(BaseException):
-            self.run(about, fail)
+        with suppress(BaseException), self._one_at_a_time:
+            self._step(0, fail)
 
     def _raise_if_interrupted(self) -> None:
         if self._interrupted:
@@ -141,6 +149,7 @@ class Ranks:
                 return done.result()
             except KeyboardInterrupt:
                 if self._interrupted:  # pressed twice: somebody does not want to wait for the other ranks
+                    self._lost = OSError(f"rank {self.rank} has left the others in the middle of a step")
                     raise
                 self._interrupted = True
 
@@ -151,9 +160,9 @@ class Ranks:
                 done.set_result(work())
             except RuntimeError as error:
                 self._lost = OSError(f"rank {self.rank}: another rank has ended, or the connection to it ({error})")
-                with suppress(RuntimeError):
-                    self._send(self._as_message(self._lost))  # to those who wait for this one
                 done.set_exception(self._lost)
+                with suppress(RuntimeError):
+                    self._send(self._as_message(self._lost))  # to those who wait for this one, if that is possible
             except BaseException as error:
                 done.set_exception(error)
 
@@ -181,4 +190,6 @@ class Ranks:
 
     def _received(self, count: int, dtype: mx.Dtype) -> np.ndarray:
         source = (self.rank - 1) % self.count
-        return np.array(mx.distributed.recv((count,), dtype, source, group=self._group, stream=mx.cpu))
+        got = mx.distributed.recv((count,), dtype, source, group=self._group, stream=mx.cpu)
+        mx.eval(got)  # NumPy would take an error for a reason to try once more, and wait for ever
+        return np.array(got)

@@ -52,13 +52,16 @@ def chat(
     from ..report import default_pruning_text
     from ..runtime.runtime import Runtime
     from ..runtime.sampling import sampling_defaults
+    from .output import only_first
 
     named = None if session is None else NamedSession(session)
     told = options.template_kwargs(thinking, chat_template_kwargs)
     sampling["max_tokens"] = None if max_tokens == -1 else max_tokens
     said_later: list[str] = []
     run = {"device": device, "threads": threads, "kv": kv.value}
-    with Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime:
+    with Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime, only_first(runtime.rank):
+        if named and runtime.rank_count > 1:
+            raise ValueError("--session keeps a chat on one machine; leave it out where mlx.launch starts several")
         sampling = {**sampling_defaults(runtime.bundle.path), **sampling}
         if said := default_pruning_text(runtime.bundle.pruning, prune):
             show(said, sys.stderr)
@@ -66,6 +69,6 @@ def chat(
             show(said, sys.stderr)
         if ram == "auto":
             runtime.follow_memory(said_later.append)
-        chat.chat(runtime, sampling, told, system=system, drop_oldest=drop_oldest, keep_history=not no_history,
-                  session=named, said_later=said_later)  # fmt: skip
+        chat.chat(runtime, sampling, told, system=system, drop_oldest=drop_oldest, session=named,
+                  keep_history=not no_history and runtime.rank_count == 1, said_later=said_later)  # fmt: skip
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C while the process ends is not an error

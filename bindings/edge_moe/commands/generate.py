@@ -9,7 +9,7 @@ import typer
 from ..terminal import AnswerWriter, PromptProgress, has_colours, show
 from . import options
 from .options import argument, option
-from .output import print_json
+from .output import only_first, print_json
 from .sampling import takes_sampling
 
 CONTINUED_TOKENS = 64  # default maximum if a text is continued, as it need not end by itself
@@ -94,6 +94,7 @@ def generate(
     run = {"device": device, "threads": threads, "kv": kv.value}
     with (
         Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime,
+        only_first(runtime.rank),
         PromptProgress(quiet=json_output) as progress,
     ):
         if start is None:
@@ -114,7 +115,9 @@ def generate(
             opened = bool(opened_thought(runtime.tokenizer, runtime._prompt_ids(start, chat_template_kwargs=told)))
         writer = AnswerWriter(sys.stdout, opened, apart=templated)
         generation, interrupted = _print_pieces(pieces, None if json_output else writer, ids=tokens is not None)
-    if json_output:
+    if runtime.rank:
+        pass  # the first rank has printed the same answer
+    elif json_output:
         print_json({**asdict(generation), "logprobs": _json_logprobs(generation)})
     else:
         show(statistics_text(generation), sys.stderr)
@@ -162,6 +165,10 @@ def _text_of(prompt: str | None, file: str | None, runtime) -> str:
     if prompt not in (None, "-"):
         return prompt
     name, limit = "stdin" if file in (None, "-") else file, runtime.prompt_bytes_limit
+    if name == "stdin" and runtime.rank_count > 1:
+        raise ValueError(
+            "stdin: mlx.launch does not end it; give the prompt as an argument, or in a file on each machine"
+        )
     with open(sys.stdin.fileno() if name == "stdin" else name, "rb", closefd=name != "stdin") as handle:
         data = handle.read(limit + 1)
     if len(data) > limit:

@@ -1,7 +1,10 @@
 """Printing the result of a subcommand as one JSON object on stdout, or an error as one line on stderr."""
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import typer
 
@@ -10,6 +13,16 @@ from ..terminal import printable, show, wrapped
 
 def print_json(value: dict) -> None:
     show(json.dumps(value, ensure_ascii=False))
+
+
+@contextmanager
+def only_first(rank: int) -> Iterator[None]:
+    """Print nothing in the block, but on the first of the processes that mlx.launch has started to run a model."""
+    if rank == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
 
 
 def fail(error: Exception | str, code: int = 1) -> None:

@@ -77,14 +77,19 @@ def plan(
     """Show how a model would fit under a cap.
 
     Loads no weights: the tables of a bundle are enough, or a config.json before any download. Prints the memory plan
-    and, once `edge-moe doctor` has measured this machine, the expected speed. Fails if the cap is below the floor.
+    and, once `edge-moe doctor` has measured this machine, the expected speed. Fails if the cap is below the floor. Of a
+    directory that `edge-moe split` has written, it shows what each machine needs.
     """
     from ..compressor.choosing.estimate import estimate
+    from ..runtime.bundle_part import parts_in
     from ..runtime.plan import BelowFloor
 
     as_made = {"bits": bits, "size": size, "width": width, "widths": widths_of(widths), "trunk_width": trunk_width}
     model_as = {"keep_experts": keep_experts_of(keep_experts), "recipe": recipe and recipe.value}
     run = {"context": context, "device": device, "threads": threads, "kv": kv.value, "sequences": sequences}
+    if not Path(model, "bundle.json").is_file() and (parts := parts_in(Path(model))):
+        each = {path.name: estimate(path, ram, **run, **as_made, **model_as) for path in parts}
+        return _plan_parts(each, json_output)
     result = estimate(model, ram, **run, **as_made, **model_as)
     from ..bench.expectation import expected_speed  # after the estimate, which counts this process's memory
     from ..machine_file import disk_of, known_machine
@@ -104,6 +109,20 @@ def plan(
         show(estimate_text(result, speed_of, where))
     if result.plan.ram_bytes < result.plan.floor_bytes:
         raise BelowFloor(result.plan)
+
+
+def _plan_parts(estimates: dict, json_output: bool) -> None:
+    """Show what each rank needs. estimates: of the parts of a bundle, by name."""
+    from ..runtime.plan import BelowFloor
+    from ..runtime.plan_table import plan_text
+
+    if json_output:
+        print_json({"parts": {name: one.as_dict() for name, one in estimates.items()}})
+    else:
+        show("\n\n".join(f"{name}:\n{plan_text(one.plan)}" for name, one in estimates.items()))
+    for one in estimates.values():
+        if one.plan.ram_bytes < one.plan.floor_bytes:
+            raise BelowFloor(one.plan)
 
 
 def widths_of(text: str | None) -> dict[str, int] | None:

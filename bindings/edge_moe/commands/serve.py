@@ -86,8 +86,11 @@ def serve(
     except ImportError as error:
         raise ValueError(f"edge-moe serve needs {error.name}: pip install 'edge-moe[serve]'") from None
     from ..runtime.bundle import Bundle
+    from ..runtime.device import begin_ranks
     from ..runtime.runtime import Runtime
 
+    if begin_ranks(device):
+        raise ValueError("serve runs on one machine; what mlx.launch starts on several is generate, chat or a program")
     if not 0 <= port < 65536:
         raise typer.BadParameter(f"--port is {port}, expected 0 to 65535")
     if queue < 0 or timeout <= 0 or idle_timeout <= 0:
