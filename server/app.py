@@ -17,7 +17,8 @@ from starlette.routing import Route
 
 from . import anthropic_messages, openai_chat, openai_completions, openai_responses, tokens
 from .errors import ApiError, anthropic_error, invalid, openai_error, too_many
-from .events import EventStream
+from .events import EventStream, WholeBody
+from .memory import Full, Hold, parsed_bytes
 from .page import page_routes
 from .scheduler import Inbox
 from .service import Reading, Service
@@ -61,7 +62,6 @@ def make_app(service: Service, api_key: str | None = None, loopback: bool = Fals
 class Door:
     def __init__(self, service: Service, api_key: str | None, loopback: bool) -> None:
         self.service, self.api_key, self.loopback = service, api_key, loopback
-        self.reading_bytes = 0  # of bodies that are being read and parsed
 
     def guarded(self, path: str, handler: Handler) -> Handler:
         """The handler for those who may ask; errors become bodies of the API that was asked."""
@@ -157,30 +157,46 @@ class Door:
         """A handler of a function that computes no tokens."""
 
         async def handle(request: Request) -> Response:
-            return JSONResponse(await run_in_threadpool(function, await self.body(request), self.service))
+            with self.service.bodies.hold() as hold:
+                body = await self.body(request, hold)
+                return JSONResponse(await run_in_threadpool(function, body, self.service))
 
         return handle
 
     def answers(self, api: ModuleType) -> Handler:
         async def handle(request: Request) -> Response:
-            body = await self.body(request)
-            asked = await run_in_threadpool(api.parse, body, self.service)
-            owner = f"{request.client.host if request.client else ''} {asked.user}"
-            inbox, answer = Inbox(), api.Answer(asked, self.service, secrets.token_hex(12))
-            reading = await run_in_threadpool(self.service.prepare, asked, owner, inbox)
-            self._echo(answer, reading)
-            answer.prompt_tokens = len(reading.answers[0].request.ids)
-            reading.submit()
-            if asked.stream:
-                return EventStream(reading, answer, in_stream(request, answer))
+            hold = self.service.bodies.hold()
             try:
-                await while_connected(request, self._read_all(reading))
-            finally:
-                reading.cancel()
-            self._echo(answer, reading)
-            return JSONResponse(answer.whole(reading.tolds))
+                reading, answer = await self._begin(api, request, hold)
+                if reading.asked.stream:
+                    return EventStream(reading, answer, hold, in_stream(request, answer))
+                try:
+                    await while_connected(request, self._read_all(reading))
+                    return WholeBody(reading, answer, hold)
+                except BaseException:
+                    reading.cancel()
+                    raise
+            except BaseException:
+                hold.release()
+                raise
 
         return handle
+
+    async def _begin(self, api: ModuleType, request: Request, hold: Hold) -> tuple[Reading, Any]:
+        """Read a request and queue its answers; the hold is then as large as what is kept of the body."""
+        service = self.service
+        body = await self.body(request, hold)
+        asked = await run_in_threadpool(api.parse, body, service)
+        owner = f"{request.client.host if request.client else ''} {asked.user}"
+        inbox = Inbox(service.backlogs, None if asked.stream else service.limits.entries)
+        answer = api.Answer(asked, service, secrets.token_hex(12))
+        reading = await run_in_threadpool(service.prepare, asked, owner, inbox)
+        self._echo(answer, reading)
+        answer.prompt_tokens = len(reading.answers[0].request.ids)
+        asked.prompts.clear()
+        hold.resize(hold.taken // 3)
+        reading.submit()
+        return reading, answer
 
     def _echo(self, answer: Any, reading: Reading) -> None:
         """Give an answer of /v1/completions the prompts that it begins with."""
@@ -195,7 +211,7 @@ class Door:
         while reading.left:
             await reading.next()
 
-    async def body(self, request: Request) -> Any:
+    async def body(self, request: Request, hold: Hold) -> Any:
         """The JSON value of a request's body. Raises ApiError for one that is too large, too slow or not JSON."""
         limits = self.service.limits
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -203,27 +219,26 @@ class Door:
             raise ApiError(415, f"Content-Type is {kind!r:.60}, expected 'application/json'", "unsupported_media_type")
         said = request.headers.get("content-length", "")
         if said.isdigit() and (len(said) > 15 or int(said) > limits.body_bytes):
-            raise too_large(limits.body_bytes)
+            raise too_large(f"is larger than {limits.body_bytes:,} bytes, the server's limit")
         parts: list[bytes] = []
-        size = 0
         try:
             with anyio.fail_after(limits.read_s):
                 async for part in request.stream():
-                    size, self.reading_bytes = size + len(part), self.reading_bytes + len(part)
-                    if size > limits.body_bytes:
-                        raise too_large(limits.body_bytes)
-                    if self.reading_bytes > limits.bodies_bytes:
-                        raise too_many("other requests are being read")
+                    hold.resize(hold.taken + len(part))
+                    if hold.taken > limits.body_bytes:
+                        raise too_large(f"is larger than {limits.body_bytes:,} bytes, the server's limit")
                     parts.append(part)
             data = b"".join(parts)
             parts.clear()
-            return await run_in_threadpool(parsed, data) if size > 65536 else parsed(data)
+            hold.resize(parsed_bytes(data))
+            return await run_in_threadpool(parsed, data) if len(data) > 65536 else parsed(data)
+        except Full as full:
+            if full.ever:
+                raise too_large("takes more memory than the server has for requests") from None
+            raise too_many("the memory for requests is full") from None
         except TimeoutError:
-            raise ApiError(
-                408, f"the request did not arrive within {limits.read_s:g} seconds", "request_timeout"
-            ) from None
-        finally:
-            self.reading_bytes -= size
+            message = f"the request did not arrive within {limits.read_s:g} seconds"
+            raise ApiError(408, message, "request_timeout") from None
 
 
 def parsed(data: bytes) -> Any:
@@ -237,14 +252,8 @@ def parsed(data: bytes) -> Any:
         raise invalid(f"We could not parse the JSON body of your request: {why:.200}", None, "invalid_json") from None
 
 
-def too_large(most: int) -> ApiError:
-    return ApiError(
-        413,
-        f"the request is larger than {most:,} bytes, the server's limit",
-        "request_too_large",
-        None,
-        {"Connection": "close"},
-    )
+def too_large(why: str) -> ApiError:
+    return ApiError(413, f"the request {why}", "request_too_large", None, {"Connection": "close"})
 
 
 def in_stream(request: Request, answer: Any) -> Callable[[ApiError], dict]:

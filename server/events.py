@@ -1,4 +1,4 @@
-"""Answering with a stream of server-sent events, as fast as the client reads, and no longer than it listens."""
+"""Sending answers, whole or as a stream of events: as fast as the client reads, and no longer than it listens."""
 
 import asyncio
 import json
@@ -8,16 +8,20 @@ from typing import Any
 from starlette.responses import Response
 
 from .errors import ApiError
+from .memory import Hold
 from .service import Reading
 
 PING = b": waiting\n\n"
+PART = 65_536  # bytes of a body that are sent at a time
 
 
-class EventStream(Response):
-    """reading: the answers, submitted already. answer: gives events' bodies. error: the body of the last one."""
+class Sent(Response):
+    """A response that is sent as its client reads, and ended where it takes nothing, or too long for all.
 
-    def __init__(self, reading: Reading, answer: Any, error: Callable[[ApiError], dict]) -> None:
-        self.reading, self.answer, self.error = reading, answer, error
+    reading: the answers, submitted already. hold: the memory of the request."""
+
+    def __init__(self, reading: Reading, hold: Hold) -> None:
+        self.reading, self.hold = reading, hold
         self.status_code, self.background = 200, None
         self.limits = reading.service.limits
 
@@ -26,20 +30,54 @@ class EventStream(Response):
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        writing = asyncio.ensure_future(self._write(send))
-        watch = asyncio.ensure_future(gone())
+        tasks = [asyncio.ensure_future(self._write(send)), asyncio.ensure_future(gone())]
+        most = self.limits.timeout_s + self.limits.stall_s
         try:
-            await asyncio.wait((writing, watch), return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                writing.result()
+            ended, _ = await asyncio.wait(tasks, timeout=most, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                tasks[0].result()
+            elif not ended:
+                raise TimeoutError
         except (TimeoutError, asyncio.TimeoutError):  # the client takes nothing
             scope.get("state", {}).get("abort", lambda: None)()
         except OSError:
             pass
         finally:
             self.reading.cancel()
-            for one in (writing, watch):
+            self.hold.release()
+            for one in tasks:
                 one.cancel()
+
+    async def _write(self, send) -> None:
+        raise NotImplementedError
+
+    async def _send_bytes(self, send, data: bytes) -> None:
+        message = {"type": "http.response.body", "body": data, "more_body": True}
+        await asyncio.wait_for(send(message), self.limits.stall_s)
+
+
+class WholeBody(Sent):
+    """An answer as one JSON text."""
+
+    def __init__(self, reading: Reading, answer: Any, hold: Hold) -> None:
+        super().__init__(reading, hold)
+        self.data = dumped(answer.whole(reading.tolds))
+        reading.tolds.clear()
+
+    async def _write(self, send) -> None:
+        head = [(b"content-type", b"application/json"), (b"content-length", str(len(self.data)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        for at in range(0, len(self.data), PART):
+            await self._send_bytes(send, self.data[at : at + PART])
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class EventStream(Sent):
+    """answer: gives events' bodies. error: the body of the last one, where an error ends it."""
+
+    def __init__(self, reading: Reading, answer: Any, hold: Hold, error: Callable[[ApiError], dict]) -> None:
+        super().__init__(reading, hold)
+        self.answer, self.error = answer, error
 
     async def _write(self, send) -> None:
         head = [
@@ -67,11 +105,11 @@ class EventStream(Response):
         if bodies:
             await self._send_bytes(send, b"".join(map(self._event, bodies)))
 
-    async def _send_bytes(self, send, data: bytes) -> None:
-        message = {"type": "http.response.body", "body": data, "more_body": True}
-        await asyncio.wait_for(send(message), self.limits.stall_s)
-
     def _event(self, body: dict | str) -> bytes:
-        data = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+        data = body.encode() if isinstance(body, str) else dumped(body)
         name = f"event: {body['type']}\n" if isinstance(body, dict) and isinstance(body.get("type"), str) else ""
-        return f"{name}data: {data}\n\n".encode(errors="replace")
+        return name.encode() + b"data: " + data + b"\n\n"
+
+
+def dumped(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")

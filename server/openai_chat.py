@@ -1,6 +1,5 @@
 """OpenAI's /v1/chat/completions: the fields of a request, and the forms of an answer, whole and in chunks."""
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.answer import Generation
@@ -207,7 +206,3 @@ class Answer:
 def finish_of(last: Generation | None, called: bool) -> str:
     reason = last.finish_reason if last is not None and last.finish_reason else "length"
     return "tool_calls" if called and reason != "length" else FINISH.get(reason, reason)
-
-
-def dumped(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

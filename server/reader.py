@@ -50,20 +50,24 @@ class Told:
 
     blocks: list[list] = field(default_factory=list)  # [kind, value] of its events, in order, texts joined
     stop: str | None = None  # the stop text that ended it
+    begun: bool = False  # whether it has a token
     tokens: list[int] = field(default_factory=list)
     logprobs: list = field(default_factory=list)
     last: Generation | None = None
     called: bool = False
     reasoning_tokens: int = 0
 
-    def add(self, piece: Generation, events: list[Event], reader: PlainReader | MessageReader) -> None:
+    def add(self, piece: Generation, events: list[Event], reader: PlainReader | MessageReader, keeps: bool) -> None:
+        """keeps: also the tokens and their log probabilities."""
         for kind, value in events:
             if kind != "call" and self.blocks and self.blocks[-1][0] == kind:
                 self.blocks[-1][1] += value
             else:
                 self.blocks.append([kind, value])
-        self.tokens += piece.tokens
-        self.logprobs += piece.logprobs or []
+        self.begun = self.begun or bool(piece.tokens)
+        if keeps:
+            self.tokens += piece.tokens
+            self.logprobs += piece.logprobs or []
         self.last, self.called, self.reasoning_tokens = piece, reader.called, reader.reasoning_tokens
 
     def joined(self, kind: str) -> str:

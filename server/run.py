@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import anyio.to_thread
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -15,6 +16,7 @@ from .app import make_app
 from .service import Service
 
 BACKLOG = 128
+WORKERS = 4  # threads that check and encode requests; encoding is done by one at a time
 HEADER_BYTES = 65_536
 SEND_BYTES = 131_072  # that the system holds for a client which does not read; without a limit several megabytes
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -136,8 +138,13 @@ def run(service: Service, found: socket.socket, api_key: str | None) -> None:
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_graceful_shutdown=int(limits.grace_s) + 5,
     )
+
+    async def serve() -> None:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = WORKERS
+        await Server(config, service).serve(sockets=[found])
+
     try:
-        asyncio.run(Server(config, service).serve(sockets=[found]))
+        asyncio.run(serve())
     finally:
         service.close()
         found.close()

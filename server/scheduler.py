@@ -17,22 +17,47 @@ from dataclasses import dataclass
 from ..runtime.answer import Generation
 from ..runtime.request import Request
 from ..runtime.runtime import Runtime
-from .errors import ApiError, too_many
+from .errors import ApiError, invalid, too_many
+from .memory import ENTRY, PIECE, Backlogs, entries_of
 
 IDLE_S = 0.01  # between looks for a sequence that other callers of the Runtime hold
 
 
 class Inbox:
-    """Where the pieces of one request's answers arrive, in the event loop."""
+    """Where the pieces of one request's answers arrive, in the event loop. entries: the log probabilities that it may
+    keep until all are there; None if the client gets them as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, backlogs: Backlogs, entries: int | None) -> None:
         self.loop = asyncio.get_running_loop()
+        self.backlogs, self.entries = backlogs, entries
         self._pieces: deque[tuple[Answer, Generation | BaseException]] = deque()
         self._changed = asyncio.Event()
+        self._closed = False
 
     def put(self, answer: "Answer", piece: Generation | BaseException) -> None:
+        if self._closed:
+            return
+        count = entries_of(piece)
+        if self.entries is not None and (entries := self.entries - count) < 0:
+            return self.fail(
+                invalid("these are too many log probabilities for one body: stream the answer", "logprobs")
+            )
+        self.entries = None if self.entries is None else entries
         self._pieces.append((answer, piece))
         self._changed.set()
+        self.backlogs.add(self, PIECE + ENTRY * count, self._overflow)
+
+    def fail(self, error: ApiError) -> None:
+        """End the request with an error in place of what waits."""
+        self.close()
+        self._pieces.append((None, error))
+        self._changed.set()
+
+    def close(self) -> None:
+        """Take no more pieces."""
+        self._closed = True
+        self._pieces.clear()
+        self.backlogs.remove(self)
 
     async def next(self) -> "tuple[Answer, Generation]":
         """The next piece and its answer. Raises the error that ended one."""
@@ -42,7 +67,11 @@ class Inbox:
         answer, piece = self._pieces.popleft()
         if isinstance(piece, BaseException):
             raise piece
+        self.backlogs.remove(self, PIECE + (ENTRY * entries_of(piece) if self.entries is None else 0))
         return answer, piece
+
+    def _overflow(self) -> None:
+        self.fail(ApiError(503, "too much of this answer waited for its client to read it", "backlog_full"))
 
 
 @dataclass(eq=False)
@@ -60,10 +89,12 @@ class Answer:
 
 
 class Scheduler:
-    """Computes answers with a Runtime until it is closed; most: answers that wait at most."""
+    """Computes answers with a Runtime until it is closed. most, most_tokens: answers that wait, and their prompts'."""
 
-    def __init__(self, runtime: Runtime, most: int, on_step: Callable[[list], None] = lambda pieces: None) -> None:
-        self.runtime, self.most, self.on_step = runtime, most, on_step
+    def __init__(
+        self, runtime: Runtime, most: int, most_tokens: int, on_step: Callable[[list], None] = lambda pieces: None
+    ) -> None:
+        self.runtime, self.most, self.most_tokens, self.on_step = runtime, most, most_tokens, on_step
         self.running: dict[Request, Answer] = {}
         self._waiting: dict[str, deque[Answer]] = {}  # by owner, in the order of their turns
         self._changed = threading.Condition()
@@ -81,10 +112,14 @@ class Scheduler:
         with self._changed:
             if not self._open:
                 raise ApiError(503, "the server is shutting down", "shutting_down")
-            waiting = sum(map(len, self._waiting.values()))
+            queued = [one for queue in self._waiting.values() for one in queue if not one.request.wanted.is_over()]
+            waiting = len(queued)
             room = self.most + self.runtime.plan.sequences - waiting - len(self.running)
             if len(answers) > max(room, 0):
                 raise too_many(f"{waiting} answers wait already, and this request asks for {len(answers)} more")
+            tokens = sum(len(one.request.ids) for one in queued)
+            if tokens and tokens + sum(len(one.request.ids) for one in answers) > self.most_tokens:
+                raise too_many(f"prompts of {tokens:,} tokens wait already")
             for answer in answers:
                 self._waiting.setdefault(answer.owner, deque()).append(answer)
             self._changed.notify_all()

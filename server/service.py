@@ -19,6 +19,7 @@ from .call_formats import format_of
 from .calls import CallReader
 from .errors import ApiError, invalid, late, too_long, unsupported
 from .limits import Limits
+from .memory import Backlogs, Budget
 from .metrics import Metrics
 from .reader import Event, MessageReader, PlainReader, Told
 from .scheduler import Answer, Inbox, Scheduler
@@ -41,7 +42,8 @@ class Service:
     def __post_init__(self) -> None:
         runtime = self.runtime
         self.metrics = Metrics(self)
-        self.scheduler = Scheduler(runtime, self.limits.queue, self.metrics.step)
+        self.scheduler = Scheduler(runtime, self.limits.queue, self.limits.queue_tokens, self.metrics.step)
+        self.bodies, self.backlogs = Budget(self.limits.bodies_bytes), Backlogs(self.limits.answers_bytes)
         self.texts = TokenTexts(runtime.tokenizer)
         self.started = self.now()
         self.sampling_defaults = sampling_defaults(runtime.bundle.path)
@@ -149,13 +151,17 @@ class Reading:
 
     def cancel(self) -> None:
         """End what nobody waits for any more."""
-        self.service.scheduler.cancel([one for one in self.answers if self.tolds[one.index].last_finish() is None])
+        self.inbox.close()
+        self.service.scheduler.cancel([one for one in self.answers if not one.over])
 
     async def next(self) -> tuple[int, Generation, list[Event]]:
         """The next piece of an answer, by its index, and its events. Raises ApiError."""
         while True:
             try:
                 answer, piece = await self.inbox.next()
+            except ApiError:
+                self.cancel()
+                raise
             except TooComplex as error:
                 raise invalid(
                     f"too complex: {error}", self.asked.shape and self.asked.shape[2], "invalid_schema"
@@ -166,7 +172,7 @@ class Reading:
             if told.last_finish() is None:
                 break
         reader = self.readers[answer.index]
-        if piece.finish_reason == "cancelled" and not told.tokens:
+        if piece.finish_reason == "cancelled" and not told.begun:
             if self.service.closing:
                 raise ApiError(503, "the server is shutting down", "shutting_down")
             raise late(self.service.limits.timeout_s)
@@ -174,7 +180,7 @@ class Reading:
         if self.asked.one_call and reader.called and piece.finish_reason is None:
             self.service.scheduler.cancel([answer])
             piece = replace(piece, finish_reason="stop")
-        told.add(piece, events, reader)
+        told.add(piece, events, reader, keeps=not self.asked.stream)
         told.stop = answer.request.text.stop
         self.left -= piece.finish_reason is not None
         return answer.index, piece, events

@@ -1,7 +1,7 @@
 """Answers of a given shape: a JSON schema, a regular expression, a grammar, one of some texts, or a call of a tool.
 
 llguidance says which tokens may come next, and a logits processor forbids the others. A thought has no shape: the mask
-begins behind it. What llguidance takes in memory, BYTES for each token of the vocabulary, is reserved in the plan.
+begins behind it. What llguidance takes in memory is reserved in the plan (limits.py).
 """
 
 import json
@@ -21,8 +21,8 @@ from .limits import Limits
 from .thoughts import ThoughtSplit
 from .token_texts import TokenTexts
 
-BYTES = 500  # of memory for a token of the vocabulary; 440 were measured
-STATES = 20_000  # of a grammar's lexer at most, each of 1 to 2 kB
+STATES = 5_000  # of a grammar's lexer at most, each of 1 to 2 kB
+SYMBOLS = 50_000  # in a grammar's productions
 SPACE = r"[ \n\t\r]{0,16}"  # between the tokens of JSON: a model that writes nothing else would never end
 SHOWN = 300  # characters of an error
 
@@ -86,7 +86,10 @@ class Shapes:
         except (ValueError, RecursionError) as error:
             raise invalid(f"Invalid '{param}': {_shown(error)}", param, "invalid_schema") from None
         made = LLMatcher(
-            words, grammar, log_level=0, limits=LLParserLimits(max_lexer_states=STATES, verbose_errors=False)
+            words,
+            grammar,
+            log_level=0,
+            limits=LLParserLimits(max_lexer_states=STATES, max_grammar_size=SYMBOLS, verbose_errors=False),
         )
         if made.is_error():
             raise invalid(f"Invalid '{param}': {_shown(made.get_error())}", param, "invalid_schema")

@@ -82,7 +82,6 @@ def serve(
         from ..server.limits import Limits
         from ..server.run import address_of, is_loopback, listen, run
         from ..server.service import Service
-        from ..server.shapes import BYTES
     except ImportError as error:
         raise ValueError(f"edge-moe serve needs {error.name}: pip install 'edge-moe[serve]'") from None
     from ..runtime.bundle import Bundle
@@ -99,13 +98,13 @@ def serve(
     most = parse_bytes(body_limit)
     limits = Limits(queue, body_bytes=most, timeout_s=timeout, read_s=idle_timeout, stall_s=idle_timeout)
     found = listen(host, port)
-    reserve = limits.reserve_bytes + (BYTES * Bundle.open(bundle).config.vocab if find_spec("llguidance") else 0)
+    vocab, shapes = Bundle.open(bundle).config.vocab, find_spec("llguidance") is not None
     run_options = {"device": device, "threads": threads, "kv": kv.value, "prune": options.prune_of(prune)}
     for count in SEQUENCES if sequences is None else (sequences,):
         try:
             runtime = Runtime(
                 bundle, ram, context, **run_options, sequences=count, logits_rows=score_rows or 1,
-                reserve_bytes=reserve,
+                reserve_bytes=limits.reserve_bytes(vocab, count, shapes),
             )  # fmt: skip
             break
         except BelowFloor:
