@@ -138,7 +138,7 @@ class Answer:
 
     def __init__(self, asked: Asked, service: "Service", identity: str) -> None:
         self.asked, self.service = asked, service
-        self.head = {
+        self.head: dict[str, Any] = {
             "id": f"chatcmpl-{identity}",
             "object": "chat.completion.chunk" if asked.stream else "chat.completion",
             "created": service.now(),
@@ -188,7 +188,7 @@ class Answer:
         return chunks
 
     def end(self, tolds: list[Told]) -> list[dict | str]:
-        usage = {**self.head, "choices": [], "usage": openai_usage(tolds, self.asked.n)}
+        usage: dict[str, Any] = {**self.head, "choices": [], "usage": openai_usage(tolds, self.asked.n)}
         return [*([usage] if self.asked.include_usage else []), "[DONE]"]
 
     def _chunk(self, index: int, delta: dict, finish_reason: str | None = None) -> dict:

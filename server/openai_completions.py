@@ -60,7 +60,7 @@ def parse(body: object, service: "Service") -> Asked:
 def prompts_of(given: str | list) -> list[Any]:
     """The prompts of a field that has one or several, as texts or token ids."""
     is_one = isinstance(given, str) or (given and all(type(one) is int for one in given))
-    prompts = [given] if is_one else given
+    prompts: list[Any] = [given] if is_one else list(given)
     for place, one in enumerate(prompts):
         of_ids = isinstance(one, list) and all(type(token) is int and 0 <= token < 2**31 for token in one)
         if not isinstance(one, str) and not of_ids:

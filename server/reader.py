@@ -4,11 +4,12 @@ An event is ("thought", text), ("text", text) or ("call", Call). For a continued
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..runtime.answer import Generation
 from .thoughts import ThoughtSplit
 
-Event = tuple[str, object]
+Event = tuple[str, Any]
 
 
 class PlainReader:

@@ -30,7 +30,7 @@ class Inbox:
     def __init__(self, backlogs: Backlogs, entries: int | None) -> None:
         self.loop = asyncio.get_running_loop()
         self.backlogs, self.entries = backlogs, entries
-        self._pieces: deque[tuple[Answer, Generation | BaseException]] = deque()
+        self._pieces: deque[tuple[Answer | None, Generation | BaseException]] = deque()
         self._changed = asyncio.Event()
         self._closed = False
 
@@ -67,6 +67,7 @@ class Inbox:
         answer, piece = self._pieces.popleft()
         if isinstance(piece, BaseException):
             raise piece
+        assert answer is not None  # as errors alone have none
         self.backlogs.remove(self, PIECE + (ENTRY * entries_of(piece) if self.entries is None else 0))
         return answer, piece
 
@@ -173,9 +174,9 @@ class Scheduler:
                     del self.running[answer.request]
             self._deliver(found)
 
-    def _drop_unwanted(self) -> list[tuple[Answer, Generation]]:
+    def _drop_unwanted(self) -> list[tuple[Answer, Generation | BaseException]]:
         """Remove the waiting answers that are cancelled or late, and return their only pieces."""
-        ended = []
+        ended: list[tuple[Answer, Generation | BaseException]] = []
         for owner, queue in list(self._waiting.items()):
             for answer in [one for one in queue if one.request.wanted.is_over()]:
                 queue.remove(answer)

@@ -86,9 +86,10 @@ class Service:
                     request.scores = PromptScores(asked.score)
                 if asked.max_tokens == 0:
                     request.max_tokens = 0
-                opened = opened_thought(self.runtime.tokenizer, request.ids) if asked.messages else ""
+                tokenizer = self.runtime.tokenizer
+                opened = opened_thought(tokenizer, request.ids) if tokenizer and asked.messages else ""
                 if made is not None:
-                    mask = self.shapes.processor(made.deep_copy(), opened, asked.messages)
+                    mask = self._shapes().processor(made.deep_copy(), opened, asked.messages)
                     request.choose = replace(request.choose, processors=(mask,))
                 readers.append(MessageReader(opened, self._call_reader(asked)) if asked.messages else PlainReader())
                 answers.append(Answer(request, len(answers), owner, inbox, first))

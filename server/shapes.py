@@ -38,15 +38,15 @@ class Words:
     bos_token_id = None
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, ends: list[int]) -> None:
-        texts, added = TokenTexts(tokenizer), tokenizer.backend.get_added_tokens_decoder()
-        self.tokenizer = tokenizer
+        self.backend: Any = tokenizer.backend
+        texts, added = TokenTexts(tokenizer), self.backend.get_added_tokens_decoder()
         self.special_token_ids = sorted({*ends, *(index for index, token in added.items() if token.special)})
         self.tokens = [texts.bytes_of(token) for token in range(vocab)]
         self.eos_token_id = ends[0]
 
     def __call__(self, text: str | bytes) -> list[int]:
         text = text if isinstance(text, str) else text.decode(errors="ignore")
-        return self.tokenizer.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
 
 class Shapes:
@@ -68,7 +68,7 @@ class Shapes:
             raise unsupported("This model has no token that ends an answer: a shape of answers", "leave it out")
         with self._making:
             if self._words is None:
-                words = Words(self.tokenizer, self.vocab, self.ends)
+                words: Any = Words(self.tokenizer, self.vocab, self.ends)
                 self._words = LLTokenizer(words, n_vocab=self.vocab, eos_token=self.ends)
             return self._words
 
@@ -177,7 +177,7 @@ class Mask:
     messages: bool
 
     def __post_init__(self) -> None:
-        self.text = detokenizer_of(self.tokenizer)
+        self.text: Any = detokenizer_of(self.tokenizer)
         self.split = ThoughtSplit(self.opened)
         channels = self.messages and isinstance(self.text, ChannelText)
         self.active = not self.opened and not channels

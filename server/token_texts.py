@@ -1,5 +1,7 @@
 """The text and the bytes of single tokens, for the log probabilities that clients ask for."""
 
+from typing import Any
+
 from ..runtime.sampling import TokenLogprobs
 from ..runtime.tokenizer import Tokenizer
 
@@ -13,7 +15,7 @@ class TokenTexts:
     """Special tokens have their own text."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self.backend = None if tokenizer is None else tokenizer.backend
+        self.backend: Any = None if tokenizer is None else tokenizer.backend
         self.added = (
             {} if self.backend is None else {i: t.content for i, t in self.backend.get_added_tokens_decoder().items()}
         )

@@ -1,9 +1,11 @@
 """What a server refuses: with the statuses and bodies that the APIs' owners document, and the field's name."""
 
 import json
+import shutil
 import socket
 
 import pytest
+from bundles import edit_copy
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -278,6 +280,24 @@ def test_a_full_queue(open_door):
     assert client.completions.create(**TEXT, max_tokens=2).usage.completion_tokens == 2
     got = open_door.post("/v1/completions", {**TEXT, "n": 5, "max_tokens": 1})
     assert got.status_code == 429
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = b %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10 ** 10 }}",
+        "{% for a in range(99999) %}{{ messages | string * 99 }}{% endfor %}",
+    ],
+)
+def test_a_template_without_end_is_an_error(templated, tmp_path, template):
+    path = shutil.copytree(templated, tmp_path / "bomb.emoe")
+    edit_copy(path, "chat_template.jinja", template.encode())
+    with serve(path, tmp_path / "log") as one:
+        got = one.post("/v1/chat/completions", {"model": "bomb", "messages": TALK})
+        assert got.status_code == 400
+        assert got.json()["error"]["message"].startswith("the chat template cannot render these messages: ")
+        assert one.post("/v1/completions", {"model": "bomb", "prompt": "import", "max_tokens": 3}).status_code == 200
 
 
 def test_a_bundle_without_a_template_has_no_conversations(bundle_of, tmp_path):

@@ -79,6 +79,19 @@ def test_a_stream_has_the_same_text_and_then_the_usage(client, runtime):
     assert not any(one.usage for one in client.chat.completions.create(model="templated", messages=TALK, **options))
 
 
+def test_a_stream_has_log_probabilities(client, runtime):
+    want = runtime.generate(TALK, 12, logprobs=True, top_logprobs=1)
+    options = {"max_tokens": 12, "logprobs": True, "top_logprobs": 1, "temperature": 0, "stream": True}
+    told = [
+        one
+        for chunk in client.chat.completions.create(model="templated", messages=TALK, **options)
+        if chunk.choices[0].logprobs
+        for one in chunk.choices[0].logprobs.content
+    ]
+    assert [one.logprob for one in told] == [one.logprob for one in want.logprobs]
+    assert [one.top_logprobs[0].logprob for one in told] == [one.top_logprobs[0][1] for one in want.logprobs]
+
+
 def test_several_answers_have_seeds_of_their_own(client, runtime, templated):
     sampling = {**sampling_defaults(templated), "temperature": 0.9}
     seeds = [runtime.generate(TALK, 10, **sampling, seed=5 + place).text for place in range(4)]
