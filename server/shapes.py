@@ -5,6 +5,7 @@ begins behind it. What llguidance takes in memory is reserved in the plan (limit
 """
 
 import json
+import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -134,13 +135,23 @@ class Shapes:
         parts = []
         for key, its in (schema.get("properties") or {}).items():
             is_text = isinstance(its, dict) and its.get("type") == "string"
-            value = "/[^<]*/" if is_text and "enum" not in its else _json(its, lenient=True)
-            if is_text and "enum" in its:
-                value = "(" + " | ".join(self.literal(str(one)) for one in its["enum"]) + ")"
             named = self.literal(opening + key + (text_value if is_text else json_value))
-            part = f"{named} {value} {self.literal(closing)}"
+            if not is_text:
+                value = f"{_json(its)} {self.literal(closing)}"
+            elif "enum" in its:
+                value = f"({' | '.join(self.literal(str(one)) for one in its['enum'])}) {self.literal(closing)}"
+            else:
+                value = self._text_until(closing)
+            part = f"{named} {value}"
             parts.append(part if key in (schema.get("required") or ()) else f"({part})?")
         return " ".join([name, *parts])
+
+    def _text_until(self, closing: str) -> str:
+        """A text without a < and what closes it: one expression, as a text that takes all it can would never let the
+        closing's white space begin; two where the closing has a special token, which is no text."""
+        if any(one in closing for one in self.tokenizer._special_ids):
+            return f"/[^<]*/ {self.literal(closing)}"
+        return f"/[^<]*{re.escape(closing).replace('/', chr(92) + '/').replace(chr(10), 'n')}/"
 
     def literal(self, text: str) -> str:
         """A text in a lark grammar, where special tokens stand apart."""

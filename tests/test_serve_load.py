@@ -47,9 +47,9 @@ def raw(one, body: dict) -> socket.socket:
 
 def test_under_load_each_client_gets_the_answer_that_it_has_alone(serving):
     with serving("--sequences", "4", "--ram", "400MB", "--queue", "16") as one:
-        seen = asyncio.run(run(one.address, clients=16, seconds=5, pid=one.process.pid, longest=60))
+        seen = asyncio.run(run(one.address, clients=16, seconds=3, pid=one.process.pid, longest=60))
         assert failures(seen) == []
-        assert seen["counts"]["answers"] > 30 and {"cancel", "go away", "slow", "garbage"} <= seen["counts"].keys()
+        assert seen["counts"]["answers"] > 10 and {"cancel", "go away", "slow", "garbage"} <= seen["counts"].keys()
         assert one.stop() == 0
 
 
