@@ -246,7 +246,7 @@ def test_heads_of_requests(served):
 
 
 def test_other_paths_and_methods(served):
-    for path in ("/", "/v1", "/v1/models/../../etc/passwd", "/v1/assistants"):
+    for path in ("/page/../app.py", "/v1", "/v1/models/../../etc/passwd", "/v1/assistants"):
         got = httpx.get(served.address + path)
         assert got.status_code == 404 and got.json()["error"]["message"].startswith("Invalid URL (GET /")
     assert httpx.get(f"{served.address}/v1/completions").status_code == 405
