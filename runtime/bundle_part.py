@@ -75,7 +75,7 @@ def parts_in(path: Path) -> list[Path]:
 
 def how_to_run(path: Path, count: int) -> str:
     """What runs the parts of a bundle, for messages. path: the directory that has them."""
-    return f"`mlx.launch -n {count} --backend ring edge-moe generate {path} --device mlx` runs the parts together"
+    return f"`mlx.launch -n {count} --backend ring -- edge-moe generate {path} --device mlx` runs the parts together"
 
 
 def read_part(table: dict, config: ModelConfig, read: Reader) -> Part | None:

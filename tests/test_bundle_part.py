@@ -87,7 +87,8 @@ def test_a_part_says_what_it_is(bundle_of, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_other_devices_refuse_a_part_and_name_the_command(bundle_of, tmp_path, device):
     split(bundle_of("olmoe", width=8), tmp_path / "out", [1, 1])
-    run = f"`mlx.launch -n 2 --backend ring edge-moe generate {tmp_path / 'out'} --device mlx` runs the parts together"
+    out = tmp_path / "out"
+    run = f"`mlx.launch -n 2 --backend ring -- edge-moe generate {out} --device mlx` runs the parts together"
     with pytest.raises(ValueError) as error:
         Runtime(tmp_path / "out/part-2-of-2", device=device)
     assert str(error.value) == f"{tmp_path / 'out/part-2-of-2'}: is part 2 of 2, layers 1 to 1 of 2, of a bundle; {run}"

@@ -5,7 +5,8 @@ last one's result goes round to all. What a rank sends says whether it has faile
 of them, in the same step, so none waits for another in vain. That a process has ended is noticed by the ranks that wait
 for it.
 
-MLX's ring sends between neighbours alone. A message is a head of four numbers, and then as many bytes as it tells.
+MLX's ring sends between neighbours alone, and polls while it waits. A message is a head of four numbers, and then as
+many bytes as it tells.
 """
 
 import json

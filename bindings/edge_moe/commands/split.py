@@ -25,7 +25,7 @@ def split(
     """Divide a bundle for several machines.
 
     Each part has the layers that one of them runs. Copy OUT/part-N-of-M to machine N, to the same path on each, and run
-    `mlx.launch --backend ring --hostfile HOSTS edge-moe generate OUT --device mlx`.
+    `mlx.launch --backend ring --hostfile HOSTS -- edge-moe generate OUT --device mlx`.
     """
     from ..compressor.writing import parts as writing
     from ..progress import progress_bar
