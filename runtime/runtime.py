@@ -285,18 +285,16 @@ class Runtime:
         used. The context and the maximum length of a step stay. ram: as for Runtime(). Raises BelowFloor, and changes
         nothing, if the new cap is below the floor.
         """
-        with self._together("cap"):
-            return self.change_cap(ram)
+        if self.ranks:
+            with self._together("cap"):  # if one refuses, none changes anything
+                self._with_cap(ram)
+        return self.change_cap(ram)
 
     def change_cap(self, ram: int | str) -> Plan:
         """set_ram() on this rank alone, where several run the model."""
         with loading, self._session.turns.between():
-            engine = self._open()
-            ram_bytes, before = process_cap(ram, of=self), self.plan
-            own = before.total_bytes - before.interpreter_bytes - before.io_buffers_bytes
-            others = taken_bytes() - own - before.spare_bytes  # Python, and other Runtimes
-            interpreter_bytes = max(before.interpreter_bytes, others)
-            plan = with_cap(before, self.bundle.sizes, ram_bytes, interpreter_bytes, self.device)
+            engine, before, plan = self._open(), self.plan, self._with_cap(ram)
+            ram_bytes = plan.ram_bytes
             if plan.experts_bytes != before.experts_bytes or plan.resident != before.resident:
                 engine.resize_slots(plan.experts_bytes)
             if sys.platform == "darwin" and self.device == "mlx":
@@ -306,6 +304,13 @@ class Runtime:
                 _core.return_freed_memory()
                 _core.reset_peak_bytes()
             return plan
+
+    def _with_cap(self, ram: int | str) -> Plan:
+        self._open()
+        ram_bytes, before = process_cap(ram, of=self), self.plan
+        own = before.total_bytes - before.interpreter_bytes - before.io_buffers_bytes
+        others = taken_bytes() - own - before.spare_bytes  # Python, and other Runtimes
+        return with_cap(before, self.bundle.sizes, ram_bytes, max(before.interpreter_bytes, others), self.device)
 
     def generate(self, prompt: Prompt, max_tokens: int | None = 256, **options: "Unpack[Options]") -> Generation:
         """Complete a prompt and return the whole answer.

@@ -71,6 +71,8 @@ def errors(parts: list[str], other: str, damaged: str, small: int) -> dict:
     with Runtime(parts[1], context=64, **RUN) as runtime:
         want = runtime.generate([1, 2, 3], 4).tokens
         told("prompt", lambda: runtime.generate([1, 2, 3 + rank], 4))
+        told("lower cap", lambda: runtime.set_ram(small if rank else "1GB"))
+        found["cap then"] = str(runtime.plan.ram_bytes)
         told("too long", lambda: runtime.generate([1] * (65 if rank else 64), 4))
         told("stopped", lambda: _stopped(runtime, rank))
         told("interrupted", lambda: _interrupted(runtime, rank))

@@ -161,6 +161,8 @@ def test_an_error_of_one_rank_ends_the_call_on_both(models, golden, tmp_path):
     assert first["cap"].startswith("MemoryError: rank 1: a cap of 50 MB is below the floor of ")
     check("damaged record", "DamagedFile", f"{damaged}/part-2-of-2/experts-00001-of-00001.safetensors: expert ")
     assert "the ranks are not at the same step" in first["prompt"] and "not at the same step" in second["prompt"]
+    assert second["lower cap"].startswith("BelowFloor: ") and first["lower cap"].startswith("MemoryError: rank 1: ")
+    assert first["cap then"] == second["cap then"] == "2000000000"
     check("too long", "PromptTooLong", "65 tokens")
     assert first["stopped"] == second["stopped"] == "(2, 'cancelled')"
     assert first["interrupted"].startswith("KeyboardInterrupt: ") and second["interrupted"].startswith(
