@@ -10,7 +10,7 @@ from bundles import table_bytes
 from safetensors import deserialize
 
 from edge_moe.__main__ import main
-from edge_moe.compressor.choosing.parts import first_layers, layer_bytes
+from edge_moe.compressor.writing.layer_cuts import first_layers, layer_bytes
 from edge_moe.compressor.writing.parts import split
 from edge_moe.runtime.bundle import Bundle, parts_to_verify, verify
 from edge_moe.runtime.runtime import Runtime

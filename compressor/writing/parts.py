@@ -22,9 +22,9 @@ from ...runtime.files import pieces
 from ...runtime.pruning import MASK_FILE
 from ...runtime.row_tables import as_listed
 from ...runtime.tensorfile import make_header, read_header
-from ..choosing.parts import first_layers, layer_bytes
 from ..files import named, sync
 from . import own
+from .layer_cuts import first_layers, layer_bytes
 from .writer import SHARD_BYTES, table_bytes
 
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
