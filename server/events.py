@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 from starlette.responses import Response
 
 from .errors import ApiError
@@ -38,7 +39,7 @@ class Sent(Response):
                 tasks[0].result()
             elif not ended:
                 raise TimeoutError
-        except (TimeoutError, asyncio.TimeoutError):  # the client takes nothing
+        except TimeoutError:  # the client takes nothing
             scope.get("state", {}).get("abort", lambda: None)()
         except OSError:
             pass
@@ -53,7 +54,8 @@ class Sent(Response):
 
     async def _send_bytes(self, send, data: bytes) -> None:
         message = {"type": "http.response.body", "body": data, "more_body": True}
-        await asyncio.wait_for(send(message), self.limits.stall_s)
+        with anyio.fail_after(self.limits.stall_s):
+            await send(message)
 
 
 class WholeBody(Sent):
@@ -89,11 +91,11 @@ class EventStream(Sent):
         try:
             await self._send(send, self.answer.begin())
             while self.reading.left:
-                try:
-                    index, piece, events = await asyncio.wait_for(self.reading.next(), self.limits.ping_s)
-                except (TimeoutError, asyncio.TimeoutError):
+                found = await self.reading.next(self.limits.ping_s)
+                if found is None:
                     await self._send_bytes(send, PING)
                     continue
+                index, piece, events = found
                 reader = self.reading.readers[index]
                 await self._send(send, self.answer.add(index, piece, events, reader.called))
             await self._send(send, self.answer.end(self.reading.tolds))

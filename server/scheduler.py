@@ -59,11 +59,22 @@ class Inbox:
         self._pieces.clear()
         self.backlogs.remove(self)
 
-    async def next(self) -> "tuple[Answer, Generation]":
-        """The next piece and its answer. Raises the error that ended one."""
-        while not self._pieces:
+    async def next(self, timeout: float) -> "tuple[Answer, Generation] | None":
+        """The next piece and its answer; None if there is none for `timeout` seconds. Raises the error that ended one,
+        and ApiError if this is closed."""
+        if not self._pieces:
+            # Not asyncio.wait_for(), which before Python 3.12 forgets that it was cancelled if the piece comes then.
             self._changed.clear()
-            await self._changed.wait()
+            alarm = self.loop.call_later(timeout, self._changed.set)
+            try:
+                if not self._closed:
+                    await self._changed.wait()
+            finally:
+                alarm.cancel()
+        if not self._pieces:
+            if self._closed:
+                raise ApiError(499, "nobody waits for this answer", "closed")
+            return None
         answer, piece = self._pieces.popleft()
         if isinstance(piece, BaseException):
             raise piece

@@ -155,11 +155,12 @@ class Reading:
         self.inbox.close()
         self.service.scheduler.cancel([one for one in self.answers if not one.over])
 
-    async def next(self) -> tuple[int, Generation, list[Event]]:
-        """The next piece of an answer, by its index, and its events. Raises ApiError."""
+    async def next(self, timeout: float = 3600.0) -> tuple[int, Generation, list[Event]] | None:
+        """The next piece of an answer, by its index, and its events; None if there is none for `timeout` seconds.
+        Raises ApiError."""
         while True:
             try:
-                answer, piece = await self.inbox.next()
+                found = await self.inbox.next(timeout)
             except ApiError:
                 self.cancel()
                 raise
@@ -169,6 +170,9 @@ class Reading:
                 ) from None
             except (ValueError, MemoryError, OSError, RuntimeError) as error:
                 raise ApiError(500, self.service.told(error), "engine_error") from None
+            if found is None:
+                return None
+            answer, piece = found
             told = self.tolds[answer.index]
             if told.last_finish() is None:
                 break

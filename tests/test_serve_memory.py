@@ -14,8 +14,10 @@ from serving import serve  # noqa: E402 (needs httpx)
 from test_serve_load import raw  # noqa: E402
 
 from edge_moe.runtime.runtime import Runtime  # noqa: E402
+from edge_moe.server import openai_completions  # noqa: E402
 from edge_moe.server.asked import Asked  # noqa: E402
-from edge_moe.server.errors import ApiError  # noqa: E402
+from edge_moe.server.errors import ApiError, openai_error  # noqa: E402
+from edge_moe.server.events import EventStream  # noqa: E402
 from edge_moe.server.limits import Limits  # noqa: E402
 from edge_moe.server.memory import Backlogs, Budget, Full, parsed_bytes  # noqa: E402
 from edge_moe.server.scheduler import Inbox  # noqa: E402
@@ -144,3 +146,39 @@ def test_many_log_probabilities_need_a_stream(templated_with_tools, tmp_path):
         refused = one.post("/v1/completions", asked)
         assert refused.status_code == 400 and "stream the answer" in refused.json()["error"]["message"]
         assert one.post("/v1/completions", {**asked, "stream": True}).text.endswith("data: [DONE]\n\n")
+
+
+def test_a_stream_that_its_client_leaves_leaves_nothing_behind(templated_with_tools):
+    """Also where the client goes away in the moment that a token comes."""
+
+    async def left(turns: int) -> None:
+        """The client goes away so many turns of the event loop after a token has come."""
+
+        async def send(message: dict) -> None: ...
+
+        async def receive() -> dict:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            (one,) = reading.answers
+            reading.inbox.put(one, one.request.account.piece("import", [5], None))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        asked = Asked(["import os"], {}, messages=False, stream=True)
+        answer = openai_completions.Answer(asked, service, "1")
+        reading = service.prepare(asked, "somebody", Inbox(service.backlogs, None))
+        await EventStream(reading, answer, service.bodies.hold(), openai_error)({}, receive, send)
+
+    async def all_of_them() -> None:
+        for turns in range(8):
+            await left(turns)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert service.backlogs.taken == 0 and not service.backlogs.of
+
+    with Runtime(templated_with_tools, "2GB", threads=1) as runtime:
+        service = Service(runtime, ("m",))
+        asyncio.run(all_of_them())
+        service.close()
