@@ -287,7 +287,6 @@ def test_a_full_queue(open_door):
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = b %}{% endfor %}{% endfor %}",
         "{{ 'x' * 10 ** 10 }}",
-        "{% for a in range(99999) %}{{ messages | string * 99 }}{% endfor %}",
     ],
 )
 def test_a_template_without_end_is_an_error(templated, tmp_path, template):
