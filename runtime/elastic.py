@@ -29,6 +29,7 @@ STALLED = 10.0  # percent of time in which some program waits for memory
 CALM = 1.0  # below which the cap may be raised
 LEAST_RESERVE, MOST_RESERVE = 64_000_000, 1_000_000_000
 PARTS = 16  # of the first cap: the reserve, and the step by which it is raised
+PARTS_MLX = 4  # as a new size of MLX's memory for experts is new memory, into which they are read again
 PRESSURE_FILES = ("/proc/pressure/memory",)
 WARNING = 2  # of macOS's levels: 1 normal, 2 warning, 4 critical
 
@@ -55,6 +56,7 @@ class ElasticCap:
     def __init__(self, runtime: "Runtime", tell: Callable[[str], None] = lambda line: None):
         self._runtime, self._tell = weakref.ref(runtime), tell
         self.most = runtime.plan.ram_bytes
+        self.step = self.most // (PARTS_MLX if runtime.device == "mlx" else PARTS)
         self.reserve = min(max(self.most // PARTS, LEAST_RESERVE), MOST_RESERVE)
         self._changed = self._quiet_since = time.monotonic()
         self._stop = threading.Event()
@@ -87,7 +89,7 @@ class ElasticCap:
         if missing > 0:
             self._quiet_since = now
             return self._lower(runtime, cap, missing, why, now)
-        wanted = min(self.most // PARTS, self.most - cap)
+        wanted = min(self.step, self.most - cap)
         step = min(wanted, memory.available - self.reserve)
         if now - self._quiet_since < QUIET_S or memory.stalled >= CALM or step < max(wanted // 4, 1):
             return None
@@ -110,7 +112,7 @@ class ElasticCap:
 
     def _lower(self, runtime: "Runtime", cap: int, missing: int, why: str, now: float) -> str | None:
         try:
-            plan = runtime.change_cap(max(cap - max(missing, self.most // PARTS // 4), 1_000_000))
+            plan = runtime.change_cap(max(cap - max(missing, self.step // 4), 1_000_000))
         except BelowFloor as refused:
             if cap <= refused.plan.floor_bytes:
                 return None

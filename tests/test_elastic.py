@@ -41,6 +41,18 @@ def test_what_is_missing_is_given_back_and_taken_again_in_steps(cap):
     assert ram(cap) == GB
 
 
+def test_mlx_is_given_larger_steps(bundle_of):
+    """There each change of the cap costs all that is in memory."""
+    pytest.importorskip("mlx.core")
+    with Runtime(bundle_of("reference", bits=16), "1GB", 256, "mlx") as runtime:
+        cap = ElasticCap(runtime)
+        cap.look(cap._changed, CALM._replace(available=cap.reserve - 1))
+        assert ram(cap) == GB - GB // 16
+        cap.look(cap._changed, CALM._replace(available=cap.reserve - GB // 2))
+        cap.look(cap._changed + elastic.QUIET_S, CALM)
+        assert ram(cap) == GB - GB // 16 - GB // 2 + GB // 4
+
+
 def test_no_more_is_taken_than_is_free(cap):
     now = cap._changed
     cap.look(now, CALM._replace(available=cap.reserve - 200_000_000))
