@@ -139,6 +139,7 @@ def _about(service, address: str) -> str:
     return (
         f"{service.name} on {address}: cap {size(plan.ram_bytes)}, {experts}, {answers} at once of up to "
         f"{plan.context:,} tokens; Ctrl-C ends it\n"
+        f"A browser has a chat at {address}\n"
         f"OpenAI's clients: OPENAI_BASE_URL={address}/v1 OPENAI_API_KEY=any, model {service.name}\n"
         f"Anthropic's: ANTHROPIC_BASE_URL={address} ANTHROPIC_API_KEY=any"
     )
