@@ -1,6 +1,7 @@
 """Running the server until a signal: its socket, the connections' time limits, and an orderly end."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -138,6 +139,8 @@ def run(service: Service, found: socket.socket, api_key: str | None) -> None:
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_graceful_shutdown=int(limits.grace_s) + 5,
     )
+
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # which warns of each client that went away
 
     async def serve() -> None:
         anyio.to_thread.current_default_thread_limiter().total_tokens = WORKERS

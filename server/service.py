@@ -177,9 +177,9 @@ class Reading:
             if told.last_finish() is None:
                 break
         reader = self.readers[answer.index]
+        if piece.finish_reason == "cancelled" and self.service.closing:  # a part of an answer would look like a whole
+            raise ApiError(503, "the server is shutting down", "shutting_down")
         if piece.finish_reason == "cancelled" and not told.begun:
-            if self.service.closing:
-                raise ApiError(503, "the server is shutting down", "shutting_down")
             raise late(self.service.limits.timeout_s)
         events = reader.add(piece)
         if self.asked.one_call and reader.called and piece.finish_reason is None:

@@ -140,6 +140,28 @@ def test_what_waits_for_a_client_is_bounded(templated_with_tools):
         service.close()
 
 
+def test_an_answer_that_the_servers_end_cuts_is_an_error(templated_with_tools):
+    async def cut() -> None:
+        asked = Asked(["import os"], {"temperature": 0, "logit_bias": {0: -100.0}}, messages=False)
+        reading = service.prepare(asked, "somebody", Inbox(service.backlogs, None))
+        reading.submit()
+        assert await reading.next()
+        service.begin_close()
+        service.scheduler.cancel_all()
+        with pytest.raises(ApiError) as ended:
+            while await reading.next():
+                pass
+        assert (ended.value.status, ended.value.code) == (503, "shutting_down")
+        with pytest.raises(ApiError) as refused:
+            service.prepare(asked, "somebody", Inbox(service.backlogs, None)).submit()
+        assert refused.value.status == 503
+
+    with Runtime(templated_with_tools, "2GB", threads=1) as runtime:
+        service = Service(runtime, ("m",))
+        asyncio.run(cut())
+        service.close()
+
+
 def test_many_log_probabilities_need_a_stream(templated_with_tools, tmp_path):
     with serve(templated_with_tools, tmp_path / "log", "--name", "m", "--sequences", "4") as one:
         refused = one.post("/v1/completions", {**LONG, "model": "m", "logprobs": 20, "n": 4})
