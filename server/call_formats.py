@@ -242,7 +242,8 @@ FORMATS = (
             r"\s*(?:functions\.)?(?P<name>[\w.-]+):(?P<number>\d+)\s*<\|tool_call_argument_begin\|>(?P<json>.*)",
             kimi,
         ),
-        section=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"), marks=("<|tool_call_argument_begin|>",),
+        section=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+        marks=("<|tool_call_argument_begin|>",), ends_thought=True,
         forced=Forced("<|tool_call_begin|>functions.", ":0<|tool_call_argument_begin|>", "<|tool_call_end|>"),
     ),
     form(

@@ -45,14 +45,16 @@ class Forced:
 @dataclass(frozen=True, slots=True)
 class Format:
     """How a model writes calls. template: words in the chat templates of such models. begin: of a call. take: reads
-    one. section: around all calls. marks: what may be special tokens, which are then kept in the text. forced: None
-    where an answer cannot be forced to be a call."""
+    one. section: around all calls. ends_thought: whether a thought may go over into calls without a tag between. marks:
+    what may be special tokens, which are then kept in the text. forced: None where an answer cannot be forced to be a
+    call."""
 
     name: str
     template: tuple[str, ...]
     begin: str
     take: Take
     section: tuple[str, str] | None = None
+    ends_thought: bool = False
     marks: tuple[str, ...] = ()
     forced: Forced | None = None
 

@@ -29,7 +29,8 @@ class MessageReader:
     """
 
     def __init__(self, opened: str = "", calls=None) -> None:
-        self.split, self.calls = ThoughtSplit(opened), calls
+        self.split = ThoughtSplit(opened, calls.form.section[0] if calls and calls.form.ends_thought else "")
+        self.calls = calls
         self.reasoning_tokens, self.called = 0, False
 
     def add(self, piece: Generation) -> list[Event]:

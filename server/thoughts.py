@@ -14,11 +14,12 @@ def begins(text: str, mark: str) -> int:
 class ThoughtSplit:
     """Gives ("thought", text) and ("text", text) for the texts that are added; holds back what may be part of a tag.
 
-    opened: the tag that the prompt ends with, as opened_thought() gives it.
+    opened: the tag that the prompt ends with, as opened_thought() gives it. begins_call: a text that a thought without
+    an end is followed by, which then belongs to the rest.
     """
 
-    def __init__(self, opened: str = "") -> None:
-        self.held = ""
+    def __init__(self, opened: str = "", begins_call: str = "") -> None:
+        self.held, self.begins_call = "", begins_call
         self.state = "begin"  # then "thought begins", "thought", "rest begins", "rest"
         self.add(opened)
 
@@ -65,11 +66,12 @@ class ThoughtSplit:
                 self.state = "thought"
             return ""
         if self.state == "thought":
-            thought, tag, rest = self.held.partition(THOUGHT)
-            if tag:
-                self.held, self.state = rest, "rest begins"
+            ends = [at for mark in (THOUGHT, self.begins_call) if mark and (at := self.held.find(mark)) >= 0]
+            if ends:
+                thought, rest = self.held[: min(ends)], self.held[min(ends) :]
+                self.held, self.state = rest.removeprefix(THOUGHT), "rest begins"
                 return thought.rstrip("\n")
-            kept = begins(self.held, THOUGHT)
+            kept = max(begins(self.held, mark) for mark in (THOUGHT, self.begins_call))
             kept = len(self.held) - len(self.held[: len(self.held) - kept].rstrip("\n"))
             released, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
             return released

@@ -8,6 +8,7 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+from bundles import run_python
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
@@ -157,6 +158,21 @@ def test_a_second_signal_ends_it_at_once(serving):
     with serving("--sequences", "1") as one, signalled(one, signal.SIGINT, b"once more ends at once", n=50):
         one.process.send_signal(signal.SIGINT)
         assert one.process.wait(10) == 130
+
+
+def test_without_its_extra_the_command_says_what_to_install(templated):
+    code = """import sys
+sys.modules["uvicorn"] = None
+sys.argv[1:] = ["serve", sys.argv[1]]
+from edge_moe.cli import main
+try:
+    main()
+except SystemExit as ended:
+    print(ended.code)
+"""
+    done = run_python(code, templated)
+    assert done.stdout == "1\n"
+    assert done.stderr == "edge-moe: error: edge-moe serve needs uvicorn: pip install 'edge-moe[serve]'\n"
 
 
 def test_a_port_that_is_taken(serving, templated):

@@ -28,6 +28,17 @@ def test_a_stream_is_split_as_the_whole(text):
         assert got == want, parts
 
 
+def test_a_call_may_end_a_thought():
+    text = "<think>\nso <|call\n<|calls|> f </think>"
+    for at in range(len(text) + 1):
+        split = ThoughtSplit(begins_call="<|calls|>")
+        events = split.add(text[:at]) + split.add(text[at:]) + split.finish()
+        got = tuple("".join(its for kind, its in events if kind == wanted) for wanted in ("thought", "text"))
+        assert got == ("so <|call", "<|calls|> f </think>")
+    split = ThoughtSplit(begins_call="<|calls|>")
+    assert split.add("<think>a</think>b<|calls|>c") + split.finish() == [("thought", "a"), ("text", "b<|calls|>c")]
+
+
 def test_a_prompt_may_open_the_thought():
     split = ThoughtSplit("<think>\n")
     assert split.thinking
