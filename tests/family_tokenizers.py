@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 FAMILY_TEMPLATES = Path(__file__).parent / "chat_templates" / "families"
 LANGUAGES = "naïve Ελλάδα слово 漢字かな １２３ Zürich Città مرحبا"
 QWEN35 = QWEN.replace(r"\p{L}+", r"[\p{L}\p{M}]+", 1).replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 KIMI = r"[\p{Han}]+|" + O200K.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]")
 SPACES = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 LLAMA_SPACES = decoders.Sequence([SPACES, decoders.Strip(" ", 1, 0)])
@@ -81,7 +82,7 @@ FAMILIES = {
         bos="<s>", adds_bos=True, ignore_merges=True,
     ),
     "granite": Family(
-        (pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)),
+        (pre_tokenizers.Digits(individual_digits=True), split(GPT2)),
         "<|end_of_text|>", ("<|start_of_role|>", "<|end_of_role|>"), TOOL,
     ),
     "ernie4_5_moe": Family(
