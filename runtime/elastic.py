@@ -18,6 +18,7 @@ from .. import _core
 from ..devices.probe import memory_limit_bytes
 from .plan import BelowFloor
 from .plan_table import size
+from .ram_share import RamShare
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -30,6 +31,7 @@ CALM = 1.0  # below which the cap may be raised
 LEAST_RESERVE, MOST_RESERVE = 64_000_000, 1_000_000_000
 PARTS = 16  # of the first cap: the reserve, and the step by which it is raised
 PARTS_MLX = 4  # as a new size of MLX's memory for experts is new memory, into which they are read again
+LEAST_CHANGE = 4_000_000  # bytes of a part of a share that are worth a change
 PRESSURE_FILES = ("/proc/pressure/memory",)
 WARNING = 2  # of macOS's levels: 1 normal, 2 warning, 4 critical
 
@@ -119,6 +121,52 @@ class ElasticCap:
             plan = runtime.change_cap(refused.plan.floor_bytes)
         self._changed = now
         return f"cap lowered from {size(cap)} to {size(plan.ram_bytes)}: {why}"
+
+
+class SharedCap:
+    """Gives a Runtime its part of a share, from a thread of its own, until the Runtime is closed.
+
+    tell: called with a sentence for each change, from that thread.
+    """
+
+    def __init__(self, runtime: "Runtime", share: RamShare, tell: Callable[[str], None] = lambda line: None):
+        self._runtime, self._share, self._tell = weakref.ref(runtime), share, tell
+        self._stop = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, name="edge-moe-share", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._share.leave()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(LOOK_S / 2):
+            try:
+                said = self.look()
+            except ValueError:  # the Runtime was closed meanwhile
+                return
+            except OSError as error:  # of the file; the cap stays
+                said = f"the share's file: {error}"
+            if said:
+                self._tell(said)
+
+    def look(self) -> str | None:
+        """Change the cap to what it should be, and return what was done. Raises ValueError for a closed Runtime."""
+        runtime = self._runtime()
+        if runtime is None or not runtime.is_open:
+            raise ValueError("this Runtime is closed")
+        cap, floor = runtime.plan.ram_bytes, runtime.plan.floor_bytes
+        wanted = self._share.look(floor, cap)
+        if abs(wanted - cap) < LEAST_CHANGE:
+            self._share.changed(cap)
+            return None
+        try:
+            plan = runtime.change_cap(wanted)
+        except BelowFloor as refused:  # Python has grown meanwhile
+            plan = runtime.change_cap(refused.plan.floor_bytes)
+        self._share.changed(plan.ram_bytes)
+        return f"cap {size(cap)} is now {size(plan.ram_bytes)}: its part of the share {self._share.name}"
 
 
 def _stalled(file: str) -> float:

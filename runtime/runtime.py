@@ -22,7 +22,7 @@ from .answer import Account, Generation, whole_of
 from .answer_text import AnswerText
 from .bundle import Bundle
 from .device import begin_device, begin_ranks
-from .elastic import ElasticCap
+from .elastic import ElasticCap, SharedCap
 from .engine_config import KV_TYPES, engine_config
 from .mlx.memory import CACHE_PART, widened_bytes
 from .plan import READERS, BelowFloor, Plan, check_sequences, make_plan, parse_bytes, with_cap, with_slots
@@ -36,6 +36,7 @@ from .process import (
 )
 from .prompt import Prompt, prompt_ids
 from .pruning import PruneRule, prune_rule, read_mask_routers
+from .ram_share import RamShare
 from .request import Chooser, Options, Request, Sampling, Templating, check_options, options_of, stop_strings
 from .sampling import Sampler, whole_number
 from .session import ALL, LAST, NOTHING, Session
@@ -176,7 +177,7 @@ class Runtime:
             load = self._load_mlx if self.device == "mlx" else self._load
             self._engine: Engine | None = load(mask_routers, kv, kernels)
         self._session = Session(self)
-        self._elastic: ElasticCap | None = None
+        self._elastic: ElasticCap | SharedCap | None = None
         self._process = os.getpid()
         add_runtime(self)
 
@@ -502,6 +503,12 @@ class Runtime:
         See runtime/elastic.py for when and by how much. Results do not change.
         """
         self._elastic = ElasticCap(self, tell)
+        self._elastic.start()
+
+    def follow_share(self, share: RamShare, tell: Callable[[str], None] = lambda line: None) -> None:
+        """Keep this Runtime's cap at its part of a share that it has joined, until it is closed; see RamShare. tell: as
+        for follow_memory(). Results do not change."""
+        self._elastic = SharedCap(self, share, tell)
         self._elastic.start()
 
     def keep_sessions(self, folder: str | Path, limit: int | str = "10GB") -> None:

@@ -1,6 +1,7 @@
 """`edge-moe chat`: the options of a conversation; edge_moe.chat conducts it."""
 
 import sys
+from functools import partial
 
 from ..terminal import show
 from . import options
@@ -34,6 +35,7 @@ def chat(
     *,
     sampling: dict,
     ram: options.Ram = "auto",
+    ram_share: options.RamShare = None,
     context: options.Context = None,
     kv: options.Kv = options.KvType.float16,
     device: options.Device = "auto",
@@ -48,6 +50,7 @@ def chat(
     import signal
 
     from .. import chat
+    from ..capped import capped
     from ..named_session import NamedSession
     from ..report import default_pruning_text
     from ..runtime.runtime import Runtime
@@ -59,7 +62,8 @@ def chat(
     sampling["max_tokens"] = None if max_tokens == -1 else max_tokens
     said_later: list[str] = []
     run = {"device": device, "threads": threads, "kv": kv.value}
-    with Runtime(bundle, ram, context, prune=options.prune_of(prune), **run) as runtime, only_first(runtime.rank):
+    make = partial(Runtime, bundle, context=context, prune=options.prune_of(prune), **run)
+    with capped(ram, ram_share, make, said_later.append) as runtime, only_first(runtime.rank):
         if named and runtime.rank_count > 1:
             raise ValueError("--session keeps a chat on one machine; leave it out where mlx.launch starts several")
         sampling = {**sampling_defaults(runtime.bundle.path), **sampling}
@@ -67,8 +71,6 @@ def chat(
             show(said, sys.stderr)
         if said := options.thinking_note(runtime.tokenizer, thinking):
             show(said, sys.stderr)
-        if ram == "auto":
-            runtime.follow_memory(said_later.append)
         chat.chat(runtime, sampling, told, system=system, drop_oldest=drop_oldest, session=named,
                   keep_history=not no_history and runtime.rank_count == 1, said_later=said_later)  # fmt: skip
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C while the process ends is not an error

@@ -53,6 +53,11 @@ Ram = option(
     help="Cap on all memory of the process: 8GB, 8GiB, or 50% of free memory; max: all of it; auto: 80% of it, which "
     "chat and serve lower while other programs need memory.",
 )  # fmt: skip
+RamShare = option(
+    str | None, "--ram-share", metavar="NAME",
+    help="Share --ram with the other processes that name this share: each has what it needs at the least, and an equal "
+    "part of the rest.",
+)  # fmt: skip
 Context = option(
     int | None, "--context", metavar="N", parser=tokens_of,
     help="Tokens of context, such as 4096 or 32k [default: 4096, or the model's own if smaller].",

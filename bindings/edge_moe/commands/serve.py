@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def serve(
     idle_timeout: Idle = 30.0,
     body_limit: BodyLimit = "4MB",
     ram: options.Ram = "auto",
+    ram_share: options.RamShare = None,
     context: options.Context = None,
     kv: options.Kv = options.KvType.float16,
     device: options.Device = "auto",
@@ -76,7 +78,7 @@ def serve(
     Ctrl-C lets running answers end, and a second one stops at once. Without --api-key only programs on this machine
     should reach the port.
     """
-    from ..runtime.plan import BelowFloor, parse_bytes
+    from ..runtime.plan import parse_bytes
 
     try:  # before the Runtime is planned, as their memory counts
         from ..server.limits import Limits
@@ -84,6 +86,7 @@ def serve(
         from ..server.service import Service
     except ImportError as error:
         raise ValueError(f"edge-moe serve needs {error.name}: pip install 'edge-moe[serve]'") from None
+    from ..capped import capped
     from ..runtime.bundle import Bundle
     from ..runtime.device import begin_ranks
     from ..runtime.runtime import Runtime
@@ -102,12 +105,12 @@ def serve(
     run_options = {"device": device, "threads": threads, "kv": kv.value, "prune": options.prune_of(prune)}
     for count in SEQUENCES if sequences is None else (sequences,):
         try:
-            runtime = Runtime(
-                bundle, ram, context, **run_options, sequences=count, logits_rows=score_rows or 1,
-                reserve_bytes=limits.reserve_bytes(vocab, count, shapes),
-            )  # fmt: skip
+            rows, reserve = score_rows or 1, limits.reserve_bytes(vocab, count, shapes)
+            sizes = {"context": context, "sequences": count, "logits_rows": rows, "reserve_bytes": reserve}
+            make = partial(Runtime, bundle, **run_options, **sizes)
+            runtime = capped(ram, ram_share, make, lambda line: show(line, sys.stderr))
             break
-        except BelowFloor:
+        except MemoryError:
             if sequences is not None or count == SEQUENCES[-1]:
                 raise
     with runtime:
@@ -115,8 +118,6 @@ def serve(
         service = Service(runtime, names, limits)
         if sessions:
             runtime.keep_sessions(sessions, sessions_limit)
-        if ram == "auto":
-            runtime.follow_memory(lambda line: show(line, sys.stderr))
         show(_about(service, address_of(found, host)), sys.stderr)
         if api_key is None and not is_loopback(found):
             show("anybody who reaches this port may use it: give --api-key", sys.stderr)
