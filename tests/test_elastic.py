@@ -12,13 +12,13 @@ from edge_moe.runtime.elastic import ElasticCap, Memory
 from edge_moe.runtime.plan import BelowFloor
 from edge_moe.runtime.runtime import Runtime
 
-GB = 1_000_000_000
-CALM = Memory(8 * GB, 0.0, 1)
+CAP = 8_000_000_000  # above what other tests leave in this process
+CALM = Memory(8 * CAP, 0.0, 1)
 
 
 @pytest.fixture
 def cap(bundle_of):
-    with Runtime(bundle_of("reference", bits=16), "1GB", 256, "cpu", threads=1) as runtime:
+    with Runtime(bundle_of("reference", bits=16), "8GB", 256, "cpu", threads=1) as runtime:
         yield ElasticCap(runtime)
 
 
@@ -28,45 +28,45 @@ def ram(cap: ElasticCap) -> int:
 
 def test_what_is_missing_is_given_back_and_taken_again_in_steps(cap):
     now = cap._changed
-    assert cap.look(now + 1, CALM) is None and ram(cap) == GB
-    said = cap.look(now + 2, CALM._replace(available=cap.reserve - 200_000_000))
-    assert ram(cap) == GB - 200_000_000
-    assert said.startswith("cap lowered from 1.00 GB to 800.0 MB: 0 B of memory are free, of 64.0 MB to be left")
+    assert cap.look(now + 1, CALM) is None and ram(cap) == CAP
+    said = cap.look(now + 2, CALM._replace(available=cap.reserve - CAP // 4))
+    assert ram(cap) == CAP - CAP // 4
+    assert said == "cap lowered from 8.00 GB to 6.00 GB: 0 B of memory are free, of 500.0 MB to be left"
     at = now + 2
     assert cap.look(at + elastic.QUIET_S - 1, CALM) is None
-    assert cap.look(at + elastic.QUIET_S, CALM) == "cap raised from 800.0 MB to 862.5 MB: 8.00 GB of memory are free"
+    assert cap.look(at + elastic.QUIET_S, CALM) == "cap raised from 6.00 GB to 6.50 GB: 64.00 GB of memory are free"
     for _ in range(5):
         at += elastic.QUIET_S
         cap.look(at + elastic.QUIET_S, CALM)
-    assert ram(cap) == GB
+    assert ram(cap) == CAP
 
 
 def test_mlx_is_given_larger_steps(bundle_of):
     """There each change of the cap costs all that is in memory."""
     pytest.importorskip("mlx.core")
-    with Runtime(bundle_of("reference", bits=16), "1GB", 256, "mlx") as runtime:
+    with Runtime(bundle_of("reference", bits=16), "8GB", 256, "mlx") as runtime:
         cap = ElasticCap(runtime)
         cap.look(cap._changed, CALM._replace(available=cap.reserve - 1))
-        assert ram(cap) == GB - GB // 16
-        cap.look(cap._changed, CALM._replace(available=cap.reserve - GB // 2))
+        assert ram(cap) == CAP - CAP // 16
+        cap.look(cap._changed, CALM._replace(available=cap.reserve - CAP // 2))
         cap.look(cap._changed + elastic.QUIET_S, CALM)
-        assert ram(cap) == GB - GB // 16 - GB // 2 + GB // 4
+        assert ram(cap) == CAP - CAP // 16 - CAP // 2 + CAP // 4
 
 
 def test_no_more_is_taken_than_is_free(cap):
     now = cap._changed
-    cap.look(now, CALM._replace(available=cap.reserve - 200_000_000))
-    assert cap.look(now + 99, CALM._replace(available=cap.reserve + 1_000_000)) is None
-    cap.look(now + 99, CALM._replace(available=cap.reserve + 20_000_000))
-    assert ram(cap) == GB - 180_000_000
+    cap.look(now, CALM._replace(available=cap.reserve - CAP // 4))
+    assert cap.look(now + 99, CALM._replace(available=cap.reserve + CAP // 80)) is None
+    cap.look(now + 99, CALM._replace(available=cap.reserve + CAP // 40))
+    assert ram(cap) == CAP - CAP // 4 + CAP // 40
 
 
 @pytest.mark.parametrize("memory", [CALM._replace(stalled=30.0), CALM._replace(level=2)])
 def test_stalls_lower_the_cap_again_and_again(cap, memory):
     now = cap._changed + elastic.AGAIN_S
-    assert cap.look(now, memory) is not None and ram(cap) == GB - GB // 8
+    assert cap.look(now, memory) is not None and ram(cap) == CAP - CAP // 8
     assert cap.look(now + 1, memory) is None
-    assert cap.look(now + elastic.AGAIN_S, memory) is not None and ram(cap) == GB - GB // 4
+    assert cap.look(now + elastic.AGAIN_S, memory) is not None and ram(cap) == CAP - CAP // 4
 
 
 def test_the_floor_is_the_end(cap):
@@ -74,9 +74,9 @@ def test_the_floor_is_the_end(cap):
     with pytest.raises(BelowFloor) as refused:
         runtime.set_ram(1_000_000)
     for at in range(3):
-        cap.look(cap._changed + at, Memory(-3 * GB, 0.0, 1))
+        cap.look(cap._changed + at, Memory(-3 * CAP, 0.0, 1))
     assert refused.value.plan.floor_bytes <= ram(cap) < refused.value.plan.floor_bytes + 8_000_000
-    assert cap.look(cap._changed + 9, Memory(-3 * GB, 0.0, 1)) is None
+    assert cap.look(cap._changed + 9, Memory(-3 * CAP, 0.0, 1)) is None
     assert runtime.generate("import os", 3).generation_tokens == 3
 
 

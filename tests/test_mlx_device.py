@@ -40,7 +40,7 @@ def greedy(path, prompt: list[int], count: int) -> list[int]:
 
 
 def test_answers_are_those_of_the_reference(lossless):
-    with Runtime(lossless, "1GB", device="mlx", sequences=4, kv="float32") as runtime:
+    with Runtime(lossless, "8GB", device="mlx", sequences=4, kv="float32") as runtime:
         assert runtime.device == "mlx" and runtime._engine.kernels.startswith("mlx-")
         asked = prompts(runtime.config.vocab, 4)
         wanted = [greedy(lossless, prompt, 12) for prompt in asked]
@@ -51,7 +51,7 @@ def test_answers_are_those_of_the_reference(lossless):
 
 
 def test_the_cap_is_lowered_and_raised(lossless):
-    with Runtime(lossless, "1GB", device="mlx") as runtime:
+    with Runtime(lossless, "8GB", device="mlx") as runtime:
         asked = prompts(runtime.config.vocab, 1)[0]
         want, floor = runtime.generate(asked, 8).tokens, runtime.plan.floor_bytes
         for cap in (runtime.plan.total_bytes - runtime.plan.all_experts_bytes // 2, 1_000_000_000):
@@ -62,22 +62,22 @@ def test_the_cap_is_lowered_and_raised(lossless):
 
 
 def test_a_process_above_its_cap_is_told_so(lossless):
-    with Runtime(lossless, "1GB", device="mlx") as runtime:
+    with Runtime(lossless, "8GB", device="mlx") as runtime:
         runtime._engine.cap_bytes = 10_000_000  # as on a Mac, where no limit of the system holds
         with pytest.raises(MemoryError, match="above its cap of 10 MB"):
             runtime.generate([1, 2, 3], 4)
 
 
 def test_a_saved_session_goes_on_on_mlx_alone(lossless, tmp_path):
-    with Runtime(lossless, "1GB", 160, "mlx") as runtime:
+    with Runtime(lossless, "8GB", 160, "mlx") as runtime:
         asked = prompts(runtime.config.vocab, 1)[0]
         first = runtime.generate(asked, 8)
         tokens = runtime.save_session(tmp_path / "one")
-    with Runtime(lossless, "1GB", 160, "mlx") as runtime:
+    with Runtime(lossless, "8GB", 160, "mlx") as runtime:
         assert runtime.load_session(tmp_path / "one") == tokens == len(asked) + 7
         again = runtime.generate(asked + first.tokens, 4)
         assert again.cached_tokens == tokens
-    with Runtime(lossless, "1GB", 160, "cpu") as runtime:
+    with Runtime(lossless, "8GB", 160, "cpu") as runtime:
         assert runtime.load_session(tmp_path / "one") == 0
 
 
@@ -85,12 +85,12 @@ def test_a_saved_session_goes_on_on_mlx_alone(lossless, tmp_path):
 def test_an_overflow_of_the_cache_names_float32(tmp_path, what):
     architecture, powers = SCALED[what]
     path, ids = scaled(tmp_path, architecture, times(powers))
-    with Runtime(path, "1GB", 64, "mlx") as runtime:
+    with Runtime(path, "8GB", 64, "mlx") as runtime:
         for prompt in (ids, ids[:1]):
             with pytest.raises(ValueError, match=r"beyond what a KV cache in float16 holds: pass kv=\"float32\""):
                 runtime.generate(prompt, 4)
             assert runtime._engine.position == 0
-    with Runtime(path, "1GB", 64, "mlx", kv="float32") as runtime:
+    with Runtime(path, "8GB", 64, "mlx", kv="float32") as runtime:
         assert runtime.generate(ids, 4).tokens == greedy(path, ids, 4)
 
 
@@ -208,7 +208,7 @@ def test_mlx_is_imported_only_where_it_is_chosen(lossless):
 def test_mlx_that_is_absent_or_old_is_said(lossless, monkeypatch, found, said):
     monkeypatch.setattr(device, "mlx_version", lambda: found)
     with pytest.raises(ValueError) as refused:
-        Runtime(lossless, "1GB", device="mlx")
+        Runtime(lossless, "8GB", device="mlx")
     assert str(refused.value) == f"device mlx needs MLX 0.32.4 or newer, {said}: pip install 'edge-moe[mlx]'"
 
 
@@ -233,4 +233,4 @@ def test_the_automatic_device_of_a_mac_is_mlx(monkeypatch, system, machine, mlx,
 
 def test_kernel_sets_are_the_processors(lossless):
     with pytest.raises(ValueError, match="kernels is 'scalar', but device mlx has no kernel sets"):
-        Runtime(lossless, "1GB", device="mlx", kernels="scalar")
+        Runtime(lossless, "8GB", device="mlx", kernels="scalar")

@@ -175,7 +175,7 @@ def test_an_error_of_one_rank_ends_the_call_on_both(models, golden, tmp_path):
 def test_the_first_rank_alone_prints_the_answer(bundle_of, tmp_path):
     bundle, given = bundle_of("reference"), ("--device", "mlx", "--ram", "1GB", "--json", "-n", "5", "--raw", "def f(")
     split(bundle, tmp_path / "out", [1, 1, 1])
-    with Runtime(bundle, "1GB", device="mlx") as runtime:
+    with Runtime(bundle, "8GB", device="mlx") as runtime:
         alone = runtime.generate("def f(", 5)
     done = launch(3, sys.executable, "-m", "edge_moe", "generate", tmp_path / "out", *given)
     assert done.returncode == 0, done.stderr

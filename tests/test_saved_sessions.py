@@ -20,7 +20,7 @@ def ids_of(count: int, seed: int = 0) -> list[int]:
 
 
 def runtime_of(path, **options) -> Runtime:
-    return Runtime(path, "1GB", CONTEXT, device="cpu", threads=1, **options)
+    return Runtime(path, "8GB", CONTEXT, device="cpu", threads=1, **options)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_file_of_another_model_cache_or_context_is_not_used(mixed, path, saved
         with runtime_of(other, **options) as runtime:
             assert runtime.load_session(saved) == 0
             assert runtime.generate(ids_of(70), 2).cached_tokens == 0
-    with Runtime(path, "1GB", 40, device="cpu") as runtime:
+    with Runtime(path, "8GB", 40, device="cpu") as runtime:
         assert runtime.load_session(saved) == 0
     assert caplog.text.count("is of another bundle, context, type of cache or version") == 3
 

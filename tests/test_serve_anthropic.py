@@ -44,7 +44,7 @@ def client(served):
 
 @pytest.fixture(scope="module")
 def runtime(templated_with_tools):
-    with Runtime(templated_with_tools, "2GB", threads=1) as one:
+    with Runtime(templated_with_tools, "8GB", threads=1) as one:
         yield one
 
 

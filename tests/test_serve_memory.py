@@ -134,7 +134,7 @@ def test_what_waits_for_a_client_is_bounded(templated_with_tools):
         assert (ended.value.status, ended.value.code) == (503, "backlog_full")
         assert service.backlogs.taken == 0 and reading.answers[0].request.wanted.is_over()
 
-    with Runtime(templated_with_tools, "2GB", threads=1) as runtime:
+    with Runtime(templated_with_tools, "8GB", threads=1) as runtime:
         service = Service(runtime, ("m",), limits)
         asyncio.run(unread())
         service.close()
@@ -156,7 +156,7 @@ def test_an_answer_that_the_servers_end_cuts_is_an_error(templated_with_tools):
             service.prepare(asked, "somebody", Inbox(service.backlogs, None)).submit()
         assert refused.value.status == 503
 
-    with Runtime(templated_with_tools, "2GB", threads=1) as runtime:
+    with Runtime(templated_with_tools, "8GB", threads=1) as runtime:
         service = Service(runtime, ("m",))
         asyncio.run(cut())
         service.close()
@@ -198,7 +198,7 @@ def test_a_stream_that_its_client_leaves_leaves_nothing_behind(templated_with_to
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert service.backlogs.taken == 0 and not service.backlogs.of
 
-    with Runtime(templated_with_tools, "2GB", threads=1) as runtime:
+    with Runtime(templated_with_tools, "8GB", threads=1) as runtime:
         service = Service(runtime, ("m",))
         asyncio.run(all_of_them())
         service.close()

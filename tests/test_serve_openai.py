@@ -30,7 +30,7 @@ def client(served):
 
 @pytest.fixture(scope="module")
 def runtime(templated):
-    with Runtime(templated, "2GB", threads=1) as one:
+    with Runtime(templated, "8GB", threads=1) as one:
         yield one
 
 
@@ -205,7 +205,7 @@ def test_health_and_metrics(served, client):
 def test_pruning_and_its_account(tmp_path):
     source = Checkpoint(REFERENCE)
     path = prunable(tmp_path / "pruned.emoe", REFERENCE, mask_routers_of(source.config))
-    with Runtime(path, "2GB", threads=1) as runtime:
+    with Runtime(path, "8GB", threads=1) as runtime:
         want = runtime.generate(PROMPT, 12, prune="share:0.3")
     with serve(path, tmp_path / "log") as one:
         asked = {"model": "pruned", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
@@ -225,7 +225,7 @@ def test_pruning_and_its_account(tmp_path):
 
 def test_a_bundle_without_a_tokenizer_takes_token_ids(bundle_of, tmp_path):
     path = bundle_of("olmoe", width=8)
-    with Runtime(path, "2GB", threads=1) as runtime:
+    with Runtime(path, "8GB", threads=1) as runtime:
         want = runtime.generate([5, 6, 7], 6).tokens
         scores = log_softmax(runtime.logits([5, 6, 7]))
     with serve(path, tmp_path / "log") as one:

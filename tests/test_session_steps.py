@@ -28,7 +28,7 @@ def finished(runtime, requests) -> list:
 
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_answers_are_those_that_each_has_alone(path, sequences):
-    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=sequences) as runtime:
+    with Runtime(path, "8GB", 256, "cpu", threads=1, sequences=sequences) as runtime:
         want = [runtime.generate(prompt, 9 + place) for place, prompt in enumerate(PROMPTS)]
         requests = [runtime._request(prompt, 9 + place, {}) for place, prompt in enumerate(PROMPTS)]
         for request in requests:
@@ -40,7 +40,7 @@ def test_answers_are_those_that_each_has_alone(path, sequences):
 
 
 def test_a_cancelled_answer_leaves_its_sequence_with_the_next_step(path):
-    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=1) as runtime:
+    with Runtime(path, "8GB", 256, "cpu", threads=1, sequences=1) as runtime:
         first, second = (runtime._request(prompt, 9, {}) for prompt in PROMPTS[:2])
         for request in (first, second):
             runtime._session.join(request)
@@ -54,7 +54,7 @@ def test_a_cancelled_answer_leaves_its_sequence_with_the_next_step(path):
 
 def test_a_long_prompt_delays_running_answers_by_a_bounded_time(path):
     """A step has as many of its tokens as are computed in STEP_S at the speed of the steps before."""
-    with Runtime(path, "2GB", 1024, "cpu", threads=1, sequences=2) as runtime:
+    with Runtime(path, "8GB", 1024, "cpu", threads=1, sequences=2) as runtime:
         session = runtime._session
         short, long = runtime._request(PROMPTS[0], 50, {}), runtime._request(LONG, 5, {})
         session.join(short)
@@ -66,7 +66,7 @@ def test_a_long_prompt_delays_running_answers_by_a_bounded_time(path):
             assert len(session.advance(lambda: True)) == 1  # a token of the short one in each
             steps.append(len(session.sequences.of(long.wanted).tokens) - sum(steps))
         assert steps == [LEAST_SHARE, 40, min(runtime.plan.chunk - 1, 700 - LEAST_SHARE - 40)]
-        with Runtime(path, "2GB", 1024, "cpu", threads=1) as alone:
+        with Runtime(path, "8GB", 1024, "cpu", threads=1) as alone:
             want = [alone.generate(PROMPTS[0], 50).tokens, alone.generate(LONG, 5).tokens]
         for request in (short, long):
             while not request.tokens or request in session._joined:
@@ -75,7 +75,7 @@ def test_a_long_prompt_delays_running_answers_by_a_bounded_time(path):
 
 
 def test_prompts_share_a_step_equally(path):
-    with Runtime(path, "2GB", 1024, "cpu", threads=1, sequences=3) as runtime:
+    with Runtime(path, "8GB", 1024, "cpu", threads=1, sequences=3) as runtime:
         requests = [runtime._request(ids, 2, {}) for ids in (LONG, LONG[300:], LONG[10:30])]
         for request in requests:
             runtime._session.join(request)
@@ -92,7 +92,7 @@ def test_prompts_share_a_step_equally(path):
 @pytest.mark.parametrize("rows", [1, 7])
 def test_scores_of_a_prompt_beside_other_answers(path, rows):
     ids = LONG[:90]
-    with Runtime(path, "2GB", 256, "cpu", threads=1, sequences=2, logits_rows=rows) as runtime:
+    with Runtime(path, "8GB", 256, "cpu", threads=1, sequences=2, logits_rows=rows) as runtime:
         want = log_softmax(runtime.logits(ids))
         tokens = [runtime.generate(prompt, 5).tokens for prompt in (ids, PROMPTS[0])]
         requests = [runtime._request(prompt, 5, {}) for prompt in (ids, PROMPTS[0], ids)]
@@ -110,8 +110,8 @@ def test_scores_of_a_prompt_beside_other_answers(path, rows):
 
 
 def test_memory_that_the_program_takes_is_left_to_it(path):
-    with Runtime(path, "2GB", 64, threads=1) as plain:
+    with Runtime(path, "8GB", 64, threads=1) as plain:
         plan = plain.plan
-    with Runtime(path, "2GB", 64, threads=1, reserve_bytes=50_000_000) as runtime:
+    with Runtime(path, "8GB", 64, threads=1, reserve_bytes=50_000_000) as runtime:
         assert runtime.plan.spare_bytes == plan.spare_bytes + 50_000_000
         assert 49e6 < runtime.plan.floor_bytes - plan.floor_bytes < 60e6
