@@ -145,7 +145,7 @@ def test_a_part_that_cannot_be_is_refused(bundle_of, tmp_path, change, told):
 def test_plan_tells_what_each_rank_needs(bundle_of, tmp_path, monkeypatch, capsys):
     whole = bundle_of("qwen3_next", width=8)
     split(whole, tmp_path / "out", [1, 1])
-    given = ("--device", "mlx", "--ram", "1GB", "--json")
+    given = ("--device", "mlx", "--ram", "8GB", "--json")
     _, said, _ = command(monkeypatch, capsys, "plan", whole, *given)
     alone = json.loads(said)
     code, said, _ = command(monkeypatch, capsys, "plan", tmp_path / "out", *given)

@@ -214,7 +214,7 @@ def test_affine_codes_with_scales_in_bfloat16_can_be_kept(plain, tmp_path, bits)
             np.testing.assert_allclose(found, its, rtol=0, atol=1e-6)
     ids = np.arange(24)
     wanted = reference.forward(made.config, BundleWeights(made), ids)
-    found = logits_of(made.path, ids, ram="2GB", threads=1)
+    found = logits_of(made.path, ids, ram="8GB", threads=1)
     assert np.median(np.abs(found - wanted)) < 0.02 * wanted.std()
 
 

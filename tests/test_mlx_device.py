@@ -54,7 +54,7 @@ def test_the_cap_is_lowered_and_raised(lossless):
     with Runtime(lossless, "8GB", device="mlx") as runtime:
         asked = prompts(runtime.config.vocab, 1)[0]
         want, floor = runtime.generate(asked, 8).tokens, runtime.plan.floor_bytes
-        for cap in (runtime.plan.total_bytes - runtime.plan.all_experts_bytes // 2, 1_000_000_000):
+        for cap in (runtime.plan.total_bytes - runtime.plan.all_experts_bytes // 2, 8_000_000_000):
             assert runtime.set_ram(cap).experts_bytes == runtime._engine.slot_bytes
             assert runtime.generate(asked[::-1] + asked, 8) and runtime.generate(asked, 8).tokens == want
         with pytest.raises(BelowFloor):
