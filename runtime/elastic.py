@@ -32,7 +32,7 @@ LEAST_RESERVE, MOST_RESERVE = 64_000_000, 1_000_000_000
 PARTS = 16  # of the first cap: the reserve, and the step by which it is raised
 PARTS_MLX = 4  # as a new size of MLX's memory for experts is new memory, into which they are read again
 LEAST_CHANGE = 4_000_000  # bytes of a part of a share that are worth a change
-PRESSURE_FILES = ("/proc/pressure/memory",)
+PRESSURE = "/proc/pressure/memory"
 WARNING = 2  # of macOS's levels: 1 normal, 2 warning, 4 critical
 
 
@@ -46,46 +46,68 @@ class Memory(NamedTuple):
 
 def memory_now() -> Memory:
     available = memory_limit_bytes(_core.free_bytes()) - _core.untouched_bytes()
-    return Memory(available, max(map(_stalled, PRESSURE_FILES)), _level())
+    return Memory(available, _stalled(PRESSURE), _level())
 
 
-class ElasticCap:
-    """Changes the cap of a Runtime by what the machine says, from a thread of its own, until the Runtime is closed.
+class CapWatch:
+    """Changes the cap of a Runtime from a thread of its own, until the Runtime is closed.
 
     tell: called with a sentence for each change, from that thread.
     """
 
+    every_s: float  # between two looks
+
     def __init__(self, runtime: "Runtime", tell: Callable[[str], None] = lambda line: None):
-        self._runtime, self._tell = weakref.ref(runtime), tell
-        self.most = runtime.plan.ram_bytes
-        self.step = self.most // (PARTS_MLX if runtime.device == "mlx" else PARTS)
-        self.reserve = min(max(self.most // PARTS, LEAST_RESERVE), MOST_RESERVE)
-        self._changed = self._quiet_since = time.monotonic()
+        self._weakly, self._tell = weakref.ref(runtime), tell
         self._stop = threading.Event()
 
     def start(self) -> None:
-        threading.Thread(target=self._watch, name="edge-moe-memory", daemon=True).start()
+        threading.Thread(target=self._watch, name="edge-moe-cap", daemon=True).start()
 
     def stop(self) -> None:
         self._stop.set()
 
+    def act(self) -> str | None:
+        """Change the cap if it should be changed, and return what was done and why.
+
+        Raises ValueError if the Runtime is closed."""
+        raise NotImplementedError
+
+    def _runtime(self) -> "Runtime":
+        runtime = self._weakly()
+        if runtime is None or not runtime.is_open:
+            raise ValueError("this Runtime is closed")
+        return runtime
+
     def _watch(self) -> None:
-        while not self._stop.wait(LOOK_S):
+        while not self._stop.wait(self.every_s):
             try:
-                said = self.look(time.monotonic(), memory_now())
+                said = self.act()
             except ValueError:  # the Runtime was closed meanwhile
                 return
-            if said is None:
-                continue
-            self._tell(said)
+            if said:
+                self._tell(said)
+
+
+class ElasticCap(CapWatch):
+    """Follows what the machine says of its memory."""
+
+    def __init__(self, runtime: "Runtime", tell: Callable[[str], None] = lambda line: None):
+        super().__init__(runtime, tell)
+        self.every_s = LOOK_S
+        self.most = runtime.plan.ram_bytes
+        self.step = self.most // (PARTS_MLX if runtime.device == "mlx" else PARTS)
+        self.reserve = min(max(self.most // PARTS, LEAST_RESERVE), MOST_RESERVE)
+        self._changed = self._quiet_since = time.monotonic()
+
+    def act(self) -> str | None:
+        return self.look(time.monotonic(), memory_now())
 
     def look(self, now: float, memory: Memory) -> str | None:
         """Change the cap if it should be changed, and return what was done and why.
 
         Raises ValueError if the Runtime is closed."""
         runtime = self._runtime()
-        if runtime is None or not runtime.is_open:
-            raise ValueError("this Runtime is closed")
         cap = runtime.plan.ram_bytes
         missing, why = self._missing(now, memory)
         if missing > 0:
@@ -123,39 +145,26 @@ class ElasticCap:
         return f"cap lowered from {size(cap)} to {size(plan.ram_bytes)}: {why}"
 
 
-class SharedCap:
-    """Gives a Runtime its part of a share, from a thread of its own, until the Runtime is closed.
-
-    tell: called with a sentence for each change, from that thread.
-    """
+class SharedCap(CapWatch):
+    """Follows the Runtime's part of a share."""
 
     def __init__(self, runtime: "Runtime", share: RamShare, tell: Callable[[str], None] = lambda line: None):
-        self._runtime, self._share, self._tell = weakref.ref(runtime), share, tell
-        self._stop = threading.Event()
-
-    def start(self) -> None:
-        threading.Thread(target=self._watch, name="edge-moe-share", daemon=True).start()
+        super().__init__(runtime, tell)
+        self.every_s = LOOK_S / 2
+        self._share = share
 
     def stop(self) -> None:
-        self._stop.set()
+        super().stop()
         self._share.leave()
 
-    def _watch(self) -> None:
-        while not self._stop.wait(LOOK_S / 2):
-            try:
-                said = self.look()
-            except ValueError:  # the Runtime was closed meanwhile
-                return
-            except OSError as error:  # of the file; the cap stays
-                said = f"the share's file: {error}"
-            if said:
-                self._tell(said)
+    def act(self) -> str | None:
+        try:
+            return self._look()
+        except OSError as error:  # of the file; the cap stays
+            return f"the share's file: {error}"
 
-    def look(self) -> str | None:
-        """Change the cap to what it should be, and return what was done. Raises ValueError for a closed Runtime."""
+    def _look(self) -> str | None:
         runtime = self._runtime()
-        if runtime is None or not runtime.is_open:
-            raise ValueError("this Runtime is closed")
         cap, floor = runtime.plan.ram_bytes, runtime.plan.floor_bytes
         wanted = self._share.look(floor, cap)
         if abs(wanted - cap) < LEAST_CHANGE:

@@ -37,7 +37,6 @@ class LayerPast(Past):
             self._cached[name][:, first:end] = x.astype(self._cached[name].dtype)
             self._written[name] = slice(first, end)
         return self._cached[name][:, :end].astype(mx.float32) if end else None
-        return self._cached[name][:, :end].astype(mx.float32)
 
     @property
     def cached(self) -> list[Array]:
