@@ -280,6 +280,16 @@ struct EngineConfig {
     if (a.pool_rate) row(pool_offset(layer), positions / a.pool_rate * kv_position_bytes(layer));
     if (a.index_heads) row(index_keys_offset(layer), align_up(all / a.index_block, kKeyBlock) * index_key_bytes(layer));
   }
+  // Calls block(offset in the layer's cache, offset among these blocks, bytes) for the key blocks of a layer's window
+  // that have keys which the token at `position` sees.
+  template <typename Block>
+  void each_window_block(int layer, int position, const Block& block) const {
+    const size_t bytes = kKeyBlock * kv_position_bytes(layer), row = kv_row_bytes(layer);
+    const int count = int(window_blocks(layer)), end = (position - 1) / kKeyBlock + 1, places = int(row / bytes);
+    size_t at = 0;
+    for (size_t first = 0; first < pool_offset(layer); first += row)
+      for (int i = std::max(0, end - count); i < end; ++i, at += bytes) block(first + i % places * bytes, at, bytes);
+  }
   size_t kv_cache_bytes() const {
     size_t bytes = 0;
     for (int layer = 0; layer < layers; ++layer) bytes += kv_layer_bytes(layer);

@@ -72,15 +72,10 @@ struct RouterWants {
 // windows that have keys which the token at `position` sees.
 template <typename Block>
 void each_window_block(const EngineConfig& c, int position, const Block& block) {
-  for (int layer = 0; layer < c.layers; ++layer) {
-    if (!c.is_window(layer)) continue;
-    const size_t bytes = kKeyBlock * c.kv_position_bytes(layer), row = c.kv_row_bytes(layer);
-    const int count = int(c.window_blocks(layer)), end = (position - 1) / kKeyBlock + 1, places = int(row / bytes);
-    size_t at = 0;
-    for (size_t first = 0; first < c.pool_offset(layer); first += row)
-      for (int i = std::max(0, end - count); i < end; ++i, at += bytes)
-        block(layer, first + i % places * bytes, at, bytes);
-  }
+  for (int layer = 0; layer < c.layers; ++layer)
+    if (c.is_window(layer))
+      c.each_window_block(layer, position,
+                          [&](size_t place, size_t at, size_t bytes) { block(layer, place, at, bytes); });
 }
 
 class LayerMath {

@@ -19,24 +19,16 @@ template <typename Piece>
 void each_saved_piece(const EngineConfig& c, int positions, bool windows, const Piece& piece) {
   if (!positions) return;
   for (int layer = 0; layer < c.layers; ++layer) {
-    const int window = c.attention(layer).sliding_window;
-    const size_t block = kKeyBlock * c.kv_position_bytes(layer), row = c.kv_row_bytes(layer),
-                 rows = c.pool_offset(layer);
-    if (window) {
-      const int count = int(c.window_blocks(layer));
-      const int end = (positions - 1) / int(kKeyBlock) + 1, places = block ? int(row / block) : 0;
+    const bool has_window = c.attention(layer).sliding_window;
+    if (has_window) {
       const bool in_snapshot = windows && c.is_window(layer);
-      size_t in = 0;
-      for (size_t first = 0; first < rows; first += row)
-        for (int i = std::max(0, end - count); i < end; ++i, in += block) {
-          if (in_snapshot)
-            piece(SavedPiece{SavedPiece::kSnapshot, layer, in, block});
-          else
-            piece(SavedPiece{SavedPiece::kCache, layer, first + i % places * block, block});
-        }
+      const auto of = in_snapshot ? SavedPiece::kSnapshot : SavedPiece::kCache;
+      c.each_window_block(layer, positions, [&](size_t place, size_t at, size_t bytes) {
+        piece(SavedPiece{of, layer, in_snapshot ? at : place, bytes});
+      });
     }
     c.each_kv_row(layer, positions, [&](size_t at, size_t bytes) {
-      if (bytes && !(window && at < rows)) piece(SavedPiece{SavedPiece::kCache, layer, at, bytes});
+      if (bytes && !(has_window && at < c.pool_offset(layer))) piece(SavedPiece{SavedPiece::kCache, layer, at, bytes});
     });
   }
   if (c.is_recurrent()) piece(SavedPiece{SavedPiece::kState, 0, 0, c.state_offsets().back()});
